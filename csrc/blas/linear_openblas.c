@@ -1,0 +1,97 @@
+/* The experts kernels on OpenBLAS: fp32 weights as they are, 16-bit ones widened
+ * tile by tile. OpenBLAS runs on one thread (module.c): the parallelism is ours. */
+#include "../bits.h"
+#include "../kernels.h"
+
+#include <cblas.h>
+#include <math.h>
+
+/* SGEMM is the name in cblas.h (system) or with the wheel's prefix (setup.py). */
+#ifndef MP_SGEMM
+#define MP_SGEMM cblas_sgemm
+#endif
+
+static void widen(float *to, const void *from, ptrdiff_t count, mp_dtype dtype)
+{
+    const char *at = from;
+    if (dtype == MP_F32)
+        memcpy(to, from, (size_t)count * sizeof *to);
+    else if (dtype == MP_BF16)
+        for (ptrdiff_t i = 0; i < count; i++)
+            to[i] = mp_f32_from_bf16(mp_load_u16(at + 2 * i));
+    else
+        for (ptrdiff_t i = 0; i < count; i++)
+            to[i] = mp_f32_from_f16(mp_load_u16(at + 2 * i));
+}
+
+/* The rows of x, gathered and widened: (M,K) float, contiguous. Rows that are
+ * already so stay where they are. */
+static const float *gather(const mp_rows *x, ptrdiff_t k, mp_dtype dtype, float *to)
+{
+    if (dtype != MP_BF16 && (!x->index || x->count == 1) && x->stride == k)
+        return (const float *)x->data + mp_row(x, 0);
+    size_t size = dtype == MP_BF16 ? 2 : 4;
+    for (ptrdiff_t r = 0; r < x->count; r++)
+        widen(to + r * k, (const char *)x->data + (size_t)mp_row(x, r) * size, k,
+              dtype == MP_BF16 ? MP_BF16 : MP_F32);
+    return to;
+}
+
+/* out = x W^T for rows x that `gather` has laid out; w_wide: n * k floats. */
+static void product(const float *x, ptrdiff_t m, const void *w, ptrdiff_t n,
+                    ptrdiff_t k, mp_dtype dtype, float *w_wide, float *out,
+                    ptrdiff_t ldout)
+{
+    const float *w_f32 = w;
+    if (dtype != MP_F32 || (uintptr_t)w % sizeof(float)) {
+        widen(w_wide, w, n * k, dtype);
+        w_f32 = w_wide;
+    }
+    MP_SGEMM(CblasRowMajor, CblasNoTrans, CblasTrans, (int)m, (int)n, (int)k, 1.0f, x,
+             (int)k, w_f32, (int)k, 0.0f, out, (int)ldout);
+}
+
+static void linear(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
+                   mp_dtype dtype, float *out, ptrdiff_t ldout, float *scratch)
+{
+    const float *rows = gather(x, k, dtype, scratch);
+    product(rows, x->count, w, n, k, dtype, scratch + MP_BLOCK_M * k, out, ldout);
+}
+
+static void gate_up(const mp_rows *x, const void *gate, const void *up, ptrdiff_t n,
+                    ptrdiff_t k, mp_dtype dtype, void *act, ptrdiff_t ldact,
+                    float *scratch)
+{
+    float *w_wide = scratch + MP_BLOCK_M * k;
+    float *g = w_wide + MP_BLOCK_N * k, *u = g + MP_BLOCK_M * MP_BLOCK_N;
+    const float *rows = gather(x, k, dtype, scratch);
+    product(rows, x->count, gate, n, k, dtype, w_wide, g, n);
+    product(rows, x->count, up, n, k, dtype, w_wide, u, n);
+    for (ptrdiff_t r = 0; r < x->count; r++)
+        for (ptrdiff_t i = 0; i < n; i++) {
+            float g_ri = g[r * n + i];
+            float value = g_ri / (1.0f + expf(-g_ri)) * u[r * n + i];
+            if (dtype == MP_BF16)
+                ((uint16_t *)act)[r * ldact + i] = mp_bf16_from_f32(value);
+            else
+                ((float *)act)[r * ldact + i] = value;
+        }
+}
+
+#define DEFINE(name, dtype)                                                            \
+    void mp_linear_##name##_openblas(const mp_rows *x, const void *w, ptrdiff_t n,     \
+                                     ptrdiff_t k, float *out, ptrdiff_t ldout,         \
+                                     float *scratch)                                   \
+    {                                                                                  \
+        linear(x, w, n, k, dtype, out, ldout, scratch);                                \
+    }                                                                                  \
+    void mp_gate_up_##name##_openblas(const mp_rows *x, const void *gate,              \
+                                      const void *up, ptrdiff_t n, ptrdiff_t k,        \
+                                      void *act, ptrdiff_t ldact, float *scratch)      \
+    {                                                                                  \
+        gate_up(x, gate, up, n, k, dtype, act, ldact, scratch);                        \
+    }
+
+DEFINE(f32, MP_F32)
+DEFINE(bf16, MP_BF16)
+DEFINE(f16, MP_F16)

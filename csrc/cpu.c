@@ -1,0 +1,94 @@
+#include "cpu.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define UP_TO_AVX2 (MP_CPU_BLAS | MP_CPU_AVX2)
+#define UP_TO_AVX512 (UP_TO_AVX2 | MP_CPU_AVX512)
+
+/* Intel's AMX machines have AVX512-FP16 too, so `amx` is everything. */
+const mp_cpu_level mp_cpu_levels[] = {
+    {"scalar", 0},
+    {"avx2", UP_TO_AVX2},
+    {"avx512", UP_TO_AVX512},
+    {"avx512bf16", UP_TO_AVX512 | MP_CPU_AVX512BF16},
+    {"avx512fp16", UP_TO_AVX512 | MP_CPU_AVX512BF16 | MP_CPU_AVX512FP16},
+    {"amx", UP_TO_AVX512 | MP_CPU_AVX512BF16 | MP_CPU_AVX512FP16 | MP_CPU_AMX},
+    {NULL, 0},
+};
+
+#if defined(__x86_64__)
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* The registers that the operating system saves on a context switch. */
+static uint64_t xcr0(void)
+{
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+/* Linux hands out the 8 KiB of tile registers only on request. */
+static int amx_permitted(void)
+{
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+static unsigned detect(void)
+{
+    enum { YMM = 0x6, ZMM = 0xe6, TILES = 0x60000 }; /* XCR0 */
+    unsigned a, b, c, d, features = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+        return 0;
+    unsigned fma = c & bit_FMA, f16c = c & bit_F16C;
+    uint64_t saved = xcr0();
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return 0;
+    unsigned leaf7_b = b, leaf7_d = d, leaf7_1a = 0;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
+        leaf7_1a = a;
+
+    if ((saved & YMM) == YMM && fma && f16c && (leaf7_b & bit_AVX2))
+        features |= MP_CPU_AVX2;
+    const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    if ((saved & ZMM) == ZMM && features && (leaf7_b & avx512) == avx512) {
+        features |= MP_CPU_AVX512;
+        if (leaf7_1a & 1u << 5)
+            features |= MP_CPU_AVX512BF16;
+        if (leaf7_d & 1u << 23)
+            features |= MP_CPU_AVX512FP16;
+    }
+    const unsigned amx = 1u << 24 | 1u << 22; /* AMX-TILE, AMX-BF16 */
+    if ((features & MP_CPU_AVX512) && (saved & TILES) == TILES
+        && (leaf7_d & amx) == amx && amx_permitted())
+        features |= MP_CPU_AMX;
+    return features;
+}
+
+#else
+
+static unsigned detect(void)
+{
+    return 0;
+}
+
+#endif
+
+unsigned mp_cpu_features(void)
+{
+    static unsigned features; /* the GIL orders the first call */
+    static int known;
+    if (!known) {
+        features = detect() | MP_CPU_BLAS;
+        known = 1;
+    }
+    return features;
+}

@@ -1,0 +1,25 @@
+/* What the CPU can do, and what MOEPROF_CPU allows of it. */
+#ifndef MP_CPU_H
+#define MP_CPU_H
+
+enum {
+    MP_CPU_BLAS = 1 << 0, /* not of the CPU: OpenBLAS is linked, and not masked */
+    MP_CPU_AVX2 = 1 << 1, /* with FMA and F16C, as on every CPU since Haswell */
+    MP_CPU_AVX512 = 1 << 2, /* F, BW, DQ, VL */
+    MP_CPU_AVX512BF16 = 1 << 3,
+    MP_CPU_AVX512FP16 = 1 << 4,
+    MP_CPU_AMX = 1 << 5, /* AMX-TILE and AMX-BF16, permission granted */
+};
+
+/* A feature is set when CPUID names it, XCR0 says the system keeps its registers
+ * and, for AMX, Linux granted the process the tiles. Computed once. */
+unsigned mp_cpu_features(void);
+
+/* The names that MOEPROF_CPU takes, poorest first; NULL-terminated. */
+typedef struct {
+    const char *name;
+    unsigned features;
+} mp_cpu_level;
+extern const mp_cpu_level mp_cpu_levels[];
+
+#endif

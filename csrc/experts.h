@@ -1,0 +1,26 @@
+/* The experts of a layer: hidden states and a routing -> hidden states. */
+#ifndef MP_EXPERTS_H
+#define MP_EXPERTS_H
+
+#include "kernels.h"
+
+/* Where the weights of one layer lie. gate[e] and up[e]: (I,H), down[e]: (H,I), all
+ * of `dtype`, rows contiguous, any alignment. */
+typedef struct {
+    mp_dtype dtype;
+    ptrdiff_t num_experts, hidden_size, intermediate_size;
+    const void *const *gate, *const *up, *const *down;
+} mp_layer;
+
+enum { MP_OK = 0, MP_NO_MEMORY = -1, MP_BAD_EXPERT = -2 };
+
+/* out[t] = sum_s weights[t, s] * expert_{experts[t, s]}(hidden[t]), over the slots s
+ * in ascending order of expert, in fp32, rounded once. A slot with expert -1 costs
+ * nothing. hidden, out: (T,H) of the layer's dtype; experts, weights: (T,slots).
+ * An expert may be named once a token, or more often (its weights then add up).
+ * Returns MP_OK or an error, then `out` is undefined. */
+int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
+               const int32_t *experts, const float *weights, ptrdiff_t slots,
+               int threads, void *out);
+
+#endif

@@ -1,0 +1,105 @@
+/* Bindings: a layer's experts, alone and behind a router. */
+#include "pyargs.h"
+
+PyDoc_STRVAR(experts_doc,
+"experts(hidden, experts, weights, dtype, pointers, intermediate_size, threads)\n--\n\n"
+"hidden (T,H), experts (T,k) int32 with -1 for none, weights (T,k) float32 -> (T,H).\n"
+"pointers (3,E) uint64: the addresses of gate, up (I,H) and down (H,I) of each expert.");
+
+static PyObject *experts(PyObject *module, PyObject *args)
+{
+    PyObject *hidden, *indices, *weights, *pointers, *out;
+    PyArrayObject *x, *idx, *w;
+    const char *dtype_name;
+    Py_ssize_t intermediate_size;
+    int threads, error;
+    mp_dtype dtype;
+    mp_layer layer;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "OOOsOni:experts", &hidden, &indices, &weights,
+                          &dtype_name, &pointers, &intermediate_size, &threads)
+        || mp_parse_dtype(dtype_name, &dtype)
+        || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
+        || !(idx = mp_array(indices, "experts", NPY_INT32, 2))
+        || !(w = mp_array(weights, "weights", NPY_FLOAT32, 2))
+        || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer))
+        return NULL;
+    if (PyArray_DIM(idx, 0) != PyArray_DIM(x, 0) || !PyArray_SAMESHAPE(idx, w))
+        return PyErr_Format(PyExc_ValueError,
+                            "experts and weights: expected (%zd, k) both",
+                            (Py_ssize_t)PyArray_DIM(x, 0));
+    if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), mp_carrier(dtype))))
+        return NULL;
+
+    Py_BEGIN_ALLOW_THREADS
+    error = mp_experts(&layer, PyArray_DATA(x), PyArray_DIM(x, 0), PyArray_DATA(idx),
+                       PyArray_DATA(w), PyArray_DIM(idx, 1), threads,
+                       PyArray_DATA((PyArrayObject *)out));
+    Py_END_ALLOW_THREADS
+    if (mp_check_experts(error)) {
+        Py_DECREF(out);
+        return NULL;
+    }
+    return out;
+}
+
+PyDoc_STRVAR(moe_doc,
+"moe(hidden, logits, dtype, pointers, intermediate_size, spec, threads)\n--\n\n"
+"hidden (T,H), logits (T,E) -> out (T,H) and the routing as in route().");
+
+static PyObject *moe(PyObject *module, PyObject *args)
+{
+    PyObject *hidden, *logits, *pointers, *spec_tuple, *out = NULL, *result = NULL;
+    PyObject *arrays[4] = {NULL};
+    PyArrayObject *x, *z;
+    const char *dtype_name;
+    Py_ssize_t intermediate_size;
+    int threads, error = MP_OK;
+    mp_dtype dtype;
+    mp_layer layer;
+    mp_route_spec spec;
+    mp_routing routing;
+    ptrdiff_t bad_row;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "OOsOnOi:moe", &hidden, &logits, &dtype_name, &pointers,
+                          &intermediate_size, &spec_tuple, &threads)
+        || mp_parse_dtype(dtype_name, &dtype)
+        || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
+        || !(z = mp_array(logits, "router_logits", mp_carrier(dtype), 2))
+        || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
+        || mp_parse_spec(spec_tuple, PyArray_DIM(z, 1), dtype, &spec))
+        return NULL;
+    const npy_intp T = PyArray_DIM(x, 0);
+    if (PyArray_DIM(z, 0) != T || PyArray_DIM(z, 1) != layer.num_experts)
+        return PyErr_Format(PyExc_ValueError,
+                            "router_logits: expected shape (%zd, %zd), got (%zd, %zd)",
+                            (Py_ssize_t)T, (Py_ssize_t)layer.num_experts,
+                            (Py_ssize_t)PyArray_DIM(z, 0), (Py_ssize_t)PyArray_DIM(z, 1));
+    if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), mp_carrier(dtype)))
+        || mp_new_routing(T, spec.max_k, arrays, &routing))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    bad_row = mp_route(&spec, PyArray_DATA(z), dtype, T, layer.num_experts, threads,
+                       &routing, NULL);
+    if (bad_row < 0)
+        error = mp_experts(&layer, PyArray_DATA(x), T, routing.experts, routing.weights,
+                           spec.max_k, threads, PyArray_DATA((PyArrayObject *)out));
+    Py_END_ALLOW_THREADS
+    if (mp_check_row(bad_row) || mp_check_experts(error))
+        goto done;
+    result = Py_BuildValue("OOOOO", out, arrays[0], arrays[1], arrays[2], arrays[3]);
+done:
+    for (int i = 0; i < 4; i++)
+        Py_XDECREF(arrays[i]);
+    Py_XDECREF(out);
+    return result;
+}
+
+PyMethodDef mp_experts_methods[] = {
+    {"experts", experts, METH_VARARGS, experts_doc},
+    {"moe", moe, METH_VARARGS, moe_doc},
+    {NULL, NULL, 0, NULL},
+};

@@ -1,0 +1,90 @@
+/* Bindings: routers and p-values. */
+#include "pyargs.h"
+
+PyDoc_STRVAR(route_doc,
+"route(logits, dtype, spec, threads, want_p)\n--\n\n"
+"logits (T,E) -> weights (T,max_k) float32, experts (T,max_k) int32 padded with -1,\n"
+"counts (T,) int32, rejections (T,) int32, p (T,E) float64 or None.");
+
+static PyObject *route(PyObject *module, PyObject *args)
+{
+    PyObject *logits, *spec_tuple, *arrays[4] = {NULL}, *p = NULL, *result = NULL;
+    PyArrayObject *view;
+    const char *dtype_name;
+    int threads, want_p;
+    mp_dtype dtype;
+    mp_route_spec spec;
+    mp_routing routing;
+    ptrdiff_t bad_row;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "OsOip:route", &logits, &dtype_name, &spec_tuple,
+                          &threads, &want_p)
+        || mp_parse_dtype(dtype_name, &dtype)
+        || !(view = mp_array(logits, "router_logits", mp_carrier(dtype), 2))
+        || mp_parse_spec(spec_tuple, PyArray_DIM(view, 1), dtype, &spec))
+        return NULL;
+    npy_intp *shape = PyArray_DIMS(view);
+    if (want_p && !(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
+        goto done;
+    if (mp_new_routing(shape[0], spec.max_k, arrays, &routing))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    bad_row = mp_route(&spec, PyArray_DATA(view), dtype, shape[0], shape[1], threads,
+                       &routing, p ? PyArray_DATA((PyArrayObject *)p) : NULL);
+    Py_END_ALLOW_THREADS
+    if (mp_check_row(bad_row))
+        goto done;
+    result = Py_BuildValue("OOOOO", arrays[0], arrays[1], arrays[2], arrays[3],
+                           p ? p : Py_None);
+done:
+    for (int i = 0; i < 4; i++)
+        Py_XDECREF(arrays[i]);
+    Py_XDECREF(p);
+    return result;
+}
+
+PyDoc_STRVAR(p_values_doc,
+"p_values(logits, score, table, threads=1)\n--\n\n"
+"logits (T,E) float32 -> p (T,E) float64 under the null of `table` (LayerNull.table),\n"
+"or under the `normal` null where table is None.");
+
+static PyObject *p_values(PyObject *module, PyObject *args)
+{
+    PyObject *logits, *table, *p;
+    PyArrayObject *view;
+    const char *score;
+    int threads = 1;
+    mp_route_spec spec = {0};
+    ptrdiff_t bad_row;
+    (void)module;
+
+    if (!PyArg_ParseTuple(args, "OsO|i:p_values", &logits, &score, &table, &threads)
+        || !(view = mp_array(logits, "router_logits", NPY_FLOAT32, 2))
+        || mp_parse_null(score, table, &spec))
+        return NULL;
+    npy_intp *shape = PyArray_DIMS(view);
+    if (shape[1] < 1 || shape[1] > MP_MAX_EXPERTS)
+        return PyErr_Format(PyExc_ValueError,
+                            "router_logits: expected 1 to %d experts, got %zd",
+                            (int)MP_MAX_EXPERTS, (Py_ssize_t)shape[1]);
+    if (!(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
+        return NULL;
+
+    Py_BEGIN_ALLOW_THREADS
+    bad_row = mp_p_values(&spec, PyArray_DATA(view), shape[0], shape[1], threads,
+                          PyArray_DATA((PyArrayObject *)p));
+    Py_END_ALLOW_THREADS
+    if (mp_check_row(bad_row)) {
+        Py_DECREF(p);
+        return NULL;
+    }
+    return p;
+}
+
+PyMethodDef mp_route_methods[] = {
+    {"route", route, METH_VARARGS, route_doc},
+    {"p_values", p_values, METH_VARARGS, p_values_doc},
+    {NULL, NULL, 0, NULL},
+};

@@ -1,0 +1,51 @@
+/* The only place where a PyObject becomes a checked C view. Every function sets a
+ * Python error and returns NULL or -1 when the object is not what was expected. */
+#ifndef MP_PYARGS_H
+#define MP_PYARGS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL moeprof_ARRAY_API
+#ifndef MP_IMPORTS_NUMPY /* module.c only */
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include "experts.h"
+#include "route.h"
+
+/* An array of this NumPy type and ndim, C-contiguous, aligned, native; borrowed. */
+PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int ndim);
+
+/* "float32", "bfloat16", "float16". */
+int mp_parse_dtype(const char *name, mp_dtype *dtype);
+
+/* The NumPy type that carries a dtype: 16-bit floats travel as uint16. */
+int mp_carrier(mp_dtype dtype);
+
+/* The tuple of moeprof/routers.py (Router.spec): (router, parameters, min_k, max_k,
+ * temperature, norm, norm_k, score, table or None). The table is borrowed. */
+int mp_parse_spec(PyObject *object, npy_intp num_experts, mp_dtype dtype,
+                  mp_route_spec *spec);
+
+/* score is "logit" or "logprob"; table None means the `normal` null. Borrowed. */
+int mp_parse_null(const char *score, PyObject *table, mp_route_spec *spec);
+
+/* pointers: (3,E) uint64, the addresses of gate, up and down of each expert. */
+int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
+                   Py_ssize_t intermediate_size, mp_layer *layer);
+
+/* New arrays for a routing of (T,max_k): weights, experts, counts, rejections. On
+ * failure some of `arrays` may be set: the caller releases what is not NULL. */
+int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
+                   mp_routing *routing);
+
+/* ValueError for what mp_route and mp_experts return; -1 unless all is well. */
+int mp_check_row(ptrdiff_t bad_row);
+int mp_check_experts(int error);
+
+extern PyMethodDef mp_route_methods[], mp_experts_methods[], mp_kernel_methods[];
+
+#endif

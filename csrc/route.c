@@ -1,0 +1,172 @@
+#include "route.h"
+
+#include "bits.h"
+#include "pool.h"
+
+#include <math.h>
+#include <stdatomic.h>
+
+/* Tokens of one task: enough to pay for handing it out (about 1 us a token). */
+enum { TOKENS_PER_TASK = 32 };
+
+typedef struct {
+    const mp_route_spec *spec;
+    const void *logits;
+    mp_dtype dtype;
+    ptrdiff_t tokens, num_experts;
+    mp_routing *routing; /* NULL: p-values only */
+    double *p;
+    atomic_ptrdiff_t bad_row; /* the first unusable row, or `tokens` */
+} job;
+
+static void widen_row(const job *j, ptrdiff_t row, float *z)
+{
+    const ptrdiff_t E = j->num_experts, at = row * E;
+    for (ptrdiff_t e = 0; e < E; e++)
+        z[e] = j->dtype == MP_F32  ? ((const float *)j->logits)[at + e]
+             : j->dtype == MP_BF16 ? mp_f32_from_bf16(((const uint16_t *)j->logits)[at + e])
+                                   : mp_f32_from_f16(((const uint16_t *)j->logits)[at + e]);
+}
+
+static int usable(const float *z, ptrdiff_t num_experts)
+{
+    int above = 0;
+    for (ptrdiff_t e = 0; e < num_experts; e++) {
+        if (isnan(z[e]))
+            return 0;
+        above |= z[e] > -INFINITY;
+    }
+    return above;
+}
+
+static void note_bad_row(job *j, ptrdiff_t row)
+{
+    ptrdiff_t seen = atomic_load(&j->bad_row);
+    while (row < seen && !atomic_compare_exchange_weak(&j->bad_row, &seen, row)) {
+    }
+}
+
+static void p_values_of_row(const mp_route_spec *spec, const float *z,
+                            ptrdiff_t num_experts, double *p)
+{
+    double work[MP_MAX_EXPERTS];
+    if (!spec->table) {
+        mp_ops.p_normal(z, num_experts, work, p);
+        return;
+    }
+    if (spec->score == MP_SCORE_LOGPROB)
+        mp_ops.logprob(z, num_experts, work);
+    else
+        for (ptrdiff_t e = 0; e < num_experts; e++)
+            work[e] = z[e];
+    mp_ops.p_table(work, num_experts, spec->table, p);
+}
+
+static float rounded(float value, mp_dtype dtype)
+{
+    return dtype == MP_F32  ? value
+         : dtype == MP_BF16 ? mp_f32_from_bf16(mp_bf16_from_f32(value))
+                            : mp_f32_from_f16(mp_f16_from_f32(value));
+}
+
+static float mass(const float *prob, const int32_t *order, ptrdiff_t count)
+{
+    float sum = 0;
+    for (ptrdiff_t i = 0; i < count; i++)
+        sum += prob[order[i]];
+    return sum;
+}
+
+/* The weights of the first `count` experts in `order`. */
+static void weigh(const mp_route_spec *spec, const float *z, ptrdiff_t num_experts,
+                  const int32_t *order, ptrdiff_t count, float *weights)
+{
+    float prob[MP_MAX_EXPERTS];
+    mp_ops.softmax(z, num_experts, spec->temperature, prob);
+    float factor = 1, divisor = 1;
+    if (spec->norm != MP_NORM_NONE)
+        divisor = mass(prob, order, count);
+    if (spec->norm == MP_NORM_MASS) {
+        int32_t by_logit[MP_MAX_EXPERTS];
+        mp_ops.order(NULL, z, num_experts, by_logit);
+        factor = mass(prob, by_logit, spec->norm_k);
+    }
+    for (ptrdiff_t i = 0; i < count; i++)
+        weights[i] = rounded(prob[order[i]] / divisor * factor, spec->round_to);
+}
+
+static void select_experts(job *j, ptrdiff_t row, const float *z, const double *p)
+{
+    const mp_route_spec *spec = j->spec;
+    const ptrdiff_t E = j->num_experts, max_k = spec->max_k;
+    int32_t order[MP_MAX_EXPERTS];
+    double sorted[MP_MAX_EXPERTS];
+    mp_ops.order(p, z, E, order);
+    if (p)
+        for (ptrdiff_t i = 0; i < E; i++)
+            sorted[i] = p[order[i]];
+
+    mp_token token = {E, p ? sorted : NULL};
+    ptrdiff_t rejections = spec->router->count(&token, spec->parameters);
+    ptrdiff_t count = rejections < spec->min_k ? spec->min_k
+                    : rejections > max_k       ? max_k : rejections;
+
+    float *weights = j->routing->weights + row * max_k;
+    int32_t *experts = j->routing->experts + row * max_k;
+    weigh(spec, z, E, order, count, weights);
+    for (ptrdiff_t i = 0; i < max_k; i++) {
+        experts[i] = i < count ? order[i] : -1;
+        if (i >= count)
+            weights[i] = 0;
+    }
+    j->routing->counts[row] = (int32_t)count;
+    j->routing->rejections[row] = (int32_t)rejections;
+}
+
+static void route_tokens(void *context, ptrdiff_t task, int worker)
+{
+    job *j = context;
+    const ptrdiff_t E = j->num_experts, first = task * TOKENS_PER_TASK;
+    const int wants_p = j->p || j->spec->router->wants_p;
+    float z[MP_MAX_EXPERTS];
+    double p_row[MP_MAX_EXPERTS];
+    (void)worker;
+    for (ptrdiff_t t = first; t < first + TOKENS_PER_TASK && t < j->tokens; t++) {
+        double *p = j->p ? j->p + t * E : p_row;
+        widen_row(j, t, z);
+        if (!usable(z, E)) {
+            note_bad_row(j, t);
+            continue;
+        }
+        if (wants_p)
+            p_values_of_row(j->spec, z, E, p);
+        if (j->routing)
+            select_experts(j, t, z, j->spec->router->wants_p ? p : NULL);
+    }
+}
+
+static ptrdiff_t run(job *j, int threads)
+{
+    atomic_init(&j->bad_row, j->tokens);
+    mp_parallel((j->tokens + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK, threads,
+                route_tokens, j);
+    ptrdiff_t bad = atomic_load(&j->bad_row);
+    return bad < j->tokens ? bad : -1;
+}
+
+ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_dtype dtype,
+                   ptrdiff_t tokens, ptrdiff_t num_experts, int threads,
+                   mp_routing *routing, double *p)
+{
+    job j = {.spec = spec, .logits = logits, .dtype = dtype, .tokens = tokens,
+             .num_experts = num_experts, .routing = routing, .p = p};
+    return run(&j, threads);
+}
+
+ptrdiff_t mp_p_values(const mp_route_spec *spec, const float *logits, ptrdiff_t tokens,
+                      ptrdiff_t num_experts, int threads, double *p)
+{
+    job j = {.spec = spec, .logits = logits, .dtype = MP_F32, .tokens = tokens,
+             .num_experts = num_experts, .p = p};
+    return run(&j, threads);
+}

@@ -1,0 +1,28 @@
+/* out = x W^T, one dot product at a time. */
+#include "scalar.h"
+
+#define DEFINE_LINEAR(dtype, X_TYPE, X_WIDEN, W_SIZE, W_WIDEN)                         \
+    void mp_linear_##dtype##_scalar(const mp_rows *x, const void *w, ptrdiff_t n,      \
+                                    ptrdiff_t k, float *out, ptrdiff_t ldout,          \
+                                    float *scratch)                                    \
+    {                                                                                  \
+        (void)scratch;                                                                 \
+        for (ptrdiff_t r = 0; r < x->count; r++) {                                     \
+            const X_TYPE *x_r = (const X_TYPE *)x->data + mp_row(x, r);                \
+            for (ptrdiff_t j = 0; j < n; j++) {                                        \
+                const char *w_j = (const char *)w + j * k * W_SIZE;                    \
+                float sum = 0;                                                         \
+                for (ptrdiff_t i = 0; i < k; i++)                                      \
+                    sum += X_WIDEN(x_r[i]) * W_WIDEN(w_j + i * W_SIZE);                \
+                out[r * ldout + j] = sum;                                              \
+            }                                                                          \
+        }                                                                              \
+    }
+
+#define SAME(value) (value)
+#define LOAD_BF16(at) mp_f32_from_bf16(mp_load_u16(at))
+#define LOAD_F16(at) mp_f32_from_f16(mp_load_u16(at))
+
+DEFINE_LINEAR(f32, float, SAME, 4, mp_load_f32)
+DEFINE_LINEAR(bf16, uint16_t, mp_f32_from_bf16, 2, LOAD_BF16)
+DEFINE_LINEAR(f16, float, SAME, 2, LOAD_F16)

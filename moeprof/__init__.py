@@ -1,0 +1,79 @@
+"""moeprof: look into, change and run the mixture-of-experts layers of Hugging Face models on a CPU.
+
+``import moeprof`` needs NumPy only and gives the routers as functions. Whatever touches a
+model (``moeprof.patch`` ...) is imported on first use, and with it torch and transformers.
+"""
+
+import ctypes
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+
+
+def _load_openblas() -> None:
+    """Load the wheel's OpenBLAS for the extension alone.
+
+    Not by ``import scipy_openblas32``: that loads it with global symbols, to which SciPy's
+    own linear algebra would then bind. A build with MOEPROF_BLAS=system needs none of this.
+    """
+    spec = importlib.util.find_spec("scipy_openblas32")
+    if spec is not None and spec.origin is not None:
+        for library in (Path(spec.origin).parent / "lib").glob("libscipy_openblas.*"):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL)
+
+
+_load_openblas()
+
+from . import _C  # noqa: E402
+from .cpu import cpu_info, get_num_threads, set_num_threads  # noqa: E402
+from .routers import (  # noqa: E402
+    BH,
+    TopK,
+    benjamini_hochberg,
+    benjamini_hochberg_routing,
+    topk_routing,
+)
+
+_C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
+
+__version__ = "0.1.0"
+
+# name -> the module that defines it; imported when first asked for
+_LAZY = {
+    "Null": "null",
+    "OLMoERouterPatcher": "patching",
+    "experts_forward": "experts",
+    "fit_null": "null",
+    "patch": "patching",
+    "run_configuration": "experiment",
+    "unpatch": "patching",
+}
+
+__all__ = sorted(
+    [
+        "BH",
+        "TopK",
+        "benjamini_hochberg",
+        "benjamini_hochberg_routing",
+        "cpu_info",
+        "get_num_threads",
+        "set_num_threads",
+        "topk_routing",
+        *_LAZY,
+    ]
+)
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in ("demo", "experiment", "null"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

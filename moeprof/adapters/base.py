@@ -1,0 +1,150 @@
+"""What the layouts share: hooks that would be skipped, outputs of routers."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..experts import tensor_obstacle
+
+# Hooks that may sit on a gate: transformers' recorder of router logits, and moeprof's own.
+_KNOWN_HOOKS = ("transformers.utils.output_capturing", "moeprof.")
+
+
+class RouterOutput(NamedTuple):
+    """What a gate said of T tokens; None for what it did not say."""
+
+    logits: Tensor | None  # (T, E)
+    weights: Tensor | None = None  # (T, k)
+    experts: Tensor | None = None  # (T, k) integer, -1 for a skipped slot
+
+
+class Adapter:
+    """One layout of MoE blocks: `gate` routes, `experts` are skipped where not selected."""
+
+    block_class: ClassVar[type[nn.Module] | None]  # None: not in this transformers
+    gate_class: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return cls.block_class is not None and type(module) is cls.block_class
+
+    # What a layout has to say:
+
+    @classmethod
+    def num_experts(cls, block: nn.Module) -> int:
+        raise NotImplementedError  # abstract
+
+    @classmethod
+    def settings(cls, block: nn.Module) -> tuple[int, bool]:
+        """(top_k, norm_topk_prob) of the model's own router."""
+        raise NotImplementedError  # abstract
+
+    @classmethod
+    def weights(cls, block: nn.Module) -> list[Tensor]:
+        """The expert weights, as `pointer_table` takes them."""
+        raise NotImplementedError  # abstract
+
+    @classmethod
+    def layout_obstacle(cls, block: nn.Module) -> str | None:
+        """Why the experts can't run in C, or None."""
+        raise NotImplementedError  # abstract
+
+    @classmethod
+    def logits(cls, block: nn.Module, x: Tensor) -> Any:
+        """What the stock gate says of x (T, H), through its __call__."""
+        raise NotImplementedError  # abstract
+
+    @classmethod
+    def output(cls, hidden: Tensor, router: RouterOutput) -> Any:
+        """What the block's forward returns."""
+        raise NotImplementedError  # abstract
+
+    gate_forward: ClassVar = None  # replaces gate.forward, where one is needed
+
+    # Shared:
+
+    @classmethod
+    def has_stock_gate(cls, block: nn.Module) -> bool:
+        return type(block.gate) is cls.gate_class
+
+    @classmethod
+    def obstacle(cls, block: nn.Module) -> str | None:
+        """Why this block can't run on the C path as it is now, or None."""
+        if torch.is_autocast_enabled("cpu"):
+            return "CPU autocast is active"
+        if cls.has_stock_gate(block):
+            forward = vars(block.gate).get("forward")
+            if forward and getattr(forward, "__func__", None) is not cls.gate_forward:
+                return "the gate has a forward of its own"
+            if foreign := [h for h in _hooks(block.gate) if not _is_known(h)]:
+                return f"a hook on the gate: {foreign[0]!r}"
+        for module in block.experts.modules():
+            if "forward" in vars(module) or _hooks(module):
+                return f"a hook or a forward of its own on {type(module).__name__} in the experts"
+        return cls.layout_obstacle(block) or tensor_obstacle(cls.weights(block))
+
+    @classmethod
+    def route(cls, block: nn.Module, x: Tensor, num_experts: int) -> RouterOutput:
+        """What the block's gate, stock or a user's, says of x (T, H)."""
+        if cls.has_stock_gate(block):
+            return RouterOutput(cls.logits(block, x))
+        return read_router_output(block.gate(x), len(x), num_experts)
+
+
+def _hooks(module: nn.Module) -> list:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def _is_known(hook) -> bool:
+    return (getattr(hook, "__module__", "") or "").startswith(_KNOWN_HOOKS)
+
+
+def read_router_output(output: Any, tokens: int, num_experts: int) -> RouterOutput:
+    """Read what a router returned.
+
+    Accepted: logits (T, E); (logits (T, E), weights (T, k), indices (T, k)); (weights (T, k) or
+    scores (T, E), indices (T, k)). Leading dimensions may be (B, S) in place of T.
+
+    Raises
+    ------
+    ValueError
+        "Router output format unexpected ...", with what came.
+    """
+    parts = [output] if isinstance(output, Tensor) else output
+    if isinstance(parts, tuple | list) and all(isinstance(p, Tensor) for p in parts):
+        rows = [p.reshape(-1, p.shape[-1]) for p in parts if p.dim() in (2, 3)]
+        if len(rows) == len(parts) and all(len(r) == tokens for r in rows):
+            if read := _by_shape(rows, num_experts):
+                return read
+    raise ValueError(
+        f"Router output format unexpected: wanted logits ({tokens}, {num_experts}), or (logits, "
+        f"weights (T, k), indices (T, k)), or (weights, indices); got {_describe(output)}"
+    )
+
+
+def _by_shape(rows: list[Tensor], num_experts: int) -> RouterOutput | None:
+    *values, last = rows
+    if not values:
+        is_logits = last.is_floating_point() and last.shape[1] == num_experts
+        return RouterOutput(last) if is_logits else None
+    if last.is_floating_point() or not all(v.is_floating_point() for v in values):
+        return None
+    weights = values[-1]
+    if weights.shape != last.shape and weights.shape[1] == num_experts:  # scores over all E
+        weights = weights.gather(1, last.clamp(min=0).long())
+    if weights.shape != last.shape:
+        return None
+    if len(values) == 1:
+        return RouterOutput(None, weights, last)
+    if len(values) == 2 and values[0].shape[1] == num_experts:
+        return RouterOutput(values[0], weights, last)
+    return None
+
+
+def _describe(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
+    if isinstance(output, tuple | list):
+        return f"{type(output).__name__} of ({', '.join(map(_describe, output))})"
+    return type(output).__name__

@@ -1,0 +1,269 @@
+"""The experts of a layer on the C path, as torch operators.
+
+Two operators, both opaque to torch.compile and counted by torch's FlopCounterMode:
+``moeprof::experts`` runs a routing that is given, ``moeprof::moe`` routes and runs in one call.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _C
+from .cpu import get_num_threads
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+# ---- torch memory as the kernels see it ----
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """A NumPy view of a CPU tensor, 16-bit floats as uint16; copies only if not contiguous."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype.itemsize == 2 else tensor).numpy()
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(array).view(dtype)
+
+
+def pointer_table(weights: Sequence[Tensor]) -> tuple[np.ndarray, int]:
+    """Where the matrices of each expert lie.
+
+    Parameters
+    ----------
+    weights
+        Either the packed pair ``[gate_up (E, 2I, H), down (E, H, I)]`` of transformers 5, or
+        the list ``[gate_0, up_0, down_0, gate_1, ...]`` of transformers 4. Contiguous.
+
+    Returns
+    -------
+    pointers : (3, E) uint64
+        Addresses of gate, up and down. They hold as long as the tensors do.
+    intermediate_size : int
+    """
+    if weights[0].dim() == 2:
+        addresses = np.array([w.data_ptr() for w in weights], dtype=np.uint64)
+        return np.ascontiguousarray(addresses.reshape(-1, 3).T), weights[0].shape[0]
+    gate_up, down = weights
+    num_experts, intermediate_size, hidden_size = down.shape[0], down.shape[2], down.shape[1]
+    half = intermediate_size * hidden_size * down.element_size()
+    experts = np.arange(num_experts, dtype=np.uint64)
+    gate = experts * np.uint64(2 * half) + np.uint64(gate_up.data_ptr())
+    down_at = experts * np.uint64(half) + np.uint64(down.data_ptr())
+    return np.stack([gate, gate + np.uint64(half), down_at]), intermediate_size
+
+
+# ---- the operators ----
+
+
+@torch.library.custom_op("moeprof::experts", mutates_args=())
+def experts_op(
+    hidden: Tensor, experts: Tensor, routing_weights: Tensor, weights: list[Tensor], name: str
+) -> Tensor:
+    pointers, intermediate_size = pointer_table(weights)
+    out = _C.experts(
+        _array(hidden),
+        _array(experts.to(torch.int32)),
+        _array(routing_weights.to(torch.float32)),
+        DTYPES[hidden.dtype],
+        pointers,
+        intermediate_size,
+        get_num_threads(),
+    )
+    return _tensor(out, hidden.dtype)
+
+
+@experts_op.register_fake
+def _(hidden, experts, routing_weights, weights, name):
+    return torch.empty_like(hidden)
+
+
+@torch.library.custom_op("moeprof::moe", mutates_args=())
+def moe_op(
+    hidden: Tensor,
+    logits: Tensor,
+    weights: list[Tensor],
+    router: str,
+    parameters: list[float],
+    min_k: int,
+    max_k: int,
+    temperature: float,
+    norm: str,
+    norm_k: int,
+    score: str,
+    table: Tensor | None,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pointers, intermediate_size = pointer_table(weights)
+    spec = (router, tuple(parameters), min_k, max_k, temperature, norm, norm_k, score,
+            None if table is None else table.numpy())  # fmt: skip
+    try:
+        out, *routing = _C.moe(
+            _array(hidden),
+            _array(logits),
+            DTYPES[hidden.dtype],
+            pointers,
+            intermediate_size,
+            spec,
+            get_num_threads(),
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return (_tensor(out, hidden.dtype), *map(torch.from_numpy, routing))
+
+
+@moe_op.register_fake
+def _(hidden, logits, weights, router, parameters, min_k, max_k, *rest):
+    tokens = hidden.shape[0]
+    slots = hidden.new_empty((tokens, max_k), dtype=torch.int32)
+    counts = hidden.new_empty((tokens,), dtype=torch.int32)
+    return (torch.empty_like(hidden), slots.float(), slots, counts, torch.empty_like(counts))
+
+
+# ---- gradients: refused, never dropped ----
+
+
+def _remember_name(ctx, inputs, output) -> None:
+    ctx.layer_name = inputs[-1]
+
+
+def _refuse(ctx, *gradients):
+    raise RuntimeError(
+        f"{ctx.layer_name}: the C path has no backward; unpatch the model to train it"
+    )
+
+
+experts_op.register_autograd(_refuse, setup_context=_remember_name)
+moe_op.register_autograd(_refuse, setup_context=_remember_name)
+
+
+# ---- FLOPs: 6 H I for each expert that a token was sent to ----
+
+
+def _expert_flops(weights: Sequence[Tensor]) -> int:
+    down = weights[-1]  # (E, H, I) or (H, I)
+    return 6 * down.shape[-1] * down.shape[-2]
+
+
+def _total(counts: Tensor, upper_bound: int) -> int:
+    """The sum of a tensor that torch.compile's fake tensors do not have: then the bound."""
+    is_fake = isinstance(counts, torch._subclasses.FakeTensor)
+    return upper_bound if is_fake else int(counts.sum())
+
+
+@register_flop_formula(torch.ops.moeprof.experts, get_raw=True)
+def _(hidden, experts, routing_weights, weights, name, *, out_val=None, **kwargs) -> int:
+    return _expert_flops(weights) * _total(experts >= 0, experts.numel())
+
+
+@register_flop_formula(torch.ops.moeprof.moe, get_raw=True)
+def _(hidden, logits, weights, *spec, out_val=None, **kwargs) -> int:
+    _, _, experts, counts, _ = out_val
+    return _expert_flops(weights) * _total(counts, experts.numel())
+
+
+# ---- the experts interface of transformers 5 ----
+
+
+def experts_forward(
+    experts: torch.nn.Module, hidden: Tensor, idx: Tensor, weights: Tensor
+) -> Tensor:
+    """Run the experts that a routing names, skipping the others and every slot of -1.
+
+    On transformers 5 this is also the experts implementation "moeprof":
+    ``model.set_experts_implementation("moeprof")``, for every class on that interface with
+    SwiGLU experts without bias.
+
+    Parameters
+    ----------
+    experts : torch.nn.Module
+        Holds ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I), float32, bfloat16 or
+        float16, on the CPU.
+    hidden : (T, H), dtype of the weights
+    idx : (T, k) integer, expert ids, -1 for none
+    weights : (T, k) floating point
+
+    Returns
+    -------
+    (T, H) tensor, dtype of hidden
+
+    Raises
+    ------
+    ValueError
+        If the experts, or the shapes, are not of that form; it names what was expected.
+    """
+    name = type(experts).__name__
+    if reason := packed_obstacle(experts):
+        raise ValueError(f"{name}: not on moeprof's path: {reason}")
+    matrices = [experts.gate_up_proj, experts.down_proj]
+    if hidden.dim() != 2 or hidden.shape[1] != matrices[1].shape[1]:
+        raise ValueError(
+            f"{name}: hidden: expected (T, {matrices[1].shape[1]}), got {tuple(hidden.shape)}"
+        )
+    if idx.dim() != 2 or idx.shape != weights.shape or len(idx) != len(hidden):
+        raise ValueError(
+            f"{name}: idx and weights: expected ({len(hidden)}, k) both, "
+            f"got {tuple(idx.shape)} and {tuple(weights.shape)}"
+        )
+    if reason := tensor_obstacle([*matrices, hidden]):
+        raise ValueError(f"{name}: {reason}")
+    return experts_op(hidden, idx, weights, matrices, name)
+
+
+def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    """Why the kernels can't read these tensors as one layer's, or None."""
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES:
+        return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"a tensor on device {tensor.device} (only cpu is supported)"
+        if tensor.dtype != dtype:
+            return f"dtypes {dtype} and {tensor.dtype} in one layer"
+    return None
+
+
+def is_silu(activation) -> bool:
+    """True for torch's and transformers' SiLU."""
+    return type(activation).__name__ in ("SiLU", "SiLUActivation")
+
+
+def packed_obstacle(experts: torch.nn.Module) -> str | None:
+    """Why packed experts of transformers 5 are not on the C path, or None."""
+    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
+        return "no tensors gate_up_proj and down_proj"
+    if getattr(experts, "has_bias", False):
+        return "experts with a bias"
+    if getattr(experts, "is_transposed", False) or not getattr(experts, "is_concatenated", True):
+        return "transposed or interleaved expert weights"
+    if getattr(experts, "has_post_expert_norm", False):
+        return "a norm after each expert"
+    if getattr(experts, "_is_expert_parallel", False):
+        return "expert parallelism"
+    apply_gate = getattr(type(experts), "_apply_gate", None)
+    if apply_gate is not None and apply_gate.__name__ != "_default_apply_gate":
+        return "a gating of its own (_apply_gate)"
+    if not is_silu(getattr(experts, "act_fn", None)):
+        return f"activation {getattr(experts, 'act_fn', None)!r} (SiLU is supported)"
+    num_experts, hidden_size, intermediate_size = down.shape
+    if gate_up.shape != (num_experts, 2 * intermediate_size, hidden_size):
+        return f"gate_up_proj {tuple(gate_up.shape)} beside down_proj {tuple(down.shape)}"
+    if not (gate_up.is_contiguous() and down.is_contiguous()):
+        return "expert weights that are not contiguous"
+    return None
+
+
+def _register() -> None:
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:  # transformers 4, or none: there is no such interface
+        return
+    ALL_EXPERTS_FUNCTIONS.register("moeprof", experts_forward)
+
+
+_register()

@@ -1,0 +1,333 @@
+"""patch() and unpatch(): the forward of MoE blocks swapped for the C path, and put back."""
+
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import adapter_of, find_moe_blocks
+from .adapters.base import Adapter, RouterOutput
+from .experts import experts_op, moe_op, tensor_obstacle
+from .null import LayerNull, resolve_null
+from .routers import Router, TopK, make_router
+
+_STATE = "_moeprof"  # the instance attribute by which a patched block knows its layer
+NORMS = ("model", "none", "sum", "mass")
+
+
+class Routing(NamedTuple):
+    """Which experts ran for T tokens; k_max slots each.
+
+    weights : (T, k_max) float32
+    experts : (T, k_max) int32, best first, padded with -1
+    counts : (T,) int32, experts of each token
+    rejections : (T,) int32, the router's count before min_k and max_k; may be 0
+    """
+
+    weights: Tensor
+    experts: Tensor
+    counts: Tensor
+    rejections: Tensor
+
+
+@dataclass(eq=False)
+class PatchedLayer:
+    """What a patched block carries. A copy of the model carries a copy of it."""
+
+    name: str  # "model.layers.0.mlp"
+    index: int  # among the model's MoE blocks
+    num_experts: int
+    adapter: type[Adapter]
+    router: Router | None  # None: the model's own top-k
+    null: LayerNull | None
+    norm: str
+    strict: bool
+    on_routing: Callable[[int, Routing], None] | None = None
+    fallback: str | None = None  # why the model's own forward runs, once it does
+    saved: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
+
+    def spec(self, top_k: int, norm_topk_prob: bool) -> tuple:
+        """The routing arguments of `moe_op`; the model's own settings are read every call."""
+        router = TopK(top_k) if self.router is None else self.router
+        norm = self.norm
+        if norm == "model":
+            norm = "sum" if norm_topk_prob else "none"
+        name, parameters, *rest, table = router.spec(
+            self.num_experts, norm=norm, norm_k=top_k, null=self.null
+        )
+        return (name, list(parameters), *rest, None if table is None else torch.from_numpy(table))
+
+
+class Handle:
+    """A patch that is in place. As a context manager it unpatches at the end of the block."""
+
+    def __init__(self, blocks: list[tuple[nn.Module, PatchedLayer]], skipped: dict[str, str]):
+        self._blocks = blocks
+        self._skipped = skipped
+
+    @property
+    def layers(self) -> list[PatchedLayer]:
+        """The patched layers, in the order of the model."""
+        return [layer for _, layer in self._blocks]
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """{layer name: reason} of the layers that run the model's own forward."""
+        ran = {layer.name: layer.fallback for layer in self.layers if layer.fallback}
+        return self._skipped | ran
+
+    @property
+    def active(self) -> bool:
+        """True while the patch is in place."""
+        return any(layer in _chain(block) for block, layer in self._blocks)
+
+    def on_routing(self, callback: Callable[[int, Routing], None] | None) -> None:
+        """Call ``callback(layer_index, routing)`` after each layer's call; None ends it."""
+        for layer in self.layers:
+            layer.on_routing = callback
+
+    def unpatch(self) -> None:
+        """Put the model back as it was; without effect where that was done already.
+
+        Raises
+        ------
+        RuntimeError
+            If the model was patched again since: the last patch has to go first. Nothing is
+            changed then.
+        """
+        mine = [(block, layer) for block, layer in self._blocks if layer in _chain(block)]
+        if any(vars(block)[_STATE] is not layer for block, layer in mine):
+            raise RuntimeError(
+                "unpatch: the model was patched again after this patch; unpatch that one first"
+            )
+        for block, _ in mine:
+            _restore(block)
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.unpatch()
+
+    def __repr__(self) -> str:
+        state = "patched" if self.active else "not patched"
+        return f"<moeprof.Handle: {len(self._blocks)} layers, {state}>"
+
+
+def patch(
+    model: nn.Module,
+    router: str | Router | None = None,
+    *,
+    null=None,
+    norm: str = "model",
+    strict: bool = True,
+    **router_parameters,
+) -> Handle:
+    """Run the model's MoE blocks in C, with the model's own router or another.
+
+    Only the experts that a token is routed to are computed. Neither the original top-k nor
+    the original forward runs.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model with ``OlmoeSparseMoeBlock`` in it, of transformers 4.57 or 5, on the CPU.
+    router : str, Router or None
+        None is the model's own top-k. A name takes its parameters as keywords:
+        ``patch(model, "bh", alpha=0.3, max_k=8)``.
+    null : Null, str, path or None
+        Where the p-values of the router come from: a fitted null, the path of a saved one, or
+        "normal". None is "normal", with a warning.
+    norm : {"model", "none", "sum", "mass"}
+        The weights of the selected experts, from the softmax p over all: "none" p_e; "sum"
+        p_e / sum p; "mass" scaled to the mass of the model's own top-k; "model" is "sum" where
+        the model has norm_topk_prob and "none" elsewhere.
+    strict : bool
+        A layer that can't run in C raises; with False it runs its own forward, with one
+        warning, and ``handle.fallbacks`` names it.
+
+    Returns
+    -------
+    Handle
+        ``handle.unpatch()``, or ``with moeprof.patch(model) as handle:``.
+
+    Raises
+    ------
+    ValueError
+        "No routers found ..." for a model without such a block; a layer that can't run in C;
+        a parameter out of range; a null fitted to another model. The model is as it was.
+    """
+    if router is not None:
+        router = make_router(router, **router_parameters)
+    elif router_parameters:
+        raise TypeError(f"patch: {sorted(router_parameters)} given without a router")
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
+    blocks = find_moe_blocks(model)
+    nulls = _layer_nulls(model, router, null, len(blocks))
+    patched, skipped = [], {}
+    for index, (name, block) in enumerate(blocks):
+        adapter = adapter_of(block)
+        if reason := adapter.obstacle(block):
+            if strict:
+                raise ValueError(f"{name}: can't run on moeprof's path: {reason}")
+            skipped[name] = reason
+            continue
+        num_experts = adapter.num_experts(block)
+        if router is not None:
+            router.limits(num_experts)  # raises before anything is changed
+        layer = PatchedLayer(name, index, num_experts, adapter, router, nulls[index], norm, strict)
+        patched.append((block, layer))
+    for name, reason in skipped.items():
+        _warn_fallback(name, reason)
+    for block, layer in patched:
+        _install(block, layer)
+    return Handle(patched, skipped)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Remove all patches from a model, also from a copy of a patched one; never fails."""
+    for module in list(model.modules()):
+        while _STATE in vars(module):
+            _restore(module)
+
+
+class OLMoERouterPatcher:
+    """patch() under the names of the original notebook.
+
+    moe_blocks : [(name, block)];  original_forwards : {name: forward};  patched : bool
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.moe_blocks = find_moe_blocks(model)
+        self.original_forwards = {name: block.forward for name, block in self.moe_blocks}
+        self._handle: Handle | None = None
+
+    @property
+    def patched(self) -> bool:
+        return self._handle is not None and self._handle.active
+
+    def patch(self, router: str | Router = "bh", **options) -> Handle:
+        """As :func:`patch`; a patch of this patcher that is in place goes first."""
+        self.unpatch()
+        self._handle = patch(self.model, router, **options)
+        return self._handle
+
+    def unpatch(self) -> None:
+        if self._handle is not None:
+            self._handle.unpatch()
+            self._handle = None
+
+
+# ---- installing and restoring ----
+
+
+def _layer_nulls(model, router: Router | None, null, count: int) -> list[LayerNull | None]:
+    if router is None or not router.wants_null:
+        if null is not None:
+            raise ValueError("null: given, but the router does not work on p-values")
+        return [None] * count
+    null = resolve_null(null, stacklevel=4)
+    if null is None:
+        return [None] * count
+    if isinstance(null, LayerNull):
+        raise TypeError("null: expected a Null with all layers, got a LayerNull")
+    null.check(model)
+    return [null.layer(index) for index in range(count)]
+
+
+def _install(block: nn.Module, layer: PatchedLayer) -> None:
+    changes = [(block, {"forward": types.MethodType(_forward, block), _STATE: layer})]
+    if layer.adapter.gate_forward and layer.adapter.has_stock_gate(block):
+        forward = types.MethodType(layer.adapter.gate_forward, block.gate)
+        changes.append((block.gate, {"forward": forward}))
+    for module, attributes in changes:
+        layer.saved.append((module, {n: vars(module).get(n, _Absent) for n in attributes}))
+        vars(module).update(attributes)
+
+
+def _restore(block: nn.Module) -> None:
+    """Undo the last patch of a block."""
+    for module, attributes in vars(block)[_STATE].saved:
+        for name, value in attributes.items():
+            if value is _Absent:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = value
+
+
+class _Absent:
+    """Stands for "there was no such attribute"; a class, so that copies keep its identity."""
+
+
+def _chain(block: nn.Module) -> list[PatchedLayer]:
+    """The patches of a block, the last one first."""
+    layers, layer = [], vars(block).get(_STATE, _Absent)
+    while layer is not _Absent:
+        layers.append(layer)
+        layer = layer.saved[0][1][_STATE]
+    return layers
+
+
+# ---- what runs ----
+
+
+def _forward(self, hidden_states: Tensor):
+    """The forward of a patched block; bound to the block, so that a copy uses its own weights."""
+    layer = vars(self)[_STATE]
+    adapter = layer.adapter
+    reason = adapter.obstacle(self) or _input_obstacle(adapter.weights(self)[0], hidden_states)
+    if reason:
+        return _own_forward(self, layer, reason, hidden_states)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    router = adapter.route(self, x, layer.num_experts)
+    out, routing = _run(self, layer, x, router)
+    if layer.on_routing is not None:
+        layer.on_routing(layer.index, routing)
+    return adapter.output(out.reshape(hidden_states.shape), router)
+
+
+def _run(
+    block: nn.Module, layer: PatchedLayer, x: Tensor, router: RouterOutput
+) -> tuple[Tensor, Routing]:
+    weights = layer.adapter.weights(block)
+    if layer.router is None and router.experts is not None:  # a user's router has chosen
+        out = experts_op(x, router.experts, router.weights, weights, layer.name)
+        experts = router.experts.to(torch.int32)
+        counts = (experts >= 0).sum(1, dtype=torch.int32)
+        return out, Routing(router.weights.float(), experts, counts, counts)
+    if router.logits is None:
+        raise ValueError(
+            f"Router output format unexpected: {layer.name}: the router {layer.router!r} works on "
+            "logits, and the gate returned weights and indices only"
+        )
+    spec = layer.spec(*layer.adapter.settings(block))
+    out, *routing = moe_op(x, router.logits.to(x.dtype), weights, *spec, layer.name)
+    return out, Routing(*routing)
+
+
+def _input_obstacle(weight: Tensor, hidden_states: Tensor) -> str | None:
+    reason = tensor_obstacle([weight, hidden_states])
+    return f"the hidden states: {reason}" if reason else None
+
+
+def _own_forward(block: nn.Module, layer: PatchedLayer, reason: str, hidden_states: Tensor):
+    """The forward that the model had before any patch, or an error where that is asked for."""
+    if layer.strict:
+        raise RuntimeError(f"{layer.name}: can't run on moeprof's path: {reason}")
+    if layer.fallback is None:
+        _warn_fallback(layer.name, reason)
+        layer.fallback = reason
+    forward = _chain(block)[-1].saved[0][1]["forward"]
+    if forward is _Absent:
+        return type(block).forward(block, hidden_states)
+    return forward(hidden_states)
+
+
+def _warn_fallback(name: str, reason: str) -> None:
+    warnings.warn(f"moeprof: {name} runs the model's own forward: {reason}", stacklevel=3)
