@@ -50,8 +50,9 @@ def system_openblas() -> dict:
 def extension() -> Extension:
     system = os.environ.get("MOEPROF_BLAS") == "system"
     options = system_openblas() if system else wheel_openblas()
-    compile_args = ["-std=gnu11", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-fvisibility=hidden"]
-    link_args = []
+    compile_args = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
+    compile_args += ["-Wall", "-Wextra"]
+    link_args = ["-lm", "-lpthread", "-ldl"]  # separate libraries before glibc 2.34
     if os.environ.get("MOEPROF_WERROR") == "1":
         compile_args.append("-Werror")
     if sanitizers := os.environ.get("MOEPROF_SANITIZE"):

@@ -36,6 +36,7 @@ static void work(void *argument)
 
 typedef void gomp_parallel_fn(void (*)(void *), void *, unsigned, unsigned);
 static gomp_parallel_fn *gomp_parallel;
+static int forked; /* libgomp's threads are gone and it can't be told */
 
 #if defined(__linux__)
 
@@ -63,7 +64,7 @@ static int try_library(struct dl_phdr_info *info, size_t size, void *argument)
 int mp_find_openmp(void)
 {
     gomp_parallel_fn *found = NULL;
-    if (!gomp_parallel) {
+    if (!gomp_parallel && !forked) {
         dl_iterate_phdr(try_library, &found);
         gomp_parallel = found;
     }
@@ -184,8 +185,7 @@ void mp_parallel(ptrdiff_t tasks, int threads, mp_task_fn *task, void *context)
 }
 
 /* Only the forking thread lives on in a child: neither our threads nor OpenMP's
- * are there. Ours are made anew when needed; libgomp can't be told, so the child
- * does without it. */
+ * are there. Ours are made anew when needed; the child does without OpenMP. */
 static void after_fork_in_child(void)
 {
     pthread_mutex_init(&own.lock, NULL);
@@ -193,6 +193,7 @@ static void after_fork_in_child(void)
     pthread_cond_init(&own.done, NULL);
     own.threads = own.running = own.wanted = 0;
     gomp_parallel = NULL;
+    forked = 1;
     atomic_flag_clear(&busy);
 }
 

@@ -46,7 +46,17 @@ static PyObject *experts(PyObject *module, PyObject *args)
 
 PyDoc_STRVAR(moe_doc,
 "moe(hidden, logits, dtype, pointers, intermediate_size, spec, threads)\n--\n\n"
-"hidden (T,H), logits (T,E) -> out (T,H) and the routing as in route().");
+"hidden (T,H), logits (T,E) -> out (T,H) and the routing as in route(). The logits are of\n"
+"the dtype of hidden, or float32; the weights are rounded to that of hidden.");
+
+/* Logits of the dtype of the hidden states, or float32. */
+static PyArrayObject *logits_view(PyObject *logits, mp_dtype hidden, mp_dtype *dtype)
+{
+    int wide = PyArray_Check(logits)
+            && PyArray_TYPE((PyArrayObject *)logits) == NPY_FLOAT32;
+    *dtype = wide ? MP_F32 : hidden;
+    return mp_array(logits, "router_logits", mp_carrier(*dtype), 2);
+}
 
 static PyObject *moe(PyObject *module, PyObject *args)
 {
@@ -56,7 +66,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
     const char *dtype_name;
     Py_ssize_t intermediate_size;
     int threads, error = MP_OK;
-    mp_dtype dtype;
+    mp_dtype dtype, logits_dtype;
     mp_layer layer;
     mp_route_spec spec;
     mp_routing routing;
@@ -67,7 +77,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
                           &intermediate_size, &spec_tuple, &threads)
         || mp_parse_dtype(dtype_name, &dtype)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
-        || !(z = mp_array(logits, "router_logits", mp_carrier(dtype), 2))
+        || !(z = logits_view(logits, dtype, &logits_dtype))
         || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
         || mp_parse_spec(spec_tuple, PyArray_DIM(z, 1), dtype, &spec))
         return NULL;
@@ -82,7 +92,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(&spec, PyArray_DATA(z), dtype, T, layer.num_experts, threads,
+    bad_row = mp_route(&spec, PyArray_DATA(z), logits_dtype, T, layer.num_experts, threads,
                        &routing, NULL);
     if (bad_row < 0)
         error = mp_experts(&layer, PyArray_DATA(x), T, routing.experts, routing.weights,

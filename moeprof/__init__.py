@@ -25,7 +25,14 @@ def _load_openblas() -> None:
 
 _load_openblas()
 
-from . import _C  # noqa: E402
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"moeprof's C extension can't be loaded ({error}). In a source checkout, build it with "
+        "'pip install -e .', or leave the folder to use an installed moeprof."
+    ) from error
+from ._interface import register_experts_implementation  # noqa: E402
 from .cpu import cpu_info, get_num_threads, set_num_threads  # noqa: E402
 from .routers import (  # noqa: E402
     BH,
@@ -36,6 +43,7 @@ from .routers import (  # noqa: E402
 )
 
 _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
+register_experts_implementation()
 
 __version__ = "0.1.0"
 
@@ -44,30 +52,41 @@ _LAZY = {
     "Null": "null",
     "OLMoERouterPatcher": "patching",
     "experts_forward": "experts",
-    "fit_null": "null",
+    "fit_null": "calibration",
     "patch": "patching",
     "run_configuration": "experiment",
     "unpatch": "patching",
 }
 
-__all__ = sorted(
-    [
-        "BH",
-        "TopK",
-        "benjamini_hochberg",
-        "benjamini_hochberg_routing",
-        "cpu_info",
-        "get_num_threads",
-        "set_num_threads",
-        "topk_routing",
-        *_LAZY,
-    ]
-)
+__all__ = [
+    "BH",
+    "Null",
+    "OLMoERouterPatcher",
+    "TopK",
+    "benjamini_hochberg",
+    "benjamini_hochberg_routing",
+    "cpu_info",
+    "experts_forward",
+    "fit_null",
+    "get_num_threads",
+    "patch",
+    "run_configuration",
+    "set_num_threads",
+    "topk_routing",
+    "unpatch",
+]
 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        try:
+            value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            if error.name and error.name.startswith("moeprof"):
+                raise
+            raise ImportError(
+                f"moeprof.{name} works on models and needs {error.name}: pip install 'moeprof[hf]'"
+            ) from error
         globals()[name] = value
         return value
     if name in ("demo", "experiment", "null"):
@@ -76,4 +95,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "demo", "experiment", "null", "routers"]

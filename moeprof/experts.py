@@ -23,7 +23,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 def _array(tensor: Tensor) -> np.ndarray:
     """A NumPy view of a CPU tensor, 16-bit floats as uint16; copies only if not contiguous."""
     tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype.itemsize == 2 else tensor).numpy()
+    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
 
 
 def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -166,7 +166,7 @@ def _(hidden, logits, weights, *spec, out_val=None, **kwargs) -> int:
     return _expert_flops(weights) * _total(counts, experts.numel())
 
 
-# ---- the experts interface of transformers 5 ----
+# ---- one layer's experts, on request ----
 
 
 def experts_forward(
@@ -256,14 +256,3 @@ def packed_obstacle(experts: torch.nn.Module) -> str | None:
     if not (gate_up.is_contiguous() and down.is_contiguous()):
         return "expert weights that are not contiguous"
     return None
-
-
-def _register() -> None:
-    try:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError:  # transformers 4, or none: there is no such interface
-        return
-    ALL_EXPERTS_FUNCTIONS.register("moeprof", experts_forward)
-
-
-_register()

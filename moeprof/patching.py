@@ -307,7 +307,8 @@ def _run(
             "logits, and the gate returned weights and indices only"
         )
     spec = layer.spec(*layer.adapter.settings(block))
-    out, *routing = moe_op(x, router.logits.to(x.dtype), weights, *spec, layer.name)
+    logits = router.logits if router.logits.dtype == x.dtype else router.logits.float()
+    out, *routing = moe_op(x, logits, weights, *spec, layer.name)
     return out, Routing(*routing)
 
 

@@ -9,12 +9,15 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* The mean of the two middle values for an even count. Sorts `values`. */
+/* The mean of the two middle values for an even count, 0 of -inf and +inf. Sorts
+ * `values`. */
 static double median(double *values, ptrdiff_t count)
 {
     qsort(values, (size_t)count, sizeof *values, ascending);
     double upper = values[count / 2], lower = values[(count - 1) / 2];
-    return upper == lower ? upper : 0.5 * (lower + upper);
+    if (lower == upper)
+        return upper;
+    return lower == -upper ? 0 : 0.5 * (lower + upper);
 }
 
 static double distance(double z, double centre)

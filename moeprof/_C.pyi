@@ -1,0 +1,58 @@
+"""The C extension: routing and experts. Arrays are NumPy, C-contiguous; bf16 and f16 are uint16."""
+
+from numpy import float32, float64, int32, int64, uint16, uint64
+from numpy.typing import NDArray
+
+_Bits = NDArray[float32] | NDArray[uint16]
+# (router, parameters, min_k, max_k, temperature, norm, norm_k, score, table)
+_Spec = tuple[
+    str, tuple[float, ...], int, int, float, str, int, str, NDArray[float64] | None
+]
+
+# routing
+def route(
+    logits: _Bits, dtype: str, spec: _Spec, threads: int, want_p: bool, /
+) -> tuple[
+    NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32], NDArray[float64] | None
+]: ...
+def p_values(
+    logits: NDArray[float32], score: str, table: NDArray[float64] | None, threads: int = 1, /
+) -> NDArray[float64]: ...
+
+# experts
+def experts(
+    hidden: _Bits,
+    experts: NDArray[int32],
+    weights: NDArray[float32],
+    dtype: str,
+    pointers: NDArray[uint64],
+    intermediate_size: int,
+    threads: int,
+    /,
+) -> _Bits: ...
+def moe(
+    hidden: _Bits,
+    logits: _Bits,
+    dtype: str,
+    pointers: NDArray[uint64],
+    intermediate_size: int,
+    spec: _Spec,
+    threads: int,
+    /,
+) -> tuple[_Bits, NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32]]: ...
+
+# single kernels
+def linear(x: _Bits, index: NDArray[int32], w: _Bits, dtype: str, /) -> NDArray[float32]: ...
+def gate_up(x: _Bits, index: NDArray[int32], gate: _Bits, up: _Bits, dtype: str, /) -> _Bits: ...
+def softmax(z: NDArray[float32], temperature: float, /) -> NDArray[float32]: ...
+def logprob(z: NDArray[float32], /) -> NDArray[float64]: ...
+def order(p: NDArray[float64] | None, z: NDArray[float32], /) -> NDArray[int32]: ...
+def step_up(p: NDArray[float64], alpha: float, /) -> NDArray[int64]: ...
+
+# the build and the machine
+def limit_cpu(name: str | None, /) -> None: ...
+def cpu_features() -> list[str]: ...
+def variants() -> list[tuple[str, str, bool, bool]]: ...
+def routers() -> dict[str, list[str]]: ...
+def threads() -> tuple[str, int]: ...
+def find_openmp() -> bool: ...

@@ -1,0 +1,231 @@
+"""The command line: `moeprof sweep`, `moeprof calibrate`, `moeprof cpu`.
+
+Whatever is wrong with the input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import moeprof
+from moeprof.null import KINDS, SCORES
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEMO = "the demo model of moeprof"
+NORMAL = (
+    "normal, each token's logits against their own median and spread, without calibration (on "
+    "pure noise at alpha 0.05 it rejects something for 11 % of the tokens with 64 experts)"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments, without the usage around it."""
+
+    def error(self, message):
+        self.exit(2, f"moeprof: error: {message} (see {self.prog} --help)\n")
+
+
+def _count(text):
+    """An integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return value
+
+
+def _parser():
+    parser = _Parser(prog="moeprof", description="Mixture-of-experts routing, on the CPU.")
+    parser.add_argument("--version", action="version", version=f"moeprof {moeprof.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_sweep(commands)
+    _add_calibrate(commands)
+    cpu = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
+    cpu.set_defaults(run=_cpu)
+    return parser
+
+
+def _add_model(parser):
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--threads", type=_count, metavar="N", help="default: as torch chooses")
+
+
+def _add_sweep(commands):
+    parser = commands.add_parser(
+        "sweep", help="compare the model's own top-k with 20 settings of BH routing"
+    )
+    _add_model(parser)
+    parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
+    parser.add_argument(
+        "--prompts", metavar="FILE",
+        help="a prompt a line, after a label (simple, medium, complex, technical) and a TAB or "
+        "not; default: twelve that ship with the demo model",
+    )
+    parser.add_argument(
+        "--null", metavar="FILE",
+        help='a null of `moeprof calibrate`, or "normal" for one without calibration; default: '
+        "a trimmed null on logprob, fitted first",
+    )
+    parser.add_argument(
+        "--null-text", metavar="FILE",
+        help="text to fit the default null to; default: the shipped calibration text",
+    )
+    parser.add_argument(
+        "--heldout-tokens", type=_count, metavar="N", default=32768,
+        help="held-out tokens a configuration for perplexity, a matter of time for large "
+        "models; default: 32768",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="torch's random seed; default: 0")
+    parser.set_defaults(run=_sweep)
+
+
+def _add_calibrate(commands):
+    parser = commands.add_parser("calibrate", help="fit null distributions to a model's routers")
+    _add_model(parser)
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+", required=True, help="the text to fit to, UTF-8"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="written there: .safetensors or .npz"
+    )
+    parser.add_argument("--kind", choices=KINDS, default="trimmed", help="default: trimmed")
+    parser.add_argument("--score", choices=SCORES, default="logprob", help="default: logprob")
+    parser.set_defaults(run=_calibrate)
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("moeprof: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}; `pip install 'moeprof[hf]'` brings what models need")
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error)
+
+
+def _fail(error):
+    """One line on stderr."""
+    print(f"moeprof: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _load(arguments):
+    """(model, tokenizer) as --model, --dtype and --threads say."""
+    import torch
+    from transformers.utils import logging
+
+    from moeprof import demo
+    from moeprof.experiment.inputs import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    return load_model(arguments.model, dtype) if arguments.model else demo.load(dtype)
+
+
+def _sweep(arguments):
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from moeprof import demo
+    from moeprof.experiment import Experiment, Store, sweep
+    from moeprof.experiment.heldout import heldout_windows
+    from moeprof.experiment.inputs import check_model, read_prompts, read_text
+
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else demo.prompts()
+    if arguments.null and arguments.null_text:
+        raise ValueError("--null-text is what a null is fitted to, and --null brings one already")
+    null_text = arguments.null_text and read_text(arguments.null_text, "null text")
+    null = _given_null(arguments.null)
+    if arguments.model:
+        check_model(arguments.model)
+    store = Store(arguments.out)
+    model, tokenizer = _load(arguments)
+    _seed(arguments.seed)
+    null, facts = _null_for(model, tokenizer, null, null_text)
+    experiment = Experiment(
+        model,
+        tokenizer,
+        tuple(text for _, text in prompts),
+        tuple(complexity for complexity, _ in prompts),
+        heldout_windows(tokenizer, demo.heldout_documents(), arguments.heldout_tokens),
+        null,
+    )
+    facts |= {"model": arguments.model or DEMO, "seed": arguments.seed}
+    sweep(experiment, store, facts)
+
+
+def _seed(seed):
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def _given_null(name):
+    """What --null names: a Null, "normal" or None."""
+    return name if name in (None, "normal") else moeprof.Null.load(name)
+
+
+def _null_for(model, tokenizer, given, text):
+    """(null, {"null": its description, "null_source": where it is from}) for the sweep."""
+    from moeprof.experiment.runner import default_null
+
+    if given == "normal":
+        return given, {"null": NORMAL, "null_source": ""}
+    if given is not None:
+        given.check(model)
+        return given, {"null": given.describe(), "null_source": "It was read from a file."}
+    if text is not None:
+        null = moeprof.fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
+        source = "It was fitted to the text given with --null-text."
+    else:
+        null = default_null(model, tokenizer, progress=sys.stderr.isatty())
+        source = (
+            "It was fitted to passages of the calibration text that ships with moeprof, from "
+            "documents that no evaluation uses."
+        )
+    return null, {"null": null.describe(), "null_source": source}
+
+
+def _calibrate(arguments):
+    from moeprof.experiment.inputs import check_model, read_text
+
+    out = Path(arguments.out)
+    if out.suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"--out {out}: a null file ends in .safetensors or .npz")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: no such folder {out.parent}")
+    texts = [read_text(path, "text") for path in arguments.text]
+    if arguments.model:
+        check_model(arguments.model)
+    model, tokenizer = _load(arguments)
+    null = moeprof.fit_null(
+        model, tokenizer, texts, kind=arguments.kind, score=arguments.score,
+        progress=sys.stderr.isatty(),
+    )
+    null.save(out)
+    print(null.describe())
+    print(f"Written: {out}")
+
+
+def _cpu(arguments):
+    """Print moeprof.cpu_info() as a table."""
+    from rich import box
+    from rich.table import Table
+
+    from moeprof.experiment.sweep import make_console
+
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    for name, value in moeprof.cpu_info().items():
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for number, (key, item) in enumerate(rows):
+            text = ", ".join(map(str, item)) if isinstance(item, list | tuple) else str(item)
+            table.add_row("" if number else name, str(key), text)
+    make_console().print(table)

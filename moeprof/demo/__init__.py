@@ -1,0 +1,59 @@
+"""The demo model: a small OLMoE trained on real text, with text to calibrate and evaluate on.
+
+64 experts, top-8, 4 layers, 4.5 million parameters, in the hub's OLMoE format, so that transformers
+4.57 and 5.x load it like any other checkpoint. It was trained by moeprof.demo.train; curve and
+held-out results are in model/training.json, the licences of the text in data/LICENSES.md.
+
+    model, tokenizer = moeprof.demo.load()
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["PATH", "Document", "calibration_documents", "heldout_documents", "load", "prompts"]
+
+PATH = Path(__file__).parent / "model"
+_DATA = Path(__file__).parent / "data"
+
+
+class Document(NamedTuple):
+    """One document of one domain (bible, jargon, docs or code)."""
+
+    domain: str
+    name: str
+    text: str
+
+
+def load(dtype=None):
+    """(model, tokenizer), the model in eval mode; dtype is torch.float32 unless given."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # local_files_only: the folder is all there is to read, so a missing file fails at once.
+    model = AutoModelForCausalLM.from_pretrained(
+        PATH, dtype=torch.float32 if dtype is None else dtype, local_files_only=True
+    )
+    return model.eval(), AutoTokenizer.from_pretrained(PATH, local_files_only=True)
+
+
+def calibration_documents():
+    """32 documents a domain to fit null distributions on; not trained on, not evaluated on."""
+    return _documents("calibration.jsonl")
+
+
+def heldout_documents():
+    """32 documents a domain to evaluate on; not trained on, not calibrated on."""
+    return _documents("heldout.jsonl")
+
+
+def prompts():
+    """Twelve (complexity, text), three each of simple, medium, complex and technical."""
+    loaded = json.loads((_DATA / "prompts.json").read_text(encoding="utf-8"))
+    return [(complexity, text) for complexity, texts in loaded.items() for text in texts]
+
+
+def _documents(name):
+    # Split at "\n" alone: str.splitlines would also split at U+2028 inside a text.
+    lines = (_DATA / name).read_text(encoding="utf-8").split("\n")
+    return [Document(**json.loads(line)) for line in lines if line]

@@ -1,0 +1,138 @@
+"""Held-out text in windows, and how well a model predicts it."""
+
+import math
+from itertools import zip_longest
+from typing import NamedTuple
+
+import numpy as np
+
+WINDOW = 512  # tokens; the stride is the same, so every token is read once
+HELDOUT_TOKENS = 32768
+PASSAGE = 2000  # characters
+CALIBRATION_CHARACTERS = 250_000  # about 75,000 tokens of the demo model
+
+
+class Window(NamedTuple):
+    """Up to 512 consecutive tokens of one document."""
+
+    document: int  # index into HeldOut.documents
+    ids: object  # token ids (1, n), int64
+    num_bytes: int  # of the predicted tokens' text: all but the first
+
+
+class HeldOut(NamedTuple):
+    """The windows to evaluate on, and the documents that they are from."""
+
+    windows: list
+    documents: list  # of {domain, name, tokens, bytes}, counting what the windows use
+
+    @property
+    def tokens(self):
+        """Tokens that are read (the first of each window isn't predicted)."""
+        return sum(document["tokens"] for document in self.documents)
+
+
+def heldout_windows(tokenizer, documents, tokens=HELDOUT_TOKENS):
+    """About `tokens` tokens of `documents` in windows, spread evenly over domains and documents.
+
+    documents: objects with .domain, .name and .text. A document is cut into windows from its
+    first token on; which of the windows are taken is a fixed random choice.
+    """
+    documents = list(documents)
+    pieces = {}
+    for index, document in enumerate(documents):
+        windows = _cut(tokenizer, index, document.text)
+        pieces.setdefault(document.domain, []).append(windows)
+    chosen = spread(pieces, lambda window: window.ids.shape[1], tokens)
+    if not chosen:
+        raise ValueError("held-out text: no document has two tokens")
+    used = sorted({window.document for window in chosen})
+    place = {index: position for position, index in enumerate(used)}
+    chosen = [window._replace(document=place[window.document]) for window in chosen]
+    described = [
+        {
+            "domain": documents[index].domain,
+            "name": documents[index].name,
+            "tokens": sum(w.ids.shape[1] for w in chosen if w.document == place[index]),
+            "bytes": sum(w.num_bytes for w in chosen if w.document == place[index]),
+        }
+        for index in used
+    ]
+    return HeldOut(chosen, described)
+
+
+def _cut(tokenizer, index, text):
+    """The document's windows; one of a single token predicts nothing and is left out."""
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = []
+    for start in range(0, len(ids) - 1, WINDOW):
+        piece = ids[start : start + WINDOW]
+        predicted = tokenizer.decode(piece[1:], clean_up_tokenization_spaces=False)
+        windows.append(Window(index, torch.tensor([piece]), len(predicted.encode())))
+    return windows
+
+
+def calibration_passages(documents, characters=CALIBRATION_CHARACTERS):
+    """About `characters` of `documents` in passages of 2,000, spread like the held-out windows."""
+    pieces = {}
+    for document in documents:
+        text = document.text
+        cut = [text[start : start + PASSAGE] for start in range(0, len(text), PASSAGE)]
+        pieces.setdefault(document.domain, []).append(cut)
+    return spread(pieces, len, characters)
+
+
+def spread(pieces, size, budget):
+    """Pieces in turns, one of each domain, until their sizes reach `budget`.
+
+    pieces: {domain: one list of pieces a document}. A domain gives a piece of each of its
+    documents before it gives a second one of any; the order is random but always the same.
+    """
+    rng = np.random.default_rng(0)
+    by_domain = []
+    for documents in pieces.values():
+        shuffled = [_shuffled(documents[i], rng) for i in rng.permutation(len(documents))]
+        by_domain.append(list(_in_turns(shuffled)))
+    chosen, total = [], 0
+    for piece in _in_turns(by_domain):
+        if total >= budget:
+            break
+        chosen.append(piece)
+        total += size(piece)
+    return chosen
+
+
+def _shuffled(items, rng):
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def _in_turns(lists):
+    """The first of each list, then the second of each, …"""
+    return (item for turn in zip_longest(*lists) for item in turn if item is not None)
+
+
+def nats(model, ids):
+    """−Σ ln P(token | those before it in the window) for token ids (1, n), without the first."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+
+
+def evaluate(model, heldout, step=lambda: None):
+    """Perplexity per predicted token and bits per byte; `step` is called after every window."""
+    by_document = [0.0] * len(heldout.documents)
+    for window in heldout.windows:
+        by_document[window.document] += nats(model, window.ids)
+        step()
+    total = sum(by_document)
+    predicted = sum(window.ids.shape[1] - 1 for window in heldout.windows)
+    num_bytes = sum(window.num_bytes for window in heldout.windows)
+    return {
+        "perplexity": math.exp(total / predicted),
+        "bits_per_byte": total / math.log(2) / num_bytes,
+        "nats_by_document": by_document,
+    }

@@ -1,0 +1,85 @@
+"""What a run reads: prompts, texts, the model. Whatever is wrong is said in one line."""
+
+import re
+from pathlib import Path
+
+from .runner import COMPLEXITIES
+
+
+def read_text(path, what):
+    """The text of a UTF-8 file; `what` names it in errors."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OSError(f"{what} {path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} isn't UTF-8 text (byte {error.start})") from error
+
+
+def read_prompts(path):
+    """[(complexity or None, prompt)]: a prompt a line, with a label and a TAB before it or not.
+
+    Blank lines are skipped. Raises ValueError for an unknown label or a file without a prompt.
+    """
+    prompts = []
+    for number, line in enumerate(read_text(path, "prompts file").split("\n"), start=1):
+        label, tab, prompt = line.partition("\t")
+        label, prompt = (label.strip(), prompt.strip()) if tab else (None, line.strip())
+        if not prompt and not label:
+            continue
+        if not prompt:
+            raise ValueError(f"prompts file {path}, line {number}: a label without a prompt")
+        if label is not None and label not in COMPLEXITIES:
+            raise ValueError(
+                f"prompts file {path}, line {number}: unknown label {label!r} before the TAB; "
+                f"expected {', '.join(COMPLEXITIES)}, or no TAB"
+            )
+        prompts.append((label, prompt))
+    if not prompts:
+        raise ValueError(f"prompts file {path} has no prompt in it; expected one on a line")
+    return prompts
+
+
+def check_model(name):
+    """Fail at once where `load_model` couldn't succeed: no such folder, or an unreachable id."""
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.exists():
+        raise ValueError(f"model {name}: expected a folder or a hub id, got a file")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise FileNotFoundError(f"model {name}: no such folder")
+    else:
+        _check_hub(name)
+
+
+def _check_folder(folder):
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model {folder}: the folder has no config.json")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"model {folder}: the folder has no weights (*.safetensors, *.bin)")
+
+
+def _check_hub(name):
+    """One request without retries, for transformers repeats each of its own several times."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    missing = f"model {name}: neither a folder here nor in the Hugging Face cache"
+    if constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(f"{missing}, and HF_HUB_OFFLINE is set")
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the client's classes differ by version, some aren't OSErrors
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FileNotFoundError(f"{missing}, and the hub doesn't give it ({reason})") from error
+
+
+def load_model(name, dtype):
+    """(model in eval mode, tokenizer) from a folder or the hub; dtype: a torch.dtype."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_model(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(name)

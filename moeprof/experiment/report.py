@@ -1,0 +1,322 @@
+"""The report in plain words; every number in it is computed from the results."""
+
+import math
+
+import numpy as np
+
+from .store import results_frame
+
+RESAMPLES = 2000
+TOLERANCES = (1, 5)  # per cent of perplexity above the baseline
+
+
+def report(run):
+    """Markdown of a run (a dict as in the JSON) that holds at least the baseline."""
+    frame = results_frame(run["results"])
+    frame = frame.assign(**_against_baseline(frame, run["heldout_documents"]))
+    baseline, bh = frame.iloc[0], frame[frame["routing_type"] == "bh"]
+    parts = [
+        f"# BH routing against the model's own top-{baseline['max_k']}",
+        _status(run),
+        "## What was measured",
+        _bullets(_protocol(run)),
+        "## Results",
+        _table(frame),
+        _legend(run),
+        "## What the results say",
+        _bullets(_findings(baseline, bh) if len(bh) else ["No BH configuration has finished."]),
+        "## What alpha means here",
+        _alpha(run, bh),
+        "## What this can't say",
+        _bullets(_limits(run)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _bullets(lines):
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _against_baseline(frame, documents):
+    """Columns: difference in bits per byte to the baseline, and its 95 % interval.
+
+    The interval is a bootstrap over documents, each compared with itself; None for one document.
+    """
+    num_bytes = np.array([document["bytes"] for document in documents])
+    bits = np.array(frame["nats_by_document"].tolist()) / math.log(2)  # (configurations, D)
+    extra = bits - bits[0]
+    drawn = np.random.default_rng(0).integers(len(num_bytes), size=(RESAMPLES, len(num_bytes)))
+    resampled = extra[:, drawn].sum(axis=2) / num_bytes[drawn].sum(axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=1)
+    known = np.full(len(frame), len(num_bytes) > 1)
+    return {
+        "delta_bits": extra.sum(axis=1) / num_bytes.sum(),
+        "delta_low": np.where(known, low, np.nan),
+        "delta_high": np.where(known, high, np.nan),
+    }
+
+
+# ---------------------------------------------------------------- what was measured
+
+
+def _status(run):
+    done, planned = len(run["results"]), len(run["planned"])
+    lines = []
+    if done < planned:
+        lines.append(f"**Interrupted: {done} of {planned} configurations were finished.**")
+    if run["dropped_max_k"]:
+        left_out = ", ".join(map(str, run["dropped_max_k"]))
+        lines.append(
+            f"The model has {run['model_config']['num_experts']} experts, so the configurations "
+            f"with max_k {left_out} were left out: {planned} remain of 21."
+        )
+    return "\n\n".join(lines)
+
+
+def _protocol(run):
+    size, documents = run["model_config"], run["heldout_documents"]
+    domains = sorted({document["domain"] for document in documents})
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    return [
+        f"Model: {run['model']}, {run['dtype']}; {size['num_hidden_layers']} layers, "
+        f"{size['num_experts']} experts a layer of which its own router takes "
+        f"{size['num_experts_per_tok']}, hidden size {size['hidden_size']}, expert size "
+        f"{size['intermediate_size']}, norm_topk_prob {str(size['norm_topk_prob']).lower()}. "
+        "Weights of the selected experts follow the model's own rule.",
+        f"Experts, generated tokens and speed: {len(run['prompts'])} prompts, "
+        f"{run['new_tokens']} new tokens after each, greedy, batch 1, no stop at an end token. "
+        "Experts are averaged over all layers, prompt and generated tokens (the last generated "
+        "token is never fed back). Speed is decoding only, without the prompt.",
+        f"Perplexity and bits per byte: {run['heldout_tokens']:,} held-out tokens of "
+        f"{len(documents)} documents ({', '.join(domains)}), in windows of 512 tokens with stride "
+        "512; the first token of a window is not predicted.",
+        f"Null: {run['null']}. {run['null_source']}",
+        f"Machine: {_machine(run['cpu'])}; {run['threads']} thread(s); seed {run['seed']}; "
+        f"{versions}; started {run['started']}.",
+    ]
+
+
+def _machine(cpu):
+    features = cpu.get("features", ())
+    return f"CPU with {', '.join(features)}" if features else "CPU"
+
+
+def _legend(run):
+    return (
+        "Experts are per token; those on the held-out text are the ones that go with perplexity "
+        "and bits per byte. The range after Δ bits/byte is a 95 % bootstrap interval over the "
+        f"{len(run['heldout_documents'])} held-out documents, each compared with itself. Agreement "
+        "is the share of generated tokens equal, position by position, to the baseline's; after "
+        "a first difference the texts go their own ways, so it falls fast."
+    )
+
+
+def _table(frame):
+    head = (
+        "config", "experts", "reduction %", "experts, held-out", "perplexity", "Δ perplexity",
+        "Δ bits/byte", "agreement", "tokens/s",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for _, row in frame.iterrows():
+        cells = (
+            row["config"],
+            f"{row['avg_experts']:.2f}",
+            f"{row['reduction_pct']:.1f}",
+            f"{row['avg_experts_heldout']:.2f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['delta_perplexity']:+.3f}",
+            _interval(row),
+            f"{row['token_agreement']:.2f}",
+            _number(row["tokens_per_s"], ".1f"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value, form):
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def _interval(row):
+    if row["routing_type"] == "topk":
+        return "0"
+    text = f"{row['delta_bits']:+.4f}"
+    if not math.isnan(row["delta_low"]):
+        text += f" ({row['delta_low']:+.4f} to {row['delta_high']:+.4f})"
+    return text
+
+
+# ---------------------------------------------------------------- what the results say
+
+
+def _findings(baseline, bh):
+    own = baseline["avg_experts_heldout"]
+    fewer, more = bh[bh["avg_experts_heldout"] < own], bh[bh["avg_experts_heldout"] >= own]
+    lines = [
+        f"The baseline, {baseline['config']}, has perplexity {baseline['perplexity']:.3f} and "
+        f"{baseline['bits_per_byte']:.4f} bits per byte.",
+        _range(bh),
+        _cheaper(baseline, bh, fewer),
+        *_within(baseline, fewer),
+        _loses(baseline, more),
+        _dominated(bh),
+        *_saturated(bh),
+        _agreement(bh),
+        _speed(baseline, bh),
+        _layers(bh),
+    ]
+    return [line for line in lines if line]
+
+
+def _range(bh):
+    low, high = bh.loc[bh["avg_experts"].idxmin()], bh.loc[bh["avg_experts"].idxmax()]
+    return (
+        f"On the prompts BH used between {low['avg_experts']:.2f} ({low['config']}) and "
+        f"{high['avg_experts']:.2f} ({high['config']}) experts per token, a reduction of "
+        f"{high['reduction_pct']:.1f} to {low['reduction_pct']:.1f} %."
+    )
+
+
+def _cheaper(baseline, bh, fewer):
+    """How many save experts, and whether any of them does so for free."""
+    if not len(fewer):
+        return "No BH configuration used fewer experts than the baseline on the held-out text."
+    free = fewer[~(_surely_worse(fewer))]
+    count = f"{len(fewer)} of {len(bh)} BH configurations used fewer experts than the baseline"
+    if not len(free):
+        return (
+            f"{count} on the held-out text, and every one of them pays for it: all have a higher "
+            "perplexity, by more than the documents' variation explains."
+        )
+    return (
+        f"{count} on the held-out text. For these of them no loss was seen beyond the documents' "
+        f"variation: {_names(free)}."
+    )
+
+
+def _surely_worse(frame):
+    """Where the whole interval is above 0; without an interval, where the difference is."""
+    return frame["delta_low"].fillna(frame["delta_bits"]) > 0
+
+
+def _within(baseline, fewer):
+    for tolerance in TOLERANCES:
+        limit = baseline["perplexity"] * (1 + tolerance / 100)
+        good = fewer[fewer["perplexity"] <= limit]
+        if len(good):
+            best = good.loc[good["avg_experts_heldout"].idxmin()]
+            yield (
+                f"Within {tolerance} % of the baseline's perplexity, the one with the fewest "
+                f"experts is {best['config']}: {best['avg_experts_heldout']:.2f} on the held-out "
+                f"text, perplexity {best['perplexity']:.3f} ({_percent(best, baseline):+.2f} %)."
+            )
+        else:
+            yield (
+                f"No BH configuration with fewer experts stays within {tolerance} % of the "
+                "baseline's perplexity."
+            )
+
+
+def _percent(row, baseline):
+    return 100 * (row["perplexity"] / baseline["perplexity"] - 1)
+
+
+def _loses(baseline, more):
+    if not len(more):
+        return ""
+    lost = more[more["perplexity"] > baseline["perplexity"]]
+    if not len(lost):
+        return f"With at least as many experts as the baseline, none was worse: {_names(more)}."
+    return (
+        f"BH loses outright, with at least as many experts and a higher perplexity: {_names(lost)}."
+    )
+
+
+def _dominated(bh):
+    """Configurations for which another one has fewer experts and a lower perplexity."""
+    experts, perplexity = bh["avg_experts_heldout"].to_numpy(), bh["perplexity"].to_numpy()
+    beaten = (experts[:, None] > experts) & (perplexity[:, None] > perplexity)
+    worse = bh[beaten.any(axis=1)]
+    if not len(worse):
+        return ""
+    return f"Another BH configuration needs fewer experts and predicts better than {_names(worse)}."
+
+
+def _saturated(bh):
+    """Values of max_k that gave the same results, with the alphas for which they did."""
+    alphas = {}
+    for alpha, rows in bh.sort_values("max_k").groupby("alpha"):
+        for _, same in rows.groupby(["avg_experts", "avg_experts_heldout", "perplexity"]):
+            if len(same) > 1:
+                alphas.setdefault(tuple(same["max_k"]), []).append(f"{alpha:g}")
+    for max_ks, at in alphas.items():
+        yield (
+            f"At alpha {', '.join(at)} the configurations with max_k "
+            f"{', '.join(map(str, max_ks))} gave the same results: no token had "
+            f"more than {max_ks[0]} rejections, so these caps had nothing to cut."
+        )
+
+
+def _agreement(bh):
+    low, high = bh.loc[bh["token_agreement"].idxmin()], bh.loc[bh["token_agreement"].idxmax()]
+    return (
+        f"Of the generated tokens, {100 * low['token_agreement']:.0f} % ({low['config']}) to "
+        f"{100 * high['token_agreement']:.0f} % ({high['config']}) are the baseline's."
+    )
+
+
+def _speed(baseline, bh):
+    if bh["tokens_per_s"].isna().any():
+        return ""
+    low, high = bh.loc[bh["tokens_per_s"].idxmin()], bh.loc[bh["tokens_per_s"].idxmax()]
+    return (
+        f"Decoding ran at {baseline['tokens_per_s']:.1f} tokens per second with the baseline and "
+        f"at {low['tokens_per_s']:.1f} ({low['config']}) to {high['tokens_per_s']:.1f} "
+        f"({high['config']}) with BH."
+    )
+
+
+def _layers(bh):
+    layers = np.mean(bh["experts_by_layer"].tolist(), axis=0)
+    if len(layers) == 1:
+        return ""
+    means = ", ".join(f"{mean:.2f}" for mean in layers)
+    return f"Over all BH configurations the layers, first to last, used {means} experts."
+
+
+def _names(frame):
+    return ", ".join(frame["config"])
+
+
+# ---------------------------------------------------------------- what may be claimed
+
+
+def _alpha(run, bh):
+    text = (
+        "BH turns the scores of a token's experts into p-values against the null named above and "
+        "selects by alpha: a larger alpha, more experts. Here alpha is a knob for compute. A "
+        "false discovery rate would be a statement against that null, if the p-values were "
+        "independent and valid under it; neither was shown for this model."
+    )
+    if len(bh):
+        shares = 100 * bh["share_without_rejection"]
+        text += (
+            " It would not survive min_k = 1 in any case: the best expert was used also where "
+            f"nothing was rejected, which was so in {shares.min():.1f} to {shares.max():.1f} % of "
+            "the cases (a token in a layer), depending on the configuration."
+        )
+    return text
+
+
+def _limits(run):
+    top_k = run["model_config"]["num_experts_per_tok"]
+    return [
+        f"Whether a fixed k below {top_k} would do as well with the same number of experts: the "
+        "only top-k among these configurations is the baseline.",
+        "How another model behaves: this is one model, without any training under BH.",
+        f"How other prompts behave: experts, agreement and speed come from "
+        f"{len(run['prompts'])} prompts and have no intervals. The intervals of bits per byte are "
+        "for texts like the held-out documents, one configuration at a time.",
+        "How fast this is elsewhere: tokens per second were taken once, in passing, on this "
+        "machine and whatever else it was doing.",
+    ]

@@ -1,0 +1,159 @@
+"""The sweep: every configuration in turn, with what is finished kept on disk."""
+
+import platform
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+
+import moeprof
+
+from .configurations import configurations, dropped_max_ks
+from .plots import figure
+from .report import report
+from .store import Store
+
+WIDTH = 100  # columns of the final table
+
+
+def sweep(experiment, store, facts, console=None):
+    """Run all configurations that fit the model and write the four files of `Store`.
+
+    experiment: Experiment; store: Store, or the path of a folder; facts: a dict that goes into
+    the JSON as it is: model, seed, null and null_source (both in words); console: a rich Console.
+    Returns the run: a dict as in the JSON. When it is interrupted, what is finished stays on
+    disk, and KeyboardInterrupt goes on to the caller. The model is unpatched in every case.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+    console = console or make_console()
+    size = experiment.model.config
+    planned = configurations(size.num_experts, size.num_experts_per_tok)
+    run = describe(experiment, planned) | facts | {"results": []}
+    console.print(f"Total configurations: {len(planned)}")
+    for max_k in run["dropped_max_k"]:
+        console.print(f"Left out: max_k {max_k}, the model has {size.num_experts} experts")
+    try:
+        with _progress(console, len(planned) * experiment.steps) as step:
+            for number, configuration in enumerate(planned, start=1):
+                console.print(f"[{number}/{len(planned)}] Running: {configuration.name}")
+                baseline = run["results"][0] if run["results"] else None
+                result = experiment.run(configuration, baseline, step)
+                run["results"].append(result)
+                store.save_results(run)
+                console.print(f"Completed in {result['seconds']:.1f}s")
+                console.print(f"Avg experts: {result['avg_experts']:.2f}")
+    except KeyboardInterrupt:
+        console.print(f"Interrupted: {len(run['results'])} of {len(planned)} are finished")
+        if run["results"]:
+            store.save_results(run)  # it may be this that was interrupted
+            _finish(run, store, console)
+        raise
+    console.print("ALL EXPERIMENTS COMPLETE!")
+    _finish(run, store, console)
+    return run
+
+
+def make_console():
+    """Lines on stdout as they are: not wrapped, no markup, no colours for numbers."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDTH  # a file or a pipe has no width of its own
+    return console
+
+
+def _finish(run, store, console):
+    """Report and figure from what is there, and the table on the console."""
+    store.save_report(report(run), figure(run["results"]))
+    console.print(_table(run["results"]), width=min(WIDTH, console.width))
+    for path in (store.json, store.csv, store.report, store.figure):
+        console.print(f"Written: {path}")
+
+
+def _table(results):
+    """The main columns as a rich table of at most 100 columns."""
+    from rich import box
+    from rich.table import Table
+
+    columns = {
+        "config": ("config", "{}"),
+        "experts": ("avg_experts", "{:.2f}"),
+        "saved %": ("reduction_pct", "{:.1f}"),
+        "perplexity": ("perplexity", "{:.3f}"),
+        "Δ perplexity": ("delta_perplexity", "{:+.3f}"),
+        "bits/byte": ("bits_per_byte", "{:.4f}"),
+        "agreement": ("token_agreement", "{:.2f}"),
+        "tokens/s": ("tokens_per_s", "{:.1f}"),
+    }
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
+    for result in results:
+        cells = ((form, result[field]) for field, form in columns.values())
+        table.add_row(*("" if value is None else form.format(value) for form, value in cells))
+    return table
+
+
+@contextmanager
+def _progress(console, total):
+    """A bar for a person: on the console, or on stderr when only that is a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    screen = console if console.is_terminal else Console(stderr=True)
+    bar = Progress(
+        TextColumn("sweep"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+        redirect_stdout=screen is console,
+    )
+    with bar:
+        task = bar.add_task("sweep", total=total)
+        yield lambda: bar.advance(task)
+
+
+def describe(experiment, planned):
+    """What was run, on what and how: everything in the JSON but the results."""
+    import torch
+
+    model, config = experiment.model, experiment.model.config
+    packages = ("torch", "transformers", "numpy")
+    prompts = zip(experiment.complexities, experiment.prompts, strict=True)
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "planned": [configuration.name for configuration in planned],
+        "dropped_max_k": dropped_max_ks(config.num_experts),
+        "versions": {
+            "moeprof": moeprof.__version__,
+            **{name: version(name) for name in packages},
+            "python": platform.python_version(),
+        },
+        "model_config": {
+            "model_type": config.model_type,
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "norm_topk_prob": config.norm_topk_prob,
+        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "cpu": moeprof.cpu_info(),
+        "threads": torch.get_num_threads(),
+        "new_tokens": experiment.new_tokens,
+        "prompts": [{"complexity": label, "text": text} for label, text in prompts],
+        "heldout_tokens": experiment.heldout.tokens,
+        "heldout_documents": experiment.heldout.documents,
+    }

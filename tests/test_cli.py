@@ -1,0 +1,297 @@
+"""The command line: what it prints, what it writes, and one clear line for what is wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+import transformers
+from models import olmoe
+
+import moeprof
+from moeprof import demo
+from moeprof.cli import main
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a tiny OLMoE with 8 experts, top-2, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.PATH, local_files_only=True)
+    model = olmoe(vocab_size=len(tokenizer), max_position_embeddings=1024, initializer_range=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("simple\tThe list is\n\nA prompt without a label\n")
+    return path
+
+
+def python_m(*arguments, **options):
+    """`python -m moeprof …` in a process of its own."""
+    command = [sys.executable, "-m", "moeprof", *map(str, arguments)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        **options,
+    )
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+RESULTS = [
+    "bh_routing_full_results.json",
+    "bh_routing_report.md",
+    "bh_routing_summary.csv",
+    "visualizations/bh_routing_analysis.png",
+]
+
+
+# ---------------------------------------------------------------- what works
+
+
+def test_sweep_of_the_demo_model(tmp_path, prompts):
+    """All 21, as a user runs it: four files, the promised lines and nothing on stderr."""
+    out = tmp_path / "new" / "folder"
+    options = ("--prompts", prompts, "--heldout-tokens", 512, "--threads", 1, "--out", out)
+    process = python_m("sweep", *options)
+    stdout, stderr = process.communicate(timeout=300)
+    assert (process.returncode, stderr) == (0, "")
+    lines = stdout.splitlines()
+    assert lines[0] == "Total configurations: 21"
+    assert "[1/21] Running: topk_8_baseline" in lines
+    assert "[21/21] Running: bh_k64_a020" in lines
+    assert "Avg experts: 8.00" in lines
+    assert "ALL EXPERIMENTS COMPLETE!" in lines
+    assert "\x1b" not in stdout
+    assert files(out) == RESULTS
+    table = pandas.read_csv(out / RESULTS[2])
+    assert len(table) == 21 and table["avg_experts"][0] == 8
+    assert (table["avg_experts"][1:] < 8).all() and table["avg_experts_simple"].notna().all()
+    run = json.loads((out / RESULTS[0]).read_text())
+    assert run["threads"] == 1 and run["dtype"] == "float32"
+    assert [len(tokens) for tokens in run["results"][0]["generated_tokens"]] == [20, 20]
+    assert "trimmed null" in run["null"] and "logprob" in run["null"]
+    assert run["null"] in (out / RESULTS[1]).read_text()
+
+
+def test_ctrl_c(tmp_path, tiny, prompts):
+    """Exit code 130, what is finished is on disk, no traceback."""
+    process = python_m("sweep", "--model", tiny, "--prompts", prompts, "--out", tmp_path / "r",
+                       "--null", "normal", "--heldout-tokens", 30000)
+    for line in process.stdout:
+        if line.startswith("[3/9]"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted: 2 of 9 are finished" in stdout
+    assert "Traceback" not in stderr
+    assert files(tmp_path / "r") == RESULTS
+    assert len(pandas.read_csv(tmp_path / "r" / RESULTS[2])) == 2
+
+
+def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
+    text, null, out = tmp_path / "text.txt", tmp_path / "null.npz", tmp_path / "out"
+    text.write_text(demo.calibration_documents()[0].text)
+    arguments = ["--model", str(tiny), "--text", str(text), "--out", str(null), "--score", "logit"]
+    assert main(["calibrate", *arguments]) == 0
+    described = moeprof.Null.load(null).describe()
+    assert "logit" in described and described in capsys.readouterr().out
+    options = ["--null", str(null), "--prompts", str(prompts), "--heldout-tokens", "600"]
+    assert main(["sweep", "--model", str(tiny), *options, "--out", str(out)]) == 0
+    run = json.loads((out / RESULTS[0]).read_text())
+    assert run["null"] == described
+    assert "Left out: max_k 64, the model has 8 experts" in capsys.readouterr().out
+
+
+def test_null_text(tmp_path, tiny, prompts):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(demo.calibration_documents()[0].text)
+    options = ["--null-text", str(text), "--prompts", str(prompts), "--heldout-tokens", "600"]
+    assert main(["sweep", "--model", str(tiny), *options, "--out", str(out)]) == 0
+    run = json.loads((out / RESULTS[0]).read_text())
+    assert "--null-text" in run["null_source"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtypes(tmp_path, tiny, prompts, dtype):
+    options = ["--dtype", dtype, "--null", "normal", "--heldout-tokens", "600"]
+    options += ["--prompts", str(prompts), "--out", str(tmp_path / "out")]
+    assert main(["sweep", "--model", str(tiny), *options]) == 0
+    run = json.loads((tmp_path / "out" / RESULTS[0]).read_text())
+    assert run["dtype"] == dtype and run["results"][1]["perplexity"] > 1
+
+
+def test_version_and_cpu(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"moeprof {moeprof.__version__}\n"
+    assert main(["cpu"]) == 0
+    shown = capsys.readouterr().out
+    for kernel, variant in moeprof.cpu_info()["kernels"].items():
+        assert re.search(rf"\b{kernel}\b +{variant}\b", shown)
+
+
+# ---------------------------------------------------------------- what doesn't
+
+
+def fails(capsys, *arguments):
+    """The one line that `moeprof …` says on stderr before it exits with code 2."""
+    capsys.readouterr()
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    stdout, stderr = capsys.readouterr()
+    assert code == 2
+    assert stdout == ""
+    assert re.fullmatch(r"moeprof: error: [^\n]+\n", stderr)
+    return stderr.removeprefix("moeprof: error: ").rstrip()
+
+
+@pytest.fixture
+def folders(tmp_path, tiny):
+    """Folders that are no models."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_weights").mkdir()
+    (tmp_path / "no_weights" / "config.json").write_text((tiny / "config.json").read_text())
+    (tmp_path / "file").write_text("text")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("nowhere", "no such folder"),
+        ("./some/where", "no such folder"),
+        ("/no/such/model", "no such folder"),
+        ("../a", "no such folder"),
+        ("empty", "the folder has no config.json"),
+        ("no_weights", "the folder has no weights"),
+        ("file", "expected a folder or a hub id, got a file"),
+        ("owner/name", "neither a folder here nor in the Hugging Face cache"),
+    ],
+)
+@pytest.mark.parametrize("command", ["sweep", "calibrate"])
+def test_no_such_model(capsys, folders, monkeypatch, model, message, command):
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out = {"sweep": ["--out", "out"], "calibrate": ["--text", "file", "--out", "out.npz"]}
+    start = time.perf_counter()
+    line = fails(capsys, command, "--model", model, *out[command])
+    assert time.perf_counter() - start < 5  # no retries
+    assert model.removeprefix("./") in line and message in line
+    assert not (folders / "out").exists() and not (folders / "out.npz").exists()
+
+
+def test_a_hub_id_without_a_network_is_tried_once(capsys, tmp_path, monkeypatch):
+    asked = []
+
+    def model_info(self, name, **_):
+        asked.append(name)
+        raise ConnectionError("Name or service not known\nand more lines")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    line = fails(capsys, "sweep", "--model", "owner/name", "--out", tmp_path / "out")
+    assert "the hub doesn't give it (ConnectionError: Name or service not known)" in line
+    assert asked == ["owner/name"]
+
+
+def test_a_model_without_a_moe_block(capsys, tmp_path, tiny, prompts):
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, pad_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "llama")
+    line = fails(capsys, "sweep", "--model", tmp_path / "llama", "--out", tmp_path / "out",
+                 "--prompts", prompts, "--heldout-tokens", 600)
+    assert line.startswith("No routers found")
+    assert files(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "can't be read: No such file or directory"),
+        (b"", "has no prompt in it"),
+        (b"\n  \n\t\n", "has no prompt in it"),
+        (b"easy\tWhat is it?\n", "line 1: unknown label 'easy' before the TAB"),
+        (b"One\nsimple\t \n", "line 2: a label without a prompt"),
+        (b"\xff\xfe\x00", "isn't UTF-8 text (byte 0)"),
+    ],
+)
+def test_prompt_files(capsys, tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    line = fails(capsys, "sweep", "--prompts", path, "--out", tmp_path / "out")
+    assert str(path) in line and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_are_a_folder(capsys, tmp_path):
+    line = fails(capsys, "sweep", "--prompts", tmp_path, "--out", tmp_path / "out")
+    assert "can't be read: Is a directory" in line
+
+
+def test_an_output_folder_under_a_file(capsys, tmp_path, monkeypatch):
+    """Told before the model is loaded."""
+    monkeypatch.setattr(demo, "load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("text")
+    line = fails(capsys, "sweep", "--out", tmp_path / "file" / "results")
+    assert "file/results can't be written: Not a directory" in line
+    line = fails(capsys, "sweep", "--out", tmp_path / "file")
+    assert "file can't be written: Not a directory" in line
+    assert files(tmp_path) == ["file"]
+
+
+def test_a_null_of_another_model(capsys, tmp_path, tiny, prompts):
+    text, null = tmp_path / "text.txt", tmp_path / "null.safetensors"
+    text.write_text(demo.calibration_documents()[0].text)
+    fitted = ["--model", str(tiny), "--text", str(text), "--out", str(null)]
+    assert main(["calibrate", *fitted]) == 0
+    line = fails(capsys, "sweep", "--null", null, "--out", tmp_path / "out")
+    assert "this null was fitted to" in line and "tiny" in line
+    assert files(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sweep", "--null", "missing.npz"], "missing.npz"),
+        (["sweep", "--null", "null.txt"], "ends in .safetensors or .npz"),
+        (["sweep", "--null", "normal", "--null-text", "text.txt"], "--null brings one already"),
+        (["sweep", "--null-text", "missing.txt"], "null text missing.txt can't be read"),
+        (["sweep", "--threads", "0"], "--threads: expected a number of at least 1, got 0"),
+        (["sweep", "--threads", "two"], "--threads: expected a number of at least 1, got two"),
+        (["sweep", "--heldout-tokens", "0"], "expected a number of at least 1, got 0"),
+        (["sweep", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["sweep", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        (["sweeep"], "invalid choice: 'sweeep'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["calibrate", "--out", "n.npz"], "the following arguments are required: --text"),
+        (["calibrate", "--text", "t", "--out", "n.txt"], "ends in .safetensors or .npz"),
+        (["calibrate", "--text", "t", "--out", "no/n.npz"], "no such folder no"),
+        (["calibrate", "--text", "missing", "--out", "n.npz"], "text missing can't be read"),
+        (["calibrate", "--text", "t", "--out", "n.npz", "--kind", "x"], "--kind: invalid choice"),
+    ],
+)
+def test_arguments(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *arguments)
+    assert files(tmp_path) == []

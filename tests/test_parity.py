@@ -1,0 +1,428 @@
+"""Patched layers and models compute what transformers computes: its numbers are the oracle."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import (
+    V5,
+    blocks,
+    expert_weights,
+    gap,
+    gate_logits,
+    moe_block,
+    olmoe,
+    random_hidden,
+    reference_experts,
+    relative,
+    run,
+    stock_routing,
+    token_ids,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import moeprof
+from moeprof import demo
+
+TIE = 1e-5  # selections are compared where the k-th lies further than this above the next
+
+# (E, k, H, I); odd ones among them, k = E, k = 1
+SHAPES = [(64, 8, 96, 48), (7, 3, 33, 17), (5, 1, 16, 31), (3, 3, 20, 9), (31, 5, 129, 65)]
+LENGTHS = [(1, 0), (1, 1), (1, 2), (3, 7), (1, 64), (1, 513)]
+
+only_5 = pytest.mark.skipif(not V5, reason="transformers 4.57 has no experts interface")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def untied(block, x, k):
+    """(T,) bool: the tokens of x (B, T, H) without a tie between the k-th and the next."""
+    return gap(gate_logits(block, x.flatten(0, 1)), k) > TIE
+
+
+def routings_of(handle):
+    """{layer index: [Routing, ...]}, filled by each call from now on."""
+    seen = {}
+    handle.on_routing(lambda index, routing: seen.setdefault(index, []).append(routing))
+    return seen
+
+
+# ---- one block ----
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS, ids=str)
+def test_block_float32(length, shape, norm):
+    model = moe_block(shape, norm=norm)
+    x = random_hidden(*length, shape[2])
+    expected = run(model.mlp, x)
+    with moeprof.patch(model):
+        got = run(model.mlp, x)
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    keep = untied(model.mlp, x, shape[1])
+    assert keep.sum() >= 0.9 * keep.numel()
+    if keep.any():
+        assert relative(got.flatten(0, 1)[keep], expected.flatten(0, 1)[keep]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [True, False])
+def test_router_logits_are_identical(norm, dtype):
+    """One layer, so that both gates see the same bits."""
+    model = olmoe(num_hidden_layers=1, norm_topk_prob=norm).to(dtype)
+    (expected,) = model(token_ids(), output_router_logits=True).router_logits
+    with moeprof.patch(model):
+        (got,) = model(token_ids(), output_router_logits=True).router_logits
+    assert got.dtype == dtype and torch.equal(got, expected)
+
+
+def errors_in_half_precision(shape, norm, seed, dtype):
+    """(ours, stock eager's) error against float64 experts.
+
+    The reference takes the indices and the weights that the stock block itself routes by, both
+    in its dtype, and the weights of the experts and the hidden states as they are in that dtype;
+    only what follows, the experts and their sum, is in float64. So what is measured is the
+    rounding inside the experts: a float64 router would choose other experts for some tokens,
+    which is nobody's error. Tied tokens, where either choice is right, are left out.
+    """
+    model = moe_block(shape, norm=norm, seed=seed, dtype=dtype)
+    x = random_hidden(1, 200, shape[2], dtype)
+    weights, experts = stock_routing(model.mlp, x[0], shape[1], norm)
+    stock = run(model.mlp, x)[0]
+    with moeprof.patch(model):
+        ours = run(model.mlp, x)[0]
+    assert ours.dtype == dtype
+    keep = untied(model.mlp, x, shape[1])
+    assert keep.sum() > 100
+    reference = reference_experts(model.mlp, x[0], experts, weights)[keep]
+    return relative(ours[keep], reference), relative(stock[keep], reference)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("shape", [(64, 8, 96, 48), (7, 3, 33, 17), (16, 4, 128, 64)], ids=str)
+def test_block_bfloat16_is_no_worse_than_stock(shape, norm, seed):
+    ours, stock = errors_in_half_precision(shape, norm, seed, torch.bfloat16)
+    assert ours <= stock
+    assert 1e-4 < ours < 4e-3  # rounds SwiGLU's result and the output once each
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("shape", [(64, 8, 96, 48), (7, 3, 33, 17)], ids=str)
+def test_block_float16_is_no_worse_than_stock(shape, norm):
+    ours, stock = errors_in_half_precision(shape, norm, 0, torch.float16)
+    assert ours <= stock
+    assert 1e-5 < ours < 1e-3
+
+
+# ---- the demo model ----
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return demo.load()
+
+
+def generate(model, ids):
+    """(new tokens (20,), their logits (20, V)) of greedy decoding from one prompt (1, T)."""
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
+        min_new_tokens=20, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return output.sequences[0, ids.shape[1] :], torch.cat(output.logits)
+
+
+def critical_step(model, prompt, new):
+    """The first of the new tokens that a rounding could change, or their number.
+
+    Token i follows from all positions before it: from each router choice there, and from its own
+    logits' first place. Gaps are those of the unpatched model.
+    """
+    k = model.config.num_experts_per_tok
+    ids = torch.cat([prompt, new[None]], dim=1)
+    output = model(ids, output_router_logits=True)
+    chosen = torch.stack([gap(logits, k) for logits in output.router_logits]).amin(0)
+    ties = (chosen <= TIE) | (gap(output.logits[0], 1) <= TIE) & is_generated(ids, prompt)
+    first = int(ties.nonzero()[0]) if ties.any() else ids.shape[1]
+    return max(0, min(len(new), first - prompt.shape[1] + 1))
+
+
+def is_generated(ids, prompt):
+    """(T,) bool: positions whose logits choose a token (the last of the prompt, and on)."""
+    return torch.arange(ids.shape[1]) >= prompt.shape[1] - 1
+
+
+@pytest.fixture(scope="module")
+def stock_generation(loaded):
+    """[(prompt ids, new tokens, logits, critical step)] of the unpatched model."""
+    model, tokenizer = loaded
+    found = []
+    with torch.no_grad():
+        for _, text in demo.prompts():
+            prompt = tokenizer(text, return_tensors="pt")["input_ids"]
+            new, logits = generate(model, prompt)
+            found.append((prompt, new, logits, critical_step(model, prompt, new)))
+    return found
+
+
+@pytest.mark.parametrize("router", ["own", "bh"])
+def test_demo_generation(loaded, stock_generation, router):
+    """With its own top-k, and with BH made to select 8, the demo model writes what it wrote."""
+    model, _ = loaded
+    options = {"router": bh_of(8), "null": "normal"} if router == "bh" else {}
+    complete = 0
+    with moeprof.patch(model, **options):
+        for prompt, new, logits, until in stock_generation:
+            our_new, our_logits = generate(model, prompt)
+            assert our_new[:until].tolist() == new[:until].tolist()
+            for ours, stock in zip(our_logits[:until], logits[:until], strict=True):
+                assert relative(ours, stock) <= 1e-4
+            complete += until == len(new)
+    assert len(stock_generation) == 12
+    assert complete >= 10
+
+
+def bh_of(k):
+    """BH that clamping makes select k experts of every token."""
+    return moeprof.BH(alpha=1 - 1e-9, min_k=k, max_k=k)
+
+
+@pytest.mark.parametrize("null", ["normal", "fitted"])
+def test_bh_of_8_selects_what_topk_selects(loaded, null):
+    model, tokenizer = loaded
+    ids = tokenizer(demo.heldout_documents()[0].text, return_tensors="pt")["input_ids"][:, :200]
+    if null == "fitted":
+        texts = [d.text[:500] for d in demo.calibration_documents()[:4]]
+        null = moeprof.fit_null(model, tokenizer, texts, progress=False)
+    router_logits = model(ids, output_router_logits=True).router_logits
+    with moeprof.patch(model) as handle:
+        topk = routings_of(handle)
+        expected = model(ids).logits
+    with moeprof.patch(model, bh_of(8), null=null) as handle:
+        bh = routings_of(handle)
+        got = model(ids).logits
+    for layer, logits in enumerate(router_logits):
+        free = gap(logits, 8) > TIE
+        ours, theirs = (r[layer][0].experts.sort(dim=1).values[free] for r in (bh, topk))
+        assert free.sum() > 100 and torch.equal(ours, theirs)
+        stock = logits.topk(8).indices.sort(dim=1).values[free]
+        assert torch.equal(theirs.long(), stock)
+    assert relative(got, expected) <= 1e-5
+
+
+def test_generation_with_left_padding(loaded):
+    model, tokenizer = loaded
+    texts = [text for _, text in demo.prompts()][:5]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    assert (inputs["attention_mask"] == 0).any()
+    real = inputs["attention_mask"].bool()
+    options = dict(do_sample=False, max_new_tokens=8, min_new_tokens=8)
+    expected, logits = model.generate(**inputs, **options), model(**inputs).logits
+    with moeprof.patch(model):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+        ours = model(**inputs).logits
+    assert relative(ours[real], logits[real]) <= 1e-4
+
+
+# ---- what is not selected does not run ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("router", [moeprof.TopK(1), bh_of(1)], ids=["topk", "bh"])
+def test_experts_that_are_not_selected_are_not_read(router, dtype):
+    shape = (64, 8, 32, 16)
+    model, x = moe_block(shape, dtype=dtype), random_hidden(1, 9, 32, dtype)
+    null = "normal" if router.wants_null else None
+    with moeprof.patch(model, router, null=null) as handle:
+        seen = routings_of(handle)
+        expected = run(model.mlp, x)
+        selected = set(seen[0][0].experts.flatten().tolist())
+        assert 1 < len(selected) <= 9
+        for expert in set(range(64)) - selected:
+            for weight in expert_weights(model.mlp, expert):
+                weight.fill_(torch.nan)
+        assert torch.equal(run(model.mlp, x), expected)
+    assert expected.isfinite().all() and expected.abs().min() > 0
+
+
+def flops(model, *args):
+    with FlopCounterMode(display=False) as counter:
+        model(*args)
+    return counter
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 32, 16), (7, 3, 33, 17)], ids=str)
+def test_flops_are_those_of_stock_eager(shape):
+    model, x = moe_block(shape), random_hidden(2, 13, shape[2])
+    stock = flops(model.mlp, x).get_total_flops()
+    num_experts, k, hidden, intermediate = shape
+    assert stock == 26 * (k * 6 * hidden * intermediate + 2 * hidden * num_experts)
+    with moeprof.patch(model):
+        counter = flops(model.mlp, x)
+    assert counter.get_total_flops() == stock
+    per_op = counter.get_flop_counts()["Global"]
+    assert per_op[torch.ops.moeprof.moe] == 26 * k * 6 * hidden * intermediate
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.5])
+def test_flops_follow_the_routing(alpha):
+    model, x = moe_block((32, 4, 32, 16)), random_hidden(1, 50, 32)
+    with moeprof.patch(model, "bh", alpha=alpha, max_k=6, null="normal") as handle:
+        seen = routings_of(handle)
+        counter = flops(model.mlp, x)
+    counts = seen[0][0].counts
+    assert counts.unique().numel() > 1  # tokens differ, so the formula has to look
+    ours = counter.get_flop_counts()["Global"][torch.ops.moeprof.moe]
+    assert ours == 6 * 32 * 16 * int(counts.sum())
+
+
+def test_flops_of_a_whole_model():
+    model = olmoe()
+    if V5:
+        model.set_experts_implementation("eager")
+    stock = flops(model, token_ids()).get_total_flops()
+    with moeprof.patch(model):
+        assert flops(model, token_ids()).get_total_flops() == stock
+
+
+# ---- torch.compile ----
+
+
+@pytest.mark.parametrize("router", [None, moeprof.BH(0.5, max_k=4)], ids=["own", "bh"])
+def test_compiled_model(router):
+    model = olmoe()
+    torch._dynamo.reset()
+    null = "normal" if router else None
+    with moeprof.patch(model, router, null=null):
+        expected = model(token_ids()).logits
+        got = torch.compile(model, backend="eager")(token_ids()).logits
+    assert relative(got, expected) <= 1e-5
+
+
+def test_compiled_model_follows_patch_and_unpatch():
+    model = olmoe()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    stock = model(token_ids()).logits
+    assert relative(compiled(token_ids()).logits, stock) <= 1e-6
+    with moeprof.patch(model, "topk", k=1):
+        patched = model(token_ids()).logits
+        assert relative(patched, stock) > 1e-2
+        assert relative(compiled(token_ids()).logits, patched) <= 1e-6
+    assert relative(compiled(token_ids()).logits, stock) <= 1e-6
+
+
+# ---- the experts interface of transformers 5 ----
+
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=5,
+            num_experts_per_tok=2, initializer_range=0.2, sliding_window=None,
+        )  # fmt: skip
+    ).eval()
+
+
+def qwen3_moe():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            num_experts=8, num_experts_per_tok=3, initializer_range=0.2, norm_topk_prob=True,
+        )  # fmt: skip
+    ).eval()
+
+
+@only_5
+@pytest.mark.parametrize("make", [olmoe, mixtral, qwen3_moe])
+def test_experts_implementation(make):
+    model = make()
+    model.set_experts_implementation("eager")
+    expected = model(token_ids()).logits
+    model.set_experts_implementation("moeprof")
+    counter = flops(model, token_ids())
+    assert counter.get_flop_counts()["Global"][torch.ops.moeprof.experts] > 0  # it is ours
+    assert relative(model(token_ids()).logits, expected) <= 1e-5
+
+
+@only_5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_experts_forward(shape, dtype):
+    block = moe_block(shape, dtype=dtype).mlp
+    x = random_hidden(1, 40, shape[2], dtype)[0]
+    _, weights, experts = block.gate(x)
+    got = moeprof.experts_forward(block.experts, x, experts, weights)
+    expected = block.experts(x, experts, weights)
+    reference = reference_experts(block, x, experts, weights)
+    assert got.dtype == dtype
+    if dtype == torch.float32:
+        assert relative(got, expected) <= 1e-5
+    assert relative(got, reference) <= max(relative(expected, reference), 1e-6)
+
+
+@only_5
+def test_experts_forward_skips_minus_one():
+    block = moe_block().mlp
+    x = random_hidden(1, 40, 32)[0]
+    _, weights, experts = block.gate(x)
+    experts = experts.masked_fill(torch.rand(experts.shape) < 0.4, -1)
+    experts[3] = -1
+    got = moeprof.experts_forward(block.experts, x, experts, weights)
+    assert relative(got, reference_experts(block, x, experts, weights)) <= 1e-5
+    assert (got[3] == 0).all()
+
+
+@only_5
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda e, x, i, w: (e, x[:, :-1], i, w), r"hidden: expected \(T, 32\)"),
+        (lambda e, x, i, w: (e, x, i[:-1], w), r"idx and weights: expected \(4, k\)"),
+        (lambda e, x, i, w: (e, x, i, w[:, :1]), r"idx and weights: expected \(4, k\)"),
+        (lambda e, x, i, w: (e, x.bfloat16(), i, w), "dtypes torch.float32 and torch.bfloat16"),
+        (lambda e, x, i, w: (torch.nn.Linear(2, 2), x, i, w), "Linear: not on moeprof's path"),
+        (lambda e, x, i, w: (e, x, i.fill_(8), w), "OlmoeExperts.*expert"),
+    ],
+    ids=["hidden", "rows", "slots", "dtype", "class", "id"],
+)
+def test_experts_forward_refuses(change, words):
+    block = moe_block().mlp
+    x = random_hidden(1, 4, 32)[0]
+    _, weights, experts = block.gate(x)
+    with pytest.raises(ValueError, match=words):
+        moeprof.experts_forward(*change(block.experts, x, experts, weights))
+
+
+IMPORTS = {
+    "before": "import moeprof; import transformers.integrations.moe as m",
+    "after": "import transformers.integrations.moe as m; import moeprof",
+}
+
+
+@only_5
+@pytest.mark.parametrize("when", IMPORTS)
+def test_implementation_is_registered_whichever_is_imported_first(when):
+    code = IMPORTS[when] + "; assert 'moeprof' in m.ALL_EXPERTS_FUNCTIONS.valid_keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layers_are_of_their_own_size(loaded):
+    """Guards the tests above: the demo model is the real thing, not a stub."""
+    config = loaded[0].config
+    assert (config.num_experts, config.num_experts_per_tok) == (64, 8)
+    assert len(blocks(loaded[0])) == config.num_hidden_layers >= 4
