@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from moeprof import demo  # noqa: E402
-from moeprof.demo import train  # noqa: E402
+from moeprof.demo import corpus, evaluation, train  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "data" / "demo_logits.npz"
 RECORD = json.loads((demo.PATH / "training.json").read_text())
@@ -31,7 +31,7 @@ def loaded():
 def few_documents(each):
     """The first `each` held-out documents of every domain."""
     documents = demo.heldout_documents()
-    return [d for name in train.DOMAINS for d in [x for x in documents if x.domain == name][:each]]
+    return [d for name in corpus.DOMAINS for d in [x for x in documents if x.domain == name][:each]]
 
 
 def logits_of(model, tokenizer):
@@ -53,7 +53,7 @@ def test_documents_are_split_and_small():
     calibration, heldout = demo.calibration_documents(), demo.heldout_documents()
     for documents in (calibration, heldout):
         assert min(Counter(d.domain for d in documents).values()) >= 30
-        assert {d.domain for d in documents} == set(train.DOMAINS)
+        assert {d.domain for d in documents} == set(corpus.DOMAINS)
     both = calibration + heldout
     assert len({d.text for d in both}) == len({(d.domain, d.name) for d in both}) == len(both)
     data = demo.PATH.parent / "data"
@@ -63,7 +63,7 @@ def test_documents_are_split_and_small():
 def test_licences_are_stated():
     licences = (demo.PATH.parent / "data" / "LICENSES.md").read_text(encoding="utf-8")
     for text in (licences, train.__doc__):
-        for domain in train.DOMAINS:
+        for domain in corpus.DOMAINS:
             line = next(row for row in text.splitlines() if domain in row.split()[:2])
             assert line, domain
         for package in ("bible-kjv-text", "jargon-text", "python3.11-doc", "libpython3.11-stdlib"):
@@ -145,7 +145,7 @@ def test_tokenizer(loaded):
 def check_results(results, margin):
     """The demo model's promises; `results` as evaluate() gives them."""
     model, xz = results["bits_per_byte"], results["xz_bits_per_byte"]
-    assert all(model[name] < xz[name] for name in [*train.DOMAINS, "total"])
+    assert all(model[name] < xz[name] for name in [*corpus.DOMAINS, "total"])
     assert model["total"] <= margin * xz["total"]
     assert results["random_experts_bits_per_byte"]["total"] >= model["total"] + 0.3
     assert results["experts_used"] == [64] * 4
@@ -158,7 +158,7 @@ def test_recorded_results():
 
 
 def test_routing_matters_and_text_is_compressed(loaded):
-    results = train.evaluate(*loaded, few_documents(6))
+    results = evaluation.evaluate(*loaded, few_documents(6))
     check_results(results, margin=0.9)
     recorded = RECORD["heldout"]["bits_per_byte"]
     assert results["bits_per_byte"]["total"] == pytest.approx(recorded["total"], abs=0.2)
@@ -170,13 +170,13 @@ def test_routing_matters_and_text_is_compressed(loaded):
 def test_bytes_of_tokens(loaded):
     text = "naïve text 東京 \U0001f642\n"
     ids = loaded[1](text)["input_ids"]
-    assert train.token_bytes(loaded[1])[ids].sum() == len(text.encode())
+    assert evaluation.token_bytes(loaded[1])[ids].sum() == len(text.encode())
 
 
 def test_first_token_of_a_window_is_not_counted(loaded):
     model, tokenizer = loaded
     document = demo.Document("docs", "made up", "a plain text of some words. " * 200)
-    totals, load = train.bits_and_load(model, tokenizer, [document])
+    totals, load = evaluation.bits_and_load(model, tokenizer, [document])
     ids = tokenizer(document.text, verbose=False)["input_ids"]
     given = [tokenizer.decode(ids[start : start + 1]) for start in range(0, len(ids), 512)]
     assert len(given) > 1
@@ -187,18 +187,18 @@ def test_first_token_of_a_window_is_not_counted(loaded):
 def test_random_experts_keeps_the_weights():
     scores = torch.rand(50, 64).softmax(dim=-1)
     best = torch.topk(scores, 8, dim=-1)
-    with train.random_experts(seed=1):
+    with evaluation.random_experts(seed=1):
         weights, experts = torch.topk(scores, 8, dim=-1)
     assert torch.equal(weights, best.values)
     assert all(len(set(row)) == 8 for row in experts.tolist())
     assert not torch.equal(experts, best.indices)
-    with train.random_experts(seed=1):
+    with evaluation.random_experts(seed=1):
         assert torch.equal(torch.topk(scores, 8, dim=-1)[1], experts)
 
 
 def test_gini():
-    assert train.gini([1, 1, 1, 1]) == 0
-    assert train.gini([0, 0, 0, 1]) == 0.75
+    assert evaluation.gini([1, 1, 1, 1]) == 0
+    assert evaluation.gini([0, 0, 0, 1]) == 0.75
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -221,10 +221,13 @@ def text(tmp_path, monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
     small |= {"num_experts": 8, "num_experts_per_tok": 2}
     monkeypatch.setattr(train, "ARCHITECTURE", train.ARCHITECTURE | small)
-    sizes = {"HELD_BACK": 2, "VOCAB": 300, "WINDOW": 32, "BATCH": 2, "LOG_EVERY": 1}
-    ranges = {"ELIGIBLE_BYTES": (100, 10**4), "JARGON_BYTES": (150, 300), "CUT_BYTES": 200}
-    for name, value in (sizes | ranges).items():
+    sizes = {"HELD_BACK": 2, "CUT_BYTES": 200}
+    sizes |= {"ELIGIBLE_BYTES": (100, 10**4), "JARGON_BYTES": (150, 300)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(corpus, name, value)
+    for name, value in {"VOCAB": 300, "WINDOW": 32, "BATCH": 2, "LOG_EVERY": 1}.items():
         monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(evaluation, "WINDOW", 32)
     monkeypatch.setattr(train, "Stop", StopAfter)
     folder = tmp_path / "text"
     verses = [f"  {v} And there was a verse of number {v}.\n" for v in range(1, 9)]
@@ -246,9 +249,9 @@ def run_main(text, out, *options):
 
 
 def test_split_holds_whole_documents_back(text):
-    documents = train.read_text(text)
-    training, calibration, heldout = train.split(documents, seed=0)
-    for domain in train.DOMAINS:
+    documents = corpus.read_text(text)
+    training, calibration, heldout = corpus.split(documents, seed=0)
+    for domain in corpus.DOMAINS:
         names = [
             {d.name for d in part if d.domain == domain}
             for part in (training[domain], calibration, heldout)
@@ -259,14 +262,14 @@ def test_split_holds_whole_documents_back(text):
     for d in calibration + heldout:
         assert originals[d.domain, d.name].startswith(d.text) and d.text.endswith("\n")
         assert len(d.text.encode()) <= 200
-    assert train.split(documents, seed=0)[1:] == (calibration, heldout)
-    assert train.split(documents, seed=1)[1:] != (calibration, heldout)
+    assert corpus.split(documents, seed=0)[1:] == (calibration, heldout)
+    assert corpus.split(documents, seed=1)[1:] != (calibration, heldout)
 
 
 def test_duplicates_and_empty_files_are_dropped(text):
     (text / "docs" / "copy.txt").write_text((text / "docs" / "f0.txt").read_text())
     (text / "docs" / "empty.txt").write_text("\n")
-    assert len(train.read_text(text)["docs"]) == 9
+    assert len(corpus.read_text(text)["docs"]) == 9
 
 
 def test_training_resumes_bit_for_bit(text, tmp_path, monkeypatch):

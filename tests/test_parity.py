@@ -110,7 +110,7 @@ def errors_in_half_precision(shape, norm, seed, dtype):
 def test_block_bfloat16_is_no_worse_than_stock(shape, norm, seed):
     ours, stock = errors_in_half_precision(shape, norm, seed, torch.bfloat16)
     assert ours <= stock
-    assert 1e-4 < ours < 4e-3  # rounds SwiGLU's result and the output once each
+    assert 1e-4 < ours < 2.9e-3  # rounds SwiGLU's result and the output once each
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -294,28 +294,40 @@ def test_flops_of_a_whole_model():
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize("router", [None, moeprof.BH(0.5, max_k=4)], ids=["own", "bh"])
-def test_compiled_model(router):
-    model = olmoe()
+def test_compiled_block():
+    """Behind aot_eager, the C call is an opaque operator whose fake stands for its shapes."""
+    model, x = moe_block(), random_hidden(2, 5, 32)
+    expected = run(model.mlp, x)
     torch._dynamo.reset()
-    null = "normal" if router else None
-    with moeprof.patch(model, router, null=null):
-        expected = model(token_ids()).logits
-        got = torch.compile(model, backend="eager")(token_ids()).logits
-    assert relative(got, expected) <= 1e-5
+    with moeprof.patch(model):
+        assert relative(run(torch.compile(model.mlp, backend="aot_eager"), x), expected) <= 1e-5
 
 
 def test_compiled_model_follows_patch_and_unpatch():
-    model = olmoe()
+    model = olmoe(num_hidden_layers=1)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     stock = model(token_ids()).logits
     assert relative(compiled(token_ids()).logits, stock) <= 1e-6
-    with moeprof.patch(model, "topk", k=1):
+    with moeprof.patch(model, "bh", alpha=0.5, max_k=4, null="normal"):
         patched = model(token_ids()).logits
         assert relative(patched, stock) > 1e-2
         assert relative(compiled(token_ids()).logits, patched) <= 1e-6
     assert relative(compiled(token_ids()).logits, stock) <= 1e-6
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+def test_operators_keep_what_they_declare(tokens):
+    """Schema, fake tensors and autograd registration, as torch checks them."""
+    block = moe_block().mlp
+    x = random_hidden(1, tokens, 32)[0]
+    weights = [p for p in block.experts.parameters()]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    routing = ("bh", [0.5], 1, 5, 1.0, "none", 2, "logit", None, "mlp")
+    moe = (x, gate_logits(block, x), weights, *routing)
+    torch.library.opcheck(torch.ops.moeprof.moe.default, moe, test_utils=checks)
+    experts = (x, torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3), weights, "mlp")
+    torch.library.opcheck(torch.ops.moeprof.experts.default, experts, test_utils=checks)
 
 
 # ---- the experts interface of transformers 5 ----

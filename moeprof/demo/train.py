@@ -29,27 +29,18 @@ makes it a quarter faster: the large activations are then not mapped anew in eve
 import argparse
 import hashlib
 import json
-import lzma
 import math
 import os
-import random
-import re
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-DOMAINS = ("bible", "jargon", "docs", "code")
-# Tables and generated text in the library: not prose, not code, or a copy of the manual.
-CODE_LEFT_OUT = {"encodings", "pydoc_data", "lib-dynload", "__phello__"}
-HELD_BACK = 32  # documents a domain in each of calibration and held-out
-CUT_BYTES = 5000  # 2 * 32 * 4 * 5 kB stays below 1.5 MB
-ELIGIBLE_BYTES = (2000, 40000)  # held back: not a stub, and not a book that training would miss
-JARGON_BYTES = (3000, 6000)
+from . import Document
+from .corpus import DOMAINS, read_text, split, write_jsonl, write_whole
+from .evaluation import WINDOW, evaluate, gini
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 VOCAB = 4096
-WINDOW = 512
 BATCH = 8
 
 PEAK_LR = 3e-3
@@ -81,116 +72,6 @@ ARCHITECTURE = {
     "eos_token_id": 0,
     "pad_token_id": 1,
 }
-
-
-class Document(NamedTuple):
-    """One text of one domain; as in moeprof.demo, which this script must not depend on."""
-
-    domain: str
-    name: str
-    text: str
-
-
-# --- text ---------------------------------------------------------------------------------------
-
-
-def read_bible(path):
-    """Chapters: a heading such as "Genesis 1", then a verse a line."""
-    text = re.sub(r"(?m)^  (?=\d)", "", path.read_text(encoding="utf-8", errors="replace"))
-    chapters = re.split(r"(?m)^(?=[A-Z0-9][^\n]* \d+\n\n)", text)
-    for chapter in filter(None, (c.strip() for c in chapters)):
-        yield Document("bible", chapter.split("\n", 1)[0], chapter + "\n")
-
-
-def read_jargon(path):
-    """Groups of consecutive entries of 3 kB or more; an entry alone is too short."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    # The title occurs in the table of contents and again where the text begins.
-    text = text[text.rindex("Welcome to the Jargon File") :] if "Welcome" in text else text
-    text = re.sub(r"(?m)^   ", "", text)
-    least, most = JARGON_BYTES
-    group, size, number = [], 0, 0
-    for paragraph in re.split(r"\n{2,}", text):
-        new_entry = paragraph.startswith(":")
-        if (size >= least and new_entry) or size >= most:
-            yield Document("jargon", f"group {number}", "\n\n".join(group) + "\n")
-            group, size, number = [], 0, number + 1
-        group.append(paragraph)
-        size += len(paragraph.encode()) + 2
-    if size:
-        yield Document("jargon", f"group {number}", "\n\n".join(group) + "\n")
-
-
-def read_files(domain, folder, pattern):
-    """One document a file."""
-    for path in sorted(folder.rglob(pattern)):
-        name = path.relative_to(folder)
-        if domain == "code" and CODE_LEFT_OUT & set(name.parts):
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text.strip():
-            yield Document(domain, name.as_posix(), text.replace("\r\n", "\n"))
-
-
-def read_text(folder):
-    """All documents under `folder`, by domain, without exact duplicates."""
-    found = {
-        "bible": read_bible(folder / "bible.txt"),
-        "jargon": read_jargon(folder / "jargon.txt"),
-        "docs": read_files("docs", folder / "docs", "*.txt"),
-        "code": read_files("code", folder / "code", "*.py"),
-    }
-    seen, documents = set(), {}
-    for domain in DOMAINS:
-        documents[domain] = []
-        for document in found[domain]:
-            digest = hashlib.sha256(document.text.encode()).digest()
-            if digest not in seen:
-                seen.add(digest)
-                documents[domain].append(document)
-    return documents
-
-
-def cut(document):
-    """The document's first lines, at most CUT_BYTES of them."""
-    kept, size = [], 0
-    for line in document.text.splitlines(keepends=True):
-        size += len(line.encode())
-        if size > CUT_BYTES:
-            break
-        kept.append(line)
-    return document._replace(text="".join(kept))
-
-
-def split(documents, seed):
-    """(training documents by domain, calibration, held-out); no document is in two of them."""
-    training, calibration, heldout = {}, [], []
-    least, most = ELIGIBLE_BYTES
-    for domain in DOMAINS:
-        pool = list(documents[domain])
-        random.Random(f"{seed} {domain}").shuffle(pool)
-        fits = [d for d in pool if least <= len(d.text.encode()) <= most]
-        chosen = fits[: 2 * HELD_BACK]
-        if len(chosen) < 2 * HELD_BACK:
-            raise SystemExit(f"{domain}: {len(fits)} documents fit, {2 * HELD_BACK} needed")
-        names = {d.name for d in chosen}
-        training[domain] = [d for d in pool if d.name not in names]
-        calibration += [cut(d) for d in chosen[:HELD_BACK]]
-        heldout += [cut(d) for d in chosen[HELD_BACK:]]
-    return training, calibration, heldout
-
-
-def write_jsonl(path, documents):
-    lines = (json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in documents)
-    write_whole(path, "".join(lines).encode())
-
-
-def write_whole(path, data):
-    """The file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 # --- tokenizer ----------------------------------------------------------------------------------
@@ -322,15 +203,6 @@ def learning_rate(step, steps):
     warm = min(WARMUP_STEPS, max(1, steps // 10))
     left = (steps - step) / max(1.0, DECAY_SHARE * steps)
     return PEAK_LR * max(0.0, min((step + 1) / warm, 1.0, left))
-
-
-def gini(load):
-    """0 when all loads are equal, towards 1 when one expert has everything."""
-    import numpy as np
-
-    load = np.sort(np.asarray(load, dtype=float))
-    n = len(load)
-    return float((2 * np.arange(1, n + 1) - n - 1) @ load / (n * load.sum()))
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -520,100 +392,6 @@ def write_json(path, value):
     """One line a key, so that a loss curve isn't a thousand lines."""
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value[key])}" for key in value)
     write_whole(path, f"{{\n{lines}\n}}\n".encode())
-
-
-# --- evaluation ---------------------------------------------------------------------------------
-
-
-def windows_of(tokenizer, document):
-    """The document's token ids [1, n] in windows of WINDOW; their first token isn't predicted."""
-    import torch
-
-    ids = tokenizer(document.text, verbose=False)["input_ids"]
-    pieces = (ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW))
-    return [torch.tensor([piece]) for piece in pieces if len(piece) > 1]
-
-
-def token_bytes(tokenizer):
-    """Bytes of each token id: a byte-level BPE writes a byte as one character."""
-    import torch
-
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return torch.tensor([len(token) for token in tokens])
-
-
-def bits_and_load(model, tokenizer, documents):
-    """({domain: (bits, bytes)}, selections of each expert [layers, experts])."""
-    import torch
-
-    sizes, totals, load = token_bytes(tokenizer), {}, 0
-    k, experts = model.config.num_experts_per_tok, model.config.num_experts
-    for document in documents:
-        bits, size = totals.get(document.domain, (0.0, 0))
-        for ids in windows_of(tokenizer, document):
-            with torch.no_grad():
-                out = model.model(input_ids=ids, output_router_logits=True, use_cache=False)
-                logits = model.lm_head(out.last_hidden_state[0, :-1]).float()
-            nats = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-            bits, size = bits + nats.item() / math.log(2), size + int(sizes[ids[0, 1:]].sum())
-            chosen = [torch.softmax(r.float(), -1).topk(k).indices for r in out.router_logits]
-            load = load + torch.stack([c.flatten().bincount(minlength=experts) for c in chosen])
-        totals[document.domain] = bits, size
-    return totals, load
-
-
-def per_byte(totals):
-    """{domain: bits per byte}, and over all of them as "total"."""
-    both = [sum(column) for column in zip(*totals.values(), strict=True)]
-    pairs = [*totals.items(), ("total", both)]
-    return {name: round(bits / size, 4) for name, (bits, size) in pairs}
-
-
-def random_experts(seed=0):
-    """A context in which the router's k best become k random experts; the weights stay.
-
-    Both transformers versions choose by torch.topk, and nothing else in a forward calls it.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-
-    class RandomIndices(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if func is not torch.topk:
-                return result
-            order = torch.rand(args[0].shape, generator=generator).argsort(dim=-1)
-            return result[0], order[..., : result[0].shape[-1]]
-
-    return RandomIndices()
-
-
-def xz_bits_per_byte(documents):
-    """Bits per byte of `xz -9`: each domain's documents as one text, and all as one ("total")."""
-    texts = dict.fromkeys((d.domain for d in documents), "")
-    for document in documents:
-        texts[document.domain] += document.text
-    texts["total"] = "".join(texts.values())
-    raw = {name: text.encode() for name, text in texts.items()}
-    packed = {name: lzma.compress(data, preset=9) for name, data in raw.items()}
-    return {name: round(8 * len(packed[name]) / len(raw[name]), 4) for name in raw}
-
-
-def evaluate(model, tokenizer, documents, seed=0):
-    """What shows that this is a model on which routing matters, as a dict for training.json."""
-    totals, load = bits_and_load(model, tokenizer, documents)
-    with random_experts(seed):
-        random_totals, _ = bits_and_load(model, tokenizer, documents)
-    return {
-        "documents": len(documents),
-        "bytes": sum(size for _, size in totals.values()),
-        "bits_per_byte": per_byte(totals),
-        "xz_bits_per_byte": xz_bits_per_byte(documents),
-        "random_experts_bits_per_byte": per_byte(random_totals),
-        "experts_used": (load > 0).sum(dim=1).tolist(),
-        "load_gini": [round(gini(layer), 4) for layer in load.numpy()],
-    }
 
 
 def finish(run, out, seed):

@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+import moeprof
+
 from .. import demo
 from .configurations import as_configuration
 from .heldout import calibration_passages, evaluate, heldout_windows
