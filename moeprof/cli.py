@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 import moeprof
+from moeprof import demo
+from moeprof.experiment import Experiment, Store, sweep
+from moeprof.experiment.heldout import HELDOUT_TOKENS, heldout_windows
+from moeprof.experiment.inputs import check_model, load_model, read_prompts, read_text
+from moeprof.experiment.runner import default_null, experts_of
+from moeprof.experiment.sweep import make_console
 from moeprof.null import KINDS, SCORES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -74,9 +80,9 @@ def _add_sweep(commands):
         help="text to fit the default null to; default: the shipped calibration text",
     )
     parser.add_argument(
-        "--heldout-tokens", type=_count, metavar="N", default=32768,
+        "--heldout-tokens", type=_count, metavar="N", default=HELDOUT_TOKENS,
         help="held-out tokens a configuration for perplexity, a matter of time for large "
-        "models; default: 32768",
+        "models; default: %(default)s",
     )
     parser.add_argument("--seed", type=int, default=0, help="torch's random seed; default: 0")
     parser.set_defaults(run=_sweep)
@@ -121,9 +127,6 @@ def _load(arguments):
     import torch
     from transformers.utils import logging
 
-    from moeprof import demo
-    from moeprof.experiment.inputs import load_model
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if arguments.threads:
@@ -134,10 +137,7 @@ def _load(arguments):
 
 def _sweep(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from moeprof import demo
-    from moeprof.experiment import Experiment, Store, sweep
-    from moeprof.experiment.heldout import heldout_windows
-    from moeprof.experiment.inputs import check_model, read_prompts, read_text
+    import torch
 
     prompts = read_prompts(arguments.prompts) if arguments.prompts else demo.prompts()
     if arguments.null and arguments.null_text:
@@ -148,7 +148,8 @@ def _sweep(arguments):
         check_model(arguments.model)
     store = Store(arguments.out)
     model, tokenizer = _load(arguments)
-    _seed(arguments.seed)
+    experts_of(model)  # raises where the model can't be patched
+    torch.manual_seed(arguments.seed)
     null, facts = _null_for(model, tokenizer, null, null_text)
     experiment = Experiment(
         model,
@@ -162,12 +163,6 @@ def _sweep(arguments):
     sweep(experiment, store, facts)
 
 
-def _seed(seed):
-    import torch
-
-    torch.manual_seed(seed)
-
-
 def _given_null(name):
     """What --null names: a Null, "normal" or None."""
     return name if name in (None, "normal") else moeprof.Null.load(name)
@@ -175,8 +170,6 @@ def _given_null(name):
 
 def _null_for(model, tokenizer, given, text):
     """(null, {"null": its description, "null_source": where it is from}) for the sweep."""
-    from moeprof.experiment.runner import default_null
-
     if given == "normal":
         return given, {"null": NORMAL, "null_source": ""}
     if given is not None:
@@ -195,8 +188,6 @@ def _null_for(model, tokenizer, given, text):
 
 
 def _calibrate(arguments):
-    from moeprof.experiment.inputs import check_model, read_text
-
     out = Path(arguments.out)
     if out.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"--out {out}: a null file ends in .safetensors or .npz")
@@ -216,11 +207,10 @@ def _calibrate(arguments):
 
 
 def _cpu(arguments):
-    """Print moeprof.cpu_info() as a table."""
+    """Print moeprof.cpu_info() as a table, as it is for models: with torch's threads."""
+    import torch  # noqa: F401
     from rich import box
     from rich.table import Table
-
-    from moeprof.experiment.sweep import make_console
 
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     for name, value in moeprof.cpu_info().items():

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
+import moeprof
+
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
@@ -128,6 +130,15 @@ def relative(ours, reference) -> float:
     return float((ours.double() - reference).norm() / reference.norm())
 
 
+# ---- nulls ----
+
+
+def fit_null(model):
+    """A null fitted to random text, by a tokenizer of characters."""
+    ids = [{"input_ids": row.tolist()} for row in token_ids(3, 40)]
+    return moeprof.fit_null(model, lambda text, **_: ids[int(text)], list("012"), progress=False)
+
+
 # ---- what patching may not leave behind ----
 
 
@@ -148,7 +159,7 @@ def assert_unchanged(model, before: dict[str, dict]) -> None:
         for attribute in attributes.keys() | after[name].keys()
         if not _same(attributes.get(attribute, _MISSING), after[name].get(attribute, _MISSING))
     ]
-    assert not changed
+    assert not changed, changed
 
 
 _MISSING = object()
@@ -179,3 +190,18 @@ def wrap_gates(model, change) -> None:
     for block in model.modules():
         if isinstance(block, OlmoeSparseMoeBlock):
             block.gate = Middleware(block.gate, change)
+
+
+def choose(z):
+    """(weights, indices) of 3 experts a token, of which some slots are skipped."""
+    weights, experts = z.softmax(-1).topk(3)
+    experts = experts.clone()
+    experts[::2, 1] = -1
+    experts[0] = -1
+    return weights, experts
+
+
+def scores(z):
+    """(T, E): the weights at their experts, zero elsewhere."""
+    top = z.softmax(-1).topk(3)
+    return torch.zeros_like(z).scatter(1, top.indices, top.values)

@@ -125,8 +125,6 @@ def test_windows_are_the_documents_text_and_nothing_else(tokenizer):
     document = demo.heldout_documents()[0]
     heldout = heldout_windows(tokenizer, [document], 10**6)
     ids = tokenizer(document.text, verbose=False)["input_ids"]
-
-
     assert heldout.tokens == len(ids)
     assert sorted(w.ids.shape[1] for w in heldout.windows)[1:] == [WINDOW] * (len(ids) // WINDOW)
     pieces = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
@@ -195,6 +193,16 @@ def test_experts_are_what_a_recount_finds(experiment, bh):
     assert bh["reduction_pct"] == pytest.approx(100 * (1 - everything.mean() / 2))
     found = np.bincount(everything.ravel(), minlength=9).tolist()
     assert bh["tokens_by_number_of_experts"] == found
+
+
+@pytest.mark.parametrize("max_k", [1, 3, 8])
+def test_max_k_is_the_cap(experiment, max_k):
+    configuration = Configuration("generous", "bh", 0.95, max_k)
+    result = experiment.run(configuration)
+    counts = counts_by_definition(experiment, configuration, result["generated_tokens"])
+    assert result["avg_experts"] == pytest.approx(np.concatenate(counts, axis=1).mean())
+    used = np.flatnonzero(result["tokens_by_number_of_experts"])
+    assert used.max() == max_k
 
 
 def test_the_baseline_uses_k_experts_and_agrees_with_itself(baseline):
@@ -439,7 +447,16 @@ def test_the_report_says_what_a_tolerance_buys(run):
     good = dict(avg_experts_heldout=1.01, perplexity=1.004 * own["perplexity"])
     text = report(changed(result, **good))
     assert "Within 1 % of the baseline's perplexity, the one with the fewest experts is bh_k8_a020"
-    assert "1.01 on the held-out text" in text and "(+0.40 %)" in text
+    assert "bh_k8_a020: 1.01 experts on the held-out text" in text and "(+0.40 %)" in text
+    best = next(line for line in text.splitlines() if line.startswith("- The best of these is"))
+    assert "bh_k8_a020" in best
+
+
+def test_the_report_says_how_many_are_slower(run):
+    result, _ = run
+    speeds = [10.0, 9.0, 8.0, 11.0, 12.0, 13.0, 14.0, 15.0, 16.0]
+    results = [r | {"tokens_per_s": v} for r, v in zip(result["results"], speeds, strict=True)]
+    assert "2 of 8 BH configurations were slower" in report(result | {"results": results})
 
 
 def test_the_report_of_equal_caps(run):

@@ -8,6 +8,7 @@ import torch
 from models import (
     V5,
     blocks,
+    choose,
     expert_weights,
     gap,
     gate_logits,
@@ -17,8 +18,10 @@ from models import (
     reference_experts,
     relative,
     run,
+    scores,
     stock_routing,
     token_ids,
+    wrap_gates,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -230,6 +233,153 @@ def test_generation_with_left_padding(loaded):
     assert relative(ours[real], logits[real]) <= 1e-4
 
 
+# ---- weights by norm ----
+
+
+@pytest.mark.parametrize("model_norm", [True, False])
+@pytest.mark.parametrize("norm", ["model", "none", "sum", "mass"])
+@pytest.mark.parametrize("router", ["topk", "bh"])
+def test_norm(router, norm, model_norm):
+    """Against the definitions, in float64: p is the softmax over all experts."""
+    model, x = moe_block((8, 2, 32, 16), norm=model_norm), random_hidden(1, 30, 32)
+    options = {"topk": dict(k=3), "bh": dict(alpha=0.5, max_k=5, null="normal")}[router]
+    seen = []
+    with moeprof.patch(model, router, norm=norm, **options) as handle:
+        handle.on_routing(lambda index, routing: seen.append(routing))
+        out = run(model.mlp, x)[0]
+        p = gate_logits(model.mlp, x[0]).double().softmax(-1)
+    experts = seen[0].experts
+    selected = p.gather(1, experts.clamp(min=0).long()) * (experts >= 0)
+    rule = ("sum" if model_norm else "none") if norm == "model" else norm
+    factor = {
+        "none": torch.ones(30),
+        "sum": 1 / selected.sum(1),
+        "mass": p.topk(2).values.sum(1) / selected.sum(1),
+    }[rule]
+    expected = selected * factor[:, None]
+    assert relative(seen[0].weights, expected) <= 1e-6
+    assert relative(out, reference_experts(model.mlp, x[0], experts, expected)) <= 1e-5
+
+
+# ---- routers of users ----
+
+
+FORMS = {
+    "logits, weights, indices": lambda z: (z, *choose(z)),
+    "weights, indices": choose,
+    "scores, indices": lambda z: (scores(z), choose(z)[1]),
+    "a list": lambda z: list(choose(z)),
+    "int32 indices": lambda z: (choose(z)[0], choose(z)[1].int()),
+    "with a batch": lambda z: tuple(t[None] for t in choose(z)),
+}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def block_with_gate(change, **options):
+    """(model, block, x (1, 12, H), logits of the stock gate)."""
+    model = moe_block(**options)
+    x = random_hidden(1, 12, 32, model.mlp.gate.weight.dtype)
+    gate = model.mlp.gate(x[0])
+    wrap_gates(model, change)
+    return model, model.mlp, x, gate[0] if isinstance(gate, tuple) else gate
+
+
+@forms
+def test_skipped_slots_contribute_nothing(form):
+    model, block, x, z = block_with_gate(FORMS[form])
+    weights, experts = choose(z)
+    seen = []
+    with moeprof.patch(model) as handle:
+        handle.on_routing(lambda index, routing: seen.append(routing))
+        got = run(block, x)[0]
+        with FlopCounterMode(display=False) as counter:
+            block(x)
+    assert relative(got, reference_experts(block, x[0], experts, weights)) <= 1e-5
+    assert (got[0] == 0).all() and (got[1:].abs().sum(1) > 0).all()
+    counts = (experts >= 0).sum(1)
+    assert seen[0].counts.tolist() == counts.tolist()
+    ours = counter.get_flop_counts()["Global"][torch.ops.moeprof.experts]
+    assert ours == 6 * 32 * 16 * int(counts.sum())
+
+
+@forms
+def test_experts_of_skipped_slots_are_not_read(form):
+    """Slots 1 and 2 of every token are skipped, and whoever is only named there is poison."""
+
+    def first_only(z):
+        *rest, experts = FORMS[form](z)
+        experts[..., 1:] = -1
+        return (*rest, experts)
+
+    model, block, x, z = block_with_gate(first_only, shape=(32, 2, 32, 16))
+    with moeprof.patch(model):
+        expected = run(block, x)
+        for expert in set(range(32)) - set(z.argmax(1)[1:].tolist()):
+            for weight in expert_weights(block, expert):
+                weight.fill_(torch.nan)
+        assert torch.equal(run(block, x), expected)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_logits_of_a_users_router(norm):
+    """Top-k of what the user made of them, with the model's own norm."""
+
+    def without_two(z):
+        return 3 * z.index_fill(1, torch.tensor([1, 6]), -torch.inf)
+
+    model, block, x, z = block_with_gate(without_two, norm=norm)
+    weights, experts = without_two(z).softmax(-1).topk(2)
+    if norm:
+        weights = weights / weights.sum(1, keepdim=True)
+    with moeprof.patch(model):
+        got = run(block, x)[0]
+    assert relative(got, reference_experts(block, x[0], experts, weights)) <= 1e-5
+
+
+def test_users_router_that_stock_can_run():
+    """4.57 takes logits from its gate, 5 takes three values; nothing is skipped."""
+    model = olmoe()
+    wrap_gates(model, lambda z: (2 * z, *(2 * z).softmax(-1).topk(3)) if V5 else 2 * z)
+    expected = model(token_ids()).logits
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=1)
+    text = model.generate(token_ids(), **options)
+    with moeprof.patch(model):
+        assert relative(model(token_ids()).logits, expected) <= 1e-5
+        assert torch.equal(model.generate(token_ids(), **options), text)
+    assert torch.equal(model(token_ids()).logits, expected)
+
+
+@pytest.mark.parametrize("form", ["logits", "logits, weights, indices"])
+def test_router_on_a_users_logits(form):
+    """An explicit router decides in place of the user's, on the logits that it gives."""
+    change = FORMS.get(form, lambda z: -z)
+    model, block, x, z = block_with_gate(change)
+    expected = (-z if form == "logits" else z).softmax(-1).max(-1, keepdim=True)
+    with moeprof.patch(model, moeprof.TopK(1)):
+        got = run(block, x)[0]
+    reference = reference_experts(block, x[0], expected.indices, expected.values)
+    assert relative(got, reference) <= 1e-5
+
+
+def test_float32_logits_of_a_bfloat16_model():
+    """The softmax is over the logits as the gate gives them, not rounded to the model's dtype."""
+
+    def close_together(z):
+        return 8 + z.float() / 100  # in bfloat16 most of them would be equal
+
+    model, block, x, _ = block_with_gate(close_together, dtype=torch.bfloat16)
+    seen = []
+    with moeprof.patch(model) as handle:
+        handle.on_routing(lambda index, routing: seen.append(routing))
+        block(x)
+    z = block.gate(x[0])
+    free = gap(z, 2) > 1e-5
+    assert free.sum() >= 10
+    ours, expected = (t.sort(1).values for t in (seen[0].experts, z.topk(2).indices))
+    assert ours[free].tolist() == expected[free].tolist()
+
+
 # ---- what is not selected does not run ----
 
 
@@ -336,27 +486,25 @@ def test_operators_keep_what_they_declare(tokens):
 def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    sizes = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=5,
+        num_experts_per_tok=2, initializer_range=0.2,
+    )  # fmt: skip
     torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, num_local_experts=5,
-            num_experts_per_tok=2, initializer_range=0.2, sliding_window=None,
-        )  # fmt: skip
-    ).eval()
+    return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
 
 
 def qwen3_moe():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    sizes = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=8, num_experts_per_tok=3, initializer_range=0.2, norm_topk_prob=True,
+    )  # fmt: skip
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-            num_experts=8, num_experts_per_tok=3, initializer_range=0.2, norm_topk_prob=True,
-        )  # fmt: skip
-    ).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
 
 
 @only_5

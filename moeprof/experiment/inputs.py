@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from textwrap import shorten
 
 from .runner import COMPLEXITIES
 
@@ -72,7 +73,7 @@ def _check_hub(name):
     try:
         HfApi().model_info(name, timeout=10)
     except Exception as error:  # the client's classes differ by version, some aren't OSErrors
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = shorten(f"{type(error).__name__}: {error}", 120, placeholder=" …")
         raise FileNotFoundError(f"{missing}, and the hub doesn't give it ({reason})") from error
 
 

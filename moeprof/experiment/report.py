@@ -157,6 +157,7 @@ def _findings(baseline, bh):
         f"{baseline['bits_per_byte']:.4f} bits per byte.",
         _range(bh),
         _cheaper(baseline, bh, fewer),
+        _closest(baseline, fewer),
         *_within(baseline, fewer),
         _loses(baseline, more),
         _dominated(bh),
@@ -199,6 +200,21 @@ def _surely_worse(frame):
     return frame["delta_low"].fillna(frame["delta_bits"]) > 0
 
 
+def _closest(baseline, fewer):
+    if not len(fewer):
+        return ""
+    best = fewer.loc[fewer["perplexity"].idxmin()]
+    return f"The best of these is {_described(best, baseline)}."
+
+
+def _described(row, baseline):
+    change = 100 * (row["perplexity"] / baseline["perplexity"] - 1)
+    return (
+        f"{row['config']}: {row['avg_experts_heldout']:.2f} experts on the held-out text, "
+        f"perplexity {row['perplexity']:.3f} ({change:+.2f} %)"
+    )
+
+
 def _within(baseline, fewer):
     for tolerance in TOLERANCES:
         limit = baseline["perplexity"] * (1 + tolerance / 100)
@@ -207,18 +223,13 @@ def _within(baseline, fewer):
             best = good.loc[good["avg_experts_heldout"].idxmin()]
             yield (
                 f"Within {tolerance} % of the baseline's perplexity, the one with the fewest "
-                f"experts is {best['config']}: {best['avg_experts_heldout']:.2f} on the held-out "
-                f"text, perplexity {best['perplexity']:.3f} ({_percent(best, baseline):+.2f} %)."
+                f"experts is {_described(best, baseline)}."
             )
         else:
             yield (
                 f"No BH configuration with fewer experts stays within {tolerance} % of the "
                 "baseline's perplexity."
             )
-
-
-def _percent(row, baseline):
-    return 100 * (row["perplexity"] / baseline["perplexity"] - 1)
 
 
 def _loses(baseline, more):
@@ -239,7 +250,10 @@ def _dominated(bh):
     worse = bh[beaten.any(axis=1)]
     if not len(worse):
         return ""
-    return f"Another BH configuration needs fewer experts and predicts better than {_names(worse)}."
+    return (
+        "Another BH configuration had fewer experts and a lower perplexity, by however little, "
+        f"than {_names(worse)}."
+    )
 
 
 def _saturated(bh):
@@ -269,10 +283,12 @@ def _speed(baseline, bh):
     if bh["tokens_per_s"].isna().any():
         return ""
     low, high = bh.loc[bh["tokens_per_s"].idxmin()], bh.loc[bh["tokens_per_s"].idxmax()]
+    slower = int((bh["tokens_per_s"] < baseline["tokens_per_s"]).sum())
     return (
         f"Decoding ran at {baseline['tokens_per_s']:.1f} tokens per second with the baseline and "
         f"at {low['tokens_per_s']:.1f} ({low['config']}) to {high['tokens_per_s']:.1f} "
-        f"({high['config']}) with BH."
+        f"({high['config']}) with BH; {slower} of {len(bh)} BH configurations were slower than "
+        "the baseline."
     )
 
 

@@ -185,6 +185,15 @@ def _compare(result, baseline, top_k):
     return compared
 
 
+def experts_of(model):
+    """(experts of a layer, experts that the model's own router takes).
+
+    Raises ValueError, as moeprof.patch does, for a model that can't be patched.
+    """
+    with moeprof.patch(model) as handle:
+        return handle.layers[0].num_experts, model.config.num_experts_per_tok
+
+
 @lru_cache(maxsize=1)
 def _demo():
     return demo.load()
@@ -237,7 +246,8 @@ def run_configuration(
 
     Raises
     ------
-    ValueError: an unknown configuration, no prompts, or lists of different lengths.
+    ValueError: an unknown configuration, no prompts, lists of different lengths, a model that
+        can't be patched.
 
     Example
     -------
@@ -248,8 +258,7 @@ def run_configuration(
         raise ValueError("run_configuration: give both model and tokenizer, or none of them")
     if model is None:
         model, tokenizer = _demo()
-    size = model.config
-    configuration = as_configuration(config, size.num_experts, size.num_experts_per_tok)
+    configuration = as_configuration(config, *experts_of(model))
     if null is None and configuration.routing_type == "bh":
         null = default_null(model, tokenizer)
     documents = heldout_documents or demo.heldout_documents()

@@ -10,6 +10,7 @@ import moeprof
 from .configurations import configurations, dropped_max_ks
 from .plots import figure
 from .report import report
+from .runner import experts_of
 from .store import Store
 
 WIDTH = 100  # columns of the final table
@@ -25,12 +26,12 @@ def sweep(experiment, store, facts, console=None):
     """
     store = store if isinstance(store, Store) else Store(store)
     console = console or make_console()
-    size = experiment.model.config
-    planned = configurations(size.num_experts, size.num_experts_per_tok)
+    num_experts, top_k = experts_of(experiment.model)
+    planned = configurations(num_experts, top_k)
     run = describe(experiment, planned) | facts | {"results": []}
     console.print(f"Total configurations: {len(planned)}")
     for max_k in run["dropped_max_k"]:
-        console.print(f"Left out: max_k {max_k}, the model has {size.num_experts} experts")
+        console.print(f"Left out: max_k {max_k}, the model has {num_experts} experts")
     try:
         with _progress(console, len(planned) * experiment.steps) as step:
             for number, configuration in enumerate(planned, start=1):
@@ -87,7 +88,8 @@ def _table(results):
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
+        justify = "right" if number else "left"
+        table.add_column(name, justify=justify, no_wrap=not number, overflow="fold")
     for result in results:
         cells = ((form, result[field]) for field, form in columns.values())
         table.add_row(*("" if value is None else form.format(value) for form, value in cells))

@@ -1,0 +1,329 @@
+"""The extension as a Python module: what it says of itself, what it loads, leaks, bad arguments."""
+
+import ast
+import ctypes
+import importlib.util
+import inspect
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import util
+
+import moeprof
+from moeprof import _C
+
+PUBLIC = sorted(name for name in vars(_C) if not name.startswith("_"))
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+
+# ---- the CPU ----
+
+# CPU features in the names of /proc/cpuinfo, which hides what XCR0 does not save
+FLAGS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512bf16": {"avx512_bf16"},
+    "avx512fp16": {"avx512_fp16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
+
+
+def linux_grants_amx():
+    """True if this process may use the tiles; to ask twice does no harm."""
+    prctl, request, tiles = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(prctl, request, tiles) == 0
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="needs Linux on x86-64"
+)
+def test_features_are_those_of_proc_cpuinfo():
+    text = Path("/proc/cpuinfo").read_text()
+    flags = set(re.search(r"^flags\s*:(.*)$", text, re.M)[1].split())
+    expected = [name for name, needed in FLAGS.items() if needed <= flags]
+    if "avx2" not in expected:
+        expected = []
+    if "avx512" not in expected:
+        expected = [name for name in expected if name == "avx2"]
+    if "amx" in expected and not linux_grants_amx():
+        expected.remove("amx")
+    assert _C.cpu_features() == expected
+
+
+def test_every_feature_is_known_here():
+    assert set(_C.cpu_features()) <= set(FLAGS) == set(util.level_names()) - {"scalar"}
+
+
+# ---- what it says of itself ----
+
+
+def stub():
+    """{name: its arguments} of moeprof/_C.pyi."""
+    tree = ast.parse(Path(moeprof.__file__).with_name("_C.pyi").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {f.name: [a.arg for a in (*f.args.posonlyargs, *f.args.args)] for f in functions}
+
+
+def test_the_stub_names_what_there_is():
+    assert sorted(stub()) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_open_with_the_signature_of_the_stub(name):
+    function = getattr(_C, name)
+    assert function.__text_signature__ and len(function.__doc__) > 20
+    assert list(inspect.signature(function).parameters) == stub()[name]
+
+
+def test_all_is_sorted_and_resolves():
+    assert moeprof.__all__ == sorted(moeprof.__all__) and len(set(moeprof.__all__)) > 10
+    for name in moeprof.__all__:
+        assert getattr(moeprof, name).__doc__, name
+    assert set(moeprof.__all__) <= set(dir(moeprof))
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = moeprof.nope
+
+
+# ---- what the import loads ----
+
+
+def test_import_brings_in_nothing_heavy():
+    code = "import sys, moeprof; print(*sys.modules)"
+    loaded = set(util.run_python(code).stdout.split())
+    heavy = {"torch", "transformers", "scipy", "scipy_openblas32", "pandas", "matplotlib"}
+    assert "numpy" in loaded and not loaded & heavy
+
+
+@linux
+@pytest.mark.parametrize("order", ("moeprof, scipy.linalg", "scipy.linalg, moeprof"))
+def test_scipy_keeps_its_own_blas(order):
+    """The wheel's OpenBLAS is there, its symbols are in nobody's way."""
+    code = f"""if True:
+        import ctypes, numpy as np
+        import {order}
+        names = ("scipy_cblas_sgemm", "scipy_openblas_set_num_threads", "cblas_sgemm")
+        print(*[hasattr(ctypes.CDLL(None), name) for name in names])
+        a = np.random.default_rng(0).standard_normal((50, 50))
+        print(np.allclose(scipy.linalg.inv(a) @ a, np.eye(50)))
+        print("scipy_openblas32" in open("/proc/self/maps").read())"""
+    *visible, right, loaded = util.run_python(code).stdout.split()
+    assert visible == ["False"] * 3 and right == "True"
+    wheel = importlib.util.find_spec("scipy_openblas32") is not None
+    assert loaded == str(wheel) or os.environ.get("MOEPROF_BLAS") == "system"
+
+
+def test_a_second_module_object_works():
+    """Multi-phase init: importing anew gives functions that work, beside the first."""
+    code = """if True:
+        import sys, numpy as np, moeprof
+        first = sys.modules.pop("moeprof._C")
+        import importlib
+        second = importlib.import_module("moeprof._C")
+        z = np.ones((1, 4), np.float32)
+        assert second is not first
+        assert (second.softmax(z, 1.0) == first.softmax(z, 1.0)).all()
+        assert second.variants() == first.variants()"""
+    util.run_python(code)
+
+
+# ---- leaks ----
+
+LEAKS = """
+import gc, os, sys
+import numpy as np
+import util
+from moeprof import _C
+
+f32 = np.float32
+x, w, index = np.ones((40, 32), f32), np.ones((24, 32), f32), np.arange(40, dtype=np.int32)
+z, p, short = np.ones((40, 16), f32), np.full((40, 16), 0.01), np.ones((3, 5), f32)
+bad_row, table = z.copy(), util.table_of(3.5)
+bad_row[7] = np.nan
+spec = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, "logprob", table)
+bad_specs = [("nope", *spec[1:]), ("bh", (0.1, 0.2), *spec[2:]), ("bh", ("x",), *spec[2:]),
+             (*spec[:5], "nope", *spec[6:]), (*spec[:2], 9, *spec[3:]), spec[:4], [],
+             (*spec[:8], np.ones(3)), (*spec[:7], "nope", table)]
+layer = util.Layer(16, 32, 24)
+pointers, hidden = layer.pointers, layer.hidden(40)
+ids, weights = util.random_slots(40, 3, 16)
+bad_ids = np.full_like(ids, 99)
+layer_arguments = ("float32", pointers, 24)
+
+CALLS = {
+    "route": [(z, "float32", spec, 2, True), (z, "float32", spec, 2, False),
+              (bad_row, "float32", spec, 1, True), (z, "nope", spec, 1, True), (p, "float32", spec,
+              1, True), (z,), *[(z, "float32", bad, 1, True) for bad in bad_specs]],
+    "p_values": [(z, "logprob", table), (z, "logit", None), (bad_row, "logit", None),
+                 (z, "nope", None), (z, "logit", p), (p, "logit", None), ()],
+    "experts": [(hidden, ids, weights, *layer_arguments, 2), (hidden, bad_ids, weights,
+                *layer_arguments, 1), (hidden, ids, short, *layer_arguments, 1),
+                (hidden, ids, weights, "float32", p, 24, 1), (hidden, ids, weights, "bfloat16",
+                pointers, 24, 1), ()],
+    "moe": [(hidden, z, *layer_arguments, spec, 2), (hidden, bad_row, *layer_arguments, spec, 1),
+            (hidden, short, *layer_arguments, spec, 1), (hidden, p, *layer_arguments, spec, 1), (),
+            *[(hidden, z, *layer_arguments, bad, 1) for bad in bad_specs]],
+    "linear": [(x, index, w, "float32"), (x, index + 99, w, "float32"), (x, index, short,
+               "float32"), (x, index, w, "nope"), (x, p, w, "float32"), (x,)],
+    "gate_up": [(x, index, w, w, "float32"), (x, index, w, short, "float32"), (x, index + 99, w, w,
+                "float32"), (x, index, w, w, "float16"), (x,)],
+    "softmax": [(z, 1.0), (p, 1.0), (z, "x"), (z,)],
+    "logprob": [(z,), (p,), (None,)],
+    "order": [(p, z), (None, z), (p, short), (z, z), (p,)],
+    "step_up": [(p, 0.05), (z, 0.05), (p, None), (p,)],
+    "limit_cpu": [(None,), ("scalar",), (None,), ("nope",), (3,)],
+    "cpu_features": [(), (1,)],
+    "variants": [(), (1,)],
+    "routers": [(), (1,)],
+    "threads": [(), (1,)],
+    "find_openmp": [(), (1,)],
+}
+
+def call(name, arguments, times):
+    for _ in range(times):
+        try:
+            getattr(_C, name)(*arguments)
+        except (TypeError, ValueError):
+            pass
+
+def references(arguments):
+    # arrays and tuples exactly; numbers, strings and None are in other hands too
+    inner = [item for a in arguments if isinstance(a, tuple) for item in a]
+    kept = [a for a in (*arguments, *inner) if isinstance(a, (np.ndarray, tuple)) and len(a)]
+    shared = [*arguments, *inner, None, True, False, 1, 2]
+    return [sys.getrefcount(a) for a in kept], [sys.getrefcount(a) for a in shared]
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+assert sorted(CALLS) == sorted(n for n in vars(_C) if n[0] != "_"), "a binding without calls here"
+for name, argument_lists in CALLS.items():
+    for i, arguments in enumerate(argument_lists):
+        call(name, arguments, 100)
+        gc.collect()
+        before = references(arguments), sys.getallocatedblocks(), resident()
+        call(name, arguments, 1000)
+        gc.collect()
+        after = references(arguments), sys.getallocatedblocks(), resident()
+        assert after[0][0] == before[0][0], f"{name} {i}: {before[0]} -> {after[0]}"
+        assert max(np.subtract(after[0][1], before[0][1])) < 500, f"{name} {i}: shared objects"
+        assert after[1] - before[1] < 100, f"{name} {i}: {after[1] - before[1]} blocks more"
+        assert after[2] - before[2] < 2**20, f"{name} {i}: {after[2] - before[2]} bytes more"
+"""
+
+
+@linux
+def test_1000_calls_of_each_binding_leave_nothing_behind():
+    util.run_python(LEAKS)
+
+
+# ---- bad arguments ----
+
+F32, F64 = np.ones((2, 4), np.float32), np.ones((2, 4))
+I32, U16 = np.zeros((2, 1), np.int32), np.ones((2, 4), np.uint16)
+INDEX, ONES = np.zeros(2, np.int32), np.ones((2, 1), np.float32)
+SPEC = ("bh", (0.05,), 1, 2, 1.0, "sum", 1, "logit", None)
+POINTERS = np.array([[F32.ctypes.data] * 2] * 3, np.uint64)  # of 8 floats each
+BIG, TWO = F32.astype(">f4"), F32[:, :2].copy()
+SWAPPED = "C-contiguous, aligned array of native byte order"
+
+
+def route(logits=F32, dtype="float32", spec=SPEC, **changes):
+    names = ("router", "parameters", "min_k", "max_k", "temperature", "norm", "norm_k", "score",
+             "table")  # fmt: skip
+    spec = tuple(changes.get(n, v) for n, v in zip(names, spec, strict=True)) if changes else spec
+    return _C.route(logits, dtype, spec, 1, False)
+
+
+def experts(hidden=F32, ids=I32, weights=ONES, dtype="float32", pointers=POINTERS, inner=2):
+    return _C.experts(hidden, ids, weights, dtype, pointers, inner, 1)
+
+
+def moe(hidden=F32, logits=TWO, dtype="float32", pointers=POINTERS, inner=2):
+    return _C.moe(hidden, logits, dtype, pointers, inner, SPEC, 1)
+
+
+BAD = [
+    (lambda: route([[1.0]]), TypeError, "router_logits: expected a NumPy array, got list"),
+    (lambda: route(F64), TypeError, "router_logits: expected dtype float32, got float64"),
+    (lambda: route(F32, "float16"), TypeError, "router_logits: expected dtype uint16, got float32"),
+    (lambda: route(F32[0]), ValueError, "router_logits: expected 2 dimensions, got 1"),
+    (lambda: route(F32[:, ::2]), ValueError, f"router_logits: expected a {SWAPPED}"),
+    (lambda: route(BIG), ValueError, f"router_logits: expected a {SWAPPED}"),
+    (lambda: route(util.shifted(F32, 1)), ValueError, f"router_logits: expected a {SWAPPED}"),
+    (lambda: route(F32, "float64"), TypeError, "dtype: expected float32, .* got float64"),
+    (lambda: route(spec=[]), TypeError, "spec: expected a tuple"),
+    (lambda: route(spec=SPEC[:5]), TypeError, "spec"),
+    (lambda: route(router="nope"), ValueError, "router: no router is named nope"),
+    (lambda: route(parameters=()), ValueError, "router bh: expected 1 parameters, got 0"),
+    (lambda: route(parameters=("x",)), TypeError, "real number"),
+    (lambda: route(norm="max"), ValueError, "norm: expected none, sum or mass, got max"),
+    (lambda: route(score="z"), ValueError, "score: expected logprob or logit, got z"),
+    (lambda: route(table=np.ones(7)), ValueError, "table: expected 8196 values, got 7"),
+    (lambda: route(table=np.ones(8196, "f4")), TypeError, "table: expected dtype float64, got fl"),
+    (lambda: route(min_k=0), ValueError, "1 <= min_k <= max_k <= 4, got min_k=0, max_k=2"),
+    (lambda: route(max_k=5), ValueError, "1 <= min_k <= max_k <= 4, got min_k=1, max_k=5"),
+    (lambda: route(norm_k=5), ValueError, r"\(norm over 5\)"),
+    (lambda: route(np.ones((1, 1025), "f4")), ValueError, "expected 1 to 1024 experts, got 1025"),
+    (lambda: route(np.ones((1, 0), "f4")), ValueError, "expected 1 to 1024 experts, got 0"),
+    (lambda: _C.p_values(F64, "logit", None), TypeError, "router_logits: expected dtype float32"),
+    (lambda: _C.p_values(F32[:, :0], "logit", None), ValueError, "router_logits: expected 1 to"),
+    (lambda: experts(F64), TypeError, "hidden: expected dtype float32, got float64"),
+    (lambda: experts(F32, dtype="bfloat16"), TypeError, "hidden: expected dtype uint16"),
+    (lambda: experts(ids=I32.astype(np.int64)), TypeError, "experts: expected dtype int32, got in"),
+    (lambda: experts(weights=F64), TypeError, "weights: expected dtype float32, got float64"),
+    (lambda: experts(weights=F32), ValueError, r"experts and weights: expected \(2, k\) both"),
+    (lambda: experts(ids=I32[:1], weights=ONES[:1]), ValueError, r"expected \(2, k\) both"),
+    (lambda: experts(pointers=F64), TypeError, "pointers: expected dtype uint64, got float64"),
+    (lambda: experts(pointers=POINTERS[:2]), ValueError, r"pointers: expected \(3, num_experts\)"),
+    (lambda: experts(inner=0), ValueError, "intermediate_size"),
+    (lambda: experts(F32[:, :0].copy()), ValueError, "hidden"),
+    (lambda: moe(logits=F32), ValueError, r"router_logits: expected shape \(2, 2\), got \(2, 4\)"),
+    (lambda: moe(logits=F32[:1, :2]), ValueError, r"expected shape \(2, 2\), got \(1, 2\)"),
+    (lambda: moe(logits=U16), TypeError, "router_logits: expected dtype float32, got uint16"),
+    (lambda: moe(U16, logits=F64, dtype="float16"), TypeError, "router_logits: expected dtype u"),
+    (lambda: _C.linear(F64, INDEX, F32, "float32"), TypeError, "x: expected dtype float32, got fl"),
+    (lambda: _C.linear(F32, I32, F32, "float32"), ValueError, "index: expected 1 dimensions, got"),
+    (lambda: _C.linear(F32, INDEX + 2, F32, "float32"), ValueError, "index: outside the rows of x"),
+    (lambda: _C.linear(F32, INDEX - 1, F32, "float32"), ValueError, "index: outside the rows of x"),
+    (lambda: _C.linear(F32, INDEX, F64, "float32"), TypeError, "w: expected .* weights"),
+    (lambda: _C.linear(F32, INDEX, BIG, "float32"), (TypeError, ValueError), "w: expected"),
+    (lambda: _C.linear(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected the same K"),
+    (lambda: _C.gate_up(F32, INDEX, F32, ONES, "float32"), ValueError, "x, gate and up: expected"),
+    (lambda: _C.gate_up(F32, INDEX, U16, F32, "float32"), TypeError, "gate: expected"),
+    (lambda: _C.gate_up(F32, INDEX, F32, F32.T, "float32"), TypeError, "up: expected contiguous"),
+    (lambda: _C.softmax(F64, 1.0), TypeError, "z: expected dtype float32, got float64"),
+    (lambda: _C.logprob(F32[0]), ValueError, "z: expected 2 dimensions, got 1"),
+    (lambda: _C.order(F32, F32), TypeError, "p: expected dtype float64, got float32"),
+    (lambda: _C.order(F64[:1], F32), ValueError, "p and z: expected the same shape"),
+    (lambda: _C.step_up(F32, 0.1), TypeError, "p: expected dtype float64, got float32"),
+    (lambda: _C.step_up(F64[:, ::2], 0.1), ValueError, f"p: expected a {SWAPPED}"),
+]
+
+
+@pytest.mark.parametrize("i", range(len(BAD)))
+def test_bad_arguments_are_named(i):
+    run, error, message = BAD[i]
+    with pytest.raises(error, match=message):
+        run()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_wrong_number_of_arguments(name):
+    with pytest.raises(TypeError, match="argument"):
+        getattr(_C, name)(*[None] * 20)
+
+
+@pytest.mark.parametrize("width", (0, 1))
+def test_kernels_take_no_rows_and_one_expert(width):
+    empty, one = np.zeros((0, 4), np.float32), np.full((3, width), 2, np.float32)
+    for kernel in (lambda z: _C.softmax(z, 1.0), _C.logprob, lambda z: _C.order(None, z)):
+        assert kernel(empty).shape == (0, 4) and kernel(one).shape == (3, width)
+    assert _C.step_up(np.zeros((3, width)), 0.5).tolist() == [width] * 3
+    assert _C.step_up(empty.astype(float), 0.5).shape == (0,)
+    x, none = np.zeros((2, 4), np.float32), np.zeros(0, np.int32)
+    assert _C.linear(x, none, x, "float32").shape == (0, 2)
+    assert _C.linear(x, none, x[:0], "float32").shape == (0, 0)

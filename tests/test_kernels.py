@@ -1,0 +1,593 @@
+"""The kernels, in two steps: scalar against NumPy float64, every other variant against scalar.
+
+Which kernels and variants there are is asked of the extension: a new variant needs no edit here.
+"""
+
+import signal
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+import pytest
+import util
+from util import EPS32, EPS64, TINY32, narrow, widen
+
+from moeprof import _C
+from moeprof.null import normal_reference
+
+VARIANTS = [(kernel, variant) for kernel, variant, _, _ in _C.variants()]
+KERNELS = list(dict.fromkeys(kernel for kernel, _ in VARIANTS))
+DTYPE = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+MATRIX_VARIANTS = [kv for kv in VARIANTS if kv[0].startswith(("linear_", "gate_up_"))]
+all_variants = pytest.mark.parametrize(("kernel", "variant"), VARIANTS)
+matrix_variants = pytest.mark.parametrize(("kernel", "variant"), MATRIX_VARIANTS)
+posix = pytest.mark.skipif(sys.platform != "linux", reason="mprotect and /proc are Linux's")
+
+
+@pytest.fixture(autouse=True)
+def every_kernel_again():
+    yield
+    util.restore_cpu()
+
+
+# ---- a case: what is computed, what it should be, and how near ----
+
+
+@dataclass
+class Case:
+    what: str
+    run: object  # () -> array
+    ref: np.ndarray  # float64
+    tol: np.ndarray | float = 0.0
+
+
+def hold(kernel, variant, cases):
+    """scalar to the float64 reference, any other variant to scalar; returns its results."""
+    util.force(kernel, "scalar")
+    scalar = [case.run() for case in cases]
+    results = scalar
+    if variant != "scalar":
+        util.force(kernel, variant)
+        results = [case.run() for case in cases]
+    assert util.in_use()[kernel] == variant
+    for case, got, truth in zip(cases, results, scalar, strict=True):
+        what = f"{kernel} {variant}: {case.what}"
+        if variant == "scalar":
+            util.assert_close(got, case.ref, case.tol, what)
+        else:  # each may be tol away from the exact value
+            util.assert_close(got, truth, 2 * np.asarray(case.tol), what)
+    return results
+
+
+# ---- linear and gate_up ----
+
+
+def act_type(dtype):
+    """The activations' type: bf16 for bf16 weights, else float32."""
+    return "bfloat16" if dtype == "bfloat16" else "float32"
+
+
+def matrix_case(kernel, x, index, *weights, what=""):
+    """linear or gate_up of x[index] and weights in the form the extension takes."""
+    contract, _, suffix = kernel.rpartition("_")
+    dtype = DTYPE[suffix]
+    rows = widen(x, act_type(dtype))[index].astype(np.float64)
+    wide = [widen(w, dtype) for w in weights]
+    run = partial(getattr(_C, contract), x, index, *weights, dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if contract == "linear":
+            return Case(what, run, *util.matmul(rows, *wide))
+        ref, tol = util.swiglu(rows, *wide, dtype == "bfloat16")
+    return Case(what, lambda: widen(run(), act_type(dtype)), ref, tol)
+
+
+def matrices(kernel, m, n, k, seed=0):
+    """x with more rows than are asked for, a ragged index, and the weights."""
+    contract, _, suffix = kernel.rpartition("_")
+    rng = np.random.default_rng([seed, m, n, k])
+    x = narrow(rng.standard_normal((m + 3, k)), act_type(DTYPE[suffix]))
+    index = rng.integers(0, m + 3, m).astype(np.int32)
+    count = 1 if contract == "linear" else 2
+    weights = [narrow(rng.standard_normal((n, k)), DTYPE[suffix]) for _ in range(count)]
+    return x, index, *weights
+
+
+def random_case(kernel, m, n, k, seed=0):
+    return matrix_case(kernel, *matrices(kernel, m, n, k, seed), what=f"M={m} N={n} K={k}")
+
+
+LANES = range(1, 2 * 16 + 2)
+SHAPES = {
+    "n and k around the lanes": [(5, n, k) for n in LANES for k in LANES],
+    "m and n around the tiles": [
+        (m, n, k)
+        for m in (*range(1, 18), 31, 32, 33, 127, 128, 129, 200)
+        for n in (1, 16, 17, 63, 64, 65)
+        for k in (1, 17, 48)
+    ],
+    "whole models": [(m, n, k) for m in (1, 2, 8) for n in (3, 48) for k in (48, 96, 2048)],
+}
+
+
+@matrix_variants
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_matrix_shapes(kernel, variant, shapes):
+    hold(kernel, variant, [random_case(kernel, *shape) for shape in shapes])
+
+
+@matrix_variants
+@pytest.mark.parametrize("offset", (1, 2, 3))
+def test_weights_at_any_address(kernel, variant, offset):
+    cases = []
+    for m, n, k in ((1, 5, 7), (8, 33, 48), (129, 65, 31)):
+        x, index, *weights = matrices(kernel, m, n, k)
+        moved = [util.shifted(w, offset) for w in weights]
+        cases.append(matrix_case(kernel, x, index, *moved, what=f"+{offset} {m, n, k}"))
+    hold(kernel, variant, cases)
+
+
+@posix
+@matrix_variants
+@pytest.mark.parametrize("side", ("start", "end"))
+def test_nothing_is_read_beyond_the_matrices(kernel, variant, side):
+    cases = []
+    for n, k in [(n, k) for n in (*LANES, 64, 65) for k in (1, 2, 7, 8, 15, 16, 17, 31, 32, 33)]:
+        arrays = [util.guarded(a, side) for a in matrices(kernel, n % 5 + 1, n, k)]
+        cases.append(matrix_case(kernel, *arrays, what=f"guarded {side} N={n} K={k}"))
+    hold(kernel, variant, cases)
+
+
+@posix
+@pytest.mark.parametrize("beyond", (-1, 64))
+def test_a_guard_page_kills(beyond):
+    code = f"""if True:
+        import ctypes, numpy as np, util
+        array = util.guarded(np.zeros(64, np.uint8), {"start" if beyond < 0 else "end"!r})
+        ctypes.string_at(array.ctypes.data + {beyond}, 1)"""
+    assert util.run_python(code, check=False).returncode == -signal.SIGSEGV
+
+
+@matrix_variants
+def test_nan_and_inf_go_where_ieee_sends_them(kernel, variant):
+    cases = []
+    for k in (1, 8, 17, 48):
+        x, _, *weights = matrices(kernel, 9, 7, k)
+        index, dtype = np.arange(9, dtype=np.int32), DTYPE[kernel.rpartition("_")[2]]
+        wide_x = widen(x, act_type(dtype)).copy()
+        wide_w = [widen(w, dtype).copy() for w in weights]
+        wide_x[1, k // 2], wide_x[2, 0], wide_x[3, k - 1] = np.nan, np.inf, -np.inf
+        wide_x[4, 0], wide_x[4, k - 1] = np.inf, -np.inf
+        wide_x[5] = 0  # 0 * inf is NaN
+        for w in wide_w:
+            w[3, k // 2], w[4, 0], w[5, k - 1] = np.nan, np.inf, -np.inf
+        x, weights = narrow(wide_x, act_type(dtype)), [narrow(w, dtype) for w in wide_w]
+        cases.append(matrix_case(kernel, x, index, *weights, what=f"K={k}"))
+    for case, got in zip(cases, hold(kernel, variant, cases), strict=True):
+        clean = np.ix_([0, 6, 7, 8], [0, 1, 2, 6])
+        assert np.isfinite(got[clean]).all(), case.what
+        assert np.isnan(got[1]).all() and np.isnan(got[:, 3]).all(), case.what
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variant"), [kv for kv in VARIANTS if kv[0] in ("linear_bf16", "linear_f16")]
+)
+def test_each_16_bit_pattern_is_widened_as_it_is(kernel, variant):
+    dtype = DTYPE[kernel.rpartition("_")[2]]
+    every = np.arange(65536, dtype=np.uint16)[:, None]
+    one = narrow(np.ones((1, 1)), act_type(dtype))
+    exact = 0.0 if variant == "scalar" or dtype == "float16" else TINY32  # see util.matmul
+    rows, none = np.arange(65536, dtype=np.int32), np.zeros(1, np.int32)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        value = widen(every, dtype).astype(np.float64)
+    cases = [Case("weights", partial(_C.linear, one, none, every, dtype), value.T, exact)]
+    if dtype == "bfloat16":
+        run = partial(_C.linear, every, rows, one, dtype)
+        cases.append(Case("activations", run, value, exact))
+    hold(kernel, variant, cases)
+
+
+def bf16_roundings():
+    """float32 u = a + b + c, of bf16 parts that add exactly: on and around every kind of tie."""
+    parts = [
+        (a * scale, b * scale, c * scale)
+        for scale in (1.0, -1.0, 2.0**-30, 2.0**60)
+        for a in 1 + np.arange(128) / 128  # all mantissas: even and odd last bits
+        for b in (0.0, 2.0**-8, 2.0**-8 - 2.0**-16, 2.0**-9)
+        for c in (0.0, 2.0**-20, 2.0**-22)
+    ]
+    parts += [(2.0**120 * 1.9921875, 2.0**112, c) for c in (0.0, -(2.0**100))]  # to inf, or not
+    return np.array(parts)
+
+
+@pytest.mark.parametrize("variant", util.variants_of("gate_up_bf16"))
+def test_act_is_rounded_once_to_nearest_even(variant):
+    parts = bf16_roundings()
+    gate = np.tile([128.0, 0.0, 0.0, 0.0], (len(parts), 1))  # silu(128) is 128 in fp32
+    up = np.concatenate([np.zeros((len(parts), 1)), parts], axis=1)
+    gate, up = narrow(gate, "bfloat16"), narrow(up, "bfloat16")
+    assert (widen(up, "bfloat16")[:, 1:] == parts).all()  # the parts are bf16
+    x, index = narrow(np.ones((1, 4)), "bfloat16"), np.zeros(1, np.int32)
+    util.force("gate_up_bf16", variant)
+    got = _C.gate_up(x, index, gate, up, "bfloat16")[0]
+    with np.errstate(over="ignore"):
+        expected = narrow(128 * parts.sum(axis=1), "bfloat16")
+    if variant == "scalar":
+        np.testing.assert_array_equal(got, expected)
+    else:  # its silu may be off by an fp32 ulp, which can turn a tie around
+        assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
+    x, index, gate, up = matrices("gate_up_bf16", 64, 64, 64)
+    random = _C.gate_up(x, index, gate, up, "bfloat16")
+    util.force("gate_up_bf16", "scalar")
+    assert (random == _C.gate_up(x, index, gate, up, "bfloat16")).mean() > 0.98
+
+
+# ---- softmax, logprob, p-values, order, step_up ----
+
+WIDTHS = (*LANES, 48, 60, 64, 65, 128, 256, 1024)
+
+
+def softmax_cases():
+    for experts in WIDTHS:
+        z = util.nasty_rows(experts, experts)
+        for temperature in (0.125, 1.0, 8.0):
+            below = util.below_top(z) / temperature
+            ref = util.softmax(below)
+            # two roundings of the argument, one of exp, E of the sum
+            tol = ref * EPS32 * (experts + 8 + 2 * np.abs(np.maximum(below, -200))) + 2 * TINY32
+            run = partial(_C.softmax, z, temperature)
+            yield Case(f"E={experts} temperature={temperature}", run, ref, tol)
+
+
+def logprob_tol(score, experts):
+    return 4 * EPS64 * (experts + np.abs(np.where(np.isfinite(score), score, 0)))
+
+
+def logprob_cases():
+    for experts in WIDTHS:
+        z = util.nasty_rows(experts, experts)
+        ref = util.logprob(z)
+        yield Case(f"E={experts}", partial(_C.logprob, z), ref, logprob_tol(ref, experts))
+
+
+def p_table_cases():
+    around = np.concatenate([[x - 1e-6, x, x + 1e-6] for x in (-32, -1, 0, 3.5, 31.9921875, 32)])
+    edges = np.append(around, [-1e9, 1e9, 40, 33]).astype(np.float32)[None]
+    for x_max in (3.5, 3.501, -5.25, 31.999, 32.0, 40.0):
+        table = util.table_of(x_max)
+        for experts in (*LANES, 64, 257):
+            for score in ("logit", "logprob"):
+                z = util.nasty_rows(experts, experts) * np.float32(1 / 3)
+                yield p_table_case(z, score, table, f"x_max={x_max} E={experts}")
+        yield p_table_case(edges, "logit", table, f"x_max={x_max} at the edges")
+
+
+def p_table_case(z, score, table, what):
+    s = z.astype(np.float64) if score == "logit" else util.logprob(z)
+    off = 0.0 if score == "logit" else logprob_tol(s, z.shape[1])
+    ref = util.table_p(s, table)
+    # p falls: what an error of the score does lies between p(s + off) and p(s - off); the
+    # interpolation rounds relative to the left end of the bin
+    tol = 1e-12 * ref + 8 * EPS64 * util.table_p(s - 1 / 128, table)
+    tol += util.table_p(s - off, table) - util.table_p(s + off, table)
+    return Case(f"{what} {score}", partial(_C.p_values, z, score, table), ref, tol)
+
+
+def p_normal_cases():
+    for experts in WIDTHS:
+        z = util.nasty_rows(experts, experts)
+        ref = normal_reference(z)
+        # erfc(x) at the far end: relative error x^2 eps, and x^2 <= -2 ln p
+        size = 8 - 8 * np.log(np.maximum(ref, np.finfo(np.float64).tiny))
+        run = partial(_C.p_values, z, "logit", None)
+        yield Case(f"E={experts}", run, ref, EPS64 * ref * size + 1e-320)
+
+
+def order_cases():
+    for experts in WIDTHS:
+        z = util.nasty_rows(experts, experts)
+        ids = np.broadcast_to(np.arange(experts), z.shape)
+        rng = np.random.default_rng(experts)
+        by_logit, ties = np.zeros(z.shape), rng.integers(0, 4, z.shape) / 4
+        for what, p in (("no p", None), ("ties", ties), ("p", rng.random(z.shape))):
+            ref = np.lexsort((ids, -z, by_logit if p is None else p), axis=1)
+            yield Case(f"E={experts} {what}", partial(_C.order, p, z), ref)
+
+
+def step_up_rows(experts, alpha, rng):
+    """Random p-values, and such at, just below and just above alpha r/E, as doubles go."""
+    boundary = np.array([float(Fraction(alpha) * r / experts) for r in range(1, experts + 1)])
+    rows = [rng.random(experts), rng.random(experts) * alpha, rng.random(experts) ** 8]
+    rows += [np.nextafter(boundary, side) for side in (0, boundary, 1)]
+    rows += [np.where(np.arange(experts) == experts // 2, boundary, 1.0), np.zeros(experts)]
+    rows += [np.ones(experts), np.full(experts, 5e-324), np.full(experts, alpha)]
+    return rng.permuted(np.array(rows), axis=1)
+
+
+def step_up_cases():
+    rng = np.random.default_rng(0)
+    for experts in (*range(1, 18), 60, 64):
+        for alpha in (5e-324, 0.05, 0.1, 0.25, 0.5, 1 - 2.0**-53):
+            rows = step_up_rows(experts, alpha, rng)
+            ref = [util.step_up_exact(row, alpha) for row in rows]
+            yield Case(f"E={experts} alpha={alpha}", partial(_C.step_up, rows, alpha), ref)
+
+
+ROW_CASES = {
+    "softmax": softmax_cases,
+    "logprob": logprob_cases,
+    "p_table": p_table_cases,
+    "p_normal": p_normal_cases,
+    "order": order_cases,
+    "step_up": step_up_cases,
+}
+
+
+def cases_of(kernel):
+    if kernel in ROW_CASES:
+        return list(ROW_CASES[kernel]())
+    return [random_case(kernel, 8, 33, 48)]  # the shapes have tests of their own
+
+
+@all_variants
+def test_kernel(kernel, variant):
+    hold(kernel, variant, cases_of(kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_zeros_do_not_pass(kernel):
+    rejected = 0
+    for case in cases_of(kernel):
+        try:
+            util.assert_close(np.zeros(np.shape(case.ref)), case.ref, 2 * np.asarray(case.tol))
+        except AssertionError:
+            rejected += 1
+    assert rejected > 0.6 * len(cases_of(kernel))
+
+
+@pytest.mark.parametrize("change", (np.nan, np.inf, 1e-3))
+def test_the_checker_sees_one_wrong_value(change):
+    ref = np.linspace(1, 2, 50)
+    wrong = ref.copy()
+    wrong[17] += change
+    with pytest.raises(AssertionError):
+        util.assert_close(wrong, ref, 1e-4)
+
+
+# ---- which variant runs ----
+
+
+def test_levels_only_ever_add_variants():
+    """Each level chooses one variant of each kernel, no worse than the level below did."""
+    at = [-1] * len(KERNELS)
+    for level in util.level_names():
+        _C.limit_cpu(level)
+        chosen = [[line for line in _C.variants() if line[0] == k and line[3]] for k in KERNELS]
+        assert all(len(lines) == 1 and lines[0][2] for lines in chosen), level
+        now = [util.variants_of(lines[0][0]).index(lines[0][1]) for lines in chosen]
+        assert all(b >= a for a, b in zip(at, now, strict=True)), level
+        at = now
+    _C.limit_cpu("scalar")
+    assert set(util.in_use().values()) == {"scalar"}
+    _C.limit_cpu(None)
+    for kernel, variant in util.in_use().items():
+        assert variant == [v for k, v, usable, _ in _C.variants() if k == kernel and usable][-1]
+
+
+def test_levels_are_the_features_in_order():
+    names = util.level_names()
+    assert names[:2] == ["scalar", "avx2"] and names[-1] == "amx"
+    assert [n for n in names if n in _C.cpu_features()] == _C.cpu_features()
+
+
+@pytest.mark.parametrize("level", util.level_names())
+def test_moeprof_cpu_caps_at_import(level):
+    code = "import moeprof; print(sorted(moeprof.cpu_info()['kernels'].items()))"
+    printed = util.run_python(code, MOEPROF_CPU=level).stdout
+    _C.limit_cpu(level)
+    assert printed.strip() == str(sorted(util.in_use().items()))
+
+
+def test_unknown_moeprof_cpu_is_an_error():
+    done = util.run_python("import moeprof", check=False, MOEPROF_CPU="avx1024")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("ValueError: MOEPROF_CPU")
+    assert "avx1024" in last and all(name in last for name in util.level_names())
+
+
+def test_limit_cpu_wants_a_name():
+    with pytest.raises(TypeError):
+        _C.limit_cpu(3)
+    with pytest.raises(ValueError, match="MOEPROF_CPU: expected scalar, avx2.*got AVX2"):
+        _C.limit_cpu("AVX2")
+
+
+# ---- the experts of a layer, as a whole ----
+
+ROUTINGS = {
+    # name: (E, H, I, T, slots), routing -> routing
+    "some slots": ((4, 24, 17, 5, 2), None),
+    "tiles in n and k": ((3, 130, 70, 9, 2), None),
+    "one of everything": ((1, 1, 1, 1, 1), None),
+    "more pairs than one block": ((3, 20, 33, 300, 2), None),
+    "one expert takes all": ((5, 16, 24, 300, 1), lambda ids: np.full_like(ids, 2)),
+    "tokens with no expert": (
+        (4, 24, 17, 6, 2),
+        lambda ids: np.where(np.arange(6)[:, None] % 2, -1, ids),
+    ),
+    "nobody has an expert": ((4, 24, 17, 6, 2), lambda ids: np.full_like(ids, -1)),
+    "one expert twice in a token": ((4, 24, 17, 6, 3), lambda ids: np.repeat(ids[:, :1], 3, 1)),
+    "no slot": ((4, 24, 17, 6, 2), lambda ids: ids[:, :0].copy()),
+    "no token": ((4, 24, 17, 0, 2), None),
+}
+
+
+def routing_of(name, dtype, **place):
+    (E, H, I, T, slots), change = ROUTINGS[name]  # noqa: E741
+    ids, weights = util.random_slots(T, slots, E, skipped=0.0 if E == 1 else 0.25)
+    if change:
+        ids = np.ascontiguousarray(change(ids), np.int32)
+        weights = np.ascontiguousarray(weights[:, : ids.shape[1]])
+    layer = util.Layer(E, H, I, dtype, **place)
+    return layer, layer.hidden(T), ids, weights
+
+
+def hold_experts(layer, hidden, ids, weights, what=""):
+    out = layer(hidden, ids, weights)
+    ref, tol = layer.reference(hidden, ids, weights)
+    assert out.dtype == hidden.dtype and out.shape == hidden.shape
+    util.assert_close(widen(out, layer.dtype), ref, tol, f"{layer.dtype} {what}")
+    return ref, tol
+
+
+@pytest.mark.parametrize("level", util.level_names())
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_experts(level, dtype, name):
+    util.force_level(level)
+    ref, tol = hold_experts(*routing_of(name, dtype), name)
+    if (ref != 0).any():
+        with pytest.raises(AssertionError):
+            util.assert_close(np.zeros_like(ref), ref, tol)
+
+
+@posix
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("side", ("start", "end"))
+@pytest.mark.parametrize("name", ("some slots", "one of everything", "tiles in n and k"))
+def test_experts_read_no_byte_too_many(dtype, side, name):
+    place = partial(util.guarded, side=side)
+    layer, *arrays = routing_of(name, dtype, place=place)
+    hold_experts(layer, *map(place, arrays))
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("offset", (1, 2, 3))
+def test_experts_lie_anywhere(dtype, offset):
+    hold_experts(*routing_of("tiles in n and k", dtype, place=partial(util.shifted, offset=offset)))
+
+
+def chunked(dtype):
+    """A layer whose calls are cut into chunks of 48 MiB / (8 H + slots (4 or 2 I + 8))."""
+    layer = util.Layer(3, 2, 6000, dtype)
+    slots, tokens = 64, 140
+    step = (48 << 20) // (8 * 2 + slots * (6000 * (2 if dtype == "bfloat16" else 4) + 8))
+    assert 2 * step < tokens
+    ids = np.full((tokens, slots), -1, np.int32)
+    ids[:, ::40] = util.random_slots(tokens, 2, 3)[0]
+    return layer, layer.hidden(tokens), ids, np.ones(ids.shape, np.float32), step
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_long_prompts_go_in_chunks(dtype):
+    layer, hidden, ids, weights, step = chunked(dtype)
+    out = layer(hidden, ids, weights)
+    hold_experts(layer, hidden, ids, weights)
+    for t in range(0, len(hidden), step):  # the same blocks of rows, so the same bits
+        part = slice(t, t + step)
+        np.testing.assert_array_equal(out[part], layer(hidden[part], ids[part], weights[part]))
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_experts_give_the_same_bits_whatever_the_threads(dtype):
+    layer = util.Layer(6, 200, 150, dtype)
+    hidden, (ids, weights) = layer.hidden(150), util.random_slots(150, 3, 6)
+    first = layer(hidden, ids, weights)
+    for threads in (1, 2, 4, 300):
+        for _ in range(3):
+            np.testing.assert_array_equal(layer(hidden, ids, weights, threads), first)
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_where_a_skipped_slot_stands_does_not_matter(dtype):
+    layer, hidden, ids, weights = routing_of("more pairs than one block", dtype)
+    first, none = layer(hidden, ids, weights), np.full((len(ids), 1), -1, np.int32)
+    for columns in ([2, 0, 1], [0, 2, 1], [0, 1, 2]):
+        wider = np.ascontiguousarray(np.hstack([ids, none])[:, columns])
+        nan = np.full((len(ids), 1), np.nan, np.float32)
+        values = np.ascontiguousarray(np.hstack([weights, nan])[:, columns])
+        np.testing.assert_array_equal(layer(hidden, wider, values), first)
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_a_token_alone_is_a_token_in_a_batch(dtype):
+    """Bit for bit where no kernel is chosen by the number of rows: scalar."""
+    _C.limit_cpu("scalar")
+    layer, hidden, ids, weights = routing_of("more pairs than one block", dtype)
+    out = layer(hidden, ids, weights)
+    for t in (0, 127, 128, 299):
+        alone = layer(hidden[t : t + 1], ids[t : t + 1], weights[t : t + 1])
+        np.testing.assert_array_equal(alone[0], out[t])
+
+
+def test_what_is_not_selected_is_not_read():
+    layer = util.Layer(3, 8, 8)
+    hidden, ones = layer.hidden(4), np.ones((4, 1), np.float32)
+    for kind in layer.matrices:
+        kind[1][:] = np.nan
+    ids = np.array([[0], [2], [-1], [0]], np.int32)
+    hold_experts(layer, hidden, ids, ones)
+    hidden[1] = np.nan
+    out = layer(hidden, ids, ones)
+    assert np.isnan(out[1]).all() and np.isfinite(out[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("bad", (-2, 4, np.iinfo(np.int32).min, np.iinfo(np.int32).max))
+def test_an_expert_that_is_not_there(bad):
+    layer, hidden, ids, weights = routing_of("some slots", "float32")
+    ids[3, 1] = bad
+    with pytest.raises(ValueError, match=r"experts: an index is outside \[-1, num_experts\)"):
+        layer(hidden, ids, weights)
+
+
+@pytest.mark.parametrize("threads", (0, -1))
+def test_threads_below_one_are_an_error(threads):
+    """In a process of its own: it once wrote outside its memory."""
+    code = f"""if True:
+        import numpy as np, util
+        layer, (ids, weights) = util.Layer(4, 64, 64), util.random_slots(3, 2, 4)
+        layer(layer.hidden(3), ids, weights, {threads})"""
+    done = util.run_python(code, check=False)
+    assert done.returncode == 1 and "ValueError: threads" in done.stderr, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
+def test_the_output_is_rounded_to_nearest_even(dtype):
+    """weight * expert with expert = 1, so that every float32 reaches the rounding."""
+    _C.limit_cpu("scalar")
+    layer = util.Layer(1, 1, 1, dtype)
+    for kind, value in zip(layer.matrices, (128, 1 / 128, 1), strict=True):
+        kind[0][:] = narrow([value], dtype)
+    every = np.arange(65536, dtype=np.uint16)
+    low = widen(every, dtype)
+    with np.errstate(invalid="ignore"):
+        middle = ((low.astype(np.float64) + np.roll(low, -1)) / 2).astype(np.float32)
+    random = np.random.default_rng(0).integers(0, 2**32, 50_000, np.uint32).view(np.float32)
+    limits = np.array([65519.996, 65520, 3.4e38, -3.4e38, 2**-25, 1.5e-45], np.float32)
+    steps = [np.nextafter(middle, np.float32(side)) for side in (-np.inf, np.inf)]
+    weights = np.concatenate([low, middle, *steps, random, limits])[:, None]
+    hidden = np.repeat(narrow([[1.0]], dtype), len(weights), axis=0)
+    out = layer(hidden, np.zeros(weights.shape, np.int32), weights)
+    got, expected = (widen(bits, dtype) for bits in (out, narrow(weights, dtype)))
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("logits_dtype", ("float32", None))
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_moe_is_route_and_experts(dtype, logits_dtype):
+    layer = util.Layer(8, 24, 16, dtype)
+    hidden, logits = layer.hidden(40), np.random.default_rng(2).standard_normal((40, 8))
+    logits_dtype = logits_dtype or dtype
+    z = narrow(logits, logits_dtype)
+    spec = ("bh", (0.4,), 1, 5, 1.0, "sum", 8, "logit", None)
+    out, weights, ids, counts, rejections = layer.moe(hidden, z, spec, 2)
+    routed = _C.route(z, logits_dtype, spec, 1, False)
+    rounded = widen(narrow(routed[0], dtype), dtype)
+    np.testing.assert_array_equal(weights, rounded)
+    for got, expected in zip((ids, counts, rejections), routed[1:4], strict=True):
+        np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(out, layer(hidden, ids, weights))
+    z[17] = narrow([np.nan], logits_dtype)
+    with pytest.raises(ValueError, match="router_logits: row 17 has a NaN"):
+        layer.moe(hidden, z, spec)
