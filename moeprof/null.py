@@ -16,15 +16,15 @@ import io
 import json
 import math
 import os
-import secrets
 import warnings
 import zipfile
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+
+from .files import write_whole
 
 __all__ = [
     "KINDS",
@@ -336,16 +336,7 @@ class Null:
         path = Path(path)
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         facts = json.dumps({"version": _VERSION, **self._facts()})
-        data = _pack(arrays, facts, _suffix(path))
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)  # same folder, so atomic
-        except OSError as error:  # says `path`, not the temporary name
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+        write_whole(path, _pack(arrays, facts, _suffix(path)))
 
     @classmethod
     def load(cls, path):

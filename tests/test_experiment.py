@@ -11,7 +11,7 @@ import transformers
 from models import assert_unchanged, olmoe, snapshot
 
 import moeprof
-from moeprof import demo
+from moeprof import demo, files
 from moeprof.experiment import (
     COLUMNS,
     Configuration,
@@ -25,7 +25,6 @@ from moeprof.experiment import (
     sweep,
 )
 from moeprof.experiment import runner as runner_module
-from moeprof.experiment import store as store_module
 from moeprof.experiment.heldout import WINDOW, heldout_windows, spread
 from moeprof.experiment.runner import greedy
 
@@ -378,7 +377,7 @@ def test_interrupted(experiment, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("broken", ["write", "replace"])
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
     path = tmp_path / "file.json"
-    store_module.write_whole(path, b"old")
+    files.write_whole(path, b"old")
 
     def half(self, data):
         with open(self, "wb") as file:
@@ -389,11 +388,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
         raise OSError("no space left")
 
     if broken == "write":
-        monkeypatch.setattr(store_module.Path, "write_bytes", half)
+        monkeypatch.setattr(files.Path, "write_bytes", half)
     else:
-        monkeypatch.setattr(store_module.os, "replace", refuse)
+        monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(OSError, match="no space left"):
-        store_module.write_whole(path, b"new and long")
+        files.write_whole(path, b"new and long")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nulls import assert_same, null_of, random_logits
 
-from moeprof import calibration
+from moeprof import calibration, files
 from moeprof import null as nulls
 from moeprof.null import Null, normal_reference
 
@@ -399,7 +399,7 @@ def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch, suffix):
     def no_space(*paths):
         raise OSError(28, "full")
 
-    monkeypatch.setattr(nulls.os, "replace", no_space)
+    monkeypatch.setattr(files.os, "replace", no_space)
     with pytest.raises(OSError, match="full"):
         null_of(random_logits(30, 3)).save(path)
     assert path.read_text() == "an older file" and len(list(tmp_path.iterdir())) == 1

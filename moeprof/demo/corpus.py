@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
 import random
 import re
 
+from ..files import write_whole
 from . import Document
 
 DOMAINS = ("bible", "jargon", "docs", "code")
@@ -105,12 +105,5 @@ def split(documents, seed):
 
 def write_jsonl(path, documents):
     lines = (json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in documents)
-    write_whole(path, "".join(lines).encode())
-
-
-def write_whole(path, data):
-    """The file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    write_whole(path, "".join(lines).encode())

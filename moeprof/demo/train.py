@@ -35,8 +35,9 @@ import signal
 import time
 from pathlib import Path
 
+from ..files import write_whole
 from . import Document
-from .corpus import DOMAINS, read_text, split, write_jsonl, write_whole
+from .corpus import DOMAINS, read_text, split, write_jsonl
 from .evaluation import WINDOW, evaluate, gini
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"
@@ -430,6 +431,7 @@ def prepare(text, out, seed):
     write_jsonl(out / "data" / "heldout.jsonl", heldout)
     path = out / "model" / "tokenizer.json"
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, train_tokenizer(training).to_str().encode())
     tokenizer = Tokenizer.from_file(str(path))
     streams = [encode(tokenizer, training[domain]) for domain in DOMAINS]

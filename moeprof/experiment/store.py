@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+from ..files import write_whole
+
 COLUMNS = (
     "config",
     "routing_type",
@@ -32,17 +34,6 @@ def results_frame(results):
 
     frame = pandas.DataFrame(results)
     return frame[[*COLUMNS, *(name for name in frame.columns if name not in COLUMNS)]]
-
-
-def write_whole(path, data):
-    """Write bytes to `path` so that the old file is there until the new one is complete."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Store:

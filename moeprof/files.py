@@ -1,0 +1,26 @@
+"""Writing files so that they appear whole or not at all."""
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Write ``data`` to ``path``; the old file is there until the new one is complete.
+
+    Raises
+    ------
+    OSError
+        Naming ``path``; nothing is left behind.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)  # same folder, so atomic
+    except OSError as error:  # says `path`, not the temporary name
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
