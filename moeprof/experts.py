@@ -65,6 +65,9 @@ def experts_op(
     hidden: Tensor, experts: Tensor, routing_weights: Tensor, weights: list[Tensor], name: str
 ) -> Tensor:
     pointers, intermediate_size = pointer_table(weights)
+    num_experts = pointers.shape[1]
+    if experts.numel() and not -1 <= int(experts.min()) <= int(experts.max()) < num_experts:
+        raise ValueError(f"{name}: experts: an index is outside [-1, {num_experts})")
     out = _C.experts(
         _array(hidden),
         _array(experts.to(torch.int32)),
@@ -220,6 +223,8 @@ def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
     if dtype not in DTYPES:
         return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
     for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return f"a tensor of class {type(tensor).__name__}"
         if tensor.device.type != "cpu":
             return f"a tensor on device {tensor.device} (only cpu is supported)"
         if tensor.dtype != dtype:

@@ -23,7 +23,8 @@ class Routing(NamedTuple):
     """Which experts ran for T tokens; k_max slots each.
 
     weights : (T, k_max) float32
-    experts : (T, k_max) int32, best first, padded with -1
+    experts : (T, k_max) int32, best first, padded with -1; with a user's own router in the
+        user's order, -1 wherever that router skipped a slot
     counts : (T,) int32, experts of each token
     rejections : (T,) int32, the router's count before min_k and max_k; may be 0
     """
@@ -171,7 +172,7 @@ def patch(
     nulls = _layer_nulls(model, router, null, len(blocks))
     patched, skipped = [], {}
     for index, (name, block) in enumerate(blocks):
-        adapter = adapter_of(block)
+        adapter, name = adapter_of(block), name or type(block).__name__
         if reason := adapter.obstacle(block):
             if strict:
                 raise ValueError(f"{name}: can't run on moeprof's path: {reason}")
@@ -206,22 +207,22 @@ class OLMoERouterPatcher:
         self.model = model
         self.moe_blocks = find_moe_blocks(model)
         self.original_forwards = {name: block.forward for name, block in self.moe_blocks}
-        self._handle: Handle | None = None
+        self._handles: list[Handle] = []
 
     @property
     def patched(self) -> bool:
-        return self._handle is not None and self._handle.active
+        return any(handle.active for handle in self._handles)
 
     def patch(self, router: str | Router = "bh", **options) -> Handle:
-        """As :func:`patch`; a patch of this patcher that is in place goes first."""
-        self.unpatch()
-        self._handle = patch(self.model, router, **options)
-        return self._handle
+        """As :func:`patch`; the last patch is the one that runs."""
+        self._handles.append(patch(self.model, router, **options))
+        return self._handles[-1]
 
     def unpatch(self) -> None:
-        if self._handle is not None:
-            self._handle.unpatch()
-            self._handle = None
+        """Remove all patches of this patcher."""
+        while self._handles:
+            self._handles[-1].unpatch()
+            self._handles.pop()
 
 
 # ---- installing and restoring ----
@@ -285,7 +286,7 @@ def _forward(self, hidden_states: Tensor):
     if reason:
         return _own_forward(self, layer, reason, hidden_states)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    router = adapter.route(self, x, layer.num_experts)
+    router = adapter.route(self, x, layer.name)
     out, routing = _run(self, layer, x, router)
     if layer.on_routing is not None:
         layer.on_routing(layer.index, routing)
@@ -314,6 +315,9 @@ def _run(
 
 def _input_obstacle(weight: Tensor, hidden_states: Tensor) -> str | None:
     reason = tensor_obstacle([weight, hidden_states])
+    hidden_size = weight.shape[-1]  # gate (I, H) or gate_up (E, 2I, H)
+    if not reason and hidden_states.shape[-1] != hidden_size:
+        reason = f"{hidden_states.shape[-1]} columns, the experts have {hidden_size}"
     return f"the hidden states: {reason}" if reason else None
 
 

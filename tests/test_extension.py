@@ -173,7 +173,7 @@ CALLS = {
     "softmax": [(z, 1.0), (p, 1.0), (z, "x"), (z,)],
     "logprob": [(z,), (p,), (None,)],
     "order": [(p, z), (None, z), (p, short), (z, z), (p,)],
-    "step_up": [(p, 0.05), (z, 0.05), (p, None), (p,)],
+    "step_up": [(np.full((2, 4096), 0.01), 0.05), (z, 0.05), (p, None), (p,)],
     "limit_cpu": [(None,), ("scalar",), (None,), ("nope",), (3,)],
     "cpu_features": [(), (1,)],
     "variants": [(), (1,)],
@@ -193,7 +193,7 @@ def references(arguments):
     # arrays and tuples exactly; numbers, strings and None are in other hands too
     inner = [item for a in arguments if isinstance(a, tuple) for item in a]
     kept = [a for a in (*arguments, *inner) if isinstance(a, (np.ndarray, tuple)) and len(a)]
-    shared = [*arguments, *inner, None, True, False, 1, 2]
+    shared = [*arguments, *inner, None, True, False, 1, 2, *map(np.dtype, "fdiIHQ")]
     return [sys.getrefcount(a) for a in kept], [sys.getrefcount(a) for a in shared]
 
 def resident():

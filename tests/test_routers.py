@@ -246,8 +246,8 @@ def assert_routing(result, z, dtype="float32"):
 def test_numpy_in_numpy_out(function, dtype, shape):
     z = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     result = call(function, z)
-    weights, experts, counts = result
     assert all(type(part) is np.ndarray for part in result)
+    weights, experts, counts = result
     assert weights.dtype == dtype and experts.dtype == np.int64 and counts.dtype == np.int64
     assert weights.shape == shape and counts.shape == shape[:-1]
     assert experts.shape[:-1] == shape[:-1]
@@ -284,7 +284,7 @@ def views(z):
         "backwards": np.ascontiguousarray(z[::-1, ::-1])[::-1, ::-1],
         "read-only": np.broadcast_to(z, z.shape),
         "unaligned": util.shifted(z, 1),
-        "3-D transposed": np.ascontiguousarray(z.reshape(2, -1, z.shape[1]).swapaxes(0, 1)),
+        "3-D": np.asfortranarray(z.reshape(2, -1, z.shape[1])),
     }
 
 
@@ -293,10 +293,8 @@ def views(z):
 @every_function
 def test_any_strides(function, dtype, layout):
     z = np.random.default_rng(0).standard_normal((6, 16)).astype(dtype)
-    view = views(z)[layout]
-    view = view.swapaxes(0, 1).reshape(2, 3, 16) if layout == "3-D transposed" else view
-    view, before = view.reshape(6, 16) if view.ndim == 3 else view, z.copy()
-    for got, ref in zip(call(function, view), call(function, z), strict=True):
+    view, before = views(z)[layout], z.copy()
+    for got, ref in zip(call(function, view), call(function, z.reshape(view.shape)), strict=True):
         np.testing.assert_array_equal(got, ref)
     np.testing.assert_array_equal(z, before)
     same = np.broadcast_to(z[:1], (4, 16))
@@ -571,6 +569,15 @@ def test_rejections_under_the_global_null(alpha, way):
     p = np.random.default_rng(2).random((TOKENS, E))
     some = mask_of(p, alpha, way).any(axis=1).mean()
     assert abs(some - alpha) <= 4 * np.sqrt(alpha * (1 - alpha) / TOKENS)
+
+
+def test_the_router_is_exact_at_the_boundary():
+    """Every p is 1/2 = alpha, or 1/2 + 2e-14."""
+    z = np.zeros((2, E), np.float32)
+    z[1] = -1e-12
+    got = route(BH(0.5, max_k=E), z, null=uniform_null())
+    assert got.p[0, 0] == 0.5 < got.p[1, 0] < 0.5 + 1e-13
+    assert got.rejections.tolist() == [E, 0] and got.counts.tolist() == [E, 1]
 
 
 @pytest.mark.parametrize(("experts", "size", "digits"), [(64, 0.109, 3), (8, 0.19, 2)])

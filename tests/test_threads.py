@@ -168,50 +168,60 @@ def test_openmp_is_found_whichever_is_imported_first():
 def test_calls_from_four_python_threads(pool):
     code = """
 expected = [digest(run(1, seed)) for seed in range(4)]
-wrong, ready = [], threading.Barrier(4)
+wrong, counts, ready, before = [], [0], threading.Barrier(4), tasks()
 def caller(seed):
     ready.wait()
     for i in range(25):
         if digest(run(1 + (seed + i) % 3, seed)) != expected[seed]: wrong.append((seed, i))
+        counts.append(tasks() - before - 4)  # less the callers
+    ready.wait()
 callers = [threading.Thread(target=caller, args=(seed,)) for seed in range(4)]
 for c in callers: c.start()
 for c in callers: c.join()
-print(wrong == [], len(set(expected)))"""
-    assert in_pool(pool, code) == ["True", "4"]
+print(wrong == [], len(set(expected)), max(counts))"""
+    right, different, extra = in_pool(pool, code)
+    assert right == "True" and different == "4"
+    # Regions do not run at once. Each caller may keep its two helpers on libgomp, asleep.
+    assert int(extra) <= (2 if pool == "pthreads" else 8)
 
 
+# A child ends with 0 if it gets the same bits on threads of its own.
 FORK = """
 import signal
 expected = digest(run(2))
+def fork():
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that hangs dies of it
+        moeprof.get_num_threads()
+        same = {{digest(run(t)) for t in (1, 2, 4, 2)}} == {{expected}}
+        os._exit(0 if same and tasks() == 4 else 1)
+    return os.waitpid(child, 0)[1]
 {before}
-child = os.fork()
-if child == 0:
-    signal.alarm(60)  # a child that hangs dies of it
-    moeprof.get_num_threads()
-    os._exit(0 if {{digest(run(t)) for t in (1, 2, 4, 2)}} == {{expected}} else 1)
-status = os.waitpid(child, 0)[1]
+print({{fork() for _ in range({children})}})
 {after}
-print(status, digest(run(2)) == expected, _C.threads()[0])"""
+print(digest(run(2)) == expected, _C.threads()[0])"""
 
 
 @linux
 @every_pool
 def test_fork_after_use(pool):
-    code = FORK.format(before="", after="")
-    assert in_pool(pool, code) == ["0", "True", name_and_digests(pool)[0]]
+    code = FORK.format(before="", children=1, after="")
+    assert in_pool(pool, code) == ["{0}", "True", name_and_digests(pool)[0]]
 
 
 @linux
 @every_pool
 def test_fork_while_another_thread_calculates(pool):
-    """The child starts with the pool marked busy, perhaps with its lock held."""
+    """The children start with the pool marked busy, some with its lock held."""
     before = """
 stop = threading.Event()
 def calculate():
-    while not stop.is_set(): run(2)
+    few = logits[:64].copy()
+    while not stop.is_set(): _C.route(few, "float32", spec, 2, False)
 busy = threading.Thread(target=calculate); busy.start()"""
-    code = FORK.format(before=before, after="stop.set(); busy.join()")
-    assert in_pool(pool, code) == ["0", "True", name_and_digests(pool)[0]]
+    code = FORK.format(before=before, children=25, after="stop.set(); busy.join()")
+    assert in_pool(pool, code) == ["{0}", "True", name_and_digests(pool)[0]]
 
 
 @linux

@@ -85,11 +85,11 @@ class Adapter:
         return cls.layout_obstacle(block) or tensor_obstacle(cls.weights(block))
 
     @classmethod
-    def route(cls, block: nn.Module, x: Tensor, num_experts: int) -> RouterOutput:
-        """What the block's gate, stock or a user's, says of x (T, H)."""
+    def route(cls, block: nn.Module, x: Tensor, name: str) -> RouterOutput:
+        """What the gate of the block `name`, stock or a user's, says of x (T, H)."""
         if cls.has_stock_gate(block):
             return RouterOutput(cls.logits(block, x))
-        return read_router_output(block.gate(x), len(x), num_experts)
+        return read_router_output(block.gate(x), len(x), cls.num_experts(block), name)
 
 
 def _hooks(module: nn.Module) -> list:
@@ -100,8 +100,8 @@ def _is_known(hook) -> bool:
     return (getattr(hook, "__module__", "") or "").startswith(_KNOWN_HOOKS)
 
 
-def read_router_output(output: Any, tokens: int, num_experts: int) -> RouterOutput:
-    """Read what a router returned.
+def read_router_output(output: Any, tokens: int, num_experts: int, name: str) -> RouterOutput:
+    """Read what the router of the block `name` returned.
 
     Accepted: logits (T, E); (logits (T, E), weights (T, k), indices (T, k)); (weights (T, k) or
     scores (T, E), indices (T, k)). Leading dimensions may be (B, S) in place of T.
@@ -112,14 +112,15 @@ def read_router_output(output: Any, tokens: int, num_experts: int) -> RouterOutp
         "Router output format unexpected ...", with what came.
     """
     parts = [output] if isinstance(output, Tensor) else output
-    if isinstance(parts, tuple | list) and all(isinstance(p, Tensor) for p in parts):
+    if isinstance(parts, tuple | list) and parts and all(isinstance(p, Tensor) for p in parts):
         rows = [p.reshape(-1, p.shape[-1]) for p in parts if p.dim() in (2, 3)]
         if len(rows) == len(parts) and all(len(r) == tokens for r in rows):
             if read := _by_shape(rows, num_experts):
                 return read
     raise ValueError(
-        f"Router output format unexpected: wanted logits ({tokens}, {num_experts}), or (logits, "
-        f"weights (T, k), indices (T, k)), or (weights, indices); got {_describe(output)}"
+        f"Router output format unexpected: {name}: wanted logits ({tokens}, {num_experts}), or "
+        "(logits, weights (T, k), indices (T, k)), or (weights, indices); got "
+        f"{_describe(output)}"
     )
 
 
@@ -128,7 +129,9 @@ def _by_shape(rows: list[Tensor], num_experts: int) -> RouterOutput | None:
     if not values:
         is_logits = last.is_floating_point() and last.shape[1] == num_experts
         return RouterOutput(last) if is_logits else None
-    if last.is_floating_point() or not all(v.is_floating_point() for v in values):
+    if not all(v.is_floating_point() for v in values):
+        return None
+    if last.is_floating_point() or last.dtype == torch.bool:  # a mask is no index
         return None
     weights = values[-1]
     if weights.shape != last.shape and weights.shape[1] == num_experts:  # scores over all E

@@ -60,4 +60,4 @@ class Olmoe4(Adapter):
 
     @classmethod
     def output(cls, hidden: Tensor, router: RouterOutput):
-        return hidden, router.weights if router.logits is None else router.logits
+        return hidden, router.logits
