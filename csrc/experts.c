@@ -26,6 +26,16 @@ typedef struct {
     size_t scratch_floats;
 } chunk;
 
+static ptrdiff_t blocks(ptrdiff_t rows)
+{
+    return (rows + MP_BLOCK_N - 1) / MP_BLOCK_N;
+}
+
+static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b)
+{
+    return a < b ? a : b;
+}
+
 /* ---- memory ---- */
 
 typedef struct {
@@ -100,6 +110,16 @@ static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slo
     return tokens < most ? tokens : most;
 }
 
+/* No more threads than there are tasks in the larger region: each costs scratch. */
+static int useful_threads(const mp_layer *l, ptrdiff_t pairs, int threads)
+{
+    ptrdiff_t gate_up = pairs * blocks(l->intermediate_size);
+    ptrdiff_t down = blocks(l->hidden_size);
+    ptrdiff_t most = gate_up > down ? gate_up : down;
+    most = smaller(most, MP_MAX_THREADS);
+    return threads < most ? threads : (int)most;
+}
+
 /* ---- grouping ---- */
 
 /* Sorts the pairs by expert; within one they stay in the order of the tokens. */
@@ -136,16 +156,6 @@ static int group(chunk *c, const int32_t *experts, const float *weights,
 }
 
 /* ---- the two regions ---- */
-
-static ptrdiff_t blocks(ptrdiff_t rows)
-{
-    return (rows + MP_BLOCK_N - 1) / MP_BLOCK_N;
-}
-
-static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b)
-{
-    return a < b ? a : b;
-}
 
 static const void *weight_row(const mp_layer *l, const void *matrix, ptrdiff_t row,
                               ptrdiff_t k)
@@ -264,6 +274,7 @@ int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
     if (tokens == 0)
         return MP_OK;
     const ptrdiff_t step = chunk_tokens(layer, tokens, slots);
+    threads = useful_threads(layer, step * slots, threads);
     chunk c = {.layer = layer};
     block *memory = take_block(lay_out(&c, NULL, step, slots, threads));
     if (!memory)

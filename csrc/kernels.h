@@ -59,7 +59,7 @@ typedef void mp_gate_up_fn(const mp_rows *x, const void *gate, const void *up,
 /* prob[e] = exp(z_e / temperature) / sum_j exp(z_j / temperature), fp32, the
  * maximum subtracted first. Several +inf share equally. z has no NaN and is not
  * -inf throughout. */
-typedef void mp_softmax_fn(const float *z, ptrdiff_t num_experts, float temperature,
+typedef void mp_softmax_fn(const float *z, ptrdiff_t num_experts, double temperature,
                            float *prob);
 
 /* score[e] = z_e - log sum_j exp(z_j), float64. With n entries at +inf these get

@@ -12,8 +12,6 @@
 #include <sched.h>
 #endif
 
-enum { MAX_THREADS = 256 };
-
 typedef struct {
     mp_task_fn *task;
     void *context;
@@ -169,8 +167,8 @@ static atomic_flag busy = ATOMIC_FLAG_INIT;
 void mp_parallel(ptrdiff_t tasks, int threads, mp_task_fn *task, void *context)
 {
     region r = {.task = task, .context = context, .tasks = tasks};
-    if (threads > MAX_THREADS)
-        threads = MAX_THREADS;
+    if (threads > MP_MAX_THREADS)
+        threads = MP_MAX_THREADS;
     if (threads > tasks)
         threads = (int)tasks;
     if (threads <= 1 || atomic_flag_test_and_set(&busy)) {

@@ -9,6 +9,8 @@
 
 #include <stddef.h>
 
+enum { MP_MAX_THREADS = 256 };
+
 /* worker: 0 <= worker < threads, one task at a time each. */
 typedef void mp_task_fn(void *context, ptrdiff_t task, int worker);
 

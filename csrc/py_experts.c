@@ -23,6 +23,7 @@ static PyObject *experts(PyObject *module, PyObject *args)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || !(idx = mp_array(indices, "experts", NPY_INT32, 2))
         || !(w = mp_array(weights, "weights", NPY_FLOAT32, 2))
+        || mp_check_threads(threads)
         || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer))
         return NULL;
     if (PyArray_DIM(idx, 0) != PyArray_DIM(x, 0) || !PyArray_SAMESHAPE(idx, w))
@@ -79,6 +80,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || !(z = logits_view(logits, dtype, &logits_dtype))
         || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
+        || mp_check_threads(threads)
         || mp_parse_spec(spec_tuple, PyArray_DIM(z, 1), dtype, &spec))
         return NULL;
     const npy_intp T = PyArray_DIM(x, 0);

@@ -11,6 +11,7 @@ static PyArrayObject *weights_view(PyObject *object, const char *argument,
     /* Kernels take weights at any alignment, mp_array insists on it. */
     if (!PyArray_Check(object)
         || PyArray_TYPE((PyArrayObject *)object) != mp_carrier(dtype)
+        || PyArray_ISBYTESWAPPED((PyArrayObject *)object)
         || PyArray_NDIM((PyArrayObject *)object) != 2
         || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)object)) {
         PyErr_Format(PyExc_TypeError, "%s: expected contiguous (N,K) weights", argument);
@@ -136,9 +137,9 @@ static PyObject *softmax(PyObject *module, PyObject *args)
 {
     PyObject *z_object, *prob;
     PyArrayObject *z;
-    float temperature;
+    double temperature;
     (void)module;
-    if (!PyArg_ParseTuple(args, "Of:softmax", &z_object, &temperature)
+    if (!PyArg_ParseTuple(args, "Od:softmax", &z_object, &temperature)
         || !(z = mp_array(z_object, "z", NPY_FLOAT32, 2))
         || !(prob = PyArray_SimpleNew(2, PyArray_DIMS(z), NPY_FLOAT32)))
         return NULL;

@@ -20,7 +20,7 @@ static PyObject *route(PyObject *module, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "OsOip:route", &logits, &dtype_name, &spec_tuple,
                           &threads, &want_p)
-        || mp_parse_dtype(dtype_name, &dtype)
+        || mp_check_threads(threads) || mp_parse_dtype(dtype_name, &dtype)
         || !(view = mp_array(logits, "router_logits", mp_carrier(dtype), 2))
         || mp_parse_spec(spec_tuple, PyArray_DIM(view, 1), dtype, &spec))
         return NULL;
@@ -61,6 +61,7 @@ static PyObject *p_values(PyObject *module, PyObject *args)
     (void)module;
 
     if (!PyArg_ParseTuple(args, "OsO|i:p_values", &logits, &score, &table, &threads)
+        || mp_check_threads(threads)
         || !(view = mp_array(logits, "router_logits", NPY_FLOAT32, 2))
         || mp_parse_null(score, table, &spec))
         return NULL;

@@ -139,7 +139,7 @@ int mp_parse_spec(PyObject *object, npy_intp num_experts, mp_dtype dtype,
         return -1;
     }
     memset(spec, 0, sizeof *spec);
-    if (!PyArg_ParseTuple(object, "sO!nnfsnsO;spec", &router, &PyTuple_Type, &parameters,
+    if (!PyArg_ParseTuple(object, "sO!nndsnsO;spec", &router, &PyTuple_Type, &parameters,
                           &spec->min_k, &spec->max_k, &spec->temperature, &norm,
                           &spec->norm_k, &score, &table))
         return -1;
@@ -158,8 +158,14 @@ int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
     if (!array)
         return -1;
     const npy_intp E = PyArray_DIM(array, 1);
-    if (PyArray_DIM(array, 0) != 3 || intermediate_size < 1 || hidden_size < 1) {
+    if (PyArray_DIM(array, 0) != 3) {
         PyErr_SetString(PyExc_ValueError, "pointers: expected (3, num_experts)");
+        return -1;
+    }
+    if (intermediate_size < 1 || hidden_size < 1) {
+        PyErr_Format(PyExc_ValueError,
+                     "hidden, intermediate_size: expected sizes of at least 1, got %zd, "
+                     "%zd", (Py_ssize_t)hidden_size, intermediate_size);
         return -1;
     }
     const void *const *at = PyArray_DATA(array);
@@ -184,6 +190,14 @@ int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
     routing->counts = PyArray_DATA((PyArrayObject *)arrays[2]);
     routing->rejections = PyArray_DATA((PyArrayObject *)arrays[3]);
     return 0;
+}
+
+int mp_check_threads(int threads)
+{
+    if (threads >= 1)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "threads: expected at least 1, got %d", threads);
+    return -1;
 }
 
 int mp_check_row(ptrdiff_t bad_row)

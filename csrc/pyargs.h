@@ -42,6 +42,9 @@ int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
 int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
                    mp_routing *routing);
 
+/* ValueError unless there is a thread to run on. */
+int mp_check_threads(int threads);
+
 /* ValueError for what mp_route and mp_experts return; -1 unless all is well. */
 int mp_check_row(ptrdiff_t bad_row);
 int mp_check_experts(int error);

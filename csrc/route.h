@@ -21,7 +21,7 @@ typedef struct {
     const mp_router *router;
     double parameters[MP_MAX_PARAMETERS];
     ptrdiff_t min_k, max_k; /* 1 <= min_k <= max_k <= E */
-    float temperature;      /* acts on the weights only */
+    double temperature;     /* acts on the weights only */
     mp_norm norm;
     ptrdiff_t norm_k;    /* for MP_NORM_MASS */
     mp_dtype round_to;   /* the weights are rounded to this dtype, kept as float */

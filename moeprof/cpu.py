@@ -1,6 +1,7 @@
 """The CPU, the kernels chosen for it, and the threads they run on."""
 
 import sys
+from numbers import Integral
 
 from . import _C
 
@@ -33,11 +34,15 @@ def set_num_threads(threads: int | None) -> None:
     ------
     ValueError
         If ``threads`` is below 1.
+    TypeError
+        If it is no integer.
     """
     global _threads
+    if threads is not None and not isinstance(threads, Integral):
+        raise TypeError(f"set_num_threads: expected an integer, got {threads!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"set_num_threads: expected at least 1, got {threads}")
-    _threads = threads
+    _threads = None if threads is None else int(threads)
 
 
 def get_num_threads() -> int:

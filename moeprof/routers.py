@@ -6,6 +6,7 @@ selections go by evidence, best first: p-values ascending where the router works
 else logits descending; ties go to the higher logit, then to the lower expert id.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -98,6 +99,9 @@ class Router:
         rejections : (T,) int64, R before clamping
         """
         z = np.asarray(router_logits, dtype=np.float64)
+        bad = np.isnan(z).any(axis=1) | (z == -np.inf).all(axis=1)
+        if bad.any():
+            raise ValueError(f"router_logits: row {bad.argmax()} has a NaN or is -inf throughout")
         p = np.zeros_like(z)
         if self.wants_null:
             p = _normal_reference(z) if null is None else null.reference(z)
@@ -291,6 +295,8 @@ def benjamini_hochberg(p, alpha: float):
         p_(r) E == alpha r.
     """
     check_alpha(alpha)
+    if is_tensor(p):
+        p = p.detach().double()
     array, back = _as_numpy(p, "p")
     if array.ndim not in (1, 2):
         raise ValueError(f"p: expected (T, E) or (E,), got shape {array.shape}")
@@ -314,15 +320,19 @@ def _route(router: Router, router_logits, null, return_stats: bool):
         raise ValueError(f"router_logits: expected (T, E) or (B, S, E), got shape {array.shape}")
     lead, num_experts = array.shape[:-1], array.shape[-1]
     spec = router.spec(num_experts, norm="sum", null=_layer_null(router, null, return_stats))
-    rows = np.ascontiguousarray(array).reshape(-1, num_experts).view(carrier)
+    native = np.require(array, array.dtype.newbyteorder("="), "CA")
+    rows = native.reshape(math.prod(lead), num_experts).view(carrier)
     weights, experts, counts, _, p = _C.route(rows, dtype, spec, get_num_threads(), return_stats)
 
     selected = experts.astype(np.int64)
     dense = np.zeros((len(rows), num_experts + 1), np.float32)  # the last takes the padding
     np.put_along_axis(dense, selected, weights, axis=1)
     dense = dense[:, :num_experts]
-    parts = [back(dense.reshape(*lead, -1), like_input=True), back(selected.reshape(*lead, -1)),
-             back(counts.astype(np.int64).reshape(lead))]  # fmt: skip
+    parts = [
+        back(dense.reshape(array.shape), like_input=True),
+        back(selected.reshape(*lead, selected.shape[1])),
+        back(counts.astype(np.int64).reshape(lead)),
+    ]
     if not return_stats:
         return RoutingResult(*parts)
     mask = np.zeros((len(rows), num_experts + 1), bool)
@@ -338,10 +348,19 @@ def _layer_null(router: Router, null, return_stats: bool):
     return resolve_layer_null(null) if router.wants_null or return_stats else None
 
 
-def _as_numpy(value, argument: str):
-    """A NumPy view of a tensor or array, and the way back: array -> the caller's kind."""
+def is_tensor(value) -> bool:
+    """True for a torch.Tensor; torch is not imported to find out."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _as_numpy(value, argument: str):
+    """A NumPy view of a tensor or array, and the way back: array -> the caller's kind.
+
+    bfloat16 comes as its bits, uint16.
+    """
+    if is_tensor(value):
+        torch = sys.modules["torch"]
         if value.device.type != "cpu":
             raise ValueError(f"{argument}: expected a CPU tensor, got one on {value.device}")
         data = value.detach()
@@ -374,7 +393,9 @@ def _is_real(value) -> bool:
 
 
 def _softmax(z: np.ndarray) -> np.ndarray:
-    weights = np.where(z == z.max(), 1.0, np.exp(np.minimum(z - z.max(), 0)))
+    below = np.zeros_like(z)  # stays 0 at the maximum: inf - inf would be NaN
+    np.subtract(z, z.max(), out=below, where=z != z.max())
+    weights = np.exp(below)
     return weights / weights.sum()
 
 

@@ -228,7 +228,7 @@ def assert_routing(result, z, dtype="float32"):
     """Shapes, padding, best first, rows summing to 1; z (T,E) are the values routed."""
     weights, experts, counts = (np.asarray(part) for part in result[:3])
     rows, width = z.shape
-    weights, experts = weights.reshape(rows, width), experts.reshape(rows, -1)
+    weights, experts = weights.reshape(rows, width), experts.reshape(rows, experts.shape[-1])
     counts = counts.reshape(rows)
     assert ((experts >= 0).sum(axis=1) == counts).all() and (experts[:, 0] >= 0).all()
     assert (np.diff((experts >= 0).astype(int), axis=1) <= 0).all()  # -1 only at the end
