@@ -74,8 +74,8 @@ def evidence(router, z, null):
 def off_boundaries(router, z, null):
     """The tokens whose R does not hang on the last bits of their p-values."""
     p = np.sort(p_reference(z, null), axis=1) if router.wants_null else np.zeros(z.shape)
-    counts = [[router.count(row * (1 + off)) for off in (-1e-9, 1e-9)] for row in p]
-    return np.array([a == b for a, b in counts], bool)
+    low, high = 1 - 1e-9, 1 + 1e-9
+    return np.array([router.count(row * low) == router.count(row * high) for row in p], bool)
 
 
 def hold(router, z, dtype, null):
@@ -284,6 +284,7 @@ def views(z):
         "backwards": np.ascontiguousarray(z[::-1, ::-1])[::-1, ::-1],
         "read-only": np.broadcast_to(z, z.shape),
         "unaligned": util.shifted(z, 1),
+        "byte-swapped": z.astype(z.dtype.newbyteorder()),
         "3-D": np.asfortranarray(z.reshape(2, -1, z.shape[1])),
     }
 
@@ -321,7 +322,7 @@ def test_return_stats(function):
     np.testing.assert_array_equal(stats.mask.sum(axis=1), stats.expert_counts)
     assert not stats.routing_weights[~stats.mask].any()
     batched = call(function, torch.from_numpy(z).view(2, 50, 32), return_stats=True)
-    assert isinstance(batched.mask, torch.Tensor) and batched.mask.dtype == torch.bool
+    assert batched.mask.dtype == torch.bool
     np.testing.assert_array_equal(batched.mask.reshape(100, 32), stats.mask)
     np.testing.assert_array_equal(batched.p_values.reshape(100, 32), stats.p_values)
 
@@ -503,9 +504,8 @@ def test_bh_at_its_boundaries_is_exact(experts, alpha):
 def test_bh_of_a_tensor(dtype):
     p = (torch.rand(50, 16, generator=torch.Generator().manual_seed(0)) ** 4).to(dtype)
     mask = moeprof.benjamini_hochberg(p, 0.2)
-    assert isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+    assert mask.dtype == torch.bool and mask.any() and not mask.all()
     np.testing.assert_array_equal(mask.numpy(), moeprof.benjamini_hochberg(p.double().numpy(), 0.2))
-    assert mask.any() and not mask.all()
 
 
 @pytest.mark.parametrize("shape", ((0, 8), (3, 0), (0,)))
@@ -577,7 +577,7 @@ def test_the_router_is_exact_at_the_boundary():
     z[1] = -1e-12
     got = route(BH(0.5, max_k=E), z, null=uniform_null())
     assert got.p[0, 0] == 0.5 < got.p[1, 0] < 0.5 + 1e-13
-    assert got.rejections.tolist() == [E, 0] and got.counts.tolist() == [E, 1]
+    assert got.rejections.tolist() == [E, 0]
 
 
 @pytest.mark.parametrize(("experts", "size", "digits"), [(64, 0.109, 3), (8, 0.19, 2)])
