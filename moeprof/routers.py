@@ -171,7 +171,9 @@ class BH(Router):
         check_alpha(self.alpha)
 
     def count(self, p: np.ndarray) -> int:
-        below = p * p.size <= self.alpha * np.arange(1, p.size + 1)
+        # Exact where a long double has 64 bits or more: 53 of p or alpha, 11 of E or r.
+        r = np.arange(1, p.size + 1)
+        below = p.astype(np.longdouble) * p.size <= np.longdouble(self.alpha) * r
         return int(below.nonzero()[0].max(initial=-1)) + 1
 
 
@@ -382,7 +384,7 @@ def _as_numpy(value, argument: str):
 
 def _dtype(array: np.ndarray, original) -> tuple[str, type]:
     """The dtype's name for C and the NumPy type that carries it."""
-    name = str(original.dtype).removeprefix("torch.")
+    name = getattr(original.dtype, "name", str(original.dtype)).removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):
         raise TypeError(f"router_logits: expected float32, float16 or bfloat16, got {name}")
     return name, np.float32 if name == "float32" else np.uint16
