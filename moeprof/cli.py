@@ -11,9 +11,10 @@ import moeprof
 from moeprof import demo
 from moeprof.experiment import Experiment, Store, sweep
 from moeprof.experiment.heldout import HELDOUT_TOKENS, heldout_windows
-from moeprof.experiment.inputs import check_model, load_model, read_prompts, read_text
+from moeprof.experiment.inputs import check_model, load_model, read_document, read_prompts
 from moeprof.experiment.runner import default_null, experts_of
 from moeprof.experiment.sweep import make_console
+from moeprof.files import check_folder
 from moeprof.null import KINDS, SCORES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,15 +32,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"moeprof: error: {message} (see {self.prog} --help)\n")
 
 
-def _count(text):
-    """An integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
-    return value
+def _integer(low, high=10**6):
+    """A parser of integers from low to high."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        return value
+
+    return parse
 
 
 def _parser():
@@ -56,7 +61,9 @@ def _parser():
 def _add_model(parser):
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--threads", type=_count, metavar="N", help="default: as torch chooses")
+    parser.add_argument(
+        "--threads", type=_integer(1), metavar="N", help="default: as torch chooses"
+    )
 
 
 def _add_sweep(commands):
@@ -80,11 +87,14 @@ def _add_sweep(commands):
         help="text to fit the default null to; default: the shipped calibration text",
     )
     parser.add_argument(
-        "--heldout-tokens", type=_count, metavar="N", default=HELDOUT_TOKENS,
+        "--heldout-tokens", type=_integer(1), metavar="N", default=HELDOUT_TOKENS,
         help="held-out tokens a configuration for perplexity, a matter of time for large "
         "models; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, help="torch's random seed; default: 0")
+    parser.add_argument(
+        "--seed", type=_integer(0, 2**32 - 1), default=0,
+        help="chooses the passages of the shipped text, and the bootstrap draws; default: 0",
+    )
     parser.set_defaults(run=_sweep)
 
 
@@ -132,34 +142,33 @@ def _load(arguments):
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    return load_model(arguments.model, dtype) if arguments.model else demo.load(dtype)
+    return demo.load(dtype) if arguments.model is None else load_model(arguments.model, dtype)
 
 
 def _sweep(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    import torch
-
-    prompts = read_prompts(arguments.prompts) if arguments.prompts else demo.prompts()
-    if arguments.null and arguments.null_text:
+    prompts = demo.prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
+    if arguments.null is not None and arguments.null_text is not None:
         raise ValueError("--null-text is what a null is fitted to, and --null brings one already")
-    null_text = arguments.null_text and read_text(arguments.null_text, "null text")
+    text = arguments.null_text
+    null_text = None if text is None else read_document(text, "null text")
     null = _given_null(arguments.null)
-    if arguments.model:
+    if arguments.model is not None:
         check_model(arguments.model)
     store = Store(arguments.out)
     model, tokenizer = _load(arguments)
     experts_of(model)  # raises where the model can't be patched
-    torch.manual_seed(arguments.seed)
-    null, facts = _null_for(model, tokenizer, null, null_text)
+    seed = arguments.seed
+    null, facts = _null_for(model, tokenizer, null, null_text, seed)
     experiment = Experiment(
         model,
         tokenizer,
         tuple(text for _, text in prompts),
         tuple(complexity for complexity, _ in prompts),
-        heldout_windows(tokenizer, demo.heldout_documents(), arguments.heldout_tokens),
+        heldout_windows(tokenizer, demo.heldout_documents(), arguments.heldout_tokens, seed),
         null,
     )
-    facts |= {"model": arguments.model or DEMO, "seed": arguments.seed}
+    facts |= {"model": DEMO if arguments.model is None else arguments.model, "seed": seed}
     sweep(experiment, store, facts)
 
 
@@ -168,7 +177,7 @@ def _given_null(name):
     return name if name in (None, "normal") else moeprof.Null.load(name)
 
 
-def _null_for(model, tokenizer, given, text):
+def _null_for(model, tokenizer, given, text, seed):
     """(null, {"null": its description, "null_source": where it is from}) for the sweep."""
     if given == "normal":
         return given, {"null": NORMAL, "null_source": ""}
@@ -179,7 +188,7 @@ def _null_for(model, tokenizer, given, text):
         null = moeprof.fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
         source = "It was fitted to the text given with --null-text."
     else:
-        null = default_null(model, tokenizer, progress=sys.stderr.isatty())
+        null = default_null(model, tokenizer, sys.stderr.isatty(), seed)
         source = (
             "It was fitted to passages of the calibration text that ships with moeprof, from "
             "documents that no evaluation uses."
@@ -193,8 +202,11 @@ def _calibrate(arguments):
         raise ValueError(f"--out {out}: a null file ends in .safetensors or .npz")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: no such folder {out.parent}")
-    texts = [read_text(path, "text") for path in arguments.text]
-    if arguments.model:
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out}: expected a file, this is a folder")
+    check_folder(out.parent)
+    texts = [read_document(path, "text") for path in arguments.text]
+    if arguments.model is not None:
         check_model(arguments.model)
     model, tokenizer = _load(arguments)
     null = moeprof.fit_null(

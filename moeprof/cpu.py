@@ -5,6 +5,8 @@ from numbers import Integral
 
 from . import _C
 
+_MOST_THREADS = 2**31 - 1  # a C int; regions use no more than they have tasks for
+
 _threads: int | None = None  # set_num_threads, else None
 
 
@@ -33,15 +35,17 @@ def set_num_threads(threads: int | None) -> None:
     Raises
     ------
     ValueError
-        If ``threads`` is below 1.
+        If ``threads`` is below 1 or beyond a C int.
     TypeError
         If it is no integer.
     """
     global _threads
-    if threads is not None and not isinstance(threads, Integral):
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral)):
         raise TypeError(f"set_num_threads: expected an integer, got {threads!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"set_num_threads: expected at least 1, got {threads}")
+    if threads is not None and threads > _MOST_THREADS:
+        raise ValueError(f"set_num_threads: expected at most {_MOST_THREADS}, got {threads}")
     _threads = None if threads is None else int(threads)
 
 

@@ -207,12 +207,14 @@ def experts_forward(
         raise ValueError(
             f"{name}: hidden: expected (T, {matrices[1].shape[1]}), got {tuple(hidden.shape)}"
         )
+    if idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool:
+        raise ValueError(f"{name}: idx: expected integers, got {idx.dtype}")
     if idx.dim() != 2 or idx.shape != weights.shape or len(idx) != len(hidden):
         raise ValueError(
             f"{name}: idx and weights: expected ({len(hidden)}, k) both, "
             f"got {tuple(idx.shape)} and {tuple(weights.shape)}"
         )
-    if reason := tensor_obstacle([*matrices, hidden]):
+    if reason := tensor_obstacle([*matrices, hidden]) or routing_obstacle(idx, weights):
         raise ValueError(f"{name}: {reason}")
     return experts_op(hidden, idx, weights, matrices, name)
 
@@ -229,6 +231,14 @@ def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
             return f"a tensor on device {tensor.device} (only cpu is supported)"
         if tensor.dtype != dtype:
             return f"dtypes {dtype} and {tensor.dtype} in one layer"
+    return None
+
+
+def routing_obstacle(experts: Tensor, routing_weights: Tensor) -> str | None:
+    """Why a routing that is given can't be read, or None."""
+    for tensor in (experts, routing_weights):
+        if tensor.device.type != "cpu":
+            return f"a routing on device {tensor.device} (only cpu is supported)"
     return None
 
 
@@ -255,6 +265,8 @@ def packed_obstacle(experts: torch.nn.Module) -> str | None:
         return "a gating of its own (_apply_gate)"
     if not is_silu(getattr(experts, "act_fn", None)):
         return f"activation {getattr(experts, 'act_fn', None)!r} (SiLU is supported)"
+    if down.dim() != 3:
+        return f"down_proj of shape {tuple(down.shape)} (expected (E, H, I))"
     num_experts, hidden_size, intermediate_size = down.shape
     if gate_up.shape != (num_experts, 2 * intermediate_size, hidden_size):
         return f"gate_up_proj {tuple(gate_up.shape)} beside down_proj {tuple(down.shape)}"

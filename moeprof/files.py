@@ -2,8 +2,20 @@
 
 import os
 import secrets
+import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """OSError unless files can be written to ``folder``, or it can be made; makes nothing."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise OSError(f"output folder {folder} can't be written: {error.strerror}") from error
 
 
 def write_whole(path: str | os.PathLike, data: bytes) -> None:

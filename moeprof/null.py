@@ -407,20 +407,27 @@ def _pack(arrays, facts, suffix):
     return buffer.getvalue()
 
 
-def _unpack(data, suffix):
-    """(arrays, facts) of a file's bytes; ValueError whatever is wrong with them."""
+def _load_safetensors(data):
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
+        return load(data)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _unpack(data, suffix):
+    """(arrays, facts) of a file's bytes; ValueError whatever is wrong with them."""
+    try:
         if suffix == ".safetensors":
-            arrays = load(data)  # first: it checks the header
+            arrays = _load_safetensors(data)  # first: it checks the header
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             return arrays, json.loads(header["__metadata__"][_FORMAT])
         with zipfile.ZipFile(io.BytesIO(data)):  # np.load would take other kinds of file too
             arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
         return arrays, json.loads(str(arrays[_FORMAT]))
-    except (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise ValueError(str(error)) from error
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error

@@ -1,5 +1,6 @@
 """patch() and unpatch(): the forward of MoE blocks swapped for the C path, and put back."""
 
+import copy
 import types
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import adapter_of, find_moe_blocks
 from .adapters.base import Adapter, RouterOutput
-from .experts import experts_op, moe_op, tensor_obstacle
+from .experts import experts_op, moe_op, routing_obstacle, tensor_obstacle
 from .null import LayerNull, resolve_null
 from .routers import Router, TopK, make_router
 
@@ -51,6 +52,19 @@ class PatchedLayer:
     fallback: str | None = None  # why the model's own forward runs, once it does
     saved: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
 
+    def __deepcopy__(self, memo: dict) -> "PatchedLayer":
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce__(self):
+        # The bound methods of a patch could be written but not be read again.
+        raise RuntimeError(
+            f"{self.name}: a patched model can't be pickled (torch.save): unpatch it first, or "
+            "use save_pretrained or state_dict"
+        )
+
     def spec(self, top_k: int, norm_topk_prob: bool) -> tuple:
         """The routing arguments of `moe_op`; the model's own settings are read every call."""
         router = TopK(top_k) if self.router is None else self.router
@@ -88,6 +102,8 @@ class Handle:
 
     def on_routing(self, callback: Callable[[int, Routing], None] | None) -> None:
         """Call ``callback(layer_index, routing)`` after each layer's call; None ends it."""
+        if callback is not None and not callable(callback):
+            raise TypeError(f"on_routing: expected a function or None, got {callback!r}")
         for layer in self.layers:
             layer.on_routing = callback
 
@@ -168,6 +184,8 @@ def patch(
         raise TypeError(f"patch: {sorted(router_parameters)} given without a router")
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: expected a torch.nn.Module, got {type(model).__name__}")
     blocks = find_moe_blocks(model)
     nulls = _layer_nulls(model, router, null, len(blocks))
     patched, skipped = [], {}
@@ -298,6 +316,8 @@ def _run(
 ) -> tuple[Tensor, Routing]:
     weights = layer.adapter.weights(block)
     if layer.router is None and router.experts is not None:  # a user's router has chosen
+        if reason := routing_obstacle(router.experts, router.weights):
+            raise ValueError(f"{layer.name}: {reason}")
         out = experts_op(x, router.experts, router.weights, weights, layer.name)
         experts = router.experts.to(torch.int32)
         counts = (experts >= 0).sum(1, dtype=torch.int32)

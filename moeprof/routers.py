@@ -300,6 +300,8 @@ def benjamini_hochberg(p, alpha: float):
     if is_tensor(p):
         p = p.detach().double()
     array, back = _as_numpy(p, "p")
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"p: expected real numbers, got {array.dtype}")
     if array.ndim not in (1, 2):
         raise ValueError(f"p: expected (T, E) or (E,), got shape {array.shape}")
     rows = np.ascontiguousarray(np.atleast_2d(array), dtype=np.float64)
@@ -373,7 +375,7 @@ def _as_numpy(value, argument: str):
 
         bits = data.view(torch.uint16) if data.dtype == torch.bfloat16 else data
         return bits.numpy(), back
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
         return value, lambda array, like_input=False: (
             array.astype(value.dtype) if like_input else array
         )

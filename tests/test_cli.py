@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas
 import pytest
@@ -200,6 +202,64 @@ def test_no_such_model(capsys, folders, monkeypatch, model, message, command):
     assert not (folders / "out").exists() and not (folders / "out.npz").exists()
 
 
+@pytest.fixture
+def copy_of_tiny(tmp_path, tiny):
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def sweep_fails(capsys, model, prompts, *options):
+    out = prompts.parent / "out"
+    line = fails(capsys, "sweep", "--model", model, "--prompts", prompts, "--out", out, *options)
+    assert not out.exists()
+    return line
+
+
+def test_a_checkpoint_without_some_of_its_weights(capsys, copy_of_tiny, prompts):
+    from safetensors.torch import load_file, save_file
+
+    path = copy_of_tiny / "model.safetensors"
+    kept = {name: t for name, t in load_file(path).items() if ".experts." not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    line = sweep_fails(capsys, copy_of_tiny, prompts)
+    assert "the checkpoint lacks" in line and "experts" in line
+
+
+def test_damaged_weights(capsys, copy_of_tiny, prompts):
+    path = copy_of_tiny / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "can't be loaded" in sweep_fails(capsys, copy_of_tiny, prompts)
+
+
+def test_a_folder_without_a_tokenizer(capsys, copy_of_tiny, prompts):
+    for path in copy_of_tiny.glob("*token*"):
+        path.unlink()
+    assert "the folder has no tokenizer" in sweep_fails(capsys, copy_of_tiny, prompts)
+
+
+def test_empty_values_are_no_defaults(capsys, tiny, tmp_path, prompts):
+    assert "got an empty name" in sweep_fails(capsys, "", prompts)
+    assert "can't be read" in sweep_fails(capsys, tiny, prompts, "--prompts", "")
+    (tmp_path / "empty.txt").write_text(" \n")
+    options = ("--null-text", tmp_path / "empty.txt")
+    assert f"{tmp_path / 'empty.txt'} is empty" in sweep_fails(capsys, tiny, prompts, *options)
+
+
+def test_a_null_is_not_written_over_a_folder(capsys, tiny, tmp_path, prompts):
+    (tmp_path / "d.npz").mkdir()
+    options = ("--model", tiny, "--text", prompts, "--out", tmp_path / "d.npz")
+    assert "expected a file" in fails(capsys, "calibrate", *options)
+
+
+def test_the_seed_chooses_the_passages(tmp_path, tiny, prompts):
+    chosen = []
+    for seed in (1, 1, 2):
+        out = tmp_path / str(len(chosen))
+        options = ["--prompts", str(prompts), "--heldout-tokens", "600", "--null", "normal"]
+        main(["sweep", "--model", str(tiny), *options, "--seed", str(seed), "--out", str(out)])
+        chosen.append(json.loads((out / RESULTS[0]).read_text())["heldout_documents"])
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
 def test_a_hub_id_without_a_network_is_tried_once(capsys, tmp_path, monkeypatch):
     asked = []
 
@@ -281,11 +341,11 @@ def test_a_null_of_another_model(capsys, tmp_path, tiny, prompts):
         (["sweep", "--null", "null.txt"], "ends in .safetensors or .npz"),
         (["sweep", "--null", "normal", "--null-text", "text.txt"], "--null brings one already"),
         (["sweep", "--null-text", "missing.txt"], "null text missing.txt can't be read"),
-        (["sweep", "--threads", "0"], "--threads: expected a number of at least 1, got 0"),
-        (["sweep", "--threads", "two"], "--threads: expected a number of at least 1, got two"),
-        (["sweep", "--heldout-tokens", "0"], "expected a number of at least 1, got 0"),
+        (["sweep", "--threads", "0"], "--threads: expected a number from 1 to 1000000, got 0"),
+        (["sweep", "--threads", "two"], "--threads: expected a number from 1 to 1000000, got two"),
+        (["sweep", "--heldout-tokens", "0"], "expected a number from 1 to 1000000, got 0"),
         (["sweep", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        (["sweep", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        (["sweep", "--seed", "x"], "--seed: expected a number from 0 to 4294967295, got x"),
         (["sweeep"], "invalid choice: 'sweeep'"),
         ([], "the following arguments are required: COMMAND"),
         (["calibrate", "--out", "n.npz"], "the following arguments are required: --text"),

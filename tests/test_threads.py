@@ -181,8 +181,9 @@ for c in callers: c.join()
 print(wrong == [], len(set(expected)), max(counts))"""
     right, different, extra = in_pool(pool, code)
     assert right == "True" and different == "4"
-    # Regions do not run at once. Each caller may keep its two helpers on libgomp, asleep.
-    assert int(extra) <= (2 if pool == "pthreads" else 8)
+    # Regions do not run at once. Each caller may keep its two helpers on libgomp, asleep, and
+    # one that leaves as its team shrinks may still be there when the next one starts.
+    assert int(extra) <= (2 if pool == "pthreads" else 12)
 
 
 # A child ends with 0 if it gets the same bits on threads of its own.

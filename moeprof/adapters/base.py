@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ..experts import tensor_obstacle
 
-# Hooks that may sit on a gate: transformers' recorder of router logits, and moeprof's own.
-_KNOWN_HOOKS = ("transformers.utils.output_capturing", "moeprof.")
+# Hooks that may sit on a gate or on all modules, since they change no output: transformers'
+# recorder of router logits, torch's own (FlopCounterMode tracks modules) and moeprof's.
+_KNOWN_HOOKS = ("transformers.utils.output_capturing", "torch.utils.", "moeprof.")
 
 
 class RouterOutput(NamedTuple):
@@ -73,6 +74,8 @@ class Adapter:
         """Why this block can't run on the C path as it is now, or None."""
         if torch.is_autocast_enabled("cpu"):
             return "CPU autocast is active"
+        if foreign := [h for h in _global_hooks() if not _is_known(h)]:
+            return f"a hook on all modules: {foreign[0]!r}"
         if cls.has_stock_gate(block):
             forward = vars(block.gate).get("forward")
             if forward and getattr(forward, "__func__", None) is not cls.gate_forward:
@@ -94,6 +97,11 @@ class Adapter:
 
 def _hooks(module: nn.Module) -> list:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def _global_hooks() -> list:
+    module = nn.modules.module
+    return [*module._global_forward_hooks.values(), *module._global_forward_pre_hooks.values()]
 
 
 def _is_known(hook) -> bool:
@@ -135,7 +143,8 @@ def _by_shape(rows: list[Tensor], num_experts: int) -> RouterOutput | None:
         return None
     weights = values[-1]
     if weights.shape != last.shape and weights.shape[1] == num_experts:  # scores over all E
-        weights = weights.gather(1, last.clamp(min=0).long())
+        inside = last.clamp(0, num_experts - 1).long()  # what lies outside is refused later
+        weights = weights.gather(1, inside)
     if weights.shape != last.shape:
         return None
     if len(values) == 1:

@@ -32,18 +32,18 @@ class HeldOut(NamedTuple):
         return sum(document["tokens"] for document in self.documents)
 
 
-def heldout_windows(tokenizer, documents, tokens=HELDOUT_TOKENS):
+def heldout_windows(tokenizer, documents, tokens=HELDOUT_TOKENS, seed=0):
     """About `tokens` tokens of `documents` in windows, spread evenly over domains and documents.
 
     documents: objects with .domain, .name and .text. A document is cut into windows from its
-    first token on; which of the windows are taken is a fixed random choice.
+    first token on; `seed` decides which of the windows are taken.
     """
     documents = list(documents)
     pieces = {}
     for index, document in enumerate(documents):
         windows = _cut(tokenizer, index, document.text)
         pieces.setdefault(document.domain, []).append(windows)
-    chosen = spread(pieces, lambda window: window.ids.shape[1], tokens)
+    chosen = spread(pieces, lambda window: window.ids.shape[1], tokens, seed)
     if not chosen:
         raise ValueError("held-out text: no document has two tokens")
     used = sorted({window.document for window in chosen})
@@ -74,23 +74,23 @@ def _cut(tokenizer, index, text):
     return windows
 
 
-def calibration_passages(documents, characters=CALIBRATION_CHARACTERS):
+def calibration_passages(documents, characters=CALIBRATION_CHARACTERS, seed=0):
     """About `characters` of `documents` in passages of 1,500, spread like the held-out windows."""
     pieces = {}
     for document in documents:
         text = document.text
         cut = [text[start : start + PASSAGE] for start in range(0, len(text), PASSAGE)]
         pieces.setdefault(document.domain, []).append(cut)
-    return spread(pieces, len, characters)
+    return spread(pieces, len, characters, seed)
 
 
-def spread(pieces, size, budget):
+def spread(pieces, size, budget, seed=0):
     """Pieces in turns, one of each domain, until their sizes reach `budget`.
 
     pieces: {domain: one list of pieces a document}. A domain gives a piece of each of its
-    documents before it gives a second one of any; the order is random but always the same.
+    documents before it gives a second one of any; `seed` decides the order.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     by_domain = []
     for documents in pieces.values():
         shuffled = [_shuffled(documents[i], rng) for i in rng.permutation(len(documents))]

@@ -6,6 +6,8 @@ from textwrap import shorten
 
 from .runner import COMPLEXITIES
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 def read_text(path, what):
     """The text of a UTF-8 file; `what` names it in errors."""
@@ -15,6 +17,14 @@ def read_text(path, what):
         raise OSError(f"{what} {path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} {path} isn't UTF-8 text (byte {error.start})") from error
+
+
+def read_document(path, what):
+    """The same, of a file that has to have something in it."""
+    text = read_text(path, what)
+    if not text.strip():
+        raise ValueError(f"{what} {path} is empty")
+    return text
 
 
 def read_prompts(path):
@@ -43,6 +53,8 @@ def read_prompts(path):
 
 def check_model(name):
     """Fail at once where `load_model` couldn't succeed: no such folder, or an unreachable id."""
+    if not name.strip():
+        raise ValueError("model: expected a folder or a hub id, got an empty name")
     folder = Path(name)
     if folder.is_dir():
         _check_folder(folder)
@@ -59,6 +71,8 @@ def _check_folder(folder):
         raise FileNotFoundError(f"model {folder}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"model {folder}: the folder has no weights (*.safetensors, *.bin)")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"model {folder}: the folder has no tokenizer (tokenizer.json, …)")
 
 
 def _check_hub(name):
@@ -78,9 +92,26 @@ def _check_hub(name):
 
 
 def load_model(name, dtype):
-    """(model in eval mode, tokenizer) from a folder or the hub; dtype: a torch.dtype."""
+    """(model in eval mode, tokenizer) from a folder or the hub; dtype: a torch.dtype.
+
+    Raises ValueError or OSError in one line, also for a checkpoint that lacks some of the
+    weights: transformers would make them up and warn.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_model(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # damaged files raise classes of several libraries
+        reason = shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
+        raise ValueError(f"model {name} can't be loaded ({reason})") from error
+    absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if absent:
+        raise ValueError(
+            f"model {name}: the checkpoint lacks {len(absent)} of the model's weights, "
+            f"{absent[0]} among them"
+        )
+    return model.eval(), tokenizer

@@ -13,7 +13,7 @@ TOLERANCES = (1, 5)  # per cent of perplexity above the baseline
 def report(run):
     """Markdown of a run (a dict as in the JSON) that holds at least the baseline."""
     frame = results_frame(run["results"])
-    frame = frame.assign(**_against_baseline(frame, run["heldout_documents"]))
+    frame = frame.assign(**_against_baseline(frame, run["heldout_documents"], run["seed"]))
     baseline, bh = frame.iloc[0], frame[frame["routing_type"] == "bh"]
     parts = [
         f"# BH routing against the model's own top-{baseline['max_k']}",
@@ -37,7 +37,7 @@ def _bullets(lines):
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _against_baseline(frame, documents):
+def _against_baseline(frame, documents, seed):
     """Columns: difference in bits per byte to the baseline, and its 95 % interval.
 
     The interval is a bootstrap over documents, each compared with itself; None for one document.
@@ -45,7 +45,8 @@ def _against_baseline(frame, documents):
     num_bytes = np.array([document["bytes"] for document in documents])
     bits = np.array(frame["nats_by_document"].tolist()) / math.log(2)  # (configurations, D)
     extra = bits - bits[0]
-    drawn = np.random.default_rng(0).integers(len(num_bytes), size=(RESAMPLES, len(num_bytes)))
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(num_bytes), size=(RESAMPLES, len(num_bytes)))
     resampled = extra[:, drawn].sum(axis=2) / num_bytes[drawn].sum(axis=1)
     low, high = np.percentile(resampled, [2.5, 97.5], axis=1)
     known = np.full(len(frame), len(num_bytes) > 1)

@@ -85,6 +85,8 @@ class Experiment:
     new_tokens: int = NEW_TOKENS
 
     def __post_init__(self):
+        if isinstance(self.prompts, str):
+            raise TypeError("prompts: expected a list of texts, got one text")
         if not self.prompts:
             raise ValueError("prompts: expected at least one, got none")
         if len(self.prompts) != len(self.complexities):
@@ -98,8 +100,12 @@ class Experiment:
                 f"prompt_complexities: expected {', '.join(COMPLEXITIES)} or None, "
                 f"got {', '.join(sorted(map(repr, unknown)))}"
             )
-        if self.new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.new_tokens}")
+        if not all(isinstance(text, str) and text for text in self.prompts):
+            raise ValueError("prompts: expected texts that aren't empty")
+        if not isinstance(self.new_tokens, int) or self.new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens: expected an integer of at least 1, got {self.new_tokens!r}"
+            )
 
     @property
     def steps(self):
@@ -202,15 +208,16 @@ def _demo():
 _default_nulls = WeakKeyDictionary()
 
 
-def default_null(model, tokenizer, progress=True):
-    """The `trimmed` null per layer on the score `logprob`, fitted once a model.
+def default_null(model, tokenizer, progress=True, seed=0):
+    """The `trimmed` null per layer on the score `logprob`, fitted once a model and seed.
 
     The text is the calibration text that ships with the demo model; no evaluation uses it.
     """
-    if model not in _default_nulls:
-        passages = calibration_passages(demo.calibration_documents())
-        _default_nulls[model] = moeprof.fit_null(model, tokenizer, passages, progress=progress)
-    return _default_nulls[model]
+    nulls = _default_nulls.setdefault(model, {})
+    if seed not in nulls:
+        passages = calibration_passages(demo.calibration_documents(), seed=seed)
+        nulls[seed] = moeprof.fit_null(model, tokenizer, passages, progress=progress)
+    return nulls[seed]
 
 
 def run_configuration(
@@ -265,7 +272,7 @@ def run_configuration(
     experiment = Experiment(
         model,
         tokenizer,
-        tuple(prompts),
+        prompts if isinstance(prompts, str) else tuple(prompts),
         tuple(prompt_complexities),
         heldout_windows(tokenizer, documents),
         null,

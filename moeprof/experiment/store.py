@@ -3,10 +3,9 @@
 import io
 import json
 import math
-import os
 from pathlib import Path
 
-from ..files import write_whole
+from ..files import check_folder, write_whole
 
 COLUMNS = (
     "config",
@@ -37,9 +36,9 @@ def results_frame(results):
 
 
 class Store:
-    """The folder that a run's files are written to; made and tried out when this is created.
+    """The folder that a run's files are written to; made with the first of them.
 
-    Raises OSError when the folder can't be made or written to.
+    Raises OSError, before anything is run, when it can't be made or written to.
     """
 
     def __init__(self, folder):
@@ -48,17 +47,12 @@ class Store:
         self.csv = folder / "bh_routing_summary.csv"
         self.report = folder / "bh_routing_report.md"
         self.figure = folder / "visualizations" / "bh_routing_analysis.png"
-        try:
-            self.figure.parent.mkdir(parents=True, exist_ok=True)
-            for place in (folder, self.figure.parent):
-                probe = place / f".{os.getpid()}.part"
-                probe.write_bytes(b"")
-                probe.unlink()
-        except OSError as error:
-            raise OSError(f"output folder {folder} can't be written: {error.strerror}") from error
+        check_folder(folder)
+        check_folder(self.figure.parent)
 
     def save_results(self, run):
         """Write the JSON and the CSV. run: {…, "results": [result dicts]}."""
+        self.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(finite(run), indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.json, text.encode() + b"\n")
         table = results_frame(run["results"])[list(COLUMNS)]
@@ -66,6 +60,7 @@ class Store:
 
     def save_report(self, text, figure):
         """Write the report (Markdown) and the figure (matplotlib) as a PNG."""
+        self.figure.parent.mkdir(parents=True, exist_ok=True)
         image = io.BytesIO()
         figure.savefig(image, format="png")
         write_whole(self.figure, image.getvalue())
