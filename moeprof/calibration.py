@@ -110,7 +110,8 @@ def _run(model, gates, texts, tokenizer, window, histograms, progress):
                         logits = _window_logits(name, outputs.get(layer), len(ids), experts)
                         histograms.add(layer, logits)
                     tokens += len(ids) - 1
-                    bar.update(len(ids) * chars_per_token)
+                    done = len(ids) * chars_per_token  # rounding must not pass the total
+                    bar.update(min(done, bar.total - bar.n))
     finally:
         for handle in handles:
             handle.remove()
