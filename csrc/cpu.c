@@ -9,6 +9,7 @@
 /* Intel's AMX machines have AVX512-FP16 too, so `amx` is everything. */
 const mp_cpu_level mp_cpu_levels[] = {
     {"scalar", 0},
+    {"openblas", MP_CPU_BLAS},
     {"avx2", UP_TO_AVX2},
     {"avx512", UP_TO_AVX512},
     {"avx512bf16", UP_TO_AVX512 | MP_CPU_AVX512BF16},

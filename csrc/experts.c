@@ -6,9 +6,20 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-/* A call works through its tokens in chunks whose buffers stay below this, however
- * long the prompt is. */
-static const size_t CHUNK_BYTES = (size_t)48 << 20;
+/* Scratch of a call, however long the prompt: what the workers need, and the rest for
+ * chunks of tokens. */
+static const size_t SCRATCH_BYTES = (size_t)64 << 20, LEAST_CHUNK_BYTES = (size_t)8 << 20;
+static const size_t PANEL_BYTES = (size_t)16 << 20; /* of all workers together */
+
+/* What a worker has to itself. */
+typedef struct {
+    const int32_t *packed; /* the pairs that lie in `panels`, or NULL */
+    void *panels;          /* (block_m,H) */
+    float *gate, *up;      /* (block_m,MP_BLOCK_N) products; `gate` also those of down */
+    void *act;             /* (block_m,MP_BLOCK_N) */
+    float *sum;            /* (T,MP_BLOCK_N) */
+    float *scratch;        /* of the kernels */
+} worker_state;
 
 typedef struct {
     const mp_layer *layer;
@@ -19,21 +30,27 @@ typedef struct {
     ptrdiff_t num_active;
     int32_t *token; /* (pairs,): a pair is one token at one of its experts */
     float *weight;  /* (pairs,) */
-    void *act;      /* (pairs,I): float, or bf16 for bf16 weights */
-    float *sum;     /* (T,H) */
-    void *out;      /* (T,H) of the layer's dtype */
-    float *scratch; /* scratch_floats for each worker: a tile, then the kernel's */
-    size_t scratch_floats;
+    char *act;      /* each expert's activations: rows if they are few, else panels */
+    ptrdiff_t *act_at; /* (E,): where in act, by number of the active expert */
+    void *out;         /* (T,H) of the layer's dtype */
+    worker_state *workers;
+    ptrdiff_t block_m; /* rows packed at a time, a multiple of 16 */
+    ptrdiff_t block_h; /* columns of `out` in a task, at most MP_BLOCK_N */
 } chunk;
-
-static ptrdiff_t blocks(ptrdiff_t rows)
-{
-    return (rows + MP_BLOCK_N - 1) / MP_BLOCK_N;
-}
 
 static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b)
 {
     return a < b ? a : b;
+}
+
+static ptrdiff_t clamp(ptrdiff_t value, ptrdiff_t low, ptrdiff_t high)
+{
+    return value < low ? low : smaller(value, high);
+}
+
+static ptrdiff_t blocks(ptrdiff_t rows, ptrdiff_t block)
+{
+    return (rows + block - 1) / block;
 }
 
 /* ---- memory ---- */
@@ -74,53 +91,104 @@ static void *carve(char *base, size_t *used, size_t bytes)
     return at;
 }
 
-static size_t act_size(mp_dtype dtype)
+/* Bytes of the activations of a pair. */
+static size_t act_row(const mp_layer *l)
 {
-    return dtype == MP_BF16 ? sizeof(uint16_t) : sizeof(float);
+    return (size_t)(mp_panel_width(l->intermediate_size) * mp_act_size(l->dtype));
 }
 
-/* Lays the buffers of a chunk of up to `tokens` tokens out; returns their bytes. */
-static size_t lay_out(chunk *c, char *base, ptrdiff_t tokens, ptrdiff_t slots,
-                      int threads)
+/* Multiples of three panels, as gemm works; more than some hundred save nothing. */
+static ptrdiff_t block_m(const mp_layer *l, int threads)
+{
+    const size_t row = (size_t)(l->hidden_size * mp_act_size(l->dtype));
+    const size_t rows = PANEL_BYTES / (size_t)threads / row;
+    return clamp((ptrdiff_t)rows / 48 * 48, 48, 384);
+}
+
+static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
 {
     const mp_layer *l = c->layer;
-    const size_t pairs = (size_t)tokens * (size_t)slots, E = (size_t)l->num_experts;
-    const size_t H = (size_t)l->hidden_size, I = (size_t)l->intermediate_size;
+    const ptrdiff_t size = mp_act_size(l->dtype);
+    const ptrdiff_t widest = l->hidden_size > l->intermediate_size ? l->hidden_size
+                                                                   : l->intermediate_size;
+    const size_t tile = (size_t)c->block_m * MP_BLOCK_N;
+    worker_state state = {0};
+    state.panels = carve(base, used,
+                         (size_t)(mp_panel_size(c->block_m, l->hidden_size) * size));
+    state.gate = carve(base, used, tile * sizeof(float));
+    state.up = carve(base, used, tile * sizeof(float));
+    state.act = carve(base, used, tile * (size_t)size);
+    state.sum = carve(base, used, (size_t)c->tokens * MP_BLOCK_N * sizeof(float));
+    state.scratch = carve(base, used, mp_scratch_floats(widest) * sizeof(float));
+    if (base)
+        c->workers[worker] = state;
+}
+
+/* Lays the buffers of a chunk of c->tokens tokens out; returns their bytes. */
+static size_t lay_out(chunk *c, char *base, ptrdiff_t slots, int threads)
+{
+    const mp_layer *l = c->layer;
+    const size_t E = (size_t)l->num_experts, pairs = (size_t)(c->tokens * slots);
+    const size_t panels = E < pairs ? E : pairs; /* each may fill up to 16 rows */
     size_t used = 0;
-    c->scratch_floats = MP_BLOCK_M * MP_BLOCK_N
-                      + mp_scratch_floats((ptrdiff_t)(H > I ? H : I));
-    c->scratch = carve(base, &used, c->scratch_floats * (size_t)threads * sizeof(float));
+    c->workers = carve(base, &used, (size_t)threads * sizeof *c->workers);
+    for (int i = 0; i < threads; i++)
+        lay_out_worker(c, i, base, &used);
     c->first = carve(base, &used, (E + 1) * sizeof *c->first);
     c->active = carve(base, &used, E * sizeof *c->active);
+    c->act_at = carve(base, &used, E * sizeof *c->act_at);
     c->token = carve(base, &used, pairs * sizeof *c->token);
     c->weight = carve(base, &used, pairs * sizeof *c->weight);
-    c->act = carve(base, &used, pairs * I * act_size(l->dtype));
-    c->sum = carve(base, &used, (size_t)tokens * H * sizeof(float));
+    c->act = carve(base, &used, (pairs + 15 * panels) * act_row(l));
     if (l->dtype == MP_F16)
-        c->hidden = carve(base, &used, (size_t)tokens * H * sizeof(float));
+        c->hidden = carve(base, &used, (size_t)(c->tokens * l->hidden_size) * sizeof(float));
     return used;
 }
 
-static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slots)
+/* Tokens of a chunk: all, or equal parts that stay within the scratch. */
+static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slots,
+                              int threads)
 {
-    size_t pair = (size_t)l->intermediate_size * act_size(l->dtype) + 8;
-    size_t token = (size_t)l->hidden_size * 8 + (size_t)slots * pair;
-    ptrdiff_t most = (ptrdiff_t)(CHUNK_BYTES / token);
-    most = most < 1 ? 1 : most;
-    return tokens < most ? tokens : most;
+    /* From E tokens on, the rows that fill panels up grow no more. */
+    const ptrdiff_t E = l->num_experts;
+    chunk some = {.layer = l, .tokens = E, .block_m = block_m(l, threads)}, twice = some;
+    twice.tokens = 2 * E;
+    const size_t bytes = lay_out(&some, NULL, slots, threads);
+    const size_t token = (lay_out(&twice, NULL, slots, threads) - bytes) / (size_t)E + 1;
+    const size_t fixed = bytes < token * (size_t)E ? 0 : bytes - token * (size_t)E;
+    size_t room = fixed < SCRATCH_BYTES ? SCRATCH_BYTES - fixed : 0;
+    room = room < LEAST_CHUNK_BYTES ? LEAST_CHUNK_BYTES : room;
+    const ptrdiff_t most = clamp((ptrdiff_t)(room / token), 1, tokens);
+    return blocks(tokens, blocks(tokens, most));
+}
+
+/* Some ten tasks a thread, so that none waits long for the last. */
+static ptrdiff_t block_h(const mp_layer *l, int threads)
+{
+    return clamp(l->hidden_size / threads / 10 / 8 * 8, 8, MP_BLOCK_N);
 }
 
 /* No more threads than there are tasks in the larger region: each costs scratch. */
 static int useful_threads(const mp_layer *l, ptrdiff_t pairs, int threads)
 {
-    ptrdiff_t gate_up = pairs * blocks(l->intermediate_size);
-    ptrdiff_t down = blocks(l->hidden_size);
-    ptrdiff_t most = gate_up > down ? gate_up : down;
-    most = smaller(most, MP_MAX_THREADS);
+    const ptrdiff_t gate_up = pairs * blocks(l->intermediate_size, MP_BLOCK_N);
+    const ptrdiff_t down = blocks(l->hidden_size, 8);
+    const ptrdiff_t most = clamp(gate_up > down ? gate_up : down, 1, MP_MAX_THREADS);
     return threads < most ? threads : (int)most;
 }
 
 /* ---- grouping ---- */
+
+/* The pairs of the active expert of number a, and whether they are few. */
+static ptrdiff_t pairs_of(const chunk *c, ptrdiff_t a)
+{
+    return c->first[c->active[a] + 1] - c->first[c->active[a]];
+}
+
+static int are_few(const chunk *c, ptrdiff_t a)
+{
+    return pairs_of(c, a) <= MP_FEW_ROWS;
+}
 
 /* Sorts the pairs by expert; within one they stay in the order of the tokens. */
 static int group(chunk *c, const int32_t *experts, const float *weights,
@@ -152,59 +220,111 @@ static int group(chunk *c, const int32_t *experts, const float *weights,
     }
     memmove(first + 1, first, (size_t)E * sizeof *first);
     first[0] = 0;
+    ptrdiff_t rows = 0;
+    for (ptrdiff_t a = 0; a < c->num_active; a++) {
+        c->act_at[a] = rows * (ptrdiff_t)act_row(c->layer);
+        rows += mp_panel_rows(pairs_of(c, a));
+    }
     return MP_OK;
 }
 
 /* ---- the two regions ---- */
 
-static const void *weight_row(const mp_layer *l, const void *matrix, ptrdiff_t row,
+static const char *weight_row(const mp_layer *l, const void *matrix, ptrdiff_t row,
                               ptrdiff_t k)
 {
-    return (const char *)matrix + (size_t)(row * k) * (l->dtype == MP_F32 ? 4 : 2);
+    return (const char *)matrix + row * k * mp_weight_size(l->dtype);
 }
 
-static float *worker_scratch(const chunk *c, int worker)
+/* A task of the first region: rows i..i+n-1 of gate and of up of one expert. */
+typedef struct {
+    ptrdiff_t a, i, n; /* number of the active expert, rows */
+    const char *gate, *up, *next; /* next: what the next task starts with */
+} gate_up_block;
+
+static gate_up_block gate_up_of(const chunk *c, ptrdiff_t task)
 {
-    return c->scratch + (size_t)worker * c->scratch_floats;
+    const mp_layer *l = c->layer;
+    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
+    const ptrdiff_t count = blocks(I, MP_BLOCK_N), a = task / count;
+    const ptrdiff_t i = task % count * MP_BLOCK_N;
+    const int32_t e = c->active[a];
+    const char *next = i + MP_BLOCK_N < I ? weight_row(l, l->gate[e], i + MP_BLOCK_N, H)
+                     : a + 1 < c->num_active ? l->gate[c->active[a + 1]] : NULL;
+    return (gate_up_block){a, i, smaller(MP_BLOCK_N, I - i), weight_row(l, l->gate[e], i, H),
+                           weight_row(l, l->up[e], i, H), next};
 }
 
-/* act = silu(x G^T) * (x U^T), for one expert and one block of its rows. */
+/* act rows = silu(x G^T) * (x U^T), for few rows. */
+static void gate_up_few(const chunk *c, const gate_up_block *b, worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
+    const ptrdiff_t size = mp_act_size(l->dtype), first = c->first[c->active[b->a]];
+    const mp_rows x = {c->hidden, H, c->token + first, pairs_of(c, b->a)};
+    mp_linear(l->dtype)(&x, b->gate, b->n, H, b->up, w->gate, b->n, w->scratch);
+    mp_linear(l->dtype)(&x, b->up, b->n, H, b->next, w->up, b->n, w->scratch);
+    char *act = c->act + c->act_at[b->a] + b->i * size;
+    for (ptrdiff_t r = 0; r < x.count; r++)
+        mp_swiglu(l->dtype)(w->gate + r * b->n, w->up + r * b->n, b->n, act + r * I * size);
+}
+
+/* The hidden states of the pairs from `pair` on as panels; those of the task before, if
+ * they are the same. */
+static void pack_hidden(const chunk *c, ptrdiff_t pair, ptrdiff_t count, worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const mp_rows x = {c->hidden, l->hidden_size, c->token + pair, count};
+    if (w->packed == x.index)
+        return;
+    mp_pack(l->dtype)(&x, l->hidden_size, 0, l->hidden_size, w->panels);
+    w->packed = x.index;
+}
+
+/* The same for many rows: act panels. */
+static void gate_up_many(const chunk *c, const gate_up_block *b, worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
+    const ptrdiff_t first = c->first[c->active[b->a]], pairs = pairs_of(c, b->a);
+    for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
+        const ptrdiff_t m = smaller(c->block_m, pairs - r);
+        pack_hidden(c, first + r, m, w);
+        mp_gemm(l->dtype)(w->panels, m, b->gate, b->n, H, b->up, w->panels, w->gate, b->n,
+                          w->scratch);
+        mp_gemm(l->dtype)(w->panels, m, b->up, b->n, H, b->next, w->panels, w->up, b->n,
+                          w->scratch);
+        mp_swiglu(l->dtype)(w->gate, w->up, m * b->n, w->act);
+        const mp_rows act = {w->act, b->n, NULL, m};
+        mp_pack(l->dtype)(&act, b->n, b->i, I,
+                          c->act + c->act_at[b->a] + r * (ptrdiff_t)act_row(l));
+    }
+}
+
 static void gate_up_task(void *context, ptrdiff_t task, int worker)
 {
     const chunk *c = context;
-    const mp_layer *l = c->layer;
-    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
-    const int32_t e = c->active[task / blocks(I)];
-    const ptrdiff_t i = task % blocks(I) * MP_BLOCK_N;
-    const ptrdiff_t n = smaller(MP_BLOCK_N, I - i);
-    for (ptrdiff_t pair = c->first[e]; pair < c->first[e + 1]; pair += MP_BLOCK_M) {
-        mp_rows x = {c->hidden, H, c->token + pair,
-                     smaller(MP_BLOCK_M, c->first[e + 1] - pair)};
-        mp_gate_up(l->dtype)(&x, weight_row(l, l->gate[e], i, H),
-                             weight_row(l, l->up[e], i, H), n, H,
-                             (char *)c->act + (size_t)(pair * I + i) * act_size(l->dtype),
-                             I, worker_scratch(c, worker));
-    }
+    const gate_up_block b = gate_up_of(c, task);
+    (are_few(c, b.a) ? gate_up_few : gate_up_many)(c, &b, c->workers + worker);
 }
 
-/* sum[token] += weight * y for a tile y of M pairs and n columns from h on. */
-static void combine(const chunk *c, const float *y, ptrdiff_t pair, ptrdiff_t pairs,
-                    ptrdiff_t h, ptrdiff_t n)
+/* sum[token] += weight * y for the rows y (m,n) of the pairs from `pair` on. */
+static void combine(const chunk *c, const float *y, ptrdiff_t pair, ptrdiff_t m,
+                    ptrdiff_t n, float *restrict sum)
 {
-    for (ptrdiff_t r = 0; r < pairs; r++) {
-        float *sum = c->sum + c->token[pair + r] * c->layer->hidden_size + h;
+    for (ptrdiff_t r = 0; r < m; r++) {
+        float *restrict to = sum + c->token[pair + r] * n;
         const float weight = c->weight[pair + r];
         for (ptrdiff_t j = 0; j < n; j++)
-            sum[j] += weight * y[r * n + j];
+            to[j] += weight * y[r * n + j];
     }
 }
 
-/* Columns h..h+n-1 of `sum`, rounded to the output's dtype. */
-static void round_columns(const chunk *c, ptrdiff_t h, ptrdiff_t n)
+/* Columns h..h+n-1 of `out`: the sums, rounded to its dtype. */
+static void round_columns(const chunk *c, const float *sum, ptrdiff_t h, ptrdiff_t n)
 {
     const ptrdiff_t H = c->layer->hidden_size;
-    for (ptrdiff_t t = 0; t < c->tokens; t++) {
-        const float *sum = c->sum + t * H + h;
+    for (ptrdiff_t t = 0; t < c->tokens; t++, sum += n) {
         if (c->layer->dtype == MP_F32) {
             memcpy((float *)c->out + t * H + h, sum, (size_t)n * sizeof *sum);
             continue;
@@ -216,6 +336,30 @@ static void round_columns(const chunk *c, ptrdiff_t h, ptrdiff_t n)
     }
 }
 
+/* Adds what an active expert contributes to columns h..h+n-1. */
+static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
+                        const void *next, worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const ptrdiff_t I = l->intermediate_size, pairs = pairs_of(c, a);
+    const ptrdiff_t first = c->first[c->active[a]];
+    const char *weights = weight_row(l, l->down[c->active[a]], h, I);
+    const char *act = c->act + c->act_at[a];
+    if (are_few(c, a)) {
+        const mp_rows x = {act, I, NULL, pairs};
+        mp_linear(l->dtype)(&x, weights, n, I, next, w->gate, n, w->scratch);
+        combine(c, w->gate, first, pairs, n, w->sum);
+        return;
+    }
+    for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
+        const ptrdiff_t m = smaller(c->block_m, pairs - r);
+        const char *panels = act + r * (ptrdiff_t)act_row(l);
+        const char *behind = panels + mp_panel_rows(m) * (ptrdiff_t)act_row(l);
+        mp_gemm(l->dtype)(panels, m, weights, n, I, next, behind, w->gate, n, w->scratch);
+        combine(c, w->gate, first + r, m, n, w->sum);
+    }
+}
+
 /* out = sum_e weight_e * (act_e D_e^T), for one block of the columns of `out`. The
  * task goes through all experts in ascending order: no other task writes these
  * columns, and the order of the sum is the same whatever the threads do. */
@@ -223,21 +367,18 @@ static void down_task(void *context, ptrdiff_t task, int worker)
 {
     const chunk *c = context;
     const mp_layer *l = c->layer;
-    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
-    const ptrdiff_t h = task * MP_BLOCK_N, n = smaller(MP_BLOCK_N, H - h);
-    float *y = worker_scratch(c, worker), *rest = y + MP_BLOCK_M * MP_BLOCK_N;
-    for (ptrdiff_t t = 0; t < c->tokens; t++)
-        memset(c->sum + t * H + h, 0, (size_t)n * sizeof *c->sum);
+    worker_state *w = c->workers + worker;
+    const ptrdiff_t h = task * c->block_h, n = smaller(c->block_h, l->hidden_size - h);
+    memset(w->sum, 0, (size_t)(c->tokens * n) * sizeof *w->sum);
     for (ptrdiff_t a = 0; a < c->num_active; a++) {
-        const int32_t e = c->active[a];
-        for (ptrdiff_t pair = c->first[e]; pair < c->first[e + 1]; pair += MP_BLOCK_M) {
-            mp_rows act = {(char *)c->act + (size_t)(pair * I) * act_size(l->dtype), I,
-                           NULL, smaller(MP_BLOCK_M, c->first[e + 1] - pair)};
-            mp_linear(l->dtype)(&act, weight_row(l, l->down[e], h, I), n, I, y, n, rest);
-            combine(c, y, pair, act.count, h, n);
-        }
+        const int last = a + 1 == c->num_active;
+        const ptrdiff_t next_h = last ? h + n : h;
+        const void *next = next_h < l->hidden_size
+            ? weight_row(l, l->down[c->active[last ? 0 : a + 1]], next_h, l->intermediate_size)
+            : NULL;
+        down_expert(c, a, h, n, next, w);
     }
-    round_columns(c, h, n);
+    round_columns(c, w->sum, h, n);
 }
 
 /* ---- a call ---- */
@@ -249,8 +390,11 @@ static int run_chunk(chunk *c, const int32_t *experts, const float *weights,
     int error = group(c, experts, weights, slots);
     if (error)
         return error;
-    mp_parallel(c->num_active * blocks(l->intermediate_size), threads, gate_up_task, c);
-    mp_parallel(blocks(l->hidden_size), threads, down_task, c);
+    for (int i = 0; i < threads; i++)
+        c->workers[i].packed = NULL;
+    mp_parallel(c->num_active * blocks(l->intermediate_size, MP_BLOCK_N), threads,
+                gate_up_task, c);
+    mp_parallel(blocks(l->hidden_size, c->block_h), threads, down_task, c);
     return MP_OK;
 }
 
@@ -270,22 +414,23 @@ int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
                const int32_t *experts, const float *weights, ptrdiff_t slots,
                int threads, void *out)
 {
-    const size_t row = (size_t)layer->hidden_size * (layer->dtype == MP_F32 ? 4 : 2);
+    const ptrdiff_t row = layer->hidden_size * mp_weight_size(layer->dtype);
     if (tokens == 0)
         return MP_OK;
-    const ptrdiff_t step = chunk_tokens(layer, tokens, slots);
-    threads = useful_threads(layer, step * slots, threads);
-    chunk c = {.layer = layer};
-    block *memory = take_block(lay_out(&c, NULL, step, slots, threads));
+    threads = useful_threads(layer, tokens * slots, threads);
+    const ptrdiff_t step = chunk_tokens(layer, tokens, slots, threads);
+    chunk c = {.layer = layer, .tokens = step, .block_m = block_m(layer, threads),
+               .block_h = block_h(layer, threads)};
+    block *memory = take_block(lay_out(&c, NULL, slots, threads));
     if (!memory)
         return MP_NO_MEMORY;
-    lay_out(&c, (char *)(memory + 1), step, slots, threads);
+    lay_out(&c, (char *)(memory + 1), slots, threads);
     float *wide = (float *)(uintptr_t)c.hidden;
     int error = MP_OK;
     for (ptrdiff_t t = 0; t < tokens && !error; t += step) {
         c.tokens = smaller(step, tokens - t);
-        set_hidden(&c, wide, (const char *)hidden + (size_t)t * row);
-        c.out = (char *)out + (size_t)t * row;
+        set_hidden(&c, wide, (const char *)hidden + t * row);
+        c.out = (char *)out + t * row;
         error = run_chunk(&c, experts + t * slots, weights + t * slots, slots, threads);
     }
     give_back(memory);

@@ -32,7 +32,7 @@ static PyObject *limit_cpu(PyObject *module, PyObject *name)
             Py_RETURN_NONE;
         }
     return PyErr_Format(PyExc_ValueError,
-                        "MOEPROF_CPU: expected scalar, avx2, avx512, avx512bf16, "
+                        "MOEPROF_CPU: expected scalar, openblas, avx2, avx512, avx512bf16, "
                         "avx512fp16 or amx, got %s", wanted);
 }
 

@@ -12,22 +12,33 @@
 #include <sched.h>
 #endif
 
+/* The tasks next..end-1, on a cache line of their own. */
+typedef struct {
+    _Alignas(64) atomic_ptrdiff_t next;
+    ptrdiff_t end;
+} range;
+
 typedef struct {
     mp_task_fn *task;
     void *context;
-    ptrdiff_t tasks;
-    atomic_ptrdiff_t next; /* task to hand out */
-    atomic_int workers;    /* threads that came so far */
+    range *ranges;      /* one per thread */
+    int threads;
+    atomic_int workers; /* threads that came so far */
 } region;
 
-/* What each thread of a region does, whoever started it. */
+/* What each thread of a region does, whoever started it: the tasks of its own range in
+ * their order, so that neighbours share what is in its cache, then those that the other
+ * threads have left. */
 static void work(void *argument)
 {
     region *r = argument;
-    int worker = atomic_fetch_add(&r->workers, 1);
-    ptrdiff_t task;
-    while ((task = atomic_fetch_add(&r->next, 1)) < r->tasks)
-        r->task(r->context, task, worker);
+    const int worker = atomic_fetch_add(&r->workers, 1);
+    for (int i = 0; i < r->threads; i++) {
+        range *from = &r->ranges[(worker + i) % r->threads];
+        ptrdiff_t task;
+        while ((task = atomic_fetch_add(&from->next, 1)) < from->end)
+            r->task(r->context, task, worker);
+    }
 }
 
 /* ---- the OpenMP runtime of the process ---- */
@@ -166,15 +177,21 @@ static atomic_flag busy = ATOMIC_FLAG_INIT;
 
 void mp_parallel(ptrdiff_t tasks, int threads, mp_task_fn *task, void *context)
 {
-    region r = {.task = task, .context = context, .tasks = tasks};
     if (threads > MP_MAX_THREADS)
         threads = MP_MAX_THREADS;
     if (threads > tasks)
         threads = (int)tasks;
     if (threads <= 1 || atomic_flag_test_and_set(&busy)) {
-        work(&r);
+        for (ptrdiff_t i = 0; i < tasks; i++)
+            task(context, i, 0);
         return;
     }
+    range ranges[MP_MAX_THREADS];
+    for (int i = 0; i < threads; i++) {
+        atomic_init(&ranges[i].next, tasks * i / threads);
+        ranges[i].end = tasks * (i + 1) / threads;
+    }
+    region r = {.task = task, .context = context, .ranges = ranges, .threads = threads};
     if (gomp_parallel)
         gomp_parallel(work, &r, (unsigned)threads, 0);
     else

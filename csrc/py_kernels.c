@@ -1,6 +1,5 @@
 /* Bindings: single kernels, so that each variant can be held to the scalar one, and
- * the multiple test by itself. Rows go through the kernels in the blocks that their
- * contracts allow. */
+ * the multiple test by itself. */
 #include "pyargs.h"
 
 #include <stdlib.h>
@@ -25,15 +24,6 @@ static int activations_type(mp_dtype dtype)
     return dtype == MP_BF16 ? NPY_UINT16 : NPY_FLOAT32;
 }
 
-/* The rows of x that `index` names, from row r on, as many as a kernel takes. */
-static mp_rows rows_from(PyArrayObject *x, PyArrayObject *index, npy_intp r)
-{
-    npy_intp left = PyArray_DIM(index, 0) - r;
-    return (mp_rows){PyArray_DATA(x), PyArray_DIM(x, 1),
-                     (const int32_t *)PyArray_DATA(index) + r,
-                     left < MP_BLOCK_M ? left : MP_BLOCK_M};
-}
-
 static int check_index(PyArrayObject *index, npy_intp rows)
 {
     const int32_t *at = PyArray_DATA(index);
@@ -45,6 +35,74 @@ static int check_index(PyArrayObject *index, npy_intp rows)
     return 0;
 }
 
+/* What linear and gemm take: x[index] (M,K), w (N,K). */
+typedef struct {
+    mp_dtype dtype;
+    mp_rows x;
+    const char *w;
+    npy_intp shape[2], k; /* M,N; K */
+} product;
+
+static int parse_product(PyObject *args, const char *format, product *p)
+{
+    PyObject *x_object, *index_object, *w_object;
+    PyArrayObject *x, *index, *w;
+    const char *dtype_name;
+    if (!PyArg_ParseTuple(args, format, &x_object, &index_object, &w_object, &dtype_name)
+        || mp_parse_dtype(dtype_name, &p->dtype)
+        || !(x = mp_array(x_object, "x", activations_type(p->dtype), 2))
+        || !(index = mp_array(index_object, "index", NPY_INT32, 1))
+        || !(w = weights_view(w_object, "w", p->dtype))
+        || check_index(index, PyArray_DIM(x, 0)))
+        return -1;
+    p->k = PyArray_DIM(w, 1);
+    if (PyArray_DIM(x, 1) != p->k) {
+        PyErr_SetString(PyExc_ValueError, "x and w: expected the same K");
+        return -1;
+    }
+    p->x = (mp_rows){PyArray_DATA(x), p->k, PyArray_DATA(index), PyArray_DIM(index, 0)};
+    p->w = PyArray_DATA(w);
+    p->shape[0] = p->x.count;
+    p->shape[1] = PyArray_DIM(w, 0);
+    return 0;
+}
+
+/* The product, in the blocks of weights that the contracts allow; panels: NULL to use
+ * `linear`, else what `pack` made of x. */
+static void multiply(const product *p, const void *panels, float *out, float *scratch)
+{
+    const npy_intp M = p->shape[0], N = p->shape[1], size = mp_weight_size(p->dtype);
+    for (npy_intp n = 0; n < N; n += MP_BLOCK_N) {
+        const char *w = p->w + n * p->k * size;
+        const npy_intp count = N - n < MP_BLOCK_N ? N - n : MP_BLOCK_N;
+        if (panels)
+            mp_gemm(p->dtype)(panels, M, w, count, p->k, NULL, NULL, out + n, N, scratch);
+        else
+            mp_linear(p->dtype)(&p->x, w, count, p->k, NULL, out + n, N, scratch);
+    }
+}
+
+static PyObject *multiplied(PyObject *args, const char *format, int with_panels)
+{
+    product p;
+    PyObject *out = NULL;
+    if (parse_product(args, format, &p))
+        return NULL;
+    const size_t size = (size_t)(mp_panel_size(p.x.count, p.k) * mp_act_size(p.dtype));
+    void *panels = with_panels ? aligned_alloc(64, size + 64 - size % 64) : NULL;
+    float *scratch = malloc(mp_scratch_floats(p.k) * sizeof *scratch);
+    if (!scratch || (with_panels && !panels))
+        PyErr_NoMemory();
+    else if ((out = PyArray_SimpleNew(2, p.shape, NPY_FLOAT32))) {
+        if (panels)
+            mp_pack(p.dtype)(&p.x, p.k, 0, p.k, panels);
+        multiply(&p, panels, PyArray_DATA((PyArrayObject *)out), scratch);
+    }
+    free(scratch);
+    free(panels);
+    return out;
+}
+
 PyDoc_STRVAR(linear_doc,
 "linear(x, index, w, dtype)\n--\n\n"
 "x[index] (M,K), w (N,K) -> (M,N) float32. x is float32, or bfloat16 bits with\n"
@@ -52,81 +110,42 @@ PyDoc_STRVAR(linear_doc,
 
 static PyObject *linear(PyObject *module, PyObject *args)
 {
-    PyObject *x_object, *index_object, *w_object, *out;
-    PyArrayObject *x, *index, *w;
-    const char *dtype_name;
-    mp_dtype dtype;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOOs:linear", &x_object, &index_object, &w_object,
-                          &dtype_name)
-        || mp_parse_dtype(dtype_name, &dtype)
-        || !(x = mp_array(x_object, "x", activations_type(dtype), 2))
-        || !(index = mp_array(index_object, "index", NPY_INT32, 1))
-        || !(w = weights_view(w_object, "w", dtype))
-        || check_index(index, PyArray_DIM(x, 0)))
-        return NULL;
-    const npy_intp M = PyArray_DIM(index, 0), N = PyArray_DIM(w, 0);
-    const npy_intp K = PyArray_DIM(w, 1), size = dtype == MP_F32 ? 4 : 2;
-    npy_intp shape[2] = {M, N};
-    float *scratch = malloc(mp_scratch_floats(K) * sizeof *scratch);
-    if (!scratch || PyArray_DIM(x, 1) != K) {
-        free(scratch);
-        return PyErr_Format(PyExc_ValueError, "x and w: expected the same K");
-    }
-    if ((out = PyArray_SimpleNew(2, shape, NPY_FLOAT32)))
-        for (npy_intp r = 0; r < M; r += MP_BLOCK_M)
-            for (npy_intp n = 0; n < N; n += MP_BLOCK_N) {
-                mp_rows rows = rows_from(x, index, r);
-                mp_linear(dtype)(&rows, (char *)PyArray_DATA(w) + n * K * size,
-                                 N - n < MP_BLOCK_N ? N - n : MP_BLOCK_N, K,
-                                 (float *)PyArray_DATA((PyArrayObject *)out) + r * N + n,
-                                 N, scratch);
-            }
-    free(scratch);
-    return out;
+    return multiplied(args, "OOOs:linear", 0);
 }
 
-PyDoc_STRVAR(gate_up_doc,
-"gate_up(x, index, gate, up, dtype)\n--\n\n"
-"silu(x[index] gate^T) * (x[index] up^T): (M,N), bfloat16 bits for bfloat16 weights,\n"
-"else float32.");
+PyDoc_STRVAR(gemm_doc,
+"gemm(x, index, w, dtype)\n--\n\n"
+"As linear(), by the kernels for many rows: x[index] is packed first.");
 
-static PyObject *gate_up(PyObject *module, PyObject *args)
+static PyObject *gemm(PyObject *module, PyObject *args)
 {
-    PyObject *x_object, *index_object, *gate_object, *up_object, *out;
-    PyArrayObject *x, *index, *gate, *up;
+    (void)module;
+    return multiplied(args, "OOOs:gemm", 1);
+}
+
+PyDoc_STRVAR(swiglu_doc,
+"swiglu(g, u, dtype)\n--\n\n"
+"silu(g) * u, (N,) float32 both -> (N,), bfloat16 bits for bfloat16 weights, else\n"
+"float32.");
+
+static PyObject *swiglu(PyObject *module, PyObject *args)
+{
+    PyObject *g_object, *u_object, *out;
+    PyArrayObject *g, *u;
     const char *dtype_name;
     mp_dtype dtype;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOOOs:gate_up", &x_object, &index_object, &gate_object,
-                          &up_object, &dtype_name)
+    if (!PyArg_ParseTuple(args, "OOs:swiglu", &g_object, &u_object, &dtype_name)
         || mp_parse_dtype(dtype_name, &dtype)
-        || !(x = mp_array(x_object, "x", activations_type(dtype), 2))
-        || !(index = mp_array(index_object, "index", NPY_INT32, 1))
-        || !(gate = weights_view(gate_object, "gate", dtype))
-        || !(up = weights_view(up_object, "up", dtype))
-        || check_index(index, PyArray_DIM(x, 0)))
+        || !(g = mp_array(g_object, "g", NPY_FLOAT32, 1))
+        || !(u = mp_array(u_object, "u", NPY_FLOAT32, 1)))
         return NULL;
-    const npy_intp M = PyArray_DIM(index, 0), N = PyArray_DIM(gate, 0);
-    const npy_intp K = PyArray_DIM(gate, 1), size = dtype == MP_F32 ? 4 : 2;
-    const npy_intp act_size = dtype == MP_BF16 ? 2 : 4;
-    npy_intp shape[2] = {M, N};
-    float *scratch = malloc(mp_scratch_floats(K) * sizeof *scratch);
-    if (!scratch || PyArray_DIM(x, 1) != K || !PyArray_SAMESHAPE(gate, up)) {
-        free(scratch);
-        return PyErr_Format(PyExc_ValueError, "x, gate and up: expected the same K");
-    }
-    if ((out = PyArray_SimpleNew(2, shape, activations_type(dtype))))
-        for (npy_intp r = 0; r < M; r += MP_BLOCK_M)
-            for (npy_intp n = 0; n < N; n += MP_BLOCK_N) {
-                mp_rows rows = rows_from(x, index, r);
-                char *at = PyArray_DATA((PyArrayObject *)out);
-                mp_gate_up(dtype)(&rows, (char *)PyArray_DATA(gate) + n * K * size,
-                                  (char *)PyArray_DATA(up) + n * K * size,
-                                  N - n < MP_BLOCK_N ? N - n : MP_BLOCK_N, K,
-                                  at + (r * N + n) * act_size, N, scratch);
-            }
-    free(scratch);
+    if (!PyArray_SAMESHAPE(g, u))
+        return PyErr_Format(PyExc_ValueError, "g and u: expected the same shape");
+    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(g), activations_type(dtype))))
+        mp_swiglu(dtype)(PyArray_DATA(g), PyArray_DATA(u), PyArray_DIM(g, 0),
+                         PyArray_DATA((PyArrayObject *)out));
     return out;
 }
 
@@ -228,7 +247,8 @@ static PyObject *step_up(PyObject *module, PyObject *args)
 
 PyMethodDef mp_kernel_methods[] = {
     {"linear", linear, METH_VARARGS, linear_doc},
-    {"gate_up", gate_up, METH_VARARGS, gate_up_doc},
+    {"gemm", gemm, METH_VARARGS, gemm_doc},
+    {"swiglu", swiglu, METH_VARARGS, swiglu_doc},
     {"softmax", softmax, METH_VARARGS, softmax_doc},
     {"logprob", logprob, METH_O, logprob_doc},
     {"order", order, METH_VARARGS, order_doc},

@@ -55,7 +55,7 @@ def test_features_are_those_of_proc_cpuinfo():
 
 
 def test_every_feature_is_known_here():
-    assert set(_C.cpu_features()) <= set(FLAGS) == set(util.level_names()) - {"scalar"}
+    assert set(_C.cpu_features()) <= set(FLAGS) == set(util.level_names()) - {"scalar", "openblas"}
 
 
 # ---- what it says of itself ----
@@ -168,8 +168,10 @@ CALLS = {
             *[(hidden, z, *layer_arguments, bad, 1) for bad in bad_specs]],
     "linear": [(x, index, w, "float32"), (x, index + 99, w, "float32"), (x, index, short,
                "float32"), (x, index, w, "nope"), (x, p, w, "float32"), (x,)],
-    "gate_up": [(x, index, w, w, "float32"), (x, index, w, short, "float32"), (x, index + 99, w, w,
-                "float32"), (x, index, w, w, "float16"), (x,)],
+    "gemm": [(x, index, w, "float32"), (x, index + 99, w, "float32"), (x, index, short,
+             "float32"), (x, index, w, "nope"), (x,)],
+    "swiglu": [(x[0], x[0], "float32"), (x[0], x[0], "bfloat16"), (x[0], z[0], "float32"),
+               (x, x, "float32"), (x[0], x[0], "nope"), (x[0],)],
     "softmax": [(z, 1.0), (p, 1.0), (z, "x"), (z,)],
     "logprob": [(z,), (p,), (None,)],
     "order": [(p, z), (None, z), (p, short), (z, z), (p,)],
@@ -292,9 +294,11 @@ BAD = [
     (lambda: _C.linear(F32, INDEX, F64, "float32"), TypeError, "w: expected .* weights"),
     (lambda: _C.linear(F32, INDEX, BIG, "float32"), (TypeError, ValueError), "w: expected"),
     (lambda: _C.linear(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected the same K"),
-    (lambda: _C.gate_up(F32, INDEX, F32, ONES, "float32"), ValueError, "x, gate and up: expected"),
-    (lambda: _C.gate_up(F32, INDEX, U16, F32, "float32"), TypeError, "gate: expected"),
-    (lambda: _C.gate_up(F32, INDEX, F32, F32.T, "float32"), TypeError, "up: expected contiguous"),
+    (lambda: _C.gemm(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected"),
+    (lambda: _C.gemm(F32, INDEX, U16, "float32"), TypeError, "w: expected"),
+    (lambda: _C.gemm(F32, INDEX, F32.T, "float32"), TypeError, "w: expected contiguous"),
+    (lambda: _C.swiglu(ONES[0], F32[0], "float32"), ValueError, "g and u: expected the same"),
+    (lambda: _C.swiglu(ONES, ONES, "float32"), ValueError, "g: expected 1 dimensions"),
     (lambda: _C.softmax(F64, 1.0), TypeError, "z: expected dtype float32, got float64"),
     (lambda: _C.logprob(F32[0]), ValueError, "z: expected 2 dimensions, got 1"),
     (lambda: _C.order(F32, F32), TypeError, "p: expected dtype float64, got float32"),

@@ -20,7 +20,7 @@ from moeprof.null import normal_reference
 VARIANTS = [(kernel, variant) for kernel, variant, _, _ in _C.variants()]
 KERNELS = list(dict.fromkeys(kernel for kernel, _ in VARIANTS))
 DTYPE = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-MATRIX_VARIANTS = [kv for kv in VARIANTS if kv[0].startswith(("linear_", "gate_up_"))]
+MATRIX_VARIANTS = [kv for kv in VARIANTS if kv[0].startswith(("linear_", "pack_", "gemm_"))]
 all_variants = pytest.mark.parametrize(("kernel", "variant"), VARIANTS)
 matrix_variants = pytest.mark.parametrize(("kernel", "variant"), MATRIX_VARIANTS)
 posix = pytest.mark.skipif(sys.platform != "linux", reason="mprotect and /proc are Linux's")
@@ -61,7 +61,7 @@ def hold(kernel, variant, cases):
     return results
 
 
-# ---- linear and gate_up ----
+# ---- linear, pack and gemm ----
 
 
 def act_type(dtype):
@@ -69,29 +69,23 @@ def act_type(dtype):
     return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
-def matrix_case(kernel, x, index, *weights, what=""):
-    """linear or gate_up of x[index] and weights in the form the extension takes."""
+def matrix_case(kernel, x, index, w, what=""):
+    """x[index] w^T in the form the extension takes; pack is seen through its gemm."""
     contract, _, suffix = kernel.rpartition("_")
     dtype = DTYPE[suffix]
     rows = widen(x, act_type(dtype))[index].astype(np.float64)
-    wide = [widen(w, dtype) for w in weights]
-    run = partial(getattr(_C, contract), x, index, *weights, dtype)
+    run = partial(_C.linear if contract == "linear" else _C.gemm, x, index, w, dtype)
     with np.errstate(invalid="ignore", over="ignore"):
-        if contract == "linear":
-            return Case(what, run, *util.matmul(rows, *wide))
-        ref, tol = util.swiglu(rows, *wide, dtype == "bfloat16")
-    return Case(what, lambda: widen(run(), act_type(dtype)), ref, tol)
+        return Case(what, run, *util.matmul(rows, widen(w, dtype)))
 
 
 def matrices(kernel, m, n, k, seed=0):
     """x with more rows than are asked for, a ragged index, and the weights."""
-    contract, _, suffix = kernel.rpartition("_")
+    dtype = DTYPE[kernel.rpartition("_")[2]]
     rng = np.random.default_rng([seed, m, n, k])
-    x = narrow(rng.standard_normal((m + 3, k)), act_type(DTYPE[suffix]))
+    x = narrow(rng.standard_normal((m + 3, k)), act_type(dtype))
     index = rng.integers(0, m + 3, m).astype(np.int32)
-    count = 1 if contract == "linear" else 2
-    weights = [narrow(rng.standard_normal((n, k)), DTYPE[suffix]) for _ in range(count)]
-    return x, index, *weights
+    return x, index, narrow(rng.standard_normal((n, k)), dtype)
 
 
 def random_case(kernel, m, n, k, seed=0):
@@ -103,7 +97,7 @@ SHAPES = {
     "n and k around the lanes": [(5, n, k) for n in LANES for k in LANES],
     "m and n around the tiles": [
         (m, n, k)
-        for m in (*range(1, 18), 31, 32, 33, 127, 128, 129, 200)
+        for m in (*range(1, 18), 24, 25, 31, 32, 33, 40, 47, 48, 49, 56, 57, 64, 65, 72, 129, 200)
         for n in (1, 16, 17, 63, 64, 65)
         for k in (1, 17, 48)
     ],
@@ -122,9 +116,9 @@ def test_matrix_shapes(kernel, variant, shapes):
 def test_weights_at_any_address(kernel, variant, offset):
     cases = []
     for m, n, k in ((1, 5, 7), (8, 33, 48), (129, 65, 31)):
-        x, index, *weights = matrices(kernel, m, n, k)
-        moved = [util.shifted(w, offset) for w in weights]
-        cases.append(matrix_case(kernel, x, index, *moved, what=f"+{offset} {m, n, k}"))
+        x, index, w = matrices(kernel, m, n, k)
+        moved = util.shifted(w, offset)
+        cases.append(matrix_case(kernel, x, index, moved, what=f"+{offset} {m, n, k}"))
     hold(kernel, variant, cases)
 
 
@@ -153,17 +147,15 @@ def test_a_guard_page_kills(beyond):
 def test_nan_and_inf_go_where_ieee_sends_them(kernel, variant):
     cases = []
     for k in (1, 8, 17, 48):
-        x, _, *weights = matrices(kernel, 9, 7, k)
+        x, _, w = matrices(kernel, 9, 7, k)
         index, dtype = np.arange(9, dtype=np.int32), DTYPE[kernel.rpartition("_")[2]]
-        wide_x = widen(x, act_type(dtype)).copy()
-        wide_w = [widen(w, dtype).copy() for w in weights]
+        wide_x, wide_w = widen(x, act_type(dtype)).copy(), widen(w, dtype).copy()
         wide_x[1, k // 2], wide_x[2, 0], wide_x[3, k - 1] = np.nan, np.inf, -np.inf
         wide_x[4, 0], wide_x[4, k - 1] = np.inf, -np.inf
         wide_x[5] = 0  # 0 * inf is NaN
-        for w in wide_w:
-            w[3, k // 2], w[4, 0], w[5, k - 1] = np.nan, np.inf, -np.inf
-        x, weights = narrow(wide_x, act_type(dtype)), [narrow(w, dtype) for w in wide_w]
-        cases.append(matrix_case(kernel, x, index, *weights, what=f"K={k}"))
+        wide_w[3, k // 2], wide_w[4, 0], wide_w[5, k - 1] = np.nan, np.inf, -np.inf
+        x, w = narrow(wide_x, act_type(dtype)), narrow(wide_w, dtype)
+        cases.append(matrix_case(kernel, x, index, w, what=f"K={k}"))
     for case, got in zip(cases, hold(kernel, variant, cases), strict=True):
         clean = np.ix_([0, 6, 7, 8], [0, 1, 2, 6])
         assert np.isfinite(got[clean]).all(), case.what
@@ -171,56 +163,82 @@ def test_nan_and_inf_go_where_ieee_sends_them(kernel, variant):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "variant"), [kv for kv in VARIANTS if kv[0] in ("linear_bf16", "linear_f16")]
+    ("kernel", "variant"),  # OpenBLAS chooses its kernels by the number of rows
+    [kv for kv in MATRIX_VARIANTS if kv[1] != "openblas"],
+)
+def test_a_row_alone_is_a_row_in_a_batch(kernel, variant):
+    """Bit for bit: what is summed in which order depends on K alone."""
+    x, index, w = matrices(kernel, 80, 19, 100)
+    util.force(kernel, variant)
+    product = _C.linear if kernel.startswith("linear_") else _C.gemm
+    dtype = DTYPE[kernel.rpartition("_")[2]]
+    together = product(x, index, w, dtype)
+    for rows in (1, 2, 5, 8, 9, 17, 24, 33, 48, 63):
+        np.testing.assert_array_equal(product(x, index[:rows], w, dtype), together[:rows])
+        part = np.ascontiguousarray(w[: rows % 19 + 1])
+        np.testing.assert_array_equal(
+            product(x, index[:rows], part, dtype), together[:rows, : len(part)]
+        )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variant"), [kv for kv in MATRIX_VARIANTS if kv[0].endswith(("_bf16", "_f16"))]
 )
 def test_each_16_bit_pattern_is_widened_as_it_is(kernel, variant):
-    dtype = DTYPE[kernel.rpartition("_")[2]]
+    contract, _, suffix = kernel.rpartition("_")
+    dtype, product = DTYPE[suffix], _C.linear if contract == "linear" else _C.gemm
     every = np.arange(65536, dtype=np.uint16)[:, None]
     one = narrow(np.ones((1, 1)), act_type(dtype))
     exact = 0.0 if variant == "scalar" or dtype == "float16" else TINY32  # see util.matmul
     rows, none = np.arange(65536, dtype=np.int32), np.zeros(1, np.int32)
     with np.errstate(invalid="ignore"):  # signalling NaN
         value = widen(every, dtype).astype(np.float64)
-    cases = [Case("weights", partial(_C.linear, one, none, every, dtype), value.T, exact)]
+    cases = [Case("weights", partial(product, one, none, every, dtype), value.T, exact)]
     if dtype == "bfloat16":
-        run = partial(_C.linear, every, rows, one, dtype)
+        run = partial(product, every, rows, one, dtype)
         cases.append(Case("activations", run, value, exact))
     hold(kernel, variant, cases)
 
 
+# ---- swiglu ----
+
+
+def swiglu_cases(kernel):
+    dtype = act_type(DTYPE[kernel.rpartition("_")[2]])
+    rng, edges = np.random.default_rng(0), [0, -0.0, 1e-30, 20, 87, 88, 89, 104, 150, 1e30, 3e38]
+    around = np.array([*edges, *np.linspace(0, 110, 4001), np.inf])
+    g = np.concatenate([around, -around, [np.nan]]).astype(np.float32)
+    inputs = [(f"N={n}", *rng.standard_normal((2, n)).astype(np.float32)) for n in LANES]
+    inputs += [("edges of exp", g, u) for u in (np.ones_like(g), np.full_like(g, -0.37))]
+    for what, g, u in inputs:
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide = g.astype(np.float64)
+            silu = np.where(g == -np.inf, np.nan, wide / (1 + np.exp(-wide)))  # -inf / inf
+            ref = silu * u
+            tol = 4 * EPS32 * np.abs(ref) + 2.0**-121 * np.abs(u) + TINY32
+            rounding = util.HALF_ULP["bfloat16"] * (np.abs(ref) + tol)
+        run = partial(_C.swiglu, g, u, dtype)
+        tol = np.nan_to_num(tol + rounding if dtype == "bfloat16" else tol, posinf=0)
+        yield Case(what, lambda run=run: widen(run(), dtype), ref, tol)
+
+
 def bf16_roundings():
-    """float32 u = a + b + c, of bf16 parts that add exactly: on and around every kind of tie."""
-    parts = [
-        (a * scale, b * scale, c * scale)
-        for scale in (1.0, -1.0, 2.0**-30, 2.0**60)
-        for a in 1 + np.arange(128) / 128  # all mantissas: even and odd last bits
-        for b in (0.0, 2.0**-8, 2.0**-8 - 2.0**-16, 2.0**-9)
-        for c in (0.0, 2.0**-20, 2.0**-22)
-    ]
-    parts += [(2.0**120 * 1.9921875, 2.0**112, c) for c in (0.0, -(2.0**100))]  # to inf, or not
-    return np.array(parts)
+    """float32 values on and around every kind of tie."""
+    mantissas = 1 + np.arange(128) / 128  # all: even and odd last bits
+    steps = np.array([0, 2.0**-8, 2.0**-8 - 2.0**-23, 2.0**-8 + 2.0**-23, 2.0**-9])
+    values = (mantissas[:, None] + steps).ravel()
+    scales = [1, -1, 2.0**-30, 2.0**60, 2.0**127]  # the last reaches inf
+    return np.concatenate([values * scale for scale in scales]).astype(np.float32)
 
 
-@pytest.mark.parametrize("variant", util.variants_of("gate_up_bf16"))
+@pytest.mark.parametrize("variant", util.variants_of("swiglu_bf16"))
 def test_act_is_rounded_once_to_nearest_even(variant):
-    parts = bf16_roundings()
-    gate = np.tile([128.0, 0.0, 0.0, 0.0], (len(parts), 1))  # silu(128) is 128 in fp32
-    up = np.concatenate([np.zeros((len(parts), 1)), parts], axis=1)
-    gate, up = narrow(gate, "bfloat16"), narrow(up, "bfloat16")
-    assert (widen(up, "bfloat16")[:, 1:] == parts).all()  # the parts are bf16
-    x, index = narrow(np.ones((1, 4)), "bfloat16"), np.zeros(1, np.int32)
-    util.force("gate_up_bf16", variant)
-    got = _C.gate_up(x, index, gate, up, "bfloat16")[0]
+    u = bf16_roundings() / 128
+    g = np.full_like(u, 128.0)  # silu(128) is 128 in fp32, and the product exact
+    util.force("swiglu_bf16", variant)
     with np.errstate(over="ignore"):
-        expected = narrow(128 * parts.sum(axis=1), "bfloat16")
-    if variant == "scalar":
-        np.testing.assert_array_equal(got, expected)
-    else:  # its silu may be off by an fp32 ulp, which can turn a tie around
-        assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
-    x, index, gate, up = matrices("gate_up_bf16", 64, 64, 64)
-    random = _C.gate_up(x, index, gate, up, "bfloat16")
-    util.force("gate_up_bf16", "scalar")
-    assert (random == _C.gate_up(x, index, gate, up, "bfloat16")).mean() > 0.98
+        expected = narrow(128 * u, "bfloat16")
+    np.testing.assert_array_equal(_C.swiglu(g, u, "bfloat16"), expected)
 
 
 # ---- softmax, logprob, p-values, order, step_up ----
@@ -327,6 +345,8 @@ ROW_CASES = {
 def cases_of(kernel):
     if kernel in ROW_CASES:
         return list(ROW_CASES[kernel]())
+    if kernel.startswith("swiglu_"):
+        return list(swiglu_cases(kernel))
     return [random_case(kernel, 8, 33, 48)]  # the shapes have tests of their own
 
 
@@ -377,7 +397,7 @@ def test_levels_only_ever_add_variants():
 
 def test_levels_are_the_features_in_order():
     names = util.level_names()
-    assert names[:2] == ["scalar", "avx2"] and names[-1] == "amx"
+    assert names[:3] == ["scalar", "openblas", "avx2"] and names[-1] == "amx"
     assert [n for n in names if n in _C.cpu_features()] == _C.cpu_features()
 
 
@@ -399,7 +419,7 @@ def test_unknown_moeprof_cpu_is_an_error():
 def test_limit_cpu_wants_a_name():
     with pytest.raises(TypeError):
         _C.limit_cpu(3)
-    with pytest.raises(ValueError, match="MOEPROF_CPU: expected scalar, avx2.*got AVX2"):
+    with pytest.raises(ValueError, match="MOEPROF_CPU: expected scalar, openblas, avx2.*got AVX2"):
         _C.limit_cpu("AVX2")
 
 
@@ -412,6 +432,11 @@ ROUTINGS = {
     "one of everything": ((1, 1, 1, 1, 1), None),
     "more pairs than one block": ((3, 20, 33, 300, 2), None),
     "one expert takes all": ((5, 16, 24, 300, 1), lambda ids: np.full_like(ids, 2)),
+    "more rows than are packed at once": ((2, 9, 13, 900, 1), lambda ids: np.full_like(ids, 1)),
+    "few and many rows": (
+        (6, 40, 70, 90, 2),
+        lambda ids: np.where(ids >= 0, np.minimum(ids, np.arange(90)[:, None] % 40), -1),
+    ),
     "tokens with no expert": (
         (4, 24, 17, 6, 2),
         lambda ids: np.where(np.arange(6)[:, None] % 2, -1, ids),
@@ -468,25 +493,15 @@ def test_experts_lie_anywhere(dtype, offset):
     hold_experts(*routing_of("tiles in n and k", dtype, place=partial(util.shifted, offset=offset)))
 
 
-def chunked(dtype):
-    """A layer whose calls are cut into chunks of 48 MiB / (8 H + slots (4 or 2 I + 8))."""
-    layer = util.Layer(3, 2, 6000, dtype)
-    slots, tokens = 64, 140
-    step = (48 << 20) // (8 * 2 + slots * (6000 * (2 if dtype == "bfloat16" else 4) + 8))
-    assert 2 * step < tokens
+@pytest.mark.parametrize("level", ("scalar", None))
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_long_prompts_go_in_chunks(dtype, level):
+    """1 token takes 64 slots of 6000 numbers: the 64 MiB of scratch hold some 20 or 40."""
+    layer, tokens, slots = util.Layer(3, 2, 6000, dtype), 140, 64
     ids = np.full((tokens, slots), -1, np.int32)
     ids[:, ::40] = util.random_slots(tokens, 2, 3)[0]
-    return layer, layer.hidden(tokens), ids, np.ones(ids.shape, np.float32), step
-
-
-@pytest.mark.parametrize("dtype", util.DTYPES)
-def test_long_prompts_go_in_chunks(dtype):
-    layer, hidden, ids, weights, step = chunked(dtype)
-    out = layer(hidden, ids, weights)
-    hold_experts(layer, hidden, ids, weights)
-    for t in range(0, len(hidden), step):  # the same blocks of rows, so the same bits
-        part = slice(t, t + step)
-        np.testing.assert_array_equal(out[part], layer(hidden[part], ids[part], weights[part]))
+    _C.limit_cpu(level)
+    hold_experts(layer, layer.hidden(tokens), ids, np.ones(ids.shape, np.float32))
 
 
 @pytest.mark.parametrize("dtype", util.DTYPES)

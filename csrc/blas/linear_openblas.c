@@ -4,7 +4,6 @@
 #include "../kernels.h"
 
 #include <cblas.h>
-#include <math.h>
 
 /* SGEMM is the name in cblas.h (system) or with the wheel's prefix (setup.py). */
 #ifndef MP_SGEMM
@@ -51,45 +50,42 @@ static void product(const float *x, ptrdiff_t m, const void *w, ptrdiff_t n,
              (int)k, w_f32, (int)k, 0.0f, out, (int)ldout);
 }
 
+/* Rows of activations by MP_BLOCK_N: as many are widened at a time as scratch has room
+ * for beside the weights. */
 static void linear(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
                    mp_dtype dtype, float *out, ptrdiff_t ldout, float *scratch)
 {
-    const float *rows = gather(x, k, dtype, scratch);
-    product(rows, x->count, w, n, k, dtype, scratch + MP_BLOCK_M * k, out, ldout);
+    const ptrdiff_t size = dtype == MP_BF16 ? 2 : 4;
+    float *w_wide = scratch + MP_BLOCK_N * k;
+    for (ptrdiff_t r = 0; r < x->count; r += MP_BLOCK_N) {
+        mp_rows block = *x;
+        block.count = x->count - r < MP_BLOCK_N ? x->count - r : MP_BLOCK_N;
+        if (x->index)
+            block.index += r;
+        else
+            block.data = (const char *)x->data + r * x->stride * size;
+        const float *rows = gather(&block, k, dtype, scratch);
+        product(rows, block.count, w, n, k, dtype, w_wide, out + r * ldout, ldout);
+    }
 }
 
-static void gate_up(const mp_rows *x, const void *gate, const void *up, ptrdiff_t n,
-                    ptrdiff_t k, mp_dtype dtype, void *act, ptrdiff_t ldact,
-                    float *scratch)
-{
-    float *w_wide = scratch + MP_BLOCK_M * k;
-    float *g = w_wide + MP_BLOCK_N * k, *u = g + MP_BLOCK_M * MP_BLOCK_N;
-    const float *rows = gather(x, k, dtype, scratch);
-    product(rows, x->count, gate, n, k, dtype, w_wide, g, n);
-    product(rows, x->count, up, n, k, dtype, w_wide, u, n);
-    for (ptrdiff_t r = 0; r < x->count; r++)
-        for (ptrdiff_t i = 0; i < n; i++) {
-            float g_ri = g[r * n + i];
-            float value = g_ri / (1.0f + expf(-g_ri)) * u[r * n + i];
-            if (dtype == MP_BF16)
-                ((uint16_t *)act)[r * ldact + i] = mp_bf16_from_f32(value);
-            else
-                ((float *)act)[r * ldact + i] = value;
-        }
-}
-
+/* The panels are those of scalar/gemm_scalar.c: rows. */
 #define DEFINE(name, dtype)                                                            \
     void mp_linear_##name##_openblas(const mp_rows *x, const void *w, ptrdiff_t n,     \
-                                     ptrdiff_t k, float *out, ptrdiff_t ldout,         \
-                                     float *scratch)                                   \
+                                     ptrdiff_t k, const void *next, float *out,        \
+                                     ptrdiff_t ldout, float *scratch)                  \
     {                                                                                  \
+        (void)next;                                                                    \
         linear(x, w, n, k, dtype, out, ldout, scratch);                                \
     }                                                                                  \
-    void mp_gate_up_##name##_openblas(const mp_rows *x, const void *gate,              \
-                                      const void *up, ptrdiff_t n, ptrdiff_t k,        \
-                                      void *act, ptrdiff_t ldact, float *scratch)      \
+    void mp_gemm_##name##_openblas(const void *panels, ptrdiff_t m, const void *w,     \
+                                   ptrdiff_t n, ptrdiff_t k, const void *next,         \
+                                   const void *next_panels, float *out,                \
+                                   ptrdiff_t ldout, float *scratch)                    \
     {                                                                                  \
-        gate_up(x, gate, up, n, k, dtype, act, ldact, scratch);                        \
+        const mp_rows x = {panels, k, NULL, m};                                        \
+        (void)next, (void)next_panels;                                                 \
+        linear(&x, w, n, k, dtype, out, ldout, scratch);                               \
     }
 
 DEFINE(f32, MP_F32)

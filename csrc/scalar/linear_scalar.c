@@ -3,10 +3,10 @@
 
 #define DEFINE_LINEAR(dtype, X_TYPE, X_WIDEN, W_SIZE, W_WIDEN)                         \
     void mp_linear_##dtype##_scalar(const mp_rows *x, const void *w, ptrdiff_t n,      \
-                                    ptrdiff_t k, float *out, ptrdiff_t ldout,          \
-                                    float *scratch)                                    \
+                                    ptrdiff_t k, const void *next, float *out,         \
+                                    ptrdiff_t ldout, float *scratch)                   \
     {                                                                                  \
-        (void)scratch;                                                                 \
+        (void)next, (void)scratch;                                                     \
         for (ptrdiff_t r = 0; r < x->count; r++) {                                     \
             const X_TYPE *x_r = (const X_TYPE *)x->data + mp_row(x, r);                \
             for (ptrdiff_t j = 0; j < n; j++) {                                        \

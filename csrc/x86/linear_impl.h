@@ -1,0 +1,115 @@
+/* Template of `linear`: dot products of TILE_R rows of weights and up to TILE_M rows of
+ * activations at a time. A lane sums every STEP-th product, and the lanes are added as
+ * vf_sum4 does: the same order in each tile, so a row's result does not depend on the
+ * rows beside it.
+ *
+ * While a tile is computed, the next weights are fetched line by line in the order of
+ * memory: the hardware's own prefetcher stops at each page, which is each row here.
+ *
+ * To be defined before, undefined here:
+ *   NAME(part)               names of the functions; NAME(linear) is the kernel
+ *   TILE_R, TILE_M           TILE_R is 2 or 4
+ *   STEP                     elements of a row in an `operand`
+ *   X_SIZE, W_SIZE           bytes of an element
+ *   operand                  a type
+ *   LOAD_X(at), LOAD_W(at), LOAD_X_TAIL(at, count), LOAD_W_TAIL(at, count)
+ *   MULTIPLY(acc, w, x)      acc + w * x */
+
+INLINE void NAME(tile)(const int R, const int M, const char *const *x, const char *w,
+                       ptrdiff_t k, const char *ahead, float *out, ptrdiff_t ldout)
+{
+    vf acc[TILE_R][TILE_M];
+    operand w_r[TILE_R];
+    MP_UNROLL
+    for (int r = 0; r < R; r++)
+        MP_UNROLL
+        for (int m = 0; m < M; m++)
+            acc[r][m] = vf_zero();
+    ptrdiff_t i = 0;
+    for (; i + STEP <= k; i += STEP) {
+        MP_UNROLL
+        for (int r = 0; r < R; r++)
+            w_r[r] = LOAD_W(w + (r * k + i) * W_SIZE);
+        MP_UNROLL
+        for (int r = 0; r < R; r++)
+            MP_PREFETCH(ahead + (R * i + r * STEP) * W_SIZE);
+        MP_UNROLL
+        for (int m = 0; m < M; m++) {
+            const operand x_m = LOAD_X(x[m] + i * X_SIZE);
+            MP_UNROLL
+            for (int r = 0; r < R; r++)
+                acc[r][m] = MULTIPLY(acc[r][m], w_r[r], x_m);
+        }
+    }
+    if (i < k) {
+        MP_UNROLL
+        for (int r = 0; r < R; r++)
+            w_r[r] = LOAD_W_TAIL(w + (r * k + i) * W_SIZE, k - i);
+        MP_UNROLL
+        for (int m = 0; m < M; m++) {
+            const operand x_m = LOAD_X_TAIL(x[m] + i * X_SIZE, k - i);
+            MP_UNROLL
+            for (int r = 0; r < R; r++)
+                acc[r][m] = MULTIPLY(acc[r][m], w_r[r], x_m);
+        }
+    }
+    MP_UNROLL
+    for (int m = 0; m < M; m++) {
+        float sums[4];
+        _mm_storeu_ps(sums, vf_sum4(acc[0][m], acc[R > 1][m], acc[R > 2 ? 2 : 0][m],
+                                    acc[R > 3 ? 3 : 0][m]));
+        memcpy(out + m * ldout, sums, (size_t)R * sizeof *sums);
+    }
+}
+
+#define CASE(R, M)                                                                     \
+    case M:                                                                            \
+        NAME(tile)(R, M <= TILE_M ? M : 1, x, w, k, ahead, out, ldout);                \
+        break;
+#define DEFINE_ROWS(name, R)                                                           \
+    static MP_TARGET void name(int m, const char *const *x, const char *w,             \
+                               ptrdiff_t k, const char *ahead, float *out,             \
+                               ptrdiff_t ldout)                                        \
+    {                                                                                  \
+        switch (m) {                                                                   \
+            CASE(R, 1) CASE(R, 2) CASE(R, 3) CASE(R, 4) CASE(R, 5) CASE(R, 6)          \
+        }                                                                              \
+    }
+DEFINE_ROWS(NAME(rows), TILE_R)
+DEFINE_ROWS(NAME(row), 1)
+
+MP_TARGET void NAME(linear)(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
+                            const void *next, float *out, ptrdiff_t ldout,
+                            float *scratch)
+{
+    const char *rows[TILE_M];
+    (void)scratch;
+    for (ptrdiff_t j = 0, step; j < n; j += step) {
+        step = n - j >= TILE_R ? TILE_R : 1;
+        const char *w_j = (const char *)w + j * k * W_SIZE;
+        /* with nothing ahead, what is at hand: a prefetch that costs nothing */
+        const char *ahead = n - j > step ? w_j + step * k * W_SIZE : next ? next : w_j;
+        for (ptrdiff_t r = 0; r < x->count; r += TILE_M) {
+            const int m = (int)(x->count - r < TILE_M ? x->count - r : TILE_M);
+            for (int i = 0; i < m; i++)
+                rows[i] = (const char *)x->data + mp_row(x, r + i) * X_SIZE;
+            (step == 1 ? NAME(row) : NAME(rows))(
+                m, rows, w_j, k, r ? w_j : ahead, out + r * ldout + j, ldout);
+        }
+    }
+}
+
+#undef CASE
+#undef DEFINE_ROWS
+#undef NAME
+#undef TILE_R
+#undef TILE_M
+#undef STEP
+#undef X_SIZE
+#undef W_SIZE
+#undef operand
+#undef LOAD_X
+#undef LOAD_W
+#undef LOAD_X_TAIL
+#undef LOAD_W_TAIL
+#undef MULTIPLY
