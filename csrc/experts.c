@@ -2,9 +2,7 @@
 
 #include "bits.h"
 #include "pool.h"
-
-#include <stdatomic.h>
-#include <stdlib.h>
+#include "scratch.h"
 
 /* Scratch of a call, however long the prompt: what the workers need, and the rest for
  * chunks of tokens. */
@@ -54,33 +52,6 @@ static ptrdiff_t blocks(ptrdiff_t rows, ptrdiff_t block)
 }
 
 /* ---- memory ---- */
-
-typedef struct {
-    size_t bytes;
-    char padding[64 - sizeof(size_t)]; /* what follows starts a cache line */
-} block;
-
-/* One block stays from call to call: a fresh one would cost page faults. */
-static _Atomic(block *) kept;
-
-static block *take_block(size_t bytes)
-{
-    block *b = atomic_exchange(&kept, NULL);
-    if (b && b->bytes >= bytes)
-        return b;
-    free(b);
-    b = aligned_alloc(64, sizeof *b + bytes);
-    if (b)
-        b->bytes = bytes;
-    return b;
-}
-
-static void give_back(block *b)
-{
-    block *none = NULL;
-    if (!atomic_compare_exchange_strong(&kept, &none, b))
-        free(b);
-}
 
 /* Hands out the next `bytes` of a block, in whole cache lines. With base NULL it
  * only counts. */
@@ -421,10 +392,10 @@ int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
     const ptrdiff_t step = chunk_tokens(layer, tokens, slots, threads);
     chunk c = {.layer = layer, .tokens = step, .block_m = block_m(layer, threads),
                .block_h = block_h(layer, threads)};
-    block *memory = take_block(lay_out(&c, NULL, slots, threads));
+    char *memory = mp_take_scratch(lay_out(&c, NULL, slots, threads));
     if (!memory)
         return MP_NO_MEMORY;
-    lay_out(&c, (char *)(memory + 1), slots, threads);
+    lay_out(&c, memory, slots, threads);
     float *wide = (float *)(uintptr_t)c.hidden;
     int error = MP_OK;
     for (ptrdiff_t t = 0; t < tokens && !error; t += step) {
@@ -433,6 +404,6 @@ int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
         c.out = (char *)out + t * row;
         error = run_chunk(&c, experts + t * slots, weights + t * slots, slots, threads);
     }
-    give_back(memory);
+    mp_give_scratch_back(memory);
     return error;
 }

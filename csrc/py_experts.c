@@ -1,5 +1,7 @@
-/* Bindings: a layer's experts, alone and behind a router. */
+/* Bindings: a layer's experts, alone and behind a router; a linear layer. */
 #include "pyargs.h"
+
+#include "dense.h"
 
 PyDoc_STRVAR(experts_doc,
 "experts(hidden, experts, weights, dtype, pointers, intermediate_size, threads)\n--\n\n"
@@ -110,7 +112,47 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(dense_doc,
+"dense(x, weight, features, bias, dtype, threads)\n--\n\n"
+"x (M,K) times the transpose of the weight (features,K), plus the bias -> (M,features).\n"
+"weight and bias are addresses, bias 0 for none; their dtype is that of x.");
+
+static PyObject *dense(PyObject *module, PyObject *args)
+{
+    PyObject *x_object, *out;
+    PyArrayObject *x;
+    const char *dtype_name;
+    unsigned long long weight, bias;
+    Py_ssize_t features;
+    int threads, error;
+    mp_dtype dtype;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OKnKsi:dense", &x_object, &weight, &features, &bias,
+                          &dtype_name, &threads)
+        || mp_parse_dtype(dtype_name, &dtype)
+        || !(x = mp_array(x_object, "x", mp_carrier(dtype), 2)) || mp_check_threads(threads))
+        return NULL;
+    if (features < 0 || (!weight && features > 0))
+        return PyErr_Format(PyExc_ValueError,
+                            "weight, features: expected an address and a count, got %llu "
+                            "and %zd", weight, features);
+    npy_intp shape[2] = {PyArray_DIM(x, 0), features};
+    if (!(out = PyArray_SimpleNew(2, shape, mp_carrier(dtype))))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    error = mp_dense(PyArray_DATA(x), shape[0], (const void *)(uintptr_t)weight, features,
+                     PyArray_DIM(x, 1), (const void *)(uintptr_t)bias, dtype, threads,
+                     PyArray_DATA((PyArrayObject *)out));
+    Py_END_ALLOW_THREADS
+    if (error) {
+        Py_DECREF(out);
+        return PyErr_NoMemory();
+    }
+    return out;
+}
+
 PyMethodDef mp_experts_methods[] = {
+    {"dense", dense, METH_VARARGS, dense_doc},
     {"experts", experts, METH_VARARGS, experts_doc},
     {"moe", moe, METH_VARARGS, moe_doc},
     {NULL, NULL, 0, NULL},

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .adapters import adapter_of, find_moe_blocks
 from .adapters.base import Adapter, RouterOutput
-from .experts import experts_op, moe_op, routing_obstacle, tensor_obstacle
+from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
+from .linears import PatchedLinear, find_linears, linear_forward
 from .null import LayerNull, resolve_null
 from .routers import Router, TopK, make_router
 
@@ -80,14 +81,25 @@ class PatchedLayer:
 class Handle:
     """A patch that is in place. As a context manager it unpatches at the end of the block."""
 
-    def __init__(self, blocks: list[tuple[nn.Module, PatchedLayer]], skipped: dict[str, str]):
+    def __init__(
+        self,
+        blocks: list[tuple[nn.Module, PatchedLayer]],
+        linears: list[tuple[nn.Module, PatchedLinear]],
+        skipped: dict[str, str],
+    ):
         self._blocks = blocks
+        self._linears = linears
         self._skipped = skipped
 
     @property
     def layers(self) -> list[PatchedLayer]:
         """The patched layers, in the order of the model."""
         return [layer for _, layer in self._blocks]
+
+    @property
+    def linears(self) -> list[str]:
+        """The names of the linear layers that ``linears=True`` patched."""
+        return [linear.name for _, linear in self._linears]
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -116,13 +128,14 @@ class Handle:
             If the model was patched again since: the last patch has to go first. Nothing is
             changed then.
         """
-        mine = [(block, layer) for block, layer in self._blocks if layer in _chain(block)]
-        if any(vars(block)[_STATE] is not layer for block, layer in mine):
+        patched = [*self._blocks, *self._linears]
+        mine = [(module, state) for module, state in patched if state in _chain(module)]
+        if any(vars(module)[_STATE] is not state for module, state in mine):
             raise RuntimeError(
                 "unpatch: the model was patched again after this patch; unpatch that one first"
             )
-        for block, _ in mine:
-            _restore(block)
+        for module, _ in mine:
+            _restore(module)
 
     def __enter__(self) -> "Handle":
         return self
@@ -142,6 +155,7 @@ def patch(
     null=None,
     norm: str = "model",
     strict: bool = True,
+    linears: bool = False,
     **router_parameters,
 ) -> Handle:
     """Run the model's MoE blocks in C, with the model's own router or another.
@@ -166,6 +180,11 @@ def patch(
     strict : bool
         A layer that can't run in C raises; with False it runs its own forward, with one
         warning, and ``handle.fallbacks`` names it.
+    linears : bool
+        Also run the plain ``nn.Linear`` layers around the MoE blocks (the attention's
+        projections, lm_head) in C wherever the input has at most 64 rows and no gradient is
+        wanted, as in decoding: torch reads their weights at half the memory's speed.
+        ``handle.linears`` names them. The results differ by the order of fp32 sums.
 
     Returns
     -------
@@ -191,7 +210,7 @@ def patch(
     patched, skipped = [], {}
     for index, (name, block) in enumerate(blocks):
         adapter, name = adapter_of(block), name or type(block).__name__
-        if reason := adapter.obstacle(block):
+        if reason := adapter.readable(block)[1]:
             if strict:
                 raise ValueError(f"{name}: can't run on moeprof's path: {reason}")
             skipped[name] = reason
@@ -203,9 +222,13 @@ def patch(
         patched.append((block, layer))
     for name, reason in skipped.items():
         _warn_fallback(name, reason)
+    around = find_linears(model, [block for _, block in blocks]) if linears else []
+    dense = [(module, PatchedLinear(name)) for name, module in around]
     for block, layer in patched:
-        _install(block, layer)
-    return Handle(patched, skipped)
+        _install(block, layer, _changes(block, layer))
+    for module, linear in dense:
+        _install(module, linear, [(module, linear_forward)])
+    return Handle(patched, dense, skipped)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -260,19 +283,30 @@ def _layer_nulls(model, router: Router | None, null, count: int) -> list[LayerNu
     return [null.layer(index) for index in range(count)]
 
 
-def _install(block: nn.Module, layer: PatchedLayer) -> None:
-    changes = [(block, {"forward": types.MethodType(_forward, block), _STATE: layer})]
+def _changes(block: nn.Module, layer: PatchedLayer) -> list[tuple[nn.Module, Callable]]:
+    """(module, its forward while patched), the block first."""
+    changes = [(block, _forward)]
     if layer.adapter.gate_forward and layer.adapter.has_stock_gate(block):
-        forward = types.MethodType(layer.adapter.gate_forward, block.gate)
-        changes.append((block.gate, {"forward": forward}))
-    for module, attributes in changes:
-        layer.saved.append((module, {n: vars(module).get(n, _Absent) for n in attributes}))
+        changes.append((block.gate, layer.adapter.gate_forward))
+    return changes
+
+
+def _install(
+    patched: nn.Module,
+    state: PatchedLayer | PatchedLinear,
+    changes: list[tuple[nn.Module, Callable]],
+) -> None:
+    for module, forward in changes:
+        attributes = {"forward": types.MethodType(forward, module)}
+        if module is patched:
+            attributes[_STATE] = state
+        state.saved.append((module, {n: vars(module).get(n, _Absent) for n in attributes}))
         vars(module).update(attributes)
 
 
-def _restore(block: nn.Module) -> None:
-    """Undo the last patch of a block."""
-    for module, attributes in vars(block)[_STATE].saved:
+def _restore(patched: nn.Module) -> None:
+    """Undo the last patch of a module."""
+    for module, attributes in vars(patched)[_STATE].saved:
         for name, value in attributes.items():
             if value is _Absent:
                 del vars(module)[name]
@@ -284,13 +318,13 @@ class _Absent:
     """Stands for "there was no such attribute"; a class, so that copies keep its identity."""
 
 
-def _chain(block: nn.Module) -> list[PatchedLayer]:
-    """The patches of a block, the last one first."""
-    layers, layer = [], vars(block).get(_STATE, _Absent)
-    while layer is not _Absent:
-        layers.append(layer)
-        layer = layer.saved[0][1][_STATE]
-    return layers
+def _chain(module: nn.Module) -> list[PatchedLayer | PatchedLinear]:
+    """The patches of a module, the last one first."""
+    states, state = [], vars(module).get(_STATE, _Absent)
+    while state is not _Absent:
+        states.append(state)
+        state = state.saved[0][1][_STATE]
+    return states
 
 
 # ---- what runs ----
@@ -300,25 +334,24 @@ def _forward(self, hidden_states: Tensor):
     """The forward of a patched block; bound to the block, so that a copy uses its own weights."""
     layer = vars(self)[_STATE]
     adapter = layer.adapter
-    reason = adapter.obstacle(self) or _input_obstacle(adapter.weights(self)[0], hidden_states)
-    if reason:
+    weights, reason = adapter.readable(self)
+    if reason := reason or _input_obstacle(weights[0], hidden_states):
         return _own_forward(self, layer, reason, hidden_states)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     router = adapter.route(self, x, layer.name)
-    out, routing = _run(self, layer, x, router)
+    out, routing = _run(self, layer, x, router, weights)
     if layer.on_routing is not None:
         layer.on_routing(layer.index, routing)
     return adapter.output(out.reshape(hidden_states.shape), router)
 
 
 def _run(
-    block: nn.Module, layer: PatchedLayer, x: Tensor, router: RouterOutput
+    block: nn.Module, layer: PatchedLayer, x: Tensor, router: RouterOutput, weights: list[Tensor]
 ) -> tuple[Tensor, Routing]:
-    weights = layer.adapter.weights(block)
     if layer.router is None and router.experts is not None:  # a user's router has chosen
         if reason := routing_obstacle(router.experts, router.weights):
             raise ValueError(f"{layer.name}: {reason}")
-        out = experts_op(x, router.experts, router.weights, weights, layer.name)
+        out = run_experts(x, router.experts, router.weights, weights, layer.name)
         experts = router.experts.to(torch.int32)
         counts = (experts >= 0).sum(1, dtype=torch.int32)
         return out, Routing(router.weights.float(), experts, counts, counts)
@@ -329,7 +362,7 @@ def _run(
         )
     spec = layer.spec(*layer.adapter.settings(block))
     logits = router.logits if router.logits.dtype == x.dtype else router.logits.float()
-    out, *routing = moe_op(x, logits, weights, *spec, layer.name)
+    out, *routing = run_moe(x, logits, weights, *spec, layer.name)
     return out, Routing(*routing)
 
 

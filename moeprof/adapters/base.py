@@ -70,8 +70,17 @@ class Adapter:
         return type(block.gate) is cls.gate_class
 
     @classmethod
+    def readable(cls, block: nn.Module) -> tuple[list[Tensor], str | None]:
+        """(the expert weights, None), or ([], why this block can't run on the C path now)."""
+        if reason := cls.obstacle(block) or cls.layout_obstacle(block):
+            return [], reason
+        weights = cls.weights(block)
+        reason = tensor_obstacle(weights)
+        return ([], reason) if reason else (weights, None)
+
+    @classmethod
     def obstacle(cls, block: nn.Module) -> str | None:
-        """Why this block can't run on the C path as it is now, or None."""
+        """What stands around the experts of this block and would be passed by, or None."""
         if torch.is_autocast_enabled("cpu"):
             return "CPU autocast is active"
         if foreign := [h for h in _global_hooks() if not _is_known(h)]:
@@ -85,7 +94,7 @@ class Adapter:
         for module in block.experts.modules():
             if "forward" in vars(module) or _hooks(module):
                 return f"a hook or a forward of its own on {type(module).__name__} in the experts"
-        return cls.layout_obstacle(block) or tensor_obstacle(cls.weights(block))
+        return None
 
     @classmethod
     def route(cls, block: nn.Module, x: Tensor, name: str) -> RouterOutput:

@@ -1,0 +1,104 @@
+#include "dense.h"
+
+#include "bits.h"
+#include "pool.h"
+#include "scratch.h"
+
+typedef struct {
+    mp_rows x;    /* float, or bf16 for bf16 weights */
+    void *panels; /* the same, packed, where the rows are not few */
+    const char *w;
+    ptrdiff_t n, k;
+    const char *bias;
+    mp_dtype dtype;
+    char *out;
+    float *scratch; /* for each worker: a tile, then the kernel's */
+    size_t scratch_floats;
+} job;
+
+static float load(const char *at, mp_dtype dtype)
+{
+    return dtype == MP_F32  ? mp_load_f32(at)
+         : dtype == MP_BF16 ? mp_f32_from_bf16(mp_load_u16(at))
+                            : mp_f32_from_f16(mp_load_u16(at));
+}
+
+static void store(char *at, float value, mp_dtype dtype)
+{
+    if (dtype == MP_F32) {
+        memcpy(at, &value, sizeof value);
+        return;
+    }
+    const uint16_t half = dtype == MP_BF16 ? mp_bf16_from_f32(value)
+                                           : mp_f16_from_f32(value);
+    memcpy(at, &half, sizeof half);
+}
+
+/* A tile y (M,n) of products, plus the bias, to columns `first`.. of `out`. */
+static void put(const job *j, const float *y, ptrdiff_t first, ptrdiff_t n)
+{
+    const ptrdiff_t size = mp_weight_size(j->dtype);
+    float bias[MP_BLOCK_N] = {0};
+    for (ptrdiff_t i = 0; j->bias && i < n; i++)
+        bias[i] = load(j->bias + (first + i) * size, j->dtype);
+    for (ptrdiff_t r = 0; r < j->x.count; r++, y += n)
+        for (ptrdiff_t i = 0; i < n; i++)
+            store(j->out + (r * j->n + first + i) * size, y[i] + bias[i], j->dtype);
+}
+
+/* MP_BLOCK_N columns of `out`. */
+static void columns(void *context, ptrdiff_t task, int worker)
+{
+    const job *j = context;
+    const ptrdiff_t first = task * MP_BLOCK_N, row = j->k * mp_weight_size(j->dtype);
+    const ptrdiff_t n = j->n - first < MP_BLOCK_N ? j->n - first : MP_BLOCK_N;
+    const char *w = j->w + first * row, *next = first + n < j->n ? w + n * row : NULL;
+    float *y = j->scratch + (size_t)worker * j->scratch_floats;
+    float *scratch = y + j->x.count * MP_BLOCK_N;
+    if (j->panels)
+        mp_gemm(j->dtype)(j->panels, j->x.count, w, n, j->k, next, j->panels, y, n, scratch);
+    else
+        mp_linear(j->dtype)(&j->x, w, n, j->k, next, y, n, scratch);
+    put(j, y, first, n);
+}
+
+/* x as the kernels read it, in `memory`: f16 widened, many rows packed. */
+static void prepare(job *j, char *memory)
+{
+    const size_t count = (size_t)(j->x.count * j->k);
+    if (j->dtype == MP_F16) {
+        const uint16_t *halves = j->x.data;
+        float *wide = (float *)memory;
+        for (size_t i = 0; i < count; i++)
+            wide[i] = mp_f32_from_f16(halves[i]);
+        j->x.data = wide;
+        memory += (count * sizeof *wide + 63) & ~(size_t)63;
+    }
+    if (j->x.count > MP_FEW_ROWS) {
+        j->panels = memory;
+        mp_pack(j->dtype)(&j->x, j->k, 0, j->k, j->panels);
+    }
+}
+
+int mp_dense(const void *x, ptrdiff_t m, const void *w, ptrdiff_t n, ptrdiff_t k,
+             const void *bias, mp_dtype dtype, int threads, void *out)
+{
+    const ptrdiff_t tasks = (n + MP_BLOCK_N - 1) / MP_BLOCK_N;
+    if (m == 0 || n == 0)
+        return 0;
+    threads = threads < tasks ? threads : (int)tasks;
+    threads = threads < MP_MAX_THREADS ? threads : MP_MAX_THREADS;
+    job j = {.x = {x, k, NULL, m}, .w = w, .n = n, .k = k, .bias = bias, .dtype = dtype,
+             .out = out,
+             .scratch_floats = (size_t)m * MP_BLOCK_N + mp_scratch_floats(k)};
+    const size_t scratch = (j.scratch_floats * (size_t)threads * 4 + 63) & ~(size_t)63;
+    const size_t rows = (size_t)(mp_panel_size(m, k) + 16) * 4;
+    char *memory = mp_take_scratch(scratch + 2 * rows);
+    if (!memory)
+        return -1;
+    j.scratch = (float *)memory;
+    prepare(&j, memory + scratch);
+    mp_parallel(tasks, threads, columns, &j);
+    mp_give_scratch_back(memory);
+    return 0;
+}

@@ -1,0 +1,14 @@
+/* Memory that stays from call to call: fresh memory costs page faults, and a decode step
+ * should allocate nothing. One block is kept; a call that comes while another has it
+ * brings its own. */
+#ifndef MP_SCRATCH_H
+#define MP_SCRATCH_H
+
+#include <stddef.h>
+
+/* `bytes` at an address that 64 divides, uninitialised; NULL if there is no memory. */
+void *mp_take_scratch(size_t bytes);
+
+void mp_give_scratch_back(void *scratch);
+
+#endif
