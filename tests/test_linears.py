@@ -1,0 +1,262 @@
+"""patch(linears=True): the linear layers around the experts, in C for few rows."""
+
+import numpy as np
+import pytest
+import torch
+import util
+from models import assert_unchanged, olmoe, relative, snapshot, token_ids
+from torch import nn
+
+import moeprof
+from moeprof import _C, linears
+from moeprof.experts import DTYPES, as_array, as_tensor
+
+DTYPE = {name: dtype for dtype, name in DTYPES.items()}
+
+
+# ---- the kernel behind it ----
+
+
+def dense(x, weight, bias=None, threads=2):
+    address = 0 if bias is None else bias.data_ptr()
+    out = _C.dense(
+        as_array(x), weight.data_ptr(), len(weight), address, DTYPES[x.dtype], threads
+    )
+    return as_tensor(out, x.dtype)
+
+
+def random_dense(dtype, m, n, k, with_bias, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
+    return draw(m, k), draw(n, k), draw(n) if with_bias else None
+
+
+@pytest.mark.parametrize("level", util.level_names())
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_dense(level, dtype):
+    util.force_level(level)
+    for m in (1, 2, 6, 7, 9, 16, 33, 70):
+        for n, k, with_bias in ((1, 1, False), (63, 17, True), (130, 96, False), (64, 33, True)):
+            x, weight, bias = random_dense(DTYPE[dtype], m, n, k, with_bias)
+            ref, tol = util.matmul(x.double().numpy(), weight.double().numpy())
+            if with_bias:
+                ref = ref + bias.double().numpy()
+                tol = tol + util.EPS32 * np.abs(ref)
+            tol = tol + util.HALF_ULP[dtype] * (np.abs(ref) + tol) + 2.0**-25
+            util.assert_close(dense(x, weight, bias).double().numpy(), ref, tol, f"{m, n, k}")
+    _C.limit_cpu(None)
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_dense_gives_the_same_bits_whatever_the_threads(dtype):
+    for m in (1, 20):
+        arguments = random_dense(DTYPE[dtype], m, 300, 200, True)
+        first = dense(*arguments, threads=1)
+        for threads in (2, 4, 300):
+            assert torch.equal(dense(*arguments, threads=threads), first)
+
+
+@pytest.mark.parametrize("side", ("start", "end"))
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_dense_reads_no_byte_too_many(dtype, side):
+    for m, n, k in ((1, 5, 7), (3, 66, 33), (12, 70, 17)):
+        x, weight, bias = random_dense(DTYPE[dtype], m, n, k, True)
+        guarded = [util.guarded(as_array(t), side) for t in (x, weight, bias)]
+        out = _C.dense(
+            guarded[0], guarded[1].ctypes.data, n, guarded[2].ctypes.data, dtype, 1
+        )
+        np.testing.assert_array_equal(out, as_array(dense(x, weight, bias)))
+
+
+def test_dense_of_nothing():
+    x, weight, _ = random_dense(torch.float32, 3, 4, 5, False)
+    assert dense(x[:0], weight).shape == (0, 4)
+    assert dense(x, weight[:0]).shape == (3, 0)
+    with pytest.raises(ValueError, match="weight, features: expected an address"):
+        _C.dense(x.numpy(), 0, 4, 0, "float32", 1)
+
+
+# ---- in a model ----
+
+
+@pytest.fixture
+def model():
+    return olmoe().requires_grad_(False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many rows each call in C had."""
+    rows, run = [], _C.dense
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(_C, name)
+
+        def dense(self, x, *rest):
+            rows.append(len(x))
+            return run(x, *rest)
+
+    monkeypatch.setattr(linears, "_C", Counting())
+    return rows
+
+
+AROUND = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_the_layers_around_the_experts_are_patched(model, calls):
+    before = snapshot(model)
+    handle = moeprof.patch(model, linears=True)
+    names = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in AROUND]
+    assert handle.linears == [*names, "lm_head"]
+    model(token_ids(1, 5))
+    assert calls == [5] * 9
+    handle.unpatch()
+    assert_unchanged(model, before)
+    calls.clear()
+    model(token_ids(1, 5))
+    assert not calls
+    assert moeprof.patch(model).linears == []
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_logits_are_those_of_the_model(dtype, calls):
+    model = olmoe().to(dtype).requires_grad_(False)
+    ids = token_ids(1, 7)
+    with moeprof.patch(model):
+        expected = model(ids).logits
+    with moeprof.patch(model, linears=True):
+        got = model(ids).logits
+    assert calls and not torch.equal(expected, torch.zeros_like(expected))
+    if dtype == torch.float32:
+        assert relative(got, expected) < 1e-5
+    else:  # bf16 logits of the router may turn around, so only most tokens are compared
+        error = (got.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+        assert error.median() < 0.05
+
+
+def test_many_rows_are_left_to_torch(model, calls):
+    rows = linears.MAX_ROWS
+    with moeprof.patch(model, linears=True):
+        model(token_ids(1, rows + 1))
+        assert not calls
+        model(token_ids(1, rows))
+        assert set(calls) == {rows}
+
+
+def test_gradients_are_left_to_torch(calls):
+    model = olmoe()
+    with moeprof.patch(model, linears=True):
+        model(token_ids(1, 3))
+        assert not calls  # the parameters want gradients
+        model.lm_head(torch.ones(1, 32)).sum().backward()
+        assert model.lm_head.weight.grad is not None
+        with torch.no_grad():
+            model(token_ids(1, 3))
+        assert len(calls) == 9
+
+
+def test_flops_are_counted(model):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    totals = []
+    for options in ({}, {"linears": True}):
+        with moeprof.patch(model, **options), FlopCounterMode(display=False) as counter:
+            model(token_ids(1, 3))
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+def test_autocast_is_left_to_torch(calls):
+    layer = nn.Linear(8, 4).requires_grad_(False)
+    assert linears.linear_forward(layer, torch.ones(1, 8)).dtype == torch.float32 and calls
+    calls.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linears.linear_forward(layer, torch.ones(1, 8))
+    assert out.dtype == torch.bfloat16 and not calls
+
+
+def test_other_layers_are_not_patched(model):
+    class Mine(nn.Linear):
+        pass
+
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Mine(32, 32, bias=False)
+    own = attention.k_proj.forward
+    attention.k_proj.forward = lambda x: own(x)
+    handle = moeprof.patch(model, linears=True)
+    names = [name for name in handle.linears if name.startswith("model.layers.0")]
+    assert names == [f"model.layers.0.self_attn.{name}" for name in ("v_proj", "o_proj")]
+
+
+@pytest.mark.parametrize(
+    "x",
+    (torch.ones(3, 7), torch.ones(()), torch.ones(3, 8, dtype=torch.float64)),
+    ids=("features", "scalar", "dtype"),
+)
+def test_bad_input_gets_torchs_error(x):
+    layer = nn.Linear(8, 4).requires_grad_(False)
+    with pytest.raises(RuntimeError) as of_torch:
+        layer(x)
+    with pytest.raises(RuntimeError) as ours:
+        linears.linear_forward(layer, x)
+    assert str(ours.value) == str(of_torch.value)
+
+
+def test_shapes_and_strides():
+    layer = nn.Linear(8, 4).requires_grad_(False)
+    x = torch.randn(8, 3, 2).transpose(0, 2)  # (2, 3, 8), no row contiguous
+    torch.testing.assert_close(linears.linear_forward(layer, x), layer(x))
+    torch.testing.assert_close(linears.linear_forward(layer, x[0, 0]), layer(x[0, 0]))
+    assert linears.linear_forward(layer, x[:, :0]).shape == (2, 0, 4)
+
+
+def test_new_weights_are_used(model):
+    with moeprof.patch(model, linears=True):
+        x = torch.randn(1, 32)
+        model.lm_head.weight = nn.Parameter(torch.randn(5, 32), requires_grad=False)
+        torch.testing.assert_close(model.lm_head(x), x @ model.lm_head.weight.T)
+        model.lm_head.to(torch.bfloat16)
+        assert model.lm_head(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_copy_uses_its_own_weights(model):
+    import copy
+
+    handle = moeprof.patch(model, linears=True)
+    copied = copy.deepcopy(model)
+    copied.lm_head.weight.data.mul_(2)
+    x = torch.randn(1, 32)
+    torch.testing.assert_close(copied.lm_head(x), 2 * model.lm_head(x))
+    moeprof.unpatch(copied)
+    assert "forward" not in vars(copied.lm_head) and "forward" in vars(model.lm_head)
+    handle.unpatch()
+
+
+def test_patches_nest(model):
+    before = snapshot(model)
+    outer = moeprof.patch(model, linears=True)
+    inner = moeprof.patch(model, linears=True)
+    assert inner.linears == []  # they run in C already
+    with pytest.raises(RuntimeError, match="unpatch that one first"):
+        outer.unpatch()
+    inner.unpatch()
+    outer.unpatch()
+    assert_unchanged(model, before)
+
+
+def test_compiled(model):
+    x, expected = torch.randn(1, 32), None
+    with moeprof.patch(model, linears=True):
+        expected = model.lm_head(x)
+        compiled = torch.compile(model.lm_head, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_generation(model, calls):
+    ids = token_ids(1, 4)
+    with moeprof.patch(model):
+        expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    with moeprof.patch(model, linears=True):
+        got = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert calls.count(1) >= 9 * 5 and torch.equal(got, expected)

@@ -1,0 +1,80 @@
+"""Memory: no second copy of the weights, bounded scratch, nothing new in a decode step."""
+
+import sys
+
+import pytest
+import util
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+
+MIB = 1 << 20
+
+# An experts layer of OLMoE-1B-7B, 805 MB of bfloat16, and the peak of the whole process.
+LAYER = """
+import re, torch
+from models import olmoe_config, random_hidden
+from torch import nn
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+import moeprof
+
+config = olmoe_config(num_experts=64, num_experts_per_tok=8, hidden_size=2048,
+                      intermediate_size=1024)
+config._experts_implementation = "eager"
+with torch.device("meta"):
+    model = nn.ModuleDict({"mlp": OlmoeSparseMoeBlock(config)}).to(torch.bfloat16)
+model = model.to_empty(device="cpu").eval().requires_grad_(False)
+for parameter in model.parameters():
+    parameter.uniform_(-0.02, 0.02)
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+"""
+
+
+def peak_of(code):
+    return int(util.run_python(f"{LAYER}\n{code}\nprint(peak())", timeout=300).stdout)
+
+
+def test_peak_of_a_patched_layer_is_that_of_the_unpatched_one():
+    """Within 1 % and the 64 MiB of scratch: one token, some, and more than a chunk of them."""
+    run = "for length in (1, 40, 600): model.mlp(random_hidden(1, length, 2048, torch.bfloat16))"
+    unpatched, patched = peak_of(run), peak_of(f"moeprof.patch(model)\n{run}")
+    assert unpatched > 805 * 10**6  # it holds the weights
+    assert patched <= 1.01 * unpatched + 64 * MIB
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_scratch_is_bounded(dtype):
+    """However long the prompt: 64 MiB beside the input and the output."""
+    code = f"""if True:
+        import re, numpy as np, util
+        def peak():
+            status = open("/proc/self/status").read()
+            return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
+        layer = util.Layer(8, 256, 512, {dtype!r})
+        ids, weights = util.random_slots(20_000, 4, 8)
+        hidden = np.ascontiguousarray(np.tile(layer.hidden(100), (200, 1)))
+        before = peak()
+        out = layer(hidden, ids, weights, 2)
+        print(peak() - before - out.nbytes)"""
+    assert int(util.run_python(code).stdout) <= 66 * MIB  # the threads' stacks come on top
+
+
+def test_a_decode_step_touches_no_new_memory():
+    """Page faults of 200 steps after the first ones: none that comes again with each step."""
+    code = """if True:
+        import resource, numpy as np, util
+        from moeprof import _C
+        layer, x = util.Layer(16, 512, 256, "bfloat16"), None
+        hidden, (ids, weights) = layer.hidden(1), util.random_slots(1, 8, 16)
+        w = layer.hidden(700)
+        def step():
+            layer(hidden, ids, weights, 2)
+            _C.dense(hidden, w.ctypes.data, 700, 0, "bfloat16", 2)
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20): step()
+        before = faults()
+        for _ in range(200): step()
+        print(faults() - before)"""
+    assert int(util.run_python(code).stdout) < 100
