@@ -259,4 +259,5 @@ def test_generation(model, calls):
         expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     with moeprof.patch(model, linears=True):
         got = model.generate(ids, max_new_tokens=6, do_sample=False)
-    assert calls.count(1) >= 9 * 5 and torch.equal(got, expected)
+    steps = got.shape[1] - ids.shape[1] - 1  # the first token comes of the prompt
+    assert calls.count(1) >= 9 * steps > 0 and torch.equal(got, expected)

@@ -42,13 +42,11 @@ class Adapter:
         raise NotImplementedError  # abstract
 
     @classmethod
-    def weights(cls, block: nn.Module) -> list[Tensor]:
-        """The expert weights, as `pointer_table` takes them."""
-        raise NotImplementedError  # abstract
+    def read_experts(cls, block: nn.Module) -> tuple[list[Tensor], str | None]:
+        """(the expert weights as `pointer_table` takes them, None), or ([], why not).
 
-    @classmethod
-    def layout_obstacle(cls, block: nn.Module) -> str | None:
-        """Why the experts can't run in C, or None."""
+        Not where the modules, a hook or a forward among them are others than the stock ones.
+        """
         raise NotImplementedError  # abstract
 
     @classmethod
@@ -72,15 +70,16 @@ class Adapter:
     @classmethod
     def readable(cls, block: nn.Module) -> tuple[list[Tensor], str | None]:
         """(the expert weights, None), or ([], why this block can't run on the C path now)."""
-        if reason := cls.obstacle(block) or cls.layout_obstacle(block):
+        if reason := cls.obstacle(block):
             return [], reason
-        weights = cls.weights(block)
-        reason = tensor_obstacle(weights)
-        return ([], reason) if reason else (weights, None)
+        weights, reason = cls.read_experts(block)
+        if reason := reason or tensor_obstacle(weights):
+            return [], reason
+        return weights, None
 
     @classmethod
     def obstacle(cls, block: nn.Module) -> str | None:
-        """What stands around the experts of this block and would be passed by, or None."""
+        """What stands before the experts of this block and would be passed by, or None."""
         if torch.is_autocast_enabled("cpu"):
             return "CPU autocast is active"
         if foreign := [h for h in _global_hooks() if not _is_known(h)]:
@@ -91,9 +90,6 @@ class Adapter:
                 return "the gate has a forward of its own"
             if foreign := [h for h in _hooks(block.gate) if not _is_known(h)]:
                 return f"a hook on the gate: {foreign[0]!r}"
-        for module in block.experts.modules():
-            if "forward" in vars(module) or _hooks(module):
-                return f"a hook or a forward of its own on {type(module).__name__} in the experts"
         return None
 
     @classmethod
@@ -102,6 +98,14 @@ class Adapter:
         if cls.has_stock_gate(block):
             return RouterOutput(cls.logits(block, x))
         return read_router_output(block.gate(x), len(x), cls.num_experts(block), name)
+
+
+def hooked(module: nn.Module) -> str | None:
+    """What of this module, which the C path does not call, would be left out, or None."""
+    own = vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        return f"a hook or a forward of its own on {type(module).__name__} in the experts"
+    return None
 
 
 def _hooks(module: nn.Module) -> list:

@@ -4,9 +4,48 @@ from torch import Tensor, nn
 from transformers.models.olmoe import modeling_olmoe
 
 from ..experts import is_silu
-from .base import Adapter, RouterOutput
+from .base import Adapter, RouterOutput, hooked
 
 _MLP = modeling_olmoe.OlmoeMLP
+
+
+def _read_expert(expert: nn.Module, weights: list[Tensor]) -> str | None:
+    """Append gate, up and down of an expert to `weights`; or why they can't be read.
+
+    A model has hundreds of these modules, read in every step: so from their dicts, since an
+    attribute of a module takes ten times as long.
+    """
+    if type(expert) is not _MLP:
+        return f"an expert of class {type(expert).__name__}"
+    if reason := hooked(expert):
+        return reason
+    parts = vars(expert)["_modules"]
+    activation = parts.get("act_fn") or expert.act_fn
+    if not is_silu(activation):
+        return f"activation {activation!r} (SiLU is supported)"
+    if isinstance(activation, nn.Module) and (reason := hooked(activation)):
+        return reason
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        linear = parts[name]
+        own = vars(linear)["_parameters"]
+        if type(linear) is not nn.Linear or own.get("bias") is not None or "weight" not in own:
+            return f"a projection of class {type(linear).__name__} or with a bias"
+        if reason := hooked(linear):
+            return reason
+        weights.append(own["weight"])
+    return None
+
+
+def _shape_obstacle(weights: list[Tensor]) -> str | None:
+    """Why these gate_0, up_0, down_0, gate_1, ... are not one layer's, or None."""
+    rows, columns = weights[0].shape
+    expected = ((rows, columns), (rows, columns), (columns, rows))
+    for number, weight in enumerate(weights):
+        if not weight.is_contiguous():
+            return "expert weights that are not contiguous"
+        if weight.shape != expected[number % 3]:
+            return "experts of different shapes"
+    return None
 
 
 class Olmoe4(Adapter):
@@ -25,34 +64,16 @@ class Olmoe4(Adapter):
         return block.top_k, block.norm_topk_prob
 
     @classmethod
-    def weights(cls, block: nn.Module) -> list[Tensor]:
-        return [
-            linear.weight
-            for expert in block.experts
-            for linear in (expert.gate_proj, expert.up_proj, expert.down_proj)
-        ]
-
-    @classmethod
-    def layout_obstacle(cls, block: nn.Module) -> str | None:
+    def read_experts(cls, block: nn.Module) -> tuple[list[Tensor], str | None]:
         if type(block.experts) is not nn.ModuleList:
-            return f"experts of class {type(block.experts).__name__}"
-        shape = block.experts[0].gate_proj.weight.shape
-        for expert in block.experts:
-            if type(expert) is not _MLP:
-                return f"an expert of class {type(expert).__name__}"
-            if not is_silu(expert.act_fn):
-                return f"activation {expert.act_fn!r} (SiLU is supported)"
-            for linear in (expert.gate_proj, expert.up_proj, expert.down_proj):
-                if type(linear) is not nn.Linear or linear.bias is not None:
-                    return f"a projection of class {type(linear).__name__} or with a bias"
-                if not linear.weight.is_contiguous():
-                    return "expert weights that are not contiguous"
-            if not (
-                expert.gate_proj.weight.shape == expert.up_proj.weight.shape == shape
-                and expert.down_proj.weight.shape == (shape[1], shape[0])
-            ):
-                return "experts of different shapes"
-        return None
+            return [], f"experts of class {type(block.experts).__name__}"
+        if reason := hooked(block.experts):
+            return [], reason
+        weights: list[Tensor] = []
+        for expert in vars(block.experts)["_modules"].values():
+            if reason := _read_expert(expert, weights):
+                return [], reason
+        return weights, _shape_obstacle(weights)
 
     @classmethod
     def logits(cls, block: nn.Module, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from transformers.models.olmoe import modeling_olmoe
 
 from ..experts import packed_obstacle
-from .base import Adapter, RouterOutput
+from .base import Adapter, RouterOutput, hooked
 
 
 def _gate_forward(self, hidden_states, *, logits_only: bool = False):
@@ -38,14 +38,16 @@ class Olmoe5(Adapter):
         return config.num_experts_per_tok, config.norm_topk_prob
 
     @classmethod
-    def weights(cls, block: nn.Module) -> list[Tensor]:
-        return [block.experts.gate_up_proj, block.experts.down_proj]
-
-    @classmethod
-    def layout_obstacle(cls, block: nn.Module) -> str | None:
-        if type(block.experts) is not cls.experts_class:
-            return f"experts of class {type(block.experts).__name__}"
-        return packed_obstacle(block.experts)
+    def read_experts(cls, block: nn.Module) -> tuple[list[Tensor], str | None]:
+        experts = block.experts
+        if type(experts) is not cls.experts_class:
+            return [], f"experts of class {type(experts).__name__}"
+        for module in experts.modules():
+            if reason := hooked(module):
+                return [], reason
+        if reason := packed_obstacle(experts):
+            return [], reason
+        return [experts.gate_up_proj, experts.down_proj], None
 
     @classmethod
     def logits(cls, block: nn.Module, x: Tensor) -> Tensor:
