@@ -37,8 +37,8 @@ def main(levels):
             logits = np.random.default_rng(0).standard_normal((TOKENS, experts)) * 1.5
             logits = logits.astype(np.float32)
             for name, spec in specs(util.table_of(-0.5)):
-                times = [ns_per_token(logits, spec, threads) for threads in (1, 2)]
-                print(f"{level or 'best':10} {experts:<4} {name:6} {times[0]:8.0f} {times[1]:10.0f}")
+                one, two = (ns_per_token(logits, spec, threads) for threads in (1, 2))
+                print(f"{level or 'best':10} {experts:<4} {name:6} {one:8.0f} {two:10.0f}")
 
 
 if __name__ == "__main__":

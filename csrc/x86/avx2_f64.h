@@ -101,14 +101,16 @@ INLINE void vd_load_pairs(const double *at, vd index, vd *here, vd *next)
 
 INLINE double vd_sum(vd v)
 {
-    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    const __m128d upper = _mm256_extractf128_pd(v, 1);
+    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), upper);
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
 INLINE double vd_largest(vd v)
 {
-    const __m128d s = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-    return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
+    const __m128d upper = _mm256_extractf128_pd(v, 1);
+    const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(v), upper);
+    return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
 }
 
 /* ---- with vectors of floats ---- */
@@ -138,8 +140,7 @@ INLINE vf vf_if_equal(vf x, vf y, vf a, vf b)
 
 INLINE float vf_sum(vf v)
 {
-    const __m128 s = vf_sum4(v, v, v, v);
-    return _mm_cvtss_f32(s);
+    return _mm_cvtss_f32(vf_sum4(v, v, v, v));
 }
 
 INLINE float vf_largest(vf v)

@@ -1,9 +1,11 @@
 #if defined(__x86_64__)
 #include "avx2_f64.h"
 
+enum { ID_BITS = 10, MOST_EXPERTS = 1 << ID_BITS };
+
 INLINE vd reversed(vd v) { return _mm256_permute4x64_pd(v, 0x1b); }
 
-/* Each lane of v and its partner: the greater where `upper` says so, else the lesser. */
+/* Of each lane and its partner the greater where `upper` is set, else the lesser. */
 #define EXCHANGED(v, partner, upper)                                                   \
     _mm256_blend_pd(vd_min(v, partner), vd_max(v, partner), upper)
 
@@ -26,7 +28,7 @@ INLINE vd sorted_lanes(vd v)
     return EXCHANGED(v, last, 0xa);
 }
 
-/* Bits of a float as an unsigned number that falls with its value; -0 counts as 0. */
+/* A float as an unsigned number that falls with its value; -0 counts as 0. */
 INLINE __m128i falling(__m128 z)
 {
     const __m128i bits = _mm_castps_si128(_mm_add_ps(z, _mm_setzero_ps()));
@@ -39,7 +41,7 @@ INLINE vd keys_of(const float *z, ptrdiff_t count, ptrdiff_t first)
     const __m256i by_logit = _mm256_cvtepu32_epi64(falling(four_floats(z, count, 0)));
     const __m256i id = _mm256_add_epi64(_mm256_set1_epi64x(first),
                                         _mm256_setr_epi64x(0, 1, 2, 3));
-    const __m256i key = _mm256_or_si256(_mm256_slli_epi64(by_logit, 10), id);
+    const __m256i key = _mm256_or_si256(_mm256_slli_epi64(by_logit, ID_BITS), id);
     return _mm256_castsi256_pd(_mm256_or_si256(key, _mm256_castpd_si256(vd_set(1))));
 }
 
@@ -48,7 +50,7 @@ INLINE void store_ids(int32_t *order, vd keys, ptrdiff_t count)
     int64_t key[LANES64];
     _mm256_storeu_si256((void *)key, _mm256_castpd_si256(keys));
     for (int i = 0; i < LANES64 && i < count; i++)
-        order[i] = (int32_t)(key[i] & 1023);
+        order[i] = (int32_t)(key[i] & (MOST_EXPERTS - 1));
 }
 
 #define NAME mp_order_avx2

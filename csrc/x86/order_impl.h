@@ -1,16 +1,12 @@
 /* `order`. To be included once, after the vectors and what order_avx2.c and
  * order_avx512.c say of the lanes of one; NAME names the kernel.
  *
- * An expert is one number, its logit above its id, and the numbers are sorted by a bitonic
- * network (Batcher 1968, "Sorting networks and their applications"). They are doubles,
- * whose lesser and greater are an instruction each at every level: 1 + key / 2^52. */
+ * An expert is one number, its logit above its id, and the numbers are sorted by a
+ * bitonic network (Batcher 1968, "Sorting networks and their applications"). They are
+ * doubles, 1 + key / 2^52: at each level these have instructions for min and max. */
 #include <math.h>
 
-enum {
-    ID_BITS = 10,
-    MOST_EXPERTS = 1 << ID_BITS,
-    BLOCK = 8, /* vectors that are sorted in registers */
-};
+enum { BLOCK = 8 }; /* vectors that are sorted in registers */
 
 mp_order_fn mp_order_scalar;
 
@@ -143,7 +139,8 @@ static void sort_by_p(const double *p, ptrdiff_t num_experts, int32_t *order)
     }
 }
 
-MP_TARGET void NAME(const double *p, const float *z, ptrdiff_t num_experts, int32_t *order)
+MP_TARGET void NAME(const double *p, const float *z, ptrdiff_t num_experts,
+                    int32_t *order)
 {
     if (num_experts > MOST_EXPERTS) {
         mp_order_scalar(p, z, num_experts, order);

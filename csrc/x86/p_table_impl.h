@@ -4,11 +4,12 @@
 #include <float.h>
 #include <math.h>
 
-/* The scalar kernel's interpolation, operation by operation: its result is exactly that,
- * so that rounding can't break the order of the p-values here either. */
+/* The scalar kernel's interpolation, operation by operation, with its exact results: so
+ * rounding can't break the order of the p-values here either. */
 INLINE vd interpolated(vd s, vd x_max, vd p_max, const double *sf)
 {
-    const vd low = vd_set(-32), width = vd_set(1.0 / 128), end = vd_set(MP_TABLE_BINS - 1);
+    const vd low = vd_set(-32), width = vd_set(1.0 / 128);
+    const vd end = vd_set(MP_TABLE_BINS - 1);
     vd i = vd_add(vd_floor(vd_mul(s, vd_set(128))), vd_set(32 * 128));
     i = vd_min(vd_max(i, vd_set(0)), end);
     vd here, next;
@@ -27,7 +28,8 @@ INLINE vd interpolated(vd s, vd x_max, vd p_max, const double *sf)
 MP_TARGET void NAME(const double *score, ptrdiff_t num_experts, const double *table,
                     double *p)
 {
-    const vd x_max = vd_set(table[0]), p_max = vd_set(table[1]), beta = vd_set(table[2]);
+    const vd x_max = vd_set(table[0]), p_max = vd_set(table[1]);
+    const vd beta = vd_set(table[2]);
     for (ptrdiff_t e = 0; e < num_experts; e += LANES64) {
         const vd s = vd_load_up_to(score + e, num_experts - e, -INFINITY);
         const md beyond = vd_lt(x_max, s);

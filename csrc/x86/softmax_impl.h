@@ -10,7 +10,8 @@ INLINE vf below_max(vf z, vd max, vd factor)
                         vd_mul(vd_sub(vd_upper(z), max), factor));
 }
 
-MP_TARGET void NAME(const float *z, ptrdiff_t num_experts, double temperature, float *prob)
+MP_TARGET void NAME(const float *z, ptrdiff_t num_experts, double temperature,
+                    float *prob)
 {
     vf max = vf_set(-INFINITY), sum = vf_zero();
     for (ptrdiff_t e = 0; e < num_experts; e += LANES)
