@@ -31,6 +31,7 @@ INLINE vd vd_round(vd v)
     return _mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+INLINE vd vd_abs(vd v) { return _mm256_andnot_pd(vd_set(-0.0), v); }
 INLINE md vd_lt(vd a, vd b) { return _mm256_cmp_pd(a, b, _CMP_LT_OQ); }
 INLINE md vd_le(vd a, vd b) { return _mm256_cmp_pd(a, b, _CMP_LE_OQ); }
 INLINE md vd_eq(vd a, vd b) { return _mm256_cmp_pd(a, b, _CMP_EQ_OQ); }
@@ -111,6 +112,33 @@ INLINE double vd_largest(vd v)
     const __m128d upper = _mm256_extractf128_pd(v, 1);
     const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(v), upper);
     return _mm_cvtsd_f64(_mm_max_sd(m, _mm_unpackhi_pd(m, m)));
+}
+
+/* ---- sorting the lanes of one vector ---- */
+
+INLINE vd reversed(vd v) { return _mm256_permute4x64_pd(v, 0x1b); }
+
+/* Of each lane and its partner the greater where `upper` is set, else the lesser. */
+#define EXCHANGED(v, partner, upper)                                                   \
+    _mm256_blend_pd(vd_min(v, partner), vd_max(v, partner), upper)
+
+/* Lanes 2 and 1 apart: a bitonic sequence becomes ascending. */
+INLINE vd merged_lanes(vd v)
+{
+    const vd two_apart = _mm256_permute2f128_pd(v, v, 1);
+    v = EXCHANGED(v, two_apart, 0xc);
+    const vd one_apart = _mm256_permute_pd(v, 5);
+    return EXCHANGED(v, one_apart, 0xa);
+}
+
+INLINE vd sorted_lanes(vd v)
+{
+    const vd one_apart = _mm256_permute_pd(v, 5);
+    v = EXCHANGED(v, one_apart, 0xa); /* pairs */
+    const vd meeting = reversed(v);
+    v = EXCHANGED(v, meeting, 0xc);   /* two pairs meet */
+    const vd last = _mm256_permute_pd(v, 5);
+    return EXCHANGED(v, last, 0xa);
 }
 
 /* ---- with vectors of floats ---- */

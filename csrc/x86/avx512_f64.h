@@ -35,6 +35,7 @@ INLINE vd vd_round(vd v)
     return _mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+INLINE vd vd_abs(vd v) { return _mm512_abs_pd(v); }
 INLINE md vd_lt(vd a, vd b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
 INLINE md vd_le(vd a, vd b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
 INLINE md vd_eq(vd a, vd b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
@@ -101,6 +102,37 @@ INLINE void vd_load_pairs(const double *at, vd index, vd *here, vd *next)
 
 INLINE double vd_sum(vd v) { return _mm512_reduce_add_pd(v); }
 INLINE double vd_largest(vd v) { return _mm512_reduce_max_pd(v); }
+
+/* ---- sorting the lanes of one vector ---- */
+
+INLINE vd reversed(vd v)
+{
+    return _mm512_permutexvar_pd(_mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0), v);
+}
+
+/* Of each lane and its partner the greater where `upper` is set, else the lesser. */
+INLINE vd exchanged(vd v, vd partner, __mmask8 upper)
+{
+    return _mm512_mask_max_pd(_mm512_min_pd(v, partner), upper, v, partner);
+}
+
+/* Lanes 4, 2 and 1 apart: a bitonic sequence becomes ascending. */
+INLINE vd merged_lanes(vd v)
+{
+    v = exchanged(v, _mm512_shuffle_f64x2(v, v, 0x4e), 0xf0);
+    v = exchanged(v, _mm512_permutex_pd(v, 0x4e), 0xcc);
+    return exchanged(v, _mm512_permute_pd(v, 0x55), 0xaa);
+}
+
+INLINE vd sorted_lanes(vd v)
+{
+    v = exchanged(v, _mm512_permute_pd(v, 0x55), 0xaa);   /* pairs */
+    v = exchanged(v, _mm512_permutex_pd(v, 0x1b), 0xcc);  /* fours: two pairs meet */
+    v = exchanged(v, _mm512_permute_pd(v, 0x55), 0xaa);
+    v = exchanged(v, reversed(v), 0xf0);                  /* two fours meet */
+    v = exchanged(v, _mm512_permutex_pd(v, 0x4e), 0xcc);
+    return exchanged(v, _mm512_permute_pd(v, 0x55), 0xaa);
+}
 
 /* ---- with vectors of floats ---- */
 

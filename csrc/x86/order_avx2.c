@@ -1,32 +1,7 @@
 #if defined(__x86_64__)
 #include "avx2_f64.h"
 
-enum { ID_BITS = 10, MOST_EXPERTS = 1 << ID_BITS };
-
-INLINE vd reversed(vd v) { return _mm256_permute4x64_pd(v, 0x1b); }
-
-/* Of each lane and its partner the greater where `upper` is set, else the lesser. */
-#define EXCHANGED(v, partner, upper)                                                   \
-    _mm256_blend_pd(vd_min(v, partner), vd_max(v, partner), upper)
-
-/* Lanes 2 and 1 apart: a bitonic sequence becomes ascending. */
-INLINE vd merged_lanes(vd v)
-{
-    const vd two_apart = _mm256_permute2f128_pd(v, v, 1);
-    v = EXCHANGED(v, two_apart, 0xc);
-    const vd one_apart = _mm256_permute_pd(v, 5);
-    return EXCHANGED(v, one_apart, 0xa);
-}
-
-INLINE vd sorted_lanes(vd v)
-{
-    const vd one_apart = _mm256_permute_pd(v, 5);
-    v = EXCHANGED(v, one_apart, 0xa); /* pairs */
-    const vd meeting = reversed(v);
-    v = EXCHANGED(v, meeting, 0xc);   /* two pairs meet */
-    const vd last = _mm256_permute_pd(v, 5);
-    return EXCHANGED(v, last, 0xa);
-}
+enum { ID_BITS = 10 };
 
 /* A float as an unsigned number that falls with its value; -0 counts as 0. */
 INLINE __m128i falling(__m128 z)
@@ -50,7 +25,7 @@ INLINE void store_ids(int32_t *order, vd keys, ptrdiff_t count)
     int64_t key[LANES64];
     _mm256_storeu_si256((void *)key, _mm256_castpd_si256(keys));
     for (int i = 0; i < LANES64 && i < count; i++)
-        order[i] = (int32_t)(key[i] & (MOST_EXPERTS - 1));
+        order[i] = (int32_t)(key[i] & ((1 << ID_BITS) - 1));
 }
 
 #define NAME mp_order_avx2
