@@ -325,7 +325,7 @@ def step_up_rows(experts, alpha, rng):
 
 def step_up_cases():
     rng = np.random.default_rng(0)
-    for experts in (*range(1, 18), 60, 64):
+    for experts in (*range(1, 18), 60, 64, 65, 130):
         for alpha in (5e-324, 0.05, 0.1, 0.25, 0.5, 1 - 2.0**-53):
             rows = step_up_rows(experts, alpha, rng)
             ref = [util.step_up_exact(row, alpha) for row in rows]
@@ -353,6 +353,49 @@ def cases_of(kernel):
 @all_variants
 def test_kernel(kernel, variant):
     hold(kernel, variant, cases_of(kernel))
+
+
+def row_variants(*kernels):
+    return pytest.mark.parametrize(
+        ("kernel", "variant"), [kv for kv in VARIANTS if kv[0] in (kernels or ROW_CASES)]
+    )
+
+
+@row_variants("order")
+def test_order_of_any_number_of_experts(kernel, variant):
+    """p that falls with the logit, in steps; the same with two experts exchanged; any p."""
+    util.force(kernel, variant)
+    for experts in (*range(1, 1026), 3000):
+        rng = np.random.default_rng(experts)
+        z = rng.integers(-experts, experts, (3, experts)).astype(np.float32) / 8
+        p = np.exp(-np.floor(z.astype(np.float64) / experts))
+        a, b = rng.integers(0, experts, 2)
+        p[1, [a, b]] = p[1, [b, a]]
+        p[2] = rng.random(experts)
+        ids = np.broadcast_to(np.arange(experts), z.shape)
+        for p_or_none, first in ((None, np.zeros(z.shape)), (p, p)):
+            expected = np.lexsort((ids, -z, first), axis=1)
+            np.testing.assert_array_equal(_C.order(p_or_none, z), expected, f"E={experts}")
+
+
+@posix
+@row_variants()
+@pytest.mark.parametrize("side", ("start", "end"))
+def test_nothing_is_read_beyond_the_rows(kernel, variant, side):
+    util.force(kernel, variant)
+    place = partial(util.guarded, side=side)
+    run = {
+        "softmax": lambda z, p: _C.softmax(z, 1.0),
+        "logprob": lambda z, p: _C.logprob(z),
+        "p_table": lambda z, p: _C.p_values(z, "logit", place(util.table_of(32.0))),
+        "p_normal": lambda z, p: _C.p_values(z, "logit", None),
+        "order": lambda z, p: _C.order(p, z),
+        "step_up": lambda z, p: _C.step_up(p, 0.5),
+    }[kernel]
+    for experts in (*LANES, 64, 65, 257):
+        z = util.nasty_rows(experts)[-3:]
+        p = np.random.default_rng(0).random(z.shape)
+        np.testing.assert_array_equal(run(place(z), place(p)), run(z, p))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
