@@ -1,4 +1,4 @@
-"""The command line: `moeprof sweep`, `moeprof calibrate`, `moeprof cpu`.
+"""The command line: `moeprof sweep`, `calibrate`, `bench` and `cpu`.
 
 Whatever is wrong with the input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import moeprof
 from moeprof import demo
+from moeprof.arguments import DTYPES, integer
+from moeprof.bench.arguments import add_bench
+from moeprof.console import make_console
 from moeprof.experiment import Experiment, Store, sweep
 from moeprof.experiment.heldout import HELDOUT_TOKENS, heldout_windows
 from moeprof.experiment.inputs import check_model, load_model, read_document, read_prompts
 from moeprof.experiment.runner import default_null, experts_of
-from moeprof.experiment.sweep import make_console
 from moeprof.files import check_folder
 from moeprof.null import KINDS, SCORES
 
-DTYPES = ("float32", "bfloat16", "float16")
 DEMO = "the demo model of moeprof"
 NORMAL = (
     "normal, each token's logits against their own median and spread, without calibration (on "
@@ -32,27 +33,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"moeprof: error: {message} (see {self.prog} --help)\n")
 
 
-def _integer(low, high=10**6):
-    """A parser of integers from low to high."""
-
-    def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
-        return value
-
-    return parse
-
-
 def _parser():
     parser = _Parser(prog="moeprof", description="Mixture-of-experts routing, on the CPU.")
     parser.add_argument("--version", action="version", version=f"moeprof {moeprof.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_sweep(commands)
     _add_calibrate(commands)
+    add_bench(commands)
     cpu = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
     cpu.set_defaults(run=_cpu)
     return parser
@@ -62,7 +49,7 @@ def _add_model(parser):
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument(
-        "--threads", type=_integer(1), metavar="N", help="default: as torch chooses"
+        "--threads", type=integer(1), metavar="N", help="default: as torch chooses"
     )
 
 
@@ -87,12 +74,12 @@ def _add_sweep(commands):
         help="text to fit the default null to; default: the shipped calibration text",
     )
     parser.add_argument(
-        "--heldout-tokens", type=_integer(1), metavar="N", default=HELDOUT_TOKENS,
+        "--heldout-tokens", type=integer(1), metavar="N", default=HELDOUT_TOKENS,
         help="held-out tokens a configuration for perplexity, a matter of time for large "
         "models; default: %(default)s",
     )
     parser.add_argument(
-        "--seed", type=_integer(0, 2**32 - 1), default=0,
+        "--seed", type=integer(0, 2**32 - 1), default=0,
         help="chooses the passages of the shipped text, and the bootstrap draws; default: 0",
     )
     parser.set_defaults(run=_sweep)

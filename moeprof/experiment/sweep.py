@@ -1,19 +1,17 @@
 """The sweep: every configuration in turn, with what is finished kept on disk."""
 
 import platform
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 
 import moeprof
 
+from ..console import WIDTH, make_console, progress
 from .configurations import configurations, dropped_max_ks
 from .plots import figure
 from .report import report
 from .runner import experts_of
 from .store import Store
-
-WIDTH = 100  # columns of the final table
 
 
 def sweep(experiment, store, facts, console=None):
@@ -33,11 +31,11 @@ def sweep(experiment, store, facts, console=None):
     for max_k in run["dropped_max_k"]:
         console.print(f"Left out: max_k {max_k}, the model has {num_experts} experts")
     try:
-        with _progress(console, len(planned) * experiment.steps) as step:
+        with progress(console, len(planned) * experiment.steps, "sweep") as bar:
             for number, configuration in enumerate(planned, start=1):
                 console.print(f"[{number}/{len(planned)}] Running: {configuration.name}")
                 baseline = run["results"][0] if run["results"] else None
-                result = experiment.run(configuration, baseline, step)
+                result = experiment.run(configuration, baseline, bar.step)
                 run["results"].append(result)
                 store.save_results(run)
                 console.print(f"Completed in {result['seconds']:.1f}s")
@@ -51,16 +49,6 @@ def sweep(experiment, store, facts, console=None):
     console.print("ALL EXPERIMENTS COMPLETE!")
     _finish(run, store, console)
     return run
-
-
-def make_console():
-    """Lines on stdout as they are: not wrapped, no markup, no colours for numbers."""
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = WIDTH  # a file or a pipe has no width of its own
-    return console
 
 
 def _finish(run, store, console):
@@ -94,36 +82,6 @@ def _table(results):
         cells = ((form, result[field]) for field, form in columns.values())
         table.add_row(*("" if value is None else form.format(value) for form, value in cells))
     return table
-
-
-@contextmanager
-def _progress(console, total):
-    """A bar for a person: on the console, or on stderr when only that is a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    screen = console if console.is_terminal else Console(stderr=True)
-    bar = Progress(
-        TextColumn("sweep"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=screen,
-        transient=True,
-        disable=not screen.is_terminal,
-        redirect_stdout=screen is console,
-    )
-    with bar:
-        task = bar.add_task("sweep", total=total)
-        yield lambda: bar.advance(task)
 
 
 def describe(experiment, planned):

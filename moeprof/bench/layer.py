@@ -1,0 +1,136 @@
+"""A layer's experts: moeprof beside the other implementations, and the roof over them all."""
+
+import torch
+from torch.nn import functional as F
+
+from . import plots
+from .contenders import contenders, usable
+from .limits import WORDS, limit_calls, rates, roof
+from .output import milliseconds, table
+from .timing import interleave, ratio, steps
+from .weights import Calls, layer_weights
+
+ERROR_TOKENS = 32  # float64 takes long beyond
+HEADERS = {"grouped_mm": "grouped\nmm", "zentorch": "zen-\ntorch"}  # as the table has room
+TARGET = 0.055  # above the limit: what a decode step with fewer experts may take more
+
+
+def rounds(settings):
+    return steps([*map(settings.rounds, settings.tokens), settings.rounds(1)])
+
+
+def measure(settings, bar):
+    shape, dtype = settings.shape, getattr(torch, settings.dtype)
+    bar.note("layer: random weights")
+    weights = layer_weights(shape, dtype)
+    calls = contenders(shape, weights, settings.peers)
+    with torch.inference_mode():
+        calls, missing = usable(calls, Calls(shape, dtype, 1).next())
+        rows = [_row(settings, weights, calls, tokens, bar) for tokens in settings.tokens]
+        skipping = _skipping(settings, calls["moeprof"], bar)
+    return {"contenders": [*calls], "missing": missing, "rows": rows, "skipping": skipping}
+
+
+def _row(settings, weights, calls, tokens, bar):
+    bar.note(f"layer: {tokens} tokens")
+    shape, dtype = settings.shape, weights.down.dtype
+    draws = Calls(shape, dtype, tokens)
+    errors = _errors(weights, calls, draws.next()) if tokens <= ERROR_TOKENS else {}
+    limited = limit_calls(weights.words, dtype) | calls
+    times = interleave(limited, settings.rounds(tokens), lambda name: draws.next(), bar)
+    hit, flop = draws.experts_hit, shape.flop * tokens * shape.top_k
+    nbytes, measured = hit * shape.size * dtype.itemsize, rates(times, weights.words)
+    return {
+        "tokens": tokens, "experts_hit": hit, "bytes": nbytes, "flop": flop,
+        "rates": measured, "roof": roof(nbytes, flop, measured), "errors": errors, "times": times,
+    }  # fmt: skip
+
+
+# ---- error ----
+
+
+def _errors(weights, calls, call):
+    reference = _reference(weights, call)
+    size = reference.norm()
+    return {
+        name: float((function(*call).double() - reference).norm() / size)
+        for name, function in calls.items()
+    }
+
+
+def _reference(weights, call):
+    """sum_e w_e down_e(silu(gate_e x) * up_e x) in float64."""
+    x, out = call.x.double(), torch.zeros(call.x.shape, dtype=torch.float64)
+    for expert in call.idx.unique().tolist():
+        token, slot = (call.idx == expert).nonzero(as_tuple=True)
+        gate, up, down = (matrix.double().T for matrix in weights.matrices(expert))
+        y = (F.silu(x[token] @ gate) * (x[token] @ up)) @ down
+        out.index_add_(0, token, y * call.weights[token, slot, None].double())
+    return out
+
+
+# ---- fewer experts ----
+
+
+def _skipping(settings, ours, bar):
+    """A decode step at 5/8 of the experts, the others -1, against one at all of them."""
+    bar.note("layer: skipping experts")
+    shape = settings.shape
+    kept = max(1, shape.top_k * 5 // 8)
+    draws = Calls(shape, getattr(torch, settings.dtype), 1)
+
+    def prepare(name):
+        call = draws.next()
+        if name == "kept":
+            call.idx[:, kept:] = -1
+        return call
+
+    times = interleave({"kept": ours, "all": ours}, settings.rounds(1), prepare, bar)
+    limit = kept / shape.top_k
+    return {
+        "kept": kept, "all": shape.top_k, "ratio": ratio(times, "kept", "all"), "limit": limit,
+        "target": min(1.0, limit + TARGET), "times": times,
+    }  # fmt: skip
+
+
+# ---- what is shown ----
+
+
+def tables(result):
+    names, rows = result["contenders"], result["rows"]
+    columns = {"T": "{:d}", "hit": "{:d}"}
+    columns |= {f"{HEADERS.get(name, name)}\nms": "{:.2f}" for name in names}
+    columns |= {
+        "other/\nours": "{:.2f}", "GB/s": "{:.1f}", "GFLOP\n/s": "{:.0f}", "roof\nms": "{:.2f}",
+        "roof/\nours": "{:.2f}", "error": "{:.1e}",
+    }  # fmt: skip
+    yield table(columns, [_cells(row, names) for row in rows])
+    best = [max(row["rates"][rate] for row in rows) for rate in ("read_gbs", "gemm_gflops")]
+    yield (
+        "hit: experts; ours: moeprof's time, of which are GB/s, GFLOP/s and the error, relative, "
+        "to float64; other: the fastest of the others. The roof of each T is of its own rounds "
+        f"({WORDS}); the best were {best[0]:.1f} GB/s and {best[1]:.0f} GFLOP/s."
+    )
+    skip = result["skipping"]
+    yield (
+        f"decode at an average of {skip['kept']} experts / decode at {skip['all']}: "
+        f"{skip['ratio']:.3f} (limit {skip['limit']:.3f}, target {skip['target']:.2f})"
+    )
+    for name, reason in result["missing"].items():
+        yield f"left out: {name}: {reason}"
+
+
+def _cells(row, names):
+    times, ours = row["times"], row["times"]["moeprof"]["median_ms"]
+    others = [times[name]["median_ms"] for name in names if name != "moeprof"]
+    return [
+        row["tokens"], row["experts_hit"], *(milliseconds(times, name) for name in names),
+        min(others) / ours if others else None, row["bytes"] / ours / 1e6,
+        row["flop"] / ours / 1e6, row["roof"]["roof_ms"], row["roof"]["roof_ms"] / ours,
+        row["errors"].get("moeprof"),
+    ]  # fmt: skip
+
+
+def figure(result):
+    labels = {name: name for name in result["contenders"]}
+    return plots.against_tokens(result, labels, "time of a layer's experts")

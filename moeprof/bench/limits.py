@@ -1,0 +1,34 @@
+"""The limits of the hardware, measured in the same rounds as what they limit."""
+
+import torch
+
+SIZE = 2048
+WORDS = (
+    f"read: all these weights read once, by all threads; GEMM: torch's dense {SIZE}^3; "
+    "best of the rounds"
+)
+
+
+def limit_calls(words, dtype):
+    """The contenders that show the limits: `read` (all of words) and `gemm`.
+
+    float16 weights are computed with as float32, and torch has no fast GEMM of them: their
+    limit is that of float32.
+    """
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
+    return {"read": lambda *_: words.max(), "gemm": lambda *_: a @ b}
+
+
+def rates(times, words):
+    """{"read_gbs", "gemm_gflops"} of the rounds that `limit_calls` took part in."""
+    return {
+        "read_gbs": words.nbytes / times["read"]["best_ms"] / 1e6,
+        "gemm_gflops": 2 * SIZE**3 / times["gemm"]["best_ms"] / 1e6,
+    }
+
+
+def roof(nbytes, flop, rates):
+    """The least time for reading `nbytes` and computing `flop`, in ms."""
+    read, compute = nbytes / rates["read_gbs"] / 1e6, flop / rates["gemm_gflops"] / 1e6
+    return {"read_ms": read, "gemm_ms": compute, "roof_ms": max(read, compute)}

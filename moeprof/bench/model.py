@@ -1,0 +1,216 @@
+"""A whole model: decode steps and prefills, as it is and patched, and what a callback costs."""
+
+import inspect
+
+import torch
+from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM
+from transformers.utils import logging
+
+import moeprof
+
+from .. import demo
+from . import plots
+from .contenders import PACKED
+from .limits import WORDS, limit_calls, rates, roof
+from .output import table
+from .timing import interleave, ratio, steps
+from .weights import random_tensors
+
+LAYERS, VOCABULARY, HEAD = 4, 50304, 128
+CACHED = 64  # tokens before a decode step
+OVERHEAD, OF_BANDWIDTH = 1.5, 0.95  # ms; the target of a decode step
+IMPLEMENTATIONS = ("eager", "grouped_mm") if PACKED else ("eager",)
+PATCHED, LINEARS, CALLBACK = "moeprof", "moeprof + linears", "moeprof + on_routing(callback)"
+_FORWARD = inspect.signature(OlmoeForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # the name since transformers 5.24
+HAS_LINEARS = "linears" in inspect.signature(moeprof.patch).parameters
+CONTENDERS = [*IMPLEMENTATIONS, PATCHED, *[LINEARS] * HAS_LINEARS, CALLBACK]
+
+
+def rounds(settings):
+    return steps([*map(settings.rounds, settings.tokens), settings.rounds(1)])
+
+
+def measure(settings, bar):
+    bar.note("model: random weights")
+    words, model = random_model(settings.shape, getattr(torch, settings.dtype))
+    with torch.inference_mode():
+        rows = [_row(settings, words, model, tokens, bar) for tokens in settings.tokens]
+        del words, model
+        bar.note("model: demo")
+        logging.disable_progress_bar()  # of the loading
+        demo_times, _ = _times(demo.load()[0], 1, settings.rounds(1), {}, bar)
+    return {
+        "contenders": CONTENDERS, "layers": LAYERS, "vocabulary": VOCABULARY, "rows": rows,
+        "demo": {"tokens": 1, "dtype": "float32", "times": demo_times},
+    }  # fmt: skip
+
+
+def random_model(shape, dtype):
+    """(words of all its weights, an OLMoE of four layers of that shape)."""
+    heads = shape.hidden // HEAD if shape.hidden % HEAD == 0 else 1
+    if shape.hidden % 2:
+        raise ValueError(f"H {shape.hidden}: a model with rotary positions needs an even one")
+    config = OlmoeConfig(
+        hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_experts=shape.experts, num_experts_per_tok=shape.top_k, num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=2**20,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    words, tensors = random_tensors(shapes, dtype)
+    model.load_state_dict(tensors, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # has buffers, not weights
+    return words, model.eval().requires_grad_(False)
+
+
+# ---- one measurement ----
+
+
+class _Contenders:
+    """The model in the state that each contender is measured in, and the calls for it.
+
+    A decode step (tokens 1) follows `CACHED` tokens; more are a prefill.
+    """
+
+    def __init__(self, model, tokens):
+        self.model, self.seen = model, []
+        self._ids, self._handle, self._cache = self._random_ids(tokens), None, None
+        if tokens == 1:
+            self._cache = DynamicCache()
+            self.call(self._random_ids(CACHED), self._cache)
+
+    def call(self, ids, cache):
+        return self.model(input_ids=ids, **{CACHE: cache})
+
+    def _random_ids(self, count):
+        draw = torch.Generator().manual_seed(count)
+        return torch.randint(2, self.model.config.vocab_size, (1, count), generator=draw)
+
+    def prepare(self, name):
+        """(ids, cache) for the next call, of `name`."""
+        self.restore()
+        self.seen.clear()
+        if name in IMPLEMENTATIONS:
+            self.model.config._experts_implementation = name
+        elif name.startswith(PATCHED):
+            options = {"linears": True} if name == LINEARS else {}
+            self._handle = moeprof.patch(self.model, **options)
+        if name == CALLBACK:
+            self._handle.on_routing(lambda layer, routing: self.seen.append(routing))
+        if self._cache is not None and (longer := self._cache.get_seq_length() - CACHED):
+            self._cache.crop(-longer)
+        return self._ids, self._cache
+
+    def restore(self):
+        if self._handle is not None:
+            self._handle.unpatch()
+            self._handle = None
+
+
+def _times(model, tokens, count, limits, bar):
+    """(times of all contenders and limits, experts that a call hits in each layer)."""
+    contenders = _Contenders(model, tokens)
+    calls = limits | dict.fromkeys(CONTENDERS, contenders.call)
+    try:
+        times = interleave(calls, count, contenders.prepare, bar)
+        contenders.call(*contenders.prepare(CALLBACK))
+        hit = [int(r.experts[r.experts >= 0].unique().numel()) for r in contenders.seen]
+    finally:
+        contenders.restore()
+    return times, hit
+
+
+def _row(settings, words, model, tokens, bar):
+    bar.note(f"model: {'a decode step' if tokens == 1 else f'{tokens} tokens'}")
+    limits = limit_calls(words, model.dtype)
+    times, hit = _times(model, tokens, settings.rounds(tokens), limits, bar)
+    measured, read = rates(times, words), _bytes_read(model, settings.shape, sum(hit))
+    row = {"tokens": tokens, "experts_hit": hit, "bytes": read, "rates": measured, "times": times}
+    row["roof"] = roof(sum(read.values()), _flop(model, settings.shape, tokens), measured)
+    if tokens == 1:
+        row["target_ms"] = row["roof"]["read_ms"] / OF_BANDWIDTH + OVERHEAD
+    return row
+
+
+def _bytes_read(model, shape, experts):
+    """{part: bytes} that a call reads of the weights, `experts` of them; not the embedding."""
+    read = {"experts": experts * shape.size * model.dtype.itemsize}
+    read |= {"attention": 0, "lm_head": 0, "gates and norms": 0}
+    for name, parameter in _dense(model):
+        attention = "attn" in name and parameter.dim() > 1
+        head = "lm_head" if name.startswith("lm_head") else "gates and norms"
+        read["attention" if attention else head] += parameter.nbytes
+    return read
+
+
+def _dense(model):
+    """Names and parameters that every token goes through."""
+    left_out = (".experts.", "embed_tokens")
+    parameters = model.named_parameters()
+    return [(n, p) for n, p in parameters if not any(part in n for part in left_out)]
+
+
+def _flop(model, shape, tokens):
+    """Of the products with the weights, and of attention between the tokens of the call."""
+    dense = 2 * tokens * sum(p.numel() for _, p in _dense(model) if p.dim() > 1)
+    experts = tokens * LAYERS * shape.top_k * shape.flop
+    return dense + experts + 2 * LAYERS * shape.hidden * tokens**2
+
+
+# ---- what is shown ----
+
+
+def tables(result):
+    names = result["contenders"]
+    columns = {
+        "model": "{}", "T": "{:d}", "contender": "{}", "ms": "{:.2f}", "best ms": "{:.2f}",
+        "x transformers": "{:.2f}", "roof ms": "{:.2f}", "experts\nof a layer": "{}",
+    }  # fmt: skip
+    cells = []
+    for row in result["rows"]:
+        hit, limit = row["experts_hit"], row["roof"]["roof_ms"]
+        few = f"{min(hit)}-{max(hit)}" if min(hit) < max(hit) else f"{hit[0]}"
+        cells += _cells(f"{result['layers']} layers", row, names, limit, few)
+    cells += _cells("demo, float32", result["demo"], names, None, None)
+    yield table(columns, cells)
+    yield (
+        "T 1 is a decode step after 64 tokens, others are prefills. x transformers: the faster "
+        f"implementation of transformers over this one. Of the roof: {WORDS}."
+    )
+    for row in result["rows"]:
+        if "target_ms" in row:
+            yield _decode_words(row)
+    for row in result["rows"]:
+        more = ratio(row["times"], CALLBACK, PATCHED) - 1
+        call = "decode step" if row["tokens"] == 1 else f"prefill of {row['tokens']}"
+        yield f"on_routing(callback): {more:+.2%} of a {call}"
+
+
+def _cells(model, row, names, limit, hit):
+    """The rows of one measurement; what they share is said once."""
+    times = row["times"]
+    best = min(times[name]["median_ms"] for name in IMPLEMENTATIONS if name in times)
+    shared = model, row["tokens"]
+    for name in names:
+        own = times[name]
+        speed = best / own["median_ms"]
+        yield [*shared, name, own["median_ms"], own["best_ms"], speed, limit, hit]
+        shared, limit, hit = (None, None), None, None
+
+
+def _decode_words(row):
+    read, bandwidth = row["bytes"], row["rates"]["read_gbs"]
+    parts = ", ".join(f"{part} {nbytes / 1e6:.1f}" for part, nbytes in read.items())
+    return (
+        f"A decode step reads {sum(read.values()) / 1e6:.1f} MB ({parts}); read bandwidth "
+        f"{bandwidth:.1f} GB/s; target {row['target_ms']:.2f} ms (bytes / ({OF_BANDWIDTH} x "
+        f"bandwidth) + {OVERHEAD} ms)"
+    )
+
+
+def figure(result):
+    what = f"time of a model of {result['layers']} layers"
+    return plots.against_tokens(result, {name: name for name in result["contenders"]}, what)

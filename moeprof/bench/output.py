@@ -1,0 +1,20 @@
+"""Tables of results."""
+
+
+def table(columns, rows):
+    """A rich table: columns {header: format}, rows of values, None for an empty cell."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for header, form in columns.items():
+        made.add_column(header, justify="left" if form == "{}" else "right")
+    for row in rows:
+        cells = zip(columns.values(), row, strict=True)
+        made.add_row(*("" if value is None else form.format(value) for form, value in cells))
+    return made
+
+
+def milliseconds(times, name):
+    """A contender's median, None where it took no part."""
+    return times[name]["median_ms"] if name in times else None

@@ -1,0 +1,104 @@
+"""What routing costs: top-k and BH beside the experts of the layer that they choose for."""
+
+import numpy as np
+import torch
+
+from .. import _C
+from ..calibration import _Histograms
+from ..cpu import get_num_threads
+from ..experts import _array
+from ..null import LayerNull, _table
+from ..routers import BH, TopK
+from . import plots
+from .contenders import contenders
+from .output import milliseconds, table
+from .timing import interleave, steps
+from .weights import Calls, layer_weights
+
+ALPHA = 0.3
+FITTED = 4096  # tokens
+TARGETS = {"topk_share": 0.02, "bh_share": 0.02, "bh_over_topk_share": 0.01}
+
+
+def random_logits(tokens, experts):
+    """(T, E) float32, normal, with the spread that OLMoE's have."""
+    return (2 * np.random.default_rng(0).standard_normal((tokens, experts))).astype(np.float32)
+
+
+def fitted_null(shape):
+    """A trimmed null on logprob, fitted to random logits as `fit_null` would."""
+    high = min(shape.top_k, shape.experts - 1)
+    histograms = _Histograms(1, shape.experts, "logprob", high, 0)
+    histograms.add(0, random_logits(FITTED, shape.experts))
+    return LayerNull("logprob", _table(histograms.counts[0], histograms.largest[0]))
+
+
+def rounds(settings):
+    return steps(map(settings.rounds, settings.tokens))
+
+
+def measure(settings, bar):
+    bar.note("router: random weights")
+    shape, dtype = settings.shape, getattr(torch, settings.dtype)
+    layer = contenders(shape, layer_weights(shape, dtype), False)["moeprof"]
+    specs = {
+        "topk": TopK(shape.top_k).spec(shape.experts, norm="none", norm_k=shape.top_k),
+        "bh": BH(ALPHA, max_k=shape.top_k).spec(
+            shape.experts, norm="none", norm_k=shape.top_k, null=fitted_null(shape)
+        ),
+    }
+    calls = {name: _route(spec, settings.dtype) for name, spec in specs.items()}
+    calls["layer"] = layer
+    with torch.inference_mode():
+        rows = [_row(settings, calls, tokens, bar) for tokens in settings.tokens]
+    return {"contenders": [*calls], "targets": TARGETS, "rows": rows}
+
+
+def _route(spec, dtype):
+    def call(x, logits, idx, w):
+        return _C.route(_array(logits), dtype, spec, get_num_threads(), False)
+
+    return call
+
+
+def _row(settings, calls, tokens, bar):
+    bar.note(f"router: {tokens} tokens")
+    draws = Calls(settings.shape, getattr(torch, settings.dtype), tokens)
+
+    def prepare(name):
+        calls["layer"](*draws.next())  # the caches as a layer leaves them
+        return draws.next()
+
+    times = interleave(calls, settings.rounds(tokens), prepare, bar)
+    topk, bh, layer = (times[name]["median_ms"] for name in ("topk", "bh", "layer"))
+    return {
+        "tokens": tokens, "topk_share": topk / layer, "bh_share": bh / layer,
+        "bh_over_topk_share": (bh - topk) / layer, "times": times,
+    }  # fmt: skip
+
+
+# ---- what is shown ----
+
+
+def tables(result):
+    columns = {
+        "T": "{:d}", "top-k ms": "{:.4f}", "BH ms": "{:.4f}", "layer ms": "{:.2f}",
+        "top-k / layer": "{:.2%}", "BH / layer": "{:.2%}", "(BH - top-k) / layer": "{:.2%}",
+    }  # fmt: skip
+    yield table(columns, [_cells(row) for row in result["rows"]])
+    yield (
+        f"Routing share: top-k / layer and BH / layer (alpha {ALPHA}, a table null on logprob); "
+        f"the target is {TARGETS['bh_share']:.0%}, and {TARGETS['bh_over_topk_share']:.0%} for "
+        "BH beyond top-k. Normal logits; a call of the layer's experts goes before each call; "
+        "the layer's time is theirs alone."
+    )
+
+
+def _cells(row):
+    times = [milliseconds(row["times"], name) for name in ("topk", "bh", "layer")]
+    return [row["tokens"], *times, *(row[share] for share in TARGETS)]
+
+
+def figure(result):
+    labels = {"topk": "top-k", "bh": f"BH, alpha {ALPHA}", "layer": "the layer's experts"}
+    return plots.against_tokens(result, labels, "time of routing beside the experts")

@@ -1,0 +1,68 @@
+"""One benchmark: measured, printed, and written where that is asked for."""
+
+import importlib
+import io
+import json
+from pathlib import Path
+
+from ..console import WIDTH, make_console, progress
+from ..files import check_folder, write_whole
+from . import machine
+
+
+def run(settings, json_file=None, plot_file=None):
+    """Run the benchmark that the settings name.
+
+    Raises
+    ------
+    ValueError, OSError
+        For a file that can't be written, before anything is measured; for a shape that does
+        not fit the memory.
+    """
+    _check_file(json_file)
+    _check_file(plot_file, ".png")
+    module = importlib.import_module(f".{settings.benchmark}", __package__)
+    console = make_console()
+    with machine.threads(settings.threads):
+        result = {
+            "benchmark": settings.benchmark,
+            "machine": machine.describe(),
+            "settings": settings._asdict() | {"shape": settings.shape._asdict()},
+        }
+        for line in _header(settings, result["machine"]):
+            console.print(line)
+        with progress(console, module.rounds(settings), settings.benchmark, still=True) as bar:
+            result |= module.measure(settings, bar)
+    for part in module.tables(result):
+        console.print(part, width=min(WIDTH, console.width), soft_wrap=False)
+    if json_file is not None:
+        write_whole(json_file, json.dumps(result, indent=1).encode())
+        console.print(f"Written: {json_file}")
+    if plot_file is not None:
+        image = io.BytesIO()
+        module.figure(result).savefig(image, format="png")
+        write_whole(plot_file, image.getvalue())
+        console.print(f"Written: {plot_file}")
+
+
+def _check_file(path, suffix=""):
+    if path is None:
+        return
+    path = Path(path)
+    if not path.name.endswith(suffix):
+        raise ValueError(f"{path}: a plot ends in {suffix}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file, this is a folder")
+    check_folder(path.parent)
+
+
+def _header(settings, facts):
+    versions = facts["versions"]
+    software = ("moeprof", "torch", "transformers")
+    yield f"{settings.benchmark}: {machine.in_one_line(facts)}"
+    yield ", ".join(f"{name} {versions[name]}" for name in software if name in versions)
+    long = settings.rounds(129)
+    rounds = f"{settings.repeats} rounds" + (f", {long} above 128 tokens" if long > 1 else "")
+    yield f"{settings.shape}, {settings.dtype or 'all dtypes'}; {rounds}"

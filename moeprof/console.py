@@ -1,0 +1,63 @@
+"""What the commands show: plain lines, and a bar for a person who waits."""
+
+from contextlib import contextmanager
+
+WIDTH = 100  # columns of the tables, and of a file or a pipe
+
+
+def make_console():
+    """Lines on stdout as they are: not wrapped, no markup, no colours for numbers."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDTH  # a file or a pipe has no width of its own
+    return console
+
+
+class Bar:
+    """A progress bar of `total` steps; `note` says what it is at."""
+
+    def __init__(self, progress, name, total):
+        self._progress = progress
+        self._task = progress.add_task(name, total=total)
+        self._refresh = not progress.live.auto_refresh
+
+    def step(self):
+        self._progress.update(self._task, advance=1, refresh=self._refresh)
+
+    def note(self, text):
+        self._progress.update(self._task, description=text, refresh=self._refresh)
+
+
+@contextmanager
+def progress(console, total, name, *, still=False):
+    """A Bar for a person: on the console, or on stderr when only that is a terminal.
+
+    still: it is drawn at its steps only, so that no thread of it runs beside a measurement.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    screen = console if console.is_terminal else Console(stderr=True)
+    shown = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        auto_refresh=not still,
+        disable=not screen.is_terminal,
+        redirect_stdout=screen is console,
+    )
+    with shown:
+        yield Bar(shown, name, total)

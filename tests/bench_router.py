@@ -1,0 +1,13 @@
+"""What top-k and BH routing cost, as a share of the layer's time.
+
+    python tests/bench_router.py --shape qwen3-30b
+
+The same as `moeprof bench router`; --help lists the options.
+"""
+
+import sys
+
+from moeprof.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", "router", *sys.argv[1:]]))

@@ -1,0 +1,317 @@
+"""The benchmarks, on tiny shapes: what they print, write and draw. No test asserts a time."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import image
+from models import V5
+from util import in_use
+
+import moeprof
+from moeprof import _C
+from moeprof.bench import kernels, layer, model, router
+from moeprof.bench.limits import roof
+from moeprof.bench.machine import check_memory
+from moeprof.bench.settings import SHAPES, Shape
+from moeprof.bench.timing import interleave
+from moeprof.bench.weights import Calls, layer_weights
+from moeprof.cli import main
+
+SHAPE = ("--shape", "8,32,16,4", "--repeats", 2)
+STOCK = ["eager", "grouped_mm"] if V5 else ["eager"]
+
+
+def bench(capsys, tmp_path, *arguments):
+    """(stdout, the JSON) of `moeprof bench ...`; nothing goes to stderr."""
+    file = tmp_path / "result.json"
+    assert main(["bench", *map(str, arguments), "--json", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and f"Written: {file}" in out
+    assert max(map(len, out.splitlines())) <= max(100, len(f"Written: {file}"))
+    result = json.loads(file.read_text())
+    check(result, arguments[0])
+    return out, result
+
+
+def check(result, name):
+    """What every benchmark's JSON holds; all that was measured is positive and finite."""
+    assert result["benchmark"] == name
+    facts = result["machine"]
+    assert facts["features"] == _C.cpu_features() and facts["cpu"]
+    assert torch.__version__.startswith(facts["versions"]["torch"])
+    assert result["settings"]["repeats"] == 2 and result["rows"]
+    for row in result["rows"]:
+        for times in row["times"].values():
+            assert times["best_ms"] <= times["lower_ms"] <= times["median_ms"] <= times["upper_ms"]
+            assert all(value > 0 for value in times.values())
+    signed = ("bh_over_topk_share",)  # a difference
+    for key, number in numbers(result):
+        assert math.isfinite(number) and (number > 0 or key in signed), key
+
+
+def numbers(value, key=""):
+    """(key, number) of all floats in what JSON gives."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from numbers(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from numbers(item, key)
+    elif isinstance(value, float):
+        yield key, value
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+# ---------------------------------------------------------------- the four benchmarks
+
+
+def test_layer(capsys, tmp_path):
+    picture = tmp_path / "layer.png"
+    options = ("--tokens", "4,1,40", "--dtype", "float32", "--threads", 1, "--plot", picture)
+    out, result = bench(capsys, tmp_path, "layer", *SHAPE, *options)
+    names = [*STOCK, "moeprof"]
+    assert result["contenders"] == names and result["missing"] == {}
+    assert result["machine"]["threads"] == 1
+    assert [row["tokens"] for row in result["rows"]] == [1, 4, 40]
+    for row in result["rows"]:
+        assert set(row["times"]) == {"read", "gemm", *names}
+        assert set(row["errors"]) == (set(names) if row["tokens"] <= 32 else set())
+        assert all(error < 1e-6 for error in row["errors"].values())
+        assert row["bytes"] == row["experts_hit"] * 3 * 32 * 16 * 4
+        assert row["flop"] == row["tokens"] * 4 * 6 * 32 * 16
+        assert row["roof"]["roof_ms"] == max(row["roof"]["read_ms"], row["roof"]["gemm_ms"])
+    skipping = result["skipping"]
+    assert (skipping["kept"], skipping["all"], skipping["limit"]) == (2, 4, 0.5)
+    first = out.splitlines()[0]
+    assert first.startswith("layer: ") and result["machine"]["cpu"] in first
+    assert all(feature in first for feature in _C.cpu_features()) and "1 thread" in first
+    for header in ("hit", "eager", "moeprof", "GB/s", "GFLOP", "roof", "other/", "error"):
+        assert header in out
+    assert "decode at an average of 2 experts / decode at 4: " in out
+    assert image.imread(picture).shape[2] == 4
+
+
+def test_layer_names_the_peers_that_are_left_out(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_SO", raising=False)
+    monkeypatch.setitem(sys.modules, "zentorch", None)
+    out, result = bench(capsys, tmp_path, "layer", *SHAPE, "--tokens", 1, "--peers")
+    assert result["contenders"] == [*STOCK, "moeprof"]
+    assert "left out: vllm: ValueError: VLLM_SO does not name its library" in out
+    assert "left out: zentorch: " in out
+
+
+def test_kernels(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "cache_bytes", lambda: 2**18)
+    before, picture = (in_use(), torch.get_num_threads()), tmp_path / "kernels.png"
+    options = ("--dtype", "bfloat16", "--tokens", 9, "--plot", picture)
+    out, result = bench(capsys, tmp_path, "kernels", *SHAPE, *options)
+    assert (in_use(), torch.get_num_threads()) == before
+    assert result["machine"]["threads"] == 1
+    timed = {(row["kernel"], row["variant"]) for row in result["rows"]}
+    wanted = ("linear_bf16", "gemm_bf16", "swiglu_bf16", "softmax", "logprob", "p_table",
+              "p_normal", "order", "step_up")  # fmt: skip
+    assert timed == {(k, v) for k, v, has, _ in _C.variants() if has and k in wanted}
+    for row in result["rows"]:
+        limited = row["kernel"].startswith(("linear", "gemm"))
+        assert ("of_limit" in row) == limited
+        assert row["variant"] != "scalar" or row["scalar_ratio"] == 1
+        if row["kernel"] == "gemm_bf16":
+            assert row["best_rate"] <= row["limit_rate"]
+    for header in ("kernel", "variant", "x scalar", "limit", "of limit"):
+        assert header in out
+    assert image.imread(picture).size
+
+
+def test_router(capsys, tmp_path):
+    picture = tmp_path / "router.png"
+    options = ("--tokens", "1,3", "--plot", picture)
+    out, result = bench(capsys, tmp_path, "router", *SHAPE, *options)
+    for row in result["rows"]:
+        topk, bh, layer = (row["times"][name]["median_ms"] for name in ("topk", "bh", "layer"))
+        assert row["topk_share"] == topk / layer and row["bh_share"] == bh / layer
+        assert row["bh_over_topk_share"] == pytest.approx((bh - topk) / layer)
+    assert "(BH - top-k) / layer" in out and "Routing share" in out
+    assert image.imread(picture).size
+
+
+def test_model(capsys, tmp_path):
+    picture = tmp_path / "model.png"
+    options = ("--tokens", "1,5", "--plot", picture)
+    out, result = bench(capsys, tmp_path, "model", *SHAPE, *options)
+    assert set(model.CONTENDERS) >= {*STOCK, "moeprof", "moeprof + on_routing(callback)"}
+    decode, prefill = result["rows"]
+    for row in (decode, prefill, result["demo"]):
+        assert set(model.CONTENDERS) <= set(row["times"])
+    assert decode["experts_hit"] == [4] * 4 and len(prefill["experts_hit"]) == 4
+    assert all(4 <= hit <= 8 for hit in prefill["experts_hit"])
+    assert decode["bytes"] == {
+        "experts": 4 * 4 * 3 * 32 * 16 * 2,
+        "attention": 4 * 4 * 32 * 32 * 2,
+        "lm_head": 50304 * 32 * 2,
+        "gates and norms": (4 * 8 * 32 + (4 * 4 + 1) * 32) * 2,
+    }
+    assert "target_ms" in decode and "target_ms" not in prefill
+    text = words(out)
+    assert "A decode step reads" in text and "on_routing(callback): " in text
+    for header in ("contender", "x transformers", "roof ms", "experts"):
+        assert header in out
+    assert image.imread(picture).size
+
+
+# ---------------------------------------------------------------- what they are made of
+
+
+def test_the_random_model_is_an_olmoe_that_computes():
+    words, stock = model.random_model(Shape("tiny", 8, 32, 16, 4), torch.float32)
+    total = sum(parameter.nbytes for parameter in stock.parameters())
+    assert total <= words.nbytes < total + 64 * 4 * 100  # the rest is alignment
+    ids = torch.arange(2, 9)[None]
+    with torch.inference_mode():
+        expected = stock(ids).logits
+        with moeprof.patch(stock):
+            patched = stock(ids).logits
+    assert expected.std() > 0 and torch.isfinite(expected).all()
+    torch.testing.assert_close(patched, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_two_experts_are_alike():
+    weights = layer_weights(Shape("", 64, 64, 256, 8), torch.float32)  # more than the random run
+    assert len({tuple(matrix[0, :8].tolist()) for matrix in weights.down}) == 64
+
+
+def test_calls_differ_in_their_experts_but_not_in_how_many():
+    calls = Calls(SHAPES["demo"], torch.float32, 3)
+    drawn = [calls.next() for _ in range(4)]
+    assert len({tuple(call.idx.flatten().tolist()) for call in drawn}) == 4
+    assert {call.idx.unique().numel() for call in drawn} == {calls.experts_hit}
+    for call in drawn:
+        weights, idx = call.logits.softmax(-1).topk(8)
+        assert torch.equal(idx, call.idx) and torch.equal(weights, call.weights)
+
+
+def test_every_contender_runs_once_a_round():
+    ran, steps = [], []
+
+    class Bar:
+        def step(self):
+            steps.append(len(ran))
+
+    calls = {name: lambda value: ran.append(value) for name in "abc"}
+    times = interleave(calls, 5, lambda name: (name,), Bar())
+    assert set(times) == {"a", "b", "c"} and steps == [3, 6, 9, 12, 15, 18]
+    rounds = [ran[n : n + 3] for n in range(0, 18, 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+
+
+def test_roof():
+    rates = {"read_gbs": 20.0, "gemm_gflops": 100.0}
+    assert roof(4e9, 1e9, rates) == {"read_ms": 200.0, "gemm_ms": 10.0, "roof_ms": 200.0}
+
+
+def times_of(**medians):
+    return {
+        name: {"median_ms": ms, "best_ms": ms, "lower_ms": ms / 2, "upper_ms": 2 * ms}
+        for name, ms in medians.items()
+    }
+
+
+def test_the_plot_has_the_limits_and_units():
+    limits = [{"read_ms": 1.0, "gemm_ms": 0.1, "roof_ms": 1.0},
+              {"read_ms": 2.0, "gemm_ms": 4.0, "roof_ms": 4.0}]  # fmt: skip
+    result = {
+        "settings": {"shape": SHAPES["olmoe"]._asdict(), "dtype": "float32"},
+        "machine": {"cpu": "A CPU", "features": ["avx2"], "threads": 2},
+        "contenders": ["eager", "moeprof"],
+        "rows": [
+            {"tokens": tokens, "roof": limit, "times": times_of(eager=9.0, moeprof=5.0)}
+            for tokens, limit in zip((1, 32), limits, strict=True)
+        ],
+    }
+    (axis,) = layer.figure(result).axes
+    assert axis.get_xlabel() == "T, tokens in the call"
+    assert axis.get_ylabel() == "time of the call (ms)"
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["roof", "limit: reading the weights", "limit: dense GEMM rate", "eager",
+                      "moeprof"]  # fmt: skip
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in axis.get_lines()}
+    assert drawn["roof"] == [1.0, 4.0] and drawn["limit: reading the weights"] == [1.0, 2.0]
+    assert "top-8" in axis.get_title("left")
+    assert any("A CPU (avx2), 2 threads" in text.get_text() for text in axis.texts)
+
+
+def test_the_other_figures_are_labelled():
+    result = {
+        "settings": {"shape": SHAPES["olmoe"]._asdict(), "dtype": None},
+        "machine": {"cpu": "A CPU", "features": [], "threads": 1},
+    }
+    row = {"kernel": "softmax", "what": "", "variant": "scalar", "scalar_ratio": 1.0}
+    routed = {"tokens": 1, "times": times_of(topk=1.0, bh=2.0, layer=30.0)}
+    for figure in (
+        kernels.figure(result | {"rows": [row]}),
+        router.figure(result | {"rows": [routed]}),
+    ):
+        (axis,) = figure.axes
+        assert axis.get_xlabel() and axis.get_ylabel() and axis.get_title("left")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: BENCHMARK"),
+        (["all"], "invalid choice: 'all'"),
+        (["layer", "--shape", "8,32,16"], "expected E,H,I,K or one of olmoe, mixtral, qwen3-30b"),
+        (["layer", "--shape", "olmo"], "expected a number from 1 to 1000000, got olmo"),
+        (["layer", "--shape", "8,32,16,9"], "K 9 is more than E 8"),
+        (["layer", "--tokens", "1,x"], "expected a number from 1 to 1000000, got x"),
+        (["layer", "--tokens", "0"], "expected a number from 1 to 1000000, got 0"),
+        (["layer", "--repeats", "0"], "expected a number from 1 to 1000000, got 0"),
+        (["layer", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["kernels", "--threads", "2"], "unrecognized arguments: --threads 2"),
+        (["router", "--plot", "figure.pdf"], "figure.pdf: a plot ends in .png"),
+        (["router", "--json", "no/such/file"], "no/such/file: no such folder no/such"),
+        (["router", "--json", "/"], "/: expected a file, this is a folder"),
+        (["model", "--shape", "8,31,16,4"], "H 31: a model with rotary positions needs an even"),
+        (["layer", "--shape", "999999,9999,9999,1"], "GB of memory"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    try:
+        code = main(["bench", *arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("moeprof: error: ") and message in lines[0]
+
+
+def test_memory_is_checked():
+    check_memory(1)
+    with pytest.raises(ValueError, match="this shape needs 1000000000.0 GB of memory"):
+        check_memory(1e18)
+
+
+@pytest.mark.parametrize("name", ["kernels", "layer", "router", "model"])
+def test_scripts_run_alone(name):
+    script = Path(__file__).parent / f"bench_{name}.py"
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and f"usage: moeprof bench {name}" in done.stdout
+
+
+def test_no_torch_before_a_benchmark_runs():
+    code = "import sys, moeprof.bench.arguments; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
