@@ -161,7 +161,7 @@ def test_model(capsys, tmp_path):
     assert "target_ms" in decode and "target_ms" not in prefill
     text = words(out)
     assert "A decode step reads" in text and "on_routing(callback): " in text
-    for header in ("contender", "x transformers", "roof ms", "experts"):
+    for header in ("contender", "x trans-", "best", "roof", "of a layer"):
         assert header in out
     assert image.imread(picture).size
 

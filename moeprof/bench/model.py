@@ -166,8 +166,9 @@ def _flop(model, shape, tokens):
 def tables(result):
     names = result["contenders"]
     columns = {
-        "model": "{}", "T": "{:d}", "contender": "{}", "ms": "{:.2f}", "best ms": "{:.2f}",
-        "x transformers": "{:.2f}", "roof ms": "{:.2f}", "experts\nof a layer": "{}",
+        "model": "{}", "T": "{:d}", "contender": "{}", "ms": "{:.2f}",
+        "best\nms": "{:.2f}", "x trans-\nformers": "{:.2f}", "roof\nms": "{:.2f}",
+        "experts\nof a layer": "{}",
     }  # fmt: skip
     cells = []
     for row in result["rows"]:

@@ -19,7 +19,7 @@ def against_tokens(result, labels, what):
         axis.plot(tokens, limits["roof_ms"], color="black", linewidth=2, label="roof")
         style = {"color": "#777777", "linewidth": 1.3, "zorder": 1}
         axis.plot(tokens, limits["read_ms"], "--", label="limit: reading the weights", **style)
-        axis.plot(tokens, limits["gemm_ms"], ":", label="limit: dense GEMM rate", **style)
+        axis.plot(tokens, limits["gemm_ms"], "-.", label="limit: dense GEMM rate", **style)
     for number, (name, label) in enumerate(labels.items()):
         seen = [row for row in rows if name in row["times"]]
         times = [row["times"][name] for row in seen]
