@@ -133,17 +133,19 @@ static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slo
     return blocks(tokens, blocks(tokens, most));
 }
 
-/* Some ten tasks a thread, so that none waits long for the last. */
-static ptrdiff_t block_h(const mp_layer *l, int threads)
+/* Enough tasks a thread that none waits long for the last one; fewer where there are
+ * many rows, since each task passes through the activations of all. */
+static ptrdiff_t block_h(const mp_layer *l, ptrdiff_t pairs, int threads)
 {
-    return clamp(l->hidden_size / threads / 10 / 8 * 8, 8, MP_BLOCK_N);
+    const ptrdiff_t tasks = pairs > MP_FEW_ROWS * l->num_experts ? 10 : 32;
+    return clamp(l->hidden_size / threads / tasks / 16 * 16, 16, MP_BLOCK_N);
 }
 
 /* No more threads than there are tasks in the larger region: each costs scratch. */
 static int useful_threads(const mp_layer *l, ptrdiff_t pairs, int threads)
 {
     const ptrdiff_t gate_up = pairs * blocks(l->intermediate_size, MP_BLOCK_N);
-    const ptrdiff_t down = blocks(l->hidden_size, 8);
+    const ptrdiff_t down = blocks(l->hidden_size, 16);
     const ptrdiff_t most = clamp(gate_up > down ? gate_up : down, 1, MP_MAX_THREADS);
     return threads < most ? threads : (int)most;
 }
@@ -391,7 +393,7 @@ int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
     threads = useful_threads(layer, tokens * slots, threads);
     const ptrdiff_t step = chunk_tokens(layer, tokens, slots, threads);
     chunk c = {.layer = layer, .tokens = step, .block_m = block_m(layer, threads),
-               .block_h = block_h(layer, threads)};
+               .block_h = block_h(layer, tokens * slots, threads)};
     char *memory = mp_take_scratch(lay_out(&c, NULL, slots, threads));
     if (!memory)
         return MP_NO_MEMORY;

@@ -1,17 +1,57 @@
 /* Bindings: a layer's experts, alone and behind a router; a linear layer. */
 #include "pyargs.h"
 
+#include "bits.h"
 #include "dense.h"
 
 PyDoc_STRVAR(experts_doc,
 "experts(hidden, experts, weights, dtype, pointers, intermediate_size, threads)\n--\n\n"
-"hidden (T,H), experts (T,k) int32 with -1 for none, weights (T,k) float32 -> (T,H).\n"
-"pointers (3,E) uint64: the addresses of gate, up (I,H) and down (H,I) of each expert.");
+"hidden (T,H), experts (T,k) int32 or int64 with -1 for none, weights (T,k) float32 or of\n"
+"the dtype of hidden -> (T,H). pointers (3,E) uint64: the addresses of gate, up (I,H) and\n"
+"down (H,I) of each expert.");
+
+/* The ids (T,k) as int32; what is no int32 becomes one that is no expert. New reference. */
+static PyArrayObject *ids_view(PyObject *object)
+{
+    if (!PyArray_Check(object) || PyArray_TYPE((PyArrayObject *)object) != NPY_INT64) {
+        PyArrayObject *ids = mp_array(object, "experts", NPY_INT32, 2);
+        return (PyArrayObject *)Py_XNewRef((PyObject *)ids);
+    }
+    PyArrayObject *wide = mp_array(object, "experts", NPY_INT64, 2), *ids;
+    if (!wide || !(ids = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(wide), NPY_INT32)))
+        return NULL;
+    const int64_t *from = PyArray_DATA(wide);
+    int32_t *to = PyArray_DATA(ids);
+    for (npy_intp i = 0; i < PyArray_SIZE(wide); i++)
+        to[i] = from[i] < INT32_MIN || from[i] > INT32_MAX ? INT32_MIN : (int32_t)from[i];
+    return ids;
+}
+
+/* The weights (T,k) as float32, which they are or which 16-bit ones become. New
+ * reference. */
+static PyArrayObject *weights_view(PyObject *object, mp_dtype dtype)
+{
+    if (dtype == MP_F32 || !PyArray_Check(object)
+        || PyArray_TYPE((PyArrayObject *)object) != NPY_UINT16) {
+        PyArrayObject *weights = mp_array(object, "weights", NPY_FLOAT32, 2);
+        return (PyArrayObject *)Py_XNewRef((PyObject *)weights);
+    }
+    PyArrayObject *narrow = mp_array(object, "weights", NPY_UINT16, 2), *weights;
+    if (!narrow
+        || !(weights = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(narrow),
+                                                          NPY_FLOAT32)))
+        return NULL;
+    const uint16_t *from = PyArray_DATA(narrow);
+    float *to = PyArray_DATA(weights);
+    for (npy_intp i = 0; i < PyArray_SIZE(narrow); i++)
+        to[i] = dtype == MP_BF16 ? mp_f32_from_bf16(from[i]) : mp_f32_from_f16(from[i]);
+    return weights;
+}
 
 static PyObject *experts(PyObject *module, PyObject *args)
 {
-    PyObject *hidden, *indices, *weights, *pointers, *out;
-    PyArrayObject *x, *idx, *w;
+    PyObject *hidden, *indices, *weights, *pointers, *out = NULL;
+    PyArrayObject *x, *idx = NULL, *w = NULL;
     const char *dtype_name;
     Py_ssize_t intermediate_size;
     int threads, error;
@@ -23,27 +63,28 @@ static PyObject *experts(PyObject *module, PyObject *args)
                           &dtype_name, &pointers, &intermediate_size, &threads)
         || mp_parse_dtype(dtype_name, &dtype)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
-        || !(idx = mp_array(indices, "experts", NPY_INT32, 2))
-        || !(w = mp_array(weights, "weights", NPY_FLOAT32, 2))
         || mp_check_threads(threads)
-        || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer))
-        return NULL;
-    if (PyArray_DIM(idx, 0) != PyArray_DIM(x, 0) || !PyArray_SAMESHAPE(idx, w))
-        return PyErr_Format(PyExc_ValueError,
-                            "experts and weights: expected (%zd, k) both",
-                            (Py_ssize_t)PyArray_DIM(x, 0));
+        || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
+        || !(idx = ids_view(indices)) || !(w = weights_view(weights, dtype)))
+        goto done;
+    if (PyArray_DIM(idx, 0) != PyArray_DIM(x, 0) || !PyArray_SAMESHAPE(idx, w)) {
+        PyErr_Format(PyExc_ValueError, "experts and weights: expected (%zd, k) both",
+                     (Py_ssize_t)PyArray_DIM(x, 0));
+        goto done;
+    }
     if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), mp_carrier(dtype))))
-        return NULL;
+        goto done;
 
     Py_BEGIN_ALLOW_THREADS
     error = mp_experts(&layer, PyArray_DATA(x), PyArray_DIM(x, 0), PyArray_DATA(idx),
                        PyArray_DATA(w), PyArray_DIM(idx, 1), threads,
                        PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
-    if (mp_check_experts(error)) {
-        Py_DECREF(out);
-        return NULL;
-    }
+    if (mp_check_experts(error))
+        Py_CLEAR(out);
+done:
+    Py_XDECREF(idx);
+    Py_XDECREF(w);
     return out;
 }
 

@@ -92,18 +92,22 @@ def _experts(
     hidden: Tensor, experts: Tensor, routing_weights: Tensor, weights: list[Tensor], name: str
 ) -> Tensor:
     pointers, intermediate_size = pointer_table(weights)
-    num_experts = pointers.shape[1]
-    if experts.numel() and not -1 <= int(experts.min()) <= int(experts.max()) < num_experts:
-        raise ValueError(f"{name}: experts: an index is outside [-1, {num_experts})")
-    out = _C.experts(
-        as_array(hidden),
-        as_array(experts.to(torch.int32)),
-        as_array(routing_weights.to(torch.float32)),
-        DTYPES[hidden.dtype],
-        pointers,
-        intermediate_size,
-        get_num_threads(),
-    )
+    if experts.dtype not in (torch.int32, torch.int64):
+        experts = experts.to(torch.int64)
+    if routing_weights.dtype not in (torch.float32, hidden.dtype):
+        routing_weights = routing_weights.to(torch.float32)
+    try:
+        out = _C.experts(
+            as_array(hidden),
+            as_array(experts),
+            as_array(routing_weights),
+            DTYPES[hidden.dtype],
+            pointers,
+            intermediate_size,
+            get_num_threads(),
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     return as_tensor(out, hidden.dtype)
 
 
@@ -244,9 +248,9 @@ def experts_forward(
         If the experts, or the shapes, are not of that form; it names what was expected.
     """
     name = type(experts).__name__
-    if reason := packed_obstacle(experts):
+    matrices, reason = read_packed(experts)
+    if reason:
         raise ValueError(f"{name}: not on moeprof's path: {reason}")
-    matrices = [experts.gate_up_proj, experts.down_proj]
     if hidden.dim() != 2 or hidden.shape[1] != matrices[1].shape[1]:
         raise ValueError(
             f"{name}: hidden: expected (T, {matrices[1].shape[1]}), got {tuple(hidden.shape)}"
@@ -291,29 +295,36 @@ def is_silu(activation) -> bool:
     return type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 
-def packed_obstacle(experts: torch.nn.Module) -> str | None:
-    """Why packed experts of transformers 5 are not on the C path, or None."""
+def read_packed(experts: torch.nn.Module) -> tuple[list[Tensor], str | None]:
+    """([gate_up_proj, down_proj], None) of packed experts of transformers 5, or ([], why not)."""
+    own, kind = vars(experts), type(experts)
+
+    def flag(name: str, default: bool) -> bool:
+        # Not getattr: on a module, what is not there costs ten times what is.
+        return own.get(name, getattr(kind, name, default))
+
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
-        return "no tensors gate_up_proj and down_proj"
-    if getattr(experts, "has_bias", False):
-        return "experts with a bias"
-    if getattr(experts, "is_transposed", False) or not getattr(experts, "is_concatenated", True):
-        return "transposed or interleaved expert weights"
-    if getattr(experts, "has_post_expert_norm", False):
-        return "a norm after each expert"
-    if getattr(experts, "_is_expert_parallel", False):
-        return "expert parallelism"
-    apply_gate = getattr(type(experts), "_apply_gate", None)
+        return [], "no tensors gate_up_proj and down_proj"
+    if flag("has_bias", False):
+        return [], "experts with a bias"
+    if flag("is_transposed", False) or not flag("is_concatenated", True):
+        return [], "transposed or interleaved expert weights"
+    if flag("has_post_expert_norm", False):
+        return [], "a norm after each expert"
+    if flag("_is_expert_parallel", False):
+        return [], "expert parallelism"
+    apply_gate = getattr(kind, "_apply_gate", None)
     if apply_gate is not None and apply_gate.__name__ != "_default_apply_gate":
-        return "a gating of its own (_apply_gate)"
-    if not is_silu(getattr(experts, "act_fn", None)):
-        return f"activation {getattr(experts, 'act_fn', None)!r} (SiLU is supported)"
+        return [], "a gating of its own (_apply_gate)"
+    activation = getattr(experts, "act_fn", None)
+    if not is_silu(activation):
+        return [], f"activation {activation!r} (SiLU is supported)"
     if down.dim() != 3:
-        return f"down_proj of shape {tuple(down.shape)} (expected (E, H, I))"
+        return [], f"down_proj of shape {tuple(down.shape)} (expected (E, H, I))"
     num_experts, hidden_size, intermediate_size = down.shape
     if gate_up.shape != (num_experts, 2 * intermediate_size, hidden_size):
-        return f"gate_up_proj {tuple(gate_up.shape)} beside down_proj {tuple(down.shape)}"
+        return [], f"gate_up_proj {tuple(gate_up.shape)} beside down_proj {tuple(down.shape)}"
     if not (gate_up.is_contiguous() and down.is_contiguous()):
-        return "expert weights that are not contiguous"
-    return None
+        return [], "expert weights that are not contiguous"
+    return [gate_up, down], None

@@ -649,3 +649,17 @@ def test_moe_is_route_and_experts(dtype, logits_dtype):
     z[17] = narrow([np.nan], logits_dtype)
     with pytest.raises(ValueError, match="router_logits: row 17 has a NaN"):
         layer.moe(hidden, z, spec)
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_ids_and_weights_as_torch_has_them(dtype):
+    """int64 ids, weights in the layer's own dtype."""
+    layer, hidden, ids, weights = routing_of("some slots", dtype)
+    rounded = narrow(weights, dtype)
+    expected = layer(hidden, ids, np.ascontiguousarray(widen(rounded, dtype)))
+    np.testing.assert_array_equal(layer(hidden, ids.astype(np.int64), rounded), expected)
+    for bad in (4, -2, 2**32, 2**31, -(2**63)):
+        wide = ids.astype(np.int64)
+        wide[3, 1] = bad
+        with pytest.raises(ValueError, match="experts: an index is outside"):
+            layer(hidden, wide, weights)

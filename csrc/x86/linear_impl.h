@@ -3,8 +3,10 @@
  * vf_sum4 does: the same order in each tile, so a row's result does not depend on the
  * rows beside it.
  *
- * While a tile is computed, the next weights are fetched line by line in the order of
- * memory: the hardware's own prefetcher stops at each page, which is each row here.
+ * While a tile is computed, the weights some 16 KB ahead are fetched line by line in the
+ * order of memory: the hardware's own prefetcher stops at each page, which is each row
+ * here. (GB/s on AMD Zen 4 that reads plainly at 32: 31.5 at 4 KB, 33.0 at 8, 34.7 at 16,
+ * 34.8 at 32.)
  *
  * To be defined before, undefined here:
  *   NAME(part)               names of the functions; NAME(linear) is the kernel
@@ -82,13 +84,17 @@ MP_TARGET void NAME(linear)(const mp_rows *x, const void *w, ptrdiff_t n, ptrdif
                             const void *next, float *out, ptrdiff_t ldout,
                             float *scratch)
 {
+    const ptrdiff_t row = k * W_SIZE, tile = TILE_R * row;
+    const ptrdiff_t distance = (16384 + tile - 1) / tile * tile;
     const char *rows[TILE_M];
     (void)scratch;
     for (ptrdiff_t j = 0, step; j < n; j += step) {
         step = n - j >= TILE_R ? TILE_R : 1;
-        const char *w_j = (const char *)w + j * k * W_SIZE;
+        const char *w_j = (const char *)w + j * row;
+        const ptrdiff_t beyond = j * row + distance - n * row;
         /* with nothing ahead, what is at hand: a prefetch that costs nothing */
-        const char *ahead = n - j > step ? w_j + step * k * W_SIZE : next ? next : w_j;
+        const char *ahead = beyond < 0 ? w_j + distance
+                          : next       ? (const char *)next + beyond : w_j;
         for (ptrdiff_t r = 0; r < x->count; r += TILE_M) {
             const int m = (int)(x->count - r < TILE_M ? x->count - r : TILE_M);
             for (int i = 0; i < m; i++)

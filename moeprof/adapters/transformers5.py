@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.olmoe import modeling_olmoe
 
-from ..experts import packed_obstacle
+from ..experts import read_packed
 from .base import Adapter, RouterOutput, hooked
 
 
@@ -45,9 +45,7 @@ class Olmoe5(Adapter):
         for module in experts.modules():
             if reason := hooked(module):
                 return [], reason
-        if reason := packed_obstacle(experts):
-            return [], reason
-        return [experts.gate_up_proj, experts.down_proj], None
+        return read_packed(experts)
 
     @classmethod
     def logits(cls, block: nn.Module, x: Tensor) -> Tensor:

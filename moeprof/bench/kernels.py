@@ -10,7 +10,7 @@ import torch
 
 from .. import _C
 from ..arguments import DTYPES
-from ..experts import _array
+from ..experts import as_array
 from . import plots
 from .limits import SIZE, limit_calls
 from .machine import cache_bytes
@@ -147,7 +147,7 @@ def _operands(rows, out, inner, dtype):
     torch_dtype = getattr(torch, dtype)
     words, tensors = random_tensors({"w": (out, inner)}, torch_dtype)
     x = torch.randn(rows, inner).to(torch_dtype if dtype == "bfloat16" else torch.float32)
-    return (_array(x), np.arange(rows, dtype=np.int32), _array(tensors["w"]), dtype), words
+    return (as_array(x), np.arange(rows, dtype=np.int32), as_array(tensors["w"]), dtype), words
 
 
 def _linear(shape, dtype):

@@ -1,7 +1,5 @@
 """A whole model: decode steps and prefills, as it is and patched, and what a callback costs."""
 
-import inspect
-
 import torch
 from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM
 from transformers.utils import logging
@@ -9,6 +7,7 @@ from transformers.utils import logging
 import moeprof
 
 from .. import demo
+from ..decoding import decode
 from . import plots
 from .contenders import PACKED
 from .limits import WORDS, limit_calls, rates, roof
@@ -21,10 +20,7 @@ CACHED = 64  # tokens before a decode step
 OVERHEAD, OF_BANDWIDTH = 1.5, 0.95  # ms; the target of a decode step
 IMPLEMENTATIONS = ("eager", "grouped_mm") if PACKED else ("eager",)
 PATCHED, LINEARS, CALLBACK = "moeprof", "moeprof + linears", "moeprof + on_routing(callback)"
-_FORWARD = inspect.signature(OlmoeForCausalLM.forward).parameters
-CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # the name since transformers 5.24
-HAS_LINEARS = "linears" in inspect.signature(moeprof.patch).parameters
-CONTENDERS = [*IMPLEMENTATIONS, PATCHED, *[LINEARS] * HAS_LINEARS, CALLBACK]
+CONTENDERS = [*IMPLEMENTATIONS, PATCHED, LINEARS, CALLBACK]
 
 
 def rounds(settings):
@@ -83,7 +79,9 @@ class _Contenders:
             self.call(self._random_ids(CACHED), self._cache)
 
     def call(self, ids, cache):
-        return self.model(input_ids=ids, **{CACHE: cache})
+        if cache is None:
+            return self.model(input_ids=ids, use_cache=False)
+        return decode(self.model, ids, cache)
 
     def _random_ids(self, count):
         draw = torch.Generator().manual_seed(count)

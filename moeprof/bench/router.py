@@ -6,7 +6,7 @@ import torch
 from .. import _C
 from ..calibration import _Histograms
 from ..cpu import get_num_threads
-from ..experts import _array
+from ..experts import as_array
 from ..null import LayerNull, _table
 from ..routers import BH, TopK
 from . import plots
@@ -56,7 +56,7 @@ def measure(settings, bar):
 
 def _route(spec, dtype):
     def call(x, logits, idx, w):
-        return _C.route(_array(logits), dtype, spec, get_num_threads(), False)
+        return _C.route(as_array(logits), dtype, spec, get_num_threads(), False)
 
     return call
 

@@ -1,0 +1,19 @@
+"""Decode steps on every transformers: what is cached is passed under a name that changed."""
+
+import inspect
+from functools import lru_cache
+
+
+def decode(model, input_ids, cache):
+    """Call the model with what it has cached of the tokens before.
+
+    The argument is ``past_key_values`` up to transformers 5.23 and ``cache`` from then on, where
+    the old name warns.
+    """
+    return model(input_ids=input_ids, use_cache=True, **{_name(type(model)): cache})
+
+
+@lru_cache
+def _name(model_class) -> str:
+    parameters = inspect.signature(model_class.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
