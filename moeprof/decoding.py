@@ -15,5 +15,6 @@ def decode(model, input_ids, cache):
 
 @lru_cache
 def _name(model_class) -> str:
-    parameters = inspect.signature(model_class.forward).parameters
+    forward = getattr(model_class, "forward", model_class.__call__)
+    parameters = inspect.signature(forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
