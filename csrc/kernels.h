@@ -35,10 +35,11 @@ static inline ptrdiff_t mp_row(const mp_rows *x, ptrdiff_t r)
  * MP_FEW_ROWS, `linear` streams the weights past rows that lie as they are; above,
  * `gemm` works on rows that `pack` has brought into panels.
  *
- * The number is measured (AMD Zen 4, AVX512-BF16, 2 threads, 64 experts of K = 2048 read
- * from memory at 32 and at 50 GB/s, ms): linear takes 17.2|14.0 for 6 rows, 20.1|16.8 for
- * 7, gemm 18.8|17.7 for either. */
-enum { MP_FEW_ROWS = 6 };
+ * The number is measured (AMD Zen 4 with AVX512-BF16, 2 threads, 64 times 2048 rows of
+ * weights of K = 2048 from memory, ms of linear|gemm): bf16 for 7 rows 22.0|22.5, 10
+ * 23.5|24.7, 12 24.2|24.1, 16 29.6|24.2; f32 for 7 rows 39.6|41.8, 10 44.7|45.8, 12
+ * 54.2|49.4, 16 62.7|45.2. */
+enum { MP_FEW_ROWS = 10 };
 
 /* Rows of weights that one call sees at most: a tile of them stays in L2 while the
  * panels pass, and a tile of products (M,N) stays small. */
