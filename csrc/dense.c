@@ -62,6 +62,11 @@ static void columns(void *context, ptrdiff_t task, int worker)
     put(j, y, first, n);
 }
 
+static size_t whole_lines(size_t bytes)
+{
+    return (bytes + 63) & ~(size_t)63;
+}
+
 /* x as the kernels read it, in `memory`: f16 widened, many rows packed. */
 static void prepare(job *j, char *memory)
 {
@@ -72,7 +77,7 @@ static void prepare(job *j, char *memory)
         for (size_t i = 0; i < count; i++)
             wide[i] = mp_f32_from_f16(halves[i]);
         j->x.data = wide;
-        memory += (count * sizeof *wide + 63) & ~(size_t)63;
+        memory += whole_lines(count * sizeof *wide);
     }
     if (j->x.count > MP_FEW_ROWS) {
         j->panels = memory;
@@ -91,9 +96,11 @@ int mp_dense(const void *x, ptrdiff_t m, const void *w, ptrdiff_t n, ptrdiff_t k
     job j = {.x = {x, k, NULL, m}, .w = w, .n = n, .k = k, .bias = bias, .dtype = dtype,
              .out = out,
              .scratch_floats = (size_t)m * MP_BLOCK_N + mp_scratch_floats(k)};
-    const size_t scratch = (j.scratch_floats * (size_t)threads * 4 + 63) & ~(size_t)63;
-    const size_t rows = (size_t)(mp_panel_size(m, k) + 16) * 4;
-    char *memory = mp_take_scratch(scratch + 2 * rows);
+    const size_t scratch = whole_lines(j.scratch_floats * (size_t)threads * sizeof(float));
+    const size_t wide = dtype == MP_F16 ? whole_lines((size_t)(m * k) * sizeof(float)) : 0;
+    const size_t panels = m > MP_FEW_ROWS
+                        ? (size_t)(mp_panel_size(m, k) * mp_act_size(dtype)) : 0;
+    char *memory = mp_take_scratch(scratch + wide + panels);
     if (!memory)
         return -1;
     j.scratch = (float *)memory;

@@ -4,19 +4,24 @@
 #include "pool.h"
 #include "scratch.h"
 
-/* Scratch of a call, however long the prompt: what the workers need, and the rest for
- * chunks of tokens. */
-static const size_t SCRATCH_BYTES = (size_t)64 << 20, LEAST_CHUNK_BYTES = (size_t)8 << 20;
-static const size_t PANEL_BYTES = (size_t)16 << 20; /* of all workers together */
+/* A call works through its tokens in chunks of so many bytes, however long the prompt is.
+ * Each worker has some 4 MiB to itself, so that up to 5 of them stay within 64 MiB. None
+ * of this depends on the number of threads: an expert's rows of a chunk are few or many,
+ * which decides the order of sums. */
+static const size_t CHUNK_BYTES = (size_t)40 << 20, PANEL_BYTES = (size_t)3 << 20;
 
-/* What a worker has to itself. */
+/* Columns of `out` in a task: many tasks, so that no thread waits long for the last one;
+ * but each passes through the activations of all. */
+enum { BLOCK_H = 32 };
+
+/* What a worker has to itself, on cache lines of its own. */
 typedef struct {
-    const int32_t *packed; /* the pairs that lie in `panels`, or NULL */
-    void *panels;          /* (block_m,H) */
-    float *gate, *up;      /* (block_m,MP_BLOCK_N) products; `gate` also those of down */
-    void *act;             /* (block_m,MP_BLOCK_N) */
-    float *sum;            /* (T,MP_BLOCK_N) */
-    float *scratch;        /* of the kernels */
+    _Alignas(64) const int32_t *packed; /* the pairs that lie in `panels`, or NULL */
+    void *panels;     /* (block_m,H) */
+    float *gate, *up; /* (block_m,MP_BLOCK_N) products; `gate` also those of down */
+    void *act;        /* (block_m,MP_BLOCK_N) */
+    float *sum;       /* (T,BLOCK_H) */
+    float *scratch;   /* of the kernels */
 } worker_state;
 
 typedef struct {
@@ -31,9 +36,9 @@ typedef struct {
     char *act;      /* each expert's activations: rows if they are few, else panels */
     ptrdiff_t *act_at; /* (E,): where in act, by number of the active expert */
     void *out;         /* (T,H) of the layer's dtype */
+    float *wide;       /* (T,H): f16 hidden states, widened */
     worker_state *workers;
     ptrdiff_t block_m; /* rows packed at a time, a multiple of 16 */
-    ptrdiff_t block_h; /* columns of `out` in a task, at most MP_BLOCK_N */
 } chunk;
 
 static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b)
@@ -68,12 +73,12 @@ static size_t act_row(const mp_layer *l)
     return (size_t)(mp_panel_width(l->intermediate_size) * mp_act_size(l->dtype));
 }
 
-/* Multiples of three panels, as gemm works; more than some hundred save nothing. */
-static ptrdiff_t block_m(const mp_layer *l, int threads)
+/* Rows that are packed at a time: multiples of three panels of 16, as gemm works. An
+ * expert with more is packed anew in each task. */
+static ptrdiff_t block_m(const mp_layer *l)
 {
-    const size_t row = (size_t)(l->hidden_size * mp_act_size(l->dtype));
-    const size_t rows = PANEL_BYTES / (size_t)threads / row;
-    return clamp((ptrdiff_t)rows / 48 * 48, 48, 384);
+    const size_t row = (size_t)(mp_panel_width(l->hidden_size) * mp_act_size(l->dtype));
+    return clamp((ptrdiff_t)(PANEL_BYTES / row) / 48 * 48, 48, 384);
 }
 
 static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
@@ -89,7 +94,7 @@ static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
     state.gate = carve(base, used, tile * sizeof(float));
     state.up = carve(base, used, tile * sizeof(float));
     state.act = carve(base, used, tile * (size_t)size);
-    state.sum = carve(base, used, (size_t)c->tokens * MP_BLOCK_N * sizeof(float));
+    state.sum = carve(base, used, (size_t)c->tokens * BLOCK_H * sizeof(float));
     state.scratch = carve(base, used, mp_scratch_floats(widest) * sizeof(float));
     if (base)
         c->workers[worker] = state;
@@ -112,40 +117,24 @@ static size_t lay_out(chunk *c, char *base, ptrdiff_t slots, int threads)
     c->weight = carve(base, &used, pairs * sizeof *c->weight);
     c->act = carve(base, &used, (pairs + 15 * panels) * act_row(l));
     if (l->dtype == MP_F16)
-        c->hidden = carve(base, &used, (size_t)(c->tokens * l->hidden_size) * sizeof(float));
+        c->wide = carve(base, &used, (size_t)(c->tokens * l->hidden_size) * sizeof(float));
     return used;
 }
 
-/* Tokens of a chunk: all, or equal parts that stay within the scratch. */
-static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slots,
-                              int threads)
+/* Tokens of a chunk: all, or equal parts. */
+static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slots)
 {
-    /* From E tokens on, the rows that fill panels up grow no more. */
-    const ptrdiff_t E = l->num_experts;
-    chunk some = {.layer = l, .tokens = E, .block_m = block_m(l, threads)}, twice = some;
-    twice.tokens = 2 * E;
-    const size_t bytes = lay_out(&some, NULL, slots, threads);
-    const size_t token = (lay_out(&twice, NULL, slots, threads) - bytes) / (size_t)E + 1;
-    const size_t fixed = bytes < token * (size_t)E ? 0 : bytes - token * (size_t)E;
-    size_t room = fixed < SCRATCH_BYTES ? SCRATCH_BYTES - fixed : 0;
-    room = room < LEAST_CHUNK_BYTES ? LEAST_CHUNK_BYTES : room;
-    const ptrdiff_t most = clamp((ptrdiff_t)(room / token), 1, tokens);
+    const size_t wide = l->dtype == MP_F16 ? (size_t)l->hidden_size * sizeof(float) : 0;
+    const size_t token = (size_t)slots * (act_row(l) + 8) + wide + 1;
+    const ptrdiff_t most = clamp((ptrdiff_t)(CHUNK_BYTES / token), 1, tokens);
     return blocks(tokens, blocks(tokens, most));
-}
-
-/* Enough tasks a thread that none waits long for the last one; fewer where there are
- * many rows, since each task passes through the activations of all. */
-static ptrdiff_t block_h(const mp_layer *l, ptrdiff_t pairs, int threads)
-{
-    const ptrdiff_t tasks = pairs > MP_FEW_ROWS * l->num_experts ? 10 : 32;
-    return clamp(l->hidden_size / threads / tasks / 16 * 16, 16, MP_BLOCK_N);
 }
 
 /* No more threads than there are tasks in the larger region: each costs scratch. */
 static int useful_threads(const mp_layer *l, ptrdiff_t pairs, int threads)
 {
     const ptrdiff_t gate_up = pairs * blocks(l->intermediate_size, MP_BLOCK_N);
-    const ptrdiff_t down = blocks(l->hidden_size, 16);
+    const ptrdiff_t down = blocks(l->hidden_size, BLOCK_H);
     const ptrdiff_t most = clamp(gate_up > down ? gate_up : down, 1, MP_MAX_THREADS);
     return threads < most ? threads : (int)most;
 }
@@ -341,7 +330,7 @@ static void down_task(void *context, ptrdiff_t task, int worker)
     const chunk *c = context;
     const mp_layer *l = c->layer;
     worker_state *w = c->workers + worker;
-    const ptrdiff_t h = task * c->block_h, n = smaller(c->block_h, l->hidden_size - h);
+    const ptrdiff_t h = task * BLOCK_H, n = smaller(BLOCK_H, l->hidden_size - h);
     memset(w->sum, 0, (size_t)(c->tokens * n) * sizeof *w->sum);
     for (ptrdiff_t a = 0; a < c->num_active; a++) {
         const int last = a + 1 == c->num_active;
@@ -367,20 +356,20 @@ static int run_chunk(chunk *c, const int32_t *experts, const float *weights,
         c->workers[i].packed = NULL;
     mp_parallel(c->num_active * blocks(l->intermediate_size, MP_BLOCK_N), threads,
                 gate_up_task, c);
-    mp_parallel(blocks(l->hidden_size, c->block_h), threads, down_task, c);
+    mp_parallel(blocks(l->hidden_size, BLOCK_H), threads, down_task, c);
     return MP_OK;
 }
 
-/* The hidden states of the chunk; fp16 is widened, the other dtypes stay. */
-static void set_hidden(chunk *c, float *wide, const void *hidden)
+/* The hidden states of the chunk; f16 is widened, the other dtypes stay. */
+static void set_hidden(chunk *c, const void *hidden)
 {
     const ptrdiff_t count = c->tokens * c->layer->hidden_size;
     c->hidden = hidden;
     if (c->layer->dtype != MP_F16)
         return;
     for (ptrdiff_t i = 0; i < count; i++)
-        wide[i] = mp_f32_from_f16(((const uint16_t *)hidden)[i]);
-    c->hidden = wide;
+        c->wide[i] = mp_f32_from_f16(((const uint16_t *)hidden)[i]);
+    c->hidden = c->wide;
 }
 
 int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
@@ -391,18 +380,16 @@ int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
     if (tokens == 0)
         return MP_OK;
     threads = useful_threads(layer, tokens * slots, threads);
-    const ptrdiff_t step = chunk_tokens(layer, tokens, slots, threads);
-    chunk c = {.layer = layer, .tokens = step, .block_m = block_m(layer, threads),
-               .block_h = block_h(layer, tokens * slots, threads)};
+    const ptrdiff_t step = chunk_tokens(layer, tokens, slots);
+    chunk c = {.layer = layer, .tokens = step, .block_m = block_m(layer)};
     char *memory = mp_take_scratch(lay_out(&c, NULL, slots, threads));
     if (!memory)
         return MP_NO_MEMORY;
     lay_out(&c, memory, slots, threads);
-    float *wide = (float *)(uintptr_t)c.hidden;
     int error = MP_OK;
     for (ptrdiff_t t = 0; t < tokens && !error; t += step) {
         c.tokens = smaller(step, tokens - t);
-        set_hidden(&c, wide, (const char *)hidden + t * row);
+        set_hidden(&c, (const char *)hidden + t * row);
         c.out = (char *)out + t * row;
         error = run_chunk(&c, experts + t * slots, weights + t * slots, slots, threads);
     }

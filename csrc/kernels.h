@@ -48,12 +48,12 @@ enum { MP_BLOCK_N = 64 };
 /* Floats of scratch of linear and gemm. */
 static inline size_t mp_scratch_floats(ptrdiff_t k)
 {
-    return (size_t)(k + 32) * 2 * MP_BLOCK_N;
+    return (size_t)(k + 32) * MP_BLOCK_N;
 }
 
 /* out[r, n] = sum_k x[r, k] * w[n, k]: (M,K) x (N,K) -> (M,N) float, N <=
- * MP_BLOCK_N, row stride ldout. fp32 accumulation in an order that depends on K alone:
- * |error| <= eps32 * K * sum|x w|. Instructions for bf16 may take subnormal numbers for
+ * MP_BLOCK_N, K >= 1, row stride ldout. fp32 accumulation in an order that depends on K
+ * alone (with OpenBLAS, on M and N too): |error| <= eps32 * K * sum|x w|. Instructions for bf16 may take subnormal numbers for
  * 0, in the operands and in the sums. w: any alignment, rows K apart. next: the weights
  * that will be wanted after these, a hint; or NULL. */
 typedef void mp_linear_fn(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
@@ -62,8 +62,8 @@ typedef void mp_linear_fn(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_
 
 /* Rows as `gemm` of the same level wants them: panels of 1, 8 or 16 rows, of an opaque
  * order. `width` is the K of the gemm; columns at..at+k-1 of it are written, from
- * x[:, 0..k-1]. `at` is even. Each call writes whole panels, so that M is the same in
- * the calls that fill them. The dtype is the activations' (f32, bf16). */
+ * x[:, 0..k-1]. `at` is even. Each call writes whole panels of its level, so that M is the
+ * same in the calls that fill them. The dtype is the activations' (f32, bf16). */
 typedef void mp_pack_fn(const mp_rows *x, ptrdiff_t k, ptrdiff_t at, ptrdiff_t width,
                         void *panels);
 
@@ -91,7 +91,7 @@ typedef void mp_gemm_fn(const void *panels, ptrdiff_t m, const void *w, ptrdiff_
 
 /* act[i] = silu(g[i]) * u[i], silu(g) = g / (1 + exp(-g)), in fp32, then rounded once
  * to the activations' type. |error of silu| <= 4 eps32 |silu| + 2^-121, since exp(-g) is
- * inf for g < -88.7. */
+ * inf for g < -88.7; NaN for g = -inf. */
 typedef void mp_swiglu_fn(const float *g, const float *u, ptrdiff_t count, void *act);
 
 /* prob[e] = exp(z_e / temperature) / sum_j exp(z_j / temperature), fp32, the

@@ -192,8 +192,9 @@ void mp_parallel(ptrdiff_t tasks, int threads, mp_task_fn *task, void *context)
         ranges[i].end = tasks * (i + 1) / threads;
     }
     region r = {.task = task, .context = context, .ranges = ranges, .threads = threads};
-    if (gomp_parallel)
-        gomp_parallel(work, &r, (unsigned)threads, 0);
+    gomp_parallel_fn *openmp = gomp_parallel;
+    if (openmp)
+        openmp(work, &r, (unsigned)threads, 0);
     else
         own_parallel(&r, threads);
     atomic_flag_clear(&busy);

@@ -177,6 +177,8 @@ static PyObject *dense(PyObject *module, PyObject *args)
         return PyErr_Format(PyExc_ValueError,
                             "weight, features: expected an address and a count, got %llu "
                             "and %zd", weight, features);
+    if (PyArray_DIM(x, 1) < 1)
+        return PyErr_Format(PyExc_ValueError, "x: expected (M,K) with K >= 1, got K = 0");
     npy_intp shape[2] = {PyArray_DIM(x, 0), features};
     if (!(out = PyArray_SimpleNew(2, shape, mp_carrier(dtype))))
         return NULL;

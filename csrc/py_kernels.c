@@ -56,8 +56,8 @@ static int parse_product(PyObject *args, const char *format, product *p)
         || check_index(index, PyArray_DIM(x, 0)))
         return -1;
     p->k = PyArray_DIM(w, 1);
-    if (PyArray_DIM(x, 1) != p->k) {
-        PyErr_SetString(PyExc_ValueError, "x and w: expected the same K");
+    if (PyArray_DIM(x, 1) != p->k || p->k < 1) {
+        PyErr_SetString(PyExc_ValueError, "x and w: expected the same K of at least 1");
         return -1;
     }
     p->x = (mp_rows){PyArray_DATA(x), p->k, PyArray_DATA(index), PyArray_DIM(index, 0)};

@@ -158,7 +158,7 @@ int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
     if (!array)
         return -1;
     const npy_intp E = PyArray_DIM(array, 1);
-    if (PyArray_DIM(array, 0) != 3) {
+    if (PyArray_DIM(array, 0) != 3 || E < 1) {
         PyErr_SetString(PyExc_ValueError, "pointers: expected (3, num_experts)");
         return -1;
     }
@@ -169,6 +169,11 @@ int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
         return -1;
     }
     const void *const *at = PyArray_DATA(array);
+    for (npy_intp i = 0; i < 3 * E; i++)
+        if (!at[i]) {
+            PyErr_SetString(PyExc_ValueError, "pointers: weights without memory");
+            return -1;
+        }
     *layer = (mp_layer){dtype, E, hidden_size, intermediate_size,
                         at, at + E, at + 2 * E};
     return 0;

@@ -69,9 +69,9 @@ def _packed_pointers(gate_up: int, down: int, num_experts: int, matrix_bytes: in
 def unobserved(*tensors: Tensor) -> bool:
     """True if nobody but the caller has to see an operator run.
 
-    Neither a compiler or tracer, nor a mode (FlopCounterMode), nor the profiler, nor autograd:
-    then the function behind the operator can be called itself. The way through the dispatcher
-    costs some 40 us, a decode step of a small layer 20.
+    Neither a compiler or tracer, nor a mode (FlopCounterMode, a default device), nor the
+    profiler, nor autograd: then the function behind the operator can be called itself. The
+    way through the dispatcher costs some 40 us, a decode step of a small layer 20.
     """
     c = torch._C
     return not (
@@ -81,6 +81,7 @@ def unobserved(*tensors: Tensor) -> bool:
         or c._get_tracing_state() is not None
         or c._functorch.peek_interpreter_stack() is not None
         or torch.autograd._profiler_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     )
 
@@ -182,14 +183,26 @@ moe_op.register_autograd(_refuse, setup_context=_remember_name)
 
 def run_experts(hidden, experts, routing_weights, weights, name) -> Tensor:
     """`experts_op`, around the dispatcher where nobody looks."""
-    direct = unobserved(hidden, routing_weights, *weights)
-    return (_experts if direct else experts_op)(hidden, experts, routing_weights, weights, name)
+    if unobserved(hidden, routing_weights, *weights):
+        return _experts(hidden, experts, routing_weights, weights, name)
+    _refuse_tangents(name, hidden, routing_weights, *weights)
+    return experts_op(hidden, experts, routing_weights, weights, name)
 
 
 def run_moe(hidden, logits, weights, *spec) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`moe_op`, around the dispatcher where nobody looks."""
-    direct = unobserved(hidden, logits, *weights)
-    return (_moe if direct else moe_op)(hidden, logits, weights, *spec)
+    if unobserved(hidden, logits, *weights):
+        return _moe(hidden, logits, weights, *spec)
+    _refuse_tangents(spec[-1], hidden, logits, *weights)
+    return moe_op(hidden, logits, weights, *spec)
+
+
+def _refuse_tangents(name: str, *tensors: Tensor) -> None:
+    """Forward-mode derivatives would be dropped by the operators."""
+    if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f"{name}: the C path has no derivatives; unpatch the model for them")
 
 
 # ---- FLOPs: 6 H I for each expert that a token was sent to ----
@@ -277,6 +290,8 @@ def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
             return f"a tensor of class {type(tensor).__name__}"
         if tensor.device.type != "cpu":
             return f"a tensor on device {tensor.device} (only cpu is supported)"
+        if tensor.layout is not torch.strided or tensor.is_neg():
+            return "a tensor that is not plain memory (its layout, or a lazy sign)"
         if tensor.dtype != dtype:
             return f"dtypes {dtype} and {tensor.dtype} in one layer"
     return None

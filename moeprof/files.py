@@ -27,6 +27,8 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
         Naming ``path``; nothing is left behind.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device, a pipe: replaced, it would be gone
+        raise OSError(f"{path}: expected a file, this is none that can be replaced")
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         part.write_bytes(data)

@@ -1,11 +1,10 @@
 """patch() and unpatch(): the forward of MoE blocks swapped for the C path, and put back."""
 
-import copy
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
 from .null import LayerNull, resolve_null
 from .routers import Router, TopK, make_router
+from .state import Patched
 
 _STATE = "_moeprof"  # the instance attribute by which a patched block knows its layer
 NORMS = ("model", "none", "sum", "mass")
@@ -38,10 +38,9 @@ class Routing(NamedTuple):
 
 
 @dataclass(eq=False)
-class PatchedLayer:
-    """What a patched block carries. A copy of the model carries a copy of it."""
+class PatchedLayer(Patched):
+    """What a patched block carries: "model.layers.0.mlp"."""
 
-    name: str  # "model.layers.0.mlp"
     index: int  # among the model's MoE blocks
     num_experts: int
     adapter: type[Adapter]
@@ -51,20 +50,6 @@ class PatchedLayer:
     strict: bool
     on_routing: Callable[[int, Routing], None] | None = None
     fallback: str | None = None  # why the model's own forward runs, once it does
-    saved: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
-
-    def __deepcopy__(self, memo: dict) -> "PatchedLayer":
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
-
-    def __reduce__(self):
-        # The bound methods of a patch could be written but not be read again.
-        raise RuntimeError(
-            f"{self.name}: a patched model can't be pickled (torch.save): unpatch it first, or "
-            "use save_pretrained or state_dict"
-        )
 
     def spec(self, top_k: int, norm_topk_prob: bool) -> tuple:
         """The routing arguments of `moe_op`; the model's own settings are read every call."""
@@ -110,7 +95,8 @@ class Handle:
     @property
     def active(self) -> bool:
         """True while the patch is in place."""
-        return any(layer in _chain(block) for block, layer in self._blocks)
+        patched = [*self._blocks, *self._linears]
+        return any(state in _chain(module) for module, state in patched)
 
     def on_routing(self, callback: Callable[[int, Routing], None] | None) -> None:
         """Call ``callback(layer_index, routing)`` after each layer's call; None ends it."""
@@ -145,7 +131,8 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "patched" if self.active else "not patched"
-        return f"<moeprof.Handle: {len(self._blocks)} layers, {state}>"
+        linears = f", {len(self._linears)} linears" if self._linears else ""
+        return f"<moeprof.Handle: {len(self._blocks)} layers{linears}, {state}>"
 
 
 def patch(
@@ -183,7 +170,9 @@ def patch(
     linears : bool
         Also run the plain ``nn.Linear`` layers around the MoE blocks (the attention's
         projections, lm_head) in C wherever the input has at most 64 rows and no gradient is
-        wanted, as in decoding: torch reads their weights at half the memory's speed.
+        wanted, as in decoding: torch reads their weights at half the memory's speed. Small
+        layers, where that does not pay, stay with torch, as do those that have a forward of
+        their own.
         ``handle.linears`` names them. The results differ by the order of fp32 sums.
 
     Returns
@@ -218,7 +207,9 @@ def patch(
         num_experts = adapter.num_experts(block)
         if router is not None:
             router.limits(num_experts)  # raises before anything is changed
-        layer = PatchedLayer(name, index, num_experts, adapter, router, nulls[index], norm, strict)
+        layer = PatchedLayer(
+            name, index, num_experts, adapter, router, nulls[index], norm, strict
+        )
         patched.append((block, layer))
     for name, reason in skipped.items():
         _warn_fallback(name, reason)
@@ -309,7 +300,7 @@ def _restore(patched: nn.Module) -> None:
     for module, attributes in vars(patched)[_STATE].saved:
         for name, value in attributes.items():
             if value is _Absent:
-                del vars(module)[name]
+                vars(module).pop(name, None)
             else:
                 vars(module)[name] = value
 

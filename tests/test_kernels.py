@@ -557,6 +557,22 @@ def test_experts_give_the_same_bits_whatever_the_threads(dtype):
             np.testing.assert_array_equal(layer(hidden, ids, weights, threads), first)
 
 
+@pytest.mark.parametrize("level", ("openblas", None))
+@pytest.mark.parametrize("dtype", util.DTYPES)
+def test_chunks_and_blocks_do_not_depend_on_the_threads(level, dtype):
+    """More than one chunk of tokens; few and many rows of an expert in each."""
+    _C.limit_cpu(level)
+    layer = util.Layer(12, 96, 5000, dtype)
+    rng, tokens = np.random.default_rng(0), 1500
+    ids = np.where(rng.random((tokens, 2)) < 0.01, rng.integers(0, 12, (tokens, 2)), -1)
+    ids[:, 0] = np.where(np.arange(tokens) % 50 == 0, 3, ids[:, 0])
+    ids = np.concatenate([ids, np.full((tokens, 8), -1)], axis=1).astype(np.int32)
+    hidden, weights = layer.hidden(tokens), rng.random(ids.shape).astype(np.float32)
+    first = layer(hidden, ids, weights, 1)
+    for threads in (2, 4, 8, 64):
+        np.testing.assert_array_equal(layer(hidden, ids, weights, threads), first)
+
+
 @pytest.mark.parametrize("dtype", util.DTYPES)
 def test_where_a_skipped_slot_stands_does_not_matter(dtype):
     layer, hidden, ids, weights = routing_of("more pairs than one block", dtype)

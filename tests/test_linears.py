@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import util
-from models import assert_unchanged, olmoe, relative, snapshot, token_ids
+from models import assert_unchanged, blocks, olmoe, relative, snapshot, token_ids
 from torch import nn
 
 import moeprof
@@ -77,6 +77,11 @@ def test_dense_of_nothing():
 
 
 # ---- in a model ----
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch):
+    monkeypatch.setattr(linears, "MIN_WEIGHTS", dict.fromkeys(linears.MIN_WEIGHTS, 0))
 
 
 @pytest.fixture
@@ -201,6 +206,68 @@ def test_bad_input_gets_torchs_error(x):
     with pytest.raises(RuntimeError) as ours:
         linears.linear_forward(layer, x)
     assert str(ours.value) == str(of_torch.value)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    (
+        torch._neg_view(torch.ones(4, 8)),
+        torch.ones(4, 8).to_sparse(),
+        torch.ones(4, 8).T.contiguous().T,
+    ),
+    ids=("lazy sign", "sparse", "strided"),
+)
+def test_weights_that_are_not_plain_memory_are_left_to_torch(weight, calls):
+    layer = nn.Linear(8, 4, bias=False).requires_grad_(False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    x = torch.ones(2, 8)
+    torch.testing.assert_close(linears.linear_forward(layer, x), layer(x))
+    assert not calls
+
+
+def test_weights_without_memory_are_refused(model):
+    for parameter in model.model.layers[0].mlp.experts.parameters():
+        parameter.untyped_storage().resize_(0)
+    with moeprof.patch(model), pytest.raises(ValueError, match="weights without memory"):
+        model(token_ids(1, 3))
+
+
+def test_forward_derivatives(model):
+    from torch.autograd import forward_ad
+
+    x, layer = torch.ones(1, 32), model.lm_head
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        tangent = forward_ad.unpack_dual(linears.linear_forward(layer, dual)).tangent
+        torch.testing.assert_close(tangent, layer(x))
+        with moeprof.patch(model), pytest.raises(RuntimeError, match="layers.0.mlp: the C path"):
+            model.model.layers[0].mlp(dual[None])
+
+
+def test_small_layers_are_left_to_torch(model, monkeypatch):
+    monkeypatch.setattr(linears, "MIN_WEIGHTS", dict.fromkeys(linears.MIN_WEIGHTS, 64 * 32))
+    assert moeprof.patch(model, linears=True).linears == ["lm_head"]  # of 64 by 32
+
+
+@pytest.mark.parametrize("part", (lambda m: m.lm_head, lambda m: m.model.layers[0].self_attn))
+def test_a_patched_layer_can_not_be_pickled(model, part):
+    import pickle
+
+    with moeprof.patch(model, linears=True):
+        with pytest.raises(RuntimeError, match="can't be pickled"):
+            pickle.dumps(part(model))
+    pickle.loads(pickle.dumps(part(model)))
+
+
+def test_a_handle_of_linears_alone_is_active(model):
+    for block in blocks(model):
+        block.experts.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="runs the model's own forward"):
+        handle = moeprof.patch(model, strict=False, linears=True)
+    assert handle.active and repr(handle) == "<moeprof.Handle: 0 layers, 9 linears, patched>"
+    del model.lm_head.forward  # somebody else's hand
+    moeprof.unpatch(model)
+    assert not handle.active
 
 
 def test_shapes_and_strides():

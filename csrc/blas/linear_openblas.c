@@ -50,22 +50,26 @@ static void product(const float *x, ptrdiff_t m, const void *w, ptrdiff_t n,
              (int)k, w_f32, (int)k, 0.0f, out, (int)ldout);
 }
 
-/* Rows of activations by MP_BLOCK_N: as many are widened at a time as scratch has room
- * for beside the weights. */
+/* Rows of activations and of weights that are widened at a time: scratch has room for so
+ * many of both. */
+enum { WIDENED = MP_BLOCK_N / 2 };
+
 static void linear(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
                    mp_dtype dtype, float *out, ptrdiff_t ldout, float *scratch)
 {
-    const ptrdiff_t size = dtype == MP_BF16 ? 2 : 4;
-    float *w_wide = scratch + MP_BLOCK_N * k;
-    for (ptrdiff_t r = 0; r < x->count; r += MP_BLOCK_N) {
+    const ptrdiff_t size = mp_act_size(dtype), row = k * mp_weight_size(dtype);
+    for (ptrdiff_t r = 0; r < x->count; r += WIDENED) {
         mp_rows block = *x;
-        block.count = x->count - r < MP_BLOCK_N ? x->count - r : MP_BLOCK_N;
+        block.count = x->count - r < WIDENED ? x->count - r : WIDENED;
         if (x->index)
             block.index += r;
         else
             block.data = (const char *)x->data + r * x->stride * size;
         const float *rows = gather(&block, k, dtype, scratch);
-        product(rows, block.count, w, n, k, dtype, w_wide, out + r * ldout, ldout);
+        for (ptrdiff_t j = 0; j < n; j += WIDENED)
+            product(rows, block.count, (const char *)w + j * row,
+                    n - j < WIDENED ? n - j : WIDENED, k, dtype, scratch + WIDENED * k,
+                    out + r * ldout + j, ldout);
     }
 }
 

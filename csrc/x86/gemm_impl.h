@@ -240,7 +240,7 @@ MP_TARGET void NAME(gemm)(const void *panels, ptrdiff_t m, const void *w, ptrdif
         p.rows = m - r;
         NAME(take)(p.rows, &count, &half);
         const char *behind = p.panels + count * p.panel_bytes;
-        p.next_panels = count * LANES + half < p.rows ? behind : next_panels;
+        p.next_panels = (count + half) * LANES < p.rows ? behind : next_panels;
         p.out = out + r * ldout;
         NAME(columns)(p, count, half, w, n, k, r == 0, next, scratch);
         p.panels = behind;

@@ -2,8 +2,7 @@
  * NAME(dtype) names the kernels. */
 #include "exp_impl.h"
 
-/* g u / (1 + exp(-g)). With g below -104 or so the quotient is g/inf = -0, as the limit
- * is; at -inf it would be -inf/inf. */
+/* u g / (1 + exp(-g)): for g < -88.7, where exp(-g) is inf, u times -0; NaN for -inf. */
 INLINE vf swiglu(vf g, vf u)
 {
     const vf one = vf_set(1);

@@ -28,16 +28,20 @@ def _read_expert(expert: nn.Module, weights: list[Tensor]) -> str | None:
     for name in ("gate_proj", "up_proj", "down_proj"):
         linear = parts[name]
         own = vars(linear)["_parameters"]
-        if type(linear) is not nn.Linear or own.get("bias") is not None or "weight" not in own:
+        if type(linear) is not nn.Linear or own.get("bias") is not None:
             return f"a projection of class {type(linear).__name__} or with a bias"
         if reason := hooked(linear):
             return reason
+        if own.get("weight") is None:
+            return "a projection without a weight"
         weights.append(own["weight"])
     return None
 
 
 def _shape_obstacle(weights: list[Tensor]) -> str | None:
     """Why these gate_0, up_0, down_0, gate_1, ... are not one layer's, or None."""
+    if not weights or any(weight.dim() != 2 for weight in weights):
+        return "experts of different shapes"
     rows, columns = weights[0].shape
     expected = ((rows, columns), (rows, columns), (columns, rows))
     for number, weight in enumerate(weights):

@@ -71,7 +71,7 @@ def _shape(text):
     numbers = [integer(1, _MOST)(part) for part in text.split(",")]
     if len(numbers) != 4:
         raise argparse.ArgumentTypeError(
-            f"expected E,H,I,K or one of {', '.join(SHAPES)}, got {text}"
+            f"expected E,H,I,K or one of {', '.join(SHAPES)}, got {text!r}"
         )
     shape = Shape(text, *numbers)
     if shape.top_k > shape.experts:

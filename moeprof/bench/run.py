@@ -53,8 +53,8 @@ def _check_file(path, suffix=""):
         raise ValueError(f"{path}: a plot ends in {suffix}")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: no such folder {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: expected a file, this is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: expected a file, this is a folder or a device")
     check_folder(path.parent)
 
 
@@ -64,5 +64,6 @@ def _header(settings, facts):
     yield f"{settings.benchmark}: {machine.in_one_line(facts)}"
     yield ", ".join(f"{name} {versions[name]}" for name in software if name in versions)
     long = settings.rounds(129)
-    rounds = f"{settings.repeats} rounds" + (f", {long} above 128 tokens" if long > 1 else "")
+    rounds = f"{settings.repeats} round{'s' * (settings.repeats > 1)}"
+    rounds += f", {long} above 128 tokens" if long > 1 else ""
     yield f"{settings.shape}, {settings.dtype or 'all dtypes'}; {rounds}"
