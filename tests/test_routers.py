@@ -192,17 +192,6 @@ def test_norms(name, norm, dtype):
     np.testing.assert_array_equal(got.weights, widen(narrow(exact.weights, dtype), dtype))
 
 
-def test_mass_is_of_the_largest_logits_where_p_goes_another_way():
-    """A null whose p rises with the score: no fit gives one, but a table can."""
-    table = util.table_of(32.0, p_max=1.0)
-    table[3:] = np.linspace(0.01, 1, 8193)
-    z = np.random.default_rng(0).permuted(np.tile(np.arange(32) / 8, (20, 1)), axis=1)
-    got = route(BH(min_k=3, max_k=3), z, null=LayerNull("logit", table), norm="mass", norm_k=4)
-    np.testing.assert_array_equal(got.experts, np.argsort(z, axis=1)[:, :3])
-    top = np.sort(util.softmax(z), axis=1)[:, -4:].sum(axis=1)
-    np.testing.assert_allclose(got.weights.sum(axis=1), top, rtol=1e-5)
-
-
 # ---- unusable rows ----
 
 BAD_ROWS = {"NaN": [0, np.nan, 1, 2], "-inf": [-np.inf] * 4, "NaN and inf": [np.nan, np.inf, 1, 2]}
