@@ -56,7 +56,8 @@ static void columns(void *context, ptrdiff_t task, int worker)
     float *y = j->scratch + (size_t)worker * j->scratch_floats;
     float *scratch = y + j->x.count * MP_BLOCK_N;
     if (j->panels)
-        mp_gemm(j->dtype)(j->panels, j->x.count, w, n, j->k, next, j->panels, y, n, scratch);
+        mp_gemm(j->dtype)(j->panels, j->x.count, w, n, j->k, next, j->panels, y, n,
+                          scratch);
     else
         mp_linear(j->dtype)(&j->x, w, n, j->k, next, y, n, scratch);
     put(j, y, first, n);
@@ -96,8 +97,8 @@ int mp_dense(const void *x, ptrdiff_t m, const void *w, ptrdiff_t n, ptrdiff_t k
     job j = {.x = {x, k, NULL, m}, .w = w, .n = n, .k = k, .bias = bias, .dtype = dtype,
              .out = out,
              .scratch_floats = (size_t)m * MP_BLOCK_N + mp_scratch_floats(k)};
-    const size_t scratch = whole_lines(j.scratch_floats * (size_t)threads * sizeof(float));
-    const size_t wide = dtype == MP_F16 ? whole_lines((size_t)(m * k) * sizeof(float)) : 0;
+    const size_t scratch = whole_lines(j.scratch_floats * (size_t)threads * 4);
+    const size_t wide = dtype == MP_F16 ? whole_lines((size_t)(m * k) * 4) : 0;
     const size_t panels = m > MP_FEW_ROWS
                         ? (size_t)(mp_panel_size(m, k) * mp_act_size(dtype)) : 0;
     char *memory = mp_take_scratch(scratch + wide + panels);

@@ -4,14 +4,14 @@
 #include "pool.h"
 #include "scratch.h"
 
-/* A call works through its tokens in chunks of so many bytes, however long the prompt is.
- * Each worker has some 4 MiB to itself, so that up to 5 of them stay within 64 MiB. None
- * of this depends on the number of threads: an expert's rows of a chunk are few or many,
- * which decides the order of sums. */
+/* A call works through its tokens in chunks of so many bytes, however long the prompt
+ * is. Each worker has some 4 MiB to itself, so that up to 5 of them stay within 64 MiB.
+ * None of this depends on the number of threads: an expert's rows of a chunk are few or
+ * many, which decides the order of sums. */
 static const size_t CHUNK_BYTES = (size_t)40 << 20, PANEL_BYTES = (size_t)3 << 20;
 
-/* Columns of `out` in a task: many tasks, so that no thread waits long for the last one;
- * but each passes through the activations of all. */
+/* Columns of `out` in a task: many tasks, so that no thread waits long for the last
+ * one; but each passes through the activations of all. */
 enum { BLOCK_H = 32 };
 
 /* What a worker has to itself, on cache lines of its own. */
@@ -85,8 +85,8 @@ static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
 {
     const mp_layer *l = c->layer;
     const ptrdiff_t size = mp_act_size(l->dtype);
-    const ptrdiff_t widest = l->hidden_size > l->intermediate_size ? l->hidden_size
-                                                                   : l->intermediate_size;
+    const ptrdiff_t widest = l->hidden_size > l->intermediate_size
+                           ? l->hidden_size : l->intermediate_size;
     const size_t tile = (size_t)c->block_m * MP_BLOCK_N;
     worker_state state = {0};
     state.panels = carve(base, used,
@@ -117,7 +117,8 @@ static size_t lay_out(chunk *c, char *base, ptrdiff_t slots, int threads)
     c->weight = carve(base, &used, pairs * sizeof *c->weight);
     c->act = carve(base, &used, (pairs + 15 * panels) * act_row(l));
     if (l->dtype == MP_F16)
-        c->wide = carve(base, &used, (size_t)(c->tokens * l->hidden_size) * sizeof(float));
+        c->wide = carve(base, &used,
+                        (size_t)(c->tokens * l->hidden_size) * sizeof(float));
     return used;
 }
 
@@ -213,7 +214,8 @@ static gate_up_block gate_up_of(const chunk *c, ptrdiff_t task)
     const int32_t e = c->active[a];
     const char *next = i + MP_BLOCK_N < I ? weight_row(l, l->gate[e], i + MP_BLOCK_N, H)
                      : a + 1 < c->num_active ? l->gate[c->active[a + 1]] : NULL;
-    return (gate_up_block){a, i, smaller(MP_BLOCK_N, I - i), weight_row(l, l->gate[e], i, H),
+    return (gate_up_block){a, i, smaller(MP_BLOCK_N, I - i),
+                           weight_row(l, l->gate[e], i, H),
                            weight_row(l, l->up[e], i, H), next};
 }
 
@@ -228,12 +230,14 @@ static void gate_up_few(const chunk *c, const gate_up_block *b, worker_state *w)
     mp_linear(l->dtype)(&x, b->up, b->n, H, b->next, w->up, b->n, w->scratch);
     char *act = c->act + c->act_at[b->a] + b->i * size;
     for (ptrdiff_t r = 0; r < x.count; r++)
-        mp_swiglu(l->dtype)(w->gate + r * b->n, w->up + r * b->n, b->n, act + r * I * size);
+        mp_swiglu(l->dtype)(w->gate + r * b->n, w->up + r * b->n, b->n,
+                            act + r * I * size);
 }
 
 /* The hidden states of the pairs from `pair` on as panels; those of the task before, if
  * they are the same. */
-static void pack_hidden(const chunk *c, ptrdiff_t pair, ptrdiff_t count, worker_state *w)
+static void pack_hidden(const chunk *c, ptrdiff_t pair, ptrdiff_t count,
+                        worker_state *w)
 {
     const mp_layer *l = c->layer;
     const mp_rows x = {c->hidden, l->hidden_size, c->token + pair, count};
@@ -252,10 +256,10 @@ static void gate_up_many(const chunk *c, const gate_up_block *b, worker_state *w
     for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
         const ptrdiff_t m = smaller(c->block_m, pairs - r);
         pack_hidden(c, first + r, m, w);
-        mp_gemm(l->dtype)(w->panels, m, b->gate, b->n, H, b->up, w->panels, w->gate, b->n,
-                          w->scratch);
-        mp_gemm(l->dtype)(w->panels, m, b->up, b->n, H, b->next, w->panels, w->up, b->n,
-                          w->scratch);
+        mp_gemm(l->dtype)(w->panels, m, b->gate, b->n, H, b->up, w->panels, w->gate,
+                          b->n, w->scratch);
+        mp_gemm(l->dtype)(w->panels, m, b->up, b->n, H, b->next, w->panels, w->up,
+                          b->n, w->scratch);
         mp_swiglu(l->dtype)(w->gate, w->up, m * b->n, w->act);
         const mp_rows act = {w->act, b->n, NULL, m};
         mp_pack(l->dtype)(&act, b->n, b->i, I,
@@ -317,7 +321,8 @@ static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
         const ptrdiff_t m = smaller(c->block_m, pairs - r);
         const char *panels = act + r * (ptrdiff_t)act_row(l);
         const char *behind = panels + mp_panel_rows(m) * (ptrdiff_t)act_row(l);
-        mp_gemm(l->dtype)(panels, m, weights, n, I, next, behind, w->gate, n, w->scratch);
+        mp_gemm(l->dtype)(panels, m, weights, n, I, next, behind, w->gate, n,
+                          w->scratch);
         combine(c, w->gate, first + r, m, n, w->sum);
     }
 }
@@ -335,9 +340,9 @@ static void down_task(void *context, ptrdiff_t task, int worker)
     for (ptrdiff_t a = 0; a < c->num_active; a++) {
         const int last = a + 1 == c->num_active;
         const ptrdiff_t next_h = last ? h + n : h;
+        const void *next_down = l->down[c->active[last ? 0 : a + 1]];
         const void *next = next_h < l->hidden_size
-            ? weight_row(l, l->down[c->active[last ? 0 : a + 1]], next_h, l->intermediate_size)
-            : NULL;
+                         ? weight_row(l, next_down, next_h, l->intermediate_size) : NULL;
         down_expert(c, a, h, n, next, w);
     }
     round_columns(c, w->sum, h, n);

@@ -53,9 +53,10 @@ static inline size_t mp_scratch_floats(ptrdiff_t k)
 
 /* out[r, n] = sum_k x[r, k] * w[n, k]: (M,K) x (N,K) -> (M,N) float, N <=
  * MP_BLOCK_N, K >= 1, row stride ldout. fp32 accumulation in an order that depends on K
- * alone (with OpenBLAS, on M and N too): |error| <= eps32 * K * sum|x w|. Instructions for bf16 may take subnormal numbers for
- * 0, in the operands and in the sums. w: any alignment, rows K apart. next: the weights
- * that will be wanted after these, a hint; or NULL. */
+ * alone (with OpenBLAS, on M and N too): |error| <= eps32 * K * sum|x w|. Instructions
+ * for bf16 may take subnormal numbers for 0, in the operands and in the sums. w: any
+ * alignment, rows K apart. next: the weights that will be wanted after these, a hint; or
+ * NULL. */
 typedef void mp_linear_fn(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
                           const void *next, float *out, ptrdiff_t ldout,
                           float *scratch);

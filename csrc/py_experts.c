@@ -10,7 +10,8 @@ PyDoc_STRVAR(experts_doc,
 "the dtype of hidden -> (T,H). pointers (3,E) uint64: the addresses of gate, up (I,H) and\n"
 "down (H,I) of each expert.");
 
-/* The ids (T,k) as int32; what is no int32 becomes one that is no expert. New reference. */
+/* The ids (T,k) as int32; what is no int32 becomes one that is no expert. New
+ * reference. */
 static PyArrayObject *ids_view(PyObject *object)
 {
     if (!PyArray_Check(object) || PyArray_TYPE((PyArrayObject *)object) != NPY_INT64) {
@@ -18,12 +19,14 @@ static PyArrayObject *ids_view(PyObject *object)
         return (PyArrayObject *)Py_XNewRef((PyObject *)ids);
     }
     PyArrayObject *wide = mp_array(object, "experts", NPY_INT64, 2), *ids;
-    if (!wide || !(ids = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(wide), NPY_INT32)))
+    if (!wide
+        || !(ids = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(wide), NPY_INT32)))
         return NULL;
     const int64_t *from = PyArray_DATA(wide);
     int32_t *to = PyArray_DATA(ids);
     for (npy_intp i = 0; i < PyArray_SIZE(wide); i++)
-        to[i] = from[i] < INT32_MIN || from[i] > INT32_MAX ? INT32_MIN : (int32_t)from[i];
+        to[i] = from[i] < INT32_MIN || from[i] > INT32_MAX ? INT32_MIN
+                                                           : (int32_t)from[i];
     return ids;
 }
 
