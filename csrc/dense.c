@@ -1,6 +1,6 @@
 #include "dense.h"
 
-#include "bits.h"
+#include "convert.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -16,34 +16,18 @@ typedef struct {
     size_t scratch_floats;
 } job;
 
-static float load(const char *at, mp_dtype dtype)
-{
-    return dtype == MP_F32  ? mp_load_f32(at)
-         : dtype == MP_BF16 ? mp_f32_from_bf16(mp_load_u16(at))
-                            : mp_f32_from_f16(mp_load_u16(at));
-}
-
-static void store(char *at, float value, mp_dtype dtype)
-{
-    if (dtype == MP_F32) {
-        memcpy(at, &value, sizeof value);
-        return;
-    }
-    const uint16_t half = dtype == MP_BF16 ? mp_bf16_from_f32(value)
-                                           : mp_f16_from_f32(value);
-    memcpy(at, &half, sizeof half);
-}
-
 /* A tile y (M,n) of products, plus the bias, to columns `first`.. of `out`. */
-static void put(const job *j, const float *y, ptrdiff_t first, ptrdiff_t n)
+static void put(const job *j, float *y, ptrdiff_t first, ptrdiff_t n)
 {
     const ptrdiff_t size = mp_weight_size(j->dtype);
-    float bias[MP_BLOCK_N] = {0};
-    for (ptrdiff_t i = 0; j->bias && i < n; i++)
-        bias[i] = load(j->bias + (first + i) * size, j->dtype);
-    for (ptrdiff_t r = 0; r < j->x.count; r++, y += n)
-        for (ptrdiff_t i = 0; i < n; i++)
-            store(j->out + (r * j->n + first + i) * size, y[i] + bias[i], j->dtype);
+    float bias[MP_BLOCK_N];
+    if (j->bias)
+        mp_widen(bias, j->bias + first * size, n, j->dtype);
+    for (ptrdiff_t r = 0; r < j->x.count; r++, y += n) {
+        for (ptrdiff_t i = 0; j->bias && i < n; i++)
+            y[i] += bias[i];
+        mp_narrow(j->out + (r * j->n + first) * size, y, n, j->dtype);
+    }
 }
 
 /* MP_BLOCK_N columns of `out`. */
@@ -63,22 +47,14 @@ static void columns(void *context, ptrdiff_t task, int worker)
     put(j, y, first, n);
 }
 
-static size_t whole_lines(size_t bytes)
-{
-    return (bytes + 63) & ~(size_t)63;
-}
-
 /* x as the kernels read it, in `memory`: f16 widened, many rows packed. */
 static void prepare(job *j, char *memory)
 {
-    const size_t count = (size_t)(j->x.count * j->k);
+    const ptrdiff_t count = j->x.count * j->k;
     if (j->dtype == MP_F16) {
-        const uint16_t *halves = j->x.data;
-        float *wide = (float *)memory;
-        for (size_t i = 0; i < count; i++)
-            wide[i] = mp_f32_from_f16(halves[i]);
-        j->x.data = wide;
-        memory += whole_lines(count * sizeof *wide);
+        mp_widen((float *)memory, j->x.data, count, MP_F16);
+        j->x.data = memory;
+        memory += mp_whole_lines((size_t)count * sizeof(float));
     }
     if (j->x.count > MP_FEW_ROWS) {
         j->panels = memory;
@@ -97,8 +73,8 @@ int mp_dense(const void *x, ptrdiff_t m, const void *w, ptrdiff_t n, ptrdiff_t k
     job j = {.x = {x, k, NULL, m}, .w = w, .n = n, .k = k, .bias = bias, .dtype = dtype,
              .out = out,
              .scratch_floats = (size_t)m * MP_BLOCK_N + mp_scratch_floats(k)};
-    const size_t scratch = whole_lines(j.scratch_floats * (size_t)threads * 4);
-    const size_t wide = dtype == MP_F16 ? whole_lines((size_t)(m * k) * 4) : 0;
+    const size_t scratch = mp_whole_lines(j.scratch_floats * (size_t)threads * 4);
+    const size_t wide = dtype == MP_F16 ? mp_whole_lines((size_t)(m * k) * 4) : 0;
     const size_t panels = m > MP_FEW_ROWS
                         ? (size_t)(mp_panel_size(m, k) * mp_act_size(dtype)) : 0;
     char *memory = mp_take_scratch(scratch + wide + panels);

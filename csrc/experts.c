@@ -1,6 +1,6 @@
 #include "experts.h"
 
-#include "bits.h"
+#include "convert.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -63,7 +63,7 @@ static ptrdiff_t blocks(ptrdiff_t rows, ptrdiff_t block)
 static void *carve(char *base, size_t *used, size_t bytes)
 {
     void *at = base ? base + *used : NULL;
-    *used += (bytes + 63) & ~(size_t)63;
+    *used += mp_whole_lines(bytes);
     return at;
 }
 
@@ -289,17 +289,9 @@ static void combine(const chunk *c, const float *y, ptrdiff_t pair, ptrdiff_t m,
 /* Columns h..h+n-1 of `out`: the sums, rounded to its dtype. */
 static void round_columns(const chunk *c, const float *sum, ptrdiff_t h, ptrdiff_t n)
 {
-    const ptrdiff_t H = c->layer->hidden_size;
-    for (ptrdiff_t t = 0; t < c->tokens; t++, sum += n) {
-        if (c->layer->dtype == MP_F32) {
-            memcpy((float *)c->out + t * H + h, sum, (size_t)n * sizeof *sum);
-            continue;
-        }
-        uint16_t *out = (uint16_t *)c->out + t * H + h;
-        for (ptrdiff_t j = 0; j < n; j++)
-            out[j] = c->layer->dtype == MP_BF16 ? mp_bf16_from_f32(sum[j])
-                                                : mp_f16_from_f32(sum[j]);
-    }
+    const ptrdiff_t H = c->layer->hidden_size, size = mp_weight_size(c->layer->dtype);
+    for (ptrdiff_t t = 0; t < c->tokens; t++, sum += n)
+        mp_narrow((char *)c->out + (t * H + h) * size, sum, n, c->layer->dtype);
 }
 
 /* Adds what an active expert contributes to columns h..h+n-1. */
@@ -368,12 +360,10 @@ static int run_chunk(chunk *c, const int32_t *experts, const float *weights,
 /* The hidden states of the chunk; f16 is widened, the other dtypes stay. */
 static void set_hidden(chunk *c, const void *hidden)
 {
-    const ptrdiff_t count = c->tokens * c->layer->hidden_size;
     c->hidden = hidden;
     if (c->layer->dtype != MP_F16)
         return;
-    for (ptrdiff_t i = 0; i < count; i++)
-        c->wide[i] = mp_f32_from_f16(((const uint16_t *)hidden)[i]);
+    mp_widen(c->wide, hidden, c->tokens * c->layer->hidden_size, MP_F16);
     c->hidden = c->wide;
 }
 

@@ -1,7 +1,7 @@
 /* Bindings: a layer's experts, alone and behind a router; a linear layer. */
 #include "pyargs.h"
 
-#include "bits.h"
+#include "convert.h"
 #include "dense.h"
 
 PyDoc_STRVAR(experts_doc,
@@ -44,10 +44,7 @@ static PyArrayObject *weights_view(PyObject *object, mp_dtype dtype)
         || !(weights = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(narrow),
                                                           NPY_FLOAT32)))
         return NULL;
-    const uint16_t *from = PyArray_DATA(narrow);
-    float *to = PyArray_DATA(weights);
-    for (npy_intp i = 0; i < PyArray_SIZE(narrow); i++)
-        to[i] = dtype == MP_BF16 ? mp_f32_from_bf16(from[i]) : mp_f32_from_f16(from[i]);
+    mp_widen(PyArray_DATA(weights), PyArray_DATA(narrow), PyArray_SIZE(narrow), dtype);
     return weights;
 }
 

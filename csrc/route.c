@@ -1,6 +1,6 @@
 #include "route.h"
 
-#include "bits.h"
+#include "convert.h"
 #include "pool.h"
 
 #include <math.h>
@@ -25,13 +25,7 @@ static const float *widened(const job *j, ptrdiff_t row, float *z)
     const ptrdiff_t E = j->num_experts;
     if (j->dtype == MP_F32)
         return (const float *)j->logits + row * E;
-    const uint16_t *halves = (const uint16_t *)j->logits + row * E;
-    if (j->dtype == MP_BF16)
-        for (ptrdiff_t e = 0; e < E; e++)
-            z[e] = mp_f32_from_bf16(halves[e]);
-    else
-        for (ptrdiff_t e = 0; e < E; e++)
-            z[e] = mp_f32_from_f16(halves[e]);
+    mp_widen(z, (const uint16_t *)j->logits + row * E, E, j->dtype);
     return z;
 }
 

@@ -16,7 +16,7 @@ void *mp_take_scratch(size_t bytes)
     if (b && b->bytes >= bytes)
         return b + 1;
     free(b);
-    bytes = (bytes + 63) & ~(size_t)63;
+    bytes = mp_whole_lines(bytes);
     b = aligned_alloc(64, sizeof *b + bytes);
     if (!b)
         return NULL;

@@ -6,6 +6,12 @@
 
 #include <stddef.h>
 
+/* So many bytes as whole cache lines hold. */
+static inline size_t mp_whole_lines(size_t bytes)
+{
+    return (bytes + 63) & ~(size_t)63;
+}
+
 /* `bytes` at an address that 64 divides, uninitialised; NULL if there is no memory. */
 void *mp_take_scratch(size_t bytes);
 

@@ -1,7 +1,6 @@
 /* The experts kernels on OpenBLAS: fp32 weights as they are, 16-bit ones widened
  * tile by tile. OpenBLAS runs on one thread (module.c): the parallelism is ours. */
-#include "../bits.h"
-#include "../kernels.h"
+#include "../convert.h"
 
 #include <cblas.h>
 
@@ -9,19 +8,6 @@
 #ifndef MP_SGEMM
 #define MP_SGEMM cblas_sgemm
 #endif
-
-static void widen(float *to, const void *from, ptrdiff_t count, mp_dtype dtype)
-{
-    const char *at = from;
-    if (dtype == MP_F32)
-        memcpy(to, from, (size_t)count * sizeof *to);
-    else if (dtype == MP_BF16)
-        for (ptrdiff_t i = 0; i < count; i++)
-            to[i] = mp_f32_from_bf16(mp_load_u16(at + 2 * i));
-    else
-        for (ptrdiff_t i = 0; i < count; i++)
-            to[i] = mp_f32_from_f16(mp_load_u16(at + 2 * i));
-}
 
 /* The rows of x, gathered and widened: (M,K) float, contiguous. Rows that are
  * already so stay where they are. */
@@ -31,7 +17,7 @@ static const float *gather(const mp_rows *x, ptrdiff_t k, mp_dtype dtype, float 
         return (const float *)x->data + mp_row(x, 0);
     size_t size = dtype == MP_BF16 ? 2 : 4;
     for (ptrdiff_t r = 0; r < x->count; r++)
-        widen(to + r * k, (const char *)x->data + (size_t)mp_row(x, r) * size, k,
+        mp_widen(to + r * k, (const char *)x->data + (size_t)mp_row(x, r) * size, k,
               dtype == MP_BF16 ? MP_BF16 : MP_F32);
     return to;
 }
@@ -43,7 +29,7 @@ static void product(const float *x, ptrdiff_t m, const void *w, ptrdiff_t n,
 {
     const float *w_f32 = w;
     if (dtype != MP_F32 || (uintptr_t)w % sizeof(float)) {
-        widen(w_wide, w, n * k, dtype);
+        mp_widen(w_wide, w, n * k, dtype);
         w_f32 = w_wide;
     }
     MP_SGEMM(CblasRowMajor, CblasNoTrans, CblasTrans, (int)m, (int)n, (int)k, 1.0f, x,
