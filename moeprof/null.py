@@ -197,6 +197,11 @@ class LayerNull:
     score: str
     table: np.ndarray = field(repr=False)
 
+    @property
+    def spec(self):
+        """The argument `null` of the C functions."""
+        return ("table", self.score, self.table)
+
     def reference(self, router_logits):
         """p-values (T,E) in NumPy float64, by the definition; 0 < p <= 1.
 
@@ -208,7 +213,7 @@ class LayerNull:
         """p-values (T,E) float64 as `reference`, computed in C."""
         from . import _C
 
-        return _C.p_values(_logits(router_logits), self.score, self.table)
+        return _C.p_values(_logits(router_logits), self.spec)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
