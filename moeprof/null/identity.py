@@ -41,7 +41,8 @@ def same_sample(a, b):
 def model_name(model):
     """The model's name on the hub; of a local path the last component only."""
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    if os.path.isdir(name) or os.path.isabs(name) or name.startswith((".", "~")):
+    folder = (Path(name) / "config.json").is_file()
+    if folder or os.path.isabs(name) or name.startswith((".", "~")):
         name = Path(name).resolve().name
     return name
 
