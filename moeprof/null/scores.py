@@ -125,6 +125,12 @@ def softmax_reference(router_logits):
     """p-values (T,E) float64 of the `softmax` null, 1 - softmax(z).
 
     Degenerate, kept to show it: a p-value should be uniform for what a token doesn't need, and
-    this one is near 1 for nearly every expert. Infinite logits share, as in `logprob`.
+    this one is near 1 for nearly every expert. Infinite logits share, as in `logprob`. The
+    quotient, so that equal logits give 1 - 1/E exactly.
     """
-    return 1.0 - np.exp(scores_of(matrix_of(router_logits), "logprob"))
+    z = matrix_of(router_logits).astype(np.float64)
+    top = z.max(axis=1, keepdims=True)
+    below = np.zeros_like(z)  # inf - inf would be NaN
+    np.subtract(z, top, out=below, where=z != top)
+    weights = np.exp(below)
+    return 1.0 - weights / weights.sum(axis=1, keepdims=True)
