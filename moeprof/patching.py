@@ -267,8 +267,6 @@ def _layer_nulls(model, router: Router | None, null, count: int) -> list[LayerNu
             raise ValueError("null: given, but the router does not work on p-values")
         return [None] * count
     null = resolve_null(null, stacklevel=4)
-    if null is None:
-        return [None] * count
     if isinstance(null, LayerNull):
         raise TypeError("null: expected a Null with all layers, got a LayerNull")
     null.check(model)
