@@ -68,6 +68,14 @@ class Router:
             raise ValueError(f"min_k: expected at most max_k={max_k}, got {self.min_k}")
         return self.min_k, max_k
 
+    def at(self, layer: int, num_layers: int) -> "Router":
+        """The router of one layer of `num_layers`: parameters given by layer become scalars."""
+        return self
+
+    def adapt(self, null):
+        """The Null that the router works with, from the one that was given."""
+        return null
+
     def parameters(self) -> tuple[float, ...]:
         """The router's own parameters, in the order of its C twin."""
         shared = {f.name for f in fields(Router)}
