@@ -120,7 +120,7 @@ def resolve(router: Router, null, stacklevel=4):
     null = resolve_null(null, stacklevel=stacklevel)
     if isinstance(null, LayerNull):
         raise TypeError("null: expected a Null with all layers, got a LayerNull")
-    return "normal" if null is None else null
+    return null
 
 
 class Stored:
@@ -132,7 +132,7 @@ class Stored:
         self.name, bounds, increasing = main_of(router)
         self.scale, self.sign = Scale(*bounds), 1 if increasing else -1
         self.routers = [router.at(layer, count) for layer in range(count)]
-        adapted = None if null is None or isinstance(null, str) else router.adapt(null)
+        adapted = None if null is None else router.adapt(null)
         self.nulls = [None if adapted is None else adapted.layer(i) for i in range(count)]
 
     @property
