@@ -84,9 +84,9 @@ class Router:
     def spec(self, num_experts: int, *, norm: str, norm_k: int = 1, null=None) -> tuple:
         """The argument ``spec`` of the C functions; ``null`` is a LayerNull or None (`normal`)."""
         min_k, max_k = self.limits(num_experts)
-        score, table = ("logit", None) if null is None else (null.score, null.table)
+        triple = ("normal", "logit", None) if null is None else null.spec
         return (self.name, self.parameters(), min_k, max_k, float(self.temperature),
-                norm, norm_k, score, table)  # fmt: skip
+                norm, norm_k, triple, None)  # fmt: skip
 
     def count(self, p: np.ndarray) -> int:
         """R of one token before clamping; p (E,) float64: its p-values, ascending."""
