@@ -5,12 +5,13 @@ import time
 import numpy as np
 
 from .. import demo
+from ..budget import BudgetError, set_budget
 from ..console import make_console, progress
 from ..evaluation.bootstrap import DRAWS
 from ..evaluation.passes import collect
 from ..experiment.heldout import HELDOUT_TOKENS, heldout_windows
 from ..null import Null, resolve_null
-from ..routers import BH, Router, TopK
+from ..routers import BH, FixedP, Router, TopK
 from .ablation import ablate, sample_positions
 from .discoveries import discovery_rows
 from .facts import describe
@@ -192,13 +193,9 @@ class _Work:
 
     def _fixed_p(self, text, average, bar):
         """FixedP with the same limits and average; None if the router is one, or it can't."""
-        from .. import routers
-        from ..budget import BudgetError, set_budget
-
-        kind = getattr(routers, "FixedP", None)
-        if kind is None or isinstance(self.router, kind):
+        if isinstance(self.router, FixedP) or not self.router.wants_null:
             return None
-        fixed = kind(min_k=self.router.min_k, max_k=self.router.max_k)
+        fixed = FixedP(min_k=self.router.min_k, max_k=self.router.max_k)
         try:
             return set_budget(
                 fixed, self.model, text, null=self.null, target=average, norm=self.norm,
@@ -219,6 +216,6 @@ class _Work:
 
 
 def label(router) -> str:
-    """"bh 0.3", "topk 6": the router's name and its own parameters."""
-    parameters = " ".join(f"{value:.3g}" for value in router.parameters())
-    return f"{router.name} {parameters}".strip()
+    """"bh 0.3", "topk 6": the router's name and its main parameter; of several, "by layer"."""
+    value = getattr(router, router.main)
+    return f"{router.name} {'by layer' if isinstance(value, tuple) else format(value, '.3g')}"
