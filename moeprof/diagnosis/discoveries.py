@@ -18,6 +18,7 @@ from .statistics import joined, mean_statistic
 
 DELTAS = np.geomspace(1e-4, 0.3, 24)
 QUANTILE = 0.95
+DOCUMENTS = 10  # fewer say nothing about a mean over documents
 FDP = ("delta0", "FDP(delta0)", "false of all", "FDP(0)")
 
 
@@ -125,23 +126,28 @@ def _joint_rows(ablation, layer, delta0, routing, groups, draws):
     """What emptying all ranks > r does together, r from 0 (the whole layer) on.
 
     Beside it the sum of what emptying each alone does, at the same positions, and the share of
-    positions at which the joint change stays below delta0.
+    positions at which the joint change stays below delta0 (which stays as it is in the draws).
+    Ranks that fewer than DOCUMENTS documents have are left out.
     """
     counts = ablation.counts[:, layer]
-    most = int(counts.max(initial=0))
-    single = np.full((len(counts), most), np.nan)
-    together = np.full((len(counts), most), np.nan)
+    documents = [len(set(ablation.documents[counts > r])) for r in range(counts.max(initial=0))]
+    most = sum(np.array(documents) >= DOCUMENTS)
+    single = np.full((len(counts), len(documents)), np.nan)
+    together = single.copy()
     for kind, values in ((SINGLE, single), (JOINT, together)):
         chosen = (ablation.kind == kind) & (ablation.layer == layer)
         values[ablation.position[chosen], ablation.slot[chosen]] = ablation.delta[chosen]
-    last = np.arange(len(counts)), counts - 1
+    last = np.flatnonzero(counts), counts[counts > 0] - 1
     together[last] = single[last]
     alone = np.where(np.isnan(single), 0, single)[:, ::-1].cumsum(axis=1)[:, ::-1]
     alone = np.where(np.isnan(together), np.nan, alone)
     below = np.where(np.isnan(together), np.nan, together < delta0)
+    if not most:
+        return
     size = len(groups)
     statistic = joined(*(
-        mean_statistic(values, ablation.documents, size) for values in (together, alone, below)
+        mean_statistic(values[:, :most], ablation.documents, size)
+        for values in (together, alone, below)
     ))  # fmt: skip
     found = bootstrap(statistic, size, groups=groups, draws=draws)
     names = np.repeat(["joint change", "sum of single changes", "share below delta0"], most)
