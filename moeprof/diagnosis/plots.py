@@ -13,10 +13,10 @@ _OF = {STOCK: COLOURS[0], PATCHED: COLOURS[5]}
 _MARK = {STOCK: "o", PATCHED: "s"}
 
 
-def _figure(rows, columns, title, height=4.1):
+def _figure(rows, columns, title, height=4.1, width=4.0):
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(max(4.0 * columns, 12), height * rows + 0.9), dpi=100,
+    fig = Figure(figsize=(max(width * columns, 12), height * rows + 0.9), dpi=100,
                  layout="constrained")  # fmt: skip
     fig.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
     fig.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
@@ -83,7 +83,7 @@ def _qq(axis, rows, routing):
 
 def selection(diagnosis):
     """What decides R, and does a null travel between domains?"""
-    fig, axes = _figure(2, 3, f"Selections of {diagnosis.facts['router']}", 4.4)
+    fig, axes = _figure(2, 3, f"Selections of {diagnosis.facts['router']}", 4.4, 5.6)
     _pi0(axes[0, 0], diagnosis.to_frame("pi0"))
     frame = diagnosis.to_frame("selection")
     _bars(axes[0, 1], frame, ("P(R < min_k)", "P(R > max_k)"), ("floor", "ceiling"), 100)
@@ -140,7 +140,7 @@ def _bars(axis, frame, quantities, names, factor):
                           label=f"{name}, {routing}")  # fmt: skip
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.margins(y=0.3)
-    axis.legend(frameon=False, fontsize=9, ncols=2, loc="upper center")
+    axis.legend(frameon=False, fontsize=10, ncols=2, loc="upper center")
 
 
 def _matrix(axis, frame, form, title):
@@ -156,7 +156,7 @@ def _matrix(axis, frame, form, title):
         place = across.index(row["at"]), down.index(row["routing"])
         dark = (row["estimate"] - low) > 0.6 * (high - low) > 0
         ends = f"{row['estimate']:{form}}\n[{row['low']:{form}}, {row['high']:{form}}]"
-        axis.text(*place, ends, ha="center", va="center", size=8,
+        axis.text(*place, ends, ha="center", va="center", size=9,
                   color="white" if dark else "black")  # fmt: skip
     axis.set_xticks(range(len(across)), across)
     axis.set_yticks(range(len(down)), down)
@@ -187,8 +187,7 @@ def ablation(diagnosis):
             axis.plot(known["delta0"], known["FDP(delta0)"], "o", color=colours[router],
                       markersize=8, markeredgecolor="black")  # fmt: skip
         if alpha is not None:
-            axis.axhline(alpha, color="black", linestyle="--", linewidth=1)
-            axis.text(1.1e-4, alpha + 0.015, f"alpha of {routers[0]}", size=9)
+            axis.axhline(alpha, color="black", linestyle="--", linewidth=1, label="alpha")
         axis.set_xscale("log")
         axis.set_ylim(0, 1)
         _style(axis, "δ (nats of next-token loss)", "FDP", f"layer {layer}; dots: at δ0")
