@@ -172,6 +172,9 @@ class BH(Router):
 
     alpha: float = 0.05
     name: ClassVar[str] = "bh"
+    main: ClassVar[str] = "alpha"
+    main_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    increasing: ClassVar[bool] = True
     wants_null: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
