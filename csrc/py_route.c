@@ -46,35 +46,30 @@ done:
 }
 
 PyDoc_STRVAR(p_values_doc,
-"p_values(logits, score, table, threads=1)\n--\n\n"
-"logits (T,E) float32 -> p (T,E) float64 under the null of `table` (LayerNull.table),\n"
-"or under the `normal` null where table is None.");
+"p_values(logits, null, threads=1)\n--\n\n"
+"logits (T,E) float32 -> p (T,E) float64 under a null: (form, score, p_table), as the\n"
+"spec attribute of moeprof's nulls.");
 
 static PyObject *p_values(PyObject *module, PyObject *args)
 {
-    PyObject *logits, *table, *p;
+    PyObject *logits, *null_tuple, *p;
     PyArrayObject *view;
-    const char *score;
     int threads = 1;
-    mp_route_spec spec = {0};
+    mp_null null;
     ptrdiff_t bad_row;
     (void)module;
 
-    if (!PyArg_ParseTuple(args, "OsO|i:p_values", &logits, &score, &table, &threads)
+    if (!PyArg_ParseTuple(args, "OO|i:p_values", &logits, &null_tuple, &threads)
         || mp_check_threads(threads)
         || !(view = mp_array(logits, "router_logits", NPY_FLOAT32, 2))
-        || mp_parse_null(score, table, &spec))
+        || mp_parse_null(null_tuple, PyArray_DIM(view, 1), &null))
         return NULL;
     npy_intp *shape = PyArray_DIMS(view);
-    if (shape[1] < 1 || shape[1] > MP_MAX_EXPERTS)
-        return PyErr_Format(PyExc_ValueError,
-                            "router_logits: expected 1 to %d experts, got %zd",
-                            (int)MP_MAX_EXPERTS, (Py_ssize_t)shape[1]);
     if (!(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
         return NULL;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_p_values(&spec, PyArray_DATA(view), shape[0], shape[1], threads,
+    bad_row = mp_p_values(&null, PyArray_DATA(view), shape[0], shape[1], threads,
                           PyArray_DATA((PyArrayObject *)p));
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row)) {

@@ -25,13 +25,15 @@ int mp_parse_dtype(const char *name, mp_dtype *dtype);
 /* The NumPy type that carries a dtype: 16-bit floats travel as uint16. */
 int mp_carrier(mp_dtype dtype);
 
-/* The tuple of moeprof/routers.py (Router.spec): (router, parameters, min_k, max_k,
- * temperature, norm, norm_k, score, table or None). The table is borrowed. */
+/* The tuple of moeprof/routers/ (Router.spec): (router, parameters, min_k, max_k,
+ * temperature, norm, norm_k, null, table or None), the table what the router wants
+ * besides. The arrays are borrowed. */
 int mp_parse_spec(PyObject *object, npy_intp num_experts, mp_dtype dtype,
                   mp_route_spec *spec);
 
-/* score is "logit" or "logprob"; table None means the `normal` null. Borrowed. */
-int mp_parse_null(const char *score, PyObject *table, mp_route_spec *spec);
+/* A tuple (form, score, p_table): p_table is None for normal and softmax, else (N,) for
+ * the layer or (E,N), one for each expert. Borrowed. */
+int mp_parse_null(PyObject *tuple, npy_intp num_experts, mp_null *null);
 
 /* pointers: (3,E) uint64, the addresses of gate, up and down of each expert. */
 int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,

@@ -10,11 +10,12 @@
 enum { TOKENS_PER_TASK = 32 };
 
 typedef struct {
-    const mp_route_spec *spec;
+    const mp_route_spec *spec; /* NULL: p-values only */
+    const mp_null *null;
     const void *logits;
     mp_dtype dtype;
     ptrdiff_t tokens, num_experts;
-    mp_routing *routing; /* NULL: p-values only */
+    mp_routing *routing;
     double *p;
     atomic_ptrdiff_t bad_row; /* the first unusable row, or `tokens` */
 } job;
@@ -45,22 +46,6 @@ static void note_bad_row(job *j, ptrdiff_t row)
     ptrdiff_t seen = atomic_load(&j->bad_row);
     while (row < seen && !atomic_compare_exchange_weak(&j->bad_row, &seen, row)) {
     }
-}
-
-static void p_values_of_row(const mp_route_spec *spec, const float *z,
-                            ptrdiff_t num_experts, double *p)
-{
-    double work[MP_MAX_EXPERTS];
-    if (!spec->table) {
-        mp_ops.p_normal(z, num_experts, work, p);
-        return;
-    }
-    if (spec->score == MP_SCORE_LOGPROB)
-        mp_ops.logprob(z, num_experts, work);
-    else
-        for (ptrdiff_t e = 0; e < num_experts; e++)
-            work[e] = z[e];
-    mp_ops.p_table(work, num_experts, spec->table, p);
 }
 
 static float rounded(float value, mp_dtype dtype)
@@ -106,25 +91,60 @@ static void weigh(const mp_route_spec *spec, const float *z, ptrdiff_t num_exper
         weights[i] = rounded(prob[order[i]] / divisor * factor, spec->round_to);
 }
 
+/* to[i] = from[order[i]], which to then is. */
+static const double *sorted(const double *from, const int32_t *order, ptrdiff_t count,
+                            double *to)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        to[i] = from[order[i]];
+    return to;
+}
+
+/* The experts of a token in the order of evidence, and R. p: NULL, or its p-values. */
+static ptrdiff_t judge(const mp_route_spec *spec, const float *z, ptrdiff_t num_experts,
+                       const double *p, int32_t *order)
+{
+    const ptrdiff_t E = num_experts;
+    const unsigned wants = spec->router->wants;
+    double weighted[MP_MAX_EXPERTS], scores[MP_MAX_EXPERTS], lfdr[MP_MAX_EXPERTS];
+    double z_sorted[MP_MAX_EXPERTS], p_sorted[MP_MAX_EXPERTS];
+    double lfdr_sorted[MP_MAX_EXPERTS];
+    mp_token token = {.num_experts = E, .min_k = spec->min_k, .max_k = spec->max_k};
+
+    const double *evidence = wants & MP_WANTS_P ? p : NULL;
+    if (wants & MP_WANTS_WEIGHTS) {
+        for (ptrdiff_t e = 0; e < E; e++)
+            weighted[e] = spec->table[e] > 0 ? p[e] / spec->table[e] : INFINITY;
+        evidence = weighted;
+    }
+    mp_ops.order(evidence, z, E, order);
+    if (evidence)
+        token.p = sorted(evidence, order, E, p_sorted);
+    if (wants & MP_WANTS_Z) {
+        for (ptrdiff_t i = 0; i < E; i++)
+            z_sorted[i] = z[order[i]];
+        token.z = z_sorted;
+    }
+    if (wants & MP_WANTS_LFDR && spec->table) {
+        mp_scores(spec->null.score, z, E, scores);
+        mp_local_fdr(scores, E, spec->table, lfdr);
+        token.lfdr = sorted(lfdr, order, E, lfdr_sorted);
+    }
+    return spec->router->count(&token, spec->parameters);
+}
+
 static void select_experts(job *j, ptrdiff_t row, const float *z, const double *p)
 {
     const mp_route_spec *spec = j->spec;
-    const ptrdiff_t E = j->num_experts, max_k = spec->max_k;
+    const ptrdiff_t max_k = spec->max_k;
     int32_t order[MP_MAX_EXPERTS];
-    double sorted[MP_MAX_EXPERTS];
-    mp_ops.order(p, z, E, order);
-    if (p)
-        for (ptrdiff_t i = 0; i < E; i++)
-            sorted[i] = p[order[i]];
-
-    mp_token token = {E, p ? sorted : NULL};
-    ptrdiff_t rejections = spec->router->count(&token, spec->parameters);
-    ptrdiff_t count = rejections < spec->min_k ? spec->min_k
-                    : rejections > max_k       ? max_k : rejections;
+    const ptrdiff_t rejections = judge(spec, z, j->num_experts, p, order);
+    const ptrdiff_t count = rejections < spec->min_k ? spec->min_k
+                          : rejections > max_k       ? max_k : rejections;
 
     float *weights = j->routing->weights + row * max_k;
     int32_t *experts = j->routing->experts + row * max_k;
-    weigh(spec, z, E, order, count, weights);
+    weigh(spec, z, j->num_experts, order, count, weights);
     for (ptrdiff_t i = 0; i < max_k; i++) {
         experts[i] = i < count ? order[i] : -1;
         if (i >= count)
@@ -138,7 +158,7 @@ static void route_tokens(void *context, ptrdiff_t task, int worker)
 {
     job *j = context;
     const ptrdiff_t E = j->num_experts, first = task * TOKENS_PER_TASK;
-    const int wants_p = j->p || j->spec->router->wants_p;
+    const int wants_p = j->p || (j->spec && j->spec->router->wants & MP_WANTS_P);
     float wide[MP_MAX_EXPERTS];
     double p_row[MP_MAX_EXPERTS];
     (void)worker;
@@ -150,9 +170,9 @@ static void route_tokens(void *context, ptrdiff_t task, int worker)
             continue;
         }
         if (wants_p)
-            p_values_of_row(j->spec, z, E, p);
-        if (j->routing)
-            select_experts(j, t, z, j->spec->router->wants_p ? p : NULL);
+            mp_null_p_values(j->null, z, E, p);
+        if (j->spec)
+            select_experts(j, t, z, p);
     }
 }
 
@@ -169,15 +189,15 @@ ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_dtype dtype
                    ptrdiff_t tokens, ptrdiff_t num_experts, int threads,
                    mp_routing *routing, double *p)
 {
-    job j = {.spec = spec, .logits = logits, .dtype = dtype, .tokens = tokens,
-             .num_experts = num_experts, .routing = routing, .p = p};
+    job j = {.spec = spec, .null = &spec->null, .logits = logits, .dtype = dtype,
+             .tokens = tokens, .num_experts = num_experts, .routing = routing, .p = p};
     return run(&j, threads);
 }
 
-ptrdiff_t mp_p_values(const mp_route_spec *spec, const float *logits, ptrdiff_t tokens,
+ptrdiff_t mp_p_values(const mp_null *null, const float *logits, ptrdiff_t tokens,
                       ptrdiff_t num_experts, int threads, double *p)
 {
-    job j = {.spec = spec, .logits = logits, .dtype = MP_F32, .tokens = tokens,
+    job j = {.null = null, .logits = logits, .dtype = MP_F32, .tokens = tokens,
              .num_experts = num_experts, .p = p};
     return run(&j, threads);
 }

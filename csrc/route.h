@@ -3,10 +3,8 @@
 #define MP_ROUTE_H
 
 #include "kernels.h"
+#include "null.h"
 #include "routers.h"
-
-/* Bounds the buffers that route.c keeps on the stack (36 bytes an expert). */
-enum { MP_MAX_EXPERTS = 1024 };
 
 /* The weights of the selected set S; p is the softmax over all experts. */
 typedef enum {
@@ -15,18 +13,16 @@ typedef enum {
     MP_NORM_MASS, /* p_e * (sum of the k largest p) / sum_S p */
 } mp_norm;
 
-typedef enum { MP_SCORE_LOGIT, MP_SCORE_LOGPROB } mp_score;
-
 typedef struct {
     const mp_router *router;
     double parameters[MP_MAX_PARAMETERS];
     ptrdiff_t min_k, max_k; /* 1 <= min_k <= max_k <= E */
     double temperature;     /* acts on the weights only */
     mp_norm norm;
-    ptrdiff_t norm_k;    /* for MP_NORM_MASS */
-    mp_dtype round_to;   /* the weights are rounded to this dtype, kept as float */
-    mp_score score;      /* what the table was fitted to */
-    const double *table; /* MP_TABLE_LENGTH, or NULL: the `normal` null */
+    ptrdiff_t norm_k;  /* for MP_NORM_MASS */
+    mp_dtype round_to; /* the weights are rounded to this dtype, kept as float */
+    mp_null null;
+    const double *table; /* what the router wants besides (MP_WANTS_...), or NULL */
 } mp_route_spec;
 
 /* One routing. weights and experts are (T, max_k), best first, experts padded with
@@ -44,9 +40,8 @@ ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_dtype dtype
                    ptrdiff_t tokens, ptrdiff_t num_experts, int threads,
                    mp_routing *routing, double *p);
 
-/* p-values of (T,E) float logits under the null of the spec (its table and score
- * only are read). Returns as mp_route. */
-ptrdiff_t mp_p_values(const mp_route_spec *spec, const float *logits, ptrdiff_t tokens,
+/* p-values of (T,E) float logits under a null. Returns as mp_route. */
+ptrdiff_t mp_p_values(const mp_null *null, const float *logits, ptrdiff_t tokens,
                       ptrdiff_t num_experts, int threads, double *p);
 
 #endif

@@ -4,9 +4,11 @@ from numpy import float32, float64, int32, int64, uint16, uint64
 from numpy.typing import NDArray
 
 _Bits = NDArray[float32] | NDArray[uint16]
-# (router, parameters, min_k, max_k, temperature, norm, norm_k, score, table)
+# (form, score, p_table): the layer's table (N,), or one for each expert (E,N)
+_Null = tuple[str, str, NDArray[float64] | None]
+# (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table)
 _Spec = tuple[
-    str, tuple[float, ...], int, int, float, str, int, str, NDArray[float64] | None
+    str, tuple[float, ...], int, int, float, str, int, _Null, NDArray[float64] | None
 ]
 
 # routing
@@ -16,7 +18,7 @@ def route(
     NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32], NDArray[float64] | None
 ]: ...
 def p_values(
-    logits: NDArray[float32], score: str, table: NDArray[float64] | None, threads: int = 1, /
+    logits: NDArray[float32], null: _Null, threads: int = 1, /
 ) -> NDArray[float64]: ...
 
 # experts

@@ -1,47 +1,77 @@
 """fit_null: run text through a model and count its router scores."""
 
+import hashlib
 import math
+import numbers
 
 import numpy as np
 
-from .null import (
-    BINS,
-    KINDS,
-    SCORES,
-    Null,
-    bins_of,
-    check_choice,
+from .null.identity import (
+    NO_TEXT,
+    add_digests,
     gate_weight,
     gates_of,
-    keep_largest,
     model_name,
     router_sample,
-    scores_of,
-    text_digest,
 )
+from .null.model import KINDS, Null, trim_padding
+from .null.scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
+
+_PENDING = 4096  # tokens of a layer that wait for being counted together
 
 
-class _Histograms:
+class Histograms:
     """Counts scores layer by layer, in memory that doesn't grow with the text.
 
-    counts (L,E,8192), largest: per layer a descending (<=1024,) array.
+    score, r_high and r_low: as in Null. Logits wait until there are enough of them to be worth
+    a pass over the counts, which is (E,8192) numbers long whatever it adds.
     """
 
     def __init__(self, layers, experts, score, r_high=0, r_low=0):
         self.score, self.r_high, self.r_low = score, r_high, r_low
-        self.counts = np.zeros((layers, experts, BINS), np.uint64)
-        self.largest = [np.empty(0)] * layers
+        self._counts = np.zeros((layers, experts, BINS), np.uint64)
+        self._largest = np.full((layers, experts, LARGEST), -np.inf, np.float32)
+        self._pending = [[] for _ in range(layers)]
+
+    @property
+    def counts(self):
+        """(L,E,8192) uint64."""
+        self._count_all()
+        return self._counts
+
+    @property
+    def largest(self):
+        """(L,E,at most 1024) float32, descending, padded with -inf."""
+        self._count_all()
+        return trim_padding(keep_largest(self._largest))
 
     def add(self, layer, logits):
         """Count a layer's float32 logits (T,E); of equal ones the lower id ranks higher."""
-        scores, experts = scores_of(logits, self.score), logits.shape[1]
-        ranked = np.argsort(-logits, axis=1, kind="stable")
-        kept = ranked[:, self.r_high : experts - self.r_low]
-        values = np.take_along_axis(scores, kept, axis=1)
-        at = (kept * BINS + bins_of(values)).ravel()
-        np.add.at(self.counts[layer].reshape(-1), at, np.uint64(1))
-        joined = np.concatenate([self.largest[layer], values.ravel()])
-        self.largest[layer] = keep_largest(joined[None])[0]
+        self._pending[layer].append(np.array(logits))  # a gate may use its memory again
+        if sum(map(len, self._pending[layer])) >= _PENDING:
+            self._count(layer)
+
+    def _count_all(self):
+        for layer, pending in enumerate(self._pending):
+            if pending:
+                self._count(layer)
+
+    def _count(self, layer):
+        logits = np.concatenate(self._pending[layer])
+        self._pending[layer].clear()
+        scores, experts = stored_scores(logits, self.score), logits.shape[1]
+        at = bins_of(scores) + BINS * np.arange(experts)
+        if self.r_high or self.r_low:
+            ranked = np.argsort(-logits, axis=1, kind="stable")
+            kept = np.zeros(scores.shape, bool)
+            middle = ranked[:, self.r_high : experts - self.r_low]
+            np.put_along_axis(kept, middle, True, axis=1)
+            at, scores = at[kept], np.where(kept, scores, np.float32(-np.inf))
+        found = np.bincount(at.ravel(), minlength=experts * BINS).reshape(experts, BINS)
+        self._counts[layer] += found.astype(np.uint64)
+        joined = np.concatenate([self._largest[layer], scores.T], axis=1)
+        # A partition only: `largest` sorts, once.
+        self._largest[layer] = np.partition(joined, -LARGEST, axis=1)[:, -LARGEST:]
 
 
 def _recorder(outputs, layer):
@@ -61,7 +91,7 @@ def _windows(text, tokenizer, window):
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     for start in range(0, len(ids), window):
         if len(ids) - start >= 2:
-            yield ids[start : start + window], len(text) / len(ids)
+            yield ids[start : start + window], min(window, len(ids) - start) / len(ids)
 
 
 def _window_logits(name, output, tokens, experts):
@@ -83,10 +113,41 @@ def _window_logits(name, output, tokens, experts):
     return values[1:]
 
 
+class _Texts:
+    """Goes through the texts once: what they are, how many, their digest and the progress.
+
+    total: their bytes, None where only the end will tell (an iterator).
+    """
+
+    def __init__(self, texts):
+        if isinstance(texts, (str, bytes)):
+            raise TypeError("texts: expected a list of strings or an iterator of them, got one text")
+        if isinstance(texts, (list, tuple)):
+            for text in texts:  # before the model runs
+                _encoded(text)
+            self.total = sum(len(_encoded(text)) for text in texts)
+        else:
+            self.total = getattr(texts, "total_bytes", None)
+        self._texts, self.count, self.digest = iter(texts), 0, NO_TEXT
+
+    def __iter__(self):
+        """(text, its bytes) one after the other."""
+        for text in self._texts:
+            data = _encoded(text)
+            self.count += 1
+            self.digest = add_digests(self.digest, hashlib.sha256(data).hexdigest())
+            yield text, len(data)
+
+
+def _encoded(text):
+    if not isinstance(text, str):
+        raise TypeError(f"texts: expected a list of strings, got {type(text).__name__} among them")
+    return text.encode("utf-8", "surrogatepass")
+
+
 def _run(model, gates, texts, tokenizer, window, histograms, progress):
     """Feed the texts through the model and count; returns the number of tokens counted."""
     import torch
-    from tqdm import tqdm
 
     base = getattr(model, "base_model", model)  # the head isn't needed
     device = gate_weight(*gates[0]).device
@@ -97,21 +158,16 @@ def _run(model, gates, texts, tokenizer, window, histograms, progress):
         model.eval()
         for layer, (_, gate) in enumerate(gates):
             handles.append(gate.register_forward_hook(_recorder(outputs, layer)))
-        bar = tqdm(
-            desc="calibrating", total=sum(map(len, texts)), unit="char", unit_scale=True,
-            delay=2, disable=not progress,
-        )
-        with torch.inference_mode(), bar:
-            for text in texts:
-                for ids, chars_per_token in _windows(text, tokenizer, window):
+        with torch.inference_mode(), _bar(texts.total, progress) as bar:
+            for text, size in texts:
+                for ids, share in _windows(text, tokenizer, window):
                     outputs.clear()
                     base(input_ids=torch.tensor([ids], device=device), use_cache=False)
                     for layer, (name, _) in enumerate(gates):
                         logits = _window_logits(name, outputs.get(layer), len(ids), experts)
                         histograms.add(layer, logits)
                     tokens += len(ids) - 1
-                    done = len(ids) * chars_per_token  # rounding must not pass the total
-                    bar.update(min(done, bar.total - bar.n))
+                    bar.update(_within(bar, share * size))
     finally:
         for handle in handles:
             handle.remove()
@@ -120,9 +176,22 @@ def _run(model, gates, texts, tokenizer, window, histograms, progress):
     return tokens
 
 
+def _bar(total, progress):
+    from tqdm import tqdm
+
+    return tqdm(
+        desc="calibrating", total=total, unit="B", unit_scale=True, delay=2, disable=not progress
+    )
+
+
+def _within(bar, step):
+    """Rounding must not take the bar past its total."""
+    return step if bar.total is None else min(step, bar.total - bar.n)
+
+
 def _trimming(kind, r_high, r_low, model, experts):
-    """(r_high, r_low): none for `all`; for `trimmed` half the model's top-k each by default."""
-    if kind == "all":
+    """(r_high, r_low): none but for `trimmed`, there half the model's top-k each by default."""
+    if kind != "trimmed":
         if r_high or r_low:
             raise ValueError("r_high and r_low belong to kind='trimmed'")
         return 0, 0
@@ -138,16 +207,19 @@ def _trimming(kind, r_high, r_low, model, experts):
 
 
 def fit_null(
-    model, tokenizer, texts, *, kind="trimmed", score="logprob", r_high=None, r_low=None,
+    model, tokenizer, texts, *, kind="efron", score="logprob", r_high=None, r_low=None,
     window=512, progress=True,
 ):
-    """Fit a null to the router scores of `model` on `texts`, a list of strings.
+    """Fit a null to the router scores of `model` on `texts`: strings, in any iterable.
 
-    Each text is tokenised without special tokens and cut into windows of `window` tokens, which
-    run through the model one by one; the first token of each is left out. `kind="trimmed"`
-    leaves each token's r_high highest and r_low lowest scores out (default k/2 each, rounded
-    up), `kind="all"` none; `score` is "logprob" (z - logsumexp(z)) or "logit" (z). The model is
-    afterwards as it was. Returns a Null.
+    An iterator is read as it goes, so that memory doesn't grow with the amount of text. Each
+    text is tokenised without special tokens and cut into windows of `window` tokens, which run
+    through the model one by one, without padding; the first token of each is left out.
+
+    `kind`: "efron", "all", "conformal", which count every score, or "trimmed", which leaves each
+    token's r_high highest and r_low lowest scores out (default k/2 each, rounded up). `score`:
+    "logprob" (z - logsumexp(z)), "logit" (z) or "centred" (z - mean(z)). The model is afterwards
+    as it was. Returns a Null.
 
     Raises ValueError: kind, score, window, r_high or r_low out of range; no text with two tokens;
     logits that are not finite (the layer is named); a model without a router. TypeError: texts
@@ -158,20 +230,18 @@ def fit_null(
     """
     check_choice("kind", kind, KINDS)
     check_choice("score", score, SCORES)
-    if window < 2:
+    if not isinstance(window, numbers.Integral) or window < 2:
         raise ValueError(f"window: expected at least 2 tokens, got {window}")
-    texts = [None] if isinstance(texts, str) else list(texts)
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("texts: expected a list of strings")
+    texts = _Texts(texts)
     gates = gates_of(model)
     experts = gate_weight(*gates[0]).shape[0]
     r_high, r_low = _trimming(kind, r_high, r_low, model, experts)
-    histograms = _Histograms(len(gates), experts, score, r_high, r_low)
+    histograms = Histograms(len(gates), experts, score, r_high, r_low)
     tokens = _run(model, gates, texts, tokenizer, window, histograms, progress)
     if tokens == 0:
-        raise ValueError(f"texts: expected one with at least 2 tokens, got {len(texts)} without")
+        raise ValueError(f"texts: expected one with at least 2 tokens, got {texts.count} without")
     return Null(
         kind=kind, score=score, r_high=r_high, r_low=r_low, counts=histograms.counts,
-        largest=np.stack(histograms.largest), tokens=tokens, model_name=model_name(model),
-        router_sample=router_sample(gates), text_digest=text_digest(texts),
+        largest=histograms.largest, tokens=tokens, model_name=model_name(model),
+        router_sample=router_sample(gates), text_digest=texts.digest,
     )

@@ -131,13 +131,16 @@ def _moe(
     temperature: float,
     norm: str,
     norm_k: int,
+    null: str,
     score: str,
+    p_table: Tensor | None,
     table: Tensor | None,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     pointers, intermediate_size = pointer_table(weights)
-    spec = (router, tuple(parameters), min_k, max_k, temperature, norm, norm_k, score,
-            None if table is None else table.numpy())  # fmt: skip
+    p_array, array = (None if t is None else t.numpy() for t in (p_table, table))
+    spec = (router, tuple(parameters), min_k, max_k, temperature, norm, norm_k,
+            (null, score, p_array), array)  # fmt: skip
     try:
         out, *routing = _C.moe(
             as_array(hidden),

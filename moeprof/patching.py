@@ -60,10 +60,11 @@ class PatchedLayer(Patched):
         norm = self.norm
         if norm == "model":
             norm = "sum" if norm_topk_prob else "none"
-        name, parameters, *rest, table = router.spec(
+        name, parameters, *rest, (form, score, p_table), table = router.spec(
             self.num_experts, norm=norm, norm_k=top_k, null=self.null
         )
-        return (name, list(parameters), *rest, None if table is None else torch.from_numpy(table))
+        tables = (None if t is None else torch.from_numpy(t) for t in (p_table, table))
+        return (name, list(parameters), *rest, form, score, *tables)
 
 
 class Handle:

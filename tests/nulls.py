@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from moeprof import calibration
-from moeprof import null as nulls
+from moeprof.calibration import Histograms
 from moeprof.null import Null
+from moeprof.null.identity import text_digest
+from moeprof.null.model import _ARRAYS
 
 
 def random_logits(tokens, experts, seed=0, scale=2.0):
@@ -16,20 +17,20 @@ def random_logits(tokens, experts, seed=0, scale=2.0):
 def null_of(*logits, kind="all", score="logprob", r_high=0, r_low=0, text="a"):
     """A Null of one (T,E) array of logits a layer, without a model."""
     tokens, experts = logits[0].shape
-    counter = calibration._Histograms(len(logits), experts, score, r_high, r_low)
+    counter = Histograms(len(logits), experts, score, r_high, r_low)
     for layer, values in enumerate(logits):
         counter.add(layer, values)
     return Null(
         kind=kind, score=score, r_high=r_high, r_low=r_low, counts=counter.counts,
-        largest=np.stack(counter.largest), tokens=tokens, model_name="toy",
+        largest=counter.largest, tokens=tokens, model_name="toy",
         router_sample=np.full((len(logits), 4), 0.5, np.float32),
-        text_digest=nulls.text_digest([text]),
+        text_digest=text_digest([text]),
     )
 
 
 def assert_same(a, b):
     """Equal in every field, bit for bit, and in every table."""
-    for name in nulls._ARRAYS:
+    for name in _ARRAYS:
         x, y = getattr(a, name), getattr(b, name)
         assert x.dtype == y.dtype and np.array_equal(x, y), name
     assert a._facts() == b._facts()

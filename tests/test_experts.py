@@ -205,7 +205,7 @@ def test_moe_is_route_and_experts(dtype, logits_dtype):
     hidden, logits = layer.hidden(40), np.random.default_rng(2).standard_normal((40, 8))
     logits_dtype = logits_dtype or dtype
     z = narrow(logits, logits_dtype)
-    spec = ("bh", (0.4,), 1, 5, 1.0, "sum", 8, "logit", None)
+    spec = ("bh", (0.4,), 1, 5, 1.0, "sum", 8, ("normal", "logit", None), None)
     out, weights, ids, counts, rejections = layer.moe(hidden, z, spec, 2)
     routed = _C.route(z, logits_dtype, spec, 1, False)
     rounded = widen(narrow(routed[0], dtype), dtype)

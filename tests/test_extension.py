@@ -143,10 +143,13 @@ x, w, index = np.ones((40, 32), f32), np.ones((24, 32), f32), np.arange(40, dtyp
 z, p, short = np.ones((40, 16), f32), np.full((40, 16), 0.01), np.ones((3, 5), f32)
 bad_row, table = z.copy(), util.table_of(3.5)
 bad_row[7] = np.nan
-spec = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, "logprob", table)
+normal, null = ("normal", "logit", None), ("table", "logprob", table)
+each = np.tile(table, (16, 1))
+spec = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, null, None)
 bad_specs = [("nope", *spec[1:]), ("bh", (0.1, 0.2), *spec[2:]), ("bh", ("x",), *spec[2:]),
              (*spec[:5], "nope", *spec[6:]), (*spec[:2], 9, *spec[3:]), spec[:4], [],
-             (*spec[:8], np.ones(3)), (*spec[:7], "nope", table)]
+             (*spec[:8], np.ones(3)), (*spec[:7], ("nope", "logit", table), None), (*spec[:7],
+             ("table", "logit", each[:3]), None), (*spec[:7], None, None)]
 layer = util.Layer(16, 32, 24)
 pointers, hidden = layer.pointers, layer.hidden(40)
 ids, weights = util.random_slots(40, 3, 16)
@@ -157,8 +160,8 @@ CALLS = {
     "route": [(z, "float32", spec, 2, True), (z, "float32", spec, 2, False),
               (bad_row, "float32", spec, 1, True), (z, "nope", spec, 1, True), (p, "float32", spec,
               1, True), (z,), *[(z, "float32", bad, 1, True) for bad in bad_specs]],
-    "p_values": [(z, "logprob", table), (z, "logit", None), (bad_row, "logit", None),
-                 (z, "nope", None), (z, "logit", p), (p, "logit", None), ()],
+    "p_values": [(z, null), (z, normal), (bad_row, normal), (z, ("table", "centred", each)),
+                 (z, ("nope", "logit", None)), (z, ("table", "logit", p)), (p, normal), ()],
     "experts": [(hidden, ids, weights, *layer_arguments, 2), (hidden, ids.astype(np.int64), weights,
                 *layer_arguments, 1), (hidden, ids, ids, *layer_arguments, 1), (hidden, bad_ids,
                 weights, *layer_arguments, 1), (hidden, ids, short, *layer_arguments, 1),
@@ -230,17 +233,22 @@ def test_1000_calls_of_each_binding_leave_nothing_behind():
 F32, F64 = np.ones((2, 4), np.float32), np.ones((2, 4))
 I32, U16 = np.zeros((2, 1), np.int32), np.ones((2, 4), np.uint16)
 INDEX, ONES = np.zeros(2, np.int32), np.ones((2, 1), np.float32)
-SPEC = ("bh", (0.05,), 1, 2, 1.0, "sum", 1, "logit", None)
+NORMAL, SURVIVAL = ("normal", "logit", None), np.ones(8196)
+SPEC = ("bh", (0.05,), 1, 2, 1.0, "sum", 1, NORMAL, None)
 POINTERS = np.array([[F32.ctypes.data] * 2] * 3, np.uint64)  # of 8 floats each
 BIG, TWO = F32.astype(">f4"), F32[:, :2].copy()
 SWAPPED = "C-contiguous, aligned array of native byte order"
 
 
 def route(logits=F32, dtype="float32", spec=SPEC, **changes):
-    names = ("router", "parameters", "min_k", "max_k", "temperature", "norm", "norm_k", "score",
+    names = ("router", "parameters", "min_k", "max_k", "temperature", "norm", "norm_k", "null",
              "table")  # fmt: skip
     spec = tuple(changes.get(n, v) for n, v in zip(names, spec, strict=True)) if changes else spec
     return _C.route(logits, dtype, spec, 1, False)
+
+
+def p_of(null):
+    return _C.p_values(F32, null)
 
 
 def experts(hidden=F32, ids=I32, weights=ONES, dtype="float32", pointers=POINTERS, inner=2):
@@ -266,16 +274,24 @@ BAD = [
     (lambda: route(parameters=()), ValueError, "router bh: expected 1 parameters, got 0"),
     (lambda: route(parameters=("x",)), TypeError, "real number"),
     (lambda: route(norm="max"), ValueError, "norm: expected none, sum or mass, got max"),
-    (lambda: route(score="z"), ValueError, "score: expected logprob or logit, got z"),
-    (lambda: route(table=np.ones(7)), ValueError, "table: expected 8196 values, got 7"),
-    (lambda: route(table=np.ones(8196, "f4")), TypeError, "table: expected dtype float64, got fl"),
+    (lambda: route(table=SURVIVAL), ValueError, "table: expected None for the router bh"),
+    (lambda: p_of([]), TypeError, "null: expected a tuple"),
+    (lambda: p_of(("table", "logit")), TypeError, "null"),
+    (lambda: p_of(("t", "logit", None)), ValueError, "null: expected normal, softmax, table or c"),
+    (lambda: p_of(("table", "z", None)), ValueError, "score: expected logprob, logit or centred"),
+    (lambda: p_of(("normal", "logit", SURVIVAL)), ValueError, "p_table: expected None for the nu"),
+    (lambda: p_of(("table", "logit", None)), TypeError, "p_table: expected a NumPy array, got No"),
+    (lambda: p_of(("table", "logit", np.ones(7))), ValueError, "p_table: expected 8196 values, go"),
+    (lambda: p_of(("conformal", "logit", SURVIVAL)), ValueError, "expected 9218 values, got 8196"),
+    (lambda: p_of(("table", "logit", np.ones((3, 8196)))), ValueError, "each of 4 experts, got 3"),
+    (lambda: p_of(("table", "logit", np.ones(8196, "f4"))), TypeError, "p_table: expected dtype f"),
     (lambda: route(min_k=0), ValueError, "1 <= min_k <= max_k <= 4, got min_k=0, max_k=2"),
     (lambda: route(max_k=5), ValueError, "1 <= min_k <= max_k <= 4, got min_k=1, max_k=5"),
     (lambda: route(norm_k=5), ValueError, r"\(norm over 5\)"),
     (lambda: route(np.ones((1, 1025), "f4")), ValueError, "expected 1 to 1024 experts, got 1025"),
     (lambda: route(np.ones((1, 0), "f4")), ValueError, "expected 1 to 1024 experts, got 0"),
-    (lambda: _C.p_values(F64, "logit", None), TypeError, "router_logits: expected dtype float32"),
-    (lambda: _C.p_values(F32[:, :0], "logit", None), ValueError, "router_logits: expected 1 to"),
+    (lambda: _C.p_values(F64, NORMAL), TypeError, "router_logits: expected dtype float32"),
+    (lambda: _C.p_values(F32[:, :0], NORMAL), ValueError, "router_logits: expected 1 to"),
     (lambda: experts(F64), TypeError, "hidden: expected dtype float32, got float64"),
     (lambda: experts(F32, dtype="bfloat16"), TypeError, "hidden: expected dtype uint16"),
     (lambda: experts(ids=I32.astype(np.int16)), TypeError, "experts: expected dtype int32, got in"),

@@ -289,7 +289,7 @@ def p_table_case(z, score, table, what):
     # interpolation rounds relative to the left end of the bin
     tol = 1e-12 * ref + 8 * EPS64 * util.table_p(s - 1 / 128, table)
     tol += util.table_p(s - off, table) - util.table_p(s + off, table)
-    return Case(f"{what} {score}", partial(_C.p_values, z, score, table), ref, tol)
+    return Case(f"{what} {score}", partial(_C.p_values, z, ("table", score, table)), ref, tol)
 
 
 def p_normal_cases():
@@ -298,7 +298,7 @@ def p_normal_cases():
         ref = normal_reference(z)
         # erfc(x) at the far end: relative error x^2 eps, and x^2 <= -2 ln p
         size = 8 - 8 * np.log(np.maximum(ref, np.finfo(np.float64).tiny))
-        run = partial(_C.p_values, z, "logit", None)
+        run = partial(_C.p_values, z, ("normal", "logit", None))
         yield Case(f"E={experts}", run, ref, EPS64 * ref * size + 1e-320)
 
 
@@ -387,8 +387,8 @@ def test_nothing_is_read_beyond_the_rows(kernel, variant, side):
     run = {
         "softmax": lambda z, p: _C.softmax(z, 1.0),
         "logprob": lambda z, p: _C.logprob(z),
-        "p_table": lambda z, p: _C.p_values(z, "logit", place(util.table_of(32.0))),
-        "p_normal": lambda z, p: _C.p_values(z, "logit", None),
+        "p_table": lambda z, p: _C.p_values(z, ("table", "logit", place(util.table_of(32.0)))),
+        "p_normal": lambda z, p: _C.p_values(z, ("normal", "logit", None)),
         "order": lambda z, p: _C.order(p, z),
         "step_up": lambda z, p: _C.step_up(p, 0.5),
     }[kernel]
@@ -474,7 +474,7 @@ def test_mass_is_of_the_largest_logits_where_p_goes_another_way():
     table = util.table_of(32.0, p_max=1.0)
     table[3:] = np.linspace(0.01, 1, 8193)
     z = np.random.default_rng(0).permuted(np.tile(np.arange(32) / 8, (20, 1)), axis=1)
-    spec = ("bh", (0.05,), 3, 3, 1.0, "mass", 4, "logit", table)
+    spec = ("bh", (0.05,), 3, 3, 1.0, "mass", 4, ("table", "logit", table), None)
     weights, experts, *_ = _C.route(z.astype(np.float32), "float32", spec, 1, False)
     np.testing.assert_array_equal(experts, np.argsort(z, axis=1)[:, :3])
     top = np.sort(util.softmax(z), axis=1)[:, -4:].sum(axis=1)

@@ -479,5 +479,5 @@ def test_c_normal_agrees_with_the_reference():
     inf = np.inf
     odd = [[inf, -inf, 0, 0], [inf, inf, 0, 0], [1, 1, 1, 2], [inf, inf, -inf, -inf]]
     for logits in (random_logits(50, 8), random_logits(50, 7), np.array(odd, np.float32)):
-        p = extension.p_values(logits, "logit", None)
+        p = extension.p_values(logits, ("normal", "logit", None))
         np.testing.assert_allclose(p, normal_reference(logits), rtol=1e-12, atol=1e-300)

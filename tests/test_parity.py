@@ -473,7 +473,7 @@ def test_operators_keep_what_they_declare(tokens):
     x = random_hidden(1, tokens, 32)[0]
     weights = [p for p in block.experts.parameters()]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    routing = ("bh", [0.5], 1, 5, 1.0, "none", 2, "logit", None, "mlp")
+    routing = ("bh", [0.5], 1, 5, 1.0, "none", 2, "normal", "logit", None, None, "mlp")
     moe = (x, gate_logits(block, x), weights, *routing)
     torch.library.opcheck(torch.ops.moeprof.moe.default, moe, test_utils=checks)
     experts = (x, torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3), weights, "mlp")

@@ -25,7 +25,7 @@ import numpy as np
 import moeprof, util
 from moeprof import _C
 
-spec = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, "logit", None)
+spec = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, ("normal", "logit", None), None)
 logits = np.random.default_rng(0).standard_normal((500, 8)).astype(np.float32)
 layer = util.Layer(8, 96, 80)
 hidden, (ids, weights) = layer.hidden(500), util.random_slots(500, 3, 8)
@@ -34,7 +34,7 @@ def run(threads, seed=0):
     return [layer(np.roll(hidden, seed), ids, weights, threads),
             *layer.moe(np.roll(hidden, seed), logits, spec, threads),
             *_C.route(logits, "float32", spec, threads, True),
-            _C.p_values(logits, "logprob", util.table_of(3.5), threads)]
+            _C.p_values(logits, ("table", "logprob", util.table_of(3.5)), threads)]
 
 def digest(arrays):
     return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()

@@ -8,4 +8,4 @@ static ptrdiff_t count(const mp_token *token, const double *parameters)
     return mp_ops.step_up(token->p, token->num_experts, parameters[0]);
 }
 
-const mp_router mp_router_bh = {"bh", {"alpha"}, 1, count};
+const mp_router mp_router_bh = {"bh", {"alpha"}, MP_WANTS_P, count};

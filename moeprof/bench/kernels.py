@@ -178,13 +178,13 @@ def _swiglu(dtype):
 
 def _routing(shape, kernel):
     z, null = random_logits(ROUTED, shape.experts), fitted_null(shape)
-    p = _C.p_values(z, null.score, null.table)
+    p = _C.p_values(z, null.spec)
     sorting = ", sorted" if kernel == "step_up" else ""
     call = {
         "softmax": partial(_C.softmax, z, 1.0),
         "logprob": partial(_C.logprob, z),
-        "p_table": partial(_C.p_values, z, "logit", null.table),
-        "p_normal": partial(_C.p_values, z, "logit", None),
+        "p_table": partial(_C.p_values, z, ("table", "logit", null.table)),
+        "p_normal": partial(_C.p_values, z, ("normal", "logit", None)),
         "order": partial(_C.order, p, z),
         "step_up": partial(_C.step_up, p, 0.3),
     }[kernel]

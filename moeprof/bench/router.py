@@ -4,10 +4,11 @@ import numpy as np
 import torch
 
 from .. import _C
-from ..calibration import _Histograms
+from ..calibration import Histograms
 from ..cpu import get_num_threads
 from ..experts import as_array
-from ..null import LayerNull, _table
+from ..null import LayerNull
+from ..null.tables import counted_table, pooled
 from ..routers import BH, TopK
 from . import plots
 from .contenders import contenders
@@ -28,9 +29,9 @@ def random_logits(tokens, experts):
 def fitted_null(shape):
     """A trimmed null on logprob, fitted to random logits as `fit_null` would."""
     high = min(shape.top_k, shape.experts - 1)
-    histograms = _Histograms(1, shape.experts, "logprob", high, 0)
+    histograms = Histograms(1, shape.experts, "logprob", high, 0)
     histograms.add(0, random_logits(FITTED, shape.experts))
-    return LayerNull("logprob", _table(histograms.counts[0], histograms.largest[0]))
+    return LayerNull("logprob", counted_table(*pooled(histograms.counts[0], histograms.largest[0])))
 
 
 def rounds(settings):

@@ -5,9 +5,9 @@ token on average; `sensitivity` and `allocate` split a budget over the layers;
 `Router.with_budget` does all of it and reports.
 """
 
+from .layers import allocate, sensitivity, split
 from .report import BudgetReport, with_budget
 from .setting import BudgetError, Setting, Trial, reach, set_budget
-from .split import allocate, sensitivity, split
 
 __all__ = [
     "BudgetError", "BudgetReport", "Setting", "Trial", "allocate", "reach", "sensitivity",

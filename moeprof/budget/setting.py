@@ -3,11 +3,14 @@
 import math
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
+
+import moeprof
 
 from ..evaluation.passes import Pass, collect
 from ..evaluation.routing import choose
@@ -54,6 +57,7 @@ class Setting:
     passes : a Trial for each pass
     passed : the Pass of the router returned; a warm start for a neighbouring target
     reached : whether all averages are within the tolerance of their targets
+    chosen : the index in `passes` of the pass that came nearest
     """
 
     router: Router
@@ -65,11 +69,12 @@ class Setting:
     passes: list[Trial]
     passed: Pass = field(repr=False)
     reached: bool
+    chosen: int
 
     @property
     def parameter(self):
         """The router's main parameter, or a tuple of one for each layer."""
-        return getattr(self.router, main_of(self.router)[0])
+        return self.passes[self.chosen].parameter
 
 
 def main_of(router) -> tuple[str, tuple[float, float], bool]:
@@ -86,21 +91,27 @@ def main_of(router) -> tuple[str, tuple[float, float], bool]:
 
 def with_main(router: Router, values) -> Router:
     """The router with its main parameter set: a number, or a tuple of one for each layer."""
-    changes = {main_of(router)[0]: values}
+    name = main_of(router)[0]
+    changes = {}
     if isinstance(router, TopK) and router.max_k == _largest(router.k):
         changes["max_k"] = None  # it only followed k
-    return replace(router, **changes)
+    try:
+        return replace(router, **{name: values}, **changes)
+    except ValueError:
+        if not isinstance(values, tuple):
+            raise
+        return [replace(router, **{name: value}, **changes) for value in values]
 
 
 def _largest(k) -> int:
     return max(k) if isinstance(k, tuple) else k
 
 
-def resolve(router: Router, null):
+def resolve(router: Router, null, stacklevel=4):
     """What to give to `patch` as null: resolved once, so that one warning is enough."""
     if not router.wants_null:
         return None
-    null = resolve_null(null, stacklevel=4)
+    null = resolve_null(null, stacklevel=stacklevel)
     if isinstance(null, LayerNull):
         raise TypeError("null: expected a Null with all layers, got a LayerNull")
     return "normal" if null is None else null
@@ -170,7 +181,7 @@ def reach(router: Router, passed: Pass, null=None) -> np.ndarray:
     return np.stack([stored.averages(end) for end in stored.ends], axis=1)
 
 
-def check_target(target, layers: int | None = None):
+def check_target(target):
     """A float, or (L,) floats; ValueError or TypeError unless all are finite and > 0."""
     values = list(target) if isinstance(target, list | tuple | np.ndarray) else [target]
     for value in values:
@@ -180,30 +191,40 @@ def check_target(target, layers: int | None = None):
             raise ValueError(f"average_k: expected a finite number > 0, got {value!r}")
     if not isinstance(target, list | tuple | np.ndarray):
         return float(target)
-    if layers is not None and len(values) != layers:
-        raise ValueError(f"average_k: expected one for each of {layers} layers, got {len(values)}")
     return np.array(values, float)
 
 
-def check_reach(router: Router, target, reached: np.ndarray) -> None:
+def check_reach(router: Router, target, reached: np.ndarray, num_experts: int) -> None:
     """BudgetError, naming the interval (and the layer), for a target outside the reach."""
+    if np.ndim(target) and len(target) != len(reached):
+        raise ValueError(
+            f"average_k: expected one for each of {len(reached)} layers, got {len(target)}"
+        )
     ends = reached if np.ndim(target) else reached.mean(axis=0, keepdims=True)
     for layer, (value, (low, high)) in enumerate(zip(np.atleast_1d(target), ends, strict=True)):
         slack = 1e-9 * high  # means of integers, rounded
         if not low - slack <= value <= high + slack:
             where = f" in layer {layer}" if np.ndim(target) else ""
+            max_k = router.limits(num_experts)[1]
+            limits = "" if isinstance(router, TopK) else f" with min_k={router.min_k}, {max_k=}"
             raise BudgetError(
-                f"average_k: {router.name} with min_k={router.min_k}, max_k={router.max_k} "
-                f"reaches from {low:.6g} to {high:.6g} experts per token{where} on this text, "
-                f"not {value:.6g}"
+                f"average_k: {router.name}{limits} reaches from {low:.6g} to {high:.6g} experts "
+                f"per token{where} on this text, not {value:.6g}"
             )
-    if isinstance(router, TopK) and (target != np.rint(target)).any():
-        layers = len(reached)
-        raise BudgetError(
-            f"average_k: topk takes whole numbers of experts in each layer: {target} is none; "
-            f"the nearest are {np.floor(target)} and {np.ceil(target)}, or with per_layer=True "
-            f"multiples of 1/{layers}"
-        )
+
+
+def check_whole(target, layers: int, *, per_layer=False) -> None:
+    """BudgetError unless all targets are whole; per_layer: multiples of 1/layers, to be split."""
+    parts = layers if per_layer else 1
+    for value in np.atleast_1d(target):
+        units = value * parts
+        if abs(units - round(units)) > 1e-9 * units:
+            low, high = max(math.floor(units) / parts, 1.0), math.ceil(units) / parts
+            hint = "" if per_layer else f" (per_layer=True: multiples of 1/{layers})"
+            raise BudgetError(
+                f"average_k: topk takes whole numbers of experts in each layer; the nearest to "
+                f"{value:.6g} are {low:.6g} and {high:.6g}{hint}"
+            )
 
 
 def set_budget(
@@ -259,48 +280,87 @@ def set_budget(
     ValueError, TypeError
         For a target that is no number > 0, or a router without a main parameter.
     """
-    main_of(router)
+    setting, shortfall = find(
+        router, model, text, target, resolve(router, null), start=start, norm=norm,
+        tolerance=tolerance, max_passes=max_passes, step=step,
+    )  # fmt: skip
+    if shortfall:
+        warnings.warn(shortfall, stacklevel=2)
+    return setting
+
+
+def find(router, model, text, target, null, *, start=None, passed=None, norm="model",
+         tolerance=TOLERANCE, max_passes=MAX_PASSES, step=lambda: None):  # fmt: skip
+    """(Setting, what it falls short by or ""): `set_budget` with a null as `resolve` gives it.
+
+    passed: the Pass of the stock model, if there is one already.
+    """
     target = check_target(target)
-    null = resolve(router, null)
-    passed = collect(model, text, step=step) if start is None else start.passed
-    target = check_target(target if np.ndim(target) == 0 else list(target), len(passed.logits))
-    reached = reach(router, passed, null) if start is None else start.reach
-    check_reach(router, target, reached)
+    if start is not None:
+        passed, reached = start.passed, start.reach
+    else:
+        check(router, model, null, norm)
+        if passed is None:
+            with evaluating(model):
+                passed = collect(model, text, step=step)
+        reached = reach(router, passed, null)
+    check_reach(router, target, reached, passed.logits.shape[2])
+    if isinstance(router, TopK):
+        check_whole(target, len(reached))
     best, trials = None, []
-    guess = getattr(router if start is None else start.router, main_of(router)[0])
+    guess = getattr(router, main_of(router)[0]) if start is None else start.parameter
     while len(trials) < max_passes:
         begun = time.perf_counter()
         parameter, predicted, jumps = _solve(router, passed, null, target, guess, tolerance)
         if trials and parameter == trials[-1].parameter:
             break  # on a jump: another pass would find the same
-        trial_router = with_main(router, parameter)
-        passed = collect(model, text, trial_router, null=null, norm=norm, step=step)
+        tried = with_main(router, parameter)
+        with evaluating(model):
+            passed = collect(model, text, tried, null=null, norm=norm, step=step)
         found = passed.counts.mean(axis=1)
-        seconds = time.perf_counter() - begun
-        trials.append(Trial(parameter, predicted, found, jumps, seconds))
+        trials.append(Trial(parameter, predicted, found, jumps, time.perf_counter() - begun))
         error = _error(found, target)
         if best is None or error < best[0]:
-            best = (error, trial_router, passed, found)
+            best = (error, tried, passed, found, len(trials) - 1)
         if error <= tolerance:
             break
         guess = parameter
-    error, best_router, passed, found = best
+    error, tried, passed, found, chosen = best
+    short = _shortfall(router, target, found, trials, tolerance) if error > tolerance else ""
     average = float(found.mean())
-    if error > tolerance:
-        warnings.warn(_shortfall(router, target, found, trials, tolerance), stacklevel=2)
     return Setting(
-        best_router, null, target, average, found, reached, trials, passed, error <= tolerance
-    )
+        tried, null, target, average, found, reached, trials, passed, not short, chosen
+    ), short
+
+
+def check(router: Router, model, null, norm: str) -> None:
+    """Raise what `moeprof.patch` and `main_of` would, before any text is run."""
+    main_of(router)
+    with moeprof.patch(model, router, null=null, norm=norm):
+        pass
+
+
+@contextmanager
+def evaluating(model):
+    """The model in eval mode, for dropout would make each pass another; then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _solve(router, passed, null, target, guess, tolerance):
     """(parameter, predicted (L,), jumps) on stored logits."""
     if isinstance(router, TopK):
-        k = tuple(map(int, target)) if np.ndim(target) else int(target)
+        k = tuple(map(round, target.tolist())) if np.ndim(target) else round(target)
         return k, np.broadcast_to(np.asarray(target, float), len(passed.logits)), {}
     stored = Stored(router, passed.logits, null)
     count = len(passed.logits)
-    guesses = [stored.position(g) for g in (guess if isinstance(guess, tuple) else (guess,))]
+    guesses = guess if isinstance(guess, tuple) else (guess,)
+    guesses = [0.0 if g is None else stored.position(g) for g in guesses]
     jumps = {}
     if np.ndim(target) == 0:
         first = float(np.mean(guesses))

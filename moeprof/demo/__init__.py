@@ -2,18 +2,30 @@
 
 64 experts, top-8, 4 layers, 4.5 million parameters, in the hub's OLMoE format, so that transformers
 4.57 and 5.x load it like any other checkpoint. It was trained by moeprof.demo.train; curve and
-held-out results are in model/training.json, the licences of the text in data/LICENSES.md.
+held-out results are in model/training.json, the licences of the text in data/LICENSES.md. Its null
+was fitted by moeprof.demo.fit to the first of `calibration_halves()`.
 
     model, tokenizer = moeprof.demo.load()
+    moeprof.patch(model, "bh", alpha=0.3, null=moeprof.demo.null())
 """
 
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["PATH", "Document", "calibration_documents", "heldout_documents", "load", "prompts"]
+__all__ = [
+    "PATH",
+    "Document",
+    "calibration_documents",
+    "calibration_halves",
+    "heldout_documents",
+    "load",
+    "null",
+    "prompts",
+]
 
 PATH = Path(__file__).parent / "model"
+NULL_PATH = Path(__file__).parent / "data" / "null.npz"
 _DATA = Path(__file__).parent / "data"
 
 
@@ -43,9 +55,32 @@ def calibration_documents():
     return _documents("calibration.jsonl")
 
 
+def calibration_halves():
+    """The calibration documents as (16 a domain for nulls, 16 a domain for budgets).
+
+    Every other document of each domain, always the same: what is set on the second half, against
+    a null that was fitted to the first, is set on text that the null hasn't seen.
+    """
+    by_domain = {}
+    for document in calibration_documents():
+        by_domain.setdefault(document.domain, []).append(document)
+    halves = ([], [])
+    for documents in by_domain.values():
+        for half, first in zip(halves, (0, 1), strict=True):
+            half += documents[first::2]
+    return halves
+
+
 def heldout_documents():
     """32 documents a domain to evaluate on; not trained on, not calibrated on."""
     return _documents("heldout.jsonl")
+
+
+def null():
+    """The demo model's `efron` null on `logprob`, fitted to the first calibration half."""
+    from ..null import Null
+
+    return Null.load(NULL_PATH)
 
 
 def prompts():

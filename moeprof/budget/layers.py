@@ -1,13 +1,16 @@
 """A budget split over the layers by how much the model's predictions need each of them."""
 
+from itertools import product
+
 import numpy as np
 
+from ..adapters import find_moe_blocks
 from ..evaluation.passes import Reference
 from ..evaluation.routing import model_norm
 from ..experiment.heldout import HeldOut
 from ..routers import TopK
+from .setting import evaluating
 
-TOKENS = 8192  # of the text for `sensitivity`: it takes L * len(ks) passes
 PARTS = 4  # quarters of an expert, where whole ones can't make up the budget
 
 
@@ -17,27 +20,18 @@ def sensitivity(model, text: HeldOut, ks, *, norm="model", step=lambda: None) ->
     0 at the model's own k. ks: integers from 1 to E. step is called after each window of the
     1 + L * len(ks) passes (those at the model's own k are left out).
     """
-    reference = Reference(model, text, step)
-    return _sensitivity(reference, ks, norm, step)
-
-
-def _sensitivity(reference, ks, norm, step):
-    import moeprof
-
-    model = reference.model
-    with moeprof.patch(model) as handle:
-        layers = len(handle.layers)
-    own = model_norm(model)[1]
+    layers, own = len(find_moe_blocks(model)), model_norm(model)[1]
     result = np.zeros((layers, len(ks)))
-    for layer in range(layers):
-        for column, k in enumerate(ks):
+    with evaluating(model):
+        reference = Reference(model, text, step)
+        for layer, (column, k) in product(range(layers), enumerate(ks)):
             if k != own:
                 quality = reference.measure({layer: TopK(int(k))}, norm=norm, step=step)
                 result[layer, column] = quality.mean_kl
     return result
 
 
-def shortened(text: HeldOut, tokens: int = TOKENS) -> HeldOut:
+def shortened(text: HeldOut, tokens: int) -> HeldOut:
     """The first windows of a text, about `tokens`: `heldout_windows` has the domains in turns."""
     windows, total = [], 0
     for window in text.windows:
@@ -84,11 +78,12 @@ def allocate(sensitivity, ks, total: int) -> np.ndarray:
     return result
 
 
-def split(sensitivity, ks, reach, average_k: float) -> np.ndarray:
+def split(sensitivity, ks, reach, average_k: float, *, whole=False) -> np.ndarray:
     """(L,) experts per token of the layers, mean `average_k`, each within its reach (L, 2).
 
     Whole experts where they can make up the budget, else quarters, with the sensitivity on
     straight lines between the ks; what quarters leave goes to the layers that have room.
+    whole: whole experts or a ValueError.
     """
     reach = np.asarray(reach, float)
     total = average_k * len(reach)
@@ -96,6 +91,8 @@ def split(sensitivity, ks, reach, average_k: float) -> np.ndarray:
         share = _in_parts(np.asarray(sensitivity), np.asarray(ks), reach, total, parts)
         if share is not None:
             break
+        if whole:
+            raise ValueError(f"average_k: no whole numbers within the reach sum to {total:.6g}")
     else:  # a budget at an end of the reach: the same part of every layer's own range
         low, high = reach[:, 0], reach[:, 1]
         width = (high - low).sum()

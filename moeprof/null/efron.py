@@ -1,0 +1,152 @@
+"""Efron's empirical null and the local fdr, from histogram counts.
+
+The bulk of the scores is taken for nulls: a normal fitted to their middle by maximum likelihood,
+with the share pi0 of nulls (Efron 2004, "Large-scale simultaneous hypothesis testing: the choice
+of a null hypothesis", JASA 99; Efron 2008, "Microarrays, empirical Bayes and the two-groups
+model", Statistical Science 23, section 4). The definition is statsmodels' `NullDistribution` and
+`local_fdr` on z = (s - median) / (IQR / 1.349); here the same likelihood is fed from counts, so
+that any amount of text costs the same. Inside a bin the scores are taken as spread evenly.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .scores import BINS_PER_UNIT, EDGES, HIGH, TINY
+
+LB, UB = -1.0, 1.0  # what lies between is taken for nulls, in z
+NORMAL_IQR = 1.349
+LFDR_DEGREE, LFDR_BINS = 7, 30
+
+
+@dataclass(frozen=True)
+class EfronNull:
+    """The fitted normal and its share, in z = (score - median) / scale."""
+
+    median: float
+    scale: float
+    mean: float
+    sd: float
+    pi0: float
+
+    @property
+    def centre(self):
+        """The null's mean as a score."""
+        return self.median + self.scale * self.mean
+
+    def z(self, scores):
+        return (scores - self.median) / self.scale
+
+    def pdf(self, z):
+        x = (z - self.mean) / self.sd
+        return np.exp(-0.5 * x**2 - math.log(self.sd) - 0.5 * math.log(2 * math.pi))
+
+    def sf(self, scores):
+        """1 - Phi((z - mean) / sd) of scores (...), at least the smallest normal float64."""
+        x = (self.z(scores) - self.mean) / self.sd
+        return np.maximum(0.5 * np.vectorize(math.erfc)(x * math.sqrt(0.5)), TINY)
+
+
+def _below(per_bin):
+    """(8193,) float64: the number of scores below each edge."""
+    return np.concatenate([[0.0], np.cumsum(per_bin.astype(np.float64))])
+
+
+def _central_sums(per_bin, median, scale):
+    """(count, sum of z, sum of z^2) of the scores with z in [-1, 1]."""
+    edges = (EDGES - median) / scale
+    left, right = np.clip(edges[:-1], LB, UB), np.clip(edges[1:], LB, UB)
+    count = per_bin * ((right - left) * scale * BINS_PER_UNIT)
+    first, second = (left + right) / 2, (left * left + left * right + right * right) / 3
+    return count.sum(), count @ first, count @ second
+
+
+def _phi(x):
+    return 0.5 * math.erfc(-x * math.sqrt(0.5))
+
+
+def fit_efron(per_bin):
+    """The EfronNull of a layer's or an expert's histogram (8192,) uint64.
+
+    The optimiser, its start and the likelihood are statsmodels' (Nelder-Mead from 0, 1, pi0 =
+    .95); the likelihood depends on the central scores by their count, sum and sum of squares.
+
+    Raises ValueError where nothing can be fitted.
+    """
+    from scipy.optimize import minimize
+
+    below = _below(per_bin)
+    n = below[-1]
+    lower, median, upper = np.interp(n * np.array([0.25, 0.5, 0.75]), below, EDGES)
+    scale = (upper - lower) / NORMAL_IQR
+    central, z_sum, zz_sum = _central_sums(per_bin, median, scale)
+
+    def unpack(parameters):
+        d, log_s, logit_p = parameters
+        return d, np.exp(log_s), 1 / (1 + np.exp(-logit_p))
+
+    def negative_log_likelihood(parameters):
+        d, s, p = unpack(parameters)
+        mass = np.float64(_phi((UB - d) / s) - _phi((LB - d) / s))
+        value = central * np.log(p * mass) + (n - central) * np.log(1 - p * mass)
+        value -= (zz_sum - 2 * d * z_sum + central * d * d) / (2 * s * s)
+        return -(value - central * np.log(s) - central * np.log(mass))
+
+    with np.errstate(all="ignore"):  # steps into where there is no mass are turned back
+        mean, sd, pi0 = unpack(
+            minimize(negative_log_likelihood, [0.0, 0.0, 3.0], method="Nelder-Mead").x
+        )
+    if central == 0 or not (np.isfinite(mean) and np.isfinite(sd) and sd > 0):
+        raise ValueError("no efron null can be fitted: the scores have no bulk in their middle")
+    return EfronNull(float(median), float(scale), float(mean), float(sd), float(pi0))
+
+
+def efron_table(fit):
+    """The "table" form of an EfronNull: the normal over the whole range.
+
+    x_max is the range's upper end; beyond it p falls on as at that point, though a score of 32
+    has never been seen.
+    """
+    sf = fit.sf(EDGES)
+    hazard = fit.pdf(fit.z(float(HIGH))) / fit.scale / sf[-1]
+    beta = 1 / hazard if np.isfinite(hazard) and hazard > 0 else 1 / BINS_PER_UNIT
+    return np.concatenate([[HIGH, sf[-1], max(beta, 1 / BINS_PER_UNIT)], sf])
+
+
+def local_fdr_table(per_bin, fit):
+    """Local fdr pi0 f0 / f at the 8193 edges, float64: of each score, how likely it is null.
+
+    f by Lindsey's method as statsmodels' `local_fdr(z, null_proportion=pi0, null_pdf=fit.pdf,
+    deg=7, nbins=30)`: a Poisson regression of the counts in 29 equal bins on a polynomial. Then
+    1 below the null's centre and nonincreasing above. Outside the range of the counted scores it
+    keeps its last value inside: a polynomial says nothing there.
+
+    Raises ValueError where nothing can be fitted.
+    """
+    from statsmodels.genmod.generalized_linear_model import GLM, families
+    from statsmodels.regression.linear_model import OLS
+
+    used = np.flatnonzero(per_bin)
+    first, last = used[0], used[-1] + 1
+    below = _below(per_bin)
+    edges = np.linspace(EDGES[first], EDGES[last], LFDR_BINS)
+    counts, z_edges = np.diff(np.interp(edges, EDGES, below)), fit.z(edges)
+    design = np.vander((z_edges[:-1] + z_edges[1:]) / 2, LFDR_DEGREE + 1)
+    spread = design.std(axis=0)
+    spread[spread <= 1e-8] = 1.0  # the constant
+    design /= spread
+    start = OLS(np.log(1 + counts), design).fit().params
+    model = GLM(counts, design, family=families.Poisson()).fit(start_params=start)
+    z = fit.z(EDGES[first : last + 1])
+    f = model.predict(np.vander(z, LFDR_DEGREE + 1) / spread)
+    f /= below[-1] * (z_edges[1] - z_edges[0])
+    with np.errstate(all="ignore"):
+        lfdr = np.clip(fit.pi0 * fit.pdf(z) / f, TINY, 1.0)
+    if not np.isfinite(lfdr).all():
+        raise ValueError("no local fdr can be fitted: the scores leave its density undetermined")
+    table = np.concatenate(
+        [np.ones(first), lfdr, np.full(EDGES.size - 1 - last, lfdr[-1])]
+    )
+    table[EDGES < fit.centre] = 1.0
+    return np.minimum.accumulate(table)

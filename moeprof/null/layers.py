@@ -1,0 +1,119 @@
+"""The null of one layer, and the nulls that see nothing but the token itself."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from .efron import EfronNull, local_fdr_table
+from .scores import matrix_of, normal_reference, scores_of, softmax_reference
+from .tables import conformal_p, table_p
+
+_REFERENCE = {"table": table_p, "conformal": conformal_p}
+
+
+def _p_values(logits, spec):
+    from .. import _C
+
+    return _C.p_values(matrix_of(logits), spec)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNull:
+    """The null of one layer: its score and the table, see `moeprof.null.tables`.
+
+    table: float64 (N,) for all experts, or (E,N) with one for each. Of an efron null by layer
+    `efron` is the fit and `per_bin` its histogram (8192,); of others they are None.
+    """
+
+    score: str
+    table: np.ndarray = field(repr=False)
+    form: str = "table"
+    efron: EfronNull | None = None
+    per_bin: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def spec(self):
+        """The argument `null` of the C functions: (form, score, table)."""
+        return self.form, self.score, self.table
+
+    def reference(self, router_logits):
+        """p-values (T,E) in NumPy float64, by the definition; 0 < p <= 1.
+
+        Raises ValueError for a row with a NaN or of -inf only, or for another E than the table's.
+        """
+        scores = scores_of(matrix_of(router_logits), self.score)
+        rule = _REFERENCE[self.form]
+        if self.table.ndim == 1:
+            return rule(scores, self.table)
+        if scores.shape[1] != len(self.table):
+            raise ValueError(
+                f"router_logits: expected {len(self.table)} experts, as the null has, "
+                f"got {scores.shape[1]}"
+            )
+        columns = [rule(s, table) for s, table in zip(scores.T, self.table, strict=True)]
+        return np.stack(columns, axis=1)
+
+    def p_values(self, router_logits):
+        """p-values (T,E) float64 as `reference`, computed in C."""
+        return _p_values(router_logits, self.spec)
+
+    @property
+    def pi0(self):
+        """Efron's estimate of the share of nulls among all scores.
+
+        Raises ValueError unless the null is `efron`, by layer.
+        """
+        return self._fit("pi0").pi0
+
+    @cached_property
+    def local_fdr(self):
+        """The local fdr at the 8193 edges, float64: linear between them, constant outside.
+
+        Computed when first asked for, by statsmodels; see `moeprof.null.efron`. Raises
+        ValueError unless the null is `efron`, by layer, or where nothing can be fitted.
+        """
+        return local_fdr_table(self.per_bin, self._fit("local_fdr"))
+
+    def _fit(self, what):
+        if self.efron is None:
+            raise ValueError(f"{what}: needs a null of kind 'efron', one per layer")
+        return self.efron
+
+
+@dataclass(frozen=True)
+class TokenNull:
+    """A null without a fit: each token against its own logits, "normal" or "softmax".
+
+    normal: p = 1 - Phi((z - m) / (1.4826022 MAD)), see `normal_reference`; a fallback without
+    calibration, whose error rates hold nowhere (under pure noise BH at alpha .05 rejects
+    something for .109 of the tokens at E = 64, for .19 at E = 8). softmax: p = 1 - softmax,
+    degenerate.
+    """
+
+    form: str
+    score = "logit"  # of the spec, where nothing reads it
+    table = None
+
+    @property
+    def spec(self):
+        """The argument `null` of the C functions."""
+        return self.form, self.score, None
+
+    def reference(self, router_logits):
+        """p-values (T,E) in NumPy float64; ValueError for a row with a NaN or of -inf only."""
+        return {"normal": normal_reference, "softmax": softmax_reference}[self.form](router_logits)
+
+    def p_values(self, router_logits):
+        """p-values (T,E) float64 as `reference`, computed in C."""
+        return _p_values(router_logits, self.spec)
+
+    def layer(self, index):
+        """The same null, for every layer."""
+        return self
+
+    def check(self, model):
+        """Nothing to check: it belongs to no model."""
+
+
+NORMAL, SOFTMAX = TokenNull("normal"), TokenNull("softmax")

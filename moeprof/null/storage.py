@@ -1,0 +1,105 @@
+"""Null files: arrays, and the facts about them as JSON, in .safetensors or .npz."""
+
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ..files import write_whole
+
+FORMAT, VERSION = "moeprof-null", 2
+SUFFIXES = (".safetensors", ".npz")
+
+
+def _suffix(path):
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: a null file ends in .safetensors or .npz")
+    return path.suffix
+
+
+def _checksum(arrays):
+    """SHA-256 over the arrays: safetensors has no checksum, and a changed count would go unseen."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
+
+
+def write_null(path, arrays, facts):
+    """Write {name: array} and {name: value} to `path`, as a whole or not at all.
+
+    Raises ValueError for another suffix, OSError where the folder can't be written.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    facts = json.dumps({"version": VERSION, "checksum": _checksum(arrays), **facts})
+    write_whole(path, _pack(arrays, facts, suffix))
+
+
+def read_null(path, make):
+    """make(arrays, facts) of a file of `write_null`.
+
+    Raises FileNotFoundError, or ValueError naming the file when it is not a null, is damaged,
+    truncated or of another format version, or when `make` finds that its parts don't fit.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such null file: {path}")
+    data = path.read_bytes()
+    try:
+        arrays, facts = _unpack(data, suffix)
+        if facts["version"] != VERSION:
+            raise ValueError(
+                f"format version {facts['version']}; fit it again with `moeprof calibrate`"
+            )
+        if facts["checksum"] != _checksum(arrays):
+            raise ValueError("its checksum differs")
+        return make(arrays, facts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a whole moeprof null of format version {VERSION}: {error}"
+        ) from error
+
+
+def _pack(arrays, facts, suffix):
+    """The bytes of a file: the arrays, and the facts as JSON under the name of the format."""
+    if suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        return save(arrays, {FORMAT: facts})
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays, **{FORMAT: np.array(facts)})
+    return buffer.getvalue()
+
+
+def _load_safetensors(data):
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _unpack(data, suffix):
+    """(arrays, facts) of a file's bytes; ValueError whatever is wrong with them."""
+    try:
+        if suffix == ".safetensors":
+            arrays = _load_safetensors(data)  # first: it checks the header
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            return arrays, json.loads(header["__metadata__"][FORMAT])
+        with zipfile.ZipFile(io.BytesIO(data)):  # np.load would take other kinds of file too
+            arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
+        return arrays, json.loads(str(arrays.pop(FORMAT)))
+    except KeyError as error:
+        raise ValueError(f"it has no {error}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, RuntimeError) as error:
+        raise ValueError(str(error)) from error  # encrypted or unknown compression: RuntimeError
