@@ -56,12 +56,8 @@ def split_documents(documents):
 
 def demo_documents():
     """The same of the text that ships: calibration documents in halves, all held-out ones."""
-    halves, seen = {"null": [], "budget": []}, {}
-    for document in demo.calibration_documents():
-        place = seen.setdefault(document.domain, 0)
-        halves["budget" if place % 2 else "null"].append(document)
-        seen[document.domain] += 1
-    return halves | {"test": demo.heldout_documents()}
+    null, budget = demo.calibration_halves()
+    return {"null": null, "budget": budget, "test": demo.heldout_documents()}
 
 
 def read_documents(paths):
