@@ -15,9 +15,10 @@ from moeprof.console import make_console
 from moeprof.experiment import Experiment, Store, sweep
 from moeprof.experiment.heldout import HELDOUT_TOKENS, heldout_windows
 from moeprof.experiment.inputs import check_model, load_model, read_document, read_prompts
-from moeprof.experiment.runner import default_null, experts_of
+from moeprof.experiment.runner import default_null, experts_of, shipped_null
 from moeprof.files import check_folder
 from moeprof.null import KINDS, SCORES
+from moeprof.textfiles import TextFiles
 
 DEMO = "the demo model of moeprof"
 NORMAL = (
@@ -67,7 +68,7 @@ def _add_sweep(commands):
     parser.add_argument(
         "--null", metavar="FILE",
         help='a null of `moeprof calibrate`, or "normal" for one without calibration; default: '
-        "a trimmed null on logprob, fitted first",
+        "an efron null on logprob: the demo model's own, or fitted first",
     )
     parser.add_argument(
         "--null-text", metavar="FILE",
@@ -86,16 +87,27 @@ def _add_sweep(commands):
 
 
 def _add_calibrate(commands):
-    parser = commands.add_parser("calibrate", help="fit null distributions to a model's routers")
+    parser = commands.add_parser(
+        "calibrate",
+        help="fit null distributions to a model's routers",
+        description="Fit null distributions to a model's routers, or add fitted ones up.",
+    )
     _add_model(parser)
-    parser.add_argument(
-        "--text", metavar="FILE", nargs="+", required=True, help="the text to fit to, UTF-8"
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text", metavar="FILE", nargs="+",
+        help="the text to fit to, UTF-8, read piece by piece: any size",
+    )
+    source.add_argument(
+        "--merge", metavar="NULL", nargs="+",
+        help="nulls fitted to different texts: writes the one fitted to all of them, exactly",
     )
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="written there: .safetensors or .npz"
+        "--out", required=True, metavar="FILE",
+        help="written there: .safetensors, or .npz, which is compressed",
     )
-    parser.add_argument("--kind", choices=KINDS, default="trimmed", help="default: trimmed")
-    parser.add_argument("--score", choices=SCORES, default="logprob", help="default: logprob")
+    parser.add_argument("--kind", choices=KINDS, help="default: efron")
+    parser.add_argument("--score", choices=SCORES, help="default: logprob")
     parser.set_defaults(run=_calibrate)
 
 
@@ -174,6 +186,11 @@ def _null_for(model, tokenizer, given, text, seed):
     if text is not None:
         null = moeprof.fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
         source = "It was fitted to the text given with --null-text."
+    elif (null := shipped_null(model)) is not None:
+        source = (
+            "It ships with the demo model, fitted to half of the calibration documents; no "
+            "evaluation uses them."
+        )
     else:
         null = default_null(model, tokenizer, sys.stderr.isatty(), seed)
         source = (
@@ -184,6 +201,7 @@ def _null_for(model, tokenizer, given, text, seed):
 
 
 def _calibrate(arguments):
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
     out = Path(arguments.out)
     if out.suffix not in (".safetensors", ".npz"):
         raise ValueError(f"--out {out}: a null file ends in .safetensors or .npz")
@@ -192,17 +210,43 @@ def _calibrate(arguments):
     if out.is_dir():
         raise IsADirectoryError(f"--out {out}: expected a file, this is a folder")
     check_folder(out.parent)
-    texts = [read_document(path, "text") for path in arguments.text]
-    if arguments.model is not None:
-        check_model(arguments.model)
-    model, tokenizer = _load(arguments)
-    null = moeprof.fit_null(
-        model, tokenizer, texts, kind=arguments.kind, score=arguments.score,
-        progress=sys.stderr.isatty(),
-    )
+    null = _fitted(arguments) if arguments.merge is None else _merged(arguments)
     null.save(out)
     print(null.describe())
     print(f"Written: {out}")
+
+
+def _fitted(arguments):
+    texts = TextFiles(arguments.text)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    model, tokenizer = _load(arguments)
+    return moeprof.fit_null(
+        model, tokenizer, texts, kind=arguments.kind or "efron",
+        score=arguments.score or "logprob", progress=sys.stderr.isatty(),
+    )
+
+
+def _merged(arguments):
+    for name in ("model", "threads", "kind", "score"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--merge adds up fitted nulls: it takes no --{name}")
+    if len(arguments.merge) < 2:
+        raise ValueError("--merge: expected at least two nulls, got one")
+    total, seen = None, {}
+    for path in arguments.merge:
+        null = moeprof.Null.load(path)
+        if null.text_digest in seen:
+            raise ValueError(
+                f"--merge: {path} was fitted to the same text as {seen[null.text_digest]}, which "
+                "would count twice"
+            )
+        seen[null.text_digest] = path
+        try:
+            total = null if total is None else total.merge(null)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return total
 
 
 def _cpu(arguments):

@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from moeprof.budget import search, setting  # noqa: E402
 from moeprof.evaluation import collect  # noqa: E402
 from moeprof.evaluation.routing import model_norm  # noqa: E402
 from moeprof.experiment.heldout import calibration_passages, heldout_windows  # noqa: E402
-from moeprof.routers import BH, REGISTRY, TopK  # noqa: E402
+from moeprof.routers import BH, REGISTRY, Router, TopK  # noqa: E402
 
 TOKENS = 6000  # of the demo's text: enough for the averages to be nearly continuous
 
@@ -88,14 +88,14 @@ def test_a_smooth_average_takes_few_evaluations(centre, width, part, guess):
     assert root.evaluations <= 30
 
 
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 3)), min_size=1, max_size=6),
+@given(st.lists(st.tuples(st.integers(-50, 50), st.floats(0, 3)), min_size=1, max_size=6),
        st.floats(0.5, 20), st.floats(-5, 5))  # fmt: skip
 def test_of_a_staircase_the_nearest_step_is_found(steps, target, guess):
     def average(position):
-        return 1 + sum(height for at, height in steps if position >= at)
+        return 1 + sum(height for at, height in steps if position >= at / 10)
 
     root = search.solve(average, target, (-10, 10), guess, 0.01)
-    levels = {average(p) for at, _ in steps for p in (math.nextafter(at, -9), at)} | {1.0}
+    levels = {average(at / 10) for at, _ in steps} | {1.0}
     nearest = min(abs(level - target) for level in levels)
     assert abs(root.average - target) <= max(nearest, 0.01) + 1e-9
     assert root.evaluations <= search.EVALUATIONS
@@ -136,6 +136,65 @@ def test_every_router_is_solved_on_stored_logits(cls):
         if root.jump is not None:
             below, above = root.jump
             assert below < target < above, "a jump that isn't one"
+
+
+def stand_in(main, bounds, increasing, counts):
+    """A Router with one parameter whose count_tokens is `counts`; it is not registered."""
+
+    def count_tokens(self, logits, null):
+        found = np.clip(counts(self, logits), 1, 8)
+        return found, found
+
+    body = {
+        "__annotations__": {main: float}, main: None, "name": "stand-in", "main": main,
+        "main_range": bounds, "increasing": increasing, "count_tokens": count_tokens,
+    }  # fmt: skip
+    cls = dataclass(frozen=True)(type("StandIn", (Router,), body))
+    del REGISTRY["stand-in"]
+    return cls()
+
+
+def ranked(logits):
+    z = -np.sort(-logits.astype(float), axis=1)
+    p = np.exp(z - z[:, :1])
+    return z, p / p.sum(axis=1, keepdims=True)
+
+
+def min_p(self, logits):
+    p = ranked(logits)[1]
+    return (p > self.t * p[:, :1]).sum(axis=1)
+
+
+def entropy(self, logits):
+    p = ranked(logits)[1]
+    return np.ceil(self.c * np.exp(-(p * np.log(p)).sum(axis=1)))
+
+
+def gap(self, logits):
+    z = ranked(logits)[0]
+    with np.errstate(over="ignore"):
+        return (z[:, :8] - z[:, 1:9] + self.c * np.arange(1, 9)).argmax(axis=1) + 1
+
+
+@pytest.mark.parametrize(
+    "router",
+    [stand_in("t", (0.0, 1.0), False, min_p), stand_in("c", (0.0, math.inf), True, entropy),
+     stand_in("c", (-math.inf, math.inf), True, gap)],
+    ids=["falling", "half open", "unbounded"],
+)  # fmt: skip
+def test_ranges_and_directions(router):
+    logits = np.stack([random_logits(5000, 32, seed=seed) for seed in range(2)])
+    stored = setting.Stored(router, logits, None)
+    low, high = (stored.averages(end).mean() for end in stored.ends)
+    assert (low, high) == (1, 8)
+    for target in (1.2, 3, 6.9):
+        root = stored.solve(target, range(2), 0.0, 0.01)
+        assert root.jump is None and abs(root.average - target) <= 0.01 and root.evaluations < 25
+        value = stored.value(root.position)
+        one = replace(router, **{stored.name: value})
+        again = np.mean([one.count_tokens(z, None)[0] for z in logits])
+        assert again == pytest.approx(root.average)
+        assert stored.position(value) == pytest.approx(root.position)
 
 
 # ---- set_budget ----

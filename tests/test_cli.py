@@ -87,7 +87,7 @@ def test_sweep_of_the_demo_model(tmp_path, prompts):
     run = json.loads((out / RESULTS[0]).read_text())
     assert run["threads"] == 1 and run["dtype"] == "float32"
     assert [len(tokens) for tokens in run["results"][0]["generated_tokens"]] == [20, 20]
-    assert "trimmed null" in run["null"] and "logprob" in run["null"]
+    assert "efron null" in run["null"] and "logprob" in run["null"]
     assert run["null"] in (out / RESULTS[1]).read_text()
 
 
@@ -348,7 +348,7 @@ def test_a_null_of_another_model(capsys, tmp_path, tiny, prompts):
         (["sweep", "--seed", "x"], "--seed: expected a number from 0 to 4294967295, got x"),
         (["sweeep"], "invalid choice: 'sweeep'"),
         ([], "the following arguments are required: COMMAND"),
-        (["calibrate", "--out", "n.npz"], "the following arguments are required: --text"),
+        (["calibrate", "--out", "n.npz"], "one of the arguments --text --merge is required"),
         (["calibrate", "--text", "t", "--out", "n.txt"], "ends in .safetensors or .npz"),
         (["calibrate", "--text", "t", "--out", "no/n.npz"], "no such folder no"),
         (["calibrate", "--text", "missing", "--out", "n.npz"], "text missing can't be read"),

@@ -206,6 +206,7 @@ def with_budget(
         target, cost = average_k, None
         if per_layer:
             bar.set_description("sensitivity", refresh=False)
+            few = shortened(text, SENSITIVITY_TOKENS)
             cost = sensitivity(model, few, ks, norm=norm, step=bar.update)
             target = split(cost, ks, reached, average_k, whole=isinstance(router, TopK))
         bar.set_description(f"setting {router.name}", refresh=False)

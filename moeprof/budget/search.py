@@ -100,21 +100,20 @@ def solve(average, target: float, ends, guess: float, tolerance: float, stride=0
         stride *= 2
         if (best[1] >= target) == rising:
             break
+    halve = False
     while abs(best[1] - target) > tolerance:
         width, resolution = above[0] - below[0], 4e-16 * (abs(above[0]) + abs(below[0]))
         if calls >= EVALUATIONS or width <= max(resolution, 1e-13):
             nearer = min(below, above, key=lambda side: abs(side[1] - target))
             return Root(*nearer, (below[1], above[1]), calls)
-        best = measured(_between(below, above, target, halve=calls % 3 == 0))
-        if best[1] < target:
-            below = best
-        else:
-            above = best
+        best = measured(_between(below, above, target, halve=halve))
+        below, above = (best, above) if best[1] < target else (below, best)
+        halve = not halve and above[0] - below[0] > width / 2  # a line that did not help
     return Root(*best, None, calls)
 
 
 def _between(below, above, target, *, halve) -> float:
-    """The next place to look: on the straight line, at times in the middle for plateaus' sake."""
+    """The next place to look: on the straight line, or in the middle where that crept."""
     (a, at_a), (b, at_b) = below, above
     if halve or at_b == at_a:
         return (a + b) / 2

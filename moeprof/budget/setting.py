@@ -89,6 +89,12 @@ def main_of(router) -> tuple[str, tuple[float, float], bool]:
     return name, router.main_range, router.increasing
 
 
+class ByLayer(list):
+    """Routers of the layers, while a router's own parameter can't be given by layer."""
+
+    budget = None
+
+
 def with_main(router: Router, values) -> Router:
     """The router with its main parameter set: a number, or a tuple of one for each layer."""
     name = main_of(router)[0]
@@ -100,7 +106,7 @@ def with_main(router: Router, values) -> Router:
     except ValueError:
         if not isinstance(values, tuple):
             raise
-        return [replace(router, **{name: value}, **changes) for value in values]
+        return ByLayer(replace(router, **{name: value}, **changes) for value in values)
 
 
 def _largest(k) -> int:

@@ -209,15 +209,29 @@ def _demo():
 _default_nulls = WeakKeyDictionary()
 
 
-def default_null(model, tokenizer, progress=True, seed=0):
-    """The `trimmed` null per layer on the score `logprob`, fitted once a model and seed.
+def shipped_null(model):
+    """The null that ships with the demo model if `model` is that, else None."""
+    null = demo.null()
+    try:
+        null.check(model)
+    except ValueError:
+        return None
+    return null
 
-    The text is the calibration text that ships with the demo model; no evaluation uses it.
+
+def default_null(model, tokenizer, progress=True, seed=0):
+    """The `efron` null per layer on the score `logprob`: the demo model's, or fitted to `model`.
+
+    It is fitted once a model and seed, to the calibration text that ships with the demo model;
+    no evaluation uses it.
     """
     nulls = _default_nulls.setdefault(model, {})
     if seed not in nulls:
-        passages = calibration_passages(demo.calibration_documents(), seed=seed)
-        nulls[seed] = moeprof.fit_null(model, tokenizer, passages, progress=progress)
+        null = shipped_null(model)
+        if null is None:
+            passages = calibration_passages(demo.calibration_documents(), seed=seed)
+            null = moeprof.fit_null(model, tokenizer, passages, progress=progress)
+        nulls[seed] = null
     return nulls[seed]
 
 
@@ -242,8 +256,9 @@ def run_configuration(
         for each of them
     max_new_tokens : tokens to generate after every prompt, greedy and without an early stop
     model, tokenizer : the demo model when not given; the model must not be patched
-    null : for BH a Null, a path or "normal"; when not given, a `trimmed` null on the score
-        `logprob` is fitted to the shipped calibration text, once a model
+    null : for BH a Null, a path or "normal"; when not given, the `efron` null on the score
+        `logprob` that ships with the demo model; for another model one is fitted to the shipped
+        calibration text, once
     baseline : the dict of the baseline's run; without it delta_perplexity and token_agreement
         are None (but the baseline's own)
     heldout_documents : objects with .domain, .name and .text; the shipped ones when not given

@@ -1,0 +1,100 @@
+"""Text files of any size, read in pieces."""
+
+import codecs
+import io
+import stat
+from pathlib import Path
+
+BLOCK = 1 << 16  # bytes
+PIECE = 1 << 16  # characters at most; some 30 windows of 512 tokens
+
+
+class TextFiles:
+    """The text of UTF-8 files in pieces of up to 65,536 characters, never a file whole.
+
+    A piece ends after a blank line where the second half of it has one, else at a line's end,
+    else at a space. Iterating again reads again.
+
+    Regular files are read through once at the start, so that one that isn't text is told before
+    hours of work; a pipe can't be. OSError for a file that can't be read, ValueError for one that
+    isn't UTF-8 or has nothing in it; both name it.
+    """
+
+    def __init__(self, paths):
+        self.paths = [Path(path) for path in paths]
+        sizes = [_size(path) for path in self.paths]
+        self.total_bytes = None if None in sizes else sum(sizes)
+        for path, size in zip(self.paths, sizes, strict=True):
+            if size is not None:
+                for _ in _pieces(path):
+                    pass
+
+    def __iter__(self):
+        for path in self.paths:
+            yield from _pieces(path)
+
+
+def _size(path):
+    """Bytes of a regular file, None of a pipe."""
+    with _opened(path):
+        status = path.stat()
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+class _opened:
+    """Errors of the file system, in the words of the command line."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, OSError):
+            raise OSError(f"text {self.path} can't be read: {error.strerror}") from error
+
+
+def _pieces(path):
+    rest, empty = "", True
+    for text in _decoded(path):
+        rest += text
+        while len(rest) > PIECE:
+            end = _end(rest)
+            piece, rest = rest[:end], rest[end:]
+            if piece.strip():
+                empty = False
+                yield piece
+    if rest.strip():
+        yield rest
+    elif empty:
+        raise ValueError(f"text {path} is empty")
+
+
+def _end(text):
+    """Where the first piece of `text` ends."""
+    for mark in ("\n\n", "\n", " "):
+        found = text.rfind(mark, PIECE // 2, PIECE)
+        if found >= 0:
+            return found + len(mark)
+    return PIECE
+
+
+def _decoded(path):
+    """The file's text block by block, with \\n for all ends of line and without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
+    done = 0
+    with _opened(path), open(path, "rb") as file:
+        while True:
+            block = file.read(BLOCK)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                byte = done - pending + error.start
+                raise ValueError(f"text {path} isn't UTF-8 text (byte {byte})") from error
+            yield lines.decode(text, final=not block)
+            if not block:
+                return
+            done += len(block)
