@@ -35,18 +35,18 @@ def reweigh(weights, kept, norm, mass=None):
 def with_counts(router, counts, *, null, norm, top_k):
     """Callables for `patch`, one a layer: the router's own order of experts, cut at given counts.
 
-    counts: (L, T) integers from 1 to the router's max_k, for the tokens in the order in which
-    they come: the callables serve one pass over a text. null: as for `patch`, or None.
+    router: a Router, or a list of one for each layer. counts: (L, T) integers from 1 to the
+    router's max_k, for the tokens in the order in which they come: the callables serve one pass
+    over a text. null: a Null (or one by token), None for a router without p-values.
     """
-    adapted = None if null is None or isinstance(null, str) else router.adapt(null)
     layers = len(counts)
 
     def one(layer):
-        scalar = router.at(layer, layers)
+        scalar = router[layer] if isinstance(router, list) else router.at(layer, layers)
         ordered = replace(scalar, min_k=scalar.max_k, max_k=scalar.max_k)
         if isinstance(scalar, TopK):
             ordered = TopK(scalar.max_k, temperature=scalar.temperature)
-        by_layer = null if adapted is None else adapted.layer(layer)
+        by_layer = scalar.adapt(null).layer(layer) if scalar.wants_null else None
         position = 0
 
         def route(logits):

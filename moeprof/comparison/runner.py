@@ -15,14 +15,12 @@ A cell is a dict of plain values, as it stands in the JSON:
 """
 
 import math
-import warnings
 from dataclasses import dataclass, field
-
-import numpy as np
 
 import moeprof
 
-from ..budget import BudgetError, Setting, allocate, reach, sensitivity, set_budget
+from ..budget import BudgetError, allocate, sensitivity
+from ..budget.setting import find, resolve
 from ..evaluation import Reference, collect
 from ..evaluation.routing import model_norm
 from ..routers import TopK
@@ -187,41 +185,33 @@ class Comparison:
 
     def _contender(self, plan, contender, allocation):
         """All budgets of one router, from few experts to many, each a warm start for the next."""
-        null = self.nulls.get(contender.null)
         router = contender.make(plan.max_k, self.weights)
-        start = self._stock_setting(router, null)
+        null = resolve(router, self.nulls.get(contender.null))
+        start = None
         for budget in plan.budgets:
             cell = self._cell(plan, ROUTER, contender.name, allocation, budget)
             try:
-                setting = self._set(router, null, cell, start)
+                start = self._set(router, null, cell, start)
             except BudgetError as error:
                 self._keep(cell | {"status": "outside", "reason": str(error)})
                 continue
-            start = setting
-            counts = self._measure(cell, setting.router, null)
+            counts = self._measure(cell, start.router, null)
             if allocation != "shared":
-                self._shuffled(cell, setting.router, null, counts)
-
-    def _stock_setting(self, router, null):
-        """A start without a pass of its own: the stock model's pass serves all routers."""
-        nothing = np.full(self.layers, np.nan)
-        ends = reach(router, self.stock, null)
-        return Setting(router, null, math.nan, math.nan, nothing, ends, [], self.stock, False)
+                self._shuffled(cell, start.router, null, counts)
 
     def _set(self, router, null, cell, start):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            setting = set_budget(
-                router, self.model, self.splits.budget, null=null, target=cell["targets"],
-                start=start, max_passes=MAX_PASSES,
-            )  # fmt: skip
+        """The Setting at the cell's targets; the stock model's pass serves all routers."""
+        setting, shortfall = find(
+            router, self.model, self.splits.budget, cell["targets"], null, start=start,
+            passed=self.stock, max_passes=MAX_PASSES,
+        )  # fmt: skip
         parameter = setting.parameter
         cell |= {
             "parameter": list(parameter) if isinstance(parameter, tuple) else parameter,
             "set_k": setting.average_k,
             "set_by_layer": setting.by_layer.tolist(),
             "passes": len(setting.passes),
-            "note": " ".join(str(warning.message) for warning in caught) or None,
+            "note": shortfall or None,
         }
         return setting
 
