@@ -35,12 +35,6 @@ class Table:
         self.cells, self.curve = cells, curve
         self.predicted, self.tokens = np.asarray(predicted), np.asarray(tokens)
         self.groups = np.unique(groups, return_inverse=True)[1]
-        place = {key(cell): i for i, cell in enumerate(cells)}
-        self.shuffles = [
-            (i, place[key(cell | {"role": SHUFFLED})])
-            for i, cell in enumerate(cells)
-            if cell["role"] == ROUTER and key(cell | {"role": SHUFFLED}) in place
-        ]
 
     def _sums(self, cells, field):
         return np.array([cell["by_document"][field] for cell in cells], float).T  # (D, M)
@@ -57,19 +51,25 @@ class Table:
         return means - interpolate(curve, experts)
 
     def pairs(self):
-        """[(i, j)] of cells whose effects are compared: routers with their shuffles, contrasts."""
+        """[(i, j, name)] of cells whose effects are compared: a router with its shuffle, with
+        other routers, and where the layers' budgets differ with static top-k on the same ones."""
         place = {key(cell): i for i, cell in enumerate(self.cells)}
-        found = list(self.shuffles)
-        for one, other in CONTRASTS:
-            for i, cell in enumerate(self.cells):
-                if cell["role"] == ROUTER and cell["contender"] == one:
-                    j = place.get(key(cell | {"contender": other}))
-                    if j is not None:
-                        found.append((i, j))
+        found = []
+        for i, cell in enumerate(self.cells):
+            if cell["role"] != ROUTER:
+                continue
+            others = {SHUFFLED: {"role": SHUFFLED}}
+            if cell["allocation"] == "free":
+                others[STATIC] = {"role": STATIC, "contender": "top-k"}
+            names = (other for one, other in CONTRASTS if one == cell["contender"])
+            others |= {name: {"contender": name} for name in names}
+            for name, changes in others.items():
+                if (j := place.get(key(cell | changes))) is not None:
+                    found.append((i, j, name))
         return found
 
     def analyse(self, seed=0):
-        """Write "effect", "against_shuffled" and "against" into the cells.
+        """Write "effect" {field: interval} and "against" {other: interval of KL} into the cells.
 
         The bands of KL hold together over all effects, shuffles and contrasts of the table; those
         of the other fields over theirs.
@@ -89,12 +89,8 @@ class Table:
                 cell.setdefault("effect", {})[field] = interval(intervals, i)
             if field != "kl":
                 continue
-            for place, (i, j) in enumerate(pairs, start=len(self.cells)):
-                if self.cells[j]["role"] == SHUFFLED:
-                    self.cells[i]["against_shuffled"] = interval(intervals, place)
-                else:
-                    against = self.cells[i].setdefault("against", {})
-                    against[self.cells[j]["contender"]] = interval(intervals, place)
+            for place, (i, _, name) in enumerate(pairs, start=len(self.cells)):
+                self.cells[i].setdefault("against", {})[name] = interval(intervals, place)
 
 
 def key(cell):
@@ -116,5 +112,5 @@ def verdict(effect):
 
 def adaptive(cell):
     """Whether the router beats its own numbers of experts dealt to other tokens; None: not run."""
-    against = cell.get("against_shuffled")
+    against = cell.get("against", {}).get(SHUFFLED)
     return None if against is None else verdict(against) == BETTER

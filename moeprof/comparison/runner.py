@@ -10,7 +10,7 @@ A cell is a dict of plain values, as it stands in the JSON:
         shares of tokens with 1 and with max_k
     kl, nats, perplexity, agreement : means per predicted token of the test text
     by_document : sums of kl, nats, agree and experts by document
-    effect, against_shuffled, against : written by `effects`
+    effect, against : written by `effects`
     tokens_per_s : of decoding
 """
 
