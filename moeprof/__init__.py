@@ -34,14 +34,10 @@ except ImportError as error:
     ) from error
 from ._interface import register_experts_implementation  # noqa: E402
 from .cpu import cpu_info, get_num_threads, set_num_threads  # noqa: E402
-from .routers import (  # noqa: E402
-    BH,
-    TopK,
-    benjamini_hochberg,
-    benjamini_hochberg_routing,
-    topk_routing,
-)
+from .routers import EXPORTS as _ROUTERS  # noqa: E402
+from .routers import benjamini_hochberg  # noqa: E402
 
+globals().update(_ROUTERS)  # the classes, and the functions <name>_routing
 _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
 register_experts_implementation()
 
@@ -59,12 +55,9 @@ _LAZY = {
 }
 
 __all__ = [
-    "BH",
     "Null",
     "OLMoERouterPatcher",
-    "TopK",
     "benjamini_hochberg",
-    "benjamini_hochberg_routing",
     "cpu_info",
     "experts_forward",
     "fit_null",
@@ -72,9 +65,10 @@ __all__ = [
     "patch",
     "run_configuration",
     "set_num_threads",
-    "topk_routing",
     "unpatch",
 ]
+__all__ += _ROUTERS
+__all__.sort()
 
 
 def __getattr__(name: str):

@@ -17,12 +17,11 @@ pytest.importorskip("transformers")
 import models  # noqa: E402
 from nulls import null_of, random_logits  # noqa: E402
 
-import moeprof  # noqa: E402
 from moeprof import budget, demo  # noqa: E402
 from moeprof.budget import search, setting  # noqa: E402
 from moeprof.evaluation import collect  # noqa: E402
 from moeprof.evaluation.routing import model_norm  # noqa: E402
-from moeprof.experiment.heldout import calibration_passages, heldout_windows  # noqa: E402
+from moeprof.experiment.heldout import heldout_windows  # noqa: E402
 from moeprof.routers import BH, REGISTRY, Router, TopK  # noqa: E402
 
 TOKENS = 6000  # of the demo's text: enough for the averages to be nearly continuous
@@ -34,9 +33,8 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def null(loaded):
-    passages = calibration_passages(demo.calibration_documents(), 40_000)
-    return moeprof.fit_null(*loaded, passages, progress=False)
+def null():
+    return demo.null()
 
 
 @pytest.fixture(scope="module")

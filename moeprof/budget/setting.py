@@ -13,7 +13,6 @@ import numpy as np
 import moeprof
 
 from ..evaluation.passes import Pass, collect
-from ..evaluation.routing import choose
 from ..null import LayerNull, resolve_null
 from ..routers import Router, TopK
 from .search import Root, Scale, solve
@@ -89,24 +88,12 @@ def main_of(router) -> tuple[str, tuple[float, float], bool]:
     return name, router.main_range, router.increasing
 
 
-class ByLayer(list):
-    """Routers of the layers, while a router's own parameter can't be given by layer."""
-
-    budget = None
-
-
 def with_main(router: Router, values) -> Router:
     """The router with its main parameter set: a number, or a tuple of one for each layer."""
-    name = main_of(router)[0]
-    changes = {}
-    if isinstance(router, TopK) and router.max_k == _largest(router.k):
-        changes["max_k"] = None  # it only followed k
-    try:
-        return replace(router, **{name: values}, **changes)
-    except ValueError:
-        if not isinstance(values, tuple):
-            raise
-        return ByLayer(replace(router, **{name: value}, **changes) for value in values)
+    changes = {main_of(router)[0]: values}
+    if isinstance(router, TopK) and router.max_k in (None, _largest(router.k)):
+        changes["max_k"] = _largest(values)  # it only followed k
+    return replace(router, **changes)
 
 
 def _largest(k) -> int:
@@ -120,7 +107,7 @@ def resolve(router: Router, null, stacklevel=4):
     null = resolve_null(null, stacklevel=stacklevel)
     if isinstance(null, LayerNull):
         raise TypeError("null: expected a Null with all layers, got a LayerNull")
-    return "normal" if null is None else null
+    return null
 
 
 class Stored:
@@ -132,7 +119,7 @@ class Stored:
         self.name, bounds, increasing = main_of(router)
         self.scale, self.sign = Scale(*bounds), 1 if increasing else -1
         self.routers = [router.at(layer, count) for layer in range(count)]
-        adapted = None if null is None or isinstance(null, str) else router.adapt(null)
+        adapted = None if null is None else router.adapt(null)
         self.nulls = [None if adapted is None else adapted.layer(i) for i in range(count)]
 
     @property
@@ -165,11 +152,7 @@ class Stored:
 
 def mean_count(router: Router, logits: np.ndarray, null) -> float:
     """Experts per token of a router with scalar parameters on logits (T, E), through C."""
-    if hasattr(router, "count_tokens"):
-        return float(router.count_tokens(logits, null)[0].mean())
-    import torch
-
-    return float(choose(router, torch.from_numpy(logits), null, "none", 1)[2].float().mean())
+    return float(router.count_tokens(logits, null)[0].mean())
 
 
 def reach(router: Router, passed: Pass, null=None) -> np.ndarray:
