@@ -98,6 +98,7 @@ class Router:
     main: ClassVar[str]  # the parameter that sets the budget, in the open interval main_range
     main_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     increasing: ClassVar[bool] = True  # R never falls as the main parameter grows
+    budget: ClassVar[Any] = None  # a BudgetReport on what `with_budget` returns
 
     def __init_subclass__(cls) -> None:
         if cls.name:
@@ -141,6 +142,64 @@ class Router:
     def adapt(self, null):
         """The null that the router works with, of the one that a user gives."""
         return null
+
+    def with_budget(
+        self, model, tokenizer, texts, average_k: float = 6.0, per_layer: bool = False, *,
+        null=None, heldout=None, norm: str = "model", tokens: int = 32768, progress: bool = True,
+    ) -> "Router":  # fmt: skip
+        """This router with its main parameter set so that `model` takes `average_k` experts.
+
+        The parameter is solved for on the stock model's logits. Then the texts run through the
+        patched model, whose deeper layers see other inputs, and it is solved for again on the
+        logits found there, until the average is within 1 % or after 4 passes. All that these
+        parameters are is knobs for compute.
+
+        Parameters
+        ----------
+        model, tokenizer
+            Of Hugging Face transformers, on the CPU. The model is afterwards as it was.
+        texts : list of str
+            Or of objects with .text and .domain, as moeprof.demo has them: one a document.
+        average_k : float
+            Experts per token, averaged over tokens and layers.
+        per_layer : bool
+            Split the budget over the layers, by dynamic programming, so that the KL from the
+            full model is least, as measured with one layer at a time at top-k on 8,192 tokens
+            of the texts; then the parameter is a tuple of one for each layer. Takes a run of
+            those for each layer and each k from 1 to max_k.
+        null : Null, str, path or None
+            As for `moeprof.patch`.
+        heldout : list of str, optional
+            Where to check the setting; else one fifth of the texts is set aside for that,
+            before anything is solved.
+        norm : {"model", "none", "sum", "mass"}
+            As for `moeprof.patch`. Give the same one there.
+        tokens : int
+            At most about so many of the texts, and of the held-out ones, are run, spread over
+            domains and documents; their logits are kept, 4 bytes an expert, layer and token.
+        progress : bool
+            Whether to show a bar if it takes more than 2 seconds.
+
+        Returns
+        -------
+        Router
+            With a report in its attribute `budget`: the passes, the reach, the average on the
+            calibration text and on held-out text with its standard error over documents.
+            There is a warning if no pass came within 1 %.
+
+        Raises
+        ------
+        BudgetError
+            A ValueError: average_k is outside what the router reaches, and the interval is named.
+        ValueError, TypeError
+            For arguments of another kind, or a router without a main parameter.
+        """
+        from ..budget import with_budget
+
+        return with_budget(
+            self, model, tokenizer, texts, average_k, per_layer, null=null, heldout=heldout,
+            norm=norm, tokens=tokens, progress=progress,
+        )  # fmt: skip
 
     def parameters(self, null=None) -> dict[str, float]:
         """The parameters of the C twin by name, in its order; words as their places."""
