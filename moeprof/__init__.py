@@ -34,14 +34,10 @@ except ImportError as error:
     ) from error
 from ._interface import register_experts_implementation  # noqa: E402
 from .cpu import cpu_info, get_num_threads, set_num_threads  # noqa: E402
-from .routers import (  # noqa: E402
-    BH,
-    TopK,
-    benjamini_hochberg,
-    benjamini_hochberg_routing,
-    topk_routing,
-)
+from .routers import EXPORTS as _ROUTERS  # noqa: E402
+from .routers import benjamini_hochberg  # noqa: E402
 
+globals().update(_ROUTERS)  # the classes, and the functions <name>_routing
 _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
 register_experts_implementation()
 
@@ -49,6 +45,7 @@ __version__ = "0.1.0"
 
 # name -> the module that defines it; imported when first asked for
 _LAZY = {
+    "BudgetError": "budget",
     "Null": "null",
     "OLMoERouterPatcher": "patching",
     "experts_forward": "experts",
@@ -59,12 +56,10 @@ _LAZY = {
 }
 
 __all__ = [
-    "BH",
+    "BudgetError",
     "Null",
     "OLMoERouterPatcher",
-    "TopK",
     "benjamini_hochberg",
-    "benjamini_hochberg_routing",
     "cpu_info",
     "experts_forward",
     "fit_null",
@@ -72,9 +67,10 @@ __all__ = [
     "patch",
     "run_configuration",
     "set_num_threads",
-    "topk_routing",
     "unpatch",
 ]
+__all__ += _ROUTERS
+__all__.sort()
 
 
 def __getattr__(name: str):
@@ -89,10 +85,10 @@ def __getattr__(name: str):
             ) from error
         globals()[name] = value
         return value
-    if name in ("demo", "experiment", "null"):
+    if name in ("budget", "demo", "experiment", "null"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "demo", "experiment", "null", "routers"]
+    return [*__all__, "budget", "demo", "experiment", "null", "routers"]

@@ -1,4 +1,4 @@
-"""The command line: `moeprof sweep`, `calibrate`, `bench` and `cpu`.
+"""The command line: `moeprof sweep`, `calibrate`, `compare`, `bench` and `cpu`.
 
 Whatever is wrong with the input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
@@ -11,7 +11,9 @@ import moeprof
 from moeprof import demo
 from moeprof.arguments import DTYPES, integer
 from moeprof.bench.arguments import add_bench
+from moeprof.comparison.arguments import add_compare
 from moeprof.console import make_console
+from moeprof.diagnosis.arguments import add_diagnose
 from moeprof.experiment import Experiment, Store, sweep
 from moeprof.experiment.heldout import HELDOUT_TOKENS, heldout_windows
 from moeprof.experiment.inputs import check_model, load_model, read_document, read_prompts
@@ -41,6 +43,8 @@ def _parser():
     _add_sweep(commands)
     _add_calibrate(commands)
     add_bench(commands)
+    add_diagnose(commands, _add_model, _load)
+    add_compare(commands, DEMO)
     cpu = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
     cpu.set_defaults(run=_cpu)
     return parser

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapters import adapter_of, find_moe_blocks
 from .adapters.base import Adapter, RouterOutput
+from .callables import read_routing
 from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
 from .null import LayerNull, resolve_null
@@ -29,12 +30,14 @@ class Routing(NamedTuple):
         user's order, -1 wherever that router skipped a slot
     counts : (T,) int32, experts of each token
     rejections : (T,) int32, the router's count before min_k and max_k; may be 0
+    logits : (T, E), what the gate said; None where a user's gate gave weights only
     """
 
     weights: Tensor
     experts: Tensor
     counts: Tensor
     rejections: Tensor
+    logits: Tensor | None
 
 
 @dataclass(eq=False)
@@ -44,7 +47,7 @@ class PatchedLayer(Patched):
     index: int  # among the model's MoE blocks
     num_experts: int
     adapter: type[Adapter]
-    router: Router | None  # None: the model's own top-k
+    router: Router | Callable | None  # None: the model's own top-k
     null: LayerNull | None
     norm: str
     strict: bool
@@ -138,7 +141,7 @@ class Handle:
 
 def patch(
     model: nn.Module,
-    router: str | Router | None = None,
+    router: str | Router | Callable | list | dict | None = None,
     *,
     null=None,
     norm: str = "model",
@@ -155,9 +158,14 @@ def patch(
     ----------
     model : torch.nn.Module
         Any model with ``OlmoeSparseMoeBlock`` in it, of transformers 4.57 or 5, on the CPU.
-    router : str, Router or None
+    router : str, Router, callable, list, dict or None
         None is the model's own top-k. A name takes its parameters as keywords:
-        ``patch(model, "bh", alpha=0.3, max_k=8)``.
+        ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
+        dict has them by the layer's number or its block's name, and the layers that it leaves
+        out keep the model's own. A callable takes the logits (T, E) and returns a routing:
+        weights (T, E), zero where an expert is not selected; or (weights (T, k), experts
+        (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its weights
+        are used as they are, `norm` does not touch them. It is slower: for trying ideas.
     null : Null, str, path or None
         Where the p-values of the router come from: a fitted null, the path of a saved one, or
         "normal". None is "normal", with a warning.
@@ -187,16 +195,13 @@ def patch(
         "No routers found ..." for a model without such a block; a layer that can't run in C;
         a parameter out of range; a null fitted to another model. The model is as it was.
     """
-    if router is not None:
-        router = make_router(router, **router_parameters)
-    elif router_parameters:
-        raise TypeError(f"patch: {sorted(router_parameters)} given without a router")
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: expected a torch.nn.Module, got {type(model).__name__}")
     blocks = find_moe_blocks(model)
-    nulls = _layer_nulls(model, router, null, len(blocks))
+    routers = routers_by_layer(router, [name for name, _ in blocks], router_parameters)
+    nulls = _layer_nulls(model, routers, null)
     patched, skipped = [], {}
     for index, (name, block) in enumerate(blocks):
         adapter, name = adapter_of(block), name or type(block).__name__
@@ -206,10 +211,10 @@ def patch(
             skipped[name] = reason
             continue
         num_experts = adapter.num_experts(block)
-        if router is not None:
-            router.limits(num_experts)  # raises before anything is changed
+        if isinstance(routers[index], Router):
+            routers[index].limits(num_experts)  # raises before anything is changed
         layer = PatchedLayer(
-            name, index, num_experts, adapter, router, nulls[index], norm, strict
+            name, index, num_experts, adapter, routers[index], nulls[index], norm, strict
         )
         patched.append((block, layer))
     for name, reason in skipped.items():
@@ -261,16 +266,54 @@ class OLMoERouterPatcher:
 # ---- installing and restoring ----
 
 
-def _layer_nulls(model, router: Router | None, null, count: int) -> list[LayerNull | None]:
-    if router is None or not router.wants_null:
+def routers_by_layer(router, names: list[str], parameters: dict) -> list:
+    """For each layer of `names` a Router with scalar parameters, a callable or None."""
+    count = len(names)
+    if isinstance(router, list | tuple | dict) and parameters:
+        raise TypeError(f"patch: {sorted(parameters)} given beside a router for each layer")
+    if isinstance(router, dict):
+        numbers = {**{name: i for i, name in enumerate(names)}, **{i: i for i in range(count)}}
+        if unknown := [key for key in router if key not in numbers]:
+            raise ValueError(
+                f"router: expected layers 0 to {count - 1} or their names {names}, got {unknown}"
+            )
+        if len({numbers[key] for key in router}) < len(router):
+            raise ValueError(f"router: a layer is named twice in {list(router)}")
+        by_number = {numbers[key]: value for key, value in router.items()}
+        router = [by_number.get(index) for index in range(count)]
+    if isinstance(router, list | tuple):
+        if len(router) != count:
+            raise ValueError(f"router: expected one for each of {count} layers, got {len(router)}")
+        return [_one_router(r, {}, i, count) for i, r in enumerate(router)]
+    return [_one_router(router, parameters, index, count) for index in range(count)]
+
+
+def _one_router(router, parameters: dict, index: int, count: int) -> Router | Callable | None:
+    if router is None or (callable(router) and not isinstance(router, Router | type)):
+        if parameters:
+            raise TypeError(f"patch: {sorted(parameters)} given without a router")
+        return router
+    return make_router(router, **parameters).at(index, count)
+
+
+def _layer_nulls(model, routers: list, null) -> list[LayerNull | None]:
+    """What each layer's p-values come from; None where its router has none."""
+    wanting = [r for r in routers if isinstance(r, Router) and r.wants_null]
+    if not wanting:
         if null is not None:
             raise ValueError("null: given, but the router does not work on p-values")
-        return [None] * count
+        return [None] * len(routers)
     null = resolve_null(null, stacklevel=4)
     if isinstance(null, LayerNull):
         raise TypeError("null: expected a Null with all layers, got a LayerNull")
+    if null is None:
+        return [None] * len(routers)
     null.check(model)
-    return [null.layer(index) for index in range(count)]
+    adapted = {type(router): router.adapt(null) for router in wanting}
+    return [
+        adapted[type(r)].layer(i) if isinstance(r, Router) and r.wants_null else None
+        for i, r in enumerate(routers)
+    ]
 
 
 def _changes(block: nn.Module, layer: PatchedLayer) -> list[tuple[nn.Module, Callable]]:
@@ -338,22 +381,37 @@ def _forward(self, hidden_states: Tensor):
 def _run(
     block: nn.Module, layer: PatchedLayer, x: Tensor, router: RouterOutput, weights: list[Tensor]
 ) -> tuple[Tensor, Routing]:
-    if layer.router is None and router.experts is not None:  # a user's router has chosen
-        if reason := routing_obstacle(router.experts, router.weights):
-            raise ValueError(f"{layer.name}: {reason}")
-        out = run_experts(x, router.experts, router.weights, weights, layer.name)
-        experts = router.experts.to(torch.int32)
-        counts = (experts >= 0).sum(1, dtype=torch.int32)
-        return out, Routing(router.weights.float(), experts, counts, counts)
-    if router.logits is None:
+    if layer.router is not None and router.logits is None:
         raise ValueError(
             f"Router output format unexpected: {layer.name}: the router {layer.router!r} works on "
             "logits, and the gate returned weights and indices only"
         )
-    spec = layer.spec(*layer.adapter.settings(block))
-    logits = router.logits if router.logits.dtype == x.dtype else router.logits.float()
-    out, *routing = run_moe(x, logits, weights, *spec, layer.name)
-    return out, Routing(*routing)
+    if layer.router is None and router.experts is not None:  # a user's gate has chosen
+        chosen = router.weights, router.experts
+    elif layer.router is None or isinstance(layer.router, Router):
+        spec = layer.spec(*layer.adapter.settings(block))
+        logits = router.logits if router.logits.dtype == x.dtype else router.logits.float()
+        out, *routing = run_moe(x, logits, weights, *spec, layer.name)
+        return out, Routing(*routing, router.logits)
+    else:
+        chosen = read_routing(layer.router(router.logits), router.logits, layer.name)
+    return _run_chosen(layer, x, *chosen, weights, router.logits)
+
+
+def _run_chosen(
+    layer: PatchedLayer,
+    x: Tensor,
+    routing_weights: Tensor,
+    experts: Tensor,
+    weights: list[Tensor],
+    logits: Tensor | None,
+) -> tuple[Tensor, Routing]:
+    if reason := routing_obstacle(experts, routing_weights):
+        raise ValueError(f"{layer.name}: {reason}")
+    out = run_experts(x, experts, routing_weights, weights, layer.name)
+    experts = experts.to(torch.int32)
+    counts = (experts >= 0).sum(1, dtype=torch.int32)
+    return out, Routing(routing_weights.float(), experts, counts, counts, logits)
 
 
 def _input_obstacle(weight: Tensor, hidden_states: Tensor) -> str | None:

@@ -490,7 +490,7 @@ def test_on_routing(model, router):
             assert routing.weights.shape == routing.experts.shape == (22, k_max)
             assert routing.counts.shape == routing.rejections.shape == (22,)
             assert routing.weights.dtype == torch.float32
-            assert {t.dtype for t in routing[1:]} == {torch.int32}
+            assert {t.dtype for t in routing[1:4]} == {torch.int32}
             slots = torch.arange(k_max) < routing.counts[:, None]  # -1 and 0 behind the last
             assert torch.equal(routing.experts >= 0, slots)
             assert torch.equal(routing.weights > 0, slots)

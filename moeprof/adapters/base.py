@@ -141,7 +141,7 @@ def read_router_output(output: Any, tokens: int, num_experts: int, name: str) ->
     raise ValueError(
         f"Router output format unexpected: {name}: wanted logits ({tokens}, {num_experts}), or "
         "(logits, weights (T, k), indices (T, k)), or (weights, indices); got "
-        f"{_describe(output)}"
+        f"{describe_output(output)}"
     )
 
 
@@ -167,9 +167,9 @@ def _by_shape(rows: list[Tensor], num_experts: int) -> RouterOutput | None:
     return None
 
 
-def _describe(output: Any) -> str:
+def describe_output(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
     if isinstance(output, tuple | list):
-        return f"{type(output).__name__} of ({', '.join(map(_describe, output))})"
+        return f"{type(output).__name__} of ({', '.join(map(describe_output, output))})"
     return type(output).__name__

@@ -240,6 +240,18 @@ class Null:
             f"this null was fitted to {self.model_name!r}, not to {model_name(model)!r}: {differs}"
         )
 
+    def diagnose(self, model, tokenizer, **options):
+        """What this null and a router on it do to `model` on held-out text: a Diagnosis.
+
+        Options, returns and errors: `moeprof.diagnosis.diagnose`.
+
+        >>> found = null.diagnose(model, tokenizer, router=moeprof.BH(0.3))   # doctest: +SKIP
+        >>> print(found.summary())                                            # doctest: +SKIP
+        """
+        from ..diagnosis import diagnose
+
+        return diagnose(self, model, tokenizer, **options)
+
     def save(self, path):
         """Write to `path` (.safetensors or .npz), as a whole or not at all.
 

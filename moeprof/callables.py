@@ -1,0 +1,47 @@
+"""Routers that a user wrote in Python: what they may return, read into slots."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters.base import describe_output, read_router_output
+from .routers import RoutingResult, RoutingStats
+
+
+def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(weights (T, k), experts (T, k) with -1) of what a callable returned for logits (T, E).
+
+    Accepted: dense weights (T, E), zero where an expert is not selected; (weights (T, k) or
+    (T, E), experts (T, k)); a RoutingResult or RoutingStats.
+
+    Raises
+    ------
+    ValueError
+        "Router output format unexpected ...", naming the layer and what came.
+    """
+    if isinstance(output, RoutingResult | RoutingStats):
+        output = output.routing_weights, output.selected_experts
+    if isinstance(output, Tensor):
+        if output.shape == logits.shape and output.is_floating_point():
+            return _slots(output)
+    elif isinstance(output, tuple | list) and len(output) == 2:
+        read = read_router_output(output, *logits.shape, name)
+        return read.weights, read.experts
+    tokens, num_experts = logits.shape
+    raise ValueError(
+        f"Router output format unexpected: {name}: wanted of a router in Python weights "
+        f"({tokens}, {num_experts}) or (weights, experts ({tokens}, k)); got "
+        f"{describe_output(output)}"
+    )
+
+
+def _slots(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense weights (T, E) as slots, the largest weight first; a NaN counts as selected."""
+    chosen = dense != 0
+    k = max(int(chosen.sum(1).max()), 1) if len(dense) else 1
+    # Unselected last, whatever the sign of a weight.
+    ranked = torch.where(chosen, dense, -torch.inf).sort(dim=1, descending=True, stable=True)
+    order = ranked.indices[:, :k]
+    experts = torch.where(chosen.gather(1, order), order, -1)
+    return dense.gather(1, order), experts

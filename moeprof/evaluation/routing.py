@@ -1,0 +1,27 @@
+"""Routing in Python by way of C: for passes that change a routing before it runs."""
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..adapters import adapter_of, find_moe_blocks
+from ..cpu import get_num_threads
+from ..experts import as_array
+
+
+def model_norm(model) -> tuple[str, int]:
+    """(norm, top_k): how the model weighs its experts ("sum" or "none"), and how many it takes."""
+    _, block = find_moe_blocks(model)[0]
+    top_k, norm_topk_prob = adapter_of(block).settings(block)
+    return ("sum" if norm_topk_prob else "none"), top_k
+
+
+def choose(router, logits: Tensor, null, norm: str, norm_k: int) -> tuple[Tensor, ...]:
+    """(weights (T, k), experts (T, k), counts (T,), rejections (T,)) as a patched layer has them.
+
+    router: a Router with scalar parameters; logits (T, E); null: its LayerNull, or None.
+    """
+    spec = router.spec(logits.shape[1], norm=norm, norm_k=norm_k, null=null)
+    rows = as_array(logits.float())
+    *routing, _ = _C.route(rows, "float32", spec, get_num_threads(), False)
+    return tuple(map(torch.from_numpy, routing))

@@ -1,0 +1,27 @@
+"""Routers: how many experts each token gets, and which.
+
+A router is a frozen dataclass whose parameters are those of its C twin
+(``csrc/routers/<name>.c``). All selections go by evidence, best first: p-values ascending where
+the router works on p-values, else logits descending; ties go to the higher logit, then to the
+lower expert id. Each has a function too, ``moeprof.<name>_routing(logits, ...)``.
+"""
+
+from . import evidence, logits  # noqa: F401 - they fill the registry
+from .base import REGISTRY, Router, Tokens, make_router
+from .functions import FUNCTIONS, RoutingResult, RoutingStats, benjamini_hochberg, is_tensor
+
+# What moeprof itself exports: the classes and the functions of the registry.
+EXPORTS = {cls.__name__: cls for cls in REGISTRY.values()} | FUNCTIONS
+globals().update(EXPORTS)
+
+__all__ = [
+    "REGISTRY",
+    "Router",
+    "RoutingResult",
+    "RoutingStats",
+    "Tokens",
+    "benjamini_hochberg",
+    "is_tensor",
+    "make_router",
+    *EXPORTS,
+]

@@ -1,0 +1,235 @@
+"""The function form of the routers: logits in, routing out, torch or NumPy."""
+
+import math
+import sys
+from inspect import Signature, signature
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _C
+from ..cpu import get_num_threads
+from .base import REGISTRY, UNIT, Router, check
+from .evidence import BH
+from .logits import TopK
+
+
+class RoutingResult(NamedTuple):
+    """What a routing function returns. T tokens (or B, S), E experts.
+
+    routing_weights : (T, E), dtype of the logits; zero where not selected, rows sum to 1
+    selected_experts : (T, max_k) int64, best first, padded with -1
+    expert_counts : (T,) int64
+    """
+
+    routing_weights: Any
+    selected_experts: Any
+    expert_counts: Any
+
+
+class RoutingStats(NamedTuple):
+    """A RoutingResult with what led to it: p_values (T, E) float64 and mask (T, E) bool."""
+
+    routing_weights: Any
+    selected_experts: Any
+    expert_counts: Any
+    p_values: Any
+    mask: Any
+
+
+def benjamini_hochberg_routing(
+    router_logits,
+    alpha: float = 0.05,
+    temperature: float = 1.0,
+    min_k: int = 1,
+    max_k: int | None = None,
+    *,
+    null=None,
+    return_stats: bool = False,
+) -> RoutingResult | RoutingStats:
+    """Route each token to the experts whose router score stands out from the null.
+
+    Parameters
+    ----------
+    router_logits : torch.Tensor or numpy.ndarray, (T, E) or (B, S, E)
+        float32, float16, or bfloat16 (torch); any strides, on the CPU. No gradient flows.
+    alpha, temperature, min_k, max_k
+        See :class:`BH`.
+    null : LayerNull, Null of one layer, or None
+        None is the `normal` null: a fallback, see :mod:`moeprof.null`.
+    return_stats : bool
+        Also return the p-values and the mask of the selected experts.
+
+    Returns
+    -------
+    RoutingResult or RoutingStats
+        torch in, torch out; NumPy in, NumPy out.
+
+    Raises
+    ------
+    ValueError
+        For a parameter out of range, a wrong number of dimensions, or a row with a NaN or
+        with nothing above -inf (naming the row).
+    TypeError
+        If ``router_logits`` is no tensor or array of those dtypes.
+
+    Examples
+    --------
+    >>> import numpy as np, moeprof
+    >>> logits = np.zeros((1, 64), np.float32); logits[0, 3] = 9
+    >>> moeprof.benjamini_hochberg_routing(logits, null=None).selected_experts[0, 0]
+    np.int64(3)
+    """
+    router = BH(alpha, min_k=min_k, max_k=max_k, temperature=temperature)
+    return _route(router, router_logits, null, return_stats)
+
+
+def topk_routing(
+    router_logits, k: int = 8, temperature: float = 1.0, *, null=None, return_stats: bool = False
+) -> RoutingResult | RoutingStats:
+    """Route each token to its k highest logits; see :func:`benjamini_hochberg_routing`.
+
+    The null only matters to the p-values of ``return_stats``.
+    """
+    return _route(TopK(k, temperature=temperature), router_logits, null, return_stats)
+
+
+def routing_function(cls: type[Router]):
+    """The function form of a router, ``moeprof.<name>_routing``."""
+
+    def function(router_logits, *args, null=None, return_stats=False, **parameters):
+        return _route(cls(*args, **parameters), router_logits, null, return_stats)
+
+    function.__name__ = function.__qualname__ = f"{cls.name}_routing"
+    function.__doc__ = (
+        f"Route each token as :class:`{cls.__name__}` does, with its parameters; logits, null, "
+        "return_stats,\nresult and errors as for :func:`benjamini_hochberg_routing`."
+    )
+    logits, null, stats = (
+        signature(benjamini_hochberg_routing).parameters[name]
+        for name in ("router_logits", "null", "return_stats")
+    )
+    own = list(signature(cls).parameters.values())
+    function.__signature__ = Signature([logits, *own, null, stats])
+    return function
+
+
+def benjamini_hochberg(p, alpha: float):
+    """Mark the hypotheses that the Benjamini-Hochberg procedure rejects, row by row.
+
+    Parameters
+    ----------
+    p : torch.Tensor or numpy.ndarray, (T, E) or (E,)
+        p-values in [0, 1]; computed in float64.
+    alpha : float
+        In (0, 1).
+
+    Returns
+    -------
+    bool array of the shape of p
+        The same as ``scipy.stats.false_discovery_control(p, axis=-1) <= alpha``, exact where
+        p_(r) E == alpha r.
+    """
+    check("alpha", alpha, UNIT)
+    if is_tensor(p):
+        p = p.detach().double()
+    array, back = _as_numpy(p, "p")
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"p: expected real numbers, got {array.dtype}")
+    if array.ndim not in (1, 2):
+        raise ValueError(f"p: expected (T, E) or (E,), got shape {array.shape}")
+    rows = np.ascontiguousarray(np.atleast_2d(array), dtype=np.float64)
+    if not ((rows >= 0) & (rows <= 1)).all():
+        raise ValueError("p: expected p-values in [0, 1]")
+    rejections = _C.step_up(rows, float(alpha))
+    # Equal p-values are rejected together: the largest rejected one is the threshold.
+    ordered = np.sort(rows, axis=1)
+    mask = np.zeros(rows.shape, dtype=bool)
+    hit = rejections > 0
+    threshold = ordered[hit, rejections[hit] - 1]
+    mask[hit] = rows[hit] <= threshold[:, None]
+    return back(mask.reshape(array.shape))
+
+
+def _route(router: Router, router_logits, null, return_stats: bool):
+    array, back = _as_numpy(router_logits, "router_logits")
+    dtype, carrier = _dtype(array, router_logits)
+    if array.ndim not in (2, 3):
+        raise ValueError(f"router_logits: expected (T, E) or (B, S, E), got shape {array.shape}")
+    lead, num_experts = array.shape[:-1], array.shape[-1]
+    spec = router.spec(num_experts, norm="sum", null=_layer_null(router, null, return_stats))
+    native = np.require(array, array.dtype.newbyteorder("="), "CA")
+    rows = native.reshape(math.prod(lead), num_experts).view(carrier)
+    weights, experts, counts, _, p = _C.route(rows, dtype, spec, get_num_threads(), return_stats)
+
+    selected = experts.astype(np.int64)
+    dense = np.zeros((len(rows), num_experts + 1), np.float32)  # the last takes the padding
+    np.put_along_axis(dense, selected, weights, axis=1)
+    dense = dense[:, :num_experts]
+    parts = [
+        back(dense.reshape(array.shape), like_input=True),
+        back(selected.reshape(*lead, selected.shape[1])),
+        back(counts.astype(np.int64).reshape(lead)),
+    ]
+    if not return_stats:
+        return RoutingResult(*parts)
+    mask = np.zeros((len(rows), num_experts + 1), bool)
+    np.put_along_axis(mask, selected, True, axis=1)
+    mask = mask[:, :num_experts]
+    return RoutingStats(*parts, back(p.reshape(array.shape)), back(mask.reshape(array.shape)))
+
+
+def _layer_null(router: Router, null, return_stats: bool):
+    """The null to use; warns where that is a fallback, at the line of the function's caller."""
+    from ..null import resolve_layer_null, resolve_null
+
+    if not (router.wants_null or return_stats):
+        return None
+    null = resolve_null(null, stacklevel=5)
+    return null if null is None else resolve_layer_null(router.adapt(null))
+
+
+def is_tensor(value) -> bool:
+    """True for a torch.Tensor; torch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _as_numpy(value, argument: str):
+    """A NumPy view of a tensor or array, and the way back: array -> the caller's kind.
+
+    bfloat16 comes as its bits, uint16.
+    """
+    if is_tensor(value):
+        torch = sys.modules["torch"]
+        if value.device.type != "cpu":
+            raise ValueError(f"{argument}: expected a CPU tensor, got one on {value.device}")
+        data = value.detach()
+
+        def back(array, like_input=False):
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            return tensor.to(value.dtype) if like_input else tensor
+
+        bits = data.view(torch.uint16) if data.dtype == torch.bfloat16 else data
+        return bits.numpy(), back
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        return value, lambda array, like_input=False: (
+            array.astype(value.dtype) if like_input else array
+        )
+    raise TypeError(
+        f"{argument}: expected a torch.Tensor or numpy.ndarray, got {type(value).__name__}"
+    )
+
+
+def _dtype(array: np.ndarray, original) -> tuple[str, type]:
+    """The dtype's name for C and the NumPy type that carries it."""
+    name = getattr(original.dtype, "name", str(original.dtype)).removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise TypeError(f"router_logits: expected float32, float16 or bfloat16, got {name}")
+    return name, np.float32 if name == "float32" else np.uint16
+
+
+# topk_routing has positions of its own for its arguments.
+FUNCTIONS = {
+    f"{name}_routing": routing_function(cls) for name, cls in REGISTRY.items() if name != "topk"
+} | {"benjamini_hochberg_routing": benjamini_hochberg_routing, "topk_routing": topk_routing}
