@@ -1,4 +1,4 @@
-"""The command line: `moeprof sweep`, `calibrate`, `bench` and `cpu`.
+"""The command line: `moeprof sweep`, `calibrate`, `compare`, `bench` and `cpu`.
 
 Whatever is wrong with the input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
@@ -11,6 +11,7 @@ import moeprof
 from moeprof import demo
 from moeprof.arguments import DTYPES, integer
 from moeprof.bench.arguments import add_bench
+from moeprof.comparison.arguments import add_compare
 from moeprof.console import make_console
 from moeprof.diagnosis.arguments import add_diagnose
 from moeprof.experiment import Experiment, Store, sweep
@@ -43,6 +44,7 @@ def _parser():
     _add_calibrate(commands)
     add_bench(commands)
     add_diagnose(commands, _add_model, _load)
+    add_compare(commands, DEMO)
     cpu = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
     cpu.set_defaults(run=_cpu)
     return parser

@@ -81,7 +81,7 @@ def _end(text):
 
 
 def _decoded(path):
-    """The file's text block by block, with \\n for all ends of line and without a byte order mark."""
+    """The file's text block by block: every end of line a line feed, no byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     done = 0

@@ -14,6 +14,20 @@ def random_logits(tokens, experts, seed=0, scale=2.0):
     return (shift + scale * rng.standard_normal((tokens, experts))).astype(np.float32)
 
 
+def stored(logits, score):
+    """Scores (T,E) as nulls count them: float64, rounded up to float32; `logprob` by SciPy."""
+    from scipy.special import log_softmax
+
+    z = logits.astype(np.float64)
+    if score == "logprob":
+        z = log_softmax(z, axis=1)
+    elif score == "centred":
+        z = z - z.mean(axis=1, keepdims=True)
+    rounded = z.astype(np.float32)
+    up = np.nextafter(rounded, np.float32(np.inf))
+    return np.where(rounded < z, up, rounded).astype(np.float64)
+
+
 def null_of(*logits, kind="all", score="logprob", r_high=0, r_low=0, text="a"):
     """A Null of one (T,E) array of logits a layer, without a model."""
     tokens, experts = logits[0].shape

@@ -1,6 +1,5 @@
-"""Nulls: the tables against brute force, files, the C kernels."""
+"""Nulls: the scores, the counted tables against brute force, `normal`, the C kernels."""
 
-import json
 import math
 
 import numpy as np
@@ -8,31 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from nulls import assert_same, null_of, random_logits
+from nulls import null_of, random_logits, stored
 
-from moeprof import calibration, files
-from moeprof import null as nulls
-from moeprof.null import Null, normal_reference
-
-EDGES = nulls.LOW + np.arange(nulls.BINS + 1) / nulls.BINS_PER_UNIT
-TINY = np.finfo(np.float64).tiny
-
-
-def logprob(logits):
-    z = logits.astype(np.float64)
-    z = z - z.max(axis=1, keepdims=True)
-    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+from moeprof.null import NORMAL, SCORES, SOFTMAX, normal_reference, softmax_reference
+from moeprof.null.scores import BINS, EDGES, TINY, scores_of, stored_scores
+from moeprof.null.tables import table_p
 
 
 # ---------------------------------------------------------------- the table
 
 
-@pytest.mark.parametrize("score", nulls.SCORES)
+@pytest.mark.parametrize("score", SCORES)
 def test_the_table_is_a_brute_force_count(score):
     logits = random_logits(500, 7)
     null = null_of(logits, score=score)
     table = null.layer(0).table
-    values = np.sort((logprob(logits) if score == "logprob" else logits.astype(float)).ravel())
+    values = np.sort(stored(logits, score).ravel())
     assert table.shape == (3 + 8193,) and table.dtype == np.float64
     expected = (values.size - np.searchsorted(values, EDGES)) / values.size
     np.testing.assert_array_equal(table[3:], expected)
@@ -93,17 +83,17 @@ def around(table):
     return np.unique(points)
 
 
-@pytest.mark.parametrize("score", nulls.SCORES)
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", nasty_layers())
 def test_p_falls_with_the_score_and_is_never_0(name, score):
     table = null_of(nasty_layers()[name], score=score).layer(0).table
     points = around(table)
-    p = nulls._table_p(points, table)
+    p = table_p(points, table)
     assert (p > 0).all() and (p <= 1).all()
     assert (np.diff(p) <= 0).all()
     beyond = table[0] + np.linspace(0, 500, 2000) * table[2]
-    assert (np.diff(nulls._table_p(beyond, table)) < 0).all()
-    assert nulls._table_p(np.array([np.inf, -np.inf]), table).tolist() == [TINY, 1.0]
+    assert (np.diff(table_p(beyond, table)) < 0).all()
+    assert table_p(np.array([np.inf, -np.inf]), table).tolist() == [TINY, 1.0]
 
 
 @pytest.mark.parametrize("name", nasty_layers())
@@ -111,11 +101,11 @@ def test_p_is_continuous_and_meets_the_counts_at_the_edges(name):
     table = null_of(nasty_layers()[name], score="logit").layer(0).table
     x_max, p_max, sf = table[0], table[1], table[3:]
     inner = (EDGES > -32) & (EDGES < 32) & (EDGES <= x_max)  # at 32 is the last bin's inside
-    np.testing.assert_array_equal(nulls._table_p(EDGES[inner], table), sf[inner])
-    assert nulls._table_p(np.array([x_max]), table)[0] == p_max
+    np.testing.assert_array_equal(table_p(EDGES[inner], table), sf[inner])
+    assert table_p(np.array([x_max]), table)[0] == p_max
     points = np.append(EDGES[inner], x_max)
     step = 1e-9
-    left, right = (nulls._table_p(points + d, table) for d in (-step, step))
+    left, right = (table_p(points + d, table) for d in (-step, step))
     # No bin is narrower than x_max's; a straight line through it moves p by this at most.
     narrow = min(1 / 128, x_max - EDGES[EDGES < x_max][-1])
     assert (left - right <= 3 * step / narrow).all()
@@ -142,7 +132,7 @@ def test_interpolation_is_the_rule_written_out(logits, score):
             right = x_max
         share = (score - left) / (right - left) if right > left else 1
         expected = at_least(left) + share * (at_least(right) - at_least(left))
-    assert nulls._table_p(np.array([score]), table)[0] == pytest.approx(expected, rel=1e-9)
+    assert table_p(np.array([score]), table)[0] == pytest.approx(expected, rel=1e-9)
 
 
 def test_p_of_fresh_draws_is_uniform():
@@ -165,8 +155,26 @@ def test_logprob_is_the_log_softmax():
     from scipy.special import log_softmax
 
     expected = log_softmax(logits.astype(np.float64), axis=1)
-    np.testing.assert_allclose(nulls.scores_of(logits, "logprob"), expected, rtol=1e-13, atol=1e-15)
-    assert np.array_equal(nulls.scores_of(logits, "logit"), logits.astype(np.float64))
+    np.testing.assert_allclose(scores_of(logits, "logprob"), expected, rtol=1e-13, atol=1e-15)
+    assert np.array_equal(scores_of(logits, "logit"), logits.astype(np.float64))
+
+
+def test_centred_is_about_the_mean_of_the_finite():
+    inf = np.inf
+    assert scores_of(np.array([[1, 2, 6.0]], np.float32), "centred").tolist() == [[-2, -1, 3]]
+    rows = np.array([[inf, 1, 3, -inf], [inf, -inf, inf, inf]], np.float32)
+    expected = [[inf, -1, 1, -inf], [inf, -inf, inf, inf]]
+    assert scores_of(rows, "centred").tolist() == expected
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_stored_scores_are_never_below_the_exact_ones(score):
+    logits = random_logits(2000, 5, scale=4)
+    exact, kept = scores_of(logits, score), stored_scores(logits, score)
+    assert kept.dtype == np.float32 and (kept >= exact).all()
+    assert (np.nextafter(kept, np.float32(-np.inf)) < exact).all()
+    if score == "logit":
+        assert np.array_equal(kept, logits)
 
 
 def test_infinite_logits_share():
@@ -174,29 +182,31 @@ def test_infinite_logits_share():
     rows = np.array([[inf, 0, inf, -inf], [-inf, 1, -inf, -inf]], np.float32)
     half = -math.log(2)
     expected = [[half, -inf, half, -inf], [-inf, 0, -inf, -inf]]
-    assert nulls.scores_of(rows, "logprob").tolist() == expected
+    assert scores_of(rows, "logprob").tolist() == expected
 
 
-@pytest.mark.parametrize("score", nulls.SCORES)
+@pytest.mark.parametrize("score", SCORES)
 def test_a_shift_of_a_token_matters_to_logits_only(score):
     layer = null_of(random_logits(400, 8), score=score).layer(0)
     fresh = np.round(random_logits(20, 8, seed=5) * 64) / 64  # so that a shift is exact
     same = np.allclose(layer.reference(fresh), layer.reference(fresh + np.float32(2)), rtol=1e-9)
-    assert same == (score == "logprob")
+    assert same == (score != "logit")
 
 
 def test_trimming_leaves_out_each_tokens_highest_and_lowest():
     logits = random_logits(300, 8)
     logits[:50] = np.round(logits[:50])  # ties: the lower id ranks higher
     null = null_of(logits, kind="trimmed", r_high=3, r_low=2)
-    expected = np.zeros((8, nulls.BINS), np.uint64)
-    kept_scores = []
-    for z, s in zip(logits, logprob(logits), strict=True):
+    expected = np.zeros((8, BINS), np.uint64)
+    kept_scores = [[] for _ in range(8)]
+    for z, s in zip(logits, stored(logits, "logprob"), strict=True):
         for e in sorted(range(8), key=lambda e: (-z[e], e))[3:6]:
             expected[e, math.floor((s[e] + 32) * 128)] += np.uint64(1)
-            kept_scores.append(s[e])
+            kept_scores[e].append(s[e])
     assert np.array_equal(null.counts[0], expected)
-    assert np.allclose(null.largest[0], sorted(kept_scores, reverse=True)[:1024], rtol=1e-13)
+    for largest, scores in zip(null.largest[0], kept_scores, strict=True):
+        assert np.array_equal(largest[: len(scores)], sorted(scores, reverse=True))
+        assert (largest[len(scores) :] == -np.inf).all()
 
 
 @pytest.mark.parametrize("bad", [np.full((2, 3), -np.inf), np.array([[0.0, 1, 2], [1, np.nan, 0]])])
@@ -269,178 +279,6 @@ def test_the_size_that_the_docstring_states():
         assert f"{size:.3g}".lstrip("0") in normal_reference.__doc__
 
 
-# ---------------------------------------------------------------- merging and files
-
-
-@pytest.mark.parametrize("trim", [(0, 0), (2, 1)])
-@pytest.mark.parametrize("tokens", [3, 200, 40_000])
-def test_merging_is_fitting_to_both(tokens, trim):
-    kind = "trimmed" if any(trim) else "all"
-    options = {"kind": kind, "r_high": trim[0], "r_low": trim[1]}
-    parts = [random_logits(tokens + i, 4, seed=i) for i in range(3)]
-    a, b, c = (null_of(z, text=t, **options) for z, t in zip(parts, "xyz", strict=True))
-    counter = calibration._Histograms(1, 4, "logprob", *trim)
-    for part in parts:
-        counter.add(0, part)
-    whole = a.merge(b).merge(c)
-    assert np.array_equal(whole.counts, counter.counts)
-    assert np.array_equal(whole.largest, np.stack(counter.largest))
-    assert whole.text_digest == nulls.text_digest("zyx")
-    assert_same(whole, c.merge(a.merge(b)))
-    assert_same(whole, b.merge(c.merge(a)))
-
-
-def test_merging_different_nulls_is_an_error():
-    logits = random_logits(20, 4)
-    null = null_of(logits)
-    with pytest.raises(ValueError, match="score differs: 'logprob', 'logit'"):
-        null.merge(null_of(logits, score="logit"))
-    with pytest.raises(ValueError, match="kind differs"):
-        null.merge(null_of(logits, kind="trimmed", r_high=1))
-    with pytest.raises(ValueError, match="different models"):
-        null.merge(null_of(logits, logits))
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-def test_a_file_gives_the_null_back(tmp_path, suffix):
-    logits = random_logits(300, 6)
-    null = null_of(logits, logits[::-1] * 2, kind="trimmed", r_high=1, r_low=2)
-    path = tmp_path / f"a{suffix}"
-    path.write_text("an older file")
-    null.save(path)
-    assert_same(Null.load(str(path)), null)
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-def test_a_damaged_or_foreign_file_is_an_error(tmp_path, suffix):
-    path = tmp_path / f"a{suffix}"
-    null_of(random_logits(30, 3)).save(path)
-    whole = path.read_bytes()
-    foreign = tmp_path / f"foreign{suffix}"
-    if suffix == ".npz":
-        np.savez(foreign, x=np.zeros(3))
-        array = tmp_path / "array.npy"
-        np.save(array, np.zeros(3))
-        others = [array.read_bytes()]
-    else:
-        from safetensors.numpy import save_file
-
-        save_file({"x": np.zeros(3)}, foreign)
-        middle = len(whole) // 2  # among the counts, which then don't add up
-        others = [whole[:middle] + b"\xff" + whole[middle + 1 :]]
-    cut = [whole[:size] for size in (0, 4, 100, len(whole) // 2, len(whole) - 1)]
-    for data in [*cut, b"something else entirely", foreign.read_bytes(), *others]:
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match="expected a whole moeprof null") as caught:
-            Null.load(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"kind": "other"}, {"score": "other"}, {"tokens": 31}, {"r_high": 1}, {"tokens": "many"},
-        {"tokens": 0},
-    ],
-)
-def test_parts_that_do_not_fit_are_an_error(tmp_path, change):
-    path = tmp_path / "a.npz"
-    null_of(random_logits(30, 3)).save(path)
-    parts = dict(np.load(path))
-    facts = json.loads(str(parts[nulls._FORMAT])) | change
-    np.savez(path, **parts | {nulls._FORMAT: np.array(json.dumps(facts))})
-    with pytest.raises(ValueError, match="expected a whole moeprof null"):
-        Null.load(path)
-
-
-@pytest.mark.parametrize("part, value", [
-    ("counts", np.zeros((1, 3, 8), np.uint64)),
-    ("counts", np.zeros((1, 3, 8192), np.int64)),
-    ("largest", np.zeros((1, 3))),
-    ("largest", np.linspace(-9, 0, 90)[None]),
-    ("largest", np.full((1, 90), np.nan)),
-    ("largest", np.full((1, 90), -50.0)),
-    ("router_sample", np.zeros((2, 3), np.float32)),
-])
-def test_arrays_that_do_not_fit_are_an_error(part, value):
-    null = null_of(random_logits(30, 3))
-    with pytest.raises(ValueError, match="expected|below"):
-        nulls.replace(null, **{part: value})
-
-
-def test_another_format_version_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(nulls, "_VERSION", 2)
-    null_of(random_logits(30, 3)).save(tmp_path / "a.npz")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="format version 1: format version 2"):
-        Null.load(tmp_path / "a.npz")
-
-
-def test_paths_that_can_not_be_used(tmp_path):
-    null = null_of(random_logits(30, 3))
-    for call in (null.save, Null.load):
-        with pytest.raises(ValueError, match=r"ends in \.safetensors or \.npz"):
-            call(tmp_path / "a.json")
-    with pytest.raises(FileNotFoundError, match="no such null file: .*absent.npz"):
-        Null.load(tmp_path / "absent.npz")
-    (tmp_path / "file").write_text("x")
-    for bad in (tmp_path / "file" / "a.npz", tmp_path / "absent" / "a.npz"):
-        with pytest.raises(OSError) as caught:
-            null.save(bad)
-        assert str(caught.value).endswith(f"{str(bad)!r}")
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch, suffix):
-    path = tmp_path / f"a{suffix}"
-    path.write_text("an older file")
-
-    def no_space(*paths):
-        raise OSError(28, "full")
-
-    monkeypatch.setattr(files.os, "replace", no_space)
-    with pytest.raises(OSError, match="full"):
-        null_of(random_logits(30, 3)).save(path)
-    assert path.read_text() == "an older file" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_the_null_describes_itself():
-    null = null_of(random_logits(30, 3), kind="trimmed", r_high=1)
-    text = null.describe()
-    for part in ("trimmed", "1 highest", "logprob", "30 tokens", "toy", null.text_digest[:12]):
-        assert part in text
-    assert "\n" not in text and text in repr(null)
-    assert "<th>tail_rule</th><td>exponential, top 1 %</td>" in null._repr_html_()
-    assert len(null) == 1 and null.layer(0) is null.layer(0)
-    for index in (-1, 1):
-        with pytest.raises(IndexError, match="1 layers"):
-            null.layer(index)
-
-
-def test_what_a_null_argument_means(tmp_path):
-    null = null_of(random_logits(30, 3))
-    null.save(tmp_path / "a.npz")
-    both = (nulls.resolve_null, nulls.resolve_layer_null)
-    for resolve in both:
-        assert resolve("normal") is None
-        with pytest.warns(UserWarning, match="moeprof calibrate") as caught:
-            assert resolve(None) is None
-        assert len(caught) == 1
-        with pytest.raises(TypeError, match="got int"):
-            resolve(3)
-        with pytest.raises(FileNotFoundError):
-            resolve(tmp_path / "b.npz")
-    layer = null.layer(0)
-    assert nulls.resolve_null(null) is null and nulls.resolve_layer_null(null) is layer
-    for path in (tmp_path / "a.npz", str(tmp_path / "a.npz")):
-        assert_same(nulls.resolve_null(path), null)
-        assert np.array_equal(nulls.resolve_layer_null(path).table, layer.table)
-    assert nulls.resolve_layer_null(layer) is layer
-    with pytest.raises(ValueError, match="has 2 layers; pass one"):
-        nulls.resolve_layer_null(null_of(random_logits(30, 3), random_logits(30, 3)))
-
-
 # ---------------------------------------------------------------- the C path
 
 
@@ -448,7 +286,7 @@ def c_extension():
     return pytest.importorskip("moeprof._C")
 
 
-@pytest.mark.parametrize("score", nulls.SCORES)
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", nasty_layers())
 def test_c_agrees_with_the_reference(name, score):
     c_extension()
@@ -456,7 +294,8 @@ def test_c_agrees_with_the_reference(name, score):
     layer = null_of(logits, score=score).layer(0)
     p, expected = layer.p_values(logits), layer.reference(logits)
     assert p.dtype == np.float64 and p.shape == logits.shape
-    if score == "logit" or name == "smooth":  # elsewhere an ulp of the score is a step of p
+    # Elsewhere an ulp of the score is a step of p.
+    if score == "logit" or name == "smooth" and score == "logprob":
         np.testing.assert_allclose(p, expected, rtol=1e-12, atol=0)
     assert (p > 0).all() and (p <= 1).all()
 
@@ -481,3 +320,24 @@ def test_c_normal_agrees_with_the_reference():
     for logits in (random_logits(50, 8), random_logits(50, 7), np.array(odd, np.float32)):
         p = extension.p_values(logits, ("normal", "logit", None))
         np.testing.assert_allclose(p, normal_reference(logits), rtol=1e-12, atol=1e-300)
+        assert np.array_equal(NORMAL.p_values(logits), p)
+        assert np.array_equal(NORMAL.reference(logits), normal_reference(logits))
+
+
+def test_softmax_is_scipys_and_c_agrees():
+    c_extension()
+    from scipy.special import softmax
+
+    logits = random_logits(50, 7)
+    expected = 1 - softmax(logits.astype(np.float64), axis=1)
+    np.testing.assert_allclose(softmax_reference(logits), expected, rtol=0, atol=1e-15)
+    inf = np.inf
+    odd = np.array([[inf, -inf, inf, 0], [-inf, -inf, 0, -inf], [2, 2, 2, 2]], np.float32)
+    assert softmax_reference(odd).tolist() == [[0.5, 1, 0.5, 1], [1, 1, 0, 1], [0.75] * 4]
+    for z in (logits, odd):
+        np.testing.assert_allclose(SOFTMAX.p_values(z), SOFTMAX.reference(z), rtol=0, atol=1e-15)
+
+
+def test_nulls_of_a_token_fit_every_layer_and_model():
+    for null in (NORMAL, SOFTMAX):
+        assert null.layer(3) is null and null.check(None) is None

@@ -9,6 +9,8 @@ import moeprof
 
 from ..experiment.heldout import HeldOut
 
+BATCH = 512  # tokens in a call of the model
+
 
 class Pass(NamedTuple):
     """What the routers of a model did on a text of T tokens, in L layers.
@@ -59,15 +61,16 @@ class Quality(NamedTuple):
 def collect(model, text: HeldOut, router=None, *, null=None, norm="model", step=lambda: None):
     """A Pass: the text through the model patched with `router` (arguments as `patch`).
 
-    text: HeldOut; step is called after each window. The model is afterwards as it was.
+    text: HeldOut; step is called for each window. The model is afterwards as it was.
     """
     base = getattr(model, "base_model", model)  # the head is not needed
     with moeprof.patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
         calls = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing))
-        for window in text.windows:
-            base(input_ids=window.ids, use_cache=False)
-            step()
+        for windows in batches(text):
+            base(input_ids=_ids(windows), use_cache=False)
+            for _ in windows:
+                step()
     if any(routing.logits is None for layer in calls for routing in layer):
         raise ValueError("the model's gates give no logits, so no router can be set by them")
 
@@ -97,9 +100,10 @@ class Reference:
         self.model, self.text = model, text
         self.log_probs = []
         with moeprof.patch(model), torch.inference_mode():  # its own top-k, on the same kernels
-            for window in text.windows:
-                self.log_probs.append(_log_probs(model, window.ids))
-                step()
+            for windows in batches(text):
+                self.log_probs.append(_log_probs(model, _ids(windows)))
+                for _ in windows:
+                    step()
 
     def measure(self, router=None, *, null=None, norm="model", step=lambda: None) -> Quality:
         """The quality of the model patched with `router` (arguments as `patch`)."""
@@ -110,23 +114,44 @@ class Reference:
         with patched as handle, torch.inference_mode():
             calls = [[] for _ in handle.layers]
             handle.on_routing(lambda layer, routing: calls[layer].append(routing.counts))
-            for window, full in zip(self.text.windows, self.log_probs, strict=True):
-                routed = _log_probs(self.model, window.ids)
-                at = window.document
+            for windows, full in zip(batches(self.text), self.log_probs, strict=True):
+                ids = _ids(windows)
+                routed = _log_probs(self.model, ids)
+                at = [window.document for window in windows]
                 difference = torch.where(full > -torch.inf, full - routed, 0)
-                kl[at] += float((full.exp() * difference).sum(dtype=torch.float64))
-                target = window.ids[0, 1:, None]
-                nats[at] -= float(routed.gather(1, target).sum(dtype=torch.float64))
-                agree[at] += int((routed.argmax(1) == full.argmax(1)).sum())
-                predicted[at] += len(target)
-                step()
+                parts = (full.exp() * difference).sum((1, 2), dtype=torch.float64)
+                np.add.at(kl, at, parts.numpy())
+                likely = routed.gather(2, ids[:, 1:, None]).sum((1, 2), dtype=torch.float64)
+                np.add.at(nats, at, -likely.numpy())
+                np.add.at(agree, at, (routed.argmax(2) == full.argmax(2)).sum(1).numpy())
+                np.add.at(predicted, at, ids.shape[1] - 1)
+                for _ in windows:
+                    step()
         counts = np.stack([torch.cat(layer).numpy() for layer in calls])
         experts = np.bincount(rows, counts.mean(axis=0), size)
         tokens = np.bincount(rows, minlength=size)
         return Quality(predicted, kl, nats, agree, tokens, counts, experts)
 
 
+def batches(text: HeldOut):
+    """Its windows in order, those of one length together up to `BATCH` tokens: short ones alone
+    leave the time to Python."""
+    batch = []
+    for window in text.windows:
+        size = window.ids.shape[1]
+        if batch and (batch[0].ids.shape[1] != size or (len(batch) + 1) * size > BATCH):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _ids(windows):
+    return torch.cat([window.ids for window in windows])
+
+
 def _log_probs(model, ids):
-    """(n - 1, V) float32 log-probabilities of the tokens after the first."""
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    """(B, n - 1, V) float32 log-probabilities of the tokens (B, n) after the first."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return torch.log_softmax(logits, -1)

@@ -13,7 +13,7 @@ CALIBRATION_CHARACTERS = 150_000  # about 45,000 tokens of the demo model
 
 
 class Window(NamedTuple):
-    """Up to 512 consecutive tokens of one document."""
+    """Up to `window` (512) consecutive tokens of one document."""
 
     document: int  # index into HeldOut.documents
     ids: object  # token ids (1, n), int64
@@ -32,23 +32,28 @@ class HeldOut(NamedTuple):
         return sum(document["tokens"] for document in self.documents)
 
 
-def heldout_windows(tokenizer, documents, tokens=HELDOUT_TOKENS, seed=0):
+def heldout_windows(
+    tokenizer, documents, tokens=HELDOUT_TOKENS, seed=0, *, window=WINDOW, whole=False
+):
     """About `tokens` tokens of `documents` in windows, spread evenly over domains and documents.
 
-    documents: objects with .domain, .name and .text. A document is cut into windows from its
-    first token on; `seed` decides which of the windows are taken.
+    documents: objects with .domain, .name and .text. A document is cut into windows of `window`
+    tokens from its first token on; `seed` decides which of the windows are taken. whole: a
+    shorter one at a document's end is left out, unless the document has no other.
     """
     documents = list(documents)
     pieces = {}
     for index, document in enumerate(documents):
-        windows = _cut(tokenizer, index, document.text)
+        windows = _cut(tokenizer, index, document.text, window)
+        if whole and len(windows) > 1 and windows[-1].ids.shape[1] < window:
+            windows.pop()
         pieces.setdefault(document.domain, []).append(windows)
-    chosen = spread(pieces, lambda window: window.ids.shape[1], tokens, seed)
+    chosen = spread(pieces, lambda piece: piece.ids.shape[1], tokens, seed)
     if not chosen:
         raise ValueError("held-out text: no document has two tokens")
-    used = sorted({window.document for window in chosen})
+    used = sorted({piece.document for piece in chosen})
     place = {index: position for position, index in enumerate(used)}
-    chosen = [window._replace(document=place[window.document]) for window in chosen]
+    chosen = [piece._replace(document=place[piece.document]) for piece in chosen]
     described = [
         {
             "domain": documents[index].domain,
@@ -61,14 +66,14 @@ def heldout_windows(tokenizer, documents, tokens=HELDOUT_TOKENS, seed=0):
     return HeldOut(chosen, described)
 
 
-def _cut(tokenizer, index, text):
+def _cut(tokenizer, index, text, window):
     """The document's windows; one of a single token predicts nothing and is left out."""
     import torch
 
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = []
-    for start in range(0, len(ids) - 1, WINDOW):
-        piece = ids[start : start + WINDOW]
+    for start in range(0, len(ids) - 1, window):
+        piece = ids[start : start + window]
         predicted = tokenizer.decode(piece[1:], clean_up_tokenization_spaces=False)
         windows.append(Window(index, torch.tensor([piece]), len(predicted.encode())))
     return windows

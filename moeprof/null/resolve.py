@@ -35,7 +35,7 @@ def resolve_null(null, stacklevel=3):
 
 
 def resolve_layer_null(null):
-    """The same for one matrix of logits: a LayerNull or TokenNull. ValueError for several layers."""
+    """The same for one matrix of logits, without a Null: ValueError for several layers."""
     null = resolve_null(null, stacklevel=6)  # the caller of benjamini_hochberg_routing
     if isinstance(null, Null):
         if len(null) > 1:

@@ -1,0 +1,154 @@
+"""The arguments of `moeprof compare`."""
+
+import sys
+
+from ..arguments import DTYPES, integer
+from .plan import TABLES
+from .splits import BUDGET_TOKENS, EXPECTED, TEST_TOKENS
+
+
+def add_compare(commands, model_name):
+    """Add `compare` to the commands of `moeprof`; model_name: the default model, in words."""
+    parser = commands.add_parser(
+        "compare", help="compare routers at an equal budget of experts, and with static top-k"
+    )
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {model_name}")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument(
+        "--threads", type=integer(1), metavar="N", help="default: as torch chooses"
+    )
+    parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
+    parser.add_argument(
+        "--routers", type=_names, metavar="NAME,NAME,...",
+        help="of these only: bh, storey_bh, ..., or one contender as the tables name it",
+    )
+    parser.add_argument(
+        "--budgets", type=_numbers, metavar="B,B,...",
+        help="experts per token; default: 2 to k - 1 (table reduction) and 2 to k (table wide)",
+    )
+    parser.add_argument(
+        "--tables", type=_names, default=TABLES, metavar="NAME,NAME",
+        help="reduction (a token gets k experts at most), wide (2 k); default: both",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+",
+        help="your own text in place of the shipped one, split by document into what fits the "
+        f"nulls, sets the budgets and tests; {EXPECTED.removeprefix('--text: ')}",
+    )
+    parser.add_argument(
+        "--test-tokens", type=integer(256), default=TEST_TOKENS, metavar="N",
+        help="default: %(default)s, one window of 128 from each of the 128 documents",
+    )
+    parser.add_argument(
+        "--budget-tokens", type=integer(256), default=BUDGET_TOKENS, metavar="N",
+        help="tokens that budgets are set on; default: %(default)s",
+    )
+    parser.add_argument(
+        "--null", metavar="FILE",
+        help="a null of `moeprof calibrate` for the routers on the efron null; it must not have "
+        "seen the other texts; default: the demo model's own, else fitted first",
+    )
+    parser.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0,
+        help="of the windows, the controls and the bootstrap; default: 0",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text):
+    return sorted({integer(1)(part) for part in text.split(",")})
+
+
+def _run(arguments):
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..cli import DEMO, _load
+    from ..console import make_console
+    from ..experiment.inputs import check_model
+    from ..null import Null
+    from .compare import compare
+    from .contenders import choose_contenders
+    from .splits import demo_documents, read_documents, split_documents
+    from .store import Store
+
+    for name in arguments.tables:
+        if name not in TABLES:
+            raise ValueError(f"--tables: expected some of {', '.join(TABLES)}, got {name!r}")
+    contenders = choose_contenders(arguments.routers)
+    if arguments.text is None:
+        documents = demo_documents()
+    else:
+        documents = split_documents(read_documents(arguments.text))
+    null = None if arguments.null is None else Null.load(arguments.null)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    store = Store(arguments.out)
+    model, tokenizer = _load(arguments)
+    comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
+    console = make_console()
+    name = DEMO if arguments.model is None else arguments.model
+    compare(comparison, store, _facts(arguments, model, name), console)
+
+
+def _comparison(arguments, model, tokenizer, contenders, documents, null):
+    from .. import demo
+    from ..experiment.runner import experts_of
+    from .contenders import Nulls
+    from .plan import plan_tables
+    from .runner import Comparison
+    from .splits import make_splits
+
+    num_experts, top_k = experts_of(model)
+    plans = plan_tables(top_k, num_experts, arguments.tables, arguments.budgets)
+    splits = make_splits(
+        tokenizer, documents, budget_tokens=arguments.budget_tokens,
+        test_tokens=arguments.test_tokens, seed=arguments.seed,
+    )  # fmt: skip
+    if null is None and arguments.model is None and arguments.text is None:
+        null = demo.null()
+    if null is not None:
+        null.check(model)
+    nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())
+    prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for _, text in demo.prompts()]
+    # One of each kind: simple, medium, complex, technical.
+    return Comparison(model, splits, nulls, contenders, plans, prompts[::3], arguments.seed)
+
+
+def _facts(arguments, model, name):
+    """What the JSON says of machine, model and command."""
+    from ..bench import machine
+
+    config = model.config
+    sizes = (
+        "model_type", "num_experts", "num_experts_per_tok", "num_hidden_layers", "hidden_size",
+        "intermediate_size", "norm_topk_prob",
+    )  # fmt: skip
+    return {
+        "command": _command(arguments),
+        "machine": machine.describe(),
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_config": {size: getattr(config, size, None) for size in sizes},
+        "test_tokens": arguments.test_tokens,
+        "budget_tokens": arguments.budget_tokens,
+    }
+
+
+def _command(arguments):
+    """The command that makes the same again, but for where it writes."""
+    words = ["moeprof compare"]
+    defaults = {
+        "model": None, "dtype": "float32", "threads": None, "routers": None, "budgets": None,
+        "tables": TABLES, "text": None, "test_tokens": TEST_TOKENS, "budget_tokens": BUDGET_TOKENS,
+        "null": None, "seed": 0,
+    }  # fmt: skip
+    for name, default in defaults.items():
+        value = getattr(arguments, name)
+        if value != default:
+            join = " " if name == "text" else ","
+            text = join.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            words.append(f"--{name.replace('_', '-')} " + (f"'{text}'" if " (" in text else text))
+    return " ".join(words)

@@ -1,0 +1,289 @@
+"""What a comparison says, in sentences; every number and every verdict is computed."""
+
+import numpy as np
+
+from .contenders import PRIMARY, THRESHOLDS
+from .effects import BETTER, ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, WORSE, verdict
+from .plan import REDUCTION, WIDE
+
+PRIMARY_BUDGETS = (4, 6)
+NO_ADAPTIVITY = "no token adaptivity shown"
+OTHERS = {
+    "fixed_p": "the same p-values cut at one fixed p, without the correction",
+    "bh (logit)": "BH on raw logits",
+    "bh (trimmed)": "BH on the trimmed null",
+}
+
+
+class View:
+    """The cells of a run (a dict as in the JSON), to be asked for."""
+
+    def __init__(self, run):
+        self.run = run
+        self.tables = {plan["name"]: plan for plan in run["tables"]}
+        self.contenders = [c["name"] for c in run["contenders"]]
+
+    def cells(self, **wanted):
+        """Measured cells with these values."""
+        return [
+            cell for cell in self.run["cells"]
+            if cell["status"] == "measured" and all(cell[k] == v for k, v in wanted.items())
+        ]  # fmt: skip
+
+    def cell(self, **wanted):
+        """The one of them, or None."""
+        return next(iter(self.cells(**wanted)), None)
+
+    def budgets(self, table):
+        """The budgets to speak of: those fixed before, or the middle one of the table."""
+        there = self.tables[table]["budgets"]
+        fixed = [budget for budget in PRIMARY_BUDGETS if budget in there]
+        return fixed or [there[len(there) // 2]]
+
+    @property
+    def outside(self):
+        return [cell for cell in self.run["cells"] if cell["status"] == "outside"]
+
+
+def findings(run):
+    """A list of sentences on a run whose cells have their effects."""
+    view = View(run)
+    lines = [*_primary(view)]
+    for table in view.tables:
+        lines += _ranking(view, table)
+    lines += [
+        *_adaptivity(view), *_contrasts(view), *_thresholds(view), *_allocation(view),
+        *_shared(view), *_bounds(view), *_wide(view), *_speed(view), *_outside(view),
+    ]  # fmt: skip
+    return lines
+
+
+def signed(effect, form="+.4f"):
+    """"-0.0123 (95 % interval -0.0140 to -0.0106; band -0.0160 to -0.0086)"."""
+    value, low, high, band_low, band_high = (
+        format(effect[name], form) for name in ("estimate", "low", "high", "band_low", "band_high")
+    )
+    return f"{value} (95 % interval {low} to {high}; band {band_low} to {band_high})"
+
+
+def _primary(view):
+    for table in (REDUCTION, WIDE):
+        if table in view.tables:
+            break
+    cells = [
+        view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget)
+        for budget in PRIMARY_BUDGETS
+    ]
+    said = {
+        BETTER: "BH stays closer to the full model than static top-k",
+        WORSE: "BH loses to static top-k",
+    }
+    for cell in filter(None, cells):
+        effect = cell["effect"]["kl"]
+        yield (
+            f"Fixed before the run, budget {cell['budget']}: {signed(effect)} nats of KL against "
+            f"static top-k at the same average of {cell['average_k']:.2f} experts. "
+            f"{said.get(verdict(effect), 'No difference between BH and static top-k is shown')}."
+        )
+
+
+def _ranking(view, table):
+    for budget in view.budgets(table):
+        cells = view.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
+        if not cells:
+            continue
+        effects = [cell["effect"]["kl"] for cell in cells]
+        won = [c for c, e in zip(cells, effects, strict=True) if verdict(e) == BETTER]
+        lost = [c for c, e in zip(cells, effects, strict=True) if verdict(e) == WORSE]
+        order = sorted(cells, key=lambda cell: cell["effect"]["kl"]["estimate"])
+        lead = f"Table {table}, budget {budget} in every layer: "
+        if won:
+            text = f"{len(won)} of {len(cells)} routers beat static top-k ({_names(won, order)})"
+        else:
+            text = f"none of {len(cells)} routers beats static top-k"
+        text += f", {len(lost)} lose to it" + (f" ({_names(lost, order)})" if lost else "")
+        best, worst = order[0], order[-1]
+        yield (
+            f"{lead}{text}. Closest to the full model is {best['contender']}, "
+            f"{signed(best['effect']['kl'])}; farthest {worst['contender']}, "
+            f"{worst['effect']['kl']['estimate']:+.4f}."
+        )
+
+
+def _names(cells, order=()):
+    ranked = [cell for cell in order if any(cell is other for other in cells)] or cells
+    return ", ".join(dict.fromkeys(cell["contender"] for cell in ranked))
+
+
+def _adaptivity(view):
+    compared = [c for c in view.cells(role=ROUTER) if SHUFFLED in c.get("against", {})]
+    if not compared:
+        return
+    silent = [c for c in compared if verdict(c["against"][SHUFFLED]) != BETTER]
+    if not silent:
+        yield (
+            f"Every router in all {len(compared)} cells is closer to the full model than its own "
+            "numbers of experts dealt to other tokens (shuffled-k): which tokens get more matters."
+        )
+        return
+    where = {}
+    for cell in silent:
+        worse = verdict(cell["against"][SHUFFLED]) == WORSE
+        place = f"{cell['table']}, {cell['allocation']}" + (", worse than shuffled" * worse)
+        where.setdefault((cell["contender"], place), []).append(str(cell["budget"]))
+    listed = "; ".join(
+        f"{name} ({place}, budget {', '.join(budgets)})" for (name, place), budgets in where.items()
+    )
+    yield (
+        f"Against their own numbers of experts dealt to other tokens (shuffled-k), "
+        f"{NO_ADAPTIVITY}: {listed}. The other {len(compared) - len(silent)} of {len(compared)} "
+        "cells are closer to the full model than their shuffle."
+    )
+
+
+def _contrasts(view):
+    for table in view.tables:
+        for other, meaning in OTHERS.items():
+            parts = []
+            for budget in view.budgets(table):
+                cell = view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation="equal",
+                                 budget=budget)  # fmt: skip
+                if cell and other in cell.get("against", {}):
+                    against = cell["against"][other]
+                    what = {BETTER: "BH is closer", WORSE: "BH is farther"}
+                    parts.append(
+                        f"{against['estimate']:+.4f} at {budget} "
+                        f"({what.get(verdict(against), 'no difference shown')})"
+                    )
+            if parts:
+                yield f"BH less {meaning} (table {table}): {', '.join(parts)}."
+
+
+def _thresholds(view):
+    one, other = THRESHOLDS
+    gaps = []
+    for cell in view.cells(role=ROUTER, contender=one, allocation="equal"):
+        twin = view.cell(role=ROUTER, contender=other, allocation="equal", table=cell["table"],
+                         budget=cell["budget"])  # fmt: skip
+        if twin:
+            gaps.append(abs(twin["effect"]["kl"]["estimate"] - cell["effect"]["kl"]["estimate"]))
+    if gaps:
+        same = max(gaps) < 5e-4
+        yield (
+            f"{one} and {other} are both a threshold on the score, so with a parameter for each "
+            f"layer they should make the same choices: their effects "
+            f"{'agree to' if same else 'differ, by up to'} {max(gaps):.1g} nats"
+            f"{'' if same else ' (ties of the local fdr table, or budgets met less closely)'}."
+        )
+
+
+def _allocation(view):
+    for table, plan in view.tables.items():
+        static = view.cells(role=STATIC, table=table, allocation="free")
+        if not static:
+            continue
+        won = [str(c["budget"]) for c in static if verdict(c["effect"]["kl"]) == BETTER]
+        gain = min(static, key=lambda cell: cell["effect"]["kl"]["estimate"])
+        adaptive = [
+            c for c in view.cells(role=ROUTER, table=table, allocation="free")
+            if STATIC in c.get("against", {})
+        ]  # fmt: skip
+        ahead = [c for c in adaptive if verdict(c["against"][STATIC]) == BETTER]
+        yield (
+            f"Table {table}: experts split over the layers by sensitivity make static top-k itself "
+            f"better at {len(won)} of {len(plan['budgets'])} budgets (most at {gain['budget']}: "
+            f"{gain['effect']['kl']['estimate']:+.4f}). On the same split, {len(ahead)} of "
+            f"{len(adaptive)} adaptive cells beat it"
+            + (f" ({_names(ahead)})." if ahead else ".")
+        )
+
+
+def _shared(view):
+    for table in view.tables:
+        for budget in view.budgets(table):
+            both = [
+                view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation=a, budget=budget)
+                for a in ("shared", "equal")
+            ]
+            if all(both):
+                shared, equal = (cell["effect"]["kl"] for cell in both)
+                layers = ", ".join(f"{k:.2f}" for k in both[0]["by_layer"])
+                yield (
+                    f"BH with one alpha for all layers, budget {budget} (table {table}): "
+                    f"{signed(shared)} against {equal['estimate']:+.4f} with an alpha a layer; its "
+                    f"layers took {layers} experts."
+                )
+
+
+def _bounds(view):
+    for table in view.tables:
+        for budget in view.budgets(table):
+            found = {
+                role: view.cell(role=role, table=table, allocation="equal", budget=budget)
+                for role in (ORACLE, RANDOM)
+            }
+            if not all(found.values()):
+                continue
+            oracle, chance = (found[role]["effect"]["kl"] for role in (ORACLE, RANDOM))
+            routers = view.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
+            best = min((c["effect"]["kl"]["estimate"] for c in routers), default=np.nan)
+            share = best / oracle["estimate"] if oracle["estimate"] < 0 else np.nan
+            text = (
+                f"Bounds at {budget} (table {table}): random numbers of experts "
+                f"{chance['estimate']:+.4f}, the oracle {oracle['estimate']:+.4f}"
+            )
+            if np.isfinite(share):
+                text += f"; the best router gets {100 * max(share, 0):.0f} % of the oracle's gain"
+            yield text + "."
+
+
+def _wide(view):
+    if WIDE not in view.tables:
+        return
+    top_k = view.run["model_config"]["num_experts_per_tok"]
+    pairs = []
+    for cell in view.cells(role=ROUTER, table=WIDE, allocation="equal"):
+        twin = view.cell(role=ROUTER, table=REDUCTION, allocation="equal", budget=cell["budget"],
+                         contender=cell["contender"])  # fmt: skip
+        if twin:
+            pairs.append((cell, twin))
+    if pairs:
+        less = sum(a["effect"]["kl"]["estimate"] < b["effect"]["kl"]["estimate"] for a, b in pairs)
+        yield (
+            f"Leave to give a token up to {view.tables[WIDE]['max_k']} experts instead of {top_k} "
+            f"lowers the KL in {less} of {len(pairs)} cells at the same budget."
+        )
+    cells = view.cells(role=ROUTER, table=WIDE, allocation="equal", budget=top_k)
+    if cells:
+        best = min(cells, key=lambda cell: cell["effect"]["nats"]["estimate"])
+        yield (
+            f"At a budget of {top_k} static top-{top_k} is the model itself, at KL 0, so nothing "
+            f"can be closer. Of next-token loss, {best['contender']} has the least: "
+            f"{signed(best['effect']['nats'])} nats per token against the model's own."
+        )
+
+
+def _speed(view):
+    for table in view.tables:
+        budget = view.budgets(table)[0]
+        cell = view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation="equal",
+                         budget=budget)  # fmt: skip
+        static = next((c for c in view.run["static"] if c["budget"] == budget), {})
+        if cell and cell.get("tokens_per_s") and static.get("tokens_per_s"):
+            yield (
+                f"Decoding one token at a time at a budget of {budget}: {cell['tokens_per_s']:.0f} "
+                f"tokens/s with BH, {static['tokens_per_s']:.0f} with static top-{budget} "
+                f"(table {table})."
+            )
+
+
+def _outside(view):
+    routers = [cell for cell in view.outside if cell["role"] == ROUTER]
+    if not routers:
+        return
+    where = {}
+    for cell in routers:
+        place = cell["contender"], cell["table"], cell["allocation"]
+        where.setdefault(place, []).append(str(cell["budget"]))
+    listed = "; ".join(f"{n} ({t}, {a}: {', '.join(b)})" for (n, t, a), b in where.items())
+    yield f"Out of reach, so not measured, {len(routers)} cells: {listed}."

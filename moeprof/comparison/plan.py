@@ -1,0 +1,48 @@
+"""Which cells there are: tables, budgets, and how a budget is spread over the layers."""
+
+from typing import NamedTuple
+
+from .effects import ALLOCATIONS
+
+REDUCTION, WIDE = "reduction", "wide"
+TABLES = (REDUCTION, WIDE)
+
+
+class TablePlan(NamedTuple):
+    """One table.
+
+    name : "reduction" (a token gets the model's top-k experts at most) or "wide" (twice that)
+    max_k : int
+    budgets : experts per token on average, integers
+    allocations : "equal" (each layer's own average is the budget), "free" (split by measured
+        sensitivity), "shared" (one parameter for all layers)
+    """
+
+    name: str
+    max_k: int
+    budgets: tuple
+    allocations: tuple
+
+
+def plan_tables(top_k, num_experts, names=TABLES, budgets=None):
+    """The TablePlans of a model that takes top_k of num_experts experts.
+
+    "reduction": budgets 2 to k - 1; "wide": 2 to k. budgets: only these of them. ValueError
+    where nothing is left.
+    """
+    plans = []
+    for name in TABLES:
+        if name not in names:
+            continue
+        wide = name == WIDE
+        max_k = min(2 * top_k, num_experts) if wide else top_k
+        inside = [b for b in range(2, top_k + wide) if budgets is None or b in budgets]
+        allocations = ALLOCATIONS[:2] if wide else ALLOCATIONS
+        if inside:
+            plans.append(TablePlan(name, max_k, tuple(inside), allocations))
+    if not plans:
+        raise ValueError(
+            f"budgets: expected some of 2 to {top_k - 1} (table reduction) or of 2 to {top_k} "
+            f"(table wide), got {'none that exist' if budgets is None else sorted(budgets)}"
+        )
+    return plans

@@ -1,0 +1,160 @@
+"""The figure: KL and effects against experts, and every router's effect at one budget."""
+
+import numpy as np
+
+from ..experiment.plots import COLOURS, MARKERS
+from .contenders import PRIMARY
+from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, adaptive, verdict
+from .findings import View
+
+GREY, DARK = "#bbbbbb", "#555555"
+SHOWN = 4  # routers in colour, besides BH: the best of the table and the worst
+CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs)")}
+
+
+def figure(run):
+    """A matplotlib Figure of a run (a dict as in the JSON), 1,600 px wide when saved.
+
+    A row a table: effects against experts with bands, and all routers at one budget, under one
+    with KL itself. The user's matplotlib backend and its state are not touched.
+    """
+    from matplotlib.figure import Figure
+
+    view = View(run)
+    tables = [name for name in view.tables if view.cells(table=name)]
+    fig = Figure(figsize=(16, 7.2 * max(len(tables), 1)), dpi=100, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    if not tables:
+        fig.text(0.5, 0.5, "no router has finished", ha="center", size=14)
+        return fig
+    axes = fig.subplots(len(tables), 2, squeeze=False)
+    for row, table in zip(axes, tables, strict=True):
+        _curves(row[0], view, table)
+        _forest(row[1], view, table)
+    return fig
+
+
+def _title(axis, headline, detail):
+    axis.set_title(headline, loc="left", size=15, weight="bold", pad=26)
+    axis.text(0, 1.015, detail, transform=axis.transAxes, size=12, color="#444444")
+
+
+def _line(view, table, role, contender):
+    """(experts, effect, band low, band high), of the budgets in every layer; (0,) if none."""
+    cells = view.cells(table=table, allocation="equal", role=role, contender=contender)
+    cells.sort(key=lambda cell: cell["average_k"])
+    effects = [cell["effect"]["kl"] for cell in cells]
+    ends = ([effect[end] for effect in effects] for end in ("estimate", "band_low", "band_high"))
+    return (np.array([cell["average_k"] for cell in cells]), *map(np.array, ends))
+
+
+def _highlighted(view, table):
+    """Names in colour: BH, then those with the lowest mean effect, then the highest."""
+    score = {}
+    for name in view.contenders:
+        experts, effect, _, _ = _line(view, table, ROUTER, name)
+        if len(experts):
+            # Relative to static's own KL, so that small budgets don't decide alone.
+            static = np.interp(experts, *_static(view))
+            score[name] = float(np.mean(effect / np.maximum(static, 1e-3)))
+    order = sorted((name for name in score if name != PRIMARY), key=score.get)
+    chosen = order if len(order) <= SHOWN else [*order[: SHOWN - 1], order[-1]]
+    return ([PRIMARY] if PRIMARY in score else []) + chosen
+
+
+def _static(view):
+    curve = view.run["static"]
+    return [cell["budget"] for cell in curve], [cell["kl"] for cell in curve]
+
+
+def _curves(axis, view, table):
+    """Effects against experts: static top-k is the line at 0."""
+    for name in view.contenders:
+        experts, effect, _, _ = _line(view, table, ROUTER, name)
+        axis.plot(experts, 1e3 * effect, color=GREY, linewidth=1, zorder=1)
+    if len(view.contenders) > SHOWN + 1:
+        axis.plot([], [], color=GREY, label="other routers")
+    for number, name in enumerate(_highlighted(view, table)):
+        experts, effect, low, high = _line(view, table, ROUTER, name)
+        style = {"color": COLOURS[number % len(COLOURS)], "zorder": 4 - (number > 0)}
+        axis.fill_between(experts, 1e3 * low, 1e3 * high, color=style["color"], alpha=0.15, lw=0)
+        axis.plot(experts, 1e3 * effect, marker=MARKERS[number % len(MARKERS)], markersize=7,
+                  linewidth=2.6 if name == PRIMARY else 1.8, label=name, **style)  # fmt: skip
+    for role, (dashes, label) in CONTROLS.items():
+        name = {RANDOM: "random R", ORACLE: "oracle"}[role]
+        experts, effect, _, _ = _line(view, table, role, name)
+        axis.plot(experts, 1e3 * effect, dashes, color=DARK, linewidth=1.6, label=label, zorder=2)
+    axis.axhline(0, color="black", linewidth=1.6, zorder=3)
+    _limit(axis, view, table)
+    axis.annotate("static top-k", (1, 0), (-4, 4), "axes fraction", "offset points", ha="right")
+    axis.texts[-1].xy, axis.texts[-1].xycoords = (1, 0), axis.get_yaxis_transform()
+    axis.legend(fontsize=11, frameon=False, ncols=2)
+    axis.grid(color="#e4e4e4")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("experts per token on the test text", size=13)
+    axis.set_ylabel("KL to the full model less static's, nats/1000", size=13)
+    most = view.tables[table]["max_k"]
+    _title(axis, _headline(view, table), f"table {table}: at most {most} experts a token, the "
+           "budget in every layer; below 0 is better; bands 95 % over the table")  # fmt: skip
+
+
+def _limit(axis, view, table):
+    """Lines far above must not flatten the rest: the highlighted ones and the oracle fit."""
+    fitting = []
+    for name in _highlighted(view, table)[:SHOWN]:
+        _, _, low, high = _line(view, table, ROUTER, name)
+        fitting += [*low, *high]
+    fitting += [*_line(view, table, ORACLE, "oracle")[1], 0.0]
+    low, high = 1e3 * min(fitting), 1e3 * max(fitting)
+    room = 0.08 * (high - low) + 1e-9
+    axis.set_ylim(low - room, high + 4 * room)
+
+
+def _headline(view, table):
+    cells = view.cells(table=table, allocation="equal", role=ROUTER)
+    won = {cell["contender"] for cell in cells if verdict(cell["effect"]["kl"]) == BETTER}
+    everywhere = [
+        name for name in won
+        if all(verdict(c["effect"]["kl"]) == BETTER for c in cells if c["contender"] == name)
+    ]  # fmt: skip
+    total = len({cell["contender"] for cell in cells})
+    if not won:
+        return "No router beats static top-k at any budget"
+    return f"{len(won)} of {total} routers beat static top-k somewhere, {len(everywhere)} always"
+
+
+def _forest(axis, view, table):
+    """Every router's effect at one budget, with band and interval, best first."""
+    budget = view.budgets(table)[0]
+    cells = [
+        cell for role in (ROUTER, RANDOM, ORACLE)
+        for cell in view.cells(table=table, allocation="equal", role=role, budget=budget)
+    ]  # fmt: skip
+    free = view.cell(table=table, allocation="free", role=STATIC, budget=budget)
+    cells = sorted(cells + [free] * bool(free), key=lambda c: c["effect"]["kl"]["estimate"])
+    labels = []
+    for place, cell in enumerate(cells):
+        effect = {name: 1e3 * value for name, value in cell["effect"]["kl"].items()}
+        colour = COLOURS[0] if cell["contender"] == PRIMARY else "black"
+        if cell["role"] != ROUTER:
+            colour = DARK
+        axis.plot([effect["band_low"], effect["band_high"]], [place] * 2, color=colour, lw=1.2)
+        axis.plot([effect["low"], effect["high"]], [place] * 2, color=colour, lw=4)
+        silent = adaptive(cell) is False
+        axis.plot(effect["estimate"], place, "o", color=colour, markersize=8,
+                  markerfacecolor="white" if silent else colour)  # fmt: skip
+        labels.append(_label(cell, silent))
+    axis.axvline(0, color="black", linewidth=1.6, zorder=0)
+    axis.set_yticks(range(len(cells)), labels, size=11)
+    axis.invert_yaxis()
+    axis.grid(axis="x", color="#e4e4e4")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
+    _title(axis, f"At a budget of {budget} experts in every layer", "thick: 95 % of each; thin: "
+           "band over the table; hollow: no token adaptivity shown")  # fmt: skip
+
+
+def _label(cell, silent):
+    if cell["role"] == STATIC:
+        return "top-k, split over layers"
+    return cell["contender"]
