@@ -55,17 +55,18 @@ static float rounded(float value, mp_dtype dtype)
                             : mp_f32_from_f16(mp_f16_from_f32(value));
 }
 
-static float mass(const float *prob, const int32_t *order, ptrdiff_t count)
+/* In double: the weights are to be right to 1e-6 where 256 experts share. */
+static double mass(const float *prob, const int32_t *order, ptrdiff_t count)
 {
-    float sum = 0;
+    double sum = 0;
     for (ptrdiff_t i = 0; i < count; i++)
         sum += prob[order[i]];
     return sum;
 }
 
 /* The sum of the `count` largest. `order` is mostly that by logit too, up to ties. */
-static float largest_mass(const float *z, ptrdiff_t num_experts, const float *prob,
-                          const int32_t *order, ptrdiff_t count)
+static double largest_mass(const float *z, ptrdiff_t num_experts, const float *prob,
+                           const int32_t *order, ptrdiff_t count)
 {
     int32_t by_logit[MP_MAX_EXPERTS];
     for (ptrdiff_t i = 1; i < num_experts; i++)
@@ -82,13 +83,13 @@ static void weigh(const mp_route_spec *spec, const float *z, ptrdiff_t num_exper
 {
     float prob[MP_MAX_EXPERTS];
     mp_ops.softmax(z, num_experts, spec->temperature, prob);
-    float factor = 1, divisor = 1;
+    double factor = 1, divisor = 1;
     if (spec->norm != MP_NORM_NONE)
         divisor = mass(prob, order, count);
     if (spec->norm == MP_NORM_MASS)
         factor = largest_mass(z, num_experts, prob, order, spec->norm_k);
     for (ptrdiff_t i = 0; i < count; i++)
-        weights[i] = rounded(prob[order[i]] / divisor * factor, spec->round_to);
+        weights[i] = rounded((float)(prob[order[i]] / divisor * factor), spec->round_to);
 }
 
 /* to[i] = from[order[i]], which to then is. */

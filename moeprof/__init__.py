@@ -45,6 +45,7 @@ __version__ = "0.1.0"
 
 # name -> the module that defines it; imported when first asked for
 _LAZY = {
+    "BudgetError": "budget",
     "Null": "null",
     "OLMoERouterPatcher": "patching",
     "experts_forward": "experts",
@@ -55,6 +56,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "BudgetError",
     "Null",
     "OLMoERouterPatcher",
     "benjamini_hochberg",
@@ -83,10 +85,10 @@ def __getattr__(name: str):
             ) from error
         globals()[name] = value
         return value
-    if name in ("demo", "experiment", "null"):
+    if name in ("budget", "demo", "experiment", "null"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "demo", "experiment", "null", "routers"]
+    return [*__all__, "budget", "demo", "experiment", "null", "routers"]

@@ -13,6 +13,7 @@ from moeprof.arguments import DTYPES, integer
 from moeprof.bench.arguments import add_bench
 from moeprof.comparison.arguments import add_compare
 from moeprof.console import make_console
+from moeprof.diagnosis.arguments import add_diagnose
 from moeprof.experiment import Experiment, Store, sweep
 from moeprof.experiment.heldout import HELDOUT_TOKENS, heldout_windows
 from moeprof.experiment.inputs import check_model, load_model, read_document, read_prompts
@@ -42,6 +43,7 @@ def _parser():
     _add_sweep(commands)
     _add_calibrate(commands)
     add_bench(commands)
+    add_diagnose(commands, _add_model, _load)
     add_compare(commands, DEMO)
     cpu = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
     cpu.set_defaults(run=_cpu)

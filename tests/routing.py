@@ -102,7 +102,7 @@ class ToyNull:
     def reference(self, z):
         if self.form == "softmax":
             return 1 - util.softmax(z)
-        s, rule = scores(z, self.score), {"table": util.table_p, "conformal": conformal_p}[self.form]
+        s, rule = scores(z, self.score), util.table_p if self.form == "table" else conformal_p
         if self.table.ndim == 1:
             return rule(s, self.table)
         return np.stack([rule(s[:, e], table) for e, table in enumerate(self.table)], axis=1)
@@ -184,6 +184,8 @@ def evidence(router, z, null):
 
 def off_boundaries(router, z, null):
     """The tokens whose R does not hang on the last bits of what the router sees."""
+    if null is not None and null.form == "conformal":  # ratios of whole numbers: exact
+        return np.ones(len(z), bool)
     with np.errstate(invalid="ignore"):
         tokens = router.look(z, null)[1]
         counts = [
@@ -200,7 +202,8 @@ def hold(router, z, dtype, null):
     """The C path equals reference(): R and the selection exactly, the weights nearly."""
     z = widen(narrow(z, dtype), dtype)
     steady = off_boundaries(router, z, null)
-    assert steady.sum() >= 0.9 * len(z), f"{router}: {(~steady).nonzero()[0]}"
+    ordinary = steady[len(util.nasty_rows(z.shape[1])) :]  # the nasty rows are full of ties
+    assert ordinary.sum() >= 0.9 * ordinary.size, f"{router}: {(~steady).nonzero()[0]}"
     z = z[steady]
     got = route(router, z, dtype, null=null)
     with np.errstate(invalid="ignore"):

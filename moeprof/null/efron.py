@@ -1,10 +1,10 @@
 """Efron's empirical null and the local fdr, from histogram counts.
 
 The bulk of the scores is taken for nulls: a normal fitted to their middle by maximum likelihood,
-with the share pi0 of nulls (Efron 2004, "Large-scale simultaneous hypothesis testing: the choice
+with the share pi0 of nulls among all (Efron 2004, "Large-scale simultaneous hypothesis testing: the choice
 of a null hypothesis", JASA 99; Efron 2008, "Microarrays, empirical Bayes and the two-groups
 model", Statistical Science 23, section 4). The definition is statsmodels' `NullDistribution` and
-`local_fdr` on z = (s - median) / (IQR / 1.349); here the same likelihood is fed from counts, so
+`local_fdr` on z = (s - median) / (IQR / 1.349); here the same likelihoods are fed from counts, so
 that any amount of text costs the same. Inside a bin the scores are taken as spread evenly.
 """
 
@@ -69,37 +69,62 @@ def _phi(x):
 def fit_efron(per_bin):
     """The EfronNull of a layer's or an expert's histogram (8192,) uint64.
 
-    The optimiser, its start and the likelihood are statsmodels' (Nelder-Mead from 0, 1, pi0 =
-    .95); the likelihood depends on the central scores by their count, sum and sum of squares.
+    The maximum of statsmodels' likelihood, in the central scores' count, sum and sum of squares.
+    It is found in two variables: at an inner maximum pi0 is the central share over the normal's
+    central mass, and the rest is the likelihood of a truncated normal, which has one maximum;
+    where that pi0 exceeds 1, the maximum has pi0 = 1. statsmodels' own search, in three
+    variables, often stops at pi0 = 1 short of it.
 
-    Raises ValueError where nothing can be fitted.
+    Always there: the median lies in a bin with scores, so some of them are central, and the
+    scale is at least some of a bin.
     """
-    from scipy.optimize import minimize
-
     below = _below(per_bin)
     n = below[-1]
     lower, median, upper = np.interp(n * np.array([0.25, 0.5, 0.75]), below, EDGES)
     scale = (upper - lower) / NORMAL_IQR
     central, z_sum, zz_sum = _central_sums(per_bin, median, scale)
+    share, z_mean, zz_mean = central / n, z_sum / central, zz_sum / central
 
-    def unpack(parameters):
-        d, log_s, logit_p = parameters
-        return d, np.exp(log_s), 1 / (1 + np.exp(-logit_p))
+    def density(d, s):
+        """-(mean log density of the central scores under the untruncated normal) + constant."""
+        return (zz_mean - 2 * d * z_mean + d * d) / (2 * s * s) + math.log(s)
 
-    def negative_log_likelihood(parameters):
-        d, s, p = unpack(parameters)
-        mass = np.float64(_phi((UB - d) / s) - _phi((LB - d) / s))
-        value = central * np.log(p * mass) + (n - central) * np.log(1 - p * mass)
-        value -= (zz_sum - 2 * d * z_sum + central * d * d) / (2 * s * s)
-        return -(value - central * np.log(s) - central * np.log(mass))
+    def truncated(d, s, mass):
+        return density(d, s) + math.log(mass)
 
-    with np.errstate(all="ignore"):  # steps into where there is no mass are turned back
-        mean, sd, pi0 = unpack(
-            minimize(negative_log_likelihood, [0.0, 0.0, 3.0], method="Nelder-Mead").x
-        )
-    if central == 0 or not (np.isfinite(mean) and np.isfinite(sd) and sd > 0):
-        raise ValueError("no efron null can be fitted: the scores have no bulk in their middle")
-    return EfronNull(float(median), float(scale), float(mean), float(sd), float(pi0))
+    def all_null(d, s, mass):
+        return share * density(d, s) - (1 - share) * math.log1p(-mass)
+
+    mean, sd, mass = _minimum(truncated)
+    if share > mass:
+        mean, sd, mass = _minimum(all_null)
+    pi0 = min(1.0, float(share / mass))
+    return EfronNull(float(median), float(scale), mean, sd, pi0)
+
+
+def _minimum(loss):
+    """(d, s, mass) that minimise loss(d, s, mass), mass the normal's between -1 and 1.
+
+    By Nelder-Mead from the standard normal; s stays below e^3, where the middle of a normal is
+    flat to 1 in 400, and above e^-6.
+    """
+    from scipy.optimize import minimize
+
+    def central_mass(d, s):
+        return _phi((UB - d) / s) - _phi((LB - d) / s)
+
+    def objective(parameters):
+        d, log_s = parameters
+        s = math.exp(log_s)
+        mass = central_mass(d, s)
+        return loss(d, s, mass) if 0 < mass < 1 else math.inf
+
+    options = {"xatol": 1e-7, "fatol": 1e-13, "maxiter": 1000, "maxfev": 2000}
+    bounds = [(-3.0, 3.0), (-6.0, 3.0)]
+    d, log_s = minimize(
+        objective, [0.0, 0.0], method="Nelder-Mead", bounds=bounds, options=options
+    ).x
+    return float(d), math.exp(log_s), central_mass(d, math.exp(log_s))
 
 
 def efron_table(fit):

@@ -138,17 +138,12 @@ class Null:
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(few)]
 
     def layer(self, index):
-        """The LayerNull of MoE layer `index`, from 0 on; computed when first asked for.
-
-        Raises IndexError, and ValueError where an efron null can't be fitted.
+        """The LayerNull of MoE layer `index`, from 0 on; computed when first asked for. Raises IndexError.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"layer {index}: the null has {len(self)} layers")
         if index not in self._layers:
-            try:
-                self._layers[index] = self._make_layer(index)
-            except ValueError as error:
-                raise ValueError(f"layer {index}: {error}") from error
+            self._layers[index] = self._make_layer(index)
         return self._layers[index]
 
     def _make_layer(self, index):
@@ -242,6 +237,18 @@ class Null:
         raise ValueError(
             f"this null was fitted to {self.model_name!r}, not to {model_name(model)!r}: {differs}"
         )
+
+    def diagnose(self, model, tokenizer, **options):
+        """What this null and a router on it do to `model` on held-out text: a Diagnosis.
+
+        Options, returns and errors: `moeprof.diagnosis.diagnose`.
+
+        >>> found = null.diagnose(model, tokenizer, router=moeprof.BH(0.3))   # doctest: +SKIP
+        >>> print(found.summary())                                            # doctest: +SKIP
+        """
+        from ..diagnosis import diagnose
+
+        return diagnose(self, model, tokenizer, **options)
 
     def save(self, path):
         """Write to `path` (.safetensors or .npz), as a whole or not at all.

@@ -1,0 +1,89 @@
+"""The arguments of `moeprof diagnose`, and the command itself."""
+
+import argparse
+
+from ..arguments import integer
+from ..console import make_console
+from ..experiment.heldout import HELDOUT_TOKENS
+from ..experiment.inputs import check_model
+from ..experiment.runner import default_null, experts_of, shipped_null
+from ..files import check_folder
+
+ALPHA, POSITIONS = 0.3, 1000
+
+
+def add_diagnose(commands, add_model, load):
+    """Add `diagnose` to the commands of `moeprof`.
+
+    add_model: adds --model and its like to a parser; load: (model, tokenizer) of the arguments.
+    """
+    parser = commands.add_parser(
+        "diagnose", help="what a null and BH routing on it do to a model, on held-out text"
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--null", metavar="FILE",
+        help='a null of `moeprof calibrate`, "normal" or "softmax"; default: an efron null on '
+        "logprob, the demo model's own or fitted first",
+    )
+    parser.add_argument(
+        "--alpha", type=_alpha, default=ALPHA, metavar="A", help="of BH, in (0, 1); default: 0.3"
+    )
+    parser.add_argument("--min-k", type=integer(1, 1024), default=1, metavar="K", help="default: 1")
+    parser.add_argument(
+        "--max-k", type=integer(1, 1024), metavar="K", help="default: 16, or all experts if fewer"
+    )
+    parser.add_argument(
+        "--positions", type=integer(0), default=POSITIONS, metavar="N",
+        help="positions at which experts are ablated, 0 for none; default: %(default)s",
+    )
+    parser.add_argument(
+        "--heldout-tokens", type=integer(1), metavar="N", default=HELDOUT_TOKENS,
+        help="of the shipped held-out text; default: %(default)s",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
+    )
+    parser.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0,
+        help="chooses the windows, the positions and the experts that are added; default: 0",
+    )
+    parser.set_defaults(run=lambda arguments: _run(arguments, load))
+
+
+def _alpha(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1), got {text}")
+    return value
+
+
+def _run(arguments, load):
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..null import resolve_null
+    from ..routers import BH
+    from .run import diagnose
+
+    null = None if arguments.null is None else resolve_null(arguments.null)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    if arguments.out is not None:
+        check_folder(arguments.out)
+    router = BH(arguments.alpha, min_k=arguments.min_k, max_k=arguments.max_k)
+    model, tokenizer = load(arguments)
+    router.limits(experts_of(model)[0])  # raises where the router doesn't fit the model
+    if null is None:
+        null = shipped_null(model) or default_null(model, tokenizer, seed=arguments.seed)
+    found = diagnose(
+        null, model, tokenizer, router=router, positions=arguments.positions,
+        tokens=arguments.heldout_tokens, seed=arguments.seed,
+    )  # fmt: skip
+    console = make_console()
+    console.print(found.summary())
+    console.print(f"{found.facts['seconds']:.0f} s on {found.facts['machine']['cpu']}")
+    if arguments.out is not None:
+        for path in found.save(arguments.out):
+            console.print(f"Written: {path}")

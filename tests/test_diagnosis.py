@@ -1,0 +1,334 @@
+"""Diagnosis: its statistics against SciPy and NumPy, ablation against decoding one by one."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from models import olmoe
+
+import moeprof
+from moeprof import demo
+from moeprof.cli import main
+from moeprof.decoding import cache_of, decode
+from moeprof.diagnosis import ablation as ab
+from moeprof.diagnosis import diagnose
+from moeprof.diagnosis import statistics as st
+from moeprof.diagnosis.discoveries import DELTAS, FDP, discovery_rows
+from moeprof.diagnosis.pvalues import selection_rows
+from moeprof.diagnosis.rows import ALL
+from moeprof.diagnosis.seen import Seen, Selected, entropy
+from moeprof.evaluation import bootstrap
+from moeprof.experiment.heldout import HeldOut, Window, heldout_windows
+from moeprof.routers import BH, FixedP, TopK
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return demo.load()
+
+
+@pytest.fixture(scope="module")
+def null():
+    return demo.null()
+
+
+@pytest.fixture(scope="module")
+def small(loaded, null):
+    """A diagnosis of little text."""
+    return null.diagnose(
+        *loaded, router=BH(0.3), positions=48, tokens=4096, draws=100, show_progress=False
+    )
+
+
+def ones(statistic, documents):
+    return statistic(np.ones((1, documents)))[0]
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_p_value_statistics_are_the_plain_formulas():
+    rng = np.random.default_rng(0)
+    p, documents = rng.beta(0.7, 1, (4000, 8)), rng.integers(0, 12, 4000)
+    cdf = st.cdf_statistic(st.count_p(p, documents, 12))
+    everything = cdf(np.ones((1, 12)))
+    expected = np.histogram(p, bins=20, range=(0, 1), density=True)[0]
+    assert np.allclose(st.histogram(everything)[0], expected)
+    expected = [(p > lam).mean() / (1 - lam) for lam in st.LAMBDAS]
+    assert np.allclose(st.pi0(everything)[0], expected)
+    expected = np.quantile(p, st.PROBABILITIES)
+    found = st.quantiles(everything)[0]
+    assert np.allclose(found, expected, rtol=0.02)  # a point within its cell of the grid
+    # weights: a document drawn twice counts twice
+    weights = np.arange(12.0)[None]
+    repeated = np.repeat(p, documents, axis=0)  # document d, d times
+    assert np.allclose(st.pi0(cdf(weights))[0][4], (repeated > 0.5).mean() / 0.5)
+
+
+def test_spearman_is_scipys():
+    rng = np.random.default_rng(1)
+    x = rng.integers(0, 9, 3000).astype(float)  # ties
+    ys = np.stack([x + rng.normal(0, 3, 3000), rng.normal(size=3000)])
+    documents = rng.integers(0, 20, 3000)
+    found = ones(st.spearman_statistic(x, ys, documents, 20), 20)
+    assert np.allclose(found, [scipy.stats.spearmanr(x, y).statistic for y in ys], atol=1e-12)
+    constant = ones(st.spearman_statistic(np.ones(3000), ys, documents, 20), 20)
+    assert np.isnan(constant).all()
+
+
+def test_entropy_is_scipys():
+    logits = np.random.default_rng(2).normal(0, 2, (50, 16)).astype(np.float32)
+    expected = scipy.stats.entropy(scipy.special.softmax(logits.astype(float), axis=1), axis=1)
+    assert np.allclose(entropy(logits), expected, atol=1e-9)
+
+
+def test_floor_and_ceiling_count_rejections_not_experts():
+    """Of R = 0, 1, 2 .. 9, with min_k 2 and max_k 6: two below, three above."""
+    r = np.tile(np.arange(10, dtype=np.int32), (1, 10))
+    logits = np.random.default_rng(0).normal(size=(1, 100, 4)).astype(np.float32)
+    seen = Seen(logits, np.linspace(0, 1, 100), np.repeat(np.arange(10), 10), 10)
+    selected = Selected(np.clip(r, 2, 6), r)
+    rows = list(selection_rows(seen, selected, (2, 6), "stock", np.zeros(10, int), 50))
+    found = {row["quantity"]: row["estimate"] for row in rows if row["layer"] == 0}
+    assert found["P(R < min_k)"] == pytest.approx(0.2)
+    assert found["P(R > max_k)"] == pytest.approx(0.3)
+    assert found["P(R >= 1)"] == pytest.approx(0.9)
+    assert found["rejections"] == pytest.approx(4.5)
+
+
+def made_up(rejections, counts, single, added):
+    """An Ablation of one layer with one position a document."""
+    label, delta = [], []
+    for p, changes in enumerate(single):
+        for slot, change in enumerate(changes):
+            label.append((p, ab.SINGLE, 0, slot))
+            delta.append(change)
+        label.append((p, ab.ADDED, 0, 0))
+        delta.append(added[p])
+    columns = np.array(label).T
+    n = len(single)
+    return ab.Ablation(
+        np.arange(n), np.ones(n), np.array(counts)[:, None], np.array(rejections)[:, None],
+        *columns, np.array(delta),
+    )  # fmt: skip
+
+
+def test_fdp_by_hand():
+    """Forced experts are no discoveries, one that hurts is false, no discovery counts as 0."""
+    found = made_up(
+        rejections=[2, 0, 4], counts=[2, 1, 3],
+        single=[[0.5, -0.2], [-1.0], [0.4, 0.05, 0.15]], added=[0.1, -0.01, 0.02],
+    )  # fmt: skip
+    rows = list(discovery_rows(found, "bh", np.zeros(3, int), 50))
+    value = {(r["table"], r["layer"], r["quantity"], r["at"]): r["estimate"] for r in rows}
+    assert value["fdp", 0, "delta0", None] == 0.1  # the smallest that reaches 95 %
+    assert value["fdp", 0, "FDP(delta0)", None] == pytest.approx((1 / 2 + 0 + 1 / 3) / 3)
+    assert value["fdp", 0, "false of all", None] == pytest.approx(2 / 5)
+    assert value["fdp", 0, "FDP(0)", None] == pytest.approx((1 / 2 + 0 + 0) / 3)
+    assert value["fdp", 0, "forced by min_k", None] == pytest.approx(1 / 3)
+    assert value["fdp curve", 0, "FDP", DELTAS[-1]] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
+    assert all(value["fdp", ALL, name, None] == value["fdp", 0, name, None] for name in FDP)
+
+
+# ---------------------------------------------------------------- ablation
+
+
+def test_positions_are_even_over_documents(loaded):
+    text = heldout_windows(loaded[1], demo.heldout_documents(), 33000)
+    places = ab.sample_positions(text, 1000, seed=3)
+    documents = np.repeat([w.document for w in text.windows], [len(p) for p in places])
+    counts = np.bincount(documents)
+    assert len(documents) == 1000 and len(counts) >= 40 and np.ptp(counts) <= 1
+    for window, place in zip(text.windows, places, strict=True):
+        assert len(set(place)) == len(place)
+        assert len(place) == 0 or (place[0] >= 1 and place[-1] <= window.ids.shape[1] - 2)
+    again = ab.sample_positions(text, 1000, seed=3)
+    assert all(np.array_equal(a, b) for a, b in zip(places, again, strict=True))
+    with pytest.raises(ValueError, match="positions: 10000000 asked for"):
+        ab.sample_positions(text, 10**7)
+
+
+def one_by_one(model, ids, place, routers, change):
+    """The loss with the position decoded alone: its prefix cached, nothing else in the batch."""
+    cache = ab.prefill(model, ids[:, :place], routers)
+    for router in routers:
+        router.changes = change
+    out = decode(model, ids[:, place : place + 1], cache)
+    for router in routers:
+        router.changes = None
+    return float(torch.nn.functional.cross_entropy(out.logits[0].float(), ids[0, place + 1, None]))
+
+
+@pytest.mark.parametrize("router", [BH(0.3), TopK(3), FixedP(0.02, min_k=2)])
+def test_a_row_is_the_position_decoded_alone(loaded, null, router, monkeypatch):
+    """Of each kind of change, in pieces of a few rows; the row without one: the plain forward."""
+    monkeypatch.setattr(ab, "ROWS", 37)
+    model, tokenizer = loaded
+    ids = torch.tensor([tokenizer(demo.heldout_documents()[40].text)["input_ids"][:90]])
+    routers = ab.changed_routers(model, router, null if router.wants_null else None)
+    places = np.array([1, 30, 77])
+    with moeprof.patch(model, routers), torch.inference_mode():
+        cache = ab.prefill(model, ids[:, :-1], routers)
+        counts = np.stack([r.seen[1][places] for r in routers], axis=1)
+        extra = [ab._unselected(r.seen[0][places], 64, np.random.default_rng(0)) for r in routers]
+        for r, e in zip(routers, extra, strict=True):
+            assert not (r.seen[0][places] == e[:, None]).any() and (e >= 0).all()
+        rows, label = ab.plan(places, counts, np.stack(extra, axis=1))
+        losses = ab.changed_losses(model, ids, cache, rows, routers)
+        assert cache.get_seq_length() == ids.shape[1] - 1
+        for n in [*range(3), *range(3, len(losses), 3)]:
+            alone = one_by_one(model, ids, rows.place[n], routers, rows.cut(n, n + 1))
+            assert losses[n] == pytest.approx(alone, abs=1e-5), (label[:, n], n)
+    with moeprof.patch(model, router, null=null if router.wants_null else None):
+        logits = model(input_ids=ids, use_cache=False).logits[0].detach()
+    plain = torch.nn.functional.cross_entropy(
+        logits[places], ids[0, places + 1], reduction="none"
+    )  # fmt: skip
+    assert np.allclose(losses[:3], plain, atol=1e-5)
+    assert np.abs(losses[3:] - losses[:3][label[0, 3:]]).max() > 1e-2  # the changes do something
+
+
+def test_an_emptied_slot_is_minus_one_and_the_other_weights_stay():
+    """And an added expert has its own softmax weight, times what the norm makes of the others'."""
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]] * 3)
+    for norm in ("none", "sum"):
+        router = ab.ChangedRouter(0, TopK(2), None, norm, 2)
+        weights, experts = router(logits)
+        assert experts.tolist() == [[0, 2]] * 3
+        router.changes = ab.Changes(
+            np.zeros(3, int), np.array([0, 1, 0]), np.array([1, 0, 0]), np.array([2, 1, 0]),
+            np.array([-1, -1, 3]),
+        )  # fmt: skip
+        changed, slots = router(logits)
+        assert slots.tolist() == [[0, -1, -1], [0, 2, -1], [0, 2, 3]]
+        assert torch.equal(changed[:, :2], weights)
+        softmax = torch.softmax(logits[0], 0)
+        scale = 1 if norm == "none" else 1 / float(softmax[[0, 2]].sum())
+        assert float(changed[2, 2]) == pytest.approx(float(softmax[3]) * scale)
+
+
+def test_ablation_leaves_the_model_as_it_was():
+    model = olmoe()
+    window = Window(0, torch.randint(2, 64, (1, 40)), 40)
+    text = HeldOut([window], [{"domain": "a", "name": "a", "tokens": 40, "bytes": 40}])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = ab.ablate(model, text, TopK(8), positions=ab.sample_positions(text, 9))
+    assert not (found.kind == ab.ADDED).any()  # all are selected
+    assert len(found.delta) == 9 * 2 * (8 + 7)
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_cache_of_reads_both_names():
+    assert cache_of({"cache": 1}) == 1
+    assert cache_of(olmoe()(input_ids=torch.tensor([[3, 4]]), use_cache=True)) is not None
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def test_diagnosis_holds_what_was_promised(small, null):
+    frame = small.to_frame()
+    tables = {"histogram", "pi0", "quantiles", "cdf", "selection", "transfer", "fdp", "fdp curve"}
+    assert tables <= set(frame["table"])
+    known = frame[np.isfinite(frame["low"])]
+    assert (known["low"] <= known["high"]).all()
+    selection = small.to_frame("selection")
+    assert set(selection["routing"]) == {"stock", "patched"}
+    assert set(selection["layer"]) == {ALL, 0, 1, 2, 3}
+    assert set(small.facts["compared"]) >= {"bh 0.3"} and len(small.facts["compared"]) == 3
+    experts = small.to_frame("fdp")
+    experts = experts[(experts["quantity"] == "experts") & (experts["layer"] == ALL)]["estimate"]
+    assert experts.iloc[1] == pytest.approx(experts.iloc[0], rel=0.15)  # FixedP's budget
+    with pytest.raises(ValueError, match="table: expected one of"):
+        small.to_frame("nonsense")
+    with pytest.raises(ValueError, match="figure: expected one of"):
+        small.figure("nonsense")
+    assert null.describe() == small.facts["null"]
+
+
+def test_summary_fits_the_width_and_is_honest(small):
+    text = small.summary()
+    assert max(map(len, text.split("\n"))) <= 100
+    words = " ".join(text.split())
+    assert "alpha makes no promise about it" in words
+    assert "A false discovery rate is a statement against that null" in words
+    assert "fewer than the 1,000 positions" in words
+    assert "<table" in small._repr_html_() and "patched" in small._repr_html_()
+
+
+def test_files_are_written_whole(small, tmp_path):
+    paths = small.save(tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in paths)
+    saved = json.loads((tmp_path / "new" / "diagnosis.json").read_text())
+    assert len(saved["rows"]) == len(small.to_frame())
+    assert {"torch", "transformers", "moeprof"} <= set(saved["facts"]["machine"]["versions"])
+    for name in small.figures:
+        png = (tmp_path / "new" / f"diagnosis_{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG") and png.rstrip().endswith(b"IEND\xaeB`\x82")
+
+
+def test_a_null_without_a_fit_has_no_domains(loaded):
+    found = diagnose("normal", *loaded, positions=0, tokens=2048, draws=20, show_progress=False)
+    assert {"transfer", "fdp"}.isdisjoint(found.tables)
+    assert found.figures == ["p_values", "selection"]
+    assert "normal" in found.summary()
+    for name in found.figures:
+        found.figure(name)
+
+
+def test_bad_input_of_the_function(loaded, null):
+    with pytest.raises(TypeError, match="router: expected a moeprof.routers.Router"):
+        null.diagnose(*loaded, router="bh")
+    with pytest.raises(TypeError, match="documents: expected objects with domain"):
+        null.diagnose(*loaded, documents=["a text"])
+    with pytest.raises(ValueError, match="at least one"):
+        null.diagnose(*loaded, documents=[])
+    with pytest.raises(ValueError, match="fitted to"):
+        null.diagnose(olmoe(), loaded[1])
+
+
+def test_command(tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ("--positions", "24", "--heldout-tokens", "2048", "--alpha", "0.2", "--seed", "5")
+    assert main(["diagnose", *options, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "False discoveries by ablation, beside alpha" in printed
+    assert f"Written: {out}/diagnosis.json" in printed
+    facts = json.loads((out / "diagnosis.json").read_text())["facts"]
+    assert (facts["alpha"], facts["seed"], facts["positions"]) == (0.2, 5, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--alpha", "2"), "expected a number in (0, 1)"),
+        (("--positions", "-1"), "expected a number from 0"),
+        (("--null", "nowhere.safetensors"), "no such null file"),
+        (("--min-k", "9", "--max-k", "3"), "min_k: expected at most max_k=3"),
+        (("--max-k", "65"), "max_k: expected 1 to 64"),
+        (("--positions", "5000", "--heldout-tokens", "600"), "positions: 5000 asked for"),
+    ],
+)
+def test_bad_input_is_one_line(options, message, capsys):
+    try:
+        code = main(["diagnose", *options])
+    except SystemExit as error:  # argparse
+        code = error.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and message in error and error.count("\n") == 0
+
+
+def test_intervals_cover(null):
+    """Of 200 samples of 40 documents, pi0's interval holds the truth in nearly 95 %."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(200):
+        documents = np.repeat(np.arange(40), 25)
+        tilt = rng.normal(0, 0.3, 40)[documents][:, None]
+        p = scipy.stats.norm.sf(rng.normal(size=(1000, 4)) + tilt)
+        cdf = st.cdf_statistic(st.count_p(p, documents, 40))
+        found = bootstrap(lambda w, cdf=cdf: st.pi0(cdf(w))[:, 4:5], 40, draws=200)
+        inside += found.low[0] <= 1.0 <= found.high[0]
+    assert 0.86 <= inside / 200 <= 0.99
