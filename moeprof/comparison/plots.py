@@ -28,8 +28,9 @@ def figure(run):
         fig.text(0.5, 0.5, "no router has finished", ha="center", size=14)
         return fig
     axes = fig.subplots(len(tables), 2, squeeze=False, width_ratios=(10, 8))
+    coloured = _highlighted(view, tables[0])  # the same in every row
     for row, table in zip(axes, tables, strict=True):
-        _curves(row[0], view, table)
+        _curves(row[0], view, table, coloured)
         _forest(row[1], view, table)
     return fig
 
@@ -73,14 +74,14 @@ def _static(view):
     return [cell["budget"] for cell in curve], [cell["kl"] for cell in curve]
 
 
-def _curves(axis, view, table):
+def _curves(axis, view, table, coloured):
     """Effects against experts: static top-k is the line at 0."""
     for name in view.contenders:
         experts, effect, _, _ = _line(view, table, ROUTER, name)
         axis.plot(experts, 1e3 * effect, color=GREY, linewidth=1, zorder=1)
     if len(view.contenders) > SHOWN + 1:
         axis.plot([], [], color=GREY, label="other routers")
-    for number, name in enumerate(_highlighted(view, table)):
+    for number, name in enumerate(coloured):
         experts, effect, low, high = _line(view, table, ROUTER, name)
         style = {"color": COLOURS[number % len(COLOURS)], "zorder": 4 - (number > 0)}
         axis.fill_between(experts, 1e3 * low, 1e3 * high, color=style["color"], alpha=0.15, lw=0)
@@ -159,7 +160,7 @@ def _forest(axis, view, table):
     axis.set_axisbelow(True)
     axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
     _title(axis, f"At a budget of {budget} experts in every layer", "thick: 95 %; thin: table-wide band; "
-           "hollow: no token adaptivity shown")  # fmt: skip
+           "hollow: no adaptivity shown")  # fmt: skip
 
 
 def _label(cell, silent):
