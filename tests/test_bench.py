@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib import image
@@ -14,13 +15,14 @@ from util import in_use
 
 import moeprof
 from moeprof import _C
-from moeprof.bench import kernels, layer, model, router
+from moeprof.bench import kernels, layer, model, router, twins
 from moeprof.bench.limits import roof
 from moeprof.bench.machine import check_memory
 from moeprof.bench.settings import SHAPES, Shape
 from moeprof.bench.timing import interleave
 from moeprof.bench.weights import Calls, layer_weights
 from moeprof.cli import main
+from moeprof.routers import REGISTRY, make_router
 
 SHAPE = ("--shape", "8,32,16,4", "--repeats", 2)
 STOCK = ["eager", "grouped_mm"] if V5 else ["eager"]
@@ -139,7 +141,26 @@ def test_router(capsys, tmp_path):
         assert row["topk_share"] == topk / layer and row["bh_share"] == bh / layer
         assert row["bh_over_topk_share"] == pytest.approx((bh - topk) / layer)
     assert "(BH - top-k) / layer" in out and "Routing share" in out
+    routers = result["routers"]
+    assert routers["tokens"] == 3 and [r["router"] for r in routers["rows"]] == [*REGISTRY]
+    layer = result["rows"][1]["times"]["layer"]["median_ms"]
+    for row in routers["rows"]:
+        assert row["layer_share"] == row["c"]["median_ms"] / layer
+        assert row["torch_over_c"] == row["torch"]["median_ms"] / row["c"]["median_ms"]
+    assert "torch / C" in out and "expert_threshold" in out
     assert image.imread(picture).size
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_the_torch_twins_route_as_the_routers_do(name):
+    shape = SHAPES["olmoe"]
+    z, null = router.random_logits(500, shape.experts), router.nulls_of_all(shape)[name]
+    made = make_router(name)
+    weights = made.reference(z, null=null)[0]
+    twin = twins.route(made, torch.from_numpy(z), null).numpy()
+    same = np.abs(twin - weights).max(axis=1) < 1e-5  # but for what lies on a boundary
+    assert same.mean() > 0.99
+    assert (weights > 0).sum() > 500 or name in ("by", "ebh", "local_fdr", "gap_ratio")
 
 
 def test_model(capsys, tmp_path):

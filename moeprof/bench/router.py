@@ -1,4 +1,6 @@
-"""What routing costs: top-k and BH beside the experts of the layer that they choose for."""
+"""What routing costs: beside the experts of the layer that it chooses for, beside torch."""
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,9 +10,10 @@ from ..calibration import Histograms
 from ..cpu import get_num_threads
 from ..experts import as_array
 from ..null import LayerNull
+from ..null.efron import efron_table, fit_efron
 from ..null.tables import counted_table, pooled
-from ..routers import BH, TopK
-from . import plots
+from ..routers import BH, REGISTRY, TopK, make_router
+from . import plots, twins
 from .contenders import contenders
 from .output import milliseconds, table
 from .timing import interleave, steps
@@ -34,8 +37,25 @@ def fitted_null(shape):
     return LayerNull("logprob", counted_table(*pooled(histograms.counts[0], histograms.largest[0])))
 
 
+def nulls_of_all(shape):
+    """{router: null}: of each expert for ExpertThreshold, efron's for all others on a null."""
+    z = random_logits(FITTED, shape.experts)
+    z[np.random.default_rng(1).random(z.shape) < 0.1] += 4  # what stands out
+    histograms = Histograms(1, shape.experts, "logprob", 0, 0)
+    histograms.add(0, z)
+    counts, largest = histograms.counts[0], histograms.largest[0]
+    per_bin, _ = pooled(counts, largest)
+    fit = fit_efron(per_bin)
+    efron = LayerNull("logprob", efron_table(fit), "table", fit, per_bin)
+    own = [
+        counted_table(*pooled(counts[e : e + 1], largest[e : e + 1])) for e in range(shape.experts)
+    ]
+    nulls = {name: efron if cls.wants_null else None for name, cls in REGISTRY.items()}
+    return nulls | {"expert_threshold": LayerNull("logprob", np.stack(own))}
+
+
 def rounds(settings):
-    return steps(map(settings.rounds, settings.tokens))
+    return steps(map(settings.rounds, (*settings.tokens, max(settings.tokens))))
 
 
 def measure(settings, bar):
@@ -52,7 +72,34 @@ def measure(settings, bar):
     calls["layer"] = layer
     with torch.inference_mode():
         rows = [_row(settings, calls, tokens, bar) for tokens in settings.tokens]
-    return {"contenders": [*calls], "targets": TARGETS, "rows": rows}
+        all_routers = _all_routers(settings, rows, bar)
+    return {"contenders": [*calls], "targets": TARGETS, "rows": rows, "routers": all_routers}
+
+
+def _all_routers(settings, rows, bar):
+    """Every router of the registry at the most tokens: C, its torch twin, share of the layer."""
+    tokens, shape = max(settings.tokens), settings.shape
+    bar.note(f"router: all of them, {tokens} tokens")
+    z = random_logits(tokens, shape.experts)
+    tensor, calls = torch.from_numpy(z), {}
+    for name, null in nulls_of_all(shape).items():
+        own = {"k": shape.top_k} if name == "topk" else {}
+        router = make_router(name, max_k=shape.top_k, **own)
+        spec = router.spec(shape.experts, norm="sum", null=null)
+        calls[name, "C"] = partial(_C.route, z, "float32", spec, get_num_threads(), False)
+        calls[name, "torch"] = partial(twins.route, router, tensor, null)
+    times = interleave(calls, settings.rounds(tokens), lambda name: (), bar)
+    layer = next(row["times"]["layer"]["median_ms"] for row in rows if row["tokens"] == tokens)
+    return {"tokens": tokens, "rows": [_of_router(name, times, layer) for name in REGISTRY]}
+
+
+def _of_router(name, times, layer):
+    ours, twin = times[name, "C"], times[name, "torch"]
+    return {
+        "router": name, "c": ours, "torch": twin,
+        "torch_over_c": twin["median_ms"] / ours["median_ms"],
+        "layer_share": ours["median_ms"] / layer,
+    }  # fmt: skip
 
 
 def _route(spec, dtype):
@@ -92,6 +139,17 @@ def tables(result):
         f"the target is {TARGETS['bh_share']:.0%}, and {TARGETS['bh_over_topk_share']:.0%} for "
         "BH beyond top-k. Normal logits; a call of the layer's experts goes before each call; "
         "the layer's time is theirs alone."
+    )
+    every = result["routers"]
+    columns = {"router": "{}", "C ms": "{:.3f}", "torch ms": "{:.2f}", "torch / C": "{:.0f}",
+               "C / layer": "{:.2%}"}  # fmt: skip
+    yield table(columns, [
+        [row["router"], row["c"]["median_ms"], row["torch"]["median_ms"], row["torch_over_c"],
+         row["layer_share"]] for row in every["rows"]
+    ])  # fmt: skip
+    yield (
+        f"Every router at {every['tokens']} tokens of float32 logits, against the same in torch, "
+        "vectorised over tokens; weights included."
     )
 
 
