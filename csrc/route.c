@@ -77,19 +77,39 @@ static double largest_mass(const float *z, ptrdiff_t num_experts, const float *p
     return mass(prob, order, count);
 }
 
+/* p_e / M_S by a softmax over S alone: where the fp32 softmax over all experts has
+ * nothing left of S, which evidence other than the logits can choose. Equal shares if S
+ * is -inf throughout. */
+static void shares_of_selected(const mp_route_spec *spec, const float *z,
+                               const int32_t *order, ptrdiff_t count, float *shares)
+{
+    float below[MP_MAX_EXPERTS], top = -INFINITY;
+    for (ptrdiff_t i = 0; i < count; i++)
+        top = fmaxf(top, z[order[i]]);
+    for (ptrdiff_t i = 0; i < count; i++)
+        below[i] = z[order[i]] == top ? 0 : z[order[i]] - top;
+    mp_ops.softmax(below, count, spec->temperature, shares);
+}
+
 /* The weights of the first `count` experts in `order`. */
 static void weigh(const mp_route_spec *spec, const float *z, ptrdiff_t num_experts,
                   const int32_t *order, ptrdiff_t count, float *weights)
 {
-    float prob[MP_MAX_EXPERTS];
+    const double enough = 0x1p-100; /* fp32 is still exact to 24 bits far below */
+    float prob[MP_MAX_EXPERTS], shares[MP_MAX_EXPERTS];
     mp_ops.softmax(z, num_experts, spec->temperature, prob);
     double factor = 1, divisor = 1;
-    if (spec->norm != MP_NORM_NONE)
-        divisor = mass(prob, order, count);
     if (spec->norm == MP_NORM_MASS)
         factor = largest_mass(z, num_experts, prob, order, spec->norm_k);
-    for (ptrdiff_t i = 0; i < count; i++)
-        weights[i] = rounded((float)(prob[order[i]] / divisor * factor), spec->round_to);
+    if (spec->norm != MP_NORM_NONE)
+        divisor = mass(prob, order, count);
+    const int lost = divisor < enough;
+    if (lost)
+        shares_of_selected(spec, z, order, count, shares);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const double share = lost ? shares[i] : prob[order[i]] / divisor;
+        weights[i] = rounded((float)(share * factor), spec->round_to);
+    }
 }
 
 /* to[i] = from[order[i]], which to then is. */

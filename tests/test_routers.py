@@ -1,212 +1,50 @@
-"""Routers: the C path against reference(), what the functions promise, BH against its oracles.
+"""The routers as functions and as objects: what they promise, and what they refuse.
 
 Which routers there are is asked of the registry: a new one needs no edit here.
 """
 
+import inspect
 import warnings
-from collections import namedtuple
 from dataclasses import fields
-from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
 import util
-from nulls import null_of, random_logits
-from scipy.stats import false_discovery_control
-from util import narrow, widen
+from nulls import random_logits
+from routing import NAMES, any_null, logits_of, make, weights_of
+from util import narrow
 
 import moeprof
-from moeprof import _C, BH, TopK
+from moeprof import _C, BH, BY, LocalFDR, StoreyBH, TopK, WeightedBH
 from moeprof.null import LayerNull, normal_reference
 from moeprof.routers import REGISTRY, Router, make_router
 
-NAMES = sorted(REGISTRY)
 FUNCTIONS = [name for name in moeprof.__all__ if name.endswith("_routing")]
-WIDTHS = (1, 2, 8, 60, 64, 128, 256)
-Routed = namedtuple("Routed", "weights experts counts rejections p")
 every_router = pytest.mark.parametrize("name", NAMES)
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
-def make(name, experts, **shared):
-    """A router with its own defaults, as far as they fit so many experts."""
-    own = {f.name for f in fields(REGISTRY[name])}
-    k = {"k": min(8, experts)} if "k" in own else {}
-    return make_router(name, **k, **shared)
+# ---- the functions ----
 
 
-def nulls_of(name):
-    return ("normal", "logprob", "logit") if REGISTRY[name].wants_null else ("normal",)
+class Efron(LayerNull):
+    """A LayerNull with the local fdr that an efron null has."""
+
+    pi0 = 0.9
+    local_fdr = np.minimum(1, 1.2 / (1 + np.exp(-32 + np.arange(8193) / 128)))
 
 
-@lru_cache
-def layer_null(kind, experts):
-    """None (`normal`), or a null fitted on a score."""
-    return None if kind == "normal" else null_of(random_logits(400, experts), score=kind).layer(0)
+def null_for(function):
+    """The null that a function is called with: `normal` wherever it will do."""
+    return EFRON if function in ("ebh_routing", "local_fdr_routing") else "normal"
 
 
-def logits_of(tokens, experts, seed=5):
-    """Nasty rows first, then as `layer_null` has seen them, with a few that stand out."""
-    rng = np.random.default_rng(seed)
-    z = random_logits(tokens, experts, seed)
-    z[:, rng.integers(0, experts, 3)] += rng.exponential(3, (tokens, 3)).astype(np.float32)
-    nasty = util.nasty_rows(experts, seed)
-    return np.concatenate([nasty, z])[:tokens]
+EFRON = Efron("logit", util.table_of(6.0))
 
 
-def route(router, z, dtype="float32", *, null=None, norm="sum", norm_k=1, threads=1):
-    """_C.route of float32 logits, rounded to the dtype."""
-    spec = router.spec(z.shape[1], norm=norm, norm_k=norm_k, null=null)
-    return Routed(*_C.route(narrow(z, dtype), dtype, spec, threads, True))
-
-
-def p_reference(z, null):
-    return normal_reference(z) if null is None else null.reference(z)
-
-
-def evidence(router, z, null):
-    """The experts of each token, best first, by the rule of statistics.md."""
-    p = p_reference(z, null) if router.wants_null else np.zeros(z.shape)
-    return np.lexsort((np.broadcast_to(np.arange(z.shape[1]), z.shape), -z, p), axis=1)
-
-
-def off_boundaries(router, z, null):
-    """The tokens whose R does not hang on the last bits of their p-values."""
-    p = np.sort(p_reference(z, null), axis=1) if router.wants_null else np.zeros(z.shape)
-    low, high = 1 - 1e-9, 1 + 1e-9
-    return np.array([router.count(row * low) == router.count(row * high) for row in p], bool)
-
-
-def hold(router, z, dtype, null):
-    """The C path equals reference(): R and the selection exactly, the weights nearly."""
-    z = widen(narrow(z, dtype), dtype)
-    steady = off_boundaries(router, z, null)
-    assert steady.sum() >= 0.95 * len(z)
-    z = z[steady]
-    got = route(router, z, dtype, null=null)
-    with np.errstate(invalid="ignore"):
-        ref, rejections = router.reference(z, null=null)
-    np.testing.assert_array_equal(got.rejections, rejections)
-    counts = np.clip(rejections, *router.limits(z.shape[1]))
-    np.testing.assert_array_equal(got.counts, counts)
-    chosen = np.arange(got.experts.shape[1]) < counts[:, None]
-    expected = np.where(chosen, evidence(router, z, null)[:, : chosen.shape[1]], -1)
-    np.testing.assert_array_equal(got.experts, expected)
-    ref = np.where(chosen, np.take_along_axis(ref, np.maximum(expected, 0), axis=1), 0)
-    tol = 1e-6 + (0 if dtype == "float32" else util.HALF_ULP[dtype] * ref)
-    util.assert_close(got.weights, ref, tol, f"{router} {dtype}")
-    np.testing.assert_allclose(got.p, p_reference(z, null), rtol=1e-9, atol=1e-300)
-
-
-@pytest.mark.parametrize("experts", WIDTHS)
-@pytest.mark.parametrize(("name", "kind"), [(n, kind) for n in NAMES for kind in nulls_of(n)])
-def test_c_is_the_reference(name, kind, experts):
-    null = layer_null(kind, experts)
-    for dtype, tokens in (("float32", 300), ("bfloat16", 60), ("float16", 60)):
-        for limits in ({}, {"max_k": experts}, {"min_k": min(2, experts)}):
-            router = make(name, experts, **limits)
-            z = np.clip(logits_of(tokens, experts), -6e4, 6e4) if dtype == "float16" else None
-            hold(router, logits_of(tokens, experts) if z is None else z, dtype, null)
-
-
-@pytest.mark.parametrize("tokens", (0, 1, 7, 1000))
-@every_router
-def test_any_number_of_tokens(name, tokens):
-    router = make(name, 64)
-    z = logits_of(tokens, 64)
-    hold(router, z, "float32", None)
-    one = route(router, z)
-    for threads in (2, 4):
-        for a, b in zip(one, route(router, z, threads=threads), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-@every_router
-def test_several_inf_share_and_ties_go_to_the_lower_id(name):
-    z = np.full((3, 16), -1.0, np.float32)
-    z[0, [11, 3, 7]] = np.inf
-    z[1, [9, 2, 5, 14]] = 4
-    z[2] = -np.inf
-    z[2, 13] = 0
-    got = route(make(name, 16, min_k=3, max_k=3), z)
-    np.testing.assert_array_equal(got.experts[:2], [[3, 7, 11], [2, 5, 9]])
-    np.testing.assert_array_equal(got.weights[0], np.float32([1 / 3] * 3))
-    np.testing.assert_array_equal(got.experts[2], [13, 0, 1])
-    np.testing.assert_array_equal(got.weights[2], [1, 0, 0])
-
-
-@pytest.mark.parametrize("value", (0.0, -7.5, 1e30, np.inf))
-@every_router
-def test_equal_logits_choose_the_first_experts(name, value):
-    got = route(make(name, 8, min_k=4, max_k=4), np.full((2, 8), value, np.float32))
-    np.testing.assert_array_equal(got.experts, [[0, 1, 2, 3]] * 2)
-    np.testing.assert_array_equal(got.weights, np.full((2, 4), 0.25))
-
-
-@pytest.mark.parametrize("limits", ((1, 1), (1, 64), (3, 5), (7, 7), (64, 64)))
-@every_router
-def test_clamping_leaves_the_rejections_alone(name, limits):
-    z, (min_k, max_k) = logits_of(200, 64), limits
-    free = route(make(name, 64, max_k=64), z)
-    got = route(make(name, 64, min_k=min_k, max_k=max_k), z)
-    np.testing.assert_array_equal(got.rejections, free.rejections)
-    np.testing.assert_array_equal(got.counts, np.clip(free.rejections, min_k, max_k))
-    assert got.experts.shape == (200, max_k)
-    best = evidence(make(name, 64), z, None)[:, :max_k]
-    chosen = np.arange(max_k) < got.counts[:, None]
-    np.testing.assert_array_equal(got.experts, np.where(chosen, best, -1))
-    assert (got.weights[~chosen] == 0).all()
-
-
-@pytest.mark.parametrize("temperature", (0.125, 1.0, 8.0, 1e39, 1e-50))
-@every_router
-def test_temperature_acts_on_the_weights_only(name, temperature):
-    z = logits_of(200, 64)
-    plain = route(make(name, 64), z)
-    got = route(make(name, 64, temperature=temperature), z)
-    for part in ("experts", "counts", "rejections", "p"):
-        np.testing.assert_array_equal(getattr(got, part), getattr(plain, part))
-    with np.errstate(invalid="ignore"):
-        ref = make(name, 64, temperature=temperature).reference(z)[0]
-    ref = np.take_along_axis(ref, np.maximum(got.experts, 0), axis=1)
-    util.assert_close(got.weights, np.where(got.experts >= 0, ref, 0), 1e-6)
-
-
-@pytest.mark.parametrize("dtype", util.DTYPES)
-@pytest.mark.parametrize("norm", ("none", "sum", "mass"))
-@every_router
-def test_norms(name, norm, dtype):
-    """none: p_e. sum: p_e / M_S. mass: p_e M_topk / M_S. Rounded to the dtype of the model."""
-    z, k = np.random.default_rng(0).standard_normal((50, 32)), 6
-    z = widen(narrow(2 * z, dtype), dtype)
-    router = make(name, 32, min_k=2, temperature=0.5)
-    got = route(router, z, dtype, norm=norm, norm_k=k)
-    p = util.softmax(z / 0.5)
-    chosen = np.where(got.experts >= 0, np.take_along_axis(p, np.maximum(got.experts, 0), 1), 0)
-    within = chosen.sum(axis=1, keepdims=True)
-    top = np.sort(p, axis=1)[:, -k:].sum(axis=1, keepdims=True)
-    ref = chosen * {"none": 1.0, "sum": 1 / within, "mass": top / within}[norm]
-    util.assert_close(got.weights, ref, 1e-6 + util.HALF_ULP[dtype] * ref, norm)
-    exact = route(router, z, "float32", norm=norm, norm_k=k)
-    np.testing.assert_array_equal(got.weights, widen(narrow(exact.weights, dtype), dtype))
-
-
-# ---- unusable rows ----
-
-BAD_ROWS = {"NaN": [0, np.nan, 1, 2], "-inf": [-np.inf] * 4, "NaN and inf": [np.nan, np.inf, 1, 2]}
-
-
-@pytest.mark.parametrize("bad", BAD_ROWS.values(), ids=BAD_ROWS)
-@every_router
-def test_the_first_unusable_row_is_named_by_c_and_reference(name, bad):
-    z = np.zeros((1000, 4), np.float32)
-    z[[700, 37, 999]] = bad
-    for dtype in util.DTYPES:
-        with pytest.raises(ValueError, match="router_logits: row 37 has a NaN or no entry above"):
-            route(make(name, 4), z, dtype, threads=4)
-    with pytest.raises(ValueError, match="router_logits: row 37 "):
-        make(name, 4).reference(z)
+def call(function, logits, **options):
+    return getattr(moeprof, function)(logits, null=null_for(function), **options)
 
 
 @every_function
@@ -214,14 +52,7 @@ def test_unusable_rows_of_3d_logits(function):
     z = np.zeros((3, 5, 8), np.float32)
     z[2, 1, 3] = np.nan
     with pytest.raises(ValueError, match="row 11 "):
-        getattr(moeprof, function)(z, null="normal")
-
-
-# ---- the functions ----
-
-
-def call(function, logits, **options):
-    return getattr(moeprof, function)(logits, null="normal", **options)
+        call(function, z)
 
 
 def assert_routing(result, z, dtype="float32"):
@@ -318,7 +149,9 @@ def test_return_stats(function):
     for a, b in zip(plain, stats[:3], strict=True):
         np.testing.assert_array_equal(a, b)
     assert stats.mask.dtype == bool and stats.p_values.dtype == np.float64
-    np.testing.assert_allclose(stats.p_values, normal_reference(z), rtol=1e-9, atol=1e-300)
+    null = null_for(function)
+    p = normal_reference(z) if null == "normal" else null.reference(z)
+    np.testing.assert_allclose(stats.p_values, p, rtol=1e-9, atol=1e-300)
     np.testing.assert_array_equal(stats.mask.sum(axis=1), stats.expert_counts)
     assert not stats.routing_weights[~stats.mask].any()
     batched = call(function, torch.from_numpy(z).view(2, 50, 32), return_stats=True)
@@ -381,7 +214,7 @@ def test_bad_temperature(function, temperature):
 def test_bad_limits(name, limits, message):
     z = np.zeros((1, 8), np.float32)
     with pytest.raises(ValueError, match=message):
-        make(name, 8, **limits).spec(8, norm="sum")
+        make(name, 8, **limits).spec(8, norm="sum", null=any_null(name, 8))
     if name == "bh":
         with pytest.raises(ValueError, match=message):
             call("benjamini_hochberg_routing", z, **limits)
@@ -431,8 +264,7 @@ def test_make_router():
 
 
 def test_c_and_python_parameters_are_the_same():
-    shared = {f.name for f in fields(Router)}
-    own = {n: [f.name for f in fields(c) if f.name not in shared] for n, c in REGISTRY.items()}
+    own = {name: list(make(name, 8).parameters(any_null(name, 8))) for name in NAMES}
     assert _C.routers() == own
 
 
@@ -440,160 +272,98 @@ def test_c_and_python_parameters_are_the_same():
 def test_each_router_is_documented_and_exported(name):
     cls = REGISTRY[name]
     assert "Source:" in cls.__doc__ and cls.__name__ in moeprof.__all__
+    assert f"{name}_routing" in moeprof.__all__
     for f in fields(cls):
         assert f.name in cls.__doc__ or f.name in Router.__doc__, f.name
+        assert f.name in inspect.signature(getattr(moeprof, f"{name}_routing")).parameters or (
+            name == "topk"
+        )
+    low, high = cls.main_range
+    assert cls.main in [f.name for f in fields(cls)] and low < high
     with pytest.raises(AttributeError):  # frozen
         make(name, 8).temperature = 2.0
+    assert hash(make(name, 8)) == hash(make(name, 8))
 
 
-# ---- Benjamini-Hochberg against its oracles ----
+# ---- parameters by layer ----
 
 
-def oracle(p, alpha):
-    return false_discovery_control(p, axis=-1) <= alpha
+@every_router
+def test_a_main_parameter_for_each_layer(name):
+    cls = REGISTRY[name]
+    values = [2, 3, 5] if name == "topk" else [0.125, 0.25, 0.5]
+    router = make(name, 8, **{cls.main: values})
+    assert getattr(router, cls.main) == tuple(values)
+    for layer, value in enumerate(values):
+        assert router.at(layer, 3) == make(name, 8, **{cls.main: value})
+    with pytest.raises(ValueError, match=f"^{cls.main}: expected 4 values, one a layer, got 3"):
+        router.at(0, 4)
+    with pytest.raises(ValueError, match=f"^{cls.main}: has a value for each layer"):
+        router.spec(8, norm="sum", null=any_null(name, 8))
+    with pytest.raises(ValueError, match=f"^{cls.main}: expected"):
+        make(name, 8, **{cls.main: [*values, None]})
+    plain = make(name, 8)
+    assert plain.at(1, 3) == plain
 
 
-def away(p, alpha):
-    """The rows that have no p_(r) within 1e-9 of its threshold: there libraries disagree."""
-    experts = p.shape[1]
-    ratio = np.sort(p, axis=1) * experts / (alpha * np.arange(1, experts + 1))
-    return (np.abs(ratio - 1) > 1e-9).all(axis=1)
+def test_weights_of_experts_and_layers():
+    u = np.array([weights_of(8), np.ones(8)])
+    router = WeightedBH(0.2, u, [0.5, 1.5])
+    assert router.at(1, 2) == WeightedBH(0.2, (1.0,) * 8, 1.5) and hash(router)
+    np.testing.assert_array_equal(router.at(0, 2).table(8), 0.5 * u[0])
+    with pytest.raises(ValueError, match="u, v: have values for each layer"):
+        router.spec(8, norm="sum")
+    nan, deep = [[1.0]] * 3 + [[np.nan]], np.ones((1, 1, 8))
+    for bad in ({"u": u * 1.01}, {"u": u - 1}, {"v": [1.0, 1.1]}, {"v": -1.0}, {"u": "x"},
+                {"u": nan}, {"u": 1.0}, {"u": deep}):  # fmt: skip
+        with pytest.raises(ValueError, match="^[uv]: expected "):
+            WeightedBH(0.2, **bad)
+    with pytest.raises(ValueError, match="u: expected 9 weights"):
+        WeightedBH(0.2, u[0]).spec(9, norm="sum")
+    with pytest.raises(ValueError, match="u: expected 3 values, one a layer, got 2"):
+        router.at(0, 3)
+    few = WeightedBH(0.2, (4.0, 4.0, 0, 0, 0, 0, 0, 0), min_k=3)
+    with pytest.raises(ValueError, match=r"min_k: expected at most 2 \(experts of positive"):
+        few.spec(8, norm="sum")
+    spec = list(WeightedBH(0.2, (4.0, 4.0, 0, 0, 0, 0, 0, 0), min_k=2).spec(8, norm="sum"))
+    spec[2] = 3  # and C itself refuses it
+    with pytest.raises(ValueError, match="min_k: expected at most the 2 experts of positive"):
+        _C.route(np.zeros((1, 8), np.float32), "float32", tuple(spec), 1, False)
 
 
-def adversarial(experts, alpha, rng):
-    """Rows of p-values with ties, zeros, ones, and steps just off the line alpha r/E."""
-    line = alpha * np.arange(1, experts + 1) / experts
-    rows = [np.zeros(experts), np.ones(experts), np.full(experts, alpha / 2)]
-    rows += [rng.integers(0, 4, experts) / 3, rng.choice(line * 0.999, experts)]
-    rows += [line * (1 + off) for off in (-1e-6, 1e-6)]
-    rows += [np.where(np.arange(experts) < r, line[r - 1] * 0.9999, 1) for r in (1, experts)]
-    return rng.permuted(np.array(rows), axis=1)
+def test_what_only_an_efron_null_has_is_asked_for():
+    for router in (LocalFDR(), moeprof.EBH()):
+        with pytest.raises(ValueError, match="null: expected one of kind efron"):
+            router.spec(8, norm="sum")
 
 
-@pytest.mark.parametrize("alpha", (1e-6, 0.01, 0.05, 0.2, 0.5, 0.999))
-@pytest.mark.parametrize("experts", (1, 2, 7, 64, 256))
-def test_bh_marks_what_scipy_marks(experts, alpha):
-    rng = np.random.default_rng(experts)
-    random = rng.random((400, experts)) ** rng.choice([1, 3, 10], (400, 1))
-    p = np.concatenate([random, adversarial(experts, alpha, rng)])
-    p = p[away(p, alpha)]
-    assert len(p) > 380
-    mask = moeprof.benjamini_hochberg(p, alpha)
-    assert mask.dtype == bool and mask.shape == p.shape
-    np.testing.assert_array_equal(mask, oracle(p, alpha))
-    np.testing.assert_array_equal(moeprof.benjamini_hochberg(p[3], alpha), mask[3])
-    np.testing.assert_array_equal(moeprof.benjamini_hochberg(p[:, ::-1], alpha), mask[:, ::-1])
+def test_expert_threshold_works_with_each_experts_own_scores():
+    class Whole:
+        def as_kind(self, kind):
+            self.kind = kind
+            return self
 
+        def per_expert(self):
+            return f"{self.kind} per expert"
 
-@pytest.mark.parametrize("alpha", (0.05, 0.1, 0.25, 0.3, 0.5))
-@pytest.mark.parametrize("experts", (1, 3, 10, 60, 64))
-def test_bh_at_its_boundaries_is_exact(experts, alpha):
-    """p = alpha r/E, rounded up, down and to nearest, against fractions."""
-    line = [float(util.Fraction(alpha) * r / experts) for r in range(1, experts + 1)]
-    for r, at in enumerate(line, 1):
-        for p_r in (np.nextafter(at, 0), at, np.nextafter(at, 1)):
-            p = np.ones((1, experts))
-            p[0, :r] = p_r
-            exact = util.Fraction(p_r) * experts <= util.Fraction(alpha) * r
-            mask = moeprof.benjamini_hochberg(p, alpha)
-            assert mask.sum() == (r if exact else 0), (experts, alpha, r, p_r)
-            assert _C.step_up(p, alpha) == util.step_up_exact(p[0], alpha)
-
-
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.float16, torch.bfloat16))
-def test_bh_of_a_tensor(dtype):
-    p = (torch.rand(50, 16, generator=torch.Generator().manual_seed(0)) ** 4).to(dtype)
-    mask = moeprof.benjamini_hochberg(p, 0.2)
-    assert mask.dtype == torch.bool and mask.any() and not mask.all()
-    np.testing.assert_array_equal(mask.numpy(), moeprof.benjamini_hochberg(p.double().numpy(), 0.2))
-
-
-@pytest.mark.parametrize("shape", ((0, 8), (3, 0), (0,)))
-def test_bh_of_nothing(shape):
-    assert moeprof.benjamini_hochberg(np.zeros(shape), 0.05).shape == shape
+    assert moeprof.ExpertThreshold().adapt(Whole()) == "all per expert"
+    assert BH().adapt("any") == "any"
 
 
 @pytest.mark.parametrize(
-    ("p", "error", "message"),
+    ("make_one", "message"),
     [
-        (np.array([[0.5, -1e-9]]), ValueError, r"p: expected p-values in \[0, 1\]"),
-        (np.array([[0.5, 1 + 1e-9]]), ValueError, r"p: expected p-values in \[0, 1\]"),
-        (np.array([0.5, np.nan]), ValueError, r"p: expected p-values in \[0, 1\]"),
-        (np.zeros((1, 2, 3)), ValueError, r"p: expected \(T, E\) or \(E,\), got shape"),
-        (np.float64(0.5), TypeError, "p: expected a torch.Tensor or numpy.ndarray, got float64"),
-        ([0.5, 0.1], TypeError, "p: expected a torch.Tensor or numpy.ndarray, got list"),
+        (lambda: StoreyBH(lam=1.0), r"lam: expected a number in \(0, 1\), got 1.0"),
+        (lambda: StoreyBH(pi0=0), r"pi0: expected a number in \(0, inf\) or None, got 0"),
+        (lambda: moeprof.EBH(e="x"), "e: expected 'lr' or 'calibrator', got 'x'"),
+        (lambda: moeprof.HigherCriticism(beta="all"), r"beta: .* in \(0, 1\] or 'auto', got 'all'"),
+        (lambda: moeprof.HigherCriticism(denominator=1), "denominator: expected 'rank' or 'p'"),
+        (lambda: moeprof.HigherCriticism(c=np.nan), r"c: expected a number in \(-inf, inf\)"),
+        (lambda: moeprof.Kneedle("x"), "on: expected 'prob' or 'log', got 'x'"),
+        (lambda: moeprof.Entropy(0.0), r"c: expected a number in \(0, inf\), got 0.0"),
+        (lambda: BY(True), r"alpha: expected a number in \(0, 1\), got True"),
     ],
 )
-def test_bad_p(p, error, message):
-    with pytest.raises(error, match=message):
-        moeprof.benjamini_hochberg(p, 0.05)
-
-
-# ---- what may be claimed of BH (statistics.md); known, independent, continuous p ----
-
-TOKENS, E, FALSE = 40_000, 64, 8
-
-
-def uniform_null():
-    """A null under which the logit 32 - 64 p has the p-value p."""
-    sf = np.arange(8192, -1, -1) / 8192
-    return LayerNull("logit", np.concatenate([[32.0, 1e-9, 1.0], sf]))
-
-
-def mask_of(p, alpha, way):
-    """The experts that BH rejects, before any clamping."""
-    if way == "benjamini_hochberg":
-        return moeprof.benjamini_hochberg(p, alpha)
-    z = (32 - 64 * p).astype(np.float32)
-    got = route(BH(alpha, max_k=p.shape[1]), z, null=uniform_null())
-    np.testing.assert_allclose(got.p, p, atol=1e-7)
-    rank = np.empty(p.shape, int)
-    order = np.argsort(-z, axis=1, kind="stable")
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(p.shape[1]), p.shape), axis=1)
-    return rank < got.rejections[:, None]
-
-
-@pytest.mark.parametrize("way", ("benjamini_hochberg", "the router"))
-@pytest.mark.parametrize("alpha", (0.05, 0.2, 0.5))
-def test_false_discovery_rate(alpha, way):
-    p = np.random.default_rng(1).random((TOKENS, E))
-    p[:, :FALSE] *= 0.002
-    mask = mask_of(p, alpha, way)
-    fdp = mask[:, FALSE:].sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
-    assert abs(fdp.mean() - (E - FALSE) / E * alpha) <= 4 * fdp.std() / np.sqrt(TOKENS)
-
-
-@pytest.mark.parametrize("way", ("benjamini_hochberg", "the router"))
-@pytest.mark.parametrize("alpha", (0.05, 0.2, 0.5))
-def test_rejections_under_the_global_null(alpha, way):
-    p = np.random.default_rng(2).random((TOKENS, E))
-    some = mask_of(p, alpha, way).any(axis=1).mean()
-    assert abs(some - alpha) <= 4 * np.sqrt(alpha * (1 - alpha) / TOKENS)
-
-
-def test_the_router_is_exact_at_the_boundary():
-    """Every p is 1/2 = alpha, or 1/2 + 2e-14."""
-    z = np.zeros((2, E), np.float32)
-    z[1] = -1e-12
-    got = route(BH(0.5, max_k=E), z, null=uniform_null())
-    assert got.p[0, 0] == 0.5 < got.p[1, 0] < 0.5 + 1e-13
-    assert got.rejections.tolist() == [E, 0]
-
-
-@pytest.mark.parametrize(("experts", "size", "digits"), [(64, 0.109, 3), (8, 0.19, 2)])
-def test_size_of_the_normal_null_under_noise(experts, size, digits):
-    z = np.random.default_rng(3).standard_normal((TOKENS, experts)).astype(np.float32)
-    some = (route(BH(0.05, max_k=experts), z).rejections > 0).mean()
-    assert abs(some - size) <= 4 * np.sqrt(size * (1 - size) / TOKENS) + 0.5 * 10.0**-digits
-
-
-@pytest.mark.parametrize("kind", ("normal", "logprob", "logit"))
-def test_bh_made_to_select_8_selects_the_top_8(kind):
-    z, null = random_logits(2000, E), layer_null(kind, E)
-    bh = route(BH(1 - 1e-9, min_k=8, max_k=8), z, null=null)
-    top = route(TopK(8), z)
-    np.testing.assert_array_equal(bh.experts, top.experts)
-    np.testing.assert_array_equal(bh.weights, top.weights)
-    z = widen(narrow(z, "bfloat16"), "bfloat16")  # and where there are ties, the same rule
-    bh = route(BH(1 - 1e-9, min_k=8, max_k=8), z, "bfloat16", null=null)
-    np.testing.assert_array_equal(bh.experts, route(TopK(8), z, "bfloat16").experts)
+def test_bad_parameters(make_one, message):
+    with pytest.raises(ValueError, match=message):
+        make_one()

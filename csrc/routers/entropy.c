@@ -1,6 +1,6 @@
-/* R = ceil(c exp(H)), H the entropy of the softmax in nats, at most E. With a_r = p_(r) /
- * p_(1), A their sum and d_r = -ln a_r: exp(H) = A exp(sum a_r d_r / A), which is exactly
- * E for equal logits. */
+/* R = ceil(c exp(H)), H the entropy of the softmax in nats, at most E. With
+ * a_r = p_(r) / p_(1), A their sum and d_r = -ln a_r: exp(H) = A exp(sum a_r d_r / A),
+ * which is exactly E for equal logits. */
 #include "shared.h"
 
 static ptrdiff_t count(const mp_token *token, const double *parameters)

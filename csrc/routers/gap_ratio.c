@@ -1,5 +1,5 @@
-/* R = argmax over r in min_k..max_k, r < E, of h_r + c r, h_r = ln p_(r) - ln p_(r+1): a
- * difference of logits. 0 where there is no such r. */
+/* R = argmax over r in min_k..max_k, r < E, of h_r + c r, h_r = ln p_(r) - ln p_(r+1),
+ * a difference of logits. 0 where there is no such r. */
 #include "shared.h"
 
 static ptrdiff_t count(const mp_token *token, const double *parameters)

@@ -1,7 +1,7 @@
-/* R = argmax over r in S of h_r + c r, h_r = sqrt(E) (r/E - p_(r)) / sqrt(v), and 0 where
- * no h_r > 0. S = 1..floor(beta E). v = (r/E)(1 - r/E), r < E: Donoho & Jin 2008, PNAS
- * 105; or v = p_(r)(1 - p_(r)): Donoho & Jin 2004, Ann. Statist. 32. beta "auto" (0): all
- * r with p_(r) >= 1/E, the HC+ of the latter. */
+/* R = argmax over r in S of h_r + c r, h_r = sqrt(E) (r/E - p_(r)) / sqrt(v), and 0
+ * where no h_r > 0. S = 1..floor(beta E). v = (r/E)(1 - r/E), r < E: Donoho & Jin 2008,
+ * PNAS 105; or v = p_(r)(1 - p_(r)): Donoho & Jin 2004, Ann. Statist. 32. beta "auto"
+ * (0): all r with p_(r) >= 1/E, the HC+ of the latter. */
 #include "shared.h"
 
 enum { RANK, P };

@@ -1,5 +1,5 @@
-/* R = argmax of h_r + c r, h_r = (y_1 - y_r)/(y_1 - y_E) - (r - 1)/(E - 1), y the softmax
- * or its logarithm: Satopaa et al. 2011, ICDCS Workshops. 0 where all are equal. An
+/* R = argmax of h_r + c r, h_r = (y_1 - y_r)/(y_1 - y_E) - (r - 1)/(E - 1), y the
+ * softmax or its logarithm: Satopaa et al. 2011, ICDCS Workshops. 0 where all are equal. An
  * infinite distance is the whole of it: the limit of a finite one that grows. */
 #include "shared.h"
 

@@ -1,5 +1,5 @@
-/* R = #{lfdr <= q}: Efron, Tibshirani, Storey & Tusher 2001, J. Amer. Statist. Assoc. 96.
- * lfdr never rises with the score, so that these are the highest logits. */
+/* R = #{lfdr <= q}: Efron, Tibshirani, Storey & Tusher 2001, J. Amer. Statist. Assoc.
+ * 96. lfdr never rises with the score, so that these are the highest logits. */
 #include "../routers.h"
 
 static ptrdiff_t count(const mp_token *token, const double *parameters)

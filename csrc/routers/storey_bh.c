@@ -1,6 +1,6 @@
-/* R = max{r : p_(r) <= min(lam, alpha r / (E pi0))}, pi0 = (1 + #{p > lam}) / ((1 - lam) E):
- * Storey, Taylor & Siegmund 2004, J. R. Statist. Soc. B 66. With pi0 given (not 0): BH at
- * alpha/pi0. */
+/* R = max{r : p_(r) <= min(lam, alpha r / (E pi0))}, where
+ * pi0 = (1 + #{p > lam}) / ((1 - lam) E): Storey, Taylor & Siegmund 2004, J. R. Statist.
+ * Soc. B 66. With pi0 given (not 0): BH at alpha/pi0. */
 #include "../exact.h"
 #include "../kernels.h"
 #include "shared.h"

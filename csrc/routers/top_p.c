@@ -1,5 +1,5 @@
-/* R = min{r : sum_{i <= r} p_(i) >= P}, p the softmax; both sides times sum/p_(1), which
- * is exact for equal logits. Holtzman et al. 2020, ICLR. */
+/* R = min{r : sum_{i <= r} p_(i) >= P}, p the softmax; both sides times sum/p_(1),
+ * which is exact for equal logits. Holtzman et al. 2020, ICLR. */
 #include "shared.h"
 
 static ptrdiff_t count(const mp_token *token, const double *parameters)

@@ -1,5 +1,5 @@
-/* BH on p/weight: Genovese, Roeder & Wasserman 2006, Biometrika 93. An expert of weight 0
- * has p/weight = inf and is never among the R. */
+/* BH on p/weight: Genovese, Roeder & Wasserman 2006, Biometrika 93. An expert of weight
+ * 0 has p/weight = inf and is never among the R. */
 #include "../kernels.h"
 #include "../routers.h"
 
