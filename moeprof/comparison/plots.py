@@ -16,7 +16,8 @@ CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs
 def figure(run):
     """A matplotlib Figure of a run (a dict as in the JSON), 1,600 px wide when saved.
 
-    A row a table: effects against experts with bands, and all routers at one budget. The user's matplotlib backend and its state are not touched.
+    A row a table: effects against experts with bands, and all routers at one budget. The user's
+    matplotlib backend and its state are not touched.
     """
     from matplotlib.figure import Figure
 
@@ -151,7 +152,7 @@ def _forest(axis, view, table):
         silent = adaptive(cell) is False
         axis.plot(effect["estimate"], place, "o", color=colour, markersize=8,
                   markerfacecolor="white" if silent else colour)  # fmt: skip
-        labels.append(_label(cell, silent))
+        labels.append("top-k, split over layers" if cell["role"] == STATIC else cell["contender"])
     axis.axvline(0, color="black", linewidth=1.6, zorder=0)
     _scale(axis, "x", np.concatenate([line.get_xdata() for line in axis.lines]).astype(float))
     axis.set_yticks(range(len(cells)), labels, size=11)
@@ -159,11 +160,5 @@ def _forest(axis, view, table):
     axis.grid(axis="x", color="#e4e4e4")
     axis.set_axisbelow(True)
     axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
-    _title(axis, f"At a budget of {budget} experts in every layer", "thick: 95 %; thin: table-wide band; "
-           "hollow: no adaptivity shown")  # fmt: skip
-
-
-def _label(cell, silent):
-    if cell["role"] == STATIC:
-        return "top-k, split over layers"
-    return cell["contender"]
+    detail = "thick: 95 %; thin: table-wide band; hollow: no adaptivity shown"
+    _title(axis, f"At a budget of {budget} experts in every layer", detail)
