@@ -271,9 +271,9 @@ def _windows(tokenizer, texts: list[Text], tokens: int, argument: str) -> HeldOu
 
 def _candidates(router: Router, model, average_k: float) -> range:
     """1 to the largest number of experts that the split may give to a layer."""
-    _, block = find_moe_blocks(model)[0]
-    num_experts = adapter_of(block).num_experts(block)
-    most = router.limits(num_experts)[1]
+    blocks = find_moe_blocks(model)
+    num_experts = adapter_of(blocks[0][1]).num_experts(blocks[0][1])
+    most = router.at(0, len(blocks)).limits(num_experts)[1]
     if isinstance(router, TopK):
         most = max(most, model_norm(model)[1], math.ceil(average_k))
     return range(1, min(most, num_experts) + 1)

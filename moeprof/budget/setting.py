@@ -194,7 +194,7 @@ def check_reach(router: Router, target, reached: np.ndarray, num_experts: int) -
         slack = 1e-9 * high  # means of integers, rounded
         if not low - slack <= value <= high + slack:
             where = f" in layer {layer}" if np.ndim(target) else ""
-            max_k = router.limits(num_experts)[1]
+            max_k = router.at(0, len(reached)).limits(num_experts)[1]
             limits = "" if isinstance(router, TopK) else f" with min_k={router.min_k}, {max_k=}"
             raise BudgetError(
                 f"average_k: {router.name}{limits} reaches from {low:.6g} to {high:.6g} experts "
