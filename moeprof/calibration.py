@@ -121,7 +121,7 @@ class _Texts:
 
     def __init__(self, texts):
         if isinstance(texts, (str, bytes)):
-            raise TypeError("texts: expected a list of strings or an iterator of them, got one text")
+            raise TypeError("texts: expected a list of strings or an iterator, got one text")
         if isinstance(texts, (list, tuple)):
             for text in texts:  # before the model runs
                 _encoded(text)

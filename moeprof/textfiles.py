@@ -1,7 +1,9 @@
 """Text files of any size, read in pieces."""
 
 import codecs
+import errno
 import io
+import os
 import stat
 from pathlib import Path
 
@@ -38,6 +40,8 @@ def _size(path):
     """Bytes of a regular file, None of a pipe."""
     with _opened(path):
         status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import transformers
@@ -120,6 +121,39 @@ def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
     run = json.loads((out / RESULTS[0]).read_text())
     assert run["null"] == described
     assert "Left out: max_k 64, the model has 8 experts" in capsys.readouterr().out
+
+
+def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
+    """The merged null is the one fitted to all files, to the bit, in whichever order."""
+    texts = [tmp_path / f"{i}.txt" for i in range(3)]
+    for path, document in zip(texts, demo.calibration_documents()[::40], strict=False):
+        path.write_text(document.text[:2000])
+
+    def calibrate(*arguments):
+        assert main(["calibrate", *map(str, arguments)]) == 0
+        return moeprof.Null.load(arguments[-1])
+
+    nulls = [tmp_path / f"{i}.npz" for i in range(3)]
+    for text, null in zip(texts, nulls, strict=True):
+        calibrate("--model", tiny, "--text", text, "--out", null)
+    whole = calibrate("--model", tiny, "--text", *texts, "--out", tmp_path / "w.safetensors")
+    assert whole.kind == "efron"
+    for order in ((0, 1, 2), (2, 0, 1)):
+        inputs = [nulls[i] for i in order]
+        merged = calibrate("--merge", *inputs, "--out", tmp_path / "m.safetensors")
+        for name in ("counts", "largest", "router_sample"):
+            assert np.array_equal(getattr(merged, name), getattr(whole, name))
+        assert merged.describe() == whole.describe()
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
+    capsys.readouterr()
+    line = fails(capsys, "calibrate", "--merge", nulls[0], nulls[1], nulls[0],
+                 "--out", tmp_path / "m.npz")
+    assert "fitted to the same text" in line and not (tmp_path / "m.npz").exists()
+    options = ["--score", "logit", "--out", tmp_path / "logit.npz"]
+    calibrate("--model", tiny, "--text", texts[0], *options)
+    line = fails(capsys, "calibrate", "--merge", nulls[1], tmp_path / "logit.npz",
+                 "--out", tmp_path / "m.npz")
+    assert "logit.npz: merge: score differs: 'logprob', 'logit'" in line
 
 
 def test_null_text(tmp_path, tiny, prompts):
@@ -353,6 +387,10 @@ def test_a_null_of_another_model(capsys, tmp_path, tiny, prompts):
         (["calibrate", "--text", "t", "--out", "no/n.npz"], "no such folder no"),
         (["calibrate", "--text", "missing", "--out", "n.npz"], "text missing can't be read"),
         (["calibrate", "--text", "t", "--out", "n.npz", "--kind", "x"], "--kind: invalid choice"),
+        (["calibrate", "--text", "t", "--merge", "a", "--out", "n.npz"], "not allowed with"),
+        (["calibrate", "--merge", "a.npz", "--out", "n.npz"], "expected at least two nulls"),
+        (["calibrate", "--merge", "a.npz", "b.npz", "--out", "n.npz"], "no such null file: a.npz"),
+        (["calibrate", "--merge", "a", "b", "--out", "n.npz", "--score", "logit"], "no --score"),
     ],
 )
 def test_arguments(capsys, tmp_path, monkeypatch, arguments, message):

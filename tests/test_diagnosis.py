@@ -60,7 +60,8 @@ def test_p_value_statistics_are_the_plain_formulas():
     assert np.allclose(st.pi0(everything)[0], expected)
     expected = np.quantile(p, st.PROBABILITIES)
     found = st.quantiles(everything)[0]
-    assert np.allclose(found, expected, rtol=0.02)  # a point within its cell of the grid
+    assert np.allclose(found[2:], expected[2:], rtol=0.02)
+    assert np.allclose(found, expected, rtol=0.123)  # few points: a cell of the grid, 10^0.05
     # weights: a document drawn twice counts twice
     weights = np.arange(12.0)[None]
     repeated = np.repeat(p, documents, axis=0)  # document d, d times

@@ -46,7 +46,7 @@ def model(tokenizer):
 @pytest.fixture(scope="module")
 def null(model, tokenizer):
     texts = [document.text for document in demo.calibration_documents()[::40]]
-    return moeprof.fit_null(model, tokenizer, texts, progress=False)
+    return moeprof.fit_null(model, tokenizer, texts, kind="trimmed", progress=False)
 
 
 @pytest.fixture(scope="module")

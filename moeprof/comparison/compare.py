@@ -1,6 +1,5 @@
 """The command: everything measured, printed, and written where it belongs."""
 
-import math
 import textwrap
 import time
 
@@ -26,11 +25,10 @@ def compare(comparison, store, facts, console):
     total = comparison.steps()
     console.print(f"Cells: {total}")
     with progress(console, total, "compare") as bar:
-        shown = _Lines(console)
-
         def after(cell):
             bar.step()
-            shown.add(cell)
+            if cell["role"] in (ROUTER, STATIC):
+                console.print(_line(cell))
             store.save_now_and_then(run)
 
         comparison.after = after
@@ -62,24 +60,8 @@ def _finish(comparison, run, store, console):
     return result
 
 
-class _Lines:
-    """A line on the console for each router and allocation: KL at its budgets."""
-
-    def __init__(self, console):
-        self.console, self.about, self.parts = console, None, []
-
-    def add(self, cell):
-        if cell["role"] not in (ROUTER, STATIC):
-            return
-        name = f"{cell['contender']}, {cell['allocation']}"
-        about = f"{cell['table']}: {name}" if cell["table"] else name
-        if about != self.about:
-            self.flush()
-            self.about = about
-        value = cell.get("kl", math.nan)
-        self.parts.append(f"{cell['budget']}: {value:.3f}" if "kl" in cell else
-                          f"{cell['budget']}: out of reach")  # fmt: skip
-        self.console.print(f"{about}, budget {self.parts[-1]}")
-
-    def flush(self):
-        self.parts = []
+def _line(cell):
+    """What the console says of a finished cell."""
+    about = f"{cell['table']}: " if cell["table"] else ""
+    about += f"{cell['contender']}, {cell['allocation']}, budget {cell['budget']}"
+    return f"{about}: KL {cell['kl']:.4f}" if "kl" in cell else f"{about}: out of reach"

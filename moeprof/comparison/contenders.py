@@ -24,7 +24,7 @@ class Contender(NamedTuple):
     name: str
     router: str
     null: str | None = None
-    parameters: dict = {}  # noqa: RUF012: never changed
+    parameters: dict = {}  # never changed
 
     def make(self, max_k, weights):
         """The router, its main parameter still to be set. weights: (L, E) for weighted_bh."""

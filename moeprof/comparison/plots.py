@@ -8,6 +8,7 @@ from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, adaptive, verdict
 from .findings import View
 
 GREY, DARK = "#bbbbbb", "#555555"
+LINEAR, TICKS = 5, (5, 10, 30, 100, 300, 1000)  # of the axes, in nats/1000
 SHOWN = 4  # routers in colour, besides BH: the best of the table and the worst
 CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs)")}
 
@@ -15,8 +16,8 @@ CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs
 def figure(run):
     """A matplotlib Figure of a run (a dict as in the JSON), 1,600 px wide when saved.
 
-    A row a table: effects against experts with bands, and all routers at one budget, under one
-    with KL itself. The user's matplotlib backend and its state are not touched.
+    A row a table: effects against experts with bands, and all routers at one budget. The user's
+    matplotlib backend and its state are not touched.
     """
     from matplotlib.figure import Figure
 
@@ -27,16 +28,19 @@ def figure(run):
     if not tables:
         fig.text(0.5, 0.5, "no router has finished", ha="center", size=14)
         return fig
-    axes = fig.subplots(len(tables), 2, squeeze=False)
+    axes = fig.subplots(len(tables), 2, squeeze=False, width_ratios=(10, 8))
+    coloured = _highlighted(view, tables[0])  # the same in every row
     for row, table in zip(axes, tables, strict=True):
-        _curves(row[0], view, table)
+        _curves(row[0], view, table, coloured)
         _forest(row[1], view, table)
     return fig
 
 
 def _title(axis, headline, detail):
-    axis.set_title(headline, loc="left", size=15, weight="bold", pad=26)
-    axis.text(0, 1.015, detail, transform=axis.transAxes, size=12, color="#444444")
+    axis.set_title(headline, loc="left", size=15, weight="bold", pad=26).set_in_layout(False)
+    # Long lines must not make the axes narrower.
+    text = axis.text(0, 1.015, detail, transform=axis.transAxes, size=12, color="#444444")
+    text.set_in_layout(False)
 
 
 def _line(view, table, role, contender):
@@ -49,17 +53,21 @@ def _line(view, table, role, contender):
 
 
 def _highlighted(view, table):
-    """Names in colour: BH, then those with the lowest mean effect, then the highest."""
-    score = {}
-    for name in view.contenders:
-        experts, effect, _, _ = _line(view, table, ROUTER, name)
-        if len(experts):
-            # Relative to static's own KL, so that small budgets don't decide alone.
-            static = np.interp(experts, *_static(view))
-            score[name] = float(np.mean(effect / np.maximum(static, 1e-3)))
+    """Names in colour: BH, then those with the lowest effects, then that with the highest.
+
+    By the mean of KL over static's, so that small budgets don't decide alone; only routers that
+    reach every budget that some router reaches.
+    """
+    lines = {name: _line(view, table, ROUTER, name) for name in view.contenders}
+    most = max(len(experts) for experts, *_ in lines.values())
+    score = {
+        name: float(np.mean(effect / np.maximum(np.interp(experts, *_static(view)), 1e-3)))
+        for name, (experts, effect, _, _) in lines.items() if len(experts) == most and most
+    }  # fmt: skip
     order = sorted((name for name in score if name != PRIMARY), key=score.get)
     chosen = order if len(order) <= SHOWN else [*order[: SHOWN - 1], order[-1]]
-    return ([PRIMARY] if PRIMARY in score else []) + chosen
+    own = [PRIMARY] if len(lines.get(PRIMARY, ((),))[0]) else []
+    return own + chosen
 
 
 def _static(view):
@@ -67,14 +75,14 @@ def _static(view):
     return [cell["budget"] for cell in curve], [cell["kl"] for cell in curve]
 
 
-def _curves(axis, view, table):
+def _curves(axis, view, table, coloured):
     """Effects against experts: static top-k is the line at 0."""
     for name in view.contenders:
         experts, effect, _, _ = _line(view, table, ROUTER, name)
         axis.plot(experts, 1e3 * effect, color=GREY, linewidth=1, zorder=1)
     if len(view.contenders) > SHOWN + 1:
         axis.plot([], [], color=GREY, label="other routers")
-    for number, name in enumerate(_highlighted(view, table)):
+    for number, name in enumerate(coloured):
         experts, effect, low, high = _line(view, table, ROUTER, name)
         style = {"color": COLOURS[number % len(COLOURS)], "zorder": 4 - (number > 0)}
         axis.fill_between(experts, 1e3 * low, 1e3 * high, color=style["color"], alpha=0.15, lw=0)
@@ -85,29 +93,30 @@ def _curves(axis, view, table):
         experts, effect, _, _ = _line(view, table, role, name)
         axis.plot(experts, 1e3 * effect, dashes, color=DARK, linewidth=1.6, label=label, zorder=2)
     axis.axhline(0, color="black", linewidth=1.6, zorder=3)
-    _limit(axis, view, table)
-    axis.annotate("static top-k", (1, 0), (-4, 4), "axes fraction", "offset points", ha="right")
-    axis.texts[-1].xy, axis.texts[-1].xycoords = (1, 0), axis.get_yaxis_transform()
-    axis.legend(fontsize=11, frameon=False, ncols=2)
+    _scale(axis, "y", np.concatenate([line.get_ydata() for line in axis.lines]).astype(float))
+    axis.annotate("static top-k", (0, 0), (4, 4), axis.get_yaxis_transform(), "offset points",
+                  size=11)  # fmt: skip
+    axis.legend(fontsize=11, frameon=False, ncols=4, loc="upper left",
+                bbox_to_anchor=(0, -0.1))  # fmt: skip
+    axis.set_xticks(view.tables[table]["budgets"])
     axis.grid(color="#e4e4e4")
     axis.set_axisbelow(True)
     axis.set_xlabel("experts per token on the test text", size=13)
     axis.set_ylabel("KL to the full model less static's, nats/1000", size=13)
     most = view.tables[table]["max_k"]
-    _title(axis, _headline(view, table), f"table {table}: at most {most} experts a token, the "
-           "budget in every layer; below 0 is better; bands 95 % over the table")  # fmt: skip
+    _title(axis, _headline(view, table), f"table {table}: at most {most} experts a token; "
+           "below 0 is better; shaded: table-wide bands")  # fmt: skip
 
 
-def _limit(axis, view, table):
-    """Lines far above must not flatten the rest: the highlighted ones and the oracle fit."""
-    fitting = []
-    for name in _highlighted(view, table)[:SHOWN]:
-        _, _, low, high = _line(view, table, ROUTER, name)
-        fitting += [*low, *high]
-    fitting += [*_line(view, table, ORACLE, "oracle")[1], 0.0]
-    low, high = 1e3 * min(fitting), 1e3 * max(fitting)
-    room = 0.08 * (high - low) + 1e-9
-    axis.set_ylim(low - room, high + 4 * room)
+def _scale(axis, name, values):
+    """Linear around 0, logarithmic beyond: effects at many and at few experts are both seen."""
+    getattr(axis, f"set_{name}scale")("symlog", linthresh=LINEAR, linscale=0.6)
+    reached = np.abs(values).max(initial=LINEAR)
+    ticks = [tick for tick in TICKS if tick <= 1.5 * reached]
+    low, high = np.min(values, initial=0.0), np.max(values, initial=0.0)
+    ticks = [-t for t in ticks if low < -0.7 * t] + [0] + [t for t in ticks if high > 0.7 * t]
+    getattr(axis, f"set_{name}ticks")(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    getattr(axis, f"set_{name}ticks")([], minor=True)
 
 
 def _headline(view, table):
@@ -143,18 +152,13 @@ def _forest(axis, view, table):
         silent = adaptive(cell) is False
         axis.plot(effect["estimate"], place, "o", color=colour, markersize=8,
                   markerfacecolor="white" if silent else colour)  # fmt: skip
-        labels.append(_label(cell, silent))
+        labels.append("top-k, split over layers" if cell["role"] == STATIC else cell["contender"])
     axis.axvline(0, color="black", linewidth=1.6, zorder=0)
+    _scale(axis, "x", np.concatenate([line.get_xdata() for line in axis.lines]).astype(float))
     axis.set_yticks(range(len(cells)), labels, size=11)
     axis.invert_yaxis()
     axis.grid(axis="x", color="#e4e4e4")
     axis.set_axisbelow(True)
     axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
-    _title(axis, f"At a budget of {budget} experts in every layer", "thick: 95 % of each; thin: "
-           "band over the table; hollow: no token adaptivity shown")  # fmt: skip
-
-
-def _label(cell, silent):
-    if cell["role"] == STATIC:
-        return "top-k, split over layers"
-    return cell["contender"]
+    detail = "thick: 95 %; thin: table-wide band; hollow: no adaptivity shown"
+    _title(axis, f"At a budget of {budget} experts in every layer", detail)

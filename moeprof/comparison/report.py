@@ -146,8 +146,10 @@ def detail_rows(view, table, budget):
         "agreement", "tokens/s",
     ]  # fmt: skip
     static = next(cell for cell in view.run["static"] if cell["budget"] == budget)
-    rows = [[f"static top-{budget}", f"{budget:.2f}", f"{static['kl']:.4f}", "0", "", "", "0",
-             f"{static['perplexity']:.2f}", f"{static['agreement']:.3f}", _speed(static)]]  # fmt: skip
+    rows = [[
+        f"static top-{budget}", f"{budget:.2f}", f"{static['kl']:.4f}", "0", "", "", "0",
+        f"{static['perplexity']:.2f}", f"{static['agreement']:.3f}", _speed(static),
+    ]]  # fmt: skip
     for cell in sorted(cells, key=lambda cell: cell["effect"]["kl"]["estimate"]):
         effect, nats = cell["effect"]["kl"], cell["effect"]["nats"]
         against = cell.get("against", {}).get("shuffled")

@@ -193,7 +193,8 @@ def ablation(diagnosis):
         _style(axis, "δ (nats of next-token loss)", "FDP", f"layer {layer}; dots: at δ0")
         _together(axes[1, column], diagnosis, layer, routers[0], colours[routers[0]])
     axes[0, 0].legend(frameon=False, fontsize=10, loc="upper left")
-    axes[1, 0].legend(frameon=False, fontsize=10)
+    if axes[1, 0].get_legend_handles_labels()[0]:
+        axes[1, 0].legend(frameon=False, fontsize=10)
     return fig
 
 

@@ -216,6 +216,6 @@ class _Work:
 
 
 def label(router) -> str:
-    """Such as "bh 0.3", "topk 6": the router's name and its main parameter; of several, "by layer"."""
+    """Such as "bh 0.3": the router's name and main parameter, or "by layer" for several."""
     value = getattr(router, router.main)
     return f"{router.name} {'by layer' if isinstance(value, tuple) else format(value, '.3g')}"

@@ -156,9 +156,9 @@ def _of_ablation(diagnosis):
     yield View(
         "False discoveries by ablation, beside alpha",
         "An expert is false at δ if the next token's loss rises by less than δ nats without it "
-        "(also if it falls). FDP: mean over positions of V / max(R, 1), 0 where R = 0; ΣV/ΣR at δ0 has "
-        "no zeros for positions without discoveries. δ0: 95 % of random "
-        "unselected experts, added with their own weight, change the loss by less. An "
+        "(also if it falls). FDP: mean over positions of V / max(R, 1), 0 where R = 0; ΣV/ΣR at "
+        "δ0 has no zeros for positions without discoveries. δ0: 95 % of random unselected "
+        "experts, added with their own weight, change the loss by less. An "
         "operational definition; alpha makes no promise about it. [95 % intervals]",
         table,
     )

@@ -1,11 +1,12 @@
 """Efron's empirical null and the local fdr, from histogram counts.
 
 The bulk of the scores is taken for nulls: a normal fitted to their middle by maximum likelihood,
-with the share pi0 of nulls among all (Efron 2004, "Large-scale simultaneous hypothesis testing: the choice
-of a null hypothesis", JASA 99; Efron 2008, "Microarrays, empirical Bayes and the two-groups
-model", Statistical Science 23, section 4). The definition is statsmodels' `NullDistribution` and
-`local_fdr` on z = (s - median) / (IQR / 1.349); here the same likelihoods are fed from counts, so
-that any amount of text costs the same. Inside a bin the scores are taken as spread evenly.
+with the share pi0 of nulls among all (Efron 2004, "Large-scale simultaneous hypothesis testing:
+the choice of a null hypothesis", JASA 99; Efron 2008, "Microarrays, empirical Bayes and the
+two-groups model", Statistical Science 23, section 4). The definition is statsmodels'
+`NullDistribution` and `local_fdr` on z = (s - median) / (IQR / 1.349); here the same likelihoods
+are fed from counts, so that any amount of text costs the same. Inside a bin the scores are taken
+as spread evenly.
 """
 
 import math

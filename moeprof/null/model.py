@@ -138,7 +138,9 @@ class Null:
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(few)]
 
     def layer(self, index):
-        """The LayerNull of MoE layer `index`, from 0 on; computed when first asked for. Raises IndexError.
+        """The LayerNull of MoE layer `index`, from 0 on, computed when first asked for.
+
+        Raises IndexError.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"layer {index}: the null has {len(self)} layers")
