@@ -1,4 +1,4 @@
-"""What top-k and BH routing cost, as a share of the layer's time.
+"""What routing costs: a share of the layer's time, and each router beside torch.
 
     python tests/bench_router.py --shape qwen3-30b
 

@@ -160,7 +160,6 @@ def test_the_torch_twins_route_as_the_routers_do(name):
     twin = twins.route(made, torch.from_numpy(z), null).numpy()
     same = np.abs(twin - weights).max(axis=1) < 1e-5  # but for what lies on a boundary
     assert same.mean() > 0.99
-    assert (weights > 0).sum() > 500 or name in ("by", "ebh", "local_fdr", "gap_ratio")
 
 
 def test_model(capsys, tmp_path):

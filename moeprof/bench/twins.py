@@ -87,7 +87,8 @@ def storey(router, p, ranks, null):
 
 def ebh(router, seen, ranks, null):
     if router.e == "lr":
-        e = (1 / seen - 1) * (null.pi0 / (1 - null.pi0))
+        odds = null.pi0 / (1 - null.pi0) if null.pi0 < 1 else 0.0
+        e = (1 / seen - 1) * odds
     else:
         e = 0.5 * seen.rsqrt()
     return last(e * (router.alpha * ranks) >= len(ranks), ranks)
