@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import util
-from nulls import random_logits
-from routing import NAMES, any_null, logits_of, make, weights_of
+from nulls import null_of, random_logits
+from routing import NAMES, any_null, logits_of, make, route, weights_of
 from util import narrow
 
 import moeprof
@@ -338,16 +338,31 @@ def test_what_only_an_efron_null_has_is_asked_for():
 
 
 def test_expert_threshold_works_with_each_experts_own_scores():
-    class Whole:
-        def as_kind(self, kind):
-            self.kind = kind
-            return self
-
-        def per_expert(self):
-            return f"{self.kind} per expert"
-
-    assert moeprof.ExpertThreshold().adapt(Whole()) == "all per expert"
+    """Each takes a share rho of the tokens, however few the null has seen."""
+    logits = random_logits(300, 16) + np.linspace(-3, 3, 16, dtype=np.float32)
+    router = moeprof.ExpertThreshold(0.25, max_k=16)
+    null = router.adapt(null_of(logits, kind="efron"))
+    assert null.kind == "all" and null.fallbacks == []
+    experts = route(router, logits, null=null.layer(0)).experts
+    rejections = route(router, logits, null=null.layer(0)).rejections
+    within = np.arange(16) < rejections[:, None]
+    load = np.bincount(experts[within], minlength=16) / len(logits)
+    np.testing.assert_allclose(load, 0.25, atol=2 / 300)
+    with pytest.raises(ValueError, match="expert_threshold needs at least 15 scores of each"):
+        router.adapt(null_of(logits[:14]))
     assert BH().adapt("any") == "any"
+
+
+def test_higher_criticism_looks_at_no_more_than_the_experts():
+    """A beta above 1, which only C can be given, is 1; it read past the arrays."""
+    z = random_logits(20, 64)
+    name, _, *rest = moeprof.HigherCriticism(max_k=64).spec(64, norm="sum")
+    got = [
+        _C.route(z, "float32", (name, (beta, 0.0, 0.0), *rest), 1, False)[3]
+        for beta in (1.0, 20.0, 1e300, np.inf)
+    ]
+    for rejections in got[1:]:
+        np.testing.assert_array_equal(rejections, got[0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ static ptrdiff_t count(const mp_token *token, const double *parameters)
 {
     const double beta = parameters[0], denominator = parameters[1], c = parameters[2];
     const double E = (double)token->num_experts;
-    ptrdiff_t last = beta > 0 ? (ptrdiff_t)floor(beta * E) : token->num_experts;
+    /* beta > 1 must not read past the experts: whoever calls C directly may give it. */
+    ptrdiff_t last = beta > 0 && beta < 1 ? (ptrdiff_t)floor(beta * E)
+                                          : token->num_experts;
     if (denominator == RANK && last == token->num_experts)
         last--; /* v would be 0 */
     double h[MP_MAX_EXPERTS];

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -57,6 +58,10 @@ class Null:
         self._check_alpha_min()
         if self.kind != "trimmed" and (self.r_high or self.r_low):
             raise ValueError("r_high and r_low belong to kind='trimmed'")
+        if min(self.r_high, self.r_low) < 0:
+            raise ValueError("r_high and r_low: expected at least 0")
+        if not re.fullmatch("[0-9a-f]{64}", self.text_digest):
+            raise ValueError(f"text_digest: expected 64 hex digits, got {self.text_digest!r}")
         counts, sample = self.counts, self.router_sample
         if counts.ndim != 3 or counts.shape[2] != BINS or counts.dtype != np.uint64:
             raise ValueError(f"expected counts (L,E,{BINS}) uint64, got {counts.shape}")

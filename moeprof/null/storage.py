@@ -12,6 +12,7 @@ import numpy as np
 from ..files import write_whole
 
 FORMAT, VERSION = "moeprof-null", 2
+FACTS_DIGEST = "moeprof-null-facts"  # of .safetensors only: .npz has a CRC over every member
 SUFFIXES = (".safetensors", ".npz")
 
 
@@ -28,6 +29,10 @@ def _checksum(arrays):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(arrays[name]))
     return digest.hexdigest()
+
+
+def _digest(facts):
+    return hashlib.sha256(facts.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def write_null(path, arrays, facts):
@@ -73,7 +78,7 @@ def _pack(arrays, facts, suffix):
     if suffix == ".safetensors":
         from safetensors.numpy import save
 
-        return save(arrays, {FORMAT: facts})
+        return save(arrays, {FORMAT: facts, FACTS_DIGEST: _digest(facts)})
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays, **{FORMAT: np.array(facts)})
     return buffer.getvalue()
@@ -95,7 +100,10 @@ def _unpack(data, suffix):
         if suffix == ".safetensors":
             arrays = _load_safetensors(data)  # first: it checks the header
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            return arrays, json.loads(header["__metadata__"][FORMAT])
+            facts = header["__metadata__"][FORMAT]
+            if header["__metadata__"][FACTS_DIGEST] != _digest(facts):
+                raise ValueError("the checksum of its facts differs")
+            return arrays, json.loads(facts)
         with zipfile.ZipFile(io.BytesIO(data)):  # np.load would take other kinds of file too
             arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
         return arrays, json.loads(str(arrays.pop(FORMAT)))

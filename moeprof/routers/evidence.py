@@ -308,7 +308,8 @@ class ExpertThreshold(OnNull):
     """R = #{s_e above that expert's own 1 - rho quantile} = #{p_e <= rho}.
 
     The p-values are of a null of every score of each expert, which :meth:`adapt` makes of a
-    complete one: then each expert takes a share rho of the tokens.
+    complete one: then each expert takes a share rho of the tokens. A null fitted to fewer than
+    E - 1 tokens is an error. Under any other null (of a layer, "normal") it is FixedP(rho).
 
     Parameters
     ----------
@@ -323,7 +324,15 @@ class ExpertThreshold(OnNull):
     main: ClassVar[str] = "rho"
 
     def adapt(self, null):
-        return null.as_kind("all").per_expert() if hasattr(null, "as_kind") else null
+        if not hasattr(null, "as_kind"):
+            return null
+        own = null.as_kind("all").per_expert(1.0)
+        if own.fallbacks:
+            raise ValueError(
+                f"null: {self.name} needs at least {own.counts.shape[1] - 1} scores of each "
+                f"expert, got {own.tokens}"
+            )
+        return own
 
     def count(self, tokens: Tokens) -> np.ndarray:
         return (tokens.p <= self.rho).sum(axis=1)
