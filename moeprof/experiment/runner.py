@@ -10,7 +10,7 @@ import numpy as np
 import moeprof
 
 from .. import demo
-from ..decoding import decode
+from ..decoding import cache_of, decode
 from .configurations import as_configuration
 from .heldout import calibration_passages, evaluate, heldout_windows
 
@@ -63,7 +63,7 @@ def greedy(model, ids, new_tokens):
         tokens = [out.logits[:, -1:].argmax(dim=-1)]
         start = time.perf_counter()
         for _ in range(new_tokens - 1):
-            out = decode(model, tokens[-1], out.past_key_values)
+            out = decode(model, tokens[-1], cache_of(out))
             tokens.append(out.logits[:, -1:].argmax(dim=-1))
         seconds = time.perf_counter() - start
     return torch.cat(tokens, dim=1)[0].tolist(), seconds
