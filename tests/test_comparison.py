@@ -26,7 +26,7 @@ from moeprof.comparison.effects import Table, interpolate, verdict
 from moeprof.comparison.findings import findings
 from moeprof.comparison.plan import plan_tables
 from moeprof.comparison.report import console_tables, report
-from moeprof.comparison.splits import demo_documents, make_splits, split_documents
+from moeprof.comparison.splits import Splits, demo_documents, make_splits, split_documents
 from moeprof.comparison.store import Store, frame
 from moeprof.evaluation import Reference, collect
 from moeprof.experiment.heldout import HeldOut, Window
@@ -36,7 +36,9 @@ FILES = ["comparison.csv", "comparison.json", "comparison.png", "comparison_repo
 
 def text(windows=((0, 12), (0, 12), (1, 12), (2, 9)), domains=("a", "a", "b")):
     pieces = [Window(d, token_ids(1, n, seed=i), n) for i, (d, n) in enumerate(windows)]
-    return HeldOut(pieces, [{"domain": domain} for domain in domains])
+    tokens = [sum(n for d, n in windows if d == index) for index in range(len(domains))]
+    pairs = zip(domains, tokens, strict=True)
+    return HeldOut(pieces, [{"domain": domain, "tokens": size} for domain, size in pairs])
 
 
 # ---------------------------------------------------------------- texts
@@ -85,6 +87,37 @@ def test_a_copy_of_a_document_is_in_no_other_part():
         split_documents([demo.Document("a", str(i), "same") for i in range(8)])
 
 
+def test_the_test_text_only_tests(monkeypatch):
+    """Parameters, split, popularity and the oracle's thresholds are from the budget text."""
+    seen = []
+
+    def spied(owner, name, place):
+        function = getattr(owner, name)
+
+        def spy(*args, **kwargs):
+            seen.append((name, args[place]))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    model = olmoe(num_experts=12, num_experts_per_tok=4)
+    budget, test = text(), text(((0, 11), (1, 10), (2, 13)))
+    for owner, name, place in (
+        (runner, "collect", 1), (runner, "find", 2), (runner, "sensitivity", 1),
+        (Oracle, "set_budget", 1), (runner, "Reference", 1),
+    ):  # fmt: skip
+        spied(owner, name, place)
+    nulls = runner.Nulls(model, None, [], "normal")
+    plans = plan_tables(4, 12, ["reduction"], [2])
+    contenders = [c for c in CONTENDERS if c.name in ("bh", "top_p")]
+    made = runner.Comparison(model, Splits([], budget, test), nulls, contenders, plans, [])
+    made.run()
+    wanted = {"collect", "find", "sensitivity", "set_budget"}
+    assert {name for name, read in seen if read is budget} == wanted
+    assert {name for name, read in seen if read is not budget} == {"Reference"}
+    assert all(len(c["by_document"]["kl"]) == 3 for c in made.cells if c["status"] == "measured")
+
+
 # ---------------------------------------------------------------- controls
 
 
@@ -116,6 +149,13 @@ def test_a_shuffle_has_the_routers_numbers_of_experts():
         assert Counter(own.tolist()) == Counter(other.tolist())
     routers = with_counts(router, dealt, null=moeprof.null.NORMAL, norm="none", top_k=2)
     assert np.array_equal(collect(model, heldout, routers).counts, dealt)
+
+
+def test_a_shuffle_depends_on_neither_the_place_nor_the_other_layer():
+    own = np.tile(np.repeat(np.arange(1, 9), 250), (2, 1))
+    dealt = shuffled(own, 0)
+    for one, other in ((dealt[0], own[0]), (dealt[1], own[1]), (dealt[0], dealt[1])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.1  # 4.5 standard errors
 
 
 def test_weights_of_a_cut_routing_have_the_promised_sum():

@@ -120,8 +120,8 @@ def made_up(rejections, counts, single, added):
 def test_fdp_by_hand():
     """Forced experts are no discoveries, one that hurts is false, no discovery counts as 0."""
     found = made_up(
-        rejections=[2, 0, 4], counts=[2, 1, 3],
-        single=[[0.5, -0.2], [-1.0], [0.4, 0.05, 0.15]], added=[0.1, -0.01, 0.02],
+        rejections=[2, 0, 4], counts=[3, 1, 3],
+        single=[[0.5, -0.2, -0.9], [-1.0], [0.4, 0.05, 0.15]], added=[-0.1, 0.01, 0.02],
     )  # fmt: skip
     rows = list(discovery_rows(found, "bh", np.zeros(3, int), 50))
     value = {(r["table"], r["layer"], r["quantity"], r["at"]): r["estimate"] for r in rows}
@@ -129,7 +129,7 @@ def test_fdp_by_hand():
     assert value["fdp", 0, "FDP(delta0)", None] == pytest.approx((1 / 2 + 0 + 1 / 3) / 3)
     assert value["fdp", 0, "false of all", None] == pytest.approx(2 / 5)
     assert value["fdp", 0, "FDP(0)", None] == pytest.approx((1 / 2 + 0 + 0) / 3)
-    assert value["fdp", 0, "forced by min_k", None] == pytest.approx(1 / 3)
+    assert value["fdp", 0, "forced by min_k", None] == pytest.approx(2 / 3)
     assert value["fdp curve", 0, "FDP", DELTAS[-1]] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
     assert all(value["fdp", ALL, name, None] == value["fdp", 0, name, None] for name in FDP)
 
