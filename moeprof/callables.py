@@ -13,7 +13,7 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
     """(weights (T, k), experts (T, k) with -1) of what a callable returned for logits (T, E).
 
     Accepted: dense weights (T, E), zero where an expert is not selected; (weights (T, k) or
-    (T, E), experts (T, k)); a RoutingResult or RoutingStats.
+    (T, E), experts (T, k)), for k = E by slot; a RoutingResult or RoutingStats.
 
     Raises
     ------
@@ -21,7 +21,7 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
         "Router output format unexpected ...", naming the layer and what came.
     """
     if isinstance(output, RoutingResult | RoutingStats):
-        output = output.routing_weights, output.selected_experts
+        output = _by_slot(output.routing_weights, output.selected_experts, logits)
     if isinstance(output, Tensor):
         if output.shape == logits.shape and output.is_floating_point():
             return _slots(output)
@@ -34,6 +34,18 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
         f"({tokens}, {num_experts}) or (weights, experts ({tokens}, k)); got "
         f"{describe_output(output)}"
     )
+
+
+def _by_slot(dense: Any, experts: Any, logits: Tensor) -> tuple[Any, Any]:
+    """A RoutingResult's weights, one for each expert, in the order of its slots.
+
+    With max_k = E both are (T, E), and only the type says that the weights are no slots'.
+    """
+    tensors = isinstance(dense, Tensor) and isinstance(experts, Tensor)
+    if tensors and dense.shape == logits.shape and experts.dtype == torch.int64:
+        if experts.dim() == 2 and len(experts) == len(dense):
+            dense = dense.gather(1, experts.clamp(0, logits.shape[1] - 1))
+    return dense, experts
 
 
 def _slots(dense: Tensor) -> tuple[Tensor, Tensor]:

@@ -358,6 +358,7 @@ def test_with_budget_reports_what_it_did(loaded, null):
     )
     for shown in (repr(report), report._repr_html_()):
         assert "held-out" in shown and f"{router.alpha:.6g}" in shown
+    assert max(map(len, repr(report).split("\n"))) <= 100
 
 
 @pytest.mark.parametrize("name", ["fixed_p", "min_p", "local_fdr", "gap_ratio"])

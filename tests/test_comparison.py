@@ -26,7 +26,7 @@ from moeprof.comparison.effects import Table, interpolate, verdict
 from moeprof.comparison.findings import findings
 from moeprof.comparison.plan import plan_tables
 from moeprof.comparison.report import console_tables, report
-from moeprof.comparison.splits import demo_documents, make_splits, split_documents
+from moeprof.comparison.splits import Splits, demo_documents, make_splits, split_documents
 from moeprof.comparison.store import Store, frame
 from moeprof.evaluation import Reference, collect
 from moeprof.experiment.heldout import HeldOut, Window
@@ -36,7 +36,9 @@ FILES = ["comparison.csv", "comparison.json", "comparison.png", "comparison_repo
 
 def text(windows=((0, 12), (0, 12), (1, 12), (2, 9)), domains=("a", "a", "b")):
     pieces = [Window(d, token_ids(1, n, seed=i), n) for i, (d, n) in enumerate(windows)]
-    return HeldOut(pieces, [{"domain": domain} for domain in domains])
+    tokens = [sum(n for d, n in windows if d == index) for index in range(len(domains))]
+    pairs = zip(domains, tokens, strict=True)
+    return HeldOut(pieces, [{"domain": domain, "tokens": size} for domain, size in pairs])
 
 
 # ---------------------------------------------------------------- texts
@@ -64,13 +66,56 @@ def test_windows_are_one_of_each_document():
 
 
 def test_a_users_documents_are_split_within_domains():
-    documents = [demo.Document("ab"[i % 2], str(i), "x") for i in range(16)]
+    documents = [demo.Document("ab"[i % 2], str(i), f"text {i}") for i in range(16)]
     parts = split_documents(documents)
     assert {part: len(found) for part, found in parts.items()} == {
         "null": 4, "budget": 4, "test": 8,
     }  # fmt: skip
     assert all(Counter(d.domain for d in found)["a"] * 2 == len(found) for found in parts.values())
     assert sorted(d.name for found in parts.values() for d in found) == sorted(map(str, range(16)))
+
+
+def test_a_copy_of_a_document_is_in_no_other_part():
+    texts = ["one", "two", "one", "three", "two", "four", "one", "five"]
+    parts = split_documents([demo.Document("a", str(i), t) for i, t in enumerate(texts)])
+    found = {part: [(d.name, d.text) for d in documents] for part, documents in parts.items()}
+    assert found == {
+        "null": [("0", "one"), ("7", "five")], "budget": [("1", "two")],
+        "test": [("3", "three"), ("5", "four")],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="has 1 different document"):
+        split_documents([demo.Document("a", str(i), "same") for i in range(8)])
+
+
+def test_the_test_text_only_tests(monkeypatch):
+    """Parameters, split, popularity and the oracle's thresholds are from the budget text."""
+    seen = []
+
+    def spied(owner, name, place):
+        function = getattr(owner, name)
+
+        def spy(*args, **kwargs):
+            seen.append((name, args[place]))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    model = olmoe(num_experts=12, num_experts_per_tok=4)
+    budget, test = text(), text(((0, 11), (1, 10), (2, 13)))
+    for owner, name, place in (
+        (runner, "collect", 1), (runner, "find", 2), (runner, "sensitivity", 1),
+        (Oracle, "set_budget", 1), (runner, "Reference", 1),
+    ):  # fmt: skip
+        spied(owner, name, place)
+    nulls = runner.Nulls(model, None, [], "normal")
+    plans = plan_tables(4, 12, ["reduction"], [2])
+    contenders = [c for c in CONTENDERS if c.name in ("bh", "top_p")]
+    made = runner.Comparison(model, Splits([], budget, test), nulls, contenders, plans, [])
+    made.run()
+    wanted = {"collect", "find", "sensitivity", "set_budget"}
+    assert {name for name, read in seen if read is budget} == wanted
+    assert {name for name, read in seen if read is not budget} == {"Reference"}
+    assert all(len(c["by_document"]["kl"]) == 3 for c in made.cells if c["status"] == "measured")
 
 
 # ---------------------------------------------------------------- controls
@@ -104,6 +149,13 @@ def test_a_shuffle_has_the_routers_numbers_of_experts():
         assert Counter(own.tolist()) == Counter(other.tolist())
     routers = with_counts(router, dealt, null=moeprof.null.NORMAL, norm="none", top_k=2)
     assert np.array_equal(collect(model, heldout, routers).counts, dealt)
+
+
+def test_a_shuffle_depends_on_neither_the_place_nor_the_other_layer():
+    own = np.tile(np.repeat(np.arange(1, 9), 250), (2, 1))
+    dealt = shuffled(own, 0)
+    for one, other in ((dealt[0], own[0]), (dealt[1], own[1]), (dealt[0], dealt[1])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.1  # 4.5 standard errors
 
 
 def test_weights_of_a_cut_routing_have_the_promised_sum():
@@ -309,6 +361,14 @@ def test_findings_without_a_difference_and_without_adaptivity():
     assert "bh (reduction, equal, worse than shuffled, budget 4)" in worse
 
 
+def test_no_share_of_a_gain_that_the_oracle_does_not_show():
+    text = said(
+        made_cell(shift=-0.02), made_cell("oracle", "oracle", shift=-0.001, noise=0.05, seed=4),
+        made_cell("random", "random R", shift=0.04, seed=5),
+    )  # fmt: skip
+    assert "Bounds at 4" in text and "of the oracle's gain" not in text
+
+
 def test_cells_out_of_reach_are_named_with_the_interval():
     missing = {
         "table": "reduction", "role": "router", "contender": "ebh (lr)", "allocation": "equal",
@@ -404,6 +464,7 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
     [
         (["--routers", "nonsense"], "router: expected one of"),
         (["--tables", "c"], "--tables: expected some of reduction, wide, got 'c'"),
+        (["--routers", ""], "router: expected some of"),
         (["--budgets", "0"], "expected a number from 1"),
         (["--budgets", "40"], "budgets: expected some of 2 to 7"),
         (["--text", "missing.txt"], "can't be read"),
@@ -422,6 +483,23 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "changes", [{"kind": "trimmed"}, {"score": "logit"}, {"alpha_min": 0.5}], ids=str
+)
+def test_a_null_that_is_not_what_the_tables_call_it_is_refused_first(
+    changes, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    null = demo.null()
+    for name, value in changes.items():
+        object.__setattr__(null, name, value)
+    monkeypatch.setattr(moeprof.Null, "load", lambda path: null)
+    assert main(["compare", "--null", "some.npz"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--null: expected an efron null on logprob" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_text_of_ones_own_says_what_is_expected(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
@@ -430,7 +508,7 @@ def test_text_of_ones_own_says_what_is_expected(tmp_path, monkeypatch, capsys):
     assert "a.jsonl, line 2" in error and error.count("\n") == 1
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert main(["compare", "--text", "a.jsonl"]) == 2
-    assert "has 2 document(s), expected at least 4" in capsys.readouterr().err
+    assert "has 2 different document(s), expected at least 4" in capsys.readouterr().err
 
 
 def test_a_store_that_cannot_be_written_is_refused_first(tmp_path):

@@ -19,6 +19,7 @@ from moeprof.diagnosis.discoveries import DELTAS, FDP, discovery_rows
 from moeprof.diagnosis.pvalues import selection_rows
 from moeprof.diagnosis.rows import ALL
 from moeprof.diagnosis.seen import Seen, Selected, entropy
+from moeprof.diagnosis.views import views
 from moeprof.evaluation import bootstrap
 from moeprof.experiment.heldout import HeldOut, Window, heldout_windows
 from moeprof.routers import BH, FixedP, TopK
@@ -119,8 +120,8 @@ def made_up(rejections, counts, single, added):
 def test_fdp_by_hand():
     """Forced experts are no discoveries, one that hurts is false, no discovery counts as 0."""
     found = made_up(
-        rejections=[2, 0, 4], counts=[2, 1, 3],
-        single=[[0.5, -0.2], [-1.0], [0.4, 0.05, 0.15]], added=[0.1, -0.01, 0.02],
+        rejections=[2, 0, 4], counts=[3, 1, 3],
+        single=[[0.5, -0.2, -0.9], [-1.0], [0.4, 0.05, 0.15]], added=[-0.1, 0.01, 0.02],
     )  # fmt: skip
     rows = list(discovery_rows(found, "bh", np.zeros(3, int), 50))
     value = {(r["table"], r["layer"], r["quantity"], r["at"]): r["estimate"] for r in rows}
@@ -128,7 +129,7 @@ def test_fdp_by_hand():
     assert value["fdp", 0, "FDP(delta0)", None] == pytest.approx((1 / 2 + 0 + 1 / 3) / 3)
     assert value["fdp", 0, "false of all", None] == pytest.approx(2 / 5)
     assert value["fdp", 0, "FDP(0)", None] == pytest.approx((1 / 2 + 0 + 0) / 3)
-    assert value["fdp", 0, "forced by min_k", None] == pytest.approx(1 / 3)
+    assert value["fdp", 0, "forced by min_k", None] == pytest.approx(2 / 3)
     assert value["fdp curve", 0, "FDP", DELTAS[-1]] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
     assert all(value["fdp", ALL, name, None] == value["fdp", 0, name, None] for name in FDP)
 
@@ -258,6 +259,19 @@ def test_summary_fits_the_width_and_is_honest(small):
     assert "A false discovery rate is a statement against that null" in words
     assert "fewer than the 1,000 positions" in words
     assert "<table" in small._repr_html_() and "patched" in small._repr_html_()
+
+
+def test_an_alpha_for_each_layer_and_positions_in_few_documents(loaded, null):
+    """As `with_budget(per_layer=True)` returns a router; 6 positions are in 6 documents."""
+    router = BH((0.1, 0.2, 0.3, 0.4))
+    found = null.diagnose(
+        *loaded, router=router, calibration=[], positions=6, tokens=4096, draws=20,
+        show_progress=False,
+    )  # fmt: skip
+    words = " ".join(found.summary().split())
+    assert "6 positions in 6 documents" in words and "times alpha" not in words
+    table = next(v for v in views(found) if v.title.startswith("False discoveries")).frame
+    assert list(table["alpha"][:5]) == ["0.1", "0.2", "0.3", "0.4", ""]
 
 
 def test_files_are_written_whole(small, tmp_path):

@@ -109,6 +109,16 @@ def test_a_python_router_routes_as_the_models_own(router):
     torch.testing.assert_close(out, stock, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 2, 7, 8])
+def test_a_result_of_moeprofs_functions_has_a_weight_for_each_expert(k):
+    """Also with max_k = E, where weights by expert and by slot have one shape."""
+    model = olmoe()
+    wanted, _ = run(model, TopK(k), norm="sum")
+    out, counts = run(model, lambda z: moeprof.topk_routing(z, k))
+    assert counts == [[k], [k]]
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_python_router_may_skip_tokens():
     model = olmoe()
     out, counts = run(model, lambda z: torch.zeros_like(z))

@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 import time
 import warnings
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..adapters import adapter_of, find_moe_blocks
+from ..console import WIDTH
 from ..evaluation import bootstrap, collect
 from ..evaluation.routing import model_norm
 from ..experiment.heldout import HELDOUT_TOKENS, HeldOut, heldout_windows
@@ -96,7 +98,7 @@ class BudgetReport:
 
     def __repr__(self) -> str:
         tables = [_plain(*table) for table in self._tables()]
-        return "\n".join([*self._lines(), *tables])
+        return "\n".join([*(textwrap.fill(line, WIDTH) for line in self._lines()), *tables])
 
     def _repr_html_(self) -> str:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())

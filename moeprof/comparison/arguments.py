@@ -45,8 +45,9 @@ def add_compare(commands, model_name):
     )
     parser.add_argument(
         "--null", metavar="FILE",
-        help="a null of `moeprof calibrate` for the routers on the efron null; it must not have "
-        "seen the other texts; default: the demo model's own, else fitted first",
+        help="a null of `moeprof calibrate` (efron, on logprob, one per layer: what the tables "
+        "call efron); it must not have seen the other texts; default: the demo model's own, else "
+        "fitted first",
     )
     parser.add_argument(
         "--seed", type=integer(0, 2**32 - 1), default=0,
@@ -82,7 +83,7 @@ def _run(arguments):
         documents = demo_documents()
     else:
         documents = split_documents(read_documents(arguments.text))
-    null = None if arguments.null is None else Null.load(arguments.null)
+    null = None if arguments.null is None else _efron(Null.load(arguments.null))
     if arguments.model is not None:
         check_model(arguments.model)
     store = Store(arguments.out)
@@ -91,6 +92,17 @@ def _run(arguments):
     console = make_console()
     name = DEMO if arguments.model is None else arguments.model
     compare(comparison, store, _facts(arguments, model, name), console)
+
+
+def _efron(null):
+    """The null, if it is what all tables and sentences say of it."""
+    if (null.kind, null.score, null.alpha_min) != ("efron", "logprob", None):
+        each = " per expert" if null.alpha_min is not None else ""
+        raise ValueError(
+            "--null: expected an efron null on logprob, one per layer, as the tables name it; "
+            f"got {null.kind} on {null.score}{each}"
+        )
+    return null
 
 
 def _comparison(arguments, model, tokenizer, contenders, documents, null):

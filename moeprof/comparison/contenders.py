@@ -60,11 +60,14 @@ CONTENDERS = (
 def choose_contenders(names=None):
     """The contenders of these names, in the order of the tables; all of them for None.
 
-    A router's own name stands for all of its contenders. ValueError for an unknown one.
+    A router's own name stands for all of its contenders. ValueError for an unknown name and
+    for no name.
     """
     known = [c for c in CONTENDERS if c.router in REGISTRY]
     if names is None:
         return known
+    if not names:
+        raise ValueError(f"router: expected some of {[c.name for c in known]}, got none")
     for name in names:
         if not any(name in (c.name, c.router) for c in known):
             raise ValueError(f"router: expected one of {[c.name for c in known]}, got {name!r}")

@@ -178,7 +178,7 @@ def _thresholds(view):
 
 
 def _allocation(view):
-    for table, plan in view.tables.items():
+    for table in view.tables:
         static = view.cells(role=STATIC, table=table, allocation="free")
         if not static:
             continue
@@ -191,7 +191,7 @@ def _allocation(view):
         ahead = [c for c in adaptive if verdict(c["against"][STATIC]) == BETTER]
         yield (
             f"Table {table}: experts split over the layers by sensitivity make static top-k itself "
-            f"better at {len(won)} of {len(plan['budgets'])} budgets (most at {gain['budget']}: "
+            f"better at {len(won)} of {len(static)} budgets (lowest at {gain['budget']}: "
             f"{gain['effect']['kl']['estimate']:+.4f}). On the same split, {len(ahead)} of "
             f"{len(adaptive)} adaptive cells beat it"
             + (f" ({_names(ahead)})." if ahead else ".")
@@ -227,7 +227,7 @@ def _bounds(view):
             oracle, chance = (found[role]["effect"]["kl"] for role in (ORACLE, RANDOM))
             routers = view.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
             best = min((c["effect"]["kl"]["estimate"] for c in routers), default=np.nan)
-            share = best / oracle["estimate"] if oracle["estimate"] < 0 else np.nan
+            share = best / oracle["estimate"] if verdict(oracle) == BETTER else np.nan
             text = (
                 f"Bounds at {budget} (table {table}): random numbers of experts "
                 f"{chance['estimate']:+.4f}, the oracle {oracle['estimate']:+.4f}"

@@ -38,17 +38,21 @@ class Splits(NamedTuple):
 def split_documents(documents):
     """{"null", "budget", "test": documents}: a quarter, a quarter and half of every domain.
 
+    Of documents with the same text the first one counts: a copy could be in two parts.
     Raises ValueError, saying what is expected, where a domain has fewer than four documents.
     """
     parts, seen = {"null": [], "budget": [], "test": []}, {}
+    different = {}
     for document in documents:
+        different.setdefault(document.text, document)
+    for document in different.values():
         place = seen.setdefault(document.domain, 0)
         parts[TURNS[place % len(TURNS)]].append(document)
         seen[document.domain] += 1
     for domain, count in seen.items():
         if count < len(TURNS):
             raise ValueError(
-                f"--text: domain {domain!r} has {count} document(s), expected at least "
+                f"--text: domain {domain!r} has {count} different document(s), expected at least "
                 f"{len(TURNS)}; {EXPECTED}"
             )
     return parts

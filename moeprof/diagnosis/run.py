@@ -88,6 +88,9 @@ def diagnose(
             rows += work.ablations(compared, places, bar)
     facts = describe(model, null, router, text) | {
         "norm": norm, "seed": seed, "draws": draws, "positions": positions,
+        "ablated_documents": len(
+            {w.document for w, at in zip(text.windows, places, strict=True) if len(at)}
+        ),
         "compared": {name: repr(one) for name, one in compared.items()},
         "seconds": round(time.perf_counter() - begun, 1),
     }  # fmt: skip

@@ -145,7 +145,7 @@ def _of_ablation(diagnosis):
     })  # fmt: skip
     curve = diagnosis.to_frame("fdp curve")
     table.insert(2, "experts", short["experts"])
-    table.insert(3, "alpha", "" if alpha is None else f"{alpha:g}")
+    table.insert(3, "alpha", [_alpha(alpha, layer) for layer in table["layer"]])
     table.loc[table["router"] != frame["routing"].iloc[0], "alpha"] = ""
     table.insert(4, "δ0", short["δ0"])
     table["ΣV/ΣR"] = short["V/R pooled"]
@@ -163,6 +163,13 @@ def _of_ablation(diagnosis):
         table,
     )
     yield from _joint(diagnosis)
+
+
+def _alpha(alpha, layer):
+    """The alpha of a row, where a router has one for each layer that layer's."""
+    if not isinstance(alpha, tuple | list):
+        return "" if alpha is None else f"{alpha:g}"
+    return "" if layer == "all" else f"{alpha[int(layer)]:.3g}"
 
 
 def _distance(ratio):
@@ -228,9 +235,13 @@ def _floors(diagnosis):
 
 def _ablation_findings(diagnosis):
     facts, alpha = diagnosis.facts, diagnosis.facts["alpha"]
+    by_layer = isinstance(alpha, tuple | list)
     frame = diagnosis.to_frame("fdp").set_index(["routing", "layer", "quantity"])
-    used = len({d["name"] for d in facts["heldout_documents"]})
-    yield f"Ablation: {facts['positions']:,} positions in {used} documents, the same for all."
+    used = facts["ablated_documents"]
+    yield (
+        f"Ablation: {facts['positions']:,} positions in {used} document{'s' * (used != 1)}, the "
+        "same for all."
+    )
     if facts["positions"] < 1000 or used < 40:
         yield "That is fewer than the 1,000 positions and 40 documents that the report asks for."
     for name in facts["compared"]:
@@ -243,7 +254,7 @@ def _ablation_findings(diagnosis):
             f"{_value(row, '.2f')} are false at δ0, {_value(hurt, '.2f')} hurt (a position without "
             f"discoveries counts as 0); of all discoveries together {_value(pooled, '.2f')} are"
         )
-        if name == next(iter(facts["compared"])) and alpha is not None:
+        if name == next(iter(facts["compared"])) and alpha is not None and not by_layer:
             where = "inside" if row["low"] <= alpha <= row["high"] else "outside"
             line += (
                 f"; alpha is {alpha:g}, {where} that interval, and FDP(δ0) is "
