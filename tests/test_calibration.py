@@ -96,6 +96,13 @@ def test_fitting_counts_what_the_gates_give(model, kind, score):
     np.testing.assert_allclose(null.largest, counter.largest, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("k", "half"), [(1, 1), (2, 1), (3, 2), (6, 3)])
+def test_half_of_the_top_k_is_trimmed_rounded_up(k, half):
+    """A router's own choice is left out where it is one expert, too."""
+    null = fit(olmoe(layers=1, num_experts_per_tok=k), kind="trimmed")
+    assert (null.r_high, null.r_low) == (half, half)
+
+
 def test_a_fit_takes_no_special_tokens_and_windows_of_any_text(model):
     # Windows of 8 of "abcdefghij": 7 + 1 tokens counted; 1 left over is none.
     assert fit(model, ["abcdefghij"], window=8).tokens == 8

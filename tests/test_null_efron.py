@@ -1,6 +1,7 @@
 """Efron's null and the local fdr against statsmodels; conformal p-values; pure noise."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -110,6 +111,14 @@ def test_a_narrow_null_keeps_p_above_0():
     np.testing.assert_allclose(layer.p_values(logits), layer.reference(logits), rtol=1e-12)
 
 
+def test_a_null_as_narrow_as_a_bin_is_told():
+    with pytest.warns(UserWarning, match="the middle half of the scores lies within 1/128"):
+        null_of(np.zeros((50, 8), np.float32), kind="efron").layer(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        null_of(LOGITS["narrow"], kind="efron", score="logit").layer(0)
+
+
 def test_scores_in_lumps_give_a_table_too():
     for lumps in ([-10, -10, 10, 10], [-10, -10, 10], [-20, -1, 1, 20], [-3, -3, -3, 5]):
         logits = np.array([lumps] * 50, np.float32)
@@ -117,8 +126,29 @@ def test_scores_in_lumps_give_a_table_too():
         assert np.isfinite(table).all() and (table[3:] > 0).all()
 
 
+@pytest.mark.parametrize(("score", "side"), [("logprob", 1), ("logit", 1), ("logit", -1)])
+def test_scores_outside_the_histogram_are_an_error(score, side):
+    """The middle would be the outer bin, and what lies inside would all be rejected."""
+    logits = side * (random_logits(300, 16, scale=60.0) - (0 if score == "logprob" else 60))
+    null = null_of(logits, kind="efron", score=score)
+    with pytest.raises(ValueError, match=r"no efron null .* outside \[-32, 32\]"):
+        null.layer(0)
+    assert null.as_kind("all").layer(0).table.shape == (3 + 8193,)
+    few = np.where(np.arange(16) < 2, side * np.float32(-50), random_logits(300, 16))
+    assert np.isfinite(null_of(few, kind="efron", score=score).layer(0).table).all()
+
+
+@pytest.mark.filterwarnings("ignore:efron. the middle half")
+def test_a_density_that_cannot_be_fitted_is_told():
+    logits = np.zeros((2000, 64), np.float32)
+    logits[:, :10] = np.random.default_rng(0).standard_normal((2000, 10))
+    layer = null_of(logits, kind="efron", score="logit").layer(0)
+    with pytest.raises(ValueError, match="no local fdr can be fitted: the scores leave"):
+        _ = layer.local_fdr
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 5])
-@pytest.mark.filterwarnings("ignore:Perfect separation")
+@pytest.mark.filterwarnings("ignore:Perfect separation", "ignore:efron. the middle half")
 def test_one_value_and_few_tokens_give_a_table_or_an_error(tokens):
     for logits in (np.zeros((tokens, 4), np.float32), random_logits(tokens, 4)):
         layer = null_of(logits, kind="efron").layer(0)

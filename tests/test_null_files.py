@@ -45,6 +45,9 @@ def test_merging_different_nulls_is_an_error():
         null.merge(null_of(logits, kind="trimmed", r_high=1))
     with pytest.raises(ValueError, match="different models"):
         null.merge(null_of(logits, logits))
+    for other in (null.router_sample + 1, null.router_sample[:, :3]):  # of the same shape
+        with pytest.raises(ValueError, match="different models: 'toy', 'its copy'"):
+            null.merge(replace(null, router_sample=other, model_name="its copy"))
 
 
 @settings(max_examples=25, deadline=None)

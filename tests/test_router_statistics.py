@@ -347,6 +347,63 @@ def test_higher_criticism_scores_are_those_of_fdrtool(case):
     assert R == (above.argmax() + 1 if (above > 0).any() else 0)
 
 
+# ---- the definitions again, by another hand, row by row: neither C nor count() ----
+
+
+def by_definition(name, row, own, limits):
+    """R of float64 logits, from the table in statistics.md."""
+    E, z = len(row), np.sort(row)[::-1]
+    p = np.exp(z - z[0]) / np.exp(z - z[0]).sum()
+    if name == "top_p":
+        return min(r for r in range(1, E + 1) if p[:r].sum() >= own["P"] or r == E)
+    if name == "min_p":
+        return sum(p_i > own["t"] * p[0] for p_i in p)
+    if name == "entropy":
+        return min(E, int(np.ceil(own["c"] * np.exp(-(p * np.log(p)).sum()))))
+    if name == "kneedle":
+        y = p if own["on"] == "prob" else np.log(p)
+        h = {r: (y[0] - y[r - 1]) / (y[0] - y[-1]) - (r - 1) / (E - 1) for r in range(1, E + 1)}
+    else:
+        h = {r: np.log(p[r - 1] / p[r]) for r in range(limits[0], min(limits[1], E - 1) + 1)}
+    return max(h, key=lambda r: h[r] + own["c"] * r)
+
+
+@pytest.mark.parametrize(("name", "own"), [
+    ("top_p", {"P": 0.3}), ("top_p", {"P": 0.9}), ("min_p", {"t": 0.05}), ("min_p", {"t": 0.6}),
+    ("entropy", {"c": 0.2}), ("entropy", {"c": 1.0}), ("kneedle", {"on": "prob", "c": 0.0}),
+    ("kneedle", {"on": "log", "c": 0.01}), ("gap_ratio", {"c": 0.0}), ("gap_ratio", {"c": 0.1}),
+])  # fmt: skip
+def test_routers_on_logits_by_their_definitions(name, own):
+    for experts, limits in ((8, (1, 8)), (8, (3, 5)), (64, (2, 16)), (64, (1, 64))):
+        z = random_logits(200, experts)
+        router = make(name, experts, **own, min_k=limits[0], max_k=limits[1])
+        expected = [by_definition(name, row.astype(float), own, limits) for row in z]
+        np.testing.assert_array_equal(route(router, z).rejections, expected)
+
+
+@pytest.mark.parametrize("name", ("local_fdr", "lr", "calibrator"))
+def test_routers_on_lfdr_and_e_values_by_their_definitions(name):
+    null, z = layer_null("logit", E), random_logits(300, E)
+    null = replace(null, local_fdr=null.local_fdr**2)
+    z[:, :4] += np.random.default_rng(0).exponential(8, (300, 4)).astype(np.float32)
+    s = z.astype(float)
+    lfdr = np.sort(np.interp(s, -32 + np.arange(8193) / 128, null.local_fdr), axis=1)
+    for level in (0.2, 0.5, 0.9):
+        if name == "local_fdr":
+            router, expected = make(name, E, q=level, max_k=E), (lfdr <= level).sum(axis=1)
+        else:
+            p = np.sort(p_reference(z, null), axis=1)
+            e = 0.5 * p**-0.5 if name == "calibrator" else (
+                (1 / lfdr - 1) * null.pi0 / (1 - null.pi0))  # fmt: skip
+            holds = e >= E / (level * np.arange(1, E + 1))
+            router = EBH(level, name, max_k=E)
+            expected = [max((r for r, held in enumerate(row, 1) if held), default=0)
+                        for row in holds]  # fmt: skip
+        got = route(router, z, null=null).rejections
+        np.testing.assert_array_equal(got, expected)
+        assert len(set(got.tolist())) > 2
+
+
 # ---- conformal p-values ----
 
 

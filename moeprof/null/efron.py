@@ -10,15 +10,21 @@ as spread evenly.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
-from .scores import BINS_PER_UNIT, EDGES, HIGH, TINY
+from .scores import BINS_PER_UNIT, EDGES, HIGH, LOW, TINY
 
 LB, UB = -1.0, 1.0  # what lies between is taken for nulls, in z
 NORMAL_IQR = 1.349
 LFDR_DEGREE, LFDR_BINS = 7, 30
+TOO_NARROW = (
+    "efron: the middle half of the scores lies within 1/128, one bin, so that the null is as wide "
+    "as the bin and rejects whatever lies above it"
+)
+UNDETERMINED = "no local fdr can be fitted: the scores leave its density undetermined"
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,21 @@ def fit_efron(per_bin):
     variables, often stops at pi0 = 1 short of it.
 
     Always there: the median lies in a bin with scores, so some of them are central, and the
-    scale is at least some of a bin.
+    scale is at least some of a bin (with a warning if it is less than one).
+
+    Raises ValueError where a quarter of the scores or more lies in an outer bin, and with them
+    what is outside of the histogram's range: their spread is not known.
     """
     below = _below(per_bin)
     n = below[-1]
+    if max(per_bin[0], per_bin[-1]) * 4 >= n:
+        raise ValueError(
+            f"no efron null can be fitted: a quarter of the scores lies outside [{LOW}, {HIGH}]"
+        )
     lower, median, upper = np.interp(n * np.array([0.25, 0.5, 0.75]), below, EDGES)
     scale = (upper - lower) / NORMAL_IQR
+    if (upper - lower) * BINS_PER_UNIT < 1:
+        warnings.warn(TOO_NARROW, stacklevel=2)
     central, z_sum, zz_sum = _central_sums(per_bin, median, scale)
     share, z_mean, zz_mean = central / n, z_sum / central, zz_sum / central
 
@@ -163,14 +178,18 @@ def local_fdr_table(per_bin, fit):
     spread[spread <= 1e-8] = 1.0  # the constant
     design /= spread
     start = OLS(np.log(1 + counts), design).fit().params
-    model = GLM(counts, design, family=families.Poisson()).fit(start_params=start)
+    try:
+        with np.errstate(all="ignore"):
+            model = GLM(counts, design, family=families.Poisson()).fit(start_params=start)
+    except ValueError as error:
+        raise ValueError(UNDETERMINED) from error
     z = fit.z(EDGES[first : last + 1])
     f = model.predict(np.vander(z, LFDR_DEGREE + 1) / spread)
     f /= below[-1] * (z_edges[1] - z_edges[0])
     with np.errstate(all="ignore"):
         lfdr = np.clip(fit.pi0 * fit.pdf(z) / f, TINY, 1.0)
     if not np.isfinite(lfdr).all():
-        raise ValueError("no local fdr can be fitted: the scores leave its density undetermined")
+        raise ValueError(UNDETERMINED)
     table = np.concatenate(
         [np.ones(first), lfdr, np.full(EDGES.size - 1 - last, lfdr[-1])]
     )
