@@ -5,11 +5,10 @@ from itertools import product
 import numpy as np
 
 from ..adapters import find_moe_blocks
-from ..evaluation.passes import Reference
+from ..evaluation import Reference, evaluating
 from ..evaluation.routing import model_norm
 from ..experiment.heldout import HeldOut
 from ..routers import TopK
-from .setting import evaluating
 
 PARTS = 4  # quarters of an expert, where whole ones can't make up the budget
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..adapters import adapter_of, find_moe_blocks
 from ..console import WIDTH
-from ..evaluation import bootstrap, collect
+from ..evaluation import bootstrap, collect, evaluating
 from ..evaluation.routing import model_norm
 from ..experiment.heldout import HELDOUT_TOKENS, HeldOut, heldout_windows
 from ..routers import Router, TopK
@@ -25,7 +25,6 @@ from .setting import (
     check_reach,
     check_target,
     check_whole,
-    evaluating,
     find,
     main_of,
     reach,

@@ -3,7 +3,6 @@
 import math
 import time
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 
 import moeprof
 
-from ..evaluation.passes import Pass, collect
+from ..evaluation import Pass, collect, evaluating
 from ..null import LayerNull, resolve_null
 from ..routers import Router, TopK
 from .search import Root, Scale, solve
@@ -327,18 +326,6 @@ def check(router: Router, model, null, norm: str) -> None:
     main_of(router)
     with moeprof.patch(model, router, null=null, norm=norm):
         pass
-
-
-@contextmanager
-def evaluating(model):
-    """The model in eval mode, for dropout would make each pass another; then as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _solve(router, passed, null, target, guess, tolerance):

@@ -250,8 +250,8 @@ def _wide(view):
     if pairs:
         less = sum(a["effect"]["kl"]["estimate"] < b["effect"]["kl"]["estimate"] for a, b in pairs)
         yield (
-            f"Leave to give a token up to {view.tables[WIDE]['max_k']} experts instead of {top_k} "
-            f"lowers the KL in {less} of {len(pairs)} cells at the same budget."
+            f"With leave to give a token up to {view.tables[WIDE]['max_k']} experts instead of "
+            f"{top_k}, the estimate is lower in {less} of {len(pairs)} cells at the same budget."
         )
     cells = view.cells(role=ROUTER, table=WIDE, allocation="equal", budget=top_k)
     if cells:

@@ -119,7 +119,7 @@ class ChangedRouter:
         own = softmax.gather(1, experts.long().clamp(min=0)) * (experts >= 0)
         scale = weights.sum(1, keepdim=True) / own.sum(1, keepdim=True)
         extra = torch.where(mine, extra, -1)
-        added = softmax.gather(1, extra.clamp(min=0)) * scale * (extra >= 0)
+        added = torch.where(extra >= 0, softmax.gather(1, extra.clamp(min=0)) * scale, 0)
         experts = torch.where(emptied, -1, experts)
         return torch.cat([weights, added], 1), torch.cat([experts, extra.to(experts.dtype)], 1)
 

@@ -8,7 +8,7 @@ from .. import demo
 from ..budget import BudgetError, set_budget
 from ..console import make_console, progress
 from ..evaluation.bootstrap import DRAWS
-from ..evaluation.passes import collect
+from ..evaluation.passes import collect, evaluating
 from ..experiment.heldout import HELDOUT_TOKENS, heldout_windows
 from ..null import Null, resolve_null
 from ..routers import BH, FixedP, Router, TopK
@@ -76,7 +76,8 @@ def diagnose(
     text = heldout_windows(tokenizer, documents, tokens, seed)
     places = sample_positions(text, positions, seed)
     work = _Work(null, model, tokenizer, router, norm, seed, draws, text)
-    with progress(make_console(), _steps(text, positions), "diagnose") as bar:
+    bar = progress(make_console(), _steps(text, positions), "diagnose")
+    with evaluating(model), bar as bar:
         if not show_progress:
             bar = _Still()
         rows = list(work.passes(bar))

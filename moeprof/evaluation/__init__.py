@@ -4,6 +4,6 @@
 """
 
 from .bootstrap import Intervals, bootstrap
-from .passes import Pass, Quality, Reference, collect
+from .passes import Pass, Quality, Reference, collect, evaluating
 
-__all__ = ["Intervals", "Pass", "Quality", "Reference", "bootstrap", "collect"]
+__all__ = ["Intervals", "Pass", "Quality", "Reference", "bootstrap", "collect", "evaluating"]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 DRAWS = 2000
+ROUNDING = 1e-9  # a statistic that varies by less is constant
 
 
 class Intervals(NamedTuple):
@@ -52,7 +53,7 @@ def bootstrap(statistic, documents: int, *, draws: int = DRAWS, seed: int = 0, g
     drawn = np.concatenate([statistic(weights[i : i + 256]) for i in range(0, draws, 256)])
     error = drawn.std(axis=0, ddof=1)
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    varies = error > 0
+    varies = error > ROUNDING
     t = np.abs(drawn - estimate)[:, varies] / error[varies]
     q = np.quantile(t.max(axis=1), 0.95) if varies.any() else 0.0
     return Intervals(estimate, error, low, high, estimate - q * error, estimate + q * error)

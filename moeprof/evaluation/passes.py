@@ -1,5 +1,6 @@
 """Texts through a patched model: what its routers saw and chose, and what it then predicts."""
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +83,18 @@ def collect(model, text: HeldOut, router=None, *, null=None, norm="model", step=
 
     counts, rejections = joined("counts").astype(np.int32), joined("rejections").astype(np.int32)
     return Pass(joined("logits"), counts, rejections, documents_of(text))
+
+
+@contextmanager
+def evaluating(model):
+    """The model in eval mode, for dropout would make each pass another; then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def documents_of(text: HeldOut) -> np.ndarray:
