@@ -160,5 +160,5 @@ def _forest(axis, view, table):
     axis.grid(axis="x", color="#e4e4e4")
     axis.set_axisbelow(True)
     axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
-    detail = "thick: 95 %; thin: table-wide band; hollow: no adaptivity shown"
+    detail = "thick 95 %, thin table-wide; hollow: no adaptivity"
     _title(axis, f"At a budget of {budget} experts in every layer", detail)

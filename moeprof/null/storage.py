@@ -12,7 +12,6 @@ import numpy as np
 from ..files import write_whole
 
 FORMAT, VERSION = "moeprof-null", 2
-FACTS_DIGEST = "moeprof-null-facts"  # of .safetensors only: .npz has a CRC over every member
 SUFFIXES = (".safetensors", ".npz")
 
 
@@ -31,8 +30,21 @@ def _checksum(arrays):
     return digest.hexdigest()
 
 
-def _digest(facts):
-    return hashlib.sha256(facts.encode("utf-8", "surrogatepass")).hexdigest()
+def _sealed(facts):
+    """The facts after their SHA-256, in .safetensors: .npz has a CRC over every member.
+
+    In one string, for safetensors writes several entries of its metadata in any order.
+    """
+    return f"{hashlib.sha256(facts.encode('utf-8', 'surrogatepass')).hexdigest()} {facts}"
+
+
+def _unsealed(sealed):
+    if sealed.startswith("{"):
+        return sealed  # of version 1, which is then refused
+    facts = sealed.partition(" ")[2]
+    if sealed != _sealed(facts):
+        raise ValueError("the checksum of its facts differs")
+    return facts
 
 
 def write_null(path, arrays, facts):
@@ -78,7 +90,7 @@ def _pack(arrays, facts, suffix):
     if suffix == ".safetensors":
         from safetensors.numpy import save
 
-        return save(arrays, {FORMAT: facts, FACTS_DIGEST: _digest(facts)})
+        return save(arrays, {FORMAT: _sealed(facts)})
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays, **{FORMAT: np.array(facts)})
     return buffer.getvalue()
@@ -100,10 +112,7 @@ def _unpack(data, suffix):
         if suffix == ".safetensors":
             arrays = _load_safetensors(data)  # first: it checks the header
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            facts = header["__metadata__"][FORMAT]
-            if header["__metadata__"][FACTS_DIGEST] != _digest(facts):
-                raise ValueError("the checksum of its facts differs")
-            return arrays, json.loads(facts)
+            return arrays, json.loads(_unsealed(header["__metadata__"][FORMAT]))
         with zipfile.ZipFile(io.BytesIO(data)):  # np.load would take other kinds of file too
             arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
         return arrays, json.loads(str(arrays.pop(FORMAT)))
