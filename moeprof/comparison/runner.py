@@ -55,7 +55,7 @@ class Comparison:
     _patches: dict = field(default_factory=dict)  # id(cell): (router, null), for the speed
 
     def steps(self):
-        """How many cells there will be."""
+        """How many cells there will be; what turns out of reach has no shuffle."""
         most = max(plan.max_k for plan in self.plans)
         total = most
         for plan in self.plans:
@@ -63,7 +63,8 @@ class Comparison:
                 controls = {"equal": 2, "free": 3}.get(allocation, 0)
                 each = 1 if allocation == "shared" else 2
                 total += len(plan.budgets) * (controls + each * len(self.contenders))
-        return total
+        outside = [c for c in self.cells if c["role"] == ROUTER and c["status"] == "outside"]
+        return total - sum(cell["allocation"] != "shared" for cell in outside)
 
     def run(self):
         """Measure everything; what is finished stays in `cells` whatever interrupts it."""
