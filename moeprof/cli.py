@@ -44,7 +44,7 @@ def _parser():
     _add_calibrate(commands)
     add_bench(commands)
     add_diagnose(commands, _add_model, _load)
-    add_compare(commands, DEMO)
+    add_compare(commands, _add_model, _load, DEMO)
     cpu = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
     cpu.set_defaults(run=_cpu)
     return parser

@@ -306,8 +306,6 @@ def _layer_nulls(model, routers: list, null) -> list[LayerNull | None]:
     null = resolve_null(null, stacklevel=4)
     if isinstance(null, LayerNull):
         raise TypeError("null: expected a Null with all layers, got a LayerNull")
-    if null is None:
-        return [None] * len(routers)
     null.check(model)
     adapted = {type(router): router.adapt(null) for router in wanting}
     return [

@@ -12,6 +12,7 @@ import numpy as np
 import moeprof
 
 from ..evaluation import Pass, collect, evaluating
+from ..evaluation.routing import by_layer
 from ..null import LayerNull, resolve_null
 from ..routers import Router, TopK
 from .search import Root, Scale, solve
@@ -114,12 +115,9 @@ class Stored:
 
     def __init__(self, router: Router, logits: np.ndarray, null):
         self.logits = logits
-        count = len(logits)
         self.name, bounds, increasing = main_of(router)
         self.scale, self.sign = Scale(*bounds), 1 if increasing else -1
-        self.routers = [router.at(layer, count) for layer in range(count)]
-        adapted = None if null is None else router.adapt(null)
-        self.nulls = [None if adapted is None else adapted.layer(i) for i in range(count)]
+        self.routers, self.nulls = zip(*by_layer(router, null, len(logits)), strict=True)
 
     @property
     def ends(self) -> tuple[float, float]:

@@ -2,21 +2,21 @@
 
 import sys
 
-from ..arguments import DTYPES, integer
+from ..arguments import integer
 from .plan import TABLES
 from .splits import BUDGET_TOKENS, EXPECTED, TEST_TOKENS
 
 
-def add_compare(commands, model_name):
-    """Add `compare` to the commands of `moeprof`; model_name: the default model, in words."""
+def add_compare(commands, add_model, load, model_name):
+    """Add `compare` to the commands of `moeprof`.
+
+    add_model: adds --model and its like to a parser; load: (model, tokenizer) of the arguments;
+    model_name: the default model, in words.
+    """
     parser = commands.add_parser(
         "compare", help="compare routers at an equal budget of experts, and with static top-k"
     )
-    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {model_name}")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-    parser.add_argument(
-        "--threads", type=integer(1), metavar="N", help="default: as torch chooses"
-    )
+    add_model(parser)
     parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
     parser.add_argument(
         "--routers", type=_names, metavar="NAME,NAME,...",
@@ -53,7 +53,7 @@ def add_compare(commands, model_name):
         "--seed", type=integer(0, 2**32 - 1), default=0,
         help="of the windows, the controls and the bootstrap; default: 0",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=lambda arguments: _run(arguments, load, model_name))
 
 
 def _names(text):
@@ -64,9 +64,8 @@ def _numbers(text):
     return sorted({integer(1)(part) for part in text.split(",")})
 
 
-def _run(arguments):
+def _run(arguments, load, model_name):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..cli import DEMO, _load
     from ..console import make_console
     from ..experiment.inputs import check_model
     from ..null import Null
@@ -87,10 +86,10 @@ def _run(arguments):
     if arguments.model is not None:
         check_model(arguments.model)
     store = Store(arguments.out)
-    model, tokenizer = _load(arguments)
+    model, tokenizer = load(arguments)
     comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
     console = make_console()
-    name = DEMO if arguments.model is None else arguments.model
+    name = model_name if arguments.model is None else arguments.model
     compare(comparison, store, _facts(arguments, model, name), console)
 
 

@@ -78,7 +78,7 @@ def choose_contenders(names=None):
 class Nulls:
     """The nulls of a comparison, fitted to the null split when they are first asked for.
 
-    given: the Null, or "normal", that stands for "efron", or None.
+    given: the Null that stands for "efron", or None.
     """
 
     model: object
@@ -110,10 +110,7 @@ class Nulls:
 
     def describe(self):
         """{name: in words} of those in use."""
-        return {
-            name: null if isinstance(null, str) else null.describe()
-            for name, null in self.fitted.items()
-        }
+        return {name: null.describe() for name, null in self.fitted.items()}
 
 
 def popularity(passed, top_k):

@@ -11,7 +11,7 @@ import torch
 
 from ..adapters import adapter_of, find_moe_blocks
 from ..evaluation.passes import collect
-from ..evaluation.routing import choose, model_norm
+from ..evaluation.routing import by_layer, choose, model_norm
 from ..experts import run_experts
 from ..routers import TopK
 
@@ -35,25 +35,25 @@ def reweigh(weights, kept, norm, mass=None):
 def with_counts(router, counts, *, null, norm, top_k):
     """Callables for `patch`, one a layer: the router's own order of experts, cut at given counts.
 
-    router: a Router, or a list of one for each layer. counts: (L, T) integers from 1 to the
-    router's max_k, for the tokens in the order in which they come: the callables serve one pass
-    over a text. null: a Null (or one by token), None for a router without p-values.
+    router: a Router. counts: (L, T) integers from 1 to the router's max_k, for the tokens in the
+    order in which they come: the callables serve one pass over a text. null: a Null (or one by
+    token), None for a router without p-values.
     """
     layers = len(counts)
+    pairs = by_layer(router, null, layers)
 
     def one(layer):
-        scalar = router[layer] if isinstance(router, list) else router.at(layer, layers)
+        scalar, own = pairs[layer]
         ordered = replace(scalar, min_k=scalar.max_k, max_k=scalar.max_k)
         if isinstance(scalar, TopK):
             ordered = TopK(scalar.max_k, temperature=scalar.temperature)
-        by_layer = scalar.adapt(null).layer(layer) if scalar.wants_null else None
         position = 0
 
         def route(logits):
             nonlocal position
             wanted = torch.from_numpy(counts[layer, position : position + len(logits)])
             position += len(logits)
-            weights, experts, *_ = choose(ordered, logits, by_layer, "none", top_k)
+            weights, experts, *_ = choose(ordered, logits, own, "none", top_k)
             kept = torch.arange(experts.shape[1]) < wanted[:, None]
             mass = None
             if norm == "mass":

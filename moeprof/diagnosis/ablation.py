@@ -15,7 +15,7 @@ import torch
 import moeprof
 
 from ..decoding import cache_of, decode
-from ..evaluation.routing import choose, model_norm
+from ..evaluation.routing import by_layer, choose, model_norm
 from ..experiment.heldout import HeldOut
 
 SINGLE, JOINT, ADDED = 0, 1, 2  # kinds of change
@@ -159,11 +159,8 @@ def changed_routers(model, router, null, norm="model") -> list[ChangedRouter]:
     norm = own_norm if norm == "model" else norm
     with moeprof.patch(model) as handle:
         count = len(handle.layers)
-    adapted = router.adapt(null) if router.wants_null and null is not None else None
-    nulls = [None if adapted is None else adapted.layer(i) for i in range(count)]
-    return [
-        ChangedRouter(i, router.at(i, count), nulls[i], norm, norm_k) for i in range(count)
-    ]  # fmt: skip
+    layers = enumerate(by_layer(router, null, count))
+    return [ChangedRouter(i, scalar, own, norm, norm_k) for i, (scalar, own) in layers]
 
 
 def _ablate_window(model, window, places, routers, rng) -> Ablation:

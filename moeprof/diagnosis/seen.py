@@ -8,7 +8,7 @@ import torch
 import moeprof
 
 from ..evaluation.passes import documents_of
-from ..evaluation.routing import choose
+from ..evaluation.routing import by_layer, choose
 from ..experiment.heldout import HeldOut
 
 
@@ -55,15 +55,10 @@ def see(model, text: HeldOut, router=None, *, null=None, norm="model", step=lamb
 
 def select(router, logits, null) -> Selected:
     """The router on logits (L, T, E), through C; null: a Null, or None for `normal`."""
-    count = len(logits)
-    adapted = router.adapt(null) if router.wants_null and null is not None else None
+    layers = zip(by_layer(router, null, len(logits)), logits, strict=True)
     found = [
-        choose(
-            router.at(i, count), torch.from_numpy(z),
-            None if adapted is None else adapted.layer(i), "none", 1,
-        )[2:]
-        for i, z in enumerate(logits)
-    ]  # fmt: skip
+        choose(scalar, torch.from_numpy(z), own, "none", 1)[2:] for (scalar, own), z in layers
+    ]
     return Selected(*(np.stack([f[i].numpy() for f in found]) for i in range(2)))
 
 

@@ -16,6 +16,18 @@ def model_norm(model) -> tuple[str, int]:
     return ("sum" if norm_topk_prob else "none"), top_k
 
 
+def by_layer(router, null, num_layers: int) -> list[tuple]:
+    """[(the router with scalar parameters, its LayerNull)] of each layer, as `patch` has them.
+
+    null: a Null (or one by token); None, or a router that works on none, gives None.
+    """
+    adapted = router.adapt(null) if router.wants_null and null is not None else None
+    return [
+        (router.at(layer, num_layers), None if adapted is None else adapted.layer(layer))
+        for layer in range(num_layers)
+    ]
+
+
 def choose(router, logits: Tensor, null, norm: str, norm_k: int) -> tuple[Tensor, ...]:
     """(weights (T, k), experts (T, k), counts (T,), rejections (T,)) as a patched layer has them.
 

@@ -185,8 +185,7 @@ def _layer_null(router: Router, null, return_stats: bool):
 
     if not (router.wants_null or return_stats):
         return None
-    null = resolve_null(null, stacklevel=5)
-    return null if null is None else resolve_layer_null(router.adapt(null))
+    return resolve_layer_null(router.adapt(resolve_null(null, stacklevel=5)))
 
 
 def is_tensor(value) -> bool:
