@@ -143,7 +143,8 @@ static int exec(PyObject *module)
     MP_SET_BLAS_THREADS(1);
     if (PyModule_AddFunctions(module, mp_route_methods)
         || PyModule_AddFunctions(module, mp_experts_methods)
-        || PyModule_AddFunctions(module, mp_kernel_methods))
+        || PyModule_AddFunctions(module, mp_kernel_methods)
+        || PyModule_AddFunctions(module, mp_tally_methods))
         return -1;
     return 0;
 }

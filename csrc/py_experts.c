@@ -10,26 +10,6 @@ PyDoc_STRVAR(experts_doc,
 "the dtype of hidden -> (T,H). pointers (3,E) uint64: the addresses of gate, up (I,H) and\n"
 "down (H,I) of each expert.");
 
-/* The ids (T,k) as int32; what is no int32 becomes one that is no expert. New
- * reference. */
-static PyArrayObject *ids_view(PyObject *object)
-{
-    if (!PyArray_Check(object) || PyArray_TYPE((PyArrayObject *)object) != NPY_INT64) {
-        PyArrayObject *ids = mp_array(object, "experts", NPY_INT32, 2);
-        return (PyArrayObject *)Py_XNewRef((PyObject *)ids);
-    }
-    PyArrayObject *wide = mp_array(object, "experts", NPY_INT64, 2), *ids;
-    if (!wide
-        || !(ids = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(wide), NPY_INT32)))
-        return NULL;
-    const int64_t *from = PyArray_DATA(wide);
-    int32_t *to = PyArray_DATA(ids);
-    for (npy_intp i = 0; i < PyArray_SIZE(wide); i++)
-        to[i] = from[i] < INT32_MIN || from[i] > INT32_MAX ? INT32_MIN
-                                                           : (int32_t)from[i];
-    return ids;
-}
-
 /* The weights (T,k) as float32, which they are or which 16-bit ones become. New
  * reference. */
 static PyArrayObject *weights_view(PyObject *object, mp_dtype dtype)
@@ -65,7 +45,7 @@ static PyObject *experts(PyObject *module, PyObject *args)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || mp_check_threads(threads)
         || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
-        || !(idx = ids_view(indices)) || !(w = weights_view(weights, dtype)))
+        || !(idx = mp_ids(indices)) || !(w = weights_view(weights, dtype)))
         goto done;
     if (PyArray_DIM(idx, 0) != PyArray_DIM(x, 0) || !PyArray_SAMESHAPE(idx, w)) {
         PyErr_Format(PyExc_ValueError, "experts and weights: expected (%zd, k) both",

@@ -31,6 +31,24 @@ PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int nd
     return array;
 }
 
+PyArrayObject *mp_ids(PyObject *object)
+{
+    if (!PyArray_Check(object) || PyArray_TYPE((PyArrayObject *)object) != NPY_INT64) {
+        PyArrayObject *ids = mp_array(object, "experts", NPY_INT32, 2);
+        return (PyArrayObject *)Py_XNewRef((PyObject *)ids);
+    }
+    PyArrayObject *wide = mp_array(object, "experts", NPY_INT64, 2), *ids;
+    if (!wide
+        || !(ids = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(wide), NPY_INT32)))
+        return NULL;
+    const int64_t *from = PyArray_DATA(wide);
+    int32_t *to = PyArray_DATA(ids);
+    for (npy_intp i = 0; i < PyArray_SIZE(wide); i++)
+        to[i] = from[i] < INT32_MIN || from[i] > INT32_MAX ? INT32_MIN
+                                                           : (int32_t)from[i];
+    return ids;
+}
+
 int mp_parse_dtype(const char *name, mp_dtype *dtype)
 {
     static const char *const names[MP_DTYPES] = {"float32", "bfloat16", "float16"};

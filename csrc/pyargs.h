@@ -19,6 +19,10 @@
 /* An array of this NumPy type and ndim, C-contiguous, aligned, native; borrowed. */
 PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int ndim);
 
+/* The expert ids (T,k), int32 or int64, as int32: an id that is no int32 becomes one that
+ * is no expert. New reference. */
+PyArrayObject *mp_ids(PyObject *object);
+
 /* "float32", "bfloat16", "float16". */
 int mp_parse_dtype(const char *name, mp_dtype *dtype);
 
@@ -51,6 +55,7 @@ int mp_check_threads(int threads);
 int mp_check_row(ptrdiff_t bad_row);
 int mp_check_experts(int error);
 
-extern PyMethodDef mp_route_methods[], mp_experts_methods[], mp_kernel_methods[];
+extern PyMethodDef mp_route_methods[], mp_experts_methods[], mp_kernel_methods[],
+    mp_tally_methods[];
 
 #endif

@@ -1,6 +1,6 @@
 """The C extension: routing and experts. Arrays are NumPy, C-contiguous; bf16 and f16 are uint16."""
 
-from numpy import float32, float64, int32, int64, uint16, uint64
+from numpy import bool_, float32, float64, int32, int64, uint16, uint64
 from numpy.typing import NDArray
 
 _Bits = NDArray[float32] | NDArray[uint16]
@@ -56,6 +56,23 @@ def softmax(z: NDArray[float32], temperature: float, /) -> NDArray[float32]: ...
 def logprob(z: NDArray[float32], /) -> NDArray[float64]: ...
 def order(p: NDArray[float64] | None, z: NDArray[float32], /) -> NDArray[int32]: ...
 def step_up(p: NDArray[float64], alpha: float, /) -> NDArray[int64]: ...
+
+# counting
+_Places = dict[str, tuple[int, int, int]]
+def tally_layout(num_experts: int, pairs: bool, /) -> tuple[_Places, _Places]: ...
+def tally(
+    counts: NDArray[int64],
+    sums: NDArray[float64],
+    recency: NDArray[int32],
+    experts: NDArray[int32] | NDArray[int64],
+    logits: _Bits | None,
+    dtype: str,
+    real: NDArray[bool_] | None,
+    previous: NDArray[int32] | None,
+    nanoseconds: int,
+    skips: bool,
+    /,
+) -> int: ...
 
 # the build and the machine
 def limit_cpu(name: str | None, /) -> None: ...

@@ -155,6 +155,11 @@ pointers, hidden = layer.pointers, layer.hidden(40)
 ids, weights = util.random_slots(40, 3, 16)
 bad_ids = np.full_like(ids, 99)
 layer_arguments = ("float32", pointers, 24)
+places = _C.tally_layout(16, True)
+counts, sums = (np.zeros(max(o + r * c for o, r, c in part.values()), t)
+                for part, t in zip(places, ("q", "d"), strict=True))
+recency, real = np.full(16, -1, "i"), np.ones(40, bool)
+tallied = (counts, sums, recency, ids, z, "float32")
 
 CALLS = {
     "route": [(z, "float32", spec, 2, True), (z, "float32", spec, 2, False),
@@ -188,6 +193,13 @@ CALLS = {
     "routers": [(), (1,)],
     "threads": [(), (1,)],
     "find_openmp": [(), (1,)],
+    "tally_layout": [(16, True), (1, False), (0, True), (2000, True), ("x", True)],
+    "tally": [(*tallied, real, ids, 1000, True), (*tallied, None, None, 0, False),
+              (*tallied[:3], ids.astype("q"), None, "float32", None, None, 5, True),
+              (counts, sums, recency, bad_ids, None, "float32", None, None, 5, True),
+              (*tallied, None, bad_ids, 5, True), (*tallied, real[:3], None, 5, True),
+              (*tallied[:4], short, "float32", real, None, 5, True), (*tallied[:5], "nope", None,
+              None, 5, True), (counts[:7], *tallied[1:], None, None, 5, True), ()],
 }
 
 def call(name, arguments, times):
@@ -258,6 +270,19 @@ def experts(hidden=F32, ids=I32, weights=ONES, dtype="float32", pointers=POINTER
 def moe(hidden=F32, logits=TWO, dtype="float32", pointers=POINTERS, inner=2):
     return _C.moe(hidden, logits, dtype, pointers, inner, SPEC, 1)
 
+
+def tally(counts=None, sums=None, recency=INDEX - 1, experts=I32, logits=None, real=None,
+          previous=None):  # fmt: skip
+    """Of 2 experts, without pairs."""
+    places = _C.tally_layout(2, False)
+    given = (counts, sums)
+    arrays = [np.zeros(sum(r * c for _, r, c in part.values()), t) if array is None else array
+              for array, part, t in zip(given, places, ("q", "d"), strict=True)]  # fmt: skip
+    return _C.tally(*arrays, recency, experts, logits, "float32", real, previous, 1, False)
+
+
+READ_ONLY = INDEX - 1
+READ_ONLY.setflags(write=False)
 
 BAD = [
     (lambda: route([[1.0]]), TypeError, "router_logits: expected a NumPy array, got list"),
@@ -330,6 +355,19 @@ BAD = [
     (lambda: _C.order(F64[:1], F32), ValueError, "p and z: expected the same shape"),
     (lambda: _C.step_up(F32, 0.1), TypeError, "p: expected dtype float64, got float32"),
     (lambda: _C.step_up(F64[:, ::2], 0.1), ValueError, f"p: expected a {SWAPPED}"),
+    (lambda: _C.tally_layout(1025, True), ValueError, "num_experts: expected 1 to 1024, got 1025"),
+    (lambda: tally(counts=np.zeros(5, "q")), ValueError, r"lengths of tally_layout\(2\), got 5"),
+    (lambda: tally(counts=F64[0]), TypeError, "counts: expected dtype int64, got float64"),
+    (lambda: tally(sums=F64[0]), ValueError, r"lengths of tally_layout\(2\)"),
+    (lambda: tally(recency=INDEX[:0]), ValueError, "num_experts: expected 1 to 1024, got 0"),
+    (lambda: tally(recency=READ_ONLY), ValueError, "recency: expected an array that can be writ"),
+    (lambda: tally(experts=ONES), TypeError, "experts: expected dtype int32, got float32"),
+    (lambda: tally(experts=I32 + 2), ValueError, r"experts: an index is outside"),
+    (lambda: tally(logits=F32), ValueError, "logits: expected 2 tokens of 2 experts, got 2 of 4"),
+    (lambda: tally(real=np.ones(3, bool)), ValueError, "real: expected 2 tokens, got 3"),
+    (lambda: tally(real=INDEX), TypeError, "real: expected dtype bool, got int32"),
+    (lambda: tally(previous=I32[:1]), ValueError, "previous: expected 2 tokens, got 1"),
+    (lambda: tally(previous=I32 - 2), ValueError, "experts: an index is outside"),
 ]
 
 
