@@ -67,6 +67,14 @@ class PatchedLayer(Patched):
         return (name, list(parameters), *rest, form, score, *tables)
 
 
+class RoutingWatch:
+    """Owns a forward hook of a block, and hears of each routing while the block is patched."""
+
+    def routed(self, layer: PatchedLayer, routing: Routing, skips: bool) -> None:
+        """skips: a slot of -1 was left out by a user's gate, it is no mere padding."""
+        raise NotImplementedError  # abstract
+
+
 class Handle:
     """A patch that is in place. As a context manager it unpatches at the end of the block."""
 
@@ -235,6 +243,11 @@ def unpatch(model: nn.Module) -> None:
             _restore(module)
 
 
+def is_patched(module: nn.Module) -> bool:
+    """True while a patch of moeprof is on this very module."""
+    return _STATE in vars(module)
+
+
 class OLMoERouterPatcher:
     """patch() under the names of the original notebook.
 
@@ -373,7 +386,16 @@ def _forward(self, hidden_states: Tensor):
     out, routing = _run(self, layer, x, router, weights)
     if layer.on_routing is not None:
         layer.on_routing(layer.index, routing)
+    if self._forward_hooks:
+        _tell_watches(self, layer, routing, layer.router is None and router.experts is not None)
     return adapter.output(out.reshape(hidden_states.shape), router)
+
+
+def _tell_watches(block: nn.Module, layer: PatchedLayer, routing: Routing, skips: bool) -> None:
+    for hook in block._forward_hooks.values():
+        watch = getattr(hook, "__self__", None)
+        if isinstance(watch, RoutingWatch):
+            watch.routed(layer, routing, skips)
 
 
 def _run(
