@@ -7,9 +7,8 @@ import importlib
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-
 from models import V5
+from torch import nn
 
 VOCABULARY, H, E, K, INTERMEDIATE, SHARED = 64, 32, 8, 3, 24, 20
 
@@ -111,7 +110,7 @@ ZOO = {
         dict(d_model=H, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=VOCABULARY,
              ffn_config=dict(ffn_hidden_size=INTERMEDIATE, moe_num_experts=E, moe_top_k=K,
                              **(dict(hidden_size=H) if V5 else {})),
-             attn_config=dict(kv_n_heads=4, rope_theta=10000.0)),
+             attn_config=dict(kv_n_heads=4, clip_qkv=8.0, rope_theta=10000.0)),
         router="transformer.blocks.{}.ffn.router",
     ),
     "jamba": Species(
@@ -226,7 +225,9 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def inputs(name: str, rows: int = 2, columns: int = 9) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(1))
+    """Tokens that all differ, so that a row of hidden states shows which it is."""
+    order = torch.randperm(VOCABULARY - 3, generator=torch.Generator().manual_seed(1))
+    ids = order[: rows * columns].view(rows, columns) + 3
     given = {"input_ids": ids}
     if name in _ENCODER_DECODERS:
         given["decoder_input_ids"] = ids[:, :5]

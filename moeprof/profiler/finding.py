@@ -93,6 +93,8 @@ def _nothing_found(model: nn.Module) -> str:
 _ROUTER = re.compile("gate|router|gating")
 # SwiGLU's gates, a shared expert's gate, an attention's or an output's
 _NO_ROUTER = re.compile("gate_proj|gate_up|up_gate|shared|attn|attention|out(put)?_gate|norm|bias")
+# Without experts beside it the name alone must say so: "per_layer_input_gate" is no router.
+_ROUTER_ALONE = re.compile("router|^((moe|mlp|experts?|noisy|top_?k)_?)*gat(e|ing)$")
 
 
 def _leaf(name: str) -> str:
@@ -154,6 +156,8 @@ def _packed_size(name: str, module: nn.Module) -> int | None:
     """E if all that this module holds is stacked by expert, or None."""
     if any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
         return None
+    if any(_named_router(n) and _is_flat(m) for n, m in module.named_modules()):
+        return None  # a whole block
     named = dict(module.named_parameters())
     matrices = [p for n, p in named.items() if p.dim() >= 2 and "bias" not in n]
     size = _stacked_size(matrices)
@@ -163,6 +167,12 @@ def _packed_size(name: str, module: nn.Module) -> int | None:
         return None
     flat = [p for p in matrices if p.dim() == 2]
     return None if any(p.shape[0] % size for p in flat) else size
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Has it matrices, none of which is stacked by expert?"""
+    dimensions = {p.dim() for p in module.parameters()}
+    return 2 in dimensions and max(dimensions) == 2
 
 
 def _stacked_size(parameters: list) -> int | None:
@@ -214,7 +224,8 @@ def _by_name(model: nn.Module) -> list[_Parts]:
     found: list[_Parts] = []
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module in inside or not _named_router(name) or re.search("attn|attention", name.lower()):
+        leaf_fits = _named_router(name) and _ROUTER_ALONE.search(_leaf(name))
+        if module in inside or not leaf_fits or re.search("attn|attention", name.lower()):
             continue
         block = model.get_submodule(name.rpartition(".")[0])
         num_experts = _columns(module, block)
