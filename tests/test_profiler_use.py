@@ -36,13 +36,18 @@ class Stop(Exception):
     pass
 
 
+def last_activation(model):
+    """A module that the second layer's block calls at its very end."""
+    return list(blocks(model)[1].experts.modules())[-1]
+
+
 def fail_inside(model):
     """An exception in the second layer's block."""
 
     def fail(module, args):
         raise Stop
 
-    handle = blocks(model)[1].experts.register_forward_pre_hook(fail)
+    handle = last_activation(model).register_forward_pre_hook(fail)
     try:
         with moeprof.MoEProfiler(model), pytest.raises(Stop):
             model(token_ids())
@@ -136,7 +141,7 @@ def test_after_an_exception_counting_goes_on(model):
         raise Stop
 
     with moeprof.MoEProfiler(model) as profiler:
-        handle = blocks(model)[1].experts.register_forward_pre_hook(fail)
+        handle = last_activation(model).register_forward_pre_hook(fail)
         with pytest.raises(Stop):
             model(token_ids())
         handle.remove()

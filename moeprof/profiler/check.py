@@ -1,5 +1,7 @@
 """Is what was read from a router what its experts got? Asked once, of experts in a list."""
 
+from threading import get_ident
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ class ChoiceCheck:
         self._name = site.layer.name
         self._rows = torch.zeros(site.layer.num_experts, dtype=torch.int64)
         self._hooks = []
+        self._thread = get_ident()  # another may run the same block
         if site.experts is None or not is_list(site.experts):
             return
         if bias := _choice_bias(site):
@@ -46,7 +49,7 @@ class ChoiceCheck:
     def _count(self, expert: int):
         def hook(module, args, kwargs):
             given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-            if given:
+            if given and get_ident() == self._thread:
                 self._rows[expert] += given[0].shape[:-1].numel()
 
         return hook

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .. import _C
 from ..experts import DTYPES, as_array
 from ..watching import RoutingWatch, unwatch, watch
+from .check import ChoiceCheck
 from .entry import Entry, find_entries
-from .finding import ChoiceCheck, Site, find_sites
+from .finding import Site, find_sites
 from .flops import count_grouped_mm
-from .reading import Choice, read_choice, read_experts_call
+from .reading import Choice, read_choice, read_experts_call, read_logits
 from .records import RecordWriter
 from .tally import PHASES, Counts
 from .vocabulary import Vocabulary
@@ -58,7 +59,7 @@ class Session:
         self.entries = find_entries(model, [site.block for site in self.sites])
         self.options, self.mask, self.paused = options, options.mask, False
         self._undo: list[Callable[[], None]] = []
-        self._checks: dict[int, ChoiceCheck] = {}
+        self._checks: dict[tuple[int, int], ChoiceCheck] = {}
         self.local = _Local()
         self.clear()
 
@@ -122,23 +123,23 @@ class Session:
     def end(self) -> None:
         self.local.step = None
         if self._checks:
-            self._drop_checks()
+            self._drop_checks(threading.get_ident())
 
     # ---- the first call of each layer: is what is read of the router what ran? ----
 
     def begin_check(self, index: int) -> None:
         if not self.checked[index]:
-            self._checks[index] = ChoiceCheck(self.sites[index])
+            self._checks[threading.get_ident(), index] = ChoiceCheck(self.sites[index])
 
     def end_check(self, index: int, choice: Choice) -> None:
-        if (check := self._checks.pop(index, None)) is not None:
+        if (check := self._checks.pop((threading.get_ident(), index), None)) is not None:
             check.verify(choice)
             self.checked[index] = True
 
-    def _drop_checks(self) -> None:
-        """Those of layers that raised."""
-        while self._checks:
-            self._checks.popitem()[1].remove()
+    def _drop_checks(self, thread: int | None = None) -> None:
+        """Those of layers that raised; of one thread, or all."""
+        for key in [key for key in self._checks if thread in (None, key[0])]:
+            self._checks.pop(key).remove()
 
     # ---- what a layer did ----
 
@@ -279,6 +280,9 @@ class LayerWatch(_Watch, RoutingWatch):
 
     @contextmanager
     def stock(self, hidden):
+        if self.session is None:
+            yield
+            return
         try:
             self._hook_inside()
             self.before(self.site.block, (hidden,), {})
@@ -290,9 +294,11 @@ class LayerWatch(_Watch, RoutingWatch):
     # ---- a block with hooks ----
 
     def hook(self, active: bool) -> None:
+        if self.session is None:
+            return
         if not active:
             self._unhook()
-        elif self.session is not None and not self._handles:
+        elif not self._handles:
             self._hook_inside()
             block = self.site.block
             self._handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
@@ -372,7 +378,8 @@ class LayerWatch(_Watch, RoutingWatch):
     def _choice(self, step: Step) -> Choice:
         layer = self.site.layer
         if step.call is not None:
-            return read_experts_call(*step.call, step.tokens, layer)
+            choice = read_experts_call(*step.call, step.tokens, layer)
+            return choice._replace(logits=read_logits(step.output, step.tokens, layer))
         if step.output is None:
             raise ValueError(f"{layer.name}: the block ran without calling this router")
         return read_choice(step.output, step.tokens, layer)
