@@ -10,7 +10,7 @@ from models import assert_unchanged, olmoe, snapshot
 from torch import nn
 
 from moeprof.profiler import roofline as module
-from moeprof.profiler.roofline import Roofline, roofline
+from moeprof.profiler.roofline import Roofline, known_roofline, roofline
 
 
 @pytest.fixture(autouse=True)
@@ -89,10 +89,12 @@ def test_once_per_model_dtype_and_threads(monkeypatch):
     measure = module._measure
     monkeypatch.setattr(module, "_measure", lambda *a: (calls.append(a[1:]), measure(*a))[1])
     model, other = olmoe(), olmoe()
-    assert roofline(model) is roofline(model)
-    assert len(calls) == 1
+    assert known_roofline(model) is None
+    assert roofline(model) is roofline(model) is known_roofline(model)
+    assert len(calls) == 1 and known_roofline(other) is None
     roofline(other)
-    roofline(model.bfloat16())
+    assert known_roofline(model.bfloat16()) is None
+    roofline(model)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)

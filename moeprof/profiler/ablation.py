@@ -160,6 +160,8 @@ def ablation_figure(frame):
 
     fig = Figure(figsize=(10, 5.5), dpi=100, layout="constrained")
     axis = fig.subplots()
+    # Logarithmic but near 0: one expert less changes hundreds of times less than all but one.
+    axis.set_yscale("symlog", linthresh=max(frame["loss_change"].abs().max() / 100, 1e-6))
     ks = sorted(frame["k"].unique(), reverse=True)
     for number, (k, off) in enumerate(zip(ks, np.linspace(-0.2, 0.2, len(ks)), strict=True)):
         rows = frame[frame["k"] == k].sort_values("layer")
@@ -171,6 +173,7 @@ def ablation_figure(frame):
             label=f"top-{k}",
         )  # fmt: skip
     axis.axhline(0, color="black", linewidth=1, linestyle="--")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(color="#e5e5e5")
     axis.set_axisbelow(True)
@@ -180,7 +183,7 @@ def ablation_figure(frame):
                    loc="left", size=13, weight="bold", pad=24)  # fmt: skip
     axis.annotate(_about(frame), (0, 1), (0, 7), "axes fraction", "offset points", size=10,
                   color="#444444")  # fmt: skip
-    axis.legend(frameon=False, fontsize=11, ncols=min(len(ks), 6))
+    fig.legend(frameon=False, fontsize=11, ncols=min(len(ks), 6), loc="outside lower center")
     return fig
 
 

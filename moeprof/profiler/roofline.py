@@ -79,13 +79,23 @@ def roofline(model: nn.Module) -> Roofline:
     if not isinstance(model, nn.Module):
         raise TypeError(f"roofline: expected a torch.nn.Module, got {type(model).__name__}")
     weights = _weights(model)
-    dtype = max(weights, key=lambda tensor: tensor.nbytes).dtype
-    key = dtype, torch.get_num_threads()
+    key = _key(weights)
     known = _measured.setdefault(model, {})
     if key not in known:
         with torch.inference_mode():
             known[key] = _measure(weights, *key)
     return known[key]
+
+
+def known_roofline(model: nn.Module) -> Roofline | None:
+    """What `roofline` measured for this model as it is now; None if it did not. Costs nothing."""
+    known = _measured.get(model)
+    return known.get(_key(_weights(model))) if known else None
+
+
+def _key(weights) -> tuple[torch.dtype, int]:
+    """What a measurement is good for: the dtype of the largest weights, and torch's threads."""
+    return max(weights, key=lambda tensor: tensor.nbytes).dtype, torch.get_num_threads()
 
 
 def _weights(model) -> list[Tensor]:
