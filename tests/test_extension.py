@@ -157,7 +157,7 @@ bad_ids = np.full_like(ids, 99)
 layer_arguments = ("float32", pointers, 24)
 places = _C.tally_layout(16, True)
 counts, sums = (np.zeros(max(o + r * c for o, r, c in part.values()), t)
-                for part, t in zip(places, ("q", "d"), strict=True))
+                for part, t in zip(places, (np.int64, float), strict=True))
 recency, real = np.full(16, -1, "i"), np.ones(40, bool)
 tallied = (counts, sums, recency, ids, z, "float32")
 
@@ -195,7 +195,7 @@ CALLS = {
     "find_openmp": [(), (1,)],
     "tally_layout": [(16, True), (1, False), (0, True), (2000, True), ("x", True)],
     "tally": [(*tallied, real, ids, 1000, True), (*tallied, None, None, 0, False),
-              (*tallied[:3], ids.astype("q"), None, "float32", None, None, 5, True),
+              (*tallied[:3], ids.astype(np.int64), None, "float32", None, None, 5, True),
               (counts, sums, recency, bad_ids, None, "float32", None, None, 5, True),
               (*tallied, None, bad_ids, 5, True), (*tallied, real[:3], None, 5, True),
               (*tallied[:4], short, "float32", real, None, 5, True), (*tallied[:5], "nope", None,
@@ -277,7 +277,7 @@ def tally(counts=None, sums=None, recency=INDEX - 1, experts=I32, logits=None, r
     places = _C.tally_layout(2, False)
     given = (counts, sums)
     arrays = [np.zeros(sum(r * c for _, r, c in part.values()), t) if array is None else array
-              for array, part, t in zip(given, places, ("q", "d"), strict=True)]  # fmt: skip
+              for array, part, t in zip(given, places, (np.int64, float), strict=True)]  # fmt: skip
     return _C.tally(*arrays, recency, experts, logits, "float32", real, previous, 1, False)
 
 
@@ -356,7 +356,7 @@ BAD = [
     (lambda: _C.step_up(F32, 0.1), TypeError, "p: expected dtype float64, got float32"),
     (lambda: _C.step_up(F64[:, ::2], 0.1), ValueError, f"p: expected a {SWAPPED}"),
     (lambda: _C.tally_layout(1025, True), ValueError, "num_experts: expected 1 to 1024, got 1025"),
-    (lambda: tally(counts=np.zeros(5, "q")), ValueError, r"lengths of tally_layout\(2\), got 5"),
+    (lambda: tally(np.zeros(5, np.int64)), ValueError, r"lengths of tally_layout\(2\), got 5"),
     (lambda: tally(counts=F64[0]), TypeError, "counts: expected dtype int64, got float64"),
     (lambda: tally(sums=F64[0]), ValueError, r"lengths of tally_layout\(2\)"),
     (lambda: tally(recency=INDEX[:0]), ValueError, "num_experts: expected 1 to 1024, got 0"),

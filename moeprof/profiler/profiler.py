@@ -1,0 +1,279 @@
+"""MoEProfiler: hooks in a model, and the numbers of what ran."""
+
+import os
+import sys
+import weakref
+from contextlib import contextmanager
+
+import numpy as np
+from torch import nn
+
+from .metrics import LayerMetrics
+from .profile import Profile
+from .records import RecordWriter
+from .roofline import Roofline, known_roofline
+from .session import Options, Session
+from .tally import PHASES
+
+
+class MoEProfiler:
+    """Counts and times what the MoE layers of a model do, stock or patched.
+
+    ``with moeprof.MoEProfiler(model) as profiler: model(**inputs)``, then
+    ``profiler.print_summary()``. What was counted adds up until `reset`; stopping leaves the
+    model as it was. Several profilers may watch one model, and a model may be patched and
+    unpatched meanwhile.
+
+    A step is one call of the model; with one new token a row it is of the phase "decode", with
+    more of "prefill". Tokens that the attention mask leaves out are padding: counted apart.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model on the CPU with MoE layers; they are found by their structure.
+    warmup_steps : int
+        The first so many steps are not counted.
+    sampling_rate : int
+        Every so many-th step is counted.
+    mask : (B, n) array, tensor or None
+        Nonzero for real tokens, by position from the start of the sequence; in place of the
+        attention mask, for instance to leave out what follows the end of a sequence.
+    pairs : bool
+        Also count which experts are selected together, and from layer to layer: two tables of
+        8 E^2 bytes for each layer and phase.
+    vocabulary : bool
+        Also count the experts of each input token id: some 8 E bytes for each id that comes,
+        and layer.
+    trace : bool
+        Also keep the time of each layer's last calls, for `Profile.save_trace`.
+    records : str, path or None
+        Write every token's experts, weights and entropy there, piece by piece: a ``.parquet``
+        file, or a folder of ``.npz`` files. They are complete after `stop`.
+
+    Raises
+    ------
+    ValueError
+        "No routers found ..." for a model without MoE layers; weights that are not on the CPU; a
+        parameter out of range. While it runs: "Router output format unexpected ...", naming the
+        layer; a mask that does not fit the tokens; a skipped slot (-1) in a block that is not
+        patched, which would compute garbage.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        warmup_steps: int = 0,
+        sampling_rate: int = 1,
+        mask=None,
+        pairs: bool = True,
+        vocabulary: bool = False,
+        trace: bool = False,
+        records: str | os.PathLike | None = None,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"MoEProfiler: expected a torch.nn.Module, got {type(model).__name__}"
+            )
+        _check_integer("warmup_steps", warmup_steps, 0)
+        _check_integer("sampling_rate", sampling_rate, 1)
+        self.model = model
+        options = Options(
+            warmup_steps=warmup_steps, sampling_rate=sampling_rate, mask=mask, pairs=pairs,
+            vocabulary=vocabulary, trace=trace,
+        )  # fmt: skip
+        self._session = Session(model, options)
+        _check_device(self._session.sites)
+        if records is not None:
+            options.records = RecordWriter(records)
+        self._started_here: list[bool] = []
+        self._domains: list[tuple[str, np.ndarray]] = []
+        self._by_domain: dict[str, np.ndarray] = {}
+        self._finalizer = weakref.finalize(self, _detach, self._session, options)
+
+    # ---- running ----
+
+    @property
+    def active(self) -> bool:
+        """True between start and stop."""
+        return self._session.active
+
+    def start(self, *, mask=None) -> "MoEProfiler":
+        """Put the hooks in; without effect where they are. mask: as at construction."""
+        if mask is not None:
+            self._session.mask = mask
+        if not self.active:
+            self._session.attach()
+        return self
+
+    def stop(self) -> None:
+        """Take the hooks out: the model is as it was. The counts stay."""
+        self._session.detach()
+        if self._session.options.records is not None:
+            self._session.options.records.close()
+
+    def pause(self) -> None:
+        """Don't count, nor number, steps until `resume`; the hooks stay."""
+        self._session.paused = True
+
+    def resume(self) -> None:
+        """Count again."""
+        self._session.paused = False
+
+    def reset(self) -> None:
+        """Everything at zero, the warm-up to come again; records that were written stay."""
+        self._session.clear()
+        self._by_domain.clear()
+        self._domains = [(label, self._loads()) for label, _ in self._domains]
+
+    def __enter__(self) -> "MoEProfiler":
+        self._started_here.append(not self.active)
+        return self.start()
+
+    def __exit__(self, *exception) -> None:
+        if self._started_here.pop():
+            self.stop()
+
+    @property
+    def mask(self):
+        """(B, n), in place of the attention mask of the steps to come; or None."""
+        return self._session.mask
+
+    @mask.setter
+    def mask(self, mask) -> None:
+        self._session.mask = mask
+
+    @contextmanager
+    def domain(self, label: str):
+        """What runs inside counts for a domain of texts, too: ``with profiler.domain("code"):``.
+
+        Within another domain the inner one counts.
+        """
+        self._close_domain()
+        self._domains.append((label, self._loads()))
+        try:
+            yield self
+        finally:
+            self._close_domain()
+            self._domains.pop()
+            if self._domains:
+                self._domains[-1] = (self._domains[-1][0], self._loads())
+
+    def _close_domain(self) -> None:
+        """Add what the innermost domain has counted since it was opened, or opened again."""
+        if self._domains:
+            label, before = self._domains[-1]
+            since = self._loads() - before
+            self._by_domain[label] = self._by_domain.get(label, 0) + since
+            self._domains[-1] = (label, before + since)
+
+    def _loads(self) -> np.ndarray:
+        """(L, E + 1): selections of the real tokens, and their number, of both phases."""
+        sites = self._session.sites
+        widest = max(site.layer.num_experts for site in sites)
+        loads = np.zeros((len(sites), widest + 1), np.int64)
+        for counts in self._session.counts.values():
+            for row, layer in zip(loads, counts, strict=True):
+                row[: layer.num_experts] += layer.load[0]
+                row[-1] += layer.tokens
+        return loads
+
+    # ---- what was counted ----
+
+    def result(self, *, roofline: Roofline | None = None) -> Profile:
+        """A Profile of what was counted so far: it changes no more.
+
+        roofline: what `moeprof.roofline` gave; without it the one that was measured for this
+        model in this process, if there is any.
+        """
+        session = self._session
+        self._close_domain()
+        return Profile(
+            [site.layer for site in session.sites],
+            {phase: [c.copy() for c in session.counts[phase]] for phase in PHASES},
+            self._facts(),
+            domains={label: loads.copy() for label, loads in self._by_domain.items()} or None,
+            vocabulary=None if session.vocabulary is None else session.vocabulary.as_dict(),
+            roofline=roofline or known_roofline(self.model),
+            events=list(session.events) if session.options.trace else None,
+        )
+
+    def get_metrics(self, phase: str | None = None) -> dict[str, LayerMetrics]:
+        """{name of the router: its metrics}, of both phases together or of one."""
+        return self.result().metrics(phase)
+
+    def print_summary(self) -> None:
+        """Print the tables of `Profile.summary`."""
+        self.result().print_summary()
+
+    def save_csv(self, path: str | os.PathLike) -> None:
+        """Write the tidy table of `Profile.to_frame` to a CSV file."""
+        self.result().save_csv(path)
+
+    def _facts(self) -> dict:
+        from ..bench.machine import describe
+
+        session, config = self._session, getattr(self.model, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(self.model).__name__
+        return {
+            "model": name,
+            "model_class": type(self.model).__name__,
+            "config": config.to_dict() if hasattr(config, "to_dict") else {},
+            "machine": describe(),
+            "router": _routers(session.routers),
+            "steps": session.counted_steps,
+            "steps_left_out": session.steps - session.counted_steps,
+            "warmup_steps": session.options.warmup_steps,
+            "sampling_rate": session.options.sampling_rate,
+            "memory_peak_mb": _peak_memory(),
+            "notes": self._notes(),
+        }
+
+    def _notes(self) -> list[str]:
+        dropped = self._session.events_dropped
+        return [f"the trace lacks the first {dropped} calls of layers"] if dropped else []
+
+    def __repr__(self) -> str:
+        state = "counting" if self.active else "stopped"
+        layers, steps = len(self._session.sites), self._session.counted_steps
+        return f"<moeprof.MoEProfiler: {layers} MoE layers, {steps} steps counted, {state}>"
+
+
+def _detach(session: Session, options: Options) -> None:
+    session.detach()
+    if options.records is not None:
+        options.records.close()
+
+
+def _routers(by_layer: list[list[str]]) -> str:
+    """What routed, in words; "layers 0-2: ..." where it was not the same in all."""
+    texts = [" and ".join(names) for names in by_layer]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "; ".join(f"layer {i}: {text or 'did not run'}" for i, text in enumerate(texts))
+
+
+def _peak_memory() -> float:
+    """The process's peak in MB (10^6 bytes); nan where the system doesn't tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _check_integer(name: str, value, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name}: expected at least {low}, got {value}")
+
+
+def _check_device(sites) -> None:
+    for site in sites:
+        for parameter in site.block.parameters():
+            if parameter.device.type != "cpu":
+                raise ValueError(
+                    f"{site.layer.block}: expected weights on the CPU, got {parameter.device}"
+                )

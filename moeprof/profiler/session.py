@@ -1,0 +1,419 @@
+"""What a profiler puts into a model, and what it counts there."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import _C
+from ..experts import DTYPES, as_array
+from ..watching import RoutingWatch, unwatch, watch
+from .check import ChoiceCheck
+from .entry import Entry, find_entries
+from .finding import Site, find_sites
+from .flops import count_grouped_mm
+from .reading import Choice, read_choice, read_experts_call, read_logits
+from .records import RecordWriter
+from .tally import PHASES, Counts
+from .vocabulary import Vocabulary
+
+STOCK, OWN_IN_C = "the model's own, not patched", "the model's own top-k, patched"
+MAX_EVENTS = 100_000  # of the trace: some 50 bytes each in its file
+
+
+class Step:
+    """One call of the model: what its layers have in common, and what passes between hooks."""
+
+    phase: str | None = None  # None: by the hidden states of the block
+    real: np.ndarray | None = None
+    input_ids: Tensor | None = None
+    previous: np.ndarray | None = None  # experts in the MoE layer before
+    # of one layer, between its hooks:
+    start = tokens = 0
+    output = call = None
+
+    def __init__(self, number: int, counted: bool, entered: bool):
+        self.number, self.counted, self.entered = number, counted, entered
+
+
+class _Local(threading.local):
+    """What each thread has for itself."""
+
+    step: Step | None = None
+
+
+class Session:
+    """The hooks of one profiler in one model, and its counts. Knows nothing of the profiler, so
+    that a profiler which is deleted takes its hooks along."""
+
+    def __init__(self, model: nn.Module, options: "Options"):
+        self.sites = find_sites(model)
+        self.entries = find_entries(model, [site.block for site in self.sites])
+        self.options, self.mask, self.paused = options, options.mask, False
+        self._undo: list[Callable[[], None]] = []
+        self._checks: dict[tuple[int, int], ChoiceCheck] = {}
+        self.local = _Local()
+        self.clear()
+
+    def clear(self) -> None:
+        """Everything at zero."""
+        made = {phase: [] for phase in PHASES}
+        for site in self.sites:
+            for counts in made.values():
+                counts.append(Counts(site.layer.num_experts, self.options.pairs))
+        self.counts: dict[str, list[Counts]] = made
+        self.recency = [np.full(s.layer.num_experts, -1, np.int32) for s in self.sites]
+        self.steps = self.counted_steps = self.events_dropped = 0
+        self.events: deque = deque(maxlen=MAX_EVENTS)
+        self.routers: list[list[str]] = [[] for _ in self.sites]
+        self.vocabulary = None
+        self.checked = [False] * len(self.sites)
+
+    # ---- in the model ----
+
+    @property
+    def active(self) -> bool:
+        return bool(self._undo)
+
+    def attach(self) -> None:
+        """Watch the model; all of it or, with an error, nothing."""
+        try:
+            self._undo.append(count_grouped_mm())
+            for module, _ in self.entries:
+                entry = EntryWatch(self)
+                for register, hook, options in (
+                    (module.register_forward_pre_hook, entry.enter, {"with_kwargs": True}),
+                    (module.register_forward_hook, entry.leave, {"always_call": True}),
+                ):
+                    self._undo.append(register(hook, **options).remove)
+            for index, site in enumerate(self.sites):
+                layer = LayerWatch(self, index, site)
+                self._undo.append(partial(unwatch, site.block, layer))
+                watch(site.block, layer)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """The model is as it was before."""
+        self._drop_checks()
+        while self._undo:
+            self._undo.pop()()
+
+    # ---- steps ----
+
+    def begin(self, entered: bool) -> Step:
+        options, number = self.options, self.steps
+        since = number - options.warmup_steps
+        counted = not self.paused and since >= 0 and since % options.sampling_rate == 0
+        if not self.paused:
+            self.steps += 1
+            self.counted_steps += counted
+        self.local.step = step = Step(number, counted, entered)
+        return step
+
+    def end(self) -> None:
+        self.local.step = None
+        if self._checks:
+            self._drop_checks(threading.get_ident())
+
+    # ---- the first call of each layer: is what is read of the router what ran? ----
+
+    def begin_check(self, index: int) -> None:
+        if not self.checked[index]:
+            self._checks[threading.get_ident(), index] = ChoiceCheck(self.sites[index])
+
+    def end_check(self, index: int, choice: Choice) -> None:
+        if (check := self._checks.pop((threading.get_ident(), index), None)) is not None:
+            check.verify(choice)
+            self.checked[index] = True
+
+    def _drop_checks(self, thread: int | None = None) -> None:
+        """Those of layers that raised; of one thread, or all."""
+        for key in [key for key in self._checks if thread in (None, key[0])]:
+            self._checks.pop(key).remove()
+
+    # ---- what a layer did ----
+
+    def add(self, index: int, step: Step, choice: Choice, start: int, end: int, skips: bool):
+        """Count one call of layer `index`; start, end: perf_counter_ns."""
+        experts = choice.experts.numpy()
+        if experts.dtype != np.int32 or not experts.flags.c_contiguous:
+            experts = np.ascontiguousarray(experts, np.int32)
+        logits, dtype = choice.logits, "float32"
+        if logits is not None:
+            dtype = DTYPES.get(logits.dtype)
+            if dtype is None:
+                logits, dtype = logits.float(), "float32"
+            logits = as_array(logits)
+        real, previous, counts = step.real, step.previous, self.counts[step.phase][index]
+        if real is not None and len(real) != len(experts):
+            raise ValueError(
+                f"{self.sites[index].layer.name}: its block got {len(experts)} tokens, the "
+                f"model's mask is of {len(real)}"
+            )
+        if previous is not None and len(previous) != len(experts):
+            previous = None
+        try:
+            unique = _C.tally(
+                counts.ints, counts.floats, self.recency[index], experts, logits, dtype,
+                real, previous, end - start, skips,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{self.sites[index].layer.name}: {error}") from None
+        step.previous = experts
+        if self.options.extras:
+            times = start, end - start, len(experts), unique
+            self._add_extras(index, step, choice, experts, times)
+
+    def _add_extras(self, index, step, choice, experts, times) -> None:
+        """What is kept on request only."""
+        options = self.options
+        if options.trace:
+            self.events_dropped += len(self.events) == MAX_EVENTS
+            self.events.append((index, step.phase, *times))
+        if options.vocabulary:
+            self._add_vocabulary(index, step, experts)
+        if options.records is not None:
+            options.records.add(
+                layer=index, step=step.number, phase=step.phase, experts=experts,
+                weights=_floats(choice.weights), entropy=_entropy(choice.logits),
+                real=step.real, input_ids=_ids(step),
+            )  # fmt: skip
+
+    def _add_vocabulary(self, index: int, step: Step, experts: np.ndarray) -> None:
+        ids = _ids(step)
+        if ids is None:
+            raise ValueError(
+                f"{self.sites[index].layer.name}: vocabulary=True needs the model's input_ids, "
+                "and this call had none"
+            )
+        if self.vocabulary is None:
+            self.vocabulary = Vocabulary([site.layer.num_experts for site in self.sites])
+        self.vocabulary.add(index, ids, experts, step.real)
+
+
+@dataclass
+class Options:
+    """How a session counts; the arguments of MoEProfiler."""
+
+    warmup_steps: int
+    sampling_rate: int
+    mask: Any
+    pairs: bool
+    vocabulary: bool
+    trace: bool
+    records: RecordWriter | None = None
+
+    @property
+    def extras(self) -> bool:
+        return self.trace or self.vocabulary or self.records is not None
+
+
+# ---- the hooks: bound methods, so that a copy of the model does not count here ----
+
+
+class _Watch:
+    """Owner of hooks. A copied or pickled model gets one that does nothing."""
+
+    session: Session | None = None
+
+    def __deepcopy__(self, memo):
+        return object.__new__(type(self))
+
+    def __reduce__(self):
+        return object.__new__, (type(self),)
+
+
+class EntryWatch(_Watch):
+    """Where the model is entered: a step begins and ends."""
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def enter(self, module, args, kwargs) -> None:
+        session = self.session
+        if session is None:
+            return
+        step = session.begin(entered=True)
+        if not step.counted:
+            return
+        entry = Entry(module, args, kwargs)
+        if entry.shape is not None:
+            step.phase = PHASES[entry.shape[1] == 1]
+            step.real = entry.real(session.mask)
+            step.input_ids = entry.input_ids
+
+    def leave(self, module, args, output) -> None:
+        if self.session is not None:
+            self.session.end()
+
+
+class LayerWatch(_Watch, RoutingWatch):
+    """Of one block: its time, and what its router chose."""
+
+    def __init__(self, session: Session, index: int, site: Site):
+        self.session, self.index, self.site = session, index, site
+        self._last: object = self  # the router that ran last, to name each one once
+        self._handles: list = []
+
+    # ---- a patched block ----
+
+    def routed(self, layer, hidden, routing, skips, start) -> None:
+        end = perf_counter_ns()
+        step = self._step(hidden)
+        if step is None:
+            return
+        if layer.router is not self._last:
+            self._last = layer.router
+            self._name(OWN_IN_C if layer.router is None else repr(layer.router))
+        choice = Choice(routing.experts, routing.weights, routing.logits)
+        self._add(step, choice, start, end, skips)
+
+    @contextmanager
+    def stock(self, hidden):
+        if self.session is None:
+            yield
+            return
+        try:
+            self._hook_inside()
+            self.before(self.site.block, (hidden,), {})
+            yield
+            self.after(self.site.block, (hidden,), None)
+        finally:
+            self._unhook()
+
+    # ---- a block with hooks ----
+
+    def hook(self, active: bool) -> None:
+        if self.session is None:
+            return
+        if not active:
+            self._unhook()
+        elif not self._handles:
+            self._hook_inside()
+            block = self.site.block
+            self._handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
+            self._handles.append(block.register_forward_hook(self.after))
+
+    def _hook_inside(self) -> None:
+        site = self.site
+        self._handles.append(site.router.register_forward_hook(self.heard))
+        if site.chooses == "experts":
+            called = site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
+            self._handles.append(called)
+
+    def _unhook(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def before(self, module, args, kwargs) -> None:
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        step = self._step(hidden)
+        if step is None:
+            return
+        step.tokens = hidden.numel() // hidden.shape[-1]
+        self.session.begin_check(self.index)
+        step.start = perf_counter_ns()
+
+    def heard(self, module, args, output) -> None:
+        """The router has spoken."""
+        step = self._step()
+        if step is None:
+            return
+        step.output = output
+        if isinstance(output, tuple | list):
+            self._refuse_skips(output)
+
+    def called(self, module, args, kwargs) -> None:
+        """The experts get their tokens."""
+        if (step := self._step()) is not None:
+            step.call = args, kwargs
+
+    def after(self, module, args, output) -> None:
+        end = perf_counter_ns()
+        step = self._step()
+        if step is None:
+            return
+        if self._last is not STOCK:
+            self._last = STOCK
+            self._name(STOCK)
+        choice = self._choice(step)
+        self.session.end_check(self.index, choice)
+        self._add(step, choice, step.start, end, False)
+
+    # ---- both ----
+
+    def _step(self, hidden: Tensor | None = None) -> Step | None:
+        """The step that runs, if it counts; one of its own for a block that is called with
+        `hidden` by itself."""
+        session = self.session
+        if session is None:
+            return None
+        step = session.local.step
+        if hidden is not None and (step is None or not step.entered):
+            step = session.begin(entered=False)
+        if step is None or not step.counted:
+            return None
+        if step.phase is None and hidden is not None:
+            step.phase = PHASES[hidden.dim() == 3 and hidden.shape[1] == 1]
+        return step
+
+    def _add(self, step: Step, choice: Choice, start: int, end: int, skips: bool) -> None:
+        try:
+            self.session.add(self.index, step, choice, start, end, skips)
+        finally:
+            step.output = step.call = None
+            if not step.entered:
+                self.session.end()
+
+    def _choice(self, step: Step) -> Choice:
+        layer = self.site.layer
+        if step.call is not None:
+            choice = read_experts_call(*step.call, step.tokens, layer)
+            return choice._replace(logits=read_logits(step.output, step.tokens, layer))
+        if step.output is None:
+            raise ValueError(f"{layer.name}: the block ran without calling this router")
+        return read_choice(step.output, step.tokens, layer)
+
+    def _name(self, name: str) -> None:
+        names = self.session.routers[self.index]
+        if name not in names:
+            names.append(name)
+
+    def _refuse_skips(self, output) -> None:
+        for part in output:
+            if isinstance(part, Tensor) and not part.is_floating_point():
+                if part.dtype != torch.bool and part.numel() and int(part.min()) < 0:
+                    raise ValueError(
+                        f"{self.site.layer.name}: the router skipped a slot (-1), and the block "
+                        "as transformers wrote it can't: it would fail or compute garbage; "
+                        "patch the model first, moeprof.patch(model)"
+                    )
+
+
+# ---- reading ----
+
+
+def _ids(step: Step) -> np.ndarray | None:
+    return None if step.input_ids is None else step.input_ids.reshape(-1).numpy()
+
+
+def _floats(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.detach().float().numpy()
+
+
+def _entropy(logits: Tensor | None) -> np.ndarray | None:
+    """(T,) nats, of the softmax over the logits (T, E)."""
+    if logits is None:
+        return None
+    logp = torch.log_softmax(logits.detach().float(), -1)
+    return torch.special.entr(logp.exp()).sum(-1).numpy()
