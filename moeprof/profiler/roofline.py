@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..bench.limits import SIZE
 from ..bench.machine import cache_bytes
+from .finding import find_sites
 from .words import words_of
 
 LIMIT = 1 << 30  # bytes read in a round, more only where caches are larger
@@ -100,15 +101,17 @@ def _key(weights) -> tuple[torch.dtype, int]:
 
 def _weights(model) -> list[Tensor]:
     """The experts' weights, or all of a model without experts."""
-    named = dict(model.named_parameters())
-    experts = [tensor for name, tensor in named.items() if "experts" in name.split(".")]
-    for name, tensor in named.items():
+    for name, tensor in model.named_parameters():
         if tensor.device.type != "cpu":
             raise ValueError(
                 f"roofline: {name} is on the device {tensor.device}; measured is what this "
                 "machine's CPU reads from its memory"
             )
-    weights = [tensor for tensor in experts or named.values() if tensor.numel()]
+    try:
+        modules = [site.experts for site in find_sites(model) if site.experts is not None]
+    except ValueError:  # no MoE layers
+        modules = []
+    weights = [t for module in modules or [model] for t in module.parameters() if t.numel()]
     if not weights:
         raise ValueError(f"roofline: {type(model).__name__} has no weights")
     return weights
