@@ -1,0 +1,149 @@
+"""The roofs of a model: its own weights are read, once, and nothing is changed."""
+
+import copy
+import gc
+
+import numpy as np
+import pytest
+import torch
+from models import assert_unchanged, olmoe, snapshot
+from torch import nn
+
+from moeprof.profiler import roofline as module
+from moeprof.profiler.roofline import Roofline, known_roofline, roofline
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    for name in ("READ_SECONDS", "FIRST_SECONDS", "GEMM_SECONDS"):
+        monkeypatch.setattr(module, name, 0.01)
+
+
+class Read:
+    """Stands in the place of a piece and tells that it was read."""
+
+    def __init__(self, piece, seen):
+        self.piece, self.seen, self.nbytes = piece, seen, piece.nbytes
+
+    def max(self):
+        self.seen.append(self.piece)
+        return self.piece.max()
+
+
+def memory(tensor):
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+def model_of(*shapes, dtype=torch.float32):
+    """A router of 4 experts, and experts that hold 4 times each shape."""
+    model = nn.Module()
+    model.router, model.experts = nn.Linear(1 << 18, 4), nn.ModuleList()
+    for _ in range(4):
+        model.experts.append(nn.Module())
+        for number, shape in enumerate(shapes):
+            weight = nn.Parameter(torch.ones(shape, dtype=dtype))
+            model.experts[-1].register_parameter(f"weight_{number}", weight)
+    return model
+
+
+def weights_of(model):
+    return list(model.experts.parameters())
+
+
+def test_what_is_measured_and_nothing_changed():
+    model = olmoe()
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    seed = torch.get_rng_state()
+    found = roofline(model)
+    assert isinstance(found, Roofline) and found.read_gbs > 0 and found.gemm_gflops > 0
+    assert (found.dtype, found.threads) == ("float32", torch.get_num_threads())
+    # 2 layers of 8 experts of three 16 x 32 matrices
+    assert found.weight_bytes == 2 * 8 * 3 * 16 * 32 * 4
+    assert "fit the caches" in found.note and "0.1 MB" in found.note
+    assert_unchanged(model, before)
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    assert torch.equal(seed, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_experts_are_read_in_place_all_of_them(dtype):
+    model = model_of((1001, 1001), (700, 999), (5,), dtype=dtype)
+    pieces = module._pieces(module._weights(model))
+    large = [p for p in weights_of(model) if p.nbytes >= module.SMALL]
+    assert sum(p.nbytes for p in pieces) == sum(p.nbytes for p in large)
+    inside = [memory(p) for p in large]
+    assert large and all(any(a <= x < y <= b for a, b in inside)
+                              for x, y in map(memory, pieces))  # fmt: skip
+
+
+def test_weights_off_any_alignment():
+    data = bytearray(4 << 20)
+    model = nn.Module()
+    for offset in (1, 3):  # of a mapped file: any byte may be the first
+        words = torch.frombuffer(data, dtype=torch.bfloat16, count=1_000_001, offset=offset)
+        assert words.data_ptr() % 2 == 1
+        model.weight = nn.Parameter(words.view(-1, 1))
+        pieces = module._pieces(module._weights(model))
+        assert [p.data_ptr() for p in pieces] == [words.data_ptr()]
+        assert roofline(model).dtype == "bfloat16"
+
+
+def test_without_experts_all_weights_count():
+    model = nn.Linear(1024, 512)
+    assert roofline(model).weight_bytes == 4 * (1024 * 512 + 512)
+
+
+def test_once_per_model_dtype_and_threads(monkeypatch):
+    calls = []
+    measure = module._measure
+    monkeypatch.setattr(module, "_measure", lambda *a: (calls.append(a[1:]), measure(*a))[1])
+    model, other = olmoe(), olmoe()
+    assert known_roofline(model) is None
+    assert roofline(model) is roofline(model) is known_roofline(model)
+    assert len(calls) == 1 and known_roofline(other) is None
+    roofline(other)
+    assert known_roofline(model.bfloat16()) is None
+    roofline(model)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        found = roofline(model)
+    finally:
+        torch.set_num_threads(threads)
+    assert found.threads == threads + 1
+    roofline(model)
+    kinds = [(torch.float32, threads)] * 2
+    assert calls == [*kinds, (torch.bfloat16, threads), (torch.bfloat16, threads + 1)]
+    held = len(module._measured)
+    del model, other
+    gc.collect()
+    assert len(module._measured) == held - 2  # they are not kept alive
+
+
+def test_a_large_model_is_read_in_part_and_past_the_caches(monkeypatch):
+    monkeypatch.setattr(module, "LIMIT", 8 << 20)
+    monkeypatch.setattr(module, "PIECE", 1 << 20)
+    monkeypatch.setattr(module, "_all_caches", lambda: 2 << 20)
+    model, seen = model_of((10, 256, 1024)), []  # 40 MiB
+    pieces = module._pieces(module._weights(model))
+    monkeypatch.setattr(module, "_pieces", lambda weights: [Read(p, seen) for p in pieces])
+    found = roofline(model)
+    places = {piece.data_ptr(): place for place, piece in enumerate(pieces)}
+    parts = sorted({places[piece.data_ptr()] for piece in seen})
+    assert len(places) == 40 and len(parts) == 16  # eight times the caches is more than LIMIT
+    assert parts[0] < 3 and parts[-1] > 36 and max(np.diff(parts)) <= 3
+    assert found.weight_bytes == 40 << 20 and found.note == ""
+    monkeypatch.setattr(module, "FIRST_SECONDS", 0)  # the file is slow: one piece only
+    module._measured.clear()
+    assert "only 1 MB were read" in roofline(model).note
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="expected a torch.nn.Module, got dict"):
+        roofline({})
+    with pytest.raises(ValueError, match="ReLU has no weights"):
+        roofline(nn.ReLU())
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="weight is on the device meta"):
+        roofline(model)

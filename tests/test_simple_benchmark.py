@@ -1,0 +1,590 @@
+"""SimpleBenchmark: what it measures, and that whatever `configure` did is undone."""
+
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from models import V5, assert_unchanged, blocks, choose, olmoe, snapshot, token_ids, wrap_gates
+from scipy.stats import binom
+from torch import nn
+
+import moeprof
+from moeprof import cpu
+from moeprof.benchmark import SimpleBenchmark, measure, undo
+from moeprof.benchmark.measure import Prompt, Seen, Times
+from moeprof.benchmark.result import Comparison, Measurement, median_interval
+from moeprof.benchmark.undo import _sums, undoing
+from moeprof.profiler.words import words_of
+
+# ---- undo ----
+
+
+def tensors(model):
+    """Clones of all tensors of the modules, also of those that are no parameter or buffer."""
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name, module in model.named_modules()
+        for held in (module._parameters, module._buffers, vars(module))
+        for key, value in held.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def capture(model):
+    parameters = {
+        name: (p, p.data_ptr(), p.dtype, p.requires_grad, p.grad, dict(vars(p)))
+        for name, p in model.named_parameters()
+    }
+    with torch.no_grad():
+        logits = model(input_ids=token_ids()).logits
+    return SimpleNamespace(
+        modules=snapshot(model), classes=[type(m) for m in model.modules()],
+        tensors=tensors(model), parameters=parameters, logits=logits,
+        configs=[copy.deepcopy(vars(c)) for c in (model.config, model.generation_config)],
+        threads=(torch.get_num_threads(), moeprof.get_num_threads(), cpu._threads),
+    )  # fmt: skip
+
+
+def assert_as_before(model, before):
+    assert_unchanged(model, before.modules)
+    after = capture(model)
+    assert after.classes == before.classes and after.threads == before.threads
+    assert after.configs == before.configs
+    assert after.tensors.keys() == before.tensors.keys()
+    for name, tensor in before.tensors.items():
+        assert torch.equal(words_of(after.tensors[name]), words_of(tensor)), name
+    for name, (parameter, *facts) in before.parameters.items():
+        assert after.parameters[name][0] is parameter and after.parameters[name][1:] == (*facts,)
+    assert torch.equal(words_of(after.logits), words_of(before.logits))
+
+
+def in_place(change):
+    """A configure that changes tensors where they are."""
+
+    def configure(model):
+        with torch.no_grad():
+            change(model)
+
+    return configure
+
+
+def set_attributes(find, **values):
+    def configure(model):
+        for name, value in values.items():
+            setattr(find(model), name, value)
+
+    return configure
+
+
+def swap_experts(model):
+    weights = blocks(model)[1].experts
+    weights = weights.down_proj if V5 else weights[3].down_proj.weight
+    weights.copy_(weights.flip(0))
+
+
+def lose_a_bit(model):
+    words_of(model.lm_head.weight)[5, 7] ^= 1
+
+
+def add_hooks(model):
+    blocks(model)[0].register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+    return model.lm_head.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def new_forward(model):
+    stock = blocks(model)[0].forward
+    blocks(model)[0].forward = lambda x: stock(2 * x)
+
+
+def backward(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with torch.inference_mode(False):
+        model(input_ids=token_ids()).logits.sum().backward()
+
+
+def other_class(model):
+    block = blocks(model)[0]
+    block.__class__ = type("Mine", (type(block),), {"forward": lambda self, x: 0})
+
+
+def other_modules(model):
+    model.lm_head = nn.Linear(32, 64)
+    model.extra = nn.Linear(3, 3)
+    del model.model.layers[1]
+
+
+def other_config(model):
+    model.config.num_experts_per_tok = 1
+    model.config.id2label[0] = "changed"
+    model.generation_config.max_new_tokens = 3
+    model.config.made_up = []
+
+
+def no_threads(model):
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    moeprof.set_num_threads(3)
+
+
+def router(model):
+    return blocks(model)[1].gate if V5 else blocks(model)[1]
+
+
+CHANGES = {
+    "patch": lambda m: moeprof.patch(m, "topk", k=1, linears=True),
+    "patch and callback": lambda m: moeprof.patch(m).on_routing(lambda *_: None),
+    "config": other_config,
+    "top_k": set_attributes(router, top_k=1),
+    "gates": lambda m: wrap_gates(m, choose),
+    "hooks": add_hooks,
+    "forward": new_forward,
+    "class": other_class,
+    "modules": other_modules,
+    "train": lambda m: m.train(),
+    "threads": no_threads,
+    "parameter replaced": lambda m: setattr(m.lm_head, "weight", nn.Parameter(torch.ones(64, 32))),
+    "parameter gone": lambda m: m.lm_head.register_parameter("weight", None),
+    "data replaced": set_attributes(lambda m: m.lm_head.weight, data=torch.ones(64, 32)),
+    "attribute": set_attributes(lambda m: m.lm_head.weight, mine=3),
+    "dtype": lambda m: m.to(torch.bfloat16),
+    "gradients": backward,
+    "frozen": lambda m: m.requires_grad_(False),
+}
+IN_PLACE = {
+    "lm_head.weight": in_place(lambda m: m.lm_head.weight.mul_(2)),
+    "model.embed_tokens.weight": in_place(lambda m: m.model.embed_tokens.weight.data.zero_()),
+    "experts.*down_proj": in_place(swap_experts),
+    "head.weight": in_place(lose_a_bit),
+    "rotary_emb.inv_freq": in_place(lambda m: m.model.rotary_emb.inv_freq.neg_()),
+    "norm.weight": in_place(lambda m: setattr(m.model.norm.weight.mul_(3), "data", torch.ones(32))),
+}
+
+
+@pytest.fixture(params=["memory", "no memory"])
+def memory(request, monkeypatch):
+    if request.param == "no memory":
+
+        def check_memory(needed):
+            raise ValueError
+
+        monkeypatch.setattr(undo, "check_memory", check_memory)
+    return request.param == "memory"
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads(), cpu._threads
+    yield
+    torch.set_num_threads(before[0])
+    cpu.set_num_threads(before[1])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_kind_of_change_is_undone(change, memory, threads):
+    model = olmoe()
+    before = capture(model)
+    with undoing(model):
+        CHANGES[change](model)
+        with pytest.raises((AssertionError, TypeError, AttributeError, IndexError)):
+            assert_as_before(model, before)  # which sees this change
+    assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_weights_changed_in_place(name, memory):
+    model = olmoe()
+    before = capture(model)
+    if memory:
+        with undoing(model) as saved:
+            for _ in range(2):
+                IN_PLACE[name](model)
+                with pytest.raises(AssertionError):
+                    assert_as_before(model, before)
+                saved.restore()
+                assert_as_before(model, before)
+            IN_PLACE[name](model)
+        assert_as_before(model, before)
+        return
+    with pytest.raises(RuntimeError, match=f"changed in place and not put back: .*{name}"):
+        with undoing(model):
+            model.config.num_experts_per_tok = 1
+            IN_PLACE[name](model)
+    assert_unchanged(model, before.modules)  # all the rest was undone
+    assert model.config.num_experts_per_tok == 2
+
+
+def test_an_earlier_patch_stays(memory):
+    model = olmoe()
+    with moeprof.patch(model, "topk", k=1) as handle:
+        before, seen = capture(model), []
+        handle.on_routing(lambda *call: seen.append(call))
+        with undoing(model):
+            handle.on_routing(None)
+            moeprof.unpatch(model)
+            moeprof.patch(model, "topk", k=2)
+        capture(model)
+        assert handle.active and len(seen) == 2
+        handle.on_routing(None)
+        assert_as_before(model, before)
+
+
+def test_nan_and_negative_zero_are_bits_like_others(memory):
+    model = olmoe()
+    with torch.no_grad():
+        model.lm_head.weight[:2] = torch.nan
+        model.lm_head.weight[2:4] = 0
+    with undoing(model):
+        pass  # NaN is no change
+    before = words_of(model.lm_head.weight).clone()
+    try:
+        with undoing(model), torch.no_grad():
+            model.lm_head.weight[2:4] = -0.0
+    except RuntimeError as error:
+        assert not memory and "lm_head.weight" in str(error)
+    assert torch.equal(words_of(model.lm_head.weight), before) == memory
+
+
+@pytest.mark.parametrize("shape", [(5,), (1023,), (40, 60), (1 << 10, 1 << 10), (1100, 1000)])
+def test_sums_see_where_a_word_stands(shape):
+    tensor = torch.arange(math.prod(shape)).reshape(shape).to(torch.int32)
+    sums, flat = _sums(tensor), tensor.clone().view(-1)
+    flat[[1, 3]] = flat[[3, 1]]
+    assert not torch.equal(_sums(flat.view(shape)), sums)
+    if len(shape) > 1:
+        for dim in (0, 1):
+            assert not torch.equal(_sums(tensor.flip(dim)), sums)
+    assert torch.equal(_sums(tensor.clone()), sums)
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.randn(3, 5), torch.randn(()), torch.randn(4, 6).t(), torch.randn(7).half(),
+    torch.randn(9, 3).bfloat16()[1:, 1:], torch.tensor([True, False]), torch.zeros(0, 4),
+    torch.randn(2, 3, dtype=torch.complex64),
+])  # fmt: skip
+def test_words_are_the_same_memory(tensor):
+    words = words_of(tensor)
+    assert not words.is_floating_point() and words.nbytes == tensor.nbytes
+    assert words.data_ptr() == tensor.data_ptr()
+    if tensor.numel():
+        words.zero_()
+        assert not tensor.any()
+
+
+# ---- runs ----
+
+
+class Tokenizer:
+    """A token for each character."""
+
+    def __call__(self, text, return_tensors=None):
+        ids = [2 + ord(letter) % 60 for letter in text]
+        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
+
+
+TEXTS = {"short": ["hello", "ab"], "long": ["a longer text than that", "x"]}
+ALL = [text for texts in TEXTS.values() for text in texts]
+
+
+def benchmark(model=None, **options):
+    options = {"max_new_tokens": 3, "repeats": 2} | options
+    return SimpleBenchmark(olmoe() if model is None else model, Tokenizer(), **options)
+
+
+def loss_of(model, texts):
+    """Nats per predicted token of the prompts."""
+    nats, predicted = 0.0, 0
+    for text in texts:
+        ids = Tokenizer()(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1].double()
+        nats += nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        predicted += ids.shape[1] - 1
+    return nats / predicted
+
+
+def test_a_run_of_the_stock_model():
+    model = olmoe()
+    model.train()
+    before = capture(model)
+    calls = []
+    result = benchmark(model, warmup=1).run_config(
+        "stock", TEXTS, lambda m: m.register_forward_hook(lambda *_: calls.append(1))
+    )
+    assert_as_before(model, before)
+    model.eval()
+    # The uncounted pass, the warm-up and two rounds: a prefill and 3 steps for each text.
+    assert len(calls) == (1 + 1 + 2) * len(ALL) * (1 + 3)
+    assert result.times.prefill.shape == (2, 4) and result.times.decode.shape == (2, 4, 3)
+    assert (result.times.prefill > 0).all() and (result.times.decode > 0).all()
+    own = result.get_summary()
+    assert own["loss"] == pytest.approx(loss_of(model, ALL), rel=1e-5)
+    assert own["loss_short"] == pytest.approx(loss_of(model, TEXTS["short"]), rel=1e-5)
+    for text, generated in zip(ALL, result.seen.generated, strict=True):
+        ids = Tokenizer()(text, return_tensors="pt")["input_ids"]
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=3,
+            max_new_tokens=3, eos_token_id=-1,
+        )  # fmt: skip
+        assert generated == expected[0, ids.shape[1] :].tolist()
+    experts = {name: value for name, value in own.items() if name.startswith("experts")}
+    assert len(experts) == 9 and set(experts.values()) == {2.0}
+    assert (own["texts"], own["prompt_tokens"], own["new_tokens"]) == (4, 31, 3)
+    stored = json.loads(json.dumps(result.to_dict()))
+    assert stored["categories"] == ["short", "short", "long", "long"]
+    assert np.shape(stored["decode_seconds"]) == (2, 4, 3) and stored["machine"]["threads"]
+    assert "experts/token" in repr(result) and "<table" in result._repr_html_()
+
+
+def recorded(model, configure, texts, new_tokens):
+    """{(category, phase): mean experts per token}, from a callback of a patched model."""
+    means, found = {}, []
+    handle = configure(model)
+    handle.on_routing(lambda layer, routing: found.append((routing.experts >= 0).sum(1)))
+    for category, members in texts.items():
+        for text in members:
+            ids = Tokenizer()(text, return_tensors="pt")["input_ids"]
+            whole = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=-1,
+                min_new_tokens=new_tokens + 1, max_new_tokens=new_tokens + 1,
+            )  # fmt: skip
+            assert whole.shape[1] == ids.shape[1] + new_tokens + 1
+            layers = len(handle.layers)
+            means.setdefault((category, "prefill"), []).extend(found[:layers])
+            means.setdefault((category, "decode"), []).extend(found[layers:])
+            found.clear()
+    handle.unpatch()
+    return {key: torch.cat(counts).float().mean().item() for key, counts in means.items()}
+
+
+def skipping(model):
+    wrap_gates(model, choose)
+    return moeprof.patch(model)
+
+
+@pytest.mark.parametrize("configure", [
+    lambda m: moeprof.patch(m, "top_p", P=0.7), skipping,
+], ids=["top_p", "middleware"])  # fmt: skip
+def test_experts_of_a_patched_model_by_category_and_phase(configure):
+    model = olmoe()
+    own = benchmark(model).run_config("p", TEXTS, configure).get_summary()
+    expected = recorded(copy.deepcopy(model), configure, TEXTS, 3)
+    for (category, phase), mean in expected.items():
+        assert own[f"experts_per_token_{phase}_{category}"] == pytest.approx(mean, rel=1e-6)
+    tokens = {"prefill": 31, "decode": 12}
+    total = sum(
+        own[f"experts_per_token_{phase}"] * number for phase, number in tokens.items()
+    ) / 43
+    assert own["experts_per_token"] == pytest.approx(total, rel=1e-12)
+    assert len(set(expected.values())) > 2
+
+
+class Clock:
+    """Time that passes with the tokens of the model's calls only: a second each."""
+
+    def __init__(self, monkeypatch, model):
+        self.now, self.factor = 0.0, 1.0
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        model.register_forward_pre_hook(self._pass, with_kwargs=True)
+
+    def _pass(self, module, args, kwargs):
+        self.now += self.factor * kwargs["input_ids"].numel()
+
+
+def test_times_are_of_the_calls(monkeypatch):
+    model = olmoe()
+    clock = Clock(monkeypatch, model)
+    bench = benchmark(model, repeats=5)
+    own = bench.run_config("a", ALL).get_summary()
+    assert own["prefill_ms"] == own["prefill_ms_lower"] == 1e3 * 31 / 4
+    assert own["decode_ms"] == own["decode_ms_upper"] == 1e3
+    assert own["tokens_per_s"] == own["prefill_tokens_per_s"] == 1
+    slow = bench.run_config("b", ALL, lambda m: setattr(clock, "factor", 1.25)).get_summary()
+    assert slow["prefill_ms"] == 1.25e3 * 31 / 4
+
+
+def test_compare_runs_all_in_turn_and_undoes_each(monkeypatch):
+    model = olmoe()
+    before = capture(model)
+    clock = Clock(monkeypatch, model)
+    order = []
+
+    def configuring(name, factor):
+        def configure(model):
+            assert not model.training and model.config.num_experts_per_tok == 2
+            model.config.num_experts_per_tok = 1
+            with torch.no_grad():
+                model.lm_head.weight.mul_(2)
+            clock.factor = factor
+            order.append(name)
+
+        return configure
+
+    bench = benchmark(model, repeats=6)
+    for name, factor in (("first", 2.0), ("second", 3.0), ("third", 2.0)):
+        bench.run_config(name, ALL, configuring(name, factor))
+    assert order == ["first", "second", "third"]
+    compared = bench.compare()
+    turns = [order[i : i + 3] for i in range(3, len(order), 3)]
+    assert [sorted(turn) for turn in turns] == [["first", "second", "third"]] * 7
+    assert len(set(map(tuple, turns))) > 1  # the order is drawn
+    model._forward_pre_hooks.clear()
+    model._forward_pre_hooks_with_kwargs.clear()
+    assert_as_before(model, before)
+    frame = compared.to_frame().set_index("config")
+    assert frame["prefill_ratio"].tolist() == frame["decode_ratio"].tolist() == [1, 1.5, 1]
+    assert frame["decode_ms"].tolist() == [2000, 3000, 2000]
+    assert frame["decode_differs"].tolist() == [False, True, False]
+    assert frame["token_agreement"].tolist() == [1, 1, 1]
+    assert frame["loss_change"].tolist() == [0, 0, 0]
+    assert "second, decode: 1.500 times the time of first (1.500 to 1.500)." in repr(compared)
+    assert "third, prefill: no difference from first beyond the noise" in repr(compared)
+
+
+def measurement(name, prefill, decode, nats=10.0, generated=(1, 2)):
+    """R rounds of one text of five tokens; prefill, decode: (R,) ms."""
+    times = Times(np.array(prefill)[:, None] / 1e3,
+                  np.repeat(np.array(decode), 2).reshape(-1, 1, 2) / 1e3)  # fmt: skip
+    seen = Seen(np.array([[4.0, 3.0]]), np.array([nats]), [list(generated)])
+    machine = {"cpu": "a CPU", "features": ["avx2"], "threads": 2}
+    return Measurement(name, [Prompt("simple", "text", torch.ones(1, 5))], seen, times, machine)
+
+
+def test_ratios_are_of_the_same_round():
+    drift = np.array([10, 20, 15, 30, 12.0])  # the machine's, common to a round
+    first = measurement("first", drift, [10, 10.1, 10.2, 9.9, 10])
+    other = measurement("other", 0.5 * drift, [9.9, 10.3, 10.2, 9.8, 10.1], 11.0, (1, 3))
+    row = Comparison([first, other]).to_frame().iloc[1]
+    assert row["prefill_ratio"] == row["prefill_ratio_low"] == row["prefill_ratio_high"] == 0.5
+    ratios = np.sort(np.array([9.9, 10.3, 10.2, 9.8, 10.1]) / [10, 10.1, 10.2, 9.9, 10])
+    assert row["decode_ratio"] == pytest.approx(np.median(ratios))
+    assert [row["decode_ratio_low"], row["decode_ratio_high"]] == pytest.approx(
+        [ratios[0], ratios[-1]]
+    )
+    assert not row["decode_differs"]
+    assert row["loss_change"] == pytest.approx(1 / 4) and row["token_agreement"] == 0.5
+    assert row["experts_per_token"] == pytest.approx((5 * 4 + 2 * 3) / 7)
+
+
+def test_what_is_within_the_noise():
+    steady, noisy = [10, 10.01, 10.02, 10.01, 10], [8, 12, 10, 13, 9]
+    slower = measurement("slower", [10.3] * 5, [1.03 * ms for ms in noisy])
+    compared = Comparison([measurement("first", steady, noisy), slower])
+    row = compared.to_frame().iloc[1]
+    # 3 % in every round: more than one machine varies by, less than the other.
+    assert row["prefill_differs"] and not row["decode_differs"] and row["decode_ratio_low"] > 1
+    few = Comparison([measurement(n, [t] * 4, [t] * 4) for n, t in (("a", 1.0), ("b", 2.0))])
+    assert few.to_frame()[["prefill_ratio_low", "decode_ratio_high"]].isna().all(axis=None)
+    assert not few.to_frame()["decode_differs"].any()
+    assert "With 4 rounds no difference can be told from noise: it takes 5" in repr(few)
+
+
+def test_a_comparison_fits_100_columns_and_a_page():
+    rng = np.random.default_rng(0)
+    long = "a name of a configuration that says all of it, <with alpha .05 and max_k 64>"
+    compared = Comparison([
+        measurement(name, *rng.uniform(1e3, 1e5, (2, 5))) for name in ("a", long)
+    ])
+    shown = repr(compared)
+    assert max(map(len, shown.splitlines())) <= 100 and "simple" in shown
+    page = compared._repr_html_()
+    assert page.count("<table") == 3 and "&lt;with alpha" in page and "<with" not in page
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 8, 9, 20, 101])
+def test_the_interval_of_a_median(size):
+    values = np.random.default_rng(size).permutation(size).astype(float)
+    low, high = median_interval(values)
+    if size < 5:
+        return np.testing.assert_equal((low, high), (np.nan, np.nan))
+    rank = int(low)  # the rank-th of the sorted ones, from 0
+    assert high == size - 1 - rank
+    assert 1 - 2 * binom.cdf(rank, size, 0.5) >= 0.9 > 1 - 2 * binom.cdf(rank + 1, size, 0.5)
+
+
+# ---- errors ----
+
+
+def test_errors_of_configure_and_of_the_run_leave_the_model(memory):
+    def fails(model):
+        model.config.num_experts_per_tok = 1
+        moeprof.patch(model)
+        raise KeyError("mine")
+
+    def fails_later(model):
+        model.register_forward_hook(lambda *_: 1 / 0)
+
+    model = olmoe()
+    before, bench = capture(model), benchmark(model)
+    for configure, error in ((fails, KeyError), (fails_later, ZeroDivisionError)):
+        with pytest.raises(error):
+            bench.run_config("bad", ALL, configure)
+        assert_as_before(model, before)
+    assert bench.results == {}
+    bench.run_config("good", ALL)
+    bench.run_config("bad", ALL, lambda m: m.register_forward_hook(
+        lambda *_: 1 / 0 if "bad" in bench.results else None
+    ))  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        bench.compare()
+    assert_as_before(model, before)
+
+
+def test_weights_lost_without_memory_are_named(monkeypatch):
+    monkeypatch.setattr(undo, "_fits", lambda tensors: False)
+    with pytest.raises(RuntimeError, match="not put back: lm_head.weight"):
+        benchmark().run_config("a", ALL, IN_PLACE["lm_head.weight"])
+
+
+def test_runs_that_make_no_sense():
+    bench = benchmark()
+    with pytest.raises(ValueError, match="no configuration yet"):
+        bench.compare()
+    for name in ("", 3):
+        with pytest.raises(TypeError, match="name: expected a text"):
+            bench.run_config(name, ALL)
+    with pytest.raises(TypeError, match="configure: expected a function"):
+        bench.run_config("a", ALL, 3)
+    bench.run_config("a", ALL)
+    with pytest.raises(ValueError, match="'a' was run already"):
+        bench.run_config("a", ALL)
+    bench.run_config("b", ALL[:2])
+    with pytest.raises(ValueError, match="'b' was run on other texts than 'a'"):
+        bench.compare()
+    assert "a, b" in repr(bench)
+
+
+@pytest.mark.parametrize("texts, error, words", [
+    ("text", TypeError, "a list of texts or a dict"),
+    (None, TypeError, "got NoneType"),
+    ([], ValueError, "texts: expected at least one text"),
+    ({}, ValueError, "texts: expected at least one text"),
+    ({"a": "text"}, TypeError, r"texts\['a'\]: expected a list of texts, got str"),
+    ({"a": ["x"], "b": []}, ValueError, r"texts\['b'\]: expected at least one text"),
+    (["x", ""], ValueError, r"texts\[1\]: the text '' is empty"),
+    (["x", 3], TypeError, r"texts\[1\]: expected a text, got int"),
+])  # fmt: skip
+def test_texts_that_are_none(texts, error, words):
+    with pytest.raises(error, match=words):
+        benchmark().run_config("a", texts)
+
+
+@pytest.mark.parametrize("options, error, words", [
+    ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected at least 1, got 0"),
+    ({"warmup": -1}, ValueError, "warmup: expected at least 0"),
+    ({"repeats": True}, TypeError, "repeats: expected an integer"),
+    ({"repeats": 1.5}, TypeError, "repeats: expected an integer"),
+])  # fmt: skip
+def test_settings_out_of_range(options, error, words):
+    with pytest.raises(error, match=words):
+        benchmark(**options)
+
+
+def test_neither_model_nor_tokenizer():
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+        SimpleBenchmark("model", Tokenizer())
+    with pytest.raises(TypeError, match="tokenizer: expected a callable"):
+        SimpleBenchmark(olmoe(), None)
