@@ -1,0 +1,243 @@
+"""MoEProfiler's counts against a recount by hooks on the gates, on stock and patched models."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from models import V5, blocks, choose, olmoe, token_ids, wrap_gates
+
+import moeprof
+from moeprof.profiler.tally import PHASES
+
+E, K, NEW = 8, 2, 20
+ROUTERS = {
+    "stock": None,
+    "patched": {},
+    "bh": {"router": "bh", "alpha": 0.4, "max_k": 4, "null": "normal"},
+}
+RUNS = ("forward", "generate", "sample", "beams", *(["static"] if V5 else []))
+# 4.57 fails on a static cache with OLMoE, before any profiler
+
+
+def padded(side):
+    """(ids, mask) of three prompts, two of them shorter than 9 tokens; `side` None: no mask."""
+    ids, mask = token_ids(3, 9, seed=5), torch.ones(3, 9, dtype=torch.long)
+    if side is None:
+        return ids, None
+    for row, missing in enumerate((4, 0, 1)):
+        mask[row, slice(0, missing) if side == "left" else slice(9 - missing, 9)] = 0
+    return ids.masked_fill(mask == 0, 1), mask
+
+
+def run(model, how, ids, mask):
+    """Run it; the number of rows of its steps."""
+    given = {"input_ids": ids, "attention_mask": mask}
+    if how == "forward":
+        model(**given)
+        return len(ids)
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": how == "sample"}
+    options |= {"beams": {"num_beams": 3}, "static": {"cache_implementation": "static"}}.get(how, {})
+    model.generate(**given, **options)
+    return len(ids) * options.get("num_beams", 1)
+
+
+@contextmanager
+def patched(model, router):
+    if router is None:
+        yield
+    else:
+        with moeprof.patch(model, **router):
+            yield
+
+
+@contextmanager
+def gates_heard(model):
+    """[logits (T, E) of every call of every gate]; patched layers allow hooks of moeprof only."""
+    heard = []
+
+    def hook(gate, args, output):
+        heard.append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+    hook.__module__ = "moeprof.tests"
+    handles = [block.gate.register_forward_hook(hook) for block in blocks(model)]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def selected(logits, router):
+    """[{experts} of each token]."""
+    if router is None or not router:
+        return [set(row.tolist()) for row in logits.softmax(-1).topk(K).indices]
+    options = {key: value for key, value in router.items() if key != "router"}
+    chosen = moeprof.benjamini_hochberg_routing(logits, **options).selected_experts
+    return [set(row.tolist()) - {-1} for row in chosen]
+
+
+def recount(heard, router, mask, rows):
+    """{phase: [(load (2, E), k (2, E + 1)) of each layer]}: row 1 is padding."""
+    made = {
+        phase: [(np.zeros((2, E), int), np.zeros((2, E + 1), int)) for _ in range(2)]
+        for phase in PHASES
+    }
+    for call, logits in enumerate(heard):
+        phase = PHASES[len(logits) == rows]
+        real = torch.ones(len(logits), dtype=torch.bool)
+        if phase == "prefill" and mask is not None:
+            real = mask.repeat_interleave(rows // len(mask), 0).reshape(-1) != 0
+        load, k = made[phase][call % 2]
+        for experts, is_real in zip(selected(logits, router), real.tolist(), strict=True):
+            row = 0 if is_real else 1
+            k[row, len(experts)] += 1
+            load[row][list(experts)] += 1
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:null")
+@pytest.mark.parametrize("side", ("left", "right", None))
+@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_counts_are_those_of_a_recount_at_the_gates(router, how, side):
+    model, (ids, mask), given = olmoe(), padded(side), ROUTERS[router]
+    if how == "static" and side == "right":
+        pytest.skip("generate() with a static cache wants its padding at the left")
+    with patched(model, given), moeprof.MoEProfiler(model) as profiler, gates_heard(model) as heard:
+        with torch.no_grad():
+            rows = run(model, how, ids, mask)
+    steps = len(heard) // 2
+    assert steps == (1 if how == "forward" else NEW)
+    expected = recount(heard, given, mask, rows)
+    for phase in PHASES:
+        for layer, counts in enumerate(profiler._session.counts[phase]):
+            load, k = expected[phase][layer]
+            assert np.array_equal(counts.load, load) and np.array_equal(counts.k, k)
+            assert counts.steps == (1 if phase == "prefill" else steps - 1)
+            assert counts.batch_steps[rows if phase == "decode" else 9 * rows] == counts.steps
+    prefill = profiler._session.counts["prefill"][0]
+    assert prefill.tokens == (9 * rows if side is None else (9 * 3 - 5) * rows // 3)
+    assert prefill.confidence.sum() == prefill.tokens
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_probabilities_and_pairs_are_those_of_the_logits(router):
+    model, (ids, mask), given = olmoe(), padded("left"), ROUTERS[router]
+    with patched(model, given), moeprof.MoEProfiler(model) as profiler, gates_heard(model) as heard:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask)
+    real = mask.reshape(-1) != 0
+    sets = [[s for s, r in zip(selected(z, given), real, strict=True) if r] for z in heard]
+    for layer, counts in enumerate(profiler._session.counts["prefill"]):
+        z = heard[layer][real].double()
+        p = z.softmax(-1)
+        entropy = torch.special.entr(p).sum(-1)
+        top = p.topk(2).values
+        totals = [(1 - entropy / np.log(E)).sum(), (top[:, 0] - top[:, 1]).sum(),
+                  (z.logsumexp(-1) ** 2).sum()]  # fmt: skip
+        np.testing.assert_allclose(counts.sums, [float(t) for t in totals], rtol=1e-5)
+        np.testing.assert_allclose(counts.probability, p.sum(0), rtol=1e-5)
+        pairs, moves = np.zeros((E, E), int), np.zeros((E, E), int)
+        before = sets[layer - 1] if layer else [()] * len(sets[0])
+        for here, there in zip(sets[layer], before, strict=True):
+            for i in here:
+                pairs[i, list(here)] += 1
+            for i in there:
+                moves[i, list(here)] += 1
+        assert np.array_equal(counts.pairs, pairs) and np.array_equal(counts.moves, moves)
+        assert counts.moves.sum() == (0 if layer == 0 else counts.moves.sum()) or layer
+        assert counts.skipped.sum() == 0  # the slots that BH leaves empty are none that it skips
+
+
+@pytest.mark.parametrize("router", ("stock", "patched"))
+def test_a_users_router_that_returns_two_or_three_values_is_read(router):
+    """Its weights are (T, k) beside indices; on 5.x a stock block takes three values."""
+    if router == "stock" and not V5:
+        pytest.skip("the stock block of transformers 4 takes logits only")
+    model = olmoe()
+
+    def three(z):
+        weights, experts = z.softmax(-1).topk(3)
+        return z, weights, experts
+
+    wrap_gates(model, three)
+    with patched(model, ROUTERS[router]), moeprof.MoEProfiler(model) as profiler:
+        model(token_ids())
+    for name, metrics in profiler.get_metrics().items():
+        assert name in ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
+        assert metrics.k_mean == 3 and metrics.skipped_slots == 0
+        assert 0 < metrics.router_confidence < 1
+
+
+def test_slots_that_a_middleware_skips_are_counted_in_a_patched_model():
+    model = olmoe()
+    wrap_gates(model, choose)  # two values; slot 1 of every other token, and all of the first
+    with moeprof.patch(model), moeprof.MoEProfiler(model) as profiler:
+        model(token_ids(2, 11))
+    for metrics in profiler.get_metrics().values():
+        assert metrics.skipped_slots == 3 + 10  # the first token's three, then of 2, 4, ... 20
+        assert metrics.tokens == 22 and metrics.k_distribution[0] == 1
+        np.testing.assert_allclose(metrics.k_mean, (3 * 22 - 13) / 22)
+        assert np.isnan(metrics.router_confidence)  # it said no logits
+
+
+@pytest.mark.parametrize("implementation", ("eager", "grouped_mm"))
+def test_a_middleware_that_skips_is_refused_in_a_stock_block(implementation):
+    if not V5:
+        pytest.skip("the stock block of transformers 4 takes logits only")
+    model = olmoe()
+    model.config._experts_implementation = implementation
+
+    def three(z):
+        weights, experts = choose(z)
+        return z, weights, experts
+
+    wrap_gates(model, three)
+    with moeprof.MoEProfiler(model):
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate: .*patch the model"):
+            model(token_ids())
+
+
+def test_the_mask_that_is_given_comes_before_the_attention_mask():
+    model, (ids, mask) = olmoe(), padded("left")
+    given = np.ones((3, 12), int)
+    given[1, 3:] = 0  # a sequence that ended after 3 tokens
+    with moeprof.MoEProfiler(model, mask=given) as profiler:
+        model(input_ids=ids, attention_mask=mask)
+        profiler.mask = None
+        model(input_ids=ids, attention_mask=mask)
+        model(input_ids=ids)
+    counts = profiler._session.counts["prefill"][1]
+    assert counts.k.sum(1).tolist() == [21 + 22 + 27, 6 + 5]
+
+
+@pytest.mark.parametrize("shape", ((3, 8), (2, 9), (3, 1, 9, 8), (3,)))
+def test_a_mask_that_does_not_fit_is_refused(shape):
+    model, ids = olmoe(), token_ids(3, 9)
+    with moeprof.MoEProfiler(model) as profiler:
+        profiler.mask = np.ones(shape)
+        with pytest.raises(ValueError, match="^mask: expected"):
+            model(ids)
+        profiler.mask = None
+        model(ids)
+    assert profiler.get_metrics()["model.layers.0.mlp.gate"].tokens == 27
+
+
+def test_a_block_that_is_called_by_itself_is_counted():
+    model = olmoe()
+    with moeprof.MoEProfiler(model) as profiler:
+        hidden = torch.randn(2, 5, 32)
+        blocks(model)[1](hidden)
+        blocks(model)[1](hidden_states=hidden[:, :1])
+    counts = profiler._session.counts
+    assert [counts[phase][1].tokens for phase in PHASES] == [10, 2]
+    assert counts["prefill"][0].steps == 0
+
+
+def test_the_base_model_is_an_entry_too():
+    model, (ids, mask) = olmoe(), padded("left")
+    with moeprof.MoEProfiler(model) as profiler:
+        model.model(input_ids=ids, attention_mask=mask)
+        model.model(ids, mask)  # by position
+    assert profiler._session.counts["prefill"][0].k.sum(1).tolist() == [44, 10]

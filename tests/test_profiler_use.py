@@ -1,0 +1,336 @@
+"""Starting, stopping, pausing, several at once, exceptions: what a profiler leaves behind."""
+
+import copy
+import gc
+import resource
+import threading
+
+import numpy as np
+import pytest
+import torch
+from models import assert_unchanged, blocks, olmoe, snapshot, token_ids
+from torch import nn
+from torch.utils import flop_counter
+
+import moeprof
+from moeprof.profiler.tally import PHASES
+
+
+@pytest.fixture
+def model():
+    made = olmoe()
+    with torch.no_grad():
+        made(token_ids(), output_router_logits=True)  # transformers 5 installs its recorder once
+    return made
+
+
+def tokens(profiler, layer=0):
+    """Real tokens of both phases."""
+    return sum(profiler._session.counts[phase][layer].tokens for phase in PHASES)
+
+
+class Stop(Exception):
+    pass
+
+
+def fail_inside(model):
+    """An exception in the second layer's block."""
+
+    def fail(module, args):
+        raise Stop
+
+    handle = blocks(model)[1].experts.register_forward_pre_hook(fail)
+    try:
+        with moeprof.MoEProfiler(model), pytest.raises(Stop):
+            model(token_ids())
+    finally:
+        handle.remove()
+
+
+def fail_outside(model):
+    with pytest.raises(Stop), moeprof.MoEProfiler(model):
+        model(token_ids())
+        raise Stop
+
+
+def start_and_stop(model):
+    profiler = moeprof.MoEProfiler(model)
+    profiler.start()
+    profiler.start()
+    model(token_ids())
+    profiler.stop()
+    profiler.stop()
+
+
+def delete_it(model):
+    profiler = moeprof.MoEProfiler(model).start()
+    model(token_ids())
+    del profiler
+    gc.collect()
+
+
+def patch_and_unpatch_meanwhile(model):
+    with moeprof.MoEProfiler(model):
+        with moeprof.patch(model):
+            model(token_ids())
+        model(token_ids())
+
+
+def stop_while_patched(model):
+    profiler = moeprof.MoEProfiler(model).start()
+    handle = moeprof.patch(model)
+    model(token_ids())
+    profiler.stop()
+    model(token_ids())
+    handle.unpatch()
+
+
+@pytest.mark.parametrize(
+    "use", (fail_inside, fail_outside, start_and_stop, delete_it, patch_and_unpatch_meanwhile,
+            stop_while_patched),
+)  # fmt: skip
+def test_the_model_is_afterwards_as_it_was(model, use):
+    before, formulas = snapshot(model), dict(flop_counter.flop_registry)
+    with torch.no_grad():
+        expected = model(token_ids()).logits
+    use(model)
+    assert_unchanged(model, before)
+    assert flop_counter.flop_registry == formulas
+    with torch.no_grad():
+        assert torch.equal(model(token_ids()).logits, expected)
+
+
+def test_a_failed_start_leaves_nothing_behind(model, monkeypatch):
+    before = snapshot(model)
+    profiler = moeprof.MoEProfiler(model)
+
+    def fail(hook):
+        raise Stop
+
+    monkeypatch.setattr(blocks(model)[1], "register_forward_hook", fail, raising=False)
+    with pytest.raises(Stop):
+        profiler.start()
+    monkeypatch.undo()
+    assert_unchanged(model, before)
+    assert not profiler.active
+
+
+def test_the_outputs_are_the_same_bit_for_bit(model):
+    for patched in (False, True):
+        handle = moeprof.patch(model) if patched else None
+        with torch.no_grad():
+            plain = model(token_ids(), output_router_logits=True)
+            with moeprof.MoEProfiler(model):
+                watched = model(token_ids(), output_router_logits=True)
+        assert torch.equal(plain.logits, watched.logits)
+        assert all(map(torch.equal, plain.router_logits, watched.router_logits))
+        if handle:
+            handle.unpatch()
+
+
+def test_after_an_exception_counting_goes_on(model):
+    def fail(module, args):
+        raise Stop
+
+    with moeprof.MoEProfiler(model) as profiler:
+        handle = blocks(model)[1].experts.register_forward_pre_hook(fail)
+        with pytest.raises(Stop):
+            model(token_ids())
+        handle.remove()
+        model(token_ids())
+    assert [tokens(profiler, layer) for layer in (0, 1)] == [44, 22]
+    assert profiler._session.counts["prefill"][0].moves.sum() == 0
+
+
+# ---- which steps count ----
+
+
+def test_warm_up_and_sampling(model):
+    profiler = moeprof.MoEProfiler(model, warmup_steps=2, sampling_rate=3)
+    with profiler:
+        for length in range(3, 13):
+            model(token_ids(1, length))
+    assert tokens(profiler) == 5 + 8 + 11  # the third step, and every third one after it
+    facts = profiler.result().facts
+    assert (facts["steps"], facts["steps_left_out"]) == (3, 7)
+
+
+def test_without_a_counted_step_the_summary_says_so(model, capsys):
+    with moeprof.MoEProfiler(model, warmup_steps=5) as profiler:
+        model(token_ids())
+    profiler.print_summary()
+    assert "nothing" in capsys.readouterr().out.lower()
+    for metrics in profiler.get_metrics().values():
+        assert metrics.tokens == 0 and np.isnan(metrics.k_mean)
+
+
+def test_pause_resume_and_reset(model):
+    with moeprof.MoEProfiler(model) as profiler:
+        model(token_ids(1, 3))
+        profiler.pause()
+        model(token_ids(1, 4))
+        profiler.resume()
+        model(token_ids(1, 5))
+        assert tokens(profiler) == 8 and profiler.result().facts["steps_left_out"] == 0
+        profiler.reset()
+        assert tokens(profiler) == 0
+        model(token_ids(1, 6))
+    model(token_ids(1, 7))
+    assert tokens(profiler) == 6
+    profiler.start()
+    model(token_ids(1, 8))
+    profiler.stop()
+    assert tokens(profiler) == 14  # it adds up
+
+
+def test_nested_use_counts_once_and_ends_with_the_outer_one(model):
+    with moeprof.MoEProfiler(model) as profiler:
+        with profiler:
+            model(token_ids(1, 3))
+        assert profiler.active
+        model(token_ids(1, 4))
+    assert not profiler.active and tokens(profiler) == 7
+
+
+@pytest.mark.parametrize("patched", (False, True))
+def test_several_at_once_count_each_for_itself(model, patched):
+    handle = moeprof.patch(model) if patched else None
+    with moeprof.MoEProfiler(model) as outer:
+        model(token_ids(1, 3))
+        with moeprof.MoEProfiler(model, sampling_rate=2) as inner:
+            model(token_ids(1, 4))
+            model(token_ids(1, 5))
+        model(token_ids(1, 6))
+    assert tokens(outer) == 18 and tokens(inner) == 4
+    assert (handle is not None) == outer.result().facts["router"].endswith(", patched")
+
+
+def test_a_result_is_what_was_counted_until_then(model):
+    with moeprof.MoEProfiler(model) as profiler:
+        model(token_ids(1, 3))
+        result = profiler.result()
+        model(token_ids(1, 4))
+    assert next(iter(result.metrics().values())).tokens == 3 and tokens(profiler) == 7
+
+
+def test_threads_do_not_mix_their_steps(model):
+    lengths = list(range(3, 11))
+    with moeprof.MoEProfiler(model) as profiler:
+        threads = [
+            threading.Thread(target=model, args=(token_ids(1, n, seed=n),)) for n in lengths
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for layer in (0, 1):
+        counts = profiler._session.counts["prefill"][layer]
+        assert counts.tokens == sum(lengths) and counts.steps == len(lengths)
+        assert np.flatnonzero(counts.batch_steps).tolist() == lengths
+    assert profiler._session.counts["prefill"][1].moves.sum() == 4 * sum(lengths)
+
+
+def test_a_copy_of_the_model_does_not_count(model):
+    with moeprof.MoEProfiler(model) as profiler:
+        copied = copy.deepcopy(model)
+        copied(token_ids())
+        with moeprof.patch(copied):
+            copied(token_ids())
+        assert tokens(profiler) == 0
+        model(token_ids())
+    copied(token_ids())
+    assert tokens(profiler) == 22
+
+
+def test_the_router_that_ran_is_named(model):
+    with moeprof.MoEProfiler(model) as profiler:
+        model(token_ids())
+        with moeprof.patch(model, moeprof.TopK(1)):
+            model(token_ids())
+    router = profiler.result().facts["router"]
+    assert router == "the model's own, not patched and TopK(k=1)" or "TopK" in router
+
+
+# ---- domains, vocabulary ----
+
+
+def test_domains_hold_what_ran_inside_them(model):
+    with moeprof.MoEProfiler(model) as profiler:
+        with profiler.domain("a"):
+            model(token_ids(1, 3))
+            with profiler.domain("b"):
+                model(token_ids(1, 4))
+            model(token_ids(1, 5))
+            assert profiler.result().metrics()  # may be asked for at any time
+        model(token_ids(1, 6))
+        with profiler.domain("b"):
+            model(token_ids(1, 7))
+    by_domain = profiler._by_domain
+    assert {label: loads[0, -1] for label, loads in by_domain.items()} == {"a": 8, "b": 11}
+    for loads in by_domain.values():
+        assert np.array_equal(loads[:, :-1].sum(1), 2 * loads[:, -1])
+
+
+def test_the_vocabulary_holds_the_experts_of_each_token(model):
+    ids = token_ids(3, 9, seed=3)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    with moeprof.MoEProfiler(model, vocabulary=True, trace=True) as profiler:
+        model(input_ids=ids, attention_mask=mask)
+        model(input_ids=ids[:1])
+    found = profiler._session.vocabulary.as_dict()
+    flat = torch.cat([ids[mask != 0], ids[0]])
+    assert sorted(found["tokens"]) == sorted(set(flat.tolist()))
+    for token, seen, counts in zip(
+        found["tokens"], found["seen"], found["counts"].transpose(1, 0, 2), strict=True
+    ):
+        assert seen == (flat == token).sum() and (counts.sum(1) == 2 * seen).all()
+    total = profiler._session.counts["prefill"][1].load[0]
+    assert np.array_equal(found["counts"][1].sum(0), total)
+    assert [event[0] for event in profiler._session.events] == [0, 1, 0, 1]
+
+
+# ---- bad input ----
+
+
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(ValueError, match=r"No routers found in Sequential: looked for .*found"):
+        moeprof.MoEProfiler(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(TypeError, match="expected a torch.nn.Module, got dict"):
+        moeprof.MoEProfiler({})
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"warmup_steps": -1}, ValueError, "warmup_steps: expected at least 0, got -1"),
+        ({"sampling_rate": 0}, ValueError, "sampling_rate: expected at least 1, got 0"),
+        ({"sampling_rate": 1.5}, TypeError, "sampling_rate: expected an integer, got 1.5"),
+    ],
+)
+def test_bad_options_are_named(model, options, error, message):
+    with pytest.raises(error, match=message):
+        moeprof.MoEProfiler(model, **options)
+
+
+def test_weights_elsewhere_are_refused(model):
+    with pytest.raises(ValueError, match="expected weights on the CPU, got meta"):
+        moeprof.MoEProfiler(olmoe().to("meta"))
+
+
+# ---- memory ----
+
+
+def test_a_million_tokens_take_no_more_memory():
+    model = olmoe(hidden_size=32, num_hidden_layers=1, num_experts=64, num_experts_per_tok=8)
+    block = blocks(model)[0]
+    hidden = torch.randn(1, 8192, 32)
+    with moeprof.patch(model), moeprof.MoEProfiler(model) as profiler, torch.inference_mode():
+        block(hidden)
+        gc.collect()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(123):
+            block(hidden)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert tokens(profiler) == 124 * 8192 > 1_000_000
+    assert after - before < 50 * 1024
