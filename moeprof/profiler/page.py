@@ -44,13 +44,13 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .2rem .6rem; text-align: right; }
 th { font-weight: 600; } td { border-top: 1px solid var(--soft); }
 thead tr:first-child th.group { text-align: center; border-bottom: 1px solid var(--line); }
-.word { text-align: left; }
+.word { text-align: left; } .first { padding-left: 1.8rem; }
 figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
 figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 """
 
 # In a notebook nothing but what is inside the div is touched, and its colours are inherited.
-_SCOPED = """
+SCOPED = """
 .moeprof-profile { max-width: 75rem; }
 .moeprof-profile .table { overflow: auto; max-height: 24rem; }
 .moeprof-profile table { border-collapse: collapse; font-variant-numeric: tabular-nums;
@@ -60,8 +60,10 @@ _SCOPED = """
 .moeprof-profile td { border-top: 1px solid #8884; }
 .moeprof-profile th.group { text-align: center; border-bottom: 1px solid #8886; }
 .moeprof-profile .word { text-align: left; }
+.moeprof-profile .first { padding-left: 1.6rem; }
 .moeprof-profile .note { opacity: .75; }
-.moeprof-profile img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+.moeprof-profile img { max-width: 100%; height: auto; background: #fff; border-radius: 6px;
+  margin-top: .8rem; }
 """
 
 
@@ -90,7 +92,7 @@ def fragment(profile) -> str:
     if "load" in profile.figures:
         parts.append(_image(profile, "load", 80))
     body = "\n".join(parts)
-    return f'<div class="moeprof-profile"><style>{_SCOPED}</style>\n{body}\n</div>'
+    return f'<div class="moeprof-profile"><style>{SCOPED}</style>\n{body}\n</div>'
 
 
 def _heading(profile):
@@ -115,26 +117,36 @@ def _section(profile, table):
 
 def html_table(table) -> str:
     """A Table; its groups, if it has any, in a row of their own."""
-    words = [name in table.words for _, name in table.columns]
-    rows = []
+    heads = []
     if any(group for group, _ in table.columns):
-        cells = (
+        cells = [
             f'<th{f" class=group colspan={len(list(of))}" if group else ""}>{escape(group)}</th>'
             for group, of in groupby(table.columns, key=lambda column: column[0])
-        )
-        rows.append("".join(cells))
-    rows.append("".join(map(_cell("th"), (name for _, name in table.columns), words)))
-    body = "\n".join(
-        f"<tr>{''.join(map(_cell('td'), row, words))}</tr>" for row in table.rows
-    )  # fmt: skip
-    head = "".join(f"<tr>{row}</tr>" for row in rows)
+        ]
+        heads.append("".join(cells))
+    kinds = _kinds(table)
+    heads.append(_cells("th", (name for _, name in table.columns), kinds))
+    head = "".join(f"<tr>{cells}</tr>" for cells in heads)
+    body = "\n".join(f"<tr>{_cells('td', row, kinds)}</tr>" for row in table.rows)
     return (
         f'<div class="table"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
     )
 
 
-def _cell(tag):
-    return lambda text, word: f"<{tag}{' class=word' if word else ''}>{escape(text)}</{tag}>"
+def _kinds(table):
+    """The class of each column: of words, or the first of a group."""
+    before = ["", *(group for group, _ in table.columns)]
+    return [
+        "word" if name in table.words else "first" if group != last else ""
+        for (group, name), last in zip(table.columns, before, strict=False)
+    ]
+
+
+def _cells(tag, texts, kinds):
+    return "".join(
+        f"<{tag}{f' class={kind}' if kind else ''}>{escape(text)}</{tag}>"
+        for text, kind in zip(texts, kinds, strict=True)
+    )
 
 
 def _image(profile, name, dpi):

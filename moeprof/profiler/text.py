@@ -22,6 +22,14 @@ def as_text(profile, width=WIDTH) -> str:
     return "\n".join(lines) + "\n"
 
 
+def comparison_as_text(comparison, width=WIDTH) -> str:
+    """The findings and the table of a Comparison."""
+    table = comparison.table()
+    lines = [_wrapped(f"- {line}", width) for line in comparison.findings()]
+    lines += ["", table.title, _wrapped(table.note, width), in_lines(table, width)]
+    return "\n".join(lines) + "\n"
+
+
 def _wrapped(line, width):
     return "\n".join(textwrap.wrap(line, width, subsequent_indent="  "))
 
