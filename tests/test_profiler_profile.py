@@ -155,7 +155,8 @@ def test_nothing_counted_is_said_with_its_reason():
         (0, 0, 1): "the model did not run while the profiler was active",
         (3, 5, 1): "all 3 forwards of the model were left out, by warmup_steps=5",
         (1, 1, 1): "the only forward of the model was left out, by warmup_steps=1",
-        (9, 2, 50): "all 9 forwards of the model were left out, by warmup_steps=2 and sampling_rate=50",
+        (9, 2, 50): "all 9 forwards of the model were left out, by warmup_steps=2 and sampling_"
+        "rate=50",
     }
     for (left_out, warmup, rate), reason in told.items():
         facts = {"steps_left_out": left_out, "warmup_steps": warmup, "sampling_rate": rate}

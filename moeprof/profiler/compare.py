@@ -7,7 +7,7 @@ import numpy as np
 from .metrics import SCALARS
 from .profile import ALL
 from .tally import PHASES
-from .words import PLAIN, number, percent, short
+from .wording import PLAIN, number, percent, short
 
 COLUMNS = ["layer", "name", "phase", "metric", "first", "second", "difference", "relative"]
 LOADS = "expert_load_distance"  # half the sum of |differences| of expert_load: 0 alike, 1 disjoint

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .tally import PHASES
-from .words import PLAIN, counted, listed, number, percent, scaled, short, spans
+from .wording import PLAIN, counted, listed, number, percent, scaled, short, spans
 
 STALE = 1.0  # above this share of a roof, the roof was measured too low
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from .findings import findings, heading
 from .tables import layers, tables
-from .words import PLAIN, layer_names
+from .wording import PLAIN, layer_names
 
 CAPTIONS = {
     "load": "Each expert's selections over those of an even choice: red does more than its part, "

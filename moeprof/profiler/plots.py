@@ -7,7 +7,7 @@ import numpy as np
 from ..experiment.plots import COLOURS
 from .drawing import by_layer, figure, marked, of_phase, style
 from .metrics import ratio_each
-from .words import counted, percent, scaled, short
+from .wording import counted, percent, scaled, short
 
 
 def k(profile):

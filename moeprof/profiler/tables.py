@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .words import number, short
+from .wording import number, short
 
 DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
 TOKEN_ROWS = 12

@@ -7,7 +7,7 @@ import textwrap
 from ..console import WIDTH
 from .findings import findings, heading
 from .tables import tables
-from .words import layer_names
+from .wording import layer_names
 
 
 def as_text(profile, width=WIDTH) -> str:
