@@ -194,7 +194,7 @@ def _losses(profile):
         return
     ks = [m.k_mean for m in profile.each() if m.tokens]
     yield (
-        f"As training would see it: load-balance loss {number(balance, '.3f')} "
+        f"Training's losses, of this routing: load-balance loss {number(balance, '.3f')} "
         f"({np.mean(ks):.3f} if balanced), z-loss {z:.3g}."
     )
 
@@ -232,6 +232,6 @@ def heading(profile) -> list[tuple[str, str]]:
         lines.append((
             "Roof",
             f"{short(roof.read_gbs)} GB/s reading, {scaled(1e9 * roof.gemm_gflops, 'FLOP/s')} in "
-            f"matrix products ({roof.dtype}), measured",
+            f"matrix products ({roof.dtype}), measured{f'; {roof.note}' if roof.note else ''}",
         ))  # fmt: skip
     return lines

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from .findings import findings, heading
 from .tables import layers, tables
-from .wording import PLAIN, layer_names
+from .wording import PLAIN
 
 CAPTIONS = {
     "load": "Each expert's selections over those of an even choice: red does more than its part, "
@@ -71,7 +71,7 @@ def page(profile) -> str:
     """A whole HTML document: findings, tables, figures. No script, no request."""
     title = f"Profile of {profile.facts.get('model') or PLAIN}"
     parts = [f"<h1>{escape(title)}</h1>", _heading(profile), "<h2>Findings</h2>", _list(profile)]
-    parts += [_section(profile, table) for table in tables(profile)]
+    parts += [_section(table) for table in tables(profile)]
     for name in profile.figures:
         parts.append(f"<figure>{_image(profile, name, 110)}"
                      f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>")  # fmt: skip
@@ -106,13 +106,9 @@ def _list(profile):
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in findings(profile)) + "</ul>"
 
 
-def _section(profile, table):
-    note = table.note
-    if table.columns[0] == ("", "layer"):
-        note = f"Layers {layer_names(profile.layers)}. {note}"
-    return (
-        f'<h2>{escape(table.title)}</h2>\n<p class="note">{escape(note)}</p>\n{html_table(table)}'
-    )
+def _section(table):
+    title, note = escape(table.title), escape(table.note)
+    return f'<h2>{title}</h2>\n<p class="note">{note}</p>\n{html_table(table)}'
 
 
 def html_table(table) -> str:

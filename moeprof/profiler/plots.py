@@ -22,8 +22,8 @@ def k(profile):
         left.bar(at, 100 * ratio_each(table, table.sum())[: last + 1], width, **of_phase(phase))
         ms = profile.each(phase)
         low, middle, high = np.array([_k_range(m) for m in ms]).T
-        right.fill_between(range(len(ms)), low, high, step="mid", alpha=0.15, lw=0,
-                           color=of_phase(phase)["color"])  # fmt: skip
+        right.stairs(high, np.arange(len(ms) + 1) - 0.5, baseline=low, fill=True, alpha=0.15,
+                     color=of_phase(phase)["color"])  # fmt: skip
         right.plot(middle, **marked(number), **of_phase(phase))
     left.xaxis.get_major_locator().set_params(integer=True)
     style(left, "experts per token", "% of tokens, all layers", "Distribution")
@@ -125,7 +125,7 @@ def roofline(profile):
                   (-10, 4), textcoords="offset points", ha="right")  # fmt: skip
     style(axis, "arithmetic intensity (FLOP for each byte of weights)", "GFLOP/s",
           f"Dots: layers; large: all of a phase. Roof: measured, {roof.dtype}")  # fmt: skip
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="lower right", markerscale=0.6)
     return fig
 
 
@@ -156,7 +156,7 @@ def union(profile):
     ]
     middle = [100 * np.mean(s) for s in shares]
     ends = [[100 * abs(f(s) - np.mean(s)) for s in shares] for f in (np.min, np.max)]
-    axis.errorbar(sizes, middle, ends, fmt="o-", color=COLOURS[0], capsize=3,
+    axis.errorbar(sizes, middle, ends, fmt="o", color=COLOURS[0], capsize=3,
                   label="measured: mean, lowest and highest layer")  # fmt: skip
     x = np.geomspace(1, max(*sizes, 2), 200)
     share = np.mean([m.k_mean_with_padding / m.layer.num_experts for m in ms])

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .wording import number, short
+from .wording import layer_names, number, short
 
 DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
 TOKEN_ROWS = 12
@@ -45,7 +45,7 @@ ROOF_NOTE = " roof: % of the measured bandwidth or matrix product rate, whicheve
 def layers(profile) -> Table:
     """A row for each layer, the phases beside each other."""
     columns = list(LAYER_COLUMNS)
-    note = LAYER_NOTE
+    note = f"Layers {layer_names(profile.layers)}. {LAYER_NOTE}"
     if profile.roofline is not None:
         columns.append(("roof", _roof))
         note += ROOF_NOTE
@@ -82,7 +82,7 @@ def vocabulary(profile, minimum=8) -> Table:
     """The experts that their input tokens single out most, with these tokens."""
     frame = profile.vocabulary_specialisation(minimum, top=TOKENS)
     groups = [(key, group) for key, group in frame.groupby(["layer", "expert"], sort=False)]
-    groups.sort(key=lambda item: -item[1]["times"].mean())
+    groups.sort(key=lambda item: -item[1]["times"].sum())  # many such tokens before one
     rows = [
         [str(layer), str(expert), ", ".join(map(_token, group.to_dict("records")))]
         for (layer, expert), group in groups[:TOKEN_ROWS]

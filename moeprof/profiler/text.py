@@ -7,7 +7,6 @@ import textwrap
 from ..console import WIDTH
 from .findings import findings, heading
 from .tables import tables
-from .wording import layer_names
 
 
 def as_text(profile, width=WIDTH) -> str:
@@ -15,19 +14,19 @@ def as_text(profile, width=WIDTH) -> str:
     lines = [_wrapped(f"{what}: {text}", width) for what, text in heading(profile)]
     lines += ["", *(_wrapped(f"- {line}", width) for line in findings(profile))]
     for table in tables(profile):
-        note = table.note
-        if table.columns[0] == ("", "layer"):
-            note = f"Layers {layer_names(profile.layers)}. {note}"
-        lines += ["", table.title, _wrapped(note, width), in_lines(table, width)]
+        lines += ["", *_of_table(table, width)]
     return "\n".join(lines) + "\n"
 
 
 def comparison_as_text(comparison, width=WIDTH) -> str:
     """The findings and the table of a Comparison."""
-    table = comparison.table()
     lines = [_wrapped(f"- {line}", width) for line in comparison.findings()]
-    lines += ["", table.title, _wrapped(table.note, width), in_lines(table, width)]
+    lines += ["", *_of_table(comparison.table(), width)]
     return "\n".join(lines) + "\n"
+
+
+def _of_table(table, width):
+    return table.title, _wrapped(table.note, width), in_lines(table, width)
 
 
 def _wrapped(line, width):

@@ -7,8 +7,11 @@ PLAIN = "–"  # stands for what was not measured
 
 
 def number(value, form) -> str:
-    """format(value, form); a dash for nan."""
-    return PLAIN if math.isnan(value) else format(value, form)
+    """format(value, form), never with "-0"; a dash for nan."""
+    if math.isnan(value):
+        return PLAIN
+    text = format(value, form)
+    return format(0.0, form) if float(text) == 0 else text
 
 
 def short(value) -> str:
