@@ -124,34 +124,76 @@ static ptrdiff_t unit_bin(double value)
     return bin < 0 ? 0 : smaller(bin, MP_UNIT_BINS - 1);
 }
 
-/* What the softmax p over z says: its entropy H = -sum p ln p, its two largest values. A
- * row that has a NaN, or nothing above -inf, has no softmax and is left out. */
-static void add_logits(mp_tally *t, const float *z, double *score, float *p)
+/* Eight sums side by side: one alone would wait for each addition. */
+enum { LANES = 8 };
+
+static double total(const double lanes[LANES])
+{
+    double sum = 0;
+    for (int i = 0; i < LANES; i++)
+        sum += lanes[i];
+    return sum;
+}
+
+/* H = -sum p ln p in nats; score is ln p, which is finite where p is not 0. */
+static double entropy(const float *p, const double *score, ptrdiff_t count)
+{
+    double lanes[LANES] = {0};
+    ptrdiff_t e = 0;
+    for (; e + LANES <= count; e += LANES)
+        for (int i = 0; i < LANES; i++)
+            lanes[i] -= p[e + i] > 0 ? p[e + i] * score[e + i] : 0;
+    for (; e < count; e++)
+        lanes[0] -= p[e] > 0 ? p[e] * score[e] : 0;
+    return total(lanes);
+}
+
+/* The two largest of p >= 0. */
+static void largest(const float *p, ptrdiff_t count, float *first, float *second)
+{
+    float a[LANES] = {0}, b[LANES] = {0};
+    ptrdiff_t e = 0;
+    for (; e + LANES <= count; e += LANES)
+        for (int i = 0; i < LANES; i++) {
+            const float low = p[e + i] < a[i] ? p[e + i] : a[i];
+            a[i] = p[e + i] > a[i] ? p[e + i] : a[i];
+            b[i] = low > b[i] ? low : b[i];
+        }
+    *first = *second = 0;
+    for (int i = 0; i < 2 * LANES + (int)(count - e); i++) {
+        const float x = i < LANES ? a[i] : i < 2 * LANES ? b[i - LANES]
+                                                         : p[e + i - 2 * LANES];
+        const float low = x < *first ? x : *first;
+        *first = x > *first ? x : *first;
+        *second = low > *second ? low : *second;
+    }
+}
+
+/* What the softmax p over z says. A row that has a NaN, or nothing above -inf, has no
+ * softmax and is left out. most: ln E, the entropy of no knowledge. */
+static void add_logits(mp_tally *t, const float *z, double most, double *score, float *p)
 {
     const ptrdiff_t E = t->num_experts;
-    ptrdiff_t best = 0;
-    for (ptrdiff_t e = 0; e < E; e++) {
-        if (isnan(z[e]))
-            return;
-        best = z[e] > z[best] ? e : best;
-    }
-    if (z[best] == -INFINITY)
+    int is_nan = 0;
+    ptrdiff_t known = -1; /* one whose p is not 0 */
+    for (ptrdiff_t e = 0; e < E; e++)
+        is_nan |= z[e] != z[e];
+    for (ptrdiff_t e = 0; e < E && known < 0; e++)
+        known = z[e] > -INFINITY ? e : -1;
+    if (is_nan || known < 0)
         return;
     mp_ops.softmax(z, E, 1.0, p);
     mp_ops.logprob(z, E, score);
-    double entropy = 0, second = 0;
-    for (ptrdiff_t e = 0; e < E; e++) {
+    float first, second;
+    largest(p, E, &first, &second);
+    for (ptrdiff_t e = 0; e < E; e++)
         t->probability[e] += p[e];
-        if (p[e] > 0)
-            entropy -= p[e] * score[e];
-        if (e != best && p[e] > second)
-            second = p[e];
-    }
-    const double confidence = E > 1 ? 1 - entropy / log((double)E) : 1;
-    const double gap = p[best] - second, total = z[best] - score[best];
+    const double confidence = E > 1 ? 1 - entropy(p, score, E) / most : 1;
+    const double gap = (double)first - second;
+    const double all = isinf(score[known]) ? INFINITY : z[known] - score[known];
     t->sums[0] += confidence;
     t->sums[1] += gap;
-    t->sums[2] += total * total; /* logsumexp(z)^2 */
+    t->sums[2] += all * all; /* logsumexp(z)^2 */
     t->confidence[unit_bin(confidence)]++;
     t->gap[unit_bin(gap)]++;
 }
@@ -159,6 +201,7 @@ static void add_logits(mp_tally *t, const float *z, double *score, float *p)
 ptrdiff_t mp_tally_add(mp_tally *t, const mp_step *s, double *row)
 {
     const ptrdiff_t E = t->num_experts;
+    const double most = log((double)E);
     float *z = (float *)(row + E), *p = z + E;
     t->steps[0]++;
     t->nanoseconds[0] += s->nanoseconds;
@@ -171,7 +214,7 @@ ptrdiff_t mp_tally_add(mp_tally *t, const mp_step *s, double *row)
             continue;
         const char *from = (const char *)s->logits + token * E * mp_weight_size(s->dtype);
         mp_widen(z, from, E, s->dtype);
-        add_logits(t, z, row, p);
+        add_logits(t, z, most, row, p);
     }
     return unique;
 }

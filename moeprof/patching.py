@@ -3,7 +3,9 @@
 import types
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import NamedTuple
 
 import torch
@@ -16,9 +18,9 @@ from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
 from .null import LayerNull, resolve_null
 from .routers import Router, TopK, make_router
-from .state import Patched
+from .state import STATE, Patched
+from .watching import rehook, watches_of
 
-_STATE = "_moeprof"  # the instance attribute by which a patched block knows its layer
 NORMS = ("model", "none", "sum", "mass")
 
 
@@ -65,14 +67,6 @@ class PatchedLayer(Patched):
         )
         tables = (None if t is None else torch.from_numpy(t) for t in (p_table, table))
         return (name, list(parameters), *rest, form, score, *tables)
-
-
-class RoutingWatch:
-    """Owns a forward hook of a block, and hears of each routing while the block is patched."""
-
-    def routed(self, layer: PatchedLayer, routing: Routing, skips: bool) -> None:
-        """skips: a slot of -1 was left out by a user's gate, it is no mere padding."""
-        raise NotImplementedError  # abstract
 
 
 class Handle:
@@ -128,7 +122,7 @@ class Handle:
         """
         patched = [*self._blocks, *self._linears]
         mine = [(module, state) for module, state in patched if state in _chain(module)]
-        if any(vars(module)[_STATE] is not state for module, state in mine):
+        if any(vars(module)[STATE] is not state for module, state in mine):
             raise RuntimeError(
                 "unpatch: the model was patched again after this patch; unpatch that one first"
             )
@@ -239,13 +233,8 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Remove all patches from a model, also from a copy of a patched one; never fails."""
     for module in list(model.modules()):
-        while _STATE in vars(module):
+        while STATE in vars(module):
             _restore(module)
-
-
-def is_patched(module: nn.Module) -> bool:
-    """True while a patch of moeprof is on this very module."""
-    return _STATE in vars(module)
 
 
 class OLMoERouterPatcher:
@@ -343,19 +332,21 @@ def _install(
     for module, forward in changes:
         attributes = {"forward": types.MethodType(forward, module)}
         if module is patched:
-            attributes[_STATE] = state
+            attributes[STATE] = state
         state.saved.append((module, {n: vars(module).get(n, _Absent) for n in attributes}))
         vars(module).update(attributes)
+    rehook(patched)
 
 
 def _restore(patched: nn.Module) -> None:
     """Undo the last patch of a module."""
-    for module, attributes in vars(patched)[_STATE].saved:
+    for module, attributes in vars(patched)[STATE].saved:
         for name, value in attributes.items():
             if value is _Absent:
                 vars(module).pop(name, None)
             else:
                 vars(module)[name] = value
+    rehook(patched)
 
 
 class _Absent:
@@ -364,10 +355,10 @@ class _Absent:
 
 def _chain(module: nn.Module) -> list[PatchedLayer | PatchedLinear]:
     """The patches of a module, the last one first."""
-    states, state = [], vars(module).get(_STATE, _Absent)
+    states, state = [], vars(module).get(STATE, _Absent)
     while state is not _Absent:
         states.append(state)
-        state = state.saved[0][1][_STATE]
+        state = state.saved[0][1][STATE]
     return states
 
 
@@ -376,7 +367,9 @@ def _chain(module: nn.Module) -> list[PatchedLayer | PatchedLinear]:
 
 def _forward(self, hidden_states: Tensor):
     """The forward of a patched block; bound to the block, so that a copy uses its own weights."""
-    layer = vars(self)[_STATE]
+    layer = vars(self)[STATE]
+    watches = watches_of(self)
+    start = perf_counter_ns() if watches else 0
     adapter = layer.adapter
     weights, reason = adapter.readable(self)
     if reason := reason or _input_obstacle(weights[0], hidden_states):
@@ -386,16 +379,10 @@ def _forward(self, hidden_states: Tensor):
     out, routing = _run(self, layer, x, router, weights)
     if layer.on_routing is not None:
         layer.on_routing(layer.index, routing)
-    if self._forward_hooks:
-        _tell_watches(self, layer, routing, layer.router is None and router.experts is not None)
+    for watch in watches:
+        skips = layer.router is None and router.experts is not None
+        watch.routed(layer, hidden_states, routing, skips, start)
     return adapter.output(out.reshape(hidden_states.shape), router)
-
-
-def _tell_watches(block: nn.Module, layer: PatchedLayer, routing: Routing, skips: bool) -> None:
-    for hook in block._forward_hooks.values():
-        watch = getattr(hook, "__self__", None)
-        if isinstance(watch, RoutingWatch):
-            watch.routed(layer, routing, skips)
 
 
 def _run(
@@ -451,8 +438,11 @@ def _own_forward(block: nn.Module, layer: PatchedLayer, reason: str, hidden_stat
         layer.fallback = reason
     forward = _chain(block)[-1].saved[0][1]["forward"]
     if forward is _Absent:
-        return type(block).forward(block, hidden_states)
-    return forward(hidden_states)
+        forward = types.MethodType(type(block).forward, block)
+    with ExitStack() as watched:
+        for watch in watches_of(block):
+            watched.enter_context(watch.stock(hidden_states))
+        return forward(hidden_states)
 
 
 def _warn_fallback(name: str, reason: str) -> None:

@@ -6,6 +6,13 @@ from typing import Any
 
 from torch import nn
 
+STATE = "_moeprof"  # the instance attribute by which a patched module knows its Patched
+
+
+def is_patched(module: nn.Module) -> bool:
+    """True while a patch is on this very module."""
+    return STATE in vars(module)
+
 
 @dataclass(eq=False)
 class Patched:

@@ -27,7 +27,7 @@ def padded(side):
         return ids, None
     for row, missing in enumerate((4, 0, 1)):
         mask[row, slice(0, missing) if side == "left" else slice(9 - missing, 9)] = 0
-    return ids.masked_fill(mask == 0, 1), mask
+    return ids, mask  # padding looks like any token: only the mask tells
 
 
 def run(model, how, ids, mask):
@@ -37,7 +37,10 @@ def run(model, how, ids, mask):
         model(**given)
         return len(ids)
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": how == "sample"}
-    options |= {"beams": {"num_beams": 3}, "static": {"cache_implementation": "static"}}.get(how, {})
+    if how == "beams":
+        options["num_beams"] = 3
+    if how == "static":
+        options["cache_implementation"] = "static"
     model.generate(**given, **options)
     return len(ids) * options.get("num_beams", 1)
 

@@ -19,8 +19,11 @@ LAYERS, VOCABULARY, HEAD = 4, 50304, 128
 CACHED = 64  # tokens before a decode step
 OVERHEAD, OF_BANDWIDTH = 1.5, 0.95  # ms; the target of a decode step
 IMPLEMENTATIONS = ("eager", "grouped_mm") if PACKED else ("eager",)
+STOCK = IMPLEMENTATIONS[-1]  # what transformers takes by itself
 PATCHED, LINEARS, CALLBACK = "moeprof", "moeprof + linears", "moeprof + on_routing(callback)"
-CONTENDERS = [*IMPLEMENTATIONS, PATCHED, LINEARS, CALLBACK]
+PROFILER = " + profiler"
+PROFILED = {name + PROFILER: name for name in (STOCK, PATCHED)}
+CONTENDERS = [*IMPLEMENTATIONS, PATCHED, LINEARS, CALLBACK, *PROFILED]
 
 
 def rounds(settings):
@@ -73,6 +76,7 @@ class _Contenders:
 
     def __init__(self, model, tokens):
         self.model, self.seen = model, []
+        self._profiler = moeprof.MoEProfiler(model)
         self._ids, self._handle, self._cache = self._random_ids(tokens), None, None
         if tokens == 1:
             self._cache = DynamicCache()
@@ -91,6 +95,9 @@ class _Contenders:
         """(ids, cache) for the next call, of `name`."""
         self.restore()
         self.seen.clear()
+        if name in PROFILED:
+            self._profiler.start()
+        name = PROFILED.get(name, name)
         if name in IMPLEMENTATIONS:
             self.model.config._experts_implementation = name
         elif name.startswith(PATCHED):
@@ -103,6 +110,7 @@ class _Contenders:
         return self._ids, self._cache
 
     def restore(self):
+        self._profiler.stop()
         if self._handle is not None:
             self._handle.unpatch()
             self._handle = None
@@ -182,10 +190,17 @@ def tables(result):
     for row in result["rows"]:
         if "target_ms" in row:
             yield _decode_words(row)
-    for row in result["rows"]:
-        more = ratio(row["times"], CALLBACK, PATCHED) - 1
+    for row in [*result["rows"], result["demo"]]:
         call = "decode step" if row["tokens"] == 1 else f"prefill of {row['tokens']}"
-        yield f"on_routing(callback): {more:+.2%} of a {call}"
+        whose = ", demo model" if row is result["demo"] else ""
+        yield ", ".join(_costs(row["times"])) + f" of a {call}{whose}"
+
+
+def _costs(times):
+    """What looking on costs, of each kind that was measured."""
+    for name, plain in {CALLBACK: PATCHED, **PROFILED}.items():
+        if name in times:
+            yield f"{name}: {ratio(times, name, plain) - 1:+.2%}"
 
 
 def _cells(model, row, names, limit, hit):

@@ -82,6 +82,9 @@ class Entry:
             return None
         mask = _as_array(mask, name)
         if mask.ndim == 2:
+            fits = mask.shape[0] == self.shape[0] and mask.shape[1] >= self.shape[1]
+            if fits and np.count_nonzero(mask) == mask.size:
+                return None  # the usual case, and a cache may be slow to tell its length
             real = self._columns(mask, name)
         elif mask.ndim in (3, 4):
             real = self._own_slots(mask[:, 0] if mask.ndim == 4 else mask, name)
@@ -119,9 +122,7 @@ class Entry:
 
 def _as_array(mask, name: str) -> np.ndarray:
     if isinstance(mask, Tensor):
-        mask = mask.detach()
-        mask = mask.float() if mask.dtype in (torch.bfloat16, torch.float16) else mask
-        return mask.cpu().numpy()
+        return (mask.float() if mask.dtype == torch.bfloat16 else mask).numpy(force=True)
     array = np.asarray(mask)
     if array.dtype.kind not in "biuf":
         raise ValueError(

@@ -80,7 +80,7 @@ class MoEProfiler:
         self.model = model
         options = Options(
             warmup_steps=warmup_steps, sampling_rate=sampling_rate, mask=mask, pairs=pairs,
-            vocabulary=vocabulary, trace=trace, records=None,
+            vocabulary=vocabulary, trace=trace,
         )  # fmt: skip
         self._session = Session(model, options)
         _check_device(self._session.sites)

@@ -3,7 +3,11 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +15,13 @@ from torch import Tensor, nn
 
 from .. import _C
 from ..experts import DTYPES, as_array
-from ..patching import PatchedLayer, Routing, RoutingWatch, is_patched
+from ..watching import RoutingWatch, unwatch, watch
+from .check import ChoiceCheck
 from .entry import Entry, find_entries
-from .finding import ChoiceCheck, Site, find_sites
+from .finding import Site, find_sites
 from .flops import count_grouped_mm
-from .reading import Choice, read_choice, read_experts_call
+from .reading import Choice, read_choice, read_experts_call, read_logits
+from .records import RecordWriter
 from .tally import PHASES, Counts
 from .vocabulary import Vocabulary
 
@@ -26,22 +32,22 @@ MAX_EVENTS = 100_000  # of the trace: some 50 bytes each in its file
 class Step:
     """One call of the model: what its layers have in common, and what passes between hooks."""
 
-    __slots__ = ("number", "counted", "phase", "real", "input_ids", "entered", "start", "tokens",
-                 "output", "call", "routing", "skips", "previous", "check")  # fmt: skip
+    phase: str | None = None  # None: by the hidden states of the block
+    real: np.ndarray | None = None
+    input_ids: Tensor | None = None
+    previous: np.ndarray | None = None  # experts in the MoE layer before
+    # of one layer, between its hooks:
+    start = tokens = 0
+    output = call = None
 
     def __init__(self, number: int, counted: bool, entered: bool):
         self.number, self.counted, self.entered = number, counted, entered
-        self.phase: str | None = None  # None: by the hidden states of the block
-        self.real: np.ndarray | None = None
-        self.input_ids: Tensor | None = None
-        self.previous: np.ndarray | None = None  # experts in the MoE layer before
-        self.check = None
-        self.clear()
 
-    def clear(self) -> None:
-        """Forget what the hooks of one layer said."""
-        self.output = self.call = self.routing = None
-        self.skips = False
+
+class _Local(threading.local):
+    """What each thread has for itself."""
+
+    step: Step | None = None
 
 
 class Session:
@@ -52,9 +58,9 @@ class Session:
         self.sites = find_sites(model)
         self.entries = find_entries(model, [site.block for site in self.sites])
         self.options, self.mask, self.paused = options, options.mask, False
-        self._handles: list = []
-        self._undo_formula: Callable[[], None] | None = None
-        self._local = threading.local()
+        self._undo: list[Callable[[], None]] = []
+        self._checks: dict[tuple[int, int], ChoiceCheck] = {}
+        self.local = _Local()
         self.clear()
 
     def clear(self) -> None:
@@ -71,34 +77,36 @@ class Session:
         self.vocabulary = None
         self.checked = [False] * len(self.sites)
 
-    # ---- hooks in the model ----
+    # ---- in the model ----
 
     @property
     def active(self) -> bool:
-        return bool(self._handles)
+        return bool(self._undo)
 
     def attach(self) -> None:
-        """Put the hooks into the model; all of them or none."""
+        """Watch the model; all of it or, with an error, nothing."""
         try:
-            self._undo_formula = count_grouped_mm()
+            self._undo.append(count_grouped_mm())
             for module, _ in self.entries:
-                watch = EntryWatch(self)
-                self._handles += [
-                    module.register_forward_pre_hook(watch.enter, with_kwargs=True),
-                    module.register_forward_hook(watch.leave, always_call=True),
-                ]
+                entry = EntryWatch(self)
+                for register, hook, options in (
+                    (module.register_forward_pre_hook, entry.enter, {"with_kwargs": True}),
+                    (module.register_forward_hook, entry.leave, {"always_call": True}),
+                ):
+                    self._undo.append(register(hook, **options).remove)
             for index, site in enumerate(self.sites):
-                self._handles += LayerWatch(self, index, site).attach()
+                layer = LayerWatch(self, index, site)
+                self._undo.append(partial(unwatch, site.block, layer))
+                watch(site.block, layer)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-        if self._undo_formula is not None:
-            self._undo_formula()
-            self._undo_formula = None
+        """The model is as it was before."""
+        self._drop_checks()
+        while self._undo:
+            self._undo.pop()()
 
     # ---- steps ----
 
@@ -109,46 +117,62 @@ class Session:
         if not self.paused:
             self.steps += 1
             self.counted_steps += counted
-        self._local.step = step = Step(number, counted, entered)
+        self.local.step = step = Step(number, counted, entered)
         return step
 
-    @property
-    def step(self) -> Step | None:
-        return getattr(self._local, "step", None)
-
     def end(self) -> None:
-        self._local.step = None
+        self.local.step = None
+        if self._checks:
+            self._drop_checks(threading.get_ident())
+
+    # ---- the first call of each layer: is what is read of the router what ran? ----
+
+    def begin_check(self, index: int) -> None:
+        if not self.checked[index]:
+            self._checks[threading.get_ident(), index] = ChoiceCheck(self.sites[index])
+
+    def end_check(self, index: int, choice: Choice) -> None:
+        if (check := self._checks.pop((threading.get_ident(), index), None)) is not None:
+            check.verify(choice)
+            self.checked[index] = True
+
+    def _drop_checks(self, thread: int | None = None) -> None:
+        """Those of layers that raised; of one thread, or all."""
+        for key in [key for key in self._checks if thread in (None, key[0])]:
+            self._checks.pop(key).remove()
 
     # ---- what a layer did ----
 
-    def add(self, index: int, step: Step, choice: Choice, nanoseconds: int, start: int) -> None:
-        """Count one call of layer `index`."""
+    def add(self, index: int, step: Step, choice: Choice, start: int, end: int, skips: bool):
+        """Count one call of layer `index`; start, end: perf_counter_ns."""
         experts = choice.experts.numpy()
-        if experts.dtype != np.int32:
-            experts = experts.astype(np.int32)
-        experts = np.ascontiguousarray(experts)
-        tokens, name = len(experts), self.sites[index].layer.name
-        if step.real is not None and len(step.real) != tokens:
+        if experts.dtype != np.int32 or not experts.flags.c_contiguous:
+            experts = np.ascontiguousarray(experts, np.int32)
+        logits, dtype = choice.logits, "float32"
+        if logits is not None:
+            dtype = DTYPES.get(logits.dtype)
+            if dtype is None:
+                logits, dtype = logits.float(), "float32"
+            logits = as_array(logits)
+        real, previous, counts = step.real, step.previous, self.counts[step.phase][index]
+        if real is not None and len(real) != len(experts):
             raise ValueError(
-                f"{name}: its block got {tokens} tokens, the model's mask is of {len(step.real)}"
+                f"{self.sites[index].layer.name}: its block got {len(experts)} tokens, the "
+                f"model's mask is of {len(real)}"
             )
-        logits = choice.logits
-        known = logits is not None
-        if known and logits.dtype not in DTYPES:
-            logits = logits.float()
-        previous = step.previous
-        counts = self.counts[step.phase][index]
+        if previous is not None and len(previous) != len(experts):
+            previous = None
         try:
             unique = _C.tally(
-                counts.ints, counts.floats, self.recency[index], experts,
-                as_array(logits) if known else None, DTYPES[logits.dtype] if known else "float32",
-                step.real, previous if previous is not None and len(previous) == tokens else None,
-                nanoseconds, step.skips,
+                counts.ints, counts.floats, self.recency[index], experts, logits, dtype,
+                real, previous, end - start, skips,
             )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{self.sites[index].layer.name}: {error}") from None
         step.previous = experts
-        self._add_extras(index, step, choice, experts, (start, nanoseconds, tokens, unique))
+        if self.options.extras:
+            times = start, end - start, len(experts), unique
+            self._add_extras(index, step, choice, experts, times)
 
     def _add_extras(self, index, step, choice, experts, times) -> None:
         """What is kept on request only."""
@@ -177,13 +201,21 @@ class Session:
         self.vocabulary.add(index, ids, experts, step.real)
 
 
+@dataclass
 class Options:
-    """How a session counts."""
+    """How a session counts; the arguments of MoEProfiler."""
 
-    def __init__(self, *, warmup_steps, sampling_rate, mask, pairs, vocabulary, trace, records):
-        self.warmup_steps, self.sampling_rate, self.mask = warmup_steps, sampling_rate, mask
-        self.pairs, self.vocabulary, self.trace = pairs, vocabulary, trace
-        self.records = records
+    warmup_steps: int
+    sampling_rate: int
+    mask: Any
+    pairs: bool
+    vocabulary: bool
+    trace: bool
+    records: RecordWriter | None = None
+
+    @property
+    def extras(self) -> bool:
+        return self.trace or self.vocabulary or self.records is not None
 
 
 # ---- the hooks: bound methods, so that a copy of the model does not count here ----
@@ -226,92 +258,128 @@ class EntryWatch(_Watch):
 
 
 class LayerWatch(_Watch, RoutingWatch):
-    """Around one block: its time, and what its router chose."""
+    """Of one block: its time, and what its router chose."""
 
     def __init__(self, session: Session, index: int, site: Site):
         self.session, self.index, self.site = session, index, site
         self._last: object = self  # the router that ran last, to name each one once
+        self._handles: list = []
 
-    def attach(self) -> list:
+    # ---- a patched block ----
+
+    def routed(self, layer, hidden, routing, skips, start) -> None:
+        end = perf_counter_ns()
+        step = self._step(hidden)
+        if step is None:
+            return
+        if layer.router is not self._last:
+            self._last = layer.router
+            self._name(OWN_IN_C if layer.router is None else repr(layer.router))
+        choice = Choice(routing.experts, routing.weights, routing.logits)
+        self._add(step, choice, start, end, skips)
+
+    @contextmanager
+    def stock(self, hidden):
+        if self.session is None:
+            yield
+            return
+        try:
+            self._hook_inside()
+            self.before(self.site.block, (hidden,), {})
+            yield
+            self.after(self.site.block, (hidden,), None)
+        finally:
+            self._unhook()
+
+    # ---- a block with hooks ----
+
+    def hook(self, active: bool) -> None:
+        if self.session is None:
+            return
+        if not active:
+            self._unhook()
+        elif not self._handles:
+            self._hook_inside()
+            block = self.site.block
+            self._handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
+            self._handles.append(block.register_forward_hook(self.after))
+
+    def _hook_inside(self) -> None:
         site = self.site
-        handles = [
-            site.block.register_forward_pre_hook(self.before, with_kwargs=True),
-            site.block.register_forward_hook(self.after),
-            site.router.register_forward_hook(self.heard),
-        ]
+        self._handles.append(site.router.register_forward_hook(self.heard))
         if site.chooses == "experts":
-            handles.append(site.experts.register_forward_pre_hook(self.called, with_kwargs=True))
-        return handles
+            called = site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
+            self._handles.append(called)
+
+    def _unhook(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     def before(self, module, args, kwargs) -> None:
-        session = self.session
-        if session is None:
-            return
-        step = session.step
-        if step is None or not step.entered:  # the block is called by itself
-            step = session.begin(entered=False)
-        if not step.counted:
-            return
-        step.clear()
         hidden = args[0] if args else next(iter(kwargs.values()))
+        step = self._step(hidden)
+        if step is None:
+            return
         step.tokens = hidden.numel() // hidden.shape[-1]
-        if step.phase is None:
-            step.phase = PHASES[hidden.dim() == 3 and hidden.shape[1] == 1]
-        if not session.checked[self.index] and not is_patched(module):
-            step.check = ChoiceCheck(self.site)
+        self.session.begin_check(self.index)
         step.start = perf_counter_ns()
 
     def heard(self, module, args, output) -> None:
         """The router has spoken."""
-        step = None if self.session is None else self.session.step
-        if step is None or not step.counted:
+        step = self._step()
+        if step is None:
             return
         step.output = output
-        if isinstance(output, tuple | list) and not is_patched(self.site.block):
+        if isinstance(output, tuple | list):
             self._refuse_skips(output)
 
     def called(self, module, args, kwargs) -> None:
         """The experts get their tokens."""
-        step = None if self.session is None else self.session.step
-        if step is not None and step.counted:
+        if (step := self._step()) is not None:
             step.call = args, kwargs
-
-    def routed(self, layer: PatchedLayer, routing: Routing, skips: bool) -> None:
-        step = None if self.session is None else self.session.step
-        if step is None or not step.counted:
-            return
-        step.routing, step.skips = routing, skips
-        if layer.router is not self._last:
-            self._last = layer.router
-            self._name(OWN_IN_C if layer.router is None else repr(layer.router))
 
     def after(self, module, args, output) -> None:
         end = perf_counter_ns()
-        session = self.session
-        step = None if session is None else session.step
-        if step is None or not step.counted:
+        step = self._step()
+        if step is None:
             return
-        try:
-            choice = self._choice(step)
-            if step.check is not None:
-                step.check.verify(choice)
-                session.checked[self.index] = True
-            session.add(self.index, step, choice, end - step.start, step.start)
-        finally:
-            step.clear()
-            if not step.entered:
-                session.end()
-
-    def _choice(self, step: Step) -> Choice:
-        if step.routing is not None:
-            routing = step.routing
-            return Choice(routing.experts, routing.weights, routing.logits)
         if self._last is not STOCK:
             self._last = STOCK
             self._name(STOCK)
+        choice = self._choice(step)
+        self.session.end_check(self.index, choice)
+        self._add(step, choice, step.start, end, False)
+
+    # ---- both ----
+
+    def _step(self, hidden: Tensor | None = None) -> Step | None:
+        """The step that runs, if it counts; one of its own for a block that is called with
+        `hidden` by itself."""
+        session = self.session
+        if session is None:
+            return None
+        step = session.local.step
+        if hidden is not None and (step is None or not step.entered):
+            step = session.begin(entered=False)
+        if step is None or not step.counted:
+            return None
+        if step.phase is None and hidden is not None:
+            step.phase = PHASES[hidden.dim() == 3 and hidden.shape[1] == 1]
+        return step
+
+    def _add(self, step: Step, choice: Choice, start: int, end: int, skips: bool) -> None:
+        try:
+            self.session.add(self.index, step, choice, start, end, skips)
+        finally:
+            step.output = step.call = None
+            if not step.entered:
+                self.session.end()
+
+    def _choice(self, step: Step) -> Choice:
         layer = self.site.layer
         if step.call is not None:
-            return read_experts_call(*step.call, step.tokens, layer)
+            choice = read_experts_call(*step.call, step.tokens, layer)
+            return choice._replace(logits=read_logits(step.output, step.tokens, layer))
         if step.output is None:
             raise ValueError(f"{layer.name}: the block ran without calling this router")
         return read_choice(step.output, step.tokens, layer)

@@ -1,0 +1,184 @@
+"""The arguments of `moeprof profile`, and the command itself."""
+
+import argparse
+import ast
+from itertools import islice
+from pathlib import Path
+
+from ..arguments import integer
+from ..console import make_console
+from ..demo import Document, heldout_documents
+from ..experiment.inputs import check_model
+from ..experiment.runner import default_null, shipped_null
+from ..files import check_folder, write_whole
+from ..routers import REGISTRY, make_router
+from ..textfiles import TextFiles
+
+TOKENS, PROMPTS, NEW_TOKENS = 8192, 8, 32
+PIECES = 64  # of 65,536 characters at most, read of a text
+
+
+def add_profile(commands, add_model, load):
+    """Add `profile` to the commands of `moeprof`.
+
+    add_model: adds --model and its like to a parser; load: (model, tokenizer) of the arguments.
+    """
+    parser = commands.add_parser(
+        "profile",
+        help="what the experts of a model do on a text: load, cost, time, figures",
+        description="Run a model over text and decode steps and write what its mixture-of-experts "
+        "layers did to a folder: index.html, tables, raw counts.",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+",
+        help="UTF-8; the files' names are the domains. default: the held-out text that ships "
+        "with the demo model",
+    )
+    parser.add_argument(
+        "--router", metavar="NAME[:PARAMETER=VALUE,...]", type=_router,
+        help="patch the model with another router, such as bh:alpha=0.3,max_k=8; one of "
+        + ", ".join(sorted(REGISTRY)),
+    )
+    parser.add_argument(
+        "--patched", action="store_true", help="the model's own router, run in C by moeprof"
+    )
+    parser.add_argument(
+        "--null", metavar="FILE",
+        help='for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: an '
+        "efron null on logprob, the demo model's own or fitted first",
+    )
+    parser.add_argument("--out", default="profile", metavar="DIR", help="default: profile")
+    parser.add_argument(
+        "--tokens", type=integer(2, 10**9), default=TOKENS, metavar="N",
+        help="about so many tokens as prefills of up to 512; default: %(default)s",
+    )
+    parser.add_argument(
+        "--prompts", type=integer(0), default=PROMPTS, metavar="N",
+        help="so many of them continued greedily, 0 for none; default: %(default)s",
+    )
+    parser.add_argument(
+        "--new-tokens", type=integer(1), default=NEW_TOKENS, metavar="N",
+        help="decode steps of each; default: %(default)s",
+    )
+    parser.add_argument(
+        "--batch", type=integer(1, 4096), nargs="+", default=[1], metavar="B",
+        help="prompts decoded at a time; several sizes run one after another; default: 1",
+    )
+    parser.add_argument("--trace", action="store_true", help="also write trace.json for Perfetto")
+    parser.add_argument(
+        "--records", metavar="PATH",
+        help="also write every token's experts: a .parquet file, or a folder of .npz files",
+    )
+    parser.add_argument(
+        "--vocabulary", action="store_true", help="also count the experts of each input token"
+    )
+    parser.add_argument(
+        "--ablation", action="store_true",
+        help="also measure the loss when one layer takes fewer experts; this takes a while",
+    )
+    parser.add_argument(
+        "--seed", type=integer(0, 2**32 - 1), default=0, help="chooses the passages; default: 0"
+    )
+    parser.set_defaults(run=lambda arguments: _run(arguments, load))
+
+
+def _router(text):
+    """(name, {parameter: value}) of "bh:alpha=0.3,max_k=8"; checked by making it."""
+    name, _, rest = text.partition(":")
+    parameters = {}
+    try:
+        for part in filter(None, rest.split(",")):
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(f"expected PARAMETER=VALUE, got {part}")
+            parameters[key.strip()] = _value(value.strip())
+        return make_router(name, **parameters)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _value(text):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _run(arguments, load):
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..null import resolve_null
+
+    if arguments.router is None and arguments.null is not None:
+        raise ValueError("--null is what a router on p-values works on, and no --router is given")
+    if arguments.router is not None and arguments.patched:
+        raise ValueError("--patched runs the model's own router, and --router another one")
+    null = None if arguments.null is None else resolve_null(arguments.null)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    check_folder(arguments.out)
+    documents = heldout_documents() if arguments.text is None else _documents(arguments.text)
+    model, tokenizer = load(arguments)
+    patch = _patch(arguments, model, tokenizer, null)
+    _profile(arguments, model, tokenizer, documents, patch)
+
+
+def _documents(paths):
+    """The beginnings of files, each file a domain."""
+    found = []
+    for path in paths:
+        pieces = islice(TextFiles([path]), PIECES)
+        found += [Document(Path(path).stem, f"{path} {i}", text) for i, text in enumerate(pieces)]
+    return found
+
+
+def _patch(arguments, model, tokenizer, null):
+    """The arguments of `moeprof.patch`, or None for the model as it is."""
+    router = arguments.router
+    if router is None:
+        return {} if arguments.patched else None
+    if router.wants_null and null is None:
+        null = shipped_null(model) or default_null(model, tokenizer, seed=arguments.seed)
+    return {"router": router, "null": null}
+
+
+def _profile(arguments, model, tokenizer, documents, patch):
+    from .ablation import layer_ablation
+    from .roofline import roofline
+    from .run import agreement_by_layer, plan, profile_texts
+
+    console = make_console()
+    planned = plan(
+        tokenizer, documents, tokens=arguments.tokens, prompts=arguments.prompts,
+        new_tokens=arguments.new_tokens, batches=arguments.batch, seed=arguments.seed,
+    )  # fmt: skip
+    result = profile_texts(
+        model, planned, patch=patch, roofline=roofline(model), trace=arguments.trace,
+        records=arguments.records, vocabulary=arguments.vocabulary,
+    )  # fmt: skip
+    if result.vocabulary is not None:
+        result.vocabulary["text"] = [tokenizer.decode([i]) for i in result.vocabulary["tokens"]]
+    tables = {}
+    if arguments.router is not None:
+        tables["agreement"] = agreement_by_layer(model, planned, patch)
+    if arguments.ablation:
+        texts = [document.text for document in documents]
+        tables["ablation"] = layer_ablation(
+            model, tokenizer, texts, tokens=arguments.tokens, seed=arguments.seed
+        )
+    result.print_summary()
+    for path in _write(result, Path(arguments.out), arguments.trace, tables):
+        console.print(f"Written: {path}")
+
+
+def _write(result, folder, trace, tables):
+    """All files of a profile; their paths, index.html the first."""
+    paths = result.save(folder)
+    files = {"index.html": result.to_html().encode()}
+    files |= {f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items()}
+    for name, data in files.items():
+        write_whole(folder / name, data)
+    if trace:
+        result.save_trace(folder / "trace.json")
+        files["trace.json"] = b""
+    return [*(folder / name for name in files), *paths]

@@ -1,0 +1,336 @@
+"""Which modules of a model are mixture-of-experts layers, and what their parts cost.
+
+By structure first: a module with experts among its children (a list of alike modules, or stacked
+parameters (E, ., .)) and beside them a child that gives E columns. By name second: a gate or
+router without experts beside it. E experts, k of them a token, H hidden size.
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from .sizes import (
+    COUNTS,
+    expert_size,
+    find_hidden_size,
+    find_top_k,
+    is_list,
+    listed_experts,
+    matrix_elements,
+    own_int,
+    own_top_k,
+    parameter_bytes,
+    walk,
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of an MoE layer before anything runs. FLOPs are 2 per multiplication."""
+
+    name: str  # the router's qualified name, "model.layers.0.mlp.gate"
+    block: str  # "model.layers.0.mlp"; "" where the model itself is the block
+    num_experts: int
+    top_k: int | None  # None where neither router, block nor configuration says
+    hidden_size: int | None
+    router_flops: int  # per token: 2 * elements of the router's matrices (2 H E)
+    expert_flops: int | None  # per selected expert (6 H I); None: no experts, or not all alike
+    shared_flops: int  # per token: shared experts and their gate
+    router_bytes: int
+    expert_bytes: int | None  # all parameters of one expert
+    shared_bytes: int
+    dense: bool = False  # every expert runs for every token, selected or not (Llama 4)
+
+
+class Site(NamedTuple):
+    layer: Layer
+    router: nn.Module
+    block: nn.Module
+    experts: nn.Module | None  # a list of modules, or the module that holds stacked parameters
+    chooses: str  # whose call tells the selected experts: the "router"'s or the "experts"'
+
+
+class _Parts(NamedTuple):
+    """The modules of a layer, as the structure shows them."""
+
+    router: nn.Module
+    name: str  # the router's
+    block: nn.Module
+    collections: list[nn.Module]  # several where an expert's matrices lie in several modules
+    num_experts: int
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """The MoE layers of a model, in its order. Of nested routers the outermost counts.
+
+    Raises
+    ------
+    ValueError
+        "No routers found in ...", with what was looked for and what was found.
+    """
+    parts = _by_structure(model) or _by_name(model)
+    if not parts:
+        raise ValueError(_nothing_found(model))
+    return [_site(model, p) for p in parts]
+
+
+def _nothing_found(model: nn.Module) -> str:
+    classes = {type(m).__name__ for m in model.modules()}
+    alike = sorted(c for c in classes if re.search("moe|router|expert|gat(e|ing)$", c.lower()))
+    return (
+        f"No routers found in {type(model).__name__}: looked for modules with experts (a "
+        "ModuleList of alike modules, or stacked (E, ., .) parameters) and a child that gives E "
+        f"columns, and for modules named gate or router; found {len(classes)} classes of "
+        f"modules, of a mixture of experts: {', '.join(alike) or 'none'}"
+    )
+
+
+# ---- names ----
+
+_ROUTER = re.compile("gate|router|gating")
+# SwiGLU's gates, a shared expert's gate, an attention's or an output's
+_NO_ROUTER = re.compile("gate_proj|gate_up|up_gate|shared|attn|attention|out(put)?_gate|norm|bias")
+# Without experts beside it the name alone must say so: "per_layer_input_gate" is no router.
+_ROUTER_ALONE = re.compile("router|^((moe|mlp|experts?|noisy|top_?k)_?)*gat(e|ing)$")
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _named_router(name: str) -> bool:
+    return bool(_ROUTER.search(_leaf(name))) and not _NO_ROUTER.search(_leaf(name))
+
+
+# ---- by structure ----
+
+
+def _by_structure(model: nn.Module) -> list[_Parts]:
+    found: list[_Parts] = []
+    inside: set[nn.Module] = set()  # experts and routers that are taken
+    for name, module in model.named_modules():
+        if module in inside or is_list(module):
+            continue
+        if parts := _parts(name, module):
+            found.append(parts)
+            for taken in (parts.router, *parts.collections):
+                if taken is not module:  # stacked parameters of the block itself
+                    inside.update(taken.modules())
+    return found
+
+
+def _parts(name: str, block: nn.Module) -> _Parts | None:
+    """The parts of this block, or None if it is none."""
+    by_size: dict[int, list[nn.Module]] = {}
+    for child_name, child in block.named_children():
+        if "shared" not in child_name and (found := _collection(child_name, child)):
+            by_size.setdefault(found[1], []).append(found[0])
+    if size := _stacked_size([p for _, p in block.named_parameters(recurse=False)]):
+        by_size.setdefault(size, []).append(block)
+    for num_experts, collections in by_size.items():
+        if router := _router_child(block, collections, num_experts):
+            router_name = f"{name}.{router}".lstrip(".")
+            module = block.get_submodule(router)
+            return _Parts(module, router_name, block, collections, num_experts)
+    return None
+
+
+def _collection(name: str, module: nn.Module) -> tuple[nn.Module, int] | None:
+    """(experts, E) if this child of a block holds the experts; they may lie one level down."""
+    if is_list(module):
+        members = listed_experts(module)
+        classes = {type(m) for m in members if matrix_elements(m)}
+        return (module, len(members)) if len(members) >= 2 and len(classes) == 1 else None
+    if size := _packed_size(name, module):
+        return module, size
+    lists = [m for m in module.children() if is_list(m)]
+    if "expert" in name and len(lists) == 1 and not matrix_elements(module, lists):
+        return _collection(name, lists[0])
+    return None
+
+
+def _packed_size(name: str, module: nn.Module) -> int | None:
+    """E if all that this module holds is stacked by expert, or None."""
+    if any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
+        return None
+    if any(_named_router(n) and _is_flat(m) for n, m in module.named_modules()):
+        return None  # a whole block
+    named = dict(module.named_parameters())
+    matrices = [p for n, p in named.items() if p.dim() >= 2 and "bias" not in n]
+    size = _stacked_size(matrices)
+    if size is None and "expert" in name + type(module).__name__.lower():
+        size = own_int(module, COUNTS)  # DBRX: (E * I, H)
+    if size is None or size < 2 or not matrices:
+        return None
+    flat = [p for p in matrices if p.dim() == 2]
+    return None if any(p.shape[0] % size for p in flat) else size
+
+
+def _is_flat(module: nn.Module) -> bool:
+    """Has it matrices, none of which is stacked by expert?"""
+    dimensions = {p.dim() for p in module.parameters()}
+    return 2 in dimensions and max(dimensions) == 2
+
+
+def _stacked_size(parameters: list) -> int | None:
+    sizes = {p.shape[0] for p in parameters if p.dim() >= 3}
+    return max(sizes) if sizes and min(sizes) >= 2 else None
+
+
+def _router_child(block: nn.Module, collections: list[nn.Module], num_experts: int) -> str | None:
+    """The name of the child that routes to these experts, or None."""
+    children = [
+        (name, child)
+        for name, child in block.named_children()
+        if child not in collections and not is_list(child) and not _NO_ROUTER.search(name.lower())
+    ]
+    named = [(name, child) for name, child in children if _named_router(name)]
+    giving = [name for name, child in named if _gives(child, num_experts)]
+    if giving or named:  # a router of no parameters (by hash, a user's function) shows nothing
+        bare = [name for name, child in named if not matrix_elements(child)]
+        return next(iter(giving + bare), None)
+    if not any(_is_called_experts(block, c) for c in collections):
+        return None  # decoder layers and a head of as many classes look the same
+    plain = [name for name, child in children if _gives(child, num_experts)]
+    return plain[0] if len(plain) == 1 else None
+
+
+def _is_called_experts(block: nn.Module, collection: nn.Module) -> bool:
+    names = [name for name, child in block.named_children() if child is collection]
+    return any("expert" in n.lower() for n in (*names, type(collection).__name__))
+
+
+def _gives(module: nn.Module, num_experts: int) -> bool:
+    """Does this module show that it gives a column for each of E experts?"""
+    for part in walk(module):
+        own = vars(part)
+        if own.get("out_features") == num_experts:
+            return True
+        if any(own.get(name) == num_experts for name in COUNTS):
+            return True
+        parameters = [p for p in part.parameters(recurse=False) if p.dim() == 2]
+        if "out_features" not in own and any(num_experts in p.shape for p in parameters):
+            return True
+    return False
+
+
+# ---- by name ----
+
+
+def _by_name(model: nn.Module) -> list[_Parts]:
+    found: list[_Parts] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        leaf_fits = _named_router(name) and _ROUTER_ALONE.search(_leaf(name))
+        if module in inside or not leaf_fits or re.search("attn|attention", name.lower()):
+            continue
+        block = model.get_submodule(name.rpartition(".")[0])
+        num_experts = _columns(module, block)
+        if num_experts and not _is_glu_gate(module, block):
+            found.append(_Parts(module, name, block, [], num_experts))
+            inside.update(module.modules())
+    return found
+
+
+def _columns(router: nn.Module, block: nn.Module) -> int | None:
+    """E of a router without experts: what it or the block says, or the shape of its matrix."""
+    for part in (*walk(router), block):
+        if size := own_int(part, COUNTS):
+            return size
+    shapes = [p.shape for p in router.parameters() if p.dim() == 2]
+    if not shapes:
+        return None
+    rows, columns = shapes[-1]
+    if isinstance(router, nn.Linear) and rows >= columns:  # a gate of as many channels
+        return None
+    size = min(rows, columns)
+    return size if size >= 2 else None
+
+
+def _is_glu_gate(module: nn.Module, block: nn.Module) -> bool:
+    """Has a linear beside this one the same shape, as gate and up of a SwiGLU have?"""
+    if not isinstance(module, nn.Linear):
+        return False
+    beside = [m for m in block.children() if isinstance(m, nn.Linear) and m is not module]
+    return any(m.weight.shape == module.weight.shape for m in beside)
+
+
+# ---- a site ----
+
+# What the forwards of these take where they run every expert for every token, the outputs (or,
+# Llama 4, the inputs) multiplied with scores that are mostly zero. The Qwen3-VL of
+# transformers 4 does so in eval mode only; that of transformers 5 takes other arguments
+# and runs the selected ones.
+_DENSE_EXPERTS = {
+    "Llama4TextExperts": ["hidden_states"],
+    "Qwen3VLMoeTextExperts": ["hidden_states", "routing_weights", "router_indices"],
+}
+
+
+def _site(model: nn.Module, parts: _Parts) -> Site:
+    router, collections = parts.router, parts.collections
+    block_name = parts.name.rpartition(".")[0]
+    inner = parts.block
+    block = inner
+    while block_name and _only_raises(block):  # JetMoE calls parts of its attention experts
+        block_name = block_name.rpartition(".")[0]
+        block = model.get_submodule(block_name)
+    size = expert_size(collections, parts.num_experts, block=inner)
+    shared = _shared(model, block_name, block, {router, *collections})
+    layer = Layer(
+        name=parts.name,
+        block=block_name,
+        num_experts=parts.num_experts,
+        top_k=find_top_k(router, inner, model, parts.num_experts),
+        hidden_size=find_hidden_size(router, parts.num_experts, inner, model),
+        router_flops=2 * matrix_elements(router),
+        expert_flops=2 * size[0] if size else None,
+        shared_flops=2 * sum(elements for elements, _ in shared),
+        router_bytes=parameter_bytes(router),
+        expert_bytes=size[1] if size else None,
+        shared_bytes=sum(bytes_ for _, bytes_ in shared),
+        dense=any(_is_dense(c) for c in collections),
+    )
+    experts = collections[0] if len(collections) == 1 else (inner if collections else None)
+    chooses = "experts" if experts is not None and _experts_tell(router, experts) else "router"
+    return Site(layer, router, block, experts, chooses)
+
+
+def _only_raises(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and code.co_names == ("NotImplementedError",)
+
+
+def _shared(model, name: str, block: nn.Module, without: set) -> list[tuple[int, int]]:
+    """(matrix elements, bytes) of what runs for each token in a block, or beside it as shared."""
+    named = list(block.named_children())
+    in_layer = any(re.search("attn|attention", n.lower()) for n, _ in named)
+    if in_layer or "attention" in type(block).__name__.lower():
+        # The experts are among the children of a decoder layer: not all there belongs to them.
+        modules = [m for n, m in named if "shared" in n.lower()]
+    else:  # stacked parameters of the block's own are its experts
+        modules = [m for _, m in named] if block in without else [block]
+    if name:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        beside = [(n, m) for n, m in parent.named_children() if m is not block]
+        modules += [m for n, m in beside if "shared" in n.lower()]
+    return [(matrix_elements(m, without), parameter_bytes(m, without)) for m in modules]
+
+
+def _taken(module: nn.Module) -> list[str]:
+    """The names of what the forward of this module takes."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _is_dense(experts: nn.Module) -> bool:
+    return _DENSE_EXPERTS.get(type(experts).__name__) == _taken(experts)
+
+
+def _experts_tell(router: nn.Module, experts: nn.Module) -> bool:
+    """Does the call of the experts tell the choice, of a router that can't have chosen?"""
+    if is_list(experts) or any(own_top_k(part) is not None for part in walk(router)):
+        return False
+    return any(re.search("ind(ex|ices)|idx|selected|top_experts", n) for n in _taken(experts))

@@ -1,0 +1,130 @@
+"""A model through texts and decode steps, profiled: what `moeprof profile` does."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import moeprof
+
+from ..console import make_console, progress
+from ..decoding import cache_of, decode
+from ..evaluation import evaluating
+from ..experiment.heldout import HeldOut, heldout_windows
+from .agreement import router_agreement
+from .profile import Profile
+from .profiler import MoEProfiler
+
+PROMPT = 64  # tokens before the decode steps
+
+
+class Plan(NamedTuple):
+    """What a profile runs.
+
+    text : HeldOut, its windows run as prefills without a cache
+    prompts : how many windows are begun and continued, greedily
+    new_tokens : of each of them
+    batches : so many prompts at a time; each batch size has its own pass over the prompts
+    """
+
+    text: HeldOut
+    prompts: int
+    new_tokens: int
+    batches: tuple[int, ...]
+
+    @property
+    def steps(self) -> int:
+        """Calls of the model, counted in windows and in decode steps."""
+        groups = sum(-(-self.prompts // batch) for batch in self.batches)
+        return len(self.text.windows) + groups * self.new_tokens
+
+
+def plan(tokenizer, documents, *, tokens, prompts, new_tokens, batches, seed=0) -> Plan:
+    """A Plan for documents with .domain, .name and .text: about `tokens` tokens of them."""
+    text = heldout_windows(tokenizer, documents, tokens, seed)
+    long = [window for window in text.windows if window.ids.shape[1] >= PROMPT]
+    if prompts and not long:
+        raise ValueError(f"text: expected one of at least {PROMPT} tokens to continue")
+    return Plan(text, min(prompts, len(long)), new_tokens, tuple(batches))
+
+
+def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) -> Profile:
+    """The Profile of a model that runs a Plan; the model is afterwards as it was.
+
+    patch : dict of arguments of `moeprof.patch`, or None for the model as it is
+    options : of MoEProfiler
+    """
+    console = make_console()
+    profiler = MoEProfiler(model, **options)
+    with evaluating(model), torch.inference_mode(), _patched(model, patch):
+        _prefill(model, plan.text.windows[0].ids)  # what is slow the first time isn't counted
+        with profiler, progress(console, plan.steps, "profile", still=True) as bar:
+            for window in plan.text.windows:
+                with profiler.domain(plan.text.documents[window.document]["domain"]):
+                    _prefill(model, window.ids)
+                bar.step()
+            for batch in plan.batches:
+                _continue(model, plan, batch, profiler, bar)
+    return profiler.result(roofline=roofline)
+
+
+class _patched:
+    """The model patched, or as it is."""
+
+    def __init__(self, model, options):
+        self._handle = None if options is None else moeprof.patch(model, **options)
+
+    def __enter__(self):
+        return self._handle
+
+    def __exit__(self, *exception):
+        if self._handle is not None:
+            self._handle.unpatch()
+
+
+def _prefill(model, ids) -> None:
+    model(input_ids=ids, use_cache=False)
+
+
+def _continue(model, plan, batch, profiler, bar) -> None:
+    """Greedy decode steps from the first tokens of windows, `batch` at a time."""
+    windows = [w for w in plan.text.windows if w.ids.shape[1] >= PROMPT][: plan.prompts]
+    domains = [plan.text.documents[window.document]["domain"] for window in windows]
+    for start in range(0, len(windows), batch):
+        ids = torch.cat([window.ids[:, :PROMPT] for window in windows[start : start + batch]])
+        profiler.pause()  # the prompts are prefills that were counted with their windows
+        output = model(input_ids=ids, use_cache=True)
+        profiler.resume()
+        label = " + ".join(sorted(set(domains[start : start + batch])))
+        with profiler.domain(label):
+            for _ in range(plan.new_tokens):
+                token = output.logits[:, -1:].argmax(-1)
+                output = decode(model, token, cache_of(output))
+                bar.step()
+
+
+def agreement_by_layer(model, plan: Plan, patch: dict):
+    """A pandas table: how far a router agrees with the model's own top-k on the same text.
+
+    Columns: layer, tokens, agreement (mean of |E ∩ E'| / k, k the model's own), equal. Both run
+    in the model, so that deeper layers also differ by what the layers before them did.
+    """
+    import pandas
+
+    own, others = (_selections(model, plan, options) for options in ({}, patch))
+    rows = []
+    for layer, (first, second) in enumerate(zip(own, others, strict=True)):
+        pairs = zip(first, second, strict=True)
+        share = np.concatenate([router_agreement(*pair) for pair in pairs])
+        rows.append((layer, len(share), float(share.mean()), float((share == 1).mean())))
+    return pandas.DataFrame(rows, columns=["layer", "tokens", "agreement", "same_experts"])
+
+
+def _selections(model, plan, patch):
+    """For each layer the experts (T, k) of each window."""
+    with evaluating(model), torch.inference_mode(), _patched(model, patch) as handle:
+        found = [[] for _ in handle.layers]
+        handle.on_routing(lambda layer, routing: found[layer].append(routing.experts.numpy()))
+        for window in plan.text.windows:
+            _prefill(model, window.ids)
+    return found
