@@ -189,6 +189,16 @@ def test_a_roof_that_is_exceeded_is_called_stale():
 # ---------------------------------------------------------------- figures
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 1), (1, 2, 2), (2, 5, 5)])
+def test_shapes_at_the_edge_are_drawn(shape):
+    made = make_profile(*shape)
+    for name in made.figures:
+        made.plot(name).canvas.draw()
+    assert ("coactivation" in made.figures) == (shape[2] > 1)
+    assert ("moves" in made.figures) == (shape[0] > 1)
+    assert made.to_html() and made.summary()
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_names_its_axes(profile, name):
     before = "matplotlib.pyplot" in sys.modules

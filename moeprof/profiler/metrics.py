@@ -78,9 +78,9 @@ def entropy(shares) -> float:
     s = np.asarray(shares, dtype=float)
     if len(s) < 2 or not np.isfinite(s).all():
         return NAN
-    s = s[s > 0]
+    used = s[s > 0]
     # + 0.0: all on one expert is 0, not −0.
-    return float(-(s * np.log(s)).sum() / math.log(len(np.asarray(shares)))) + 0.0
+    return float(-(used * np.log(used)).sum() / math.log(len(s))) + 0.0
 
 
 def load_balance_loss(counts) -> float:

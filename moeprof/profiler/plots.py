@@ -5,8 +5,10 @@ import math
 import numpy as np
 
 from ..experiment.plots import COLOURS
+from . import maps
 from .drawing import by_layer, figure, marked, of_phase, style
 from .metrics import ratio_each
+from .structure import pair_structure, strongest
 from .wording import counted, percent, scaled, short
 
 
@@ -194,16 +196,18 @@ def cache(profile):
 
 def _measured(profile):
     """{name: why it can't be drawn, or None}, in the order of the page."""
-    from . import maps
-
     each = profile.each()
     steps = None if profile.phases else "no step was counted"
     tokens = steps or (None if any(m.tokens for m in each) else "no real token was counted")
     logits = tokens or (None if any(c.confidence.any() for c in profile.counts_of())
                         else "the router's logits were not known")  # fmt: skip
-    pairs = tokens or (None if any(m.counts.pairs.any() for m in each)
-                       else "pairs of experts were not counted")  # fmt: skip
-    moves = pairs or (None if any(m.counts.moves.any() for m in each)
+    counted_pairs = tokens or (None if any(m.counts.pairs.any() for m in each)
+                               else "pairs of experts were not counted")  # fmt: skip
+    pairs = counted_pairs or (
+        "no token selects two experts"
+        if strongest(profile.counts_of(), pair_structure) is None else None
+    )  # fmt: skip
+    moves = counted_pairs or (None if any(m.counts.moves.any() for m in each)
                       else "no token was followed from layer to layer")  # fmt: skip
     roof = steps or ("there is no measured roof" if profile.roofline is None else None)
     if not roof and not any(m.gflops > 0 and m.read_gbs > 0 for m in each):
