@@ -1,5 +1,6 @@
 """A model through texts and decode steps, profiled: what `moeprof profile` does."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -95,8 +96,8 @@ def _continue(model, plan, batch, profiler, bar) -> None:
         profiler.pause()  # the prompts are prefills that were counted with their windows
         output = model(input_ids=ids, use_cache=True)
         profiler.resume()
-        label = " + ".join(sorted(set(domains[start : start + batch])))
-        with profiler.domain(label):
+        first, *others = set(domains[start : start + batch])
+        with nullcontext() if others else profiler.domain(first):  # a mixed batch is of none
             for _ in range(plan.new_tokens):
                 token = output.logits[:, -1:].argmax(-1)
                 output = decode(model, token, cache_of(output))
