@@ -169,8 +169,14 @@ class LayerMetrics:
         if self.layer.expert_flops is None:
             return NAN
         per_token = self.layer.router_flops + self.layer.shared_flops
-        selections = int(self.counts.load[rows].sum())
-        return int(self.counts.k[rows].sum()) * per_token + selections * self.layer.expert_flops
+        tokens = int(self.counts.k[rows].sum())
+        return tokens * per_token + self._runs(rows) * self.layer.expert_flops
+
+    def _runs(self, rows) -> int:
+        """Times that an expert ran for a token: the selections, but where all always run."""
+        if self.layer.dense:
+            return int(self.counts.k[rows].sum()) * self.layer.num_experts
+        return int(self.counts.load[rows].sum())
 
     @property
     def flops_total(self):
@@ -184,7 +190,7 @@ class LayerMetrics:
     @property
     def flops_expert(self):
         each = self.layer.expert_flops
-        return NAN if each is None else int(self.counts.load[0].sum()) * each
+        return NAN if each is None else self._runs(slice(0, 1)) * each
 
     @property
     def flops_shared(self) -> int:
@@ -357,7 +363,9 @@ class LayerMetrics:
     @property
     def expert_bytes_per_step(self) -> float:
         each = self.layer.expert_bytes
-        return NAN if each is None else self.unique_experts_mean * each
+        if each is None or not self.steps:
+            return NAN
+        return (self.layer.num_experts if self.layer.dense else self.unique_experts_mean) * each
 
     @property
     def bytes_per_step(self) -> float:
@@ -433,6 +441,5 @@ class LayerMetrics:
         """(E, E) table with each column over its expert's selections."""
         if not self.counts.has_pairs:
             return None
-        size = self.layer.num_experts
         whole = np.where(selections > 0, selections, NAN)
-        return table.reshape(size, size) / whole
+        return table / whole

@@ -4,9 +4,10 @@ import base64
 import io
 from html import escape
 from itertools import groupby
+from typing import Any, NamedTuple
 
 from .findings import findings, heading
-from .tables import layers, tables
+from .tables import from_frame, layers, tables
 from .wording import PLAIN
 
 CAPTIONS = {
@@ -67,7 +68,16 @@ SCOPED = """
 """
 
 
-def page(profile) -> str:
+class Section(NamedTuple):
+    """More to show on the page: a pandas table, and a matplotlib Figure or None."""
+
+    title: str
+    note: str
+    frame: Any
+    figure: Any = None
+
+
+def page(profile, sections=()) -> str:
     """A whole HTML document: findings, tables, figures. No script, no request."""
     title = f"Profile of {profile.facts.get('model') or PLAIN}"
     parts = [f"<h1>{escape(title)}</h1>", _heading(profile), "<h2>Findings</h2>", _list(profile)]
@@ -75,6 +85,10 @@ def page(profile) -> str:
     for name in profile.figures:
         parts.append(f"<figure>{_image(profile, name, 110)}"
                      f"<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>")  # fmt: skip
+    for section in sections:
+        parts.append(_section(from_frame(section.title, section.note, section.frame)))
+        if section.figure is not None:
+            parts.append(f"<figure>{_png(section.figure, 110, section.title)}</figure>")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -146,9 +160,12 @@ def _cells(tag, texts, kinds):
 
 
 def _image(profile, name, dpi):
+    return _png(profile.plot(name), dpi, CAPTIONS[name])
+
+
+def _png(figure, dpi, text):
     """The figure as a PNG inside the page."""
-    figure = profile.plot(name)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=dpi)
-    text = base64.b64encode(data.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{text}" alt="{escape(CAPTIONS[name])}">'
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{encoded}" alt="{escape(text)}">'

@@ -137,11 +137,14 @@ class Profile:
 
         return plot(self, name, **options)
 
-    def to_html(self) -> str:
-        """A page with everything in it: no script, nothing loaded from elsewhere."""
+    def to_html(self, sections=()) -> str:
+        """A page with everything in it: no script, nothing loaded from elsewhere.
+
+        sections : page.Section each, to be shown behind what the profile itself has
+        """
         from .page import page
 
-        return page(self)
+        return page(self, sections)
 
     def _repr_html_(self) -> str:
         from .page import fragment

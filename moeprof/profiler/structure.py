@@ -11,14 +11,14 @@ def pair_structure(counts) -> float:
 
     Half the sum of |N_ij − c N_i N_j| over the sum of N_ij, i ≠ j, c such that the sums agree.
     """
-    pairs = counts.pairs.reshape(-1, counts.num_experts) * (1.0 - np.eye(counts.num_experts))
+    pairs = counts.pairs * (1.0 - np.eye(counts.num_experts))
     load = counts.load[0].astype(float)
     return _distance(pairs, np.outer(load, load) * (1 - np.eye(len(load))))
 
 
 def move_structure(counts) -> float:
     """The same of the moves from the layer before: from independence of where tokens come from."""
-    moves = counts.moves.reshape(-1, counts.num_experts).astype(float)
+    moves = counts.moves.astype(float)
     return _distance(moves, np.outer(moves.sum(1), moves.sum(0)))
 
 

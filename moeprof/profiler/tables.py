@@ -21,6 +21,16 @@ class Table(NamedTuple):
     words: tuple = ()
 
 
+def from_frame(title, note, frame) -> Table:
+    """Of a pandas table with short columns."""
+    rows = [
+        [number(cell, ".4f") if isinstance(cell, float) else str(cell) for cell in row]
+        for row in frame.itertuples(index=False)
+    ]
+    words = tuple(frame.select_dtypes(exclude="number").columns)
+    return Table(title, note, [("", name) for name in frame.columns], rows, words)
+
+
 def _roof(metrics):
     return number(100 * max(metrics.mbu, metrics.mfu), ".0f")
 
