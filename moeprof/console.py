@@ -1,5 +1,6 @@
 """What the commands show: plain lines, and a bar for a person who waits."""
 
+import importlib.util
 from contextlib import contextmanager
 
 WIDTH = 100  # columns of the tables, and of a file or a pipe
@@ -13,6 +14,13 @@ def make_console():
     if not console.is_terminal:
         console.width = WIDTH  # a file or a pipe has no width of its own
     return console
+
+
+def text_console(file, width=WIDTH):
+    """A console whose lines go to `file`, also in a notebook, where rich would display them."""
+    from rich.console import Console
+
+    return Console(file=file, width=width, markup=False, highlight=False, force_jupyter=False)
 
 
 class Bar:
@@ -56,8 +64,13 @@ def progress(console, total, name, *, still=False):
         console=screen,
         transient=True,
         auto_refresh=not still,
-        disable=not screen.is_terminal,
+        disable=not (screen.is_terminal or _has_widgets(screen)),
         redirect_stdout=screen is console,
     )
     with shown:
         yield Bar(shown, name, total)
+
+
+def _has_widgets(console):
+    """A notebook in which rich can draw."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None

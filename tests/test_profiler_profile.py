@@ -138,6 +138,13 @@ def test_the_summary_fits_and_has_a_row_for_each_layer(shape, sizes):
         assert (f"── {phase} ─" in table) == (phase in phases)
 
 
+def test_the_summary_is_the_same_in_a_notebook(profile, monkeypatch):
+    """There rich would display what it was to write, and leave nothing to return."""
+    expected = profile.summary()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert profile.summary() == expected and "By layer" in expected
+
+
 def test_the_summary_says_what_was_measured(profile, capsys):
     text = " ".join(profile.summary().split())
     prefill, decode = (profile.each(phase)[0] for phase in PHASES)

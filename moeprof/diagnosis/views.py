@@ -3,7 +3,7 @@
 import io
 from typing import NamedTuple
 
-from ..console import WIDTH
+from ..console import WIDTH, text_console
 from .result import PATCHED, STOCK
 from .rows import ALL
 
@@ -267,10 +267,8 @@ def as_text(diagnosis, width=WIDTH) -> str:
     """Findings and tables, plain text of at most `width` columns."""
     import textwrap
 
-    from rich.console import Console
-
     out = io.StringIO()
-    console = Console(file=out, width=width, markup=False, highlight=False)
+    console = text_console(out, width)
     for line in findings(diagnosis):
         console.print("\n".join(textwrap.wrap(line, width)))
     for view in views(diagnosis):

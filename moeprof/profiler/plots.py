@@ -119,6 +119,9 @@ def roofline(profile):
     bottom = known[:, 1].min() / 3
     axis.set_ylim(bottom, max(roof.gemm_gflops, known[:, 1].max()) * 2.5)
     axis.set_xlim(low, high)
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter("{x:g}")
+        one.set_minor_formatter("")
     axis.annotate(f"matrix products: {scaled(1e9 * roof.gemm_gflops, 'FLOP/s')}",
                   (high, roof.gemm_gflops), (-6, 6), textcoords="offset points",
                   ha="right")  # fmt: skip

@@ -4,7 +4,7 @@ import io
 import re
 import textwrap
 
-from ..console import WIDTH
+from ..console import WIDTH, text_console
 from .findings import findings, heading
 from .tables import tables
 
@@ -36,7 +36,6 @@ def _wrapped(line, width):
 def in_lines(table, width=WIDTH) -> str:
     """A Table by rich, the groups' names above it, without trailing blanks."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     # The box itself has a blank between columns: enough for many narrow ones.
@@ -46,7 +45,7 @@ def in_lines(table, width=WIDTH) -> str:
     for row in table.rows:
         made.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=width, markup=False, highlight=False).print(made)
+    text_console(out, width).print(made)
     lines = [line.rstrip() for line in out.getvalue().split("\n") if line.strip()]
     return "\n".join([*_groups(table.columns, lines[0]), *lines])
 
