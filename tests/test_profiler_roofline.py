@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from models import assert_unchanged, olmoe, snapshot
 from torch import nn
 
-from moeprof.profiler import roofline as module
 from moeprof.profiler.roofline import Roofline, known_roofline, roofline
+
+module = sys.modules[roofline.__module__]  # its name may stand for the function
 
 
 @pytest.fixture(autouse=True)
