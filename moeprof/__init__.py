@@ -46,28 +46,29 @@ __version__ = "0.1.0"
 # name -> the module that defines it; imported when first asked for
 _LAZY = {
     "BudgetError": "budget",
+    "MoEProfiler": "profiler",
     "Null": "null",
     "OLMoERouterPatcher": "patching",
+    "Profile": "profiler",
+    "SimpleBenchmark": "benchmark",
     "experts_forward": "experts",
     "fit_null": "calibration",
+    "layer_ablation": "profiler",
     "patch": "patching",
+    "roofline": "profiler",
+    "router_agreement": "profiler",
     "run_configuration": "experiment",
     "unpatch": "patching",
 }
 
+_MODULES = ("benchmark", "budget", "demo", "experiment", "null", "profiler")
+
 __all__ = [
-    "BudgetError",
-    "Null",
-    "OLMoERouterPatcher",
+    *_LAZY,
     "benjamini_hochberg",
     "cpu_info",
-    "experts_forward",
-    "fit_null",
     "get_num_threads",
-    "patch",
-    "run_configuration",
     "set_num_threads",
-    "unpatch",
 ]
 __all__ += _ROUTERS
 __all__.sort()
@@ -85,10 +86,10 @@ def __getattr__(name: str):
             ) from error
         globals()[name] = value
         return value
-    if name in ("budget", "demo", "experiment", "null"):
+    if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "budget", "demo", "experiment", "null", "routers"]
+    return [*__all__, *_MODULES, "routers"]

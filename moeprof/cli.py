@@ -1,4 +1,4 @@
-"""The command line: `moeprof sweep`, `calibrate`, `compare`, `bench` and `cpu`.
+"""The command line: `moeprof sweep`, `profile`, `calibrate`, `compare`, `bench` ….
 
 Whatever is wrong with the input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
@@ -20,6 +20,7 @@ from moeprof.experiment.inputs import check_model, load_model, read_document, re
 from moeprof.experiment.runner import default_null, experts_of, shipped_null
 from moeprof.files import check_folder
 from moeprof.null import KINDS, SCORES
+from moeprof.profiler.arguments import add_profile
 from moeprof.textfiles import TextFiles
 
 DEMO = "the demo model of moeprof"
@@ -42,6 +43,7 @@ def _parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_sweep(commands)
     _add_calibrate(commands)
+    add_profile(commands, _add_model, _load)
     add_bench(commands)
     add_diagnose(commands, _add_model, _load)
     add_compare(commands, _add_model, _load, DEMO)

@@ -1,18 +1,17 @@
-"""The notebook runs from top to bottom, in a kernel of the interpreter that runs the tests."""
+"""The notebooks run from top to bottom, in a kernel of the interpreter that runs the tests."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "bh_routing_experiment.ipynb"
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 nbformat = pytest.importorskip("nbformat")
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The notebook with its outputs."""
+def execute(name, folder):
+    """The notebook with its outputs, run in `folder`."""
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
@@ -25,9 +24,8 @@ def executed(tmp_path_factory):
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=command, display_name=kernel_name, language="python")
 
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     manager = AsyncKernelManager(kernel_spec_manager=ThisInterpreter())
-    folder = tmp_path_factory.mktemp("notebook")
     nbclient.NotebookClient(
         notebook, km=manager, timeout=300, resources={"metadata": {"path": str(folder)}}
     ).execute()
@@ -38,20 +36,38 @@ def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
-def test_it_runs_and_proves_that_the_logits_are_back(executed):
-    printed = "".join(output.get("text", "") for output in outputs(executed))
-    assert "The logits are bit for bit those from before." in printed
+def printed(notebook):
+    return "".join(output.get("text", "") for output in outputs(notebook))
 
 
-def test_it_shows_the_table_and_both_figures(executed):
-    shown = [output.data for output in outputs(executed) if "data" in output]
-    assert sum("image/png" in data for data in shown) == 2
-    table = next(data["text/html"] for data in shown if "avg_experts" in data.get("text/html", ""))
+def shown(notebook, kind):
+    """What was shown as "image/png" or "text/html"."""
+    data = [output.data for output in outputs(notebook) if "data" in output]
+    return [item[kind] for item in data if kind in item]
+
+
+def test_the_experiment_runs_and_shows_its_table_and_both_figures(tmp_path):
+    executed = execute("bh_routing_experiment.ipynb", tmp_path)
+    assert "The logits are bit for bit those from before." in printed(executed)
+    assert len(shown(executed, "image/png")) == 2
+    table = next(html for html in shown(executed, "text/html") if "avg_experts" in html)
     assert "topk_8_baseline" in table and "bh_k16_a020" in table
 
 
-def test_its_outputs_are_stripped():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def test_profiling_a_model_runs_and_shows_its_tables_and_figures(tmp_path):
+    executed = execute("profile_a_model.ipynb", tmp_path)
+    assert "Saved, and the logits are bit for bit those from before." in printed(executed)
+    assert "13 tokens and 7 of padding" in printed(executed)
+    assert len(shown(executed, "image/png")) == 4
+    html = shown(executed, "text/html")
+    assert "Profile of moeprof/demo" in html[0] and "data:image/png" in html[0]
+    assert any("model.layers.3.mlp.gate" in table for table in html)
+    assert (tmp_path / "profile" / "index.html").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_outputs_are_stripped(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -409,6 +409,17 @@ def test_check_of_a_block_that_chooses_otherwise():
     assert not any(expert._forward_pre_hooks for expert in block.experts)
 
 
+def test_a_bias_of_a_users_block_is_refused_unless_it_is_zero():
+    block = ListBlock(lambda z: (z + block.score_bias).topk(K)[1])
+    block.register_buffer("score_bias", torch.zeros(E))
+    (site,) = find_sites(block)
+    ChoiceCheck(site).remove()
+    block.score_bias[1] = 1
+    with pytest.raises(ValueError, match="gate: it returns logits, to which its block adds score"):
+        ChoiceCheck(site)
+    assert not any(expert._forward_pre_hooks for expert in block.experts)
+
+
 def test_check_leaves_no_hook_when_it_is_given_up():
     block = ListBlock(lambda z: z.topk(K)[1])
     check = ChoiceCheck(find_sites(block)[0])

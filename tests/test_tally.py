@@ -140,6 +140,7 @@ def test_one_expert_leaves_nothing_to_be_uncertain_of():
     counts = Counts(1)
     add(counts, empty(1), np.zeros((3, 1), np.int32), np.ones((3, 1), np.float32))
     assert counts.sums[0] == 3 and counts.confidence[99] == 3 and counts.probability.shape == (1,)
+    assert counts.pairs.tolist() == [[3]] and counts.load.shape == (2, 1)
 
 
 def test_durations_fall_into_their_bins():

@@ -143,9 +143,8 @@ def _patch(arguments, model, tokenizer, null):
 
 
 def _profile(arguments, model, tokenizer, documents, patch):
-    from .ablation import layer_ablation
     from .roofline import roofline
-    from .run import agreement_by_layer, plan, profile_texts
+    from .run import plan, profile_texts
 
     console = make_console()
     planned = plan(
@@ -158,27 +157,53 @@ def _profile(arguments, model, tokenizer, documents, patch):
     )  # fmt: skip
     if result.vocabulary is not None:
         result.vocabulary["text"] = [tokenizer.decode([i]) for i in result.vocabulary["tokens"]]
-    tables = {}
+    sections = {}
     if arguments.router is not None:
-        tables["agreement"] = agreement_by_layer(model, planned, patch)
+        sections["agreement"] = _agreement(model, planned, patch)
     if arguments.ablation:
-        texts = [document.text for document in documents]
-        tables["ablation"] = layer_ablation(
-            model, tokenizer, texts, tokens=arguments.tokens, seed=arguments.seed
-        )
+        sections["ablation"] = _ablation(arguments, model, tokenizer, documents)
     result.print_summary()
-    for path in _write(result, Path(arguments.out), arguments.trace, tables):
+    for path in _write(result, Path(arguments.out), arguments.trace, sections):
         console.print(f"Written: {path}")
 
 
-def _write(result, folder, trace, tables):
+def _agreement(model, planned, patch):
+    from .page import Section
+    from .run import agreement_by_layer
+
+    note = (
+        "The router beside the model's own top-k on the same text: mean of |E ∩ E'| / k, what it "
+        "would be at most with the router's number of experts, and the share of the tokens with "
+        "the very same experts."
+    )
+    frame = agreement_by_layer(model, planned, patch)
+    return Section("Agreement with the model's own router", note, frame)
+
+
+def _ablation(arguments, model, tokenizer, documents):
+    from .ablation import ablation_figure, layer_ablation
+    from .page import Section
+
+    frame = layer_ablation(
+        model, tokenizer, [document.text for document in documents], tokens=arguments.tokens,
+        seed=arguments.seed,
+    )  # fmt: skip
+    note = (
+        "The loss in nats per token when one layer takes its top k only, and its change against "
+        "the model's own k, with the 95 % interval over documents."
+    )
+    return Section("What a layer's experts are worth", note, frame, ablation_figure(frame))
+
+
+def _write(result, folder, trace, sections):
     """All files of a profile; their paths, index.html the first."""
     paths = result.save(folder)
-    files = {"index.html": result.to_html().encode()}
-    files |= {f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items()}
+    files = {"index.html": result.to_html(sections.values()).encode()}
+    for name, section in sections.items():
+        files[f"{name}.csv"] = section.frame.to_csv(index=False).encode()
     for name, data in files.items():
         write_whole(folder / name, data)
     if trace:
         result.save_trace(folder / "trace.json")
-        files["trace.json"] = b""
+        paths.append(folder / "trace.json")
     return [*(folder / name for name in files), *paths]

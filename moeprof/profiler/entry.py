@@ -80,17 +80,21 @@ class Entry:
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         if mask is None or self.shape is None:
             return None
+        if isinstance(mask, Tensor) and self._covers(mask) and bool(mask.all()):
+            return None  # the usual case, asked in each decode step; a cache may be slow to tell
         mask = _as_array(mask, name)
         if mask.ndim == 2:
-            fits = mask.shape[0] == self.shape[0] and mask.shape[1] >= self.shape[1]
-            if fits and np.count_nonzero(mask) == mask.size:
-                return None  # the usual case, and a cache may be slow to tell its length
             real = self._columns(mask, name)
         elif mask.ndim in (3, 4):
             real = self._own_slots(mask[:, 0] if mask.ndim == 4 else mask, name)
         else:
             raise ValueError(f"{name}: expected 2 or 4 dimensions, got {mask.shape}")
         return None if real.all() else np.ascontiguousarray(real).reshape(-1)
+
+    def _covers(self, mask) -> bool:
+        """Is it (B, n) with n enough for the new tokens?"""
+        rows, tokens = self.shape
+        return mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= tokens
 
     def _columns(self, mask: np.ndarray, name: str) -> np.ndarray:
         """Of a mask (B, n) by position the columns of this step."""

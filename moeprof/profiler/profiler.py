@@ -188,9 +188,10 @@ class MoEProfiler:
         """
         session = self._session
         self._close_domain()
+        counts = session.counts
         return Profile(
             [site.layer for site in session.sites],
-            {phase: [c.copy() for c in session.counts[phase]] for phase in PHASES},
+            {phase: [c.copy() for c in counts[phase]] for phase in PHASES},
             self._facts(),
             domains={label: loads.copy() for label, loads in self._by_domain.items()} or None,
             vocabulary=None if session.vocabulary is None else session.vocabulary.as_dict(),

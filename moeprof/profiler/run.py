@@ -1,5 +1,6 @@
 """A model through texts and decode steps, profiled: what `moeprof profile` does."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -95,8 +96,8 @@ def _continue(model, plan, batch, profiler, bar) -> None:
         profiler.pause()  # the prompts are prefills that were counted with their windows
         output = model(input_ids=ids, use_cache=True)
         profiler.resume()
-        label = " + ".join(sorted(set(domains[start : start + batch])))
-        with profiler.domain(label):
+        first, *others = set(domains[start : start + batch])
+        with nullcontext() if others else profiler.domain(first):  # a mixed batch is of none
             for _ in range(plan.new_tokens):
                 token = output.logits[:, -1:].argmax(-1)
                 output = decode(model, token, cache_of(output))
@@ -106,18 +107,24 @@ def _continue(model, plan, batch, profiler, bar) -> None:
 def agreement_by_layer(model, plan: Plan, patch: dict):
     """A pandas table: how far a router agrees with the model's own top-k on the same text.
 
-    Columns: layer, tokens, agreement (mean of |E ∩ E'| / k, k the model's own), equal. Both run
-    in the model, so that deeper layers also differ by what the layers before them did.
+    Columns: layer, tokens, agreement (mean of |E ∩ E'| / k, k the model's own), at_most (what it
+    would be if the router only took experts that the model's own takes too, mean of
+    min(|E'|, k) / k), same_experts (share of the tokens). Both run in the model, so that deeper
+    layers also differ by what the layers before them did.
     """
     import pandas
 
     own, others = (_selections(model, plan, options) for options in ({}, patch))
     rows = []
     for layer, (first, second) in enumerate(zip(own, others, strict=True)):
-        pairs = zip(first, second, strict=True)
+        pairs = list(zip(first, second, strict=True))
         share = np.concatenate([router_agreement(*pair) for pair in pairs])
-        rows.append((layer, len(share), float(share.mean()), float((share == 1).mean())))
-    return pandas.DataFrame(rows, columns=["layer", "tokens", "agreement", "same_experts"])
+        k, other = (np.concatenate([(e >= 0).sum(1) for e in side]) for side in (first, second))
+        at_most = float((np.minimum(k, other) / k).mean())
+        same = (share == 1) & (k == other)
+        rows.append((layer, len(share), float(share.mean()), at_most, float(same.mean())))
+    columns = ["layer", "tokens", "agreement", "at_most", "same_experts"]
+    return pandas.DataFrame(rows, columns=columns)
 
 
 def _selections(model, plan, patch):

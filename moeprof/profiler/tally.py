@@ -7,7 +7,7 @@ import numpy as np
 from .. import _C
 
 PHASES = ("prefill", "decode")
-_SCALARS = ("steps", "nanoseconds")
+_SCALARS, _TABLES = ("steps", "nanoseconds"), ("k", "load", "pairs", "moves")
 
 
 class Counts:
@@ -61,7 +61,8 @@ class Counts:
         ):
             for name, (offset, rows, columns) in layout.items():
                 view = array[offset : offset + rows * columns]
-                shape = () if name in _SCALARS else (columns,) if rows == 1 else (rows, columns)
+                table = (rows, columns) if name in _TABLES else (columns,)
+                shape = () if name in _SCALARS else table
                 setattr(self, name, view.reshape(shape))
 
     def copy(self) -> "Counts":

@@ -1,0 +1,170 @@
+"""Two profiles of models of the same shape, and where they differ."""
+
+from html import escape
+
+import numpy as np
+
+from .metrics import SCALARS
+from .profile import ALL
+from .tally import PHASES
+from .wording import PLAIN, number, percent, short
+
+COLUMNS = ["layer", "name", "phase", "metric", "first", "second", "difference", "relative"]
+LOADS = "expert_load_distance"  # half the sum of |differences| of expert_load: 0 alike, 1 disjoint
+# (heading, metric, text of both values' difference)
+SHOWN = (
+    ("k", "k_mean", "+.2f"),
+    ("Gini", "expert_load_gini", "+.3f"),
+    ("conf", "router_confidence", "+.3f"),
+    ("uniq", "unique_experts_mean", "+.1f"),
+)
+
+
+class Comparison:
+    """What the second of two profiles has more, or less, than the first.
+
+    first, second : the Profiles. ValueError unless their models have as many MoE layers with as
+    many experts each; names and versions may differ.
+    """
+
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+        shapes = [[layer.num_experts for layer in profile.layers] for profile in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "compare: expected profiles of models of the same shape, got "
+                f"{_shape(shapes[0])} ({first.facts.get('model')}) and {_shape(shapes[1])} "
+                f"({second.facts.get('model')})"
+            )
+
+    def to_frame(self):
+        """A tidy pandas table: layer, name (the first's), phase, metric, first, second,
+        difference (second − first), relative (difference / first).
+
+        Every metric that is one number, and "expert_load_distance": half the sum of the absolute
+        differences of the experts' loads, 0 if alike, 1 if no expert is used by both. nan where
+        one of them was not measured. layer <NA>: of the whole profile.
+        """
+        import pandas
+
+        rows = []
+        for phase in (*PHASES, ALL):
+            for name in ("load_balance_loss", "z_loss"):
+                values = (getattr(p, name)(phase) for p in (self.first, self.second))
+                rows.append((None, None, phase, name, *values))
+            both = zip(self.first.each(phase), self.second.each(phase), strict=True)
+            for index, (a, b) in enumerate(both):
+                place = index, a.layer.name, phase
+                rows += [(*place, m, getattr(a, m), getattr(b, m)) for m in SCALARS]
+                distance = _load_distance(a, b)
+                rows.append((*place, LOADS, 0.0 if distance == distance else distance, distance))
+        frame = pandas.DataFrame(rows, columns=COLUMNS[:-2])
+        frame = frame.assign(
+            layer=frame["layer"].astype("Int64"), name=frame["name"].astype("string"),
+            first=frame["first"].astype(float), second=frame["second"].astype(float),
+        )  # fmt: skip
+        difference = frame["second"] - frame["first"]
+        relative = (difference / frame["first"]).where(frame["first"] != 0)
+        return frame.assign(difference=difference, relative=relative)
+
+    def findings(self) -> list[str]:
+        """Which is first, and the largest differences of each phase, in sentences."""
+        found = [f"{place}: {_name(profile)}." for place, profile in self._both()]
+        for phase in PHASES:
+            missing = [place for place, p in self._both() if phase not in p.phases]
+            if len(missing) == 1:
+                found.append(f"{phase}: {missing[0].lower()} has none.")
+            elif not missing:
+                found += self._of_phase(phase)
+        return found
+
+    def _both(self):
+        return (("First", self.first), ("Second", self.second))
+
+    def _of_phase(self, phase):
+        pairs = list(zip(self.first.each(phase), self.second.each(phase), strict=True))
+        sides = list(zip(*pairs, strict=True))
+        total = [sum(m.latency_ms_mean for m in ms if m.steps) for ms in sides]
+        line = (
+            f"{phase}: {short(total[0])} and {short(total[1])} ms a step in MoE layers "
+            f"({_change(*total)})"
+        )
+        ks = [[m.k_mean for m in ms if m.tokens] for ms in sides]
+        if all(ks):
+            line += f", {np.mean(ks[0]):.2f} and {np.mean(ks[1]):.2f} experts a token"
+        yield line + "."
+        distances = [_load_distance(a, b) for a, b in pairs]
+        if np.nan_to_num(distances).any():
+            most = int(np.nanargmax(distances))
+            yield (
+                f"{phase}: the experts' loads differ most in layer {most}, where "
+                f"{percent(distances[most])} of the selections are on other experts."
+            )
+
+    def table(self):
+        """A Table of the differences, a row for each layer."""
+        from .tables import Table
+
+        phases = [p for p in PHASES if p in self.first.phases and p in self.second.phases]
+        each = {p: list(zip(self.first.each(p), self.second.each(p), strict=True)) for p in phases}
+        rows = [
+            [str(i), *(text for phase in phases for text in _differences(*each[phase][i]))]
+            for i in range(len(self.first.layers))
+        ]
+        names = [*(name for name, _, _ in SHOWN), "load", "p50"]
+        columns = [("", "layer"), *((phase, name) for phase in phases for name in names)]
+        note = (
+            "Second less first: experts per token, Gini of the load, confidence, distinct experts "
+            "a step. load: % of the selections on other experts. p50: change of the median time."
+        )
+        return Table("By layer", note, columns, rows)
+
+    def summary(self) -> str:
+        """Findings and the table as text of at most 100 columns."""
+        from .text import comparison_as_text
+
+        return comparison_as_text(self)
+
+    def print_summary(self) -> None:
+        from ..console import make_console
+
+        make_console().print(self.summary())
+
+    def __repr__(self):
+        return f"<moeprof Comparison: {_name(self.first)}; {_name(self.second)}>"
+
+    def _repr_html_(self):
+        from .page import SCOPED, html_table
+
+        lines = "".join(f"<li>{escape(line)}</li>" for line in self.findings())
+        table = self.table()
+        return (
+            f'<div class="moeprof-profile"><style>{SCOPED}</style>\n<ul>{lines}</ul>\n'
+            f'<p class="note">{escape(table.note)}</p>\n{html_table(table)}</div>'
+        )
+
+
+def _shape(experts):
+    sizes = sorted(set(experts))
+    return f"{len(experts)} MoE layers of {' or '.join(map(str, sizes))} experts"
+
+
+def _name(profile):
+    facts = profile.facts
+    return f"{facts.get('model') or PLAIN}, router: {facts.get('router') or PLAIN}"
+
+
+def _load_distance(first, second) -> float:
+    return float(np.abs(np.subtract(first.expert_load, second.expert_load)).sum() / 2)
+
+
+def _change(first, second):
+    """"+12 %"; a dash where there is nothing to compare."""
+    return f"{100 * (second / first - 1):+.0f} %" if first and first == first else PLAIN
+
+
+def _differences(first, second):
+    for _, name, form in SHOWN:
+        yield number(getattr(second, name) - getattr(first, name), form)
+    yield number(100 * _load_distance(first, second), ".0f")
+    yield _change(first.latency_ms_p50, second.latency_ms_p50)

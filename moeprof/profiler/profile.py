@@ -1,0 +1,247 @@
+"""What a profiler counted, as one object: numbers, tables, figures, files."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..files import check_folder, write_whole
+from .metrics import LayerMetrics, load_balance_loss, z_loss
+from .tally import PHASES
+
+ALL = "all"  # the name of both phases together
+
+
+class Profile:
+    """Counts of a model's MoE layers by phase, and what they were counted on.
+
+    layers : list of finding.Layer
+    counts : {phase: [Counts of each layer]} for "prefill" and "decode"
+    facts : dict of model, model_class, config, machine, router, steps, steps_left_out,
+        warmup_steps, sampling_rate, memory_peak_mb, notes; kept as JSON would
+    domains : {label: (L, E + 1) int64}: selections of real tokens, and in the last column
+        their number, of both phases; or None
+    vocabulary : {"tokens": ids, "layers": indices, "counts": (layers, tokens, E), "seen":
+        (tokens,), "text": [str] or None}, or None
+    roofline : roofline.Roofline or None
+    events : [(layer index, phase, start ns, duration ns, tokens, distinct experts)] or None
+    """
+
+    def __init__(self, layers, counts, facts, *, domains=None, vocabulary=None, roofline=None,
+                 events=None):  # fmt: skip
+        self.layers, self.counts = list(layers), {name: list(counts[name]) for name in PHASES}
+        self.facts = as_json(facts)
+        self.domains = {str(name): table for name, table in (domains or {}).items()} or None
+        self.vocabulary = vocabulary or None
+        self.roofline, self.events = roofline, None if events is None else list(map(tuple, events))
+
+    # ---- numbers ----
+
+    @cached_property
+    def phases(self) -> list[str]:
+        """Those in which a step was counted."""
+        return [name for name in PHASES if any(c.steps for c in self.counts[name])]
+
+    @cached_property
+    def _totals(self):
+        both = [a + b for a, b in zip(*(self.counts[name] for name in PHASES), strict=True)]
+        return {**self.counts, ALL: both}
+
+    def counts_of(self, phase=None) -> list:
+        """Counts of each layer in "prefill", "decode", or (None or "all") both together.
+
+        Raises ValueError for another phase.
+        """
+        phase = phase or ALL
+        if phase not in self._totals:
+            known = ", ".join(map(repr, self._totals))
+            raise ValueError(f"phase: expected one of {known}, got {phase!r}")
+        return self._totals[phase]
+
+    def metrics(self, phase=None) -> dict[str, LayerMetrics]:
+        """{router's name: its LayerMetrics}, of a phase as in `counts_of`."""
+        return {layer.name: m for layer, m in zip(self.layers, self.each(phase), strict=True)}
+
+    def each(self, phase=None) -> list[LayerMetrics]:
+        """The metrics of each layer, in model order."""
+        counts = self.counts_of(phase)
+        return [
+            LayerMetrics(layer, own, roofline=self.roofline, before=before)
+            for layer, own, before in zip(self.layers, counts, [None, *counts], strict=False)
+        ]
+
+    def load_balance_loss(self, phase=None) -> float:
+        """E Σ f_e P_e over all layers, as transformers' load_balancing_loss_func."""
+        return load_balance_loss(self.counts_of(phase))
+
+    def z_loss(self, phase=None) -> float:
+        """Mean of logsumexp(z)² over the tokens of all layers."""
+        return z_loss(self.counts_of(phase))
+
+    def domain_specialisation(self):
+        """A pandas table: which experts the tokens of a domain select; see specialisation.py.
+
+        ValueError where the texts had no domain labels.
+        """
+        from .specialisation import by_domain
+
+        return by_domain(self)
+
+    def vocabulary_specialisation(self, minimum=8, top=10):
+        """A pandas table: the input tokens an expert is selected by; see specialisation.py.
+
+        minimum : occurrences below which a token is left out; top : tokens of each expert.
+        ValueError where input tokens were not recorded.
+        """
+        from .specialisation import by_token
+
+        return by_token(self, minimum, top)
+
+    def to_frame(self):
+        """A tidy pandas table: layer, name, expert, phase, metric, value.
+
+        layer counts the MoE layers from 0; <NA>: of the whole profile. expert is <NA> where a
+        number is not of one expert. phase: "prefill", "decode", "all".
+        """
+        from .frame import to_frame
+
+        return to_frame(self)
+
+    # ---- to look at ----
+
+    def summary(self) -> str:
+        """Findings and a table with a row for each layer, at most 100 columns wide."""
+        from .text import as_text
+
+        return as_text(self)
+
+    def print_summary(self) -> None:
+        from ..console import make_console
+
+        make_console().print(self.summary())
+
+    @property
+    def figures(self) -> list[str]:
+        """The names that `plot` takes: of what was measured."""
+        from .plots import available
+
+        return available(self)
+
+    def plot(self, name="load", **options):
+        """A matplotlib Figure, one of `figures`. "coactivation" and "moves" take a layer=.
+
+        Raises ValueError for a name that is not in `figures`, or a layer that is none.
+        """
+        from .plots import plot
+
+        return plot(self, name, **options)
+
+    def to_html(self, sections=()) -> str:
+        """A page with everything in it: no script, nothing loaded from elsewhere.
+
+        sections : page.Section each, to be shown behind what the profile itself has
+        """
+        from .page import page
+
+        return page(self, sections)
+
+    def _repr_html_(self) -> str:
+        from .page import fragment
+
+        return fragment(self)
+
+    def __repr__(self):
+        tokens = max((m.tokens for m in self.each()), default=0)
+        return (
+            f"<moeprof Profile of {self.facts.get('model')}: {len(self.layers)} MoE layers, "
+            f"{tokens:,} tokens>"
+        )
+
+    def compare(self, other):
+        """A Comparison of this profile, the first, with another of a model of the same shape.
+
+        Raises ValueError where the layers or their numbers of experts differ.
+        """
+        from .compare import Comparison
+
+        return Comparison(self, other)
+
+    # ---- files ----
+
+    def save(self, folder) -> list[Path]:
+        """Write profile.json, counts.npz and metrics.csv, each whole or not at all; their paths.
+
+        OSError where the folder can't be written.
+        """
+        from .storage import pack
+
+        folder = Path(folder)
+        check_folder(folder)
+        files = pack(self)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            write_whole(folder / name, data)
+        return [folder / name for name in files]
+
+    @classmethod
+    def load(cls, folder) -> "Profile":
+        """The Profile that `save` wrote.
+
+        Raises FileNotFoundError where a file is missing, ValueError naming the folder where it
+        holds no profile, one of another format version, or files that don't belong together.
+        """
+        from .storage import unpack
+
+        return unpack(cls, Path(folder))
+
+    def save_csv(self, path) -> None:
+        """`to_frame` as CSV; OSError where it can't be written."""
+        write_whole(path, self.to_frame().to_csv(index=False).encode())
+
+    def save_trace(self, path) -> None:
+        """The layers' steps for chrome://tracing or ui.perfetto.dev.
+
+        ValueError unless the profiler recorded events.
+        """
+        from .trace import trace
+
+        write_whole(path, trace(self).encode())
+
+    def __eq__(self, other):
+        if not isinstance(other, Profile):
+            return NotImplemented
+        return (
+            (self.layers, self.counts, self.facts, self.roofline, self.events)
+            == (other.layers, other.counts, other.facts, other.roofline, other.events)
+            and _same(self.domains, other.domains)
+            and _same(self.vocabulary, other.vocabulary)
+        )
+
+    __hash__ = None
+
+
+def as_json(value):
+    """`value` as it comes back from a JSON file; what JSON doesn't know in words."""
+    from ..experiment.store import finite
+
+    return json.loads(json.dumps(finite(_plain(value))))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _same(first, second):
+    """Equality of dicts whose values are arrays or lists, or of None."""
+    if first is None or second is None:
+        return first is second
+    return first.keys() == second.keys() and all(
+        np.array_equal(first[key], second[key]) for key in first
+    )

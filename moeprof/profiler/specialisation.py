@@ -1,0 +1,89 @@
+"""Which experts a domain's tokens, or the occurrences of one token, select.
+
+As in the OLMoE paper (arXiv 2409.02060, section 5): of the tokens of a domain D the share that
+selects expert i, N_iD / N_D; of the occurrences of token x, N_xi / N_x. Under a router that
+knows nothing of them both are k/E, with k the mean number of experts per token.
+"""
+
+import numpy as np
+
+from .metrics import ratio_each
+
+
+def _experts(profile, index, selections, tokens, baseline):
+    """Columns of a table with a row for each expert of layer `index`."""
+    share = ratio_each(selections, int(tokens))
+    return {
+        "layer": index,
+        "name": profile.layers[index].name,
+        "expert": np.arange(len(selections)),
+        "share": share,
+        "baseline": baseline,
+        "times": share / baseline if baseline > 0 else np.full(len(share), np.nan),
+    }
+
+
+def by_domain(profile):
+    """Columns: layer, name, expert, domain, tokens (of the domain), share, baseline, times.
+
+    baseline: k/E with the layer's mean k over these domains; times: share / baseline.
+    ValueError where the texts had no domain labels.
+    """
+    import pandas
+
+    if profile.domains is None:
+        raise ValueError("this profile has no domains: its texts had no domain labels")
+    tables = []
+    for index, layer in enumerate(profile.layers):
+        rows = {label: table[index] for label, table in profile.domains.items()}
+        selections = sum(int(row[:-1].sum()) for row in rows.values())
+        tokens = sum(int(row[-1]) for row in rows.values())
+        baseline = selections / tokens / layer.num_experts if tokens else np.nan
+        for label, row in rows.items():
+            made = _experts(profile, index, row[: layer.num_experts], row[-1], baseline)
+            tables.append(pandas.DataFrame({**made, "domain": label, "tokens": int(row[-1])}))
+    frame = pandas.concat(tables, ignore_index=True)
+    return frame[["layer", "name", "expert", "domain", "tokens", "share", "baseline", "times"]]
+
+
+def by_token(profile, minimum=8, top=10):
+    """Columns: layer, name, expert, token (id), text, seen, share, baseline, times.
+
+    Of each expert the `top` tokens it is most specialised in, the first the most, among those
+    that occurred at least `minimum` times. text: <NA> where there was no tokenizer.
+    ValueError where input tokens were not recorded.
+    """
+    import pandas
+
+    if profile.vocabulary is None:
+        raise ValueError("this profile has no input tokens: ask the profiler to record them")
+    recorded = profile.vocabulary
+    seen, names = np.asarray(recorded["seen"]), recorded["text"]
+    often = np.flatnonzero(seen >= minimum)
+    tables = []
+    for index, counts in zip(recorded["layers"], recorded["counts"], strict=True):
+        baseline = ratio_each(np.sum(counts), int(seen.sum())) / profile.layers[index].num_experts
+        rank, expert, place = _best(counts[often], seen[often], top)
+        token = often[place]
+        share = counts[token, expert] / seen[token]
+        made = pandas.DataFrame({
+            "layer": index, "name": profile.layers[index].name, "expert": expert,
+            "token": np.asarray(recorded["tokens"])[token],
+            "text": pandas.array([names[t] if names else None for t in token], dtype="string"),
+            "seen": seen[token], "share": share, "baseline": float(baseline),
+            "times": share / baseline,
+        })  # fmt: skip
+        tables.append(made[share > 0].assign(rank=rank[share > 0]))
+    frame = pandas.concat(tables, ignore_index=True).sort_values(["layer", "expert", "rank"])
+    return frame.drop(columns="rank").reset_index(drop=True)
+
+
+def _best(counts, seen, top):
+    """(rank, expert, token) of each expert's tokens of the largest share, of (tokens, E) counts.
+
+    Of equal shares the token seen more often comes first.
+    """
+    share = counts / seen[:, None]
+    order = np.lexsort((np.broadcast_to(-seen[:, None], share.shape), -share), axis=0)[:top]
+    rank, expert = np.indices(order.shape)
+    return rank.ravel(), expert.ravel(), order.ravel()

@@ -1,0 +1,46 @@
+"""How strongly experts go together, and an order in which that shows.
+
+E experts; pairs[i, j]: tokens that select both; moves[i, j]: tokens from i to j.
+"""
+
+import numpy as np
+
+
+def pair_structure(counts) -> float:
+    """How far the pairs are from those of independent experts, 0 to 1; nan without pairs.
+
+    Half the sum of |N_ij − c N_i N_j| over the sum of N_ij, i ≠ j, c such that the sums agree.
+    """
+    pairs = counts.pairs * (1.0 - np.eye(counts.num_experts))
+    load = counts.load[0].astype(float)
+    return _distance(pairs, np.outer(load, load) * (1 - np.eye(len(load))))
+
+
+def move_structure(counts) -> float:
+    """The same of the moves from the layer before: from independence of where tokens come from."""
+    moves = counts.moves.astype(float)
+    return _distance(moves, np.outer(moves.sum(1), moves.sum(0)))
+
+
+def _distance(table, independent):
+    if not table.sum() or not independent.sum():
+        return float("nan")
+    return float(np.abs(table / table.sum() - independent / independent.sum()).sum() / 2)
+
+
+def strongest(counts, structure) -> int | None:
+    """The layer with the most structure; None if no layer has pairs."""
+    values = np.array([structure(c) if c.has_pairs else np.nan for c in counts])
+    return None if np.isnan(values).all() else int(np.nanargmax(values))
+
+
+def clustered(table):
+    """An order of the rows (E, ·) that puts rows alike side by side."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    rows = np.nan_to_num(np.asarray(table, dtype=float))
+    if len(rows) < 3:
+        return np.arange(len(rows))
+    size = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = rows / np.where(size > 0, size, 1)  # by direction: cosine, defined for zeros too
+    return leaves_list(linkage(rows, method="average", optimal_ordering=len(rows) <= 128))

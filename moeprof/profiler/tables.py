@@ -1,0 +1,121 @@
+"""Tables of texts, which the summary and the page both show."""
+
+from typing import NamedTuple
+
+from .wording import layer_names, number, short
+
+DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
+TOKEN_ROWS = 12
+
+
+class Table(NamedTuple):
+    """columns: (group, name), a group's columns beside each other; rows: lists of texts.
+
+    words: the columns of words, which are aligned left; the others are of numbers.
+    """
+
+    title: str
+    note: str
+    columns: list
+    rows: list
+    words: tuple = ()
+
+
+def from_frame(title, note, frame) -> Table:
+    """Of a pandas table with short columns."""
+    rows = [
+        [number(cell, ".4f") if isinstance(cell, float) else str(cell) for cell in row]
+        for row in frame.itertuples(index=False)
+    ]
+    words = tuple(frame.select_dtypes(exclude="number").columns)
+    return Table(title, note, [("", name) for name in frame.columns], rows, words)
+
+
+def _roof(metrics):
+    return number(100 * max(metrics.mbu, metrics.mfu), ".0f")
+
+
+# (name, text of a LayerMetrics)
+LAYER_COLUMNS = (
+    ("k", lambda m: number(m.k_mean, ".2f")),
+    ("Gini", lambda m: number(m.expert_load_gini, ".2f")),
+    ("max", lambda m: number(m.expert_load_max_imbalance, ".1f")),
+    ("conf", lambda m: number(m.router_confidence, ".2f")),
+    ("uniq", lambda m: number(m.unique_experts_mean, ".1f")),
+    ("p50", lambda m: short(m.latency_ms_p50)),
+    ("p99", lambda m: short(m.latency_ms_p99)),
+)
+LAYER_NOTE = (
+    "k: experts per token. Gini, max: inequality of the experts' load, the largest over the mean. "
+    "conf: 1 − H/ln E of the router. uniq: distinct experts a step. p50, p99: ms a step."
+)
+ROOF_NOTE = " roof: % of the measured bandwidth or matrix product rate, whichever is nearer."
+
+
+def layers(profile) -> Table:
+    """A row for each layer, the phases beside each other."""
+    columns = list(LAYER_COLUMNS)
+    note = f"Layers {layer_names(profile.layers)}. {LAYER_NOTE}"
+    if profile.roofline is not None:
+        columns.append(("roof", _roof))
+        note += ROOF_NOTE
+    phases = {phase: profile.each(phase) for phase in profile.phases}
+    rows = [
+        [str(i), *(text(phases[phase][i]) for phase in phases for _, text in columns)]
+        for i in range(len(profile.layers))
+    ]
+    heads = [("", "layer"), *((phase, name) for phase in phases for name, _ in columns)]
+    return Table("By layer", note, heads, rows)
+
+
+def domains(profile) -> Table:
+    """The most specialised experts of each domain."""
+    frame = profile.domain_specialisation().dropna(subset="times")
+    frame = frame.sort_values("times", ascending=False)
+    rows = []
+    for label in profile.domains:
+        best = frame[frame["domain"] == label].head(DOMAIN_ROWS).to_dict("records")
+        rows += [
+            [label if not i else "", str(r["layer"]), str(r["expert"]), f"{100 * r['share']:.1f} %",
+             f"{100 * r['baseline']:.1f} %", f"{r['times']:.1f}"]
+            for i, r in enumerate(best)
+        ]  # fmt: skip
+    return Table(
+        "By domain", "The experts that a domain's tokens select most above the others': share of "
+        "its tokens, beside k/E.",
+        [("", name) for name in ("domain", "layer", "expert", "share", "k/E", "times")], rows,
+        ("domain",),
+    )  # fmt: skip
+
+
+def vocabulary(profile, minimum=8) -> Table:
+    """The experts that their input tokens single out most, with these tokens."""
+    frame = profile.vocabulary_specialisation(minimum, top=TOKENS)
+    groups = [(key, group) for key, group in frame.groupby(["layer", "expert"], sort=False)]
+    groups.sort(key=lambda item: -item[1]["times"].sum())  # many such tokens before one
+    rows = [
+        [str(layer), str(expert), ", ".join(map(_token, group.to_dict("records")))]
+        for (layer, expert), group in groups[:TOKEN_ROWS]
+    ]
+    return Table(
+        "By input token", f"Of a token's occurrences, at least {minimum}, the share that selects "
+        "the expert; the experts whose tokens are the most above k/E.",
+        [("", name) for name in ("layer", "expert", "tokens")], rows, ("tokens",),
+    )  # fmt: skip
+
+
+def _token(row):
+    name = row["text"] if isinstance(row["text"], str) else f"#{row['token']}"
+    return f"{name!r} {100 * row['share']:.0f} %"
+
+
+def tables(profile) -> list[Table]:
+    """All that the profile has numbers for."""
+    if not profile.phases:
+        return []
+    made = [layers(profile)]
+    if profile.domains is not None:
+        made.append(domains(profile))
+    if profile.vocabulary is not None:
+        made.append(vocabulary(profile))
+    return made

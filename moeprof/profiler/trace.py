@@ -1,0 +1,32 @@
+"""The steps of the layers in time, as chrome://tracing and ui.perfetto.dev read them.
+
+The format: "Trace Event Format" (Chromium's catapult); "X" is an event with a duration, "M"
+names a row. Times in microseconds, from the first step on.
+"""
+
+import json
+
+
+def trace(profile) -> str:
+    """JSON: a row for each layer, in it its steps, named by their phase.
+
+    ValueError unless events were recorded.
+    """
+    if profile.events is None:
+        raise ValueError("this profile has no events: ask the profiler to record a trace")
+    start = min((event[2] for event in profile.events), default=0)
+    events = [_name("process_name", 0, name=str(profile.facts.get("model")))]
+    for index, layer in enumerate(profile.layers):
+        events.append(_name("thread_name", index, name=f"{index} {layer.block or layer.name}"))
+        events.append(_name("thread_sort_index", index, sort_index=index))
+    for layer, phase, begin, duration, tokens, unique in profile.events:
+        events.append({
+            "name": phase, "cat": "moe", "ph": "X", "pid": 1, "tid": layer,
+            "ts": (begin - start) / 1e3, "dur": duration / 1e3,
+            "args": {"tokens": tokens, "unique experts": unique},
+        })  # fmt: skip
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, ensure_ascii=False)
+
+
+def _name(what, row, **arguments):
+    return {"name": what, "ph": "M", "pid": 1, "tid": row, "args": arguments}

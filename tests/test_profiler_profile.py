@@ -1,0 +1,423 @@
+"""A profile: its tables, its text, its figures, its files, and two of them beside each other."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pandas
+import pytest
+from profiles import ROOF, layer, make_profile
+
+from moeprof.files import write_whole
+from moeprof.profiler.metrics import SCALARS
+from moeprof.profiler.profile import Profile
+from moeprof.profiler.tally import PHASES, Counts
+
+FIGURES = ["load", "k", "confidence", "latency", "roofline", "union", "cache", "coactivation",
+           "moves", "domains"]  # fmt: skip
+EMPTY = dict(prefill=(), decode=())
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return make_profile(3, 12, 2, padding=0.2, prefill=(20, 33, 8), decode=(1,) * 12 + (4,) * 5)
+
+
+def with_vocabulary(profile):
+    """Three tokens that occurred 10, 20 and 3 times, in the last layer."""
+    counts = np.zeros((1, 3, 12), np.int64)
+    counts[0, 0, 4], counts[0, 0, 5] = 10, 10
+    counts[0, 1, 4], counts[0, 1, 7], counts[0, 2, 7] = 5, 35, 6
+    words = {"tokens": [11, 22, 33], "layers": [2], "counts": counts,
+             "seen": np.array([10, 20, 3]), "text": ["if", " the", "<b>"]}  # fmt: skip
+    return Profile(profile.layers, profile.counts, profile.facts, vocabulary=words)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_both_phases_together_are_their_sum(profile):
+    both, apart = profile.metrics(), [profile.metrics(phase) for phase in PHASES]
+    assert list(both) == [f"model.layers.{i}.mlp.gate" for i in range(3)]
+    for name, metrics in both.items():
+        for count in ("tokens", "tokens_padding", "steps", "flops_total"):
+            assert getattr(metrics, count) == sum(getattr(m[name], count) for m in apart) > 0
+    assert profile.phases == ["prefill", "decode"]
+    assert profile.metrics("prefill")["model.layers.0.mlp.gate"].steps == 3
+    with pytest.raises(ValueError, match="phase: expected one of 'prefill', .*got 'dekode'"):
+        profile.metrics("dekode")
+
+
+def test_the_frame_is_tidy_and_holds_the_metrics(profile):
+    frame = profile.to_frame()
+    assert list(frame.columns) == ["layer", "name", "expert", "phase", "metric", "value"]
+    keys = ["layer", "expert", "phase", "metric"]
+    assert not frame.duplicated(keys).any()
+    assert set(frame["phase"]) == {"prefill", "decode", "all"}
+    one = frame[(frame["layer"] == 1) & (frame["phase"] == "decode")]
+    metrics = profile.each("decode")[1]
+    scalars = one[one["expert"].isna()].set_index("metric")["value"]
+    for name in SCALARS:
+        assert scalars[name] == pytest.approx(getattr(metrics, name), nan_ok=True), name
+    load = one[one["metric"] == "expert_load"].sort_values("expert")
+    assert load["expert"].tolist() == list(range(12))
+    assert load["value"].tolist() == pytest.approx(metrics.expert_load)
+    assert scalars["k_distribution_2"] == metrics.tokens
+    whole = frame[frame["layer"].isna()].set_index(["phase", "metric"])["value"]
+    assert whole["all", "z_loss"] == pytest.approx(profile.z_loss())
+    assert whole["decode", "load_balance_loss"] == profile.load_balance_loss("decode")
+    assert whole["all", "memory_peak_mb"] == 512.5
+
+
+def test_domains_beside_an_even_choice(profile):
+    frame = profile.domain_specialisation()
+    assert len(frame) == 3 * 12 * 2
+    for (index, label), rows in frame.groupby(["layer", "domain"]):
+        table = profile.domains[label][index]
+        np.testing.assert_allclose(rows["share"], table[:-1] / table[-1])
+        assert rows["share"].sum() == pytest.approx(2)  # every token goes to two experts
+    assert set(frame["baseline"].round(12)) == {round(2 / 12, 12)}
+    np.testing.assert_allclose(frame["times"], frame["share"] / frame["baseline"])
+    assert frame["tokens"].groupby(frame["layer"]).apply(lambda t: t.unique().sum()).eq(
+        profile.each()[0].tokens
+    ).all()  # fmt: skip
+
+
+def test_a_domains_table_may_be_wider_than_a_layer(profile):
+    table = {"a": np.zeros((3, 21), np.int64), "b": np.zeros((3, 21), np.int64)}
+    table["a"][:, 0], table["a"][:, 20] = 8, 4
+    wide = Profile(profile.layers, profile.counts, {}, domains=table)
+    frame = wide.domain_specialisation()
+    assert frame["expert"].max() == 11
+    assert frame.loc[(frame["domain"] == "a") & (frame["expert"] == 0), "share"].eq(2).all()
+    assert frame.loc[frame["domain"] == "b", "share"].isna().all()
+
+
+def test_input_tokens_by_expert(profile):
+    frame = with_vocabulary(profile).vocabulary_specialisation(minimum=8)
+    found = {row["expert"]: [] for row in frame.to_dict("records")}
+    for row in frame.to_dict("records"):
+        found[row["expert"]].append((row["token"], row["text"], row["share"]))
+    assert found == {4: [(11, "if", 1.0), (22, " the", 0.25)], 5: [(11, "if", 1.0)],
+                     7: [(22, " the", 1.75)]}  # fmt: skip
+    assert frame["baseline"].iloc[0] == pytest.approx(66 / 33 / 12)
+    rare = with_vocabulary(profile).vocabulary_specialisation(minimum=1, top=1)
+    assert rare.set_index("expert")["token"].to_dict() == {4: 11, 5: 11, 7: 33}
+    assert len(with_vocabulary(profile).vocabulary_specialisation(minimum=99)) == 0
+    assert "' the' 175 %" in with_vocabulary(profile).summary()
+
+
+def test_what_was_not_recorded_says_so(profile):
+    for ask, reason in (
+        (profile.vocabulary_specialisation, "no input tokens"),
+        (lambda: make_profile(**EMPTY, domains=()).domain_specialisation(), "no domains"),
+        (lambda: Profile(profile.layers, profile.counts, {}).save_trace("x"), "no events"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            ask()
+
+
+# ---------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 8), (48, 128, 8), (1, 2, 1)])
+@pytest.mark.parametrize("sizes", [{}, {"prefill": ()}, {"decode": ()}])
+def test_the_summary_fits_and_has_a_row_for_each_layer(shape, sizes):
+    sizes = {"prefill": (30,), "decode": (1, 1), **sizes}
+    slow = [layer(i, shape[1], shape[2], 20000, 9000) for i in range(shape[0])]
+    text = make_profile(*shape, **sizes, layers=slow, roofline=ROOF, pairs=False).summary()
+    assert max(map(len, text.split("\n"))) <= 100
+    table = text.split("\nBy layer\n")[1].split("\nBy domain")[0]
+    rows = [line.split() for line in table.split("\n") if line.split()[:1] != []]
+    rows = [row for row in rows if row[0].isdigit()]
+    assert [row[0] for row in rows] == [str(i) for i in range(shape[0])]
+    phases = [name for name in PHASES if sizes[name]]
+    assert all(len(row) == 1 + 8 * len(phases) for row in rows)  # no cell is cut or folded
+    for phase in PHASES:
+        assert (f"── {phase} ─" in table) == (phase in phases)
+
+
+def test_the_summary_says_what_was_measured(profile, capsys):
+    text = " ".join(profile.summary().split())
+    prefill, decode = (profile.each(phase)[0] for phase in PHASES)
+    assert f"prefill {prefill.tokens} tokens in 3 steps; decode {decode.tokens} tokens" in text
+    padded = prefill.tokens_padding + decode.tokens_padding
+    assert f"{padded} positions of padding were computed as well" in text
+    assert "Least balanced in decode: layer" in text and "load-balance loss" in text
+    assert "Layers 0 to 2: model.layers.{0 … 2}.mlp" in text
+    profile.print_summary()
+    assert capsys.readouterr().out.split() == profile.summary().split()
+
+
+def test_nothing_counted_is_said_with_its_reason():
+    told = {
+        (0, 0, 1): "the model did not run while the profiler was active",
+        (3, 5, 1): "all 3 forwards of the model were left out, by warmup_steps=5",
+        (1, 1, 1): "the only forward of the model was left out, by warmup_steps=1",
+        (9, 2, 50): "all 9 forwards of the model were left out, by warmup_steps=2 and sampling_"
+        "rate=50",
+    }
+    for (left_out, warmup, rate), reason in told.items():
+        facts = {"steps_left_out": left_out, "warmup_steps": warmup, "sampling_rate": rate}
+        empty = make_profile(**EMPTY, facts={"steps": 0, **facts})
+        for text in (empty.summary(), empty._repr_html_(), empty.to_html()):
+            assert f"Nothing was counted: {reason}" in text.replace("\n  ", " ")
+            assert "By layer" not in text and "0.00" not in text and "nan" not in text
+        assert empty.figures == []
+        with pytest.raises(ValueError, match="no step was counted"):
+            empty.plot("latency")
+
+
+def test_padding_only_and_unknown_sizes_are_no_obstacle():
+    padded = make_profile(padding=1.0)
+    assert "prefill 0 tokens in 2 steps" in padded.summary()
+    assert padded.figures == ["latency", "roofline", "union", "cache"]
+    assert padded._repr_html_()
+    plain = make_profile(roofline=None, pairs=False, domains=(("all"),))
+    assert "roof" not in plain.summary()
+    assert not {"roofline", "coactivation", "moves"} & set(plain.figures)
+
+
+def test_a_roof_that_is_exceeded_is_called_stale():
+    low = ROOF._replace(read_gbs=1.0)
+    text = " ".join(make_profile(4, roofline=low).summary().split())
+    assert "More than 100 % of a roof in decode, layers 0 to 3: the measured roof is stale" in text
+    assert "stale" not in make_profile(4, roofline=ROOF._replace(read_gbs=900.0)).summary()
+
+
+# ---------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 1), (1, 2, 2), (2, 5, 5)])
+def test_shapes_at_the_edge_are_drawn(shape):
+    made = make_profile(*shape)
+    for name in made.figures:
+        made.plot(name).canvas.draw()
+    assert ("coactivation" in made.figures) == (shape[2] > 1)
+    assert ("moves" in made.figures) == (shape[0] > 1)
+    assert made.to_html() and made.summary()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_names_its_axes(profile, name):
+    before = "matplotlib.pyplot" in sys.modules
+    figure = profile.plot(name)
+    figure.canvas.draw()
+    drawn = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    assert drawn and figure.get_suptitle()
+    for axis in drawn:
+        assert axis.get_xlabel()
+        assert axis.get_ylabel() or [t.get_text() for t in axis.get_yticklabels()]
+        assert axis.has_data()
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_the_load_map_shows_the_loads(profile):
+    image = profile.plot("load").axes[1].get_images()[0].get_array()
+    expected = np.array([m.expert_load for m in profile.each("decode")]) * 12
+    np.testing.assert_array_equal(np.ma.getmaskarray(image), expected == 0)
+    assert (expected == 0).any()
+    np.testing.assert_allclose(2 ** image[expected > 0], expected[expected > 0])
+
+
+def test_the_pairs_of_a_layer_that_is_asked_for(profile):
+    strongest = profile.plot("coactivation").get_suptitle()
+    assert "the layer with the strongest structure" in strongest
+    assert "layer 2, as asked for" in profile.plot("coactivation", layer=2).get_suptitle()
+    assert "layer 1 to layer 2" in profile.plot("moves", layer=2).get_suptitle()
+    for name, wrong, first in (("coactivation", 3, 0), ("moves", 0, 1)):
+        with pytest.raises(ValueError, match=f"layer: expected {first} to 2, got {wrong}"):
+            profile.plot(name, layer=wrong)
+
+
+def test_the_layer_with_the_strongest_structure_is_found():
+    made = make_profile(3, 12, 2, domains=("only",), seed=1)
+    for counts in made.counts.values():
+        pairs = np.zeros((12, 12), np.int64)
+        for i in range(0, 12, 2):  # experts 0 and 1, 2 and 3 ... always go together
+            pairs[i : i + 2, i : i + 2] = 50
+        counts[1].pairs[:], counts[1].load[0] = pairs, 50
+    assert "layer 1, the layer" in made.plot("coactivation").get_suptitle()
+
+
+def test_unknown_figures_and_options_are_refused(profile):
+    assert profile.figures == FIGURES
+    with pytest.raises(ValueError, match="figure: expected one of load, .*got 'loads'"):
+        profile.plot("loads")
+    with pytest.raises(ValueError, match="takes no options, got layer"):
+        profile.plot("load", layer=1)
+    with pytest.raises(ValueError, match="there is no measured roof"):
+        make_profile(roofline=None).plot("roofline")
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_profile_comes_back_as_it_was(profile, tmp_path):
+    paths = profile.save(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in paths) == ["counts.npz", "metrics.csv", "profile.json"]
+    assert {p.name for p in paths[0].parent.iterdir()} == {p.name for p in paths}
+    again = Profile.load(paths[0].parent)
+    assert again == profile and again.summary() == profile.summary()
+    pandas.testing.assert_frame_equal(again.to_frame(), profile.to_frame())
+    # Equality sees a single count.
+    again.counts["decode"][1].load[0, 3] += 1
+    assert again != profile
+
+
+def test_what_is_optional_comes_back_too(profile, tmp_path):
+    full = with_vocabulary(profile)
+    full.save(tmp_path / "a")
+    again = Profile.load(tmp_path / "a")
+    assert again == full and again.domains is None and again.events is None
+    assert again.vocabulary["text"] == ["if", " the", "<b>"]
+    bare = make_profile(pairs=False, roofline=None)
+    bare.save(tmp_path / "b")
+    assert Profile.load(tmp_path / "b") == bare
+
+
+def test_the_json_is_strict_and_names_what_was_measured(tmp_path):
+    facts = {"config": {"dtype": np.dtype("float32"), "id2label": {0: "a"}, "eps": float("nan")}}
+    made = make_profile(prefill=(), facts=facts)  # nothing in prefill: nan
+    made.save(tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} in the JSON")
+
+    read = json.loads((tmp_path / "profile.json").read_text(), parse_constant=refuse)
+    assert read["facts"]["config"] == {"dtype": "float32", "id2label": {"0": "a"}, "eps": None}
+    assert read["facts"]["machine"]["versions"]["moeprof"] and read["facts"]["model"]
+    summary = read["summary"]["decode"]["layers"]["model.layers.0.mlp.gate"]
+    assert summary["tokens"] == 10 and summary["k_mean"] == 2
+    assert "prefill" not in read["summary"]
+    assert Profile.load(tmp_path) == made
+
+
+def test_the_csv_is_the_frame(profile, tmp_path):
+    profile.save_csv(tmp_path / "metrics.csv")
+    read = pandas.read_csv(tmp_path / "metrics.csv", dtype={"layer": "Int64", "expert": "Int64"})
+    frame = profile.to_frame()
+    np.testing.assert_array_equal(read["value"], frame["value"])
+    assert read["metric"].tolist() == frame["metric"].tolist()
+    assert read["expert"].equals(frame["expert"])
+
+
+def test_folders_that_hold_no_profile(profile, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no profile in .*nothing: it has no profile.json"):
+        Profile.load(tmp_path / "nothing")
+    profile.save(tmp_path)
+    head = json.loads((tmp_path / "profile.json").read_text())
+
+    def refused(error, **changes):
+        (tmp_path / "profile.json").write_text(json.dumps({**head, **changes}))
+        with pytest.raises(ValueError, match=error):
+            Profile.load(tmp_path)
+
+    refused("expected format version 1, got 2", version=2)
+    refused("this is no profile of moeprof", format="something else")
+    refused("the profile is damaged", layers=head["layers"] * 2)
+    refused("the profile is damaged", layers=[{"name": "x"}])
+    refused("counts.npz is not the one that profile.json was written with", counts_sha256="0")
+    (tmp_path / "profile.json").write_text("[1]")
+    with pytest.raises(ValueError, match="this is no profile of moeprof"):
+        Profile.load(tmp_path)
+    (tmp_path / "profile.json").write_text("{")
+    with pytest.raises(ValueError, match="profile.json: expected JSON"):
+        Profile.load(tmp_path)
+    (tmp_path / "counts.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="it has no counts.npz"):
+        Profile.load(tmp_path)
+
+
+def test_files_of_two_profiles_are_not_mixed(profile, tmp_path, monkeypatch):
+    """Interrupted between two files, the folder is seen to be broken rather than wrong."""
+    profile.save(tmp_path)
+
+    def stop_at(path, data, write=write_whole):
+        if path.name != "counts.npz":
+            raise OSError(28, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr("moeprof.profiler.profile.write_whole", stop_at)
+    with pytest.raises(OSError, match="No space left"):
+        make_profile(3, 12, 2, seed=9).save(tmp_path)
+    with pytest.raises(ValueError, match="counts.npz is not the one"):
+        Profile.load(tmp_path)
+
+
+# ---------------------------------------------------------------- trace
+
+
+def test_the_trace_has_a_row_for_each_layer_and_its_steps(profile, tmp_path):
+    profile.save_trace(tmp_path / "trace.json")
+    read = json.loads((tmp_path / "trace.json").read_text())
+    rows = {e["tid"]: e["args"]["name"] for e in read["traceEvents"] if e["name"] == "thread_name"}
+    assert rows == {i: f"{i} model.layers.{i}.mlp" for i in range(3)}
+    steps = [e for e in read["traceEvents"] if e["ph"] == "X"]
+    assert len(steps) == len(profile.events) == 3 * 20
+    for event, (index, phase, start, duration, tokens, unique) in zip(
+        steps, profile.events, strict=True
+    ):
+        assert (event["tid"], event["name"], event["pid"]) == (index, phase, 1)
+        assert event["ts"] == pytest.approx((start - profile.events[0][2]) / 1000)
+        assert event["dur"] == pytest.approx(duration / 1000)
+        assert event["args"] == {"tokens": tokens, "unique experts": unique}
+    spent = sum(e["dur"] for e in steps if e["tid"] == 1) * 1e3
+    assert spent == pytest.approx(profile.each()[1].counts.nanoseconds, rel=1e-6)
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def test_a_comparison_is_second_less_first(profile):
+    other = make_profile(3, 12, 3, seed=4, facts={"router": "BH(alpha=0.1)"})
+    compared = profile.compare(other)
+    frame = compared.to_frame()
+    assert list(frame.columns) == ["layer", "name", "phase", "metric", "first", "second",
+                                   "difference", "relative"]  # fmt: skip
+    row = frame[(frame["layer"] == 1) & (frame["phase"] == "decode")].set_index("metric")
+    a, b = profile.each("decode")[1], other.each("decode")[1]
+    assert row.loc["k_mean", ["first", "second", "difference", "relative"]].tolist() == [
+        2, 3, 1, 0.5,
+    ]  # fmt: skip
+    gap = b.expert_load_gini - a.expert_load_gini
+    assert row.loc["expert_load_gini", "difference"] == pytest.approx(gap)
+    apart = np.abs(np.array(a.expert_load) - b.expert_load).sum() / 2
+    assert row.loc["expert_load_distance", "second"] == pytest.approx(apart) and apart > 0.01
+    text = compared.summary()
+    assert max(map(len, text.split("\n"))) <= 100
+    first, second = text.split("\n")[:2]
+    assert first.endswith("First: moeprof/demo, router: the model's own top-k.")
+    assert second.endswith("Second: moeprof/demo, router: BH(alpha=0.1).")
+    assert "2.00 and 3.00 experts a token" in " ".join(text.split())
+    assert "+1.00" in text and "+1.00" in compared._repr_html_()
+
+
+def test_a_profile_does_not_differ_from_itself(profile):
+    frame = profile.compare(profile).to_frame()
+    assert (frame["difference"].dropna() == 0).all() and len(frame["difference"].dropna()) > 100
+    assert "differ most" not in profile.compare(profile).summary()
+
+
+def test_models_of_other_shapes_are_not_compared(profile):
+    for other, said in ((make_profile(2, 12), "2 MoE layers of 12"), (make_profile(3, 8), "of 8")):
+        with pytest.raises(ValueError, match=f"same shape, got 3 MoE layers of 12 .*{said} expert"):
+            profile.compare(other)
+
+
+def test_a_phase_that_one_lacks_is_said(profile):
+    text = profile.compare(make_profile(3, 12, decode=())).summary()
+    assert "decode: second has none" in text and "── decode" not in text
+
+
+def test_layers_may_differ_in_their_number_of_experts():
+    first, second = make_profile(1, 8), make_profile(1, 16)
+    counts = {p: first.counts[p] + second.counts[p] for p in PHASES}
+    for name in PHASES:
+        counts[name][1] = counts[name][1] + Counts(16)
+    mixed = Profile(first.layers + [layer(1, 16)], counts, first.facts, roofline=ROOF)
+    assert math.isnan(mixed.load_balance_loss()) and mixed.z_loss() > 0
+    for name in set(mixed.figures):
+        mixed.plot(name).canvas.draw()
+    assert "2 layers of 8 or 16 experts" in mixed.summary()
