@@ -77,11 +77,13 @@ def test_records_by_layer(tmp_path):
     mine = [draws(seed, 9, 3) for seed in range(4)]
     theirs = [draws(seed, 9, 5) for seed in range(10, 14)]
     theirs[1] = mine[1][:, ::-1]
-    first, second = write(tmp_path / "a.parquet", mine), write(tmp_path / "b", theirs)
+    # Real are the tokens 1 to 8 of one, 0 to 6 of the other.
+    first, second = write(tmp_path / "a.parquet", mine), tmp_path / "b"
+    write(second, theirs, real=np.arange(9) < 7)
     found = router_agreement(first, second, num_experts=8)
     assert found["layer"].tolist() == [0, 1]
     for layer, row in found.iterrows():
-        pairs = [(a[1:], b[1:]) for a, b in zip(mine[layer::2], theirs[layer::2], strict=True)]
+        pairs = [(a[1:7], b[1:7]) for a, b in zip(mine[layer::2], theirs[layer::2], strict=True)]
         shares = np.concatenate([by_sets(a, b) for a, b in pairs])
         same = [set(x) - {-1} == set(y) - {-1} for a, b in pairs for x, y in zip(a, b, strict=True)]
         known = ~np.isnan(shares)

@@ -248,7 +248,7 @@ def test_nan_and_negative_zero_are_bits_like_others(memory):
     assert torch.equal(words_of(model.lm_head.weight), before) == memory
 
 
-@pytest.mark.parametrize("shape", [(5,), (1023,), (40, 60), (1 << 10, 1 << 10), (1100, 1000)])
+@pytest.mark.parametrize("shape", [(5,), (1023,), (40, 60), (1 << 10, 1 << 11), (1100, 1000)])
 def test_sums_see_where_a_word_stands(shape):
     tensor = torch.arange(math.prod(shape)).reshape(shape).to(torch.int32)
     sums, flat = _sums(tensor), tensor.clone().view(-1)
@@ -408,6 +408,7 @@ def test_times_are_of_the_calls(monkeypatch):
 
 def test_compare_runs_all_in_turn_and_undoes_each(monkeypatch):
     model = olmoe()
+    model.train()
     before = capture(model)
     clock = Clock(monkeypatch, model)
     order = []
@@ -434,6 +435,7 @@ def test_compare_runs_all_in_turn_and_undoes_each(monkeypatch):
     model._forward_pre_hooks.clear()
     model._forward_pre_hooks_with_kwargs.clear()
     assert_as_before(model, before)
+    assert all(result.times.prefill.shape == (6, 4) for result in compared.results)
     frame = compared.to_frame().set_index("config")
     assert frame["prefill_ratio"].tolist() == frame["decode_ratio"].tolist() == [1, 1.5, 1]
     assert frame["decode_ms"].tolist() == [2000, 3000, 2000]
@@ -555,6 +557,8 @@ def test_runs_that_make_no_sense():
     with pytest.raises(ValueError, match="'b' was run on other texts than 'a'"):
         bench.compare()
     assert "a, b" in repr(bench)
+    with pytest.raises(ValueError, match="No routers found in Linear"):
+        benchmark(nn.Linear(2, 2)).run_config("a", ALL)
 
 
 @pytest.mark.parametrize("texts, error, words", [
