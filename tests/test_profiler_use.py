@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import flop_counter
 
 import moeprof
+from moeprof.profiler.session import STOCK
 from moeprof.profiler.tally import PHASES
 
 
@@ -93,9 +94,34 @@ def stop_while_patched(model):
     handle.unpatch()
 
 
+def fall_back(model):
+    """A patched block that runs the model's own forward is watched there."""
+    handle = last_activation(model).register_forward_hook(lambda *args: None)
+    with moeprof.MoEProfiler(model) as profiler, pytest.warns(UserWarning, match="own forward"):
+        with moeprof.patch(model, strict=False):
+            model(token_ids())
+    handle.remove()
+    assert [tokens(profiler, layer) for layer in (0, 1)] == [22, 22]
+    assert profiler._session.routers == [["the model's own top-k, patched"], [STOCK]]
+
+
+def benchmark_inside(model):
+    """It puts the model back whole, hooks included."""
+
+    def tokenizer(text, **options):
+        return {"input_ids": token_ids(1, 5)}
+
+    with moeprof.MoEProfiler(model):
+        bench = moeprof.SimpleBenchmark(model, tokenizer, max_new_tokens=1, repeats=1)
+        bench.run_config("patched", ["a"], moeprof.patch)
+        model(token_ids())
+        with moeprof.patch(model):
+            model(token_ids())
+
+
 @pytest.mark.parametrize(
-    "use", (fail_inside, fail_outside, start_and_stop, delete_it, patch_and_unpatch_meanwhile,
-            stop_while_patched),
+    "use", (benchmark_inside, fail_inside, fail_outside, start_and_stop, delete_it,
+            patch_and_unpatch_meanwhile, stop_while_patched, fall_back),
 )  # fmt: skip
 def test_the_model_is_afterwards_as_it_was(model, use):
     before, formulas = snapshot(model), dict(flop_counter.flop_registry)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..bench.machine import in_one_line
 from ..bench.output import table
-from ..console import WIDTH
+from ..console import WIDTH, text_console
 from .measure import Prompt, Seen, Times
 
 COVERAGE = 0.9  # of an interval of a median, at least
@@ -271,9 +271,8 @@ def _cells(row, what):
 
 def _text(parts) -> str:
     """Sentences and tables (columns, rows) as plain text of at most 100 columns."""
-    from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=WIDTH, markup=False, highlight=False)
+    console = text_console(io.StringIO(), WIDTH)
     for part in parts:
         console.print(part if isinstance(part, str) else table(*part))
     lines = console.file.getvalue().splitlines()

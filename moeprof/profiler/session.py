@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -313,37 +313,35 @@ class LayerWatch(_Watch, RoutingWatch):
         if self.session is None:
             yield
             return
+        inside = list(self._hook_inside())
         try:
-            self._hook_inside()
             self.before(self.site.block, (hidden,), {})
             yield
             self.after(self.site.block, (hidden,), None)
         finally:
-            self._unhook()
+            for handle in inside:
+                handle.remove()
 
     # ---- a block with hooks ----
 
     def hook(self, active: bool) -> None:
         if self.session is None:
             return
-        if not active:
-            self._unhook()
-        elif not self._handles:
-            self._hook_inside()
+        # Handles that were removed are kept: what puts a model back whole, as SimpleBenchmark
+        # does, may bring their hooks back, and to remove one twice does no harm.
+        for handle in self._handles:
+            handle.remove()
+        if active:
+            self._handles = [*self._hook_inside()]
             block = self.site.block
             self._handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
             self._handles.append(block.register_forward_hook(self.after))
 
-    def _hook_inside(self) -> None:
+    def _hook_inside(self) -> Iterator:
         site = self.site
-        self._handles.append(site.router.register_forward_hook(self.heard))
+        yield site.router.register_forward_hook(self.heard)
         if site.chooses == "experts":
-            called = site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
-            self._handles.append(called)
-
-    def _unhook(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+            yield site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
 
     def before(self, module, args, kwargs) -> None:
         hidden = args[0] if args else next(iter(kwargs.values()))
