@@ -230,7 +230,9 @@ class Comparison:
         }  # fmt: skip
         names = ("config", "experts_per_token", "experts_per_token_prefill",
                  "experts_per_token_decode", "loss", "loss_change", "token_agreement")  # fmt: skip
-        yield columns, [[row[name] for name in names] for row in rows]
+        # "+0.0000" for a loss that differs by rounding, not "-0.0000"
+        shown = [row | {"loss_change": round(row["loss_change"], 4) + 0.0} for row in rows]
+        yield columns, [[row[name] for name in names] for row in shown]
         for start in range(0, len(first.categories), 5):
             some = first.categories[start : start + 5]
             columns = {"experts per token": "{}"} | {category: "{:.2f}" for category in some}
