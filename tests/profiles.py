@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeprof.profiler.finding import Layer
-from moeprof.profiler.profile import Profile
+from moeprof.profiler.result.profile import Profile
 from moeprof.profiler.roofline import Roofline
 from moeprof.profiler.tally import PHASES, Counts, latency_edges
 

@@ -12,8 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from moeprof import _C
 from moeprof.profiler.finding import Layer
-from moeprof.profiler.histograms import percentile
-from moeprof.profiler.metrics import (
+from moeprof.profiler.result.histograms import percentile
+from moeprof.profiler.result.metrics import (
     SCALARS,
     LayerMetrics,
     entropy,

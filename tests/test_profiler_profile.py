@@ -10,8 +10,8 @@ import pytest
 from profiles import ROOF, layer, make_profile
 
 from moeprof.files import write_whole
-from moeprof.profiler.metrics import SCALARS
-from moeprof.profiler.profile import Profile
+from moeprof.profiler.result.metrics import SCALARS
+from moeprof.profiler.result.profile import Profile
 from moeprof.profiler.tally import PHASES, Counts
 
 FIGURES = ["load", "k", "confidence", "latency", "roofline", "union", "cache", "coactivation",
@@ -346,7 +346,7 @@ def test_files_of_two_profiles_are_not_mixed(profile, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr("moeprof.profiler.profile.write_whole", stop_at)
+    monkeypatch.setattr("moeprof.profiler.result.profile.write_whole", stop_at)
     with pytest.raises(OSError, match="No space left"):
         make_profile(3, 12, 2, seed=9).save(tmp_path)
     with pytest.raises(ValueError, match="counts.npz is not the one"):

@@ -231,9 +231,9 @@ def with_budget(
 
 def _texts(texts, heldout) -> tuple[list[Text], list[Text]]:
     """The texts to calibrate and to check on; a fifth of the former is set aside if need be."""
-    texts = _read(texts, "texts")
+    texts = read_texts(texts, "texts")
     if heldout is not None:
-        return texts, _read(heldout, "heldout")
+        return texts, read_texts(heldout, "heldout")
     if len(texts) < 2:
         raise ValueError(
             "texts: expected two texts or more, one to check the setting on; or give heldout="
@@ -245,7 +245,7 @@ def _texts(texts, heldout) -> tuple[list[Text], list[Text]]:
     return kept, [text for i, text in enumerate(texts) if i in aside]
 
 
-def _read(texts, argument: str) -> list[Text]:
+def read_texts(texts, argument: str) -> list[Text]:
     """Strings, or objects with .text and .domain as moeprof.demo has them."""
     if isinstance(texts, str):
         raise TypeError(f"{argument}: expected a list of texts, got one string")

@@ -2,9 +2,9 @@
 
 from .ablation import layer_ablation
 from .agreement import router_agreement
-from .profile import Profile
 from .profiler import MoEProfiler
 from .records import read_records
+from .result.profile import Profile
 from .roofline import Roofline, roofline
 
 __all__ = [

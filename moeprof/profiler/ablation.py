@@ -9,7 +9,7 @@ import torch
 import moeprof
 
 from ..adapters import adapter_of, find_moe_blocks
-from ..budget.report import _read as read_texts
+from ..budget.report import read_texts
 from ..console import make_console
 from ..console import progress as progress_bar
 from ..evaluation import bootstrap, evaluating

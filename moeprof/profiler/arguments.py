@@ -168,7 +168,7 @@ def _profile(arguments, model, tokenizer, documents, patch):
 
 
 def _agreement(model, planned, patch):
-    from .page import Section
+    from .result.page import Section
     from .run import agreement_by_layer
 
     note = (
@@ -182,7 +182,7 @@ def _agreement(model, planned, patch):
 
 def _ablation(arguments, model, tokenizer, documents):
     from .ablation import ablation_figure, layer_ablation
-    from .page import Section
+    from .result.page import Section
 
     frame = layer_ablation(
         model, tokenizer, [document.text for document in documents], tokens=arguments.tokens,

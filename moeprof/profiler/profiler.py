@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 from torch import nn
 
-from .metrics import LayerMetrics
-from .profile import Profile
 from .records import RecordWriter
+from .result.metrics import LayerMetrics
+from .result.profile import Profile
 from .roofline import Roofline, known_roofline
 from .session import Options, Session
 from .tally import PHASES

@@ -13,8 +13,8 @@ from ..decoding import cache_of, decode
 from ..evaluation import evaluating
 from ..experiment.heldout import HeldOut, heldout_windows
 from .agreement import router_agreement
-from .profile import Profile
 from .profiler import MoEProfiler
+from .result.profile import Profile
 
 PROMPT = 64  # tokens before the decode steps
 

@@ -4,7 +4,7 @@ import io
 import re
 import textwrap
 
-from ..console import WIDTH, text_console
+from ...console import WIDTH, text_console
 from .findings import findings, heading
 from .tables import tables
 

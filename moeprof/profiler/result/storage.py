@@ -9,9 +9,9 @@ from dataclasses import asdict
 
 import numpy as np
 
+from ..tally import PHASES, Counts
 from .metrics import SCALARS
 from .profile import ALL, as_json
-from .tally import PHASES, Counts
 
 FORMAT, VERSION = "moeprof-profile", 1
 JSON, COUNTS, CSV = "profile.json", "counts.npz", "metrics.csv"
@@ -95,8 +95,8 @@ def _head(folder):
 
 
 def _parts(make, head, arrays):
-    from .finding import Layer
-    from .roofline import Roofline
+    from ..finding import Layer
+    from ..roofline import Roofline
 
     layers = [Layer(**layer) for layer in head["layers"]]
     counts = {

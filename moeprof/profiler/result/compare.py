@@ -4,9 +4,9 @@ from html import escape
 
 import numpy as np
 
+from ..tally import PHASES
 from .metrics import SCALARS
 from .profile import ALL
-from .tally import PHASES
 from .wording import PLAIN, number, percent, short
 
 COLUMNS = ["layer", "name", "phase", "metric", "first", "second", "difference", "relative"]
@@ -126,7 +126,7 @@ class Comparison:
         return comparison_as_text(self)
 
     def print_summary(self) -> None:
-        from ..console import make_console
+        from ...console import make_console
 
         make_console().print(self.summary())
 

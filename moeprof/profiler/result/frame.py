@@ -1,8 +1,8 @@
 """A profile as a tidy table: one number a row."""
 
+from ..tally import PHASES
 from .metrics import BY_EXPERT, SCALARS
 from .profile import ALL
-from .tally import PHASES
 
 COLUMNS = ["layer", "name", "expert", "phase", "metric", "value"]
 WHOLE = ("load_balance_loss", "z_loss")  # of all layers together, methods of Profile

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .tally import PHASES
+from ..tally import PHASES
 from .wording import PLAIN, counted, listed, number, percent, scaled, short, spans
 
 STALE = 1.0  # above this share of a roof, the roof was measured too low
@@ -211,7 +211,7 @@ def _rest(profile):
 
 def heading(profile) -> list[tuple[str, str]]:
     """(what, text) of the model, the router, the machine."""
-    from ..bench.machine import in_one_line
+    from ...bench.machine import in_one_line
 
     facts = profile.facts
     model = " ".join(filter(None, (facts.get("model_class"), facts.get("model"))))

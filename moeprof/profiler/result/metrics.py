@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
+from ..tally import latency_edges
 from .histograms import UNIT_EDGES, percentile
-from .tally import latency_edges
 
 NAN = float("nan")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import check_folder, write_whole
+from ...files import check_folder, write_whole
+from ..tally import PHASES
 from .metrics import LayerMetrics, load_balance_loss, z_loss
-from .tally import PHASES
 
 ALL = "all"  # the name of both phases together
 
@@ -117,7 +117,7 @@ class Profile:
         return as_text(self)
 
     def print_summary(self) -> None:
-        from ..console import make_console
+        from ...console import make_console
 
         make_console().print(self.summary())
 
@@ -223,7 +223,7 @@ class Profile:
 
 def as_json(value):
     """`value` as it comes back from a JSON file; what JSON doesn't know in words."""
-    from ..experiment.store import finite
+    from ...experiment.store import finite
 
     return json.loads(json.dumps(finite(_plain(value))))
 

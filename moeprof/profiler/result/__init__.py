@@ -1,0 +1,1 @@
+"""What was counted, as numbers, tables, figures and files."""
