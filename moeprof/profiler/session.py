@@ -27,7 +27,6 @@ from .tally import PHASES, Counts
 from .vocabulary import Vocabulary
 
 STOCK, OWN_IN_C = "the model's own, not patched", "the model's own top-k, patched"
-FEW, PENDING = 16, 64  # tokens of a call that may wait; calls that may
 MAX_EVENTS = 100_000  # of the trace: some 50 bytes each in its file
 
 
@@ -60,7 +59,6 @@ class Session:
         self.sites = find_sites(model)
         self.entries = find_entries(model, [site.block for site in self.sites])
         self.options, self.mask, self.paused = options, options.mask, False
-        self._settling = threading.Lock()
         self._undo: list[Callable[[], None]] = []
         self._checks: dict[tuple[int, int], ChoiceCheck] = {}
         self.local = _Local()
@@ -72,20 +70,13 @@ class Session:
         for site in self.sites:
             for counts in made.values():
                 counts.append(Counts(site.layer.num_experts, self.options.pairs))
-        self._counts = made
-        self._pending: deque = deque()
+        self.counts: dict[str, list[Counts]] = made
         self.recency = [np.full(s.layer.num_experts, -1, np.int32) for s in self.sites]
         self.steps = self.counted_steps = self.events_dropped = 0
         self.events: deque = deque(maxlen=MAX_EVENTS)
         self.routers: list[list[str]] = [[] for _ in self.sites]
         self.vocabulary = None
         self.checked = [False] * len(self.sites)
-
-    @property
-    def counts(self) -> dict[str, list[Counts]]:
-        """{phase: [Counts of each layer]}, of all calls so far."""
-        self.settle()
-        return self._counts
 
     # ---- in the model ----
 
@@ -117,7 +108,6 @@ class Session:
         self._drop_checks()
         while self._undo:
             self._undo.pop()()
-        self.settle()
 
     # ---- steps ----
 
@@ -157,23 +147,7 @@ class Session:
     def add(
         self, index: int, step: Step, choice: Choice | Routing, start: int, end: int, skips: bool
     ) -> None:
-        """Count one call of layer `index`; start, end: perf_counter_ns.
-
-        Those of a few tokens wait until there are `PENDING`: counted one after the other they
-        take a fifth of the time, for the code and the counts are in the caches then.
-        """
-        self._pending.append((index, step, choice, start, end, skips))
-        few = choice.experts.shape[0] <= FEW and step.real is None
-        if not few or len(self._pending) >= PENDING:
-            self.settle()
-
-    def settle(self) -> None:
-        """Count what waits."""
-        with self._settling:
-            while self._pending:
-                self._count(*self._pending.popleft())
-
-    def _count(self, index, step, choice, start, end, skips) -> None:
+        """Count one call of layer `index`; start, end: perf_counter_ns."""
         experts = choice.experts.numpy()
         if experts.dtype != np.int32 or not experts.flags.c_contiguous:
             experts = np.ascontiguousarray(experts, np.int32)
@@ -183,7 +157,7 @@ class Session:
             if dtype is None:
                 logits, dtype = logits.float(), "float32"
             logits = as_array(logits)
-        real, previous, counts = step.real, step.previous, self._counts[step.phase][index]
+        real, previous, counts = step.real, step.previous, self.counts[step.phase][index]
         if real is not None and len(real) != len(experts):
             raise ValueError(
                 f"{self.sites[index].layer.name}: its block got {len(experts)} tokens, the "
@@ -306,7 +280,9 @@ class LayerWatch(_Watch, RoutingWatch):
         if layer.router is not self._last:
             self._last = layer.router
             self._name(OWN_IN_C if layer.router is None else repr(layer.router))
-        self._add(step, routing, start, end, skips)
+        self.session.add(self.index, step, routing, start, end, skips)
+        if not step.entered:
+            self.session.end()
 
     @contextmanager
     def stock(self, hidden):
@@ -376,7 +352,10 @@ class LayerWatch(_Watch, RoutingWatch):
             self._name(STOCK)
         choice = self._choice(step)
         self.session.end_check(self.index, choice)
-        self._add(step, choice, step.start, end, False)
+        step.output = step.call = None
+        self.session.add(self.index, step, choice, step.start, end, False)
+        if not step.entered:
+            self.session.end()
 
     # ---- both ----
 
@@ -394,12 +373,6 @@ class LayerWatch(_Watch, RoutingWatch):
         if step.phase is None and hidden is not None:
             step.phase = PHASES[hidden.dim() == 3 and hidden.shape[1] == 1]
         return step
-
-    def _add(self, step: Step, choice: Choice | Routing, start: int, end: int, skips: bool) -> None:
-        step.output = step.call = None
-        self.session.add(self.index, step, choice, start, end, skips)
-        if not step.entered:
-            self.session.end()
 
     def _choice(self, step: Step) -> Choice:
         layer = self.site.layer
