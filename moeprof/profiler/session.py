@@ -36,7 +36,7 @@ class Step:
     phase: str | None = None  # None: by the hidden states of the block
     real: np.ndarray | None = None
     input_ids: Tensor | None = None
-    previous: np.ndarray | None = None  # experts in the MoE layer before
+    previous: tuple[int, np.ndarray] | None = None  # the layer that ran last, its experts
     # of one layer, between its hooks:
     start = tokens = 0
     output = call = None
@@ -157,14 +157,16 @@ class Session:
             if dtype is None:
                 logits, dtype = logits.float(), "float32"
             logits = as_array(logits)
-        real, previous, counts = step.real, step.previous, self.counts[step.phase][index]
+        real, counts = step.real, self.counts[step.phase][index]
         if real is not None and len(real) != len(experts):
             raise ValueError(
                 f"{self.sites[index].layer.name}: its block got {len(experts)} tokens, the "
                 f"model's mask is of {len(real)}"
             )
-        if previous is not None and len(previous) != len(experts):
-            previous = None
+        previous = None
+        if step.previous is not None and step.previous[0] == index - 1:
+            previous = step.previous[1]
+            previous = previous if len(previous) == len(experts) else None
         try:
             unique = _C.tally(
                 counts.ints, counts.floats, self.recency[index], experts, logits, dtype,
@@ -172,7 +174,7 @@ class Session:
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{self.sites[index].layer.name}: {error}") from None
-        step.previous = experts
+        step.previous = index, experts
         if self.options.extras:
             times = start, end - start, len(experts), unique
             self._add_extras(index, step, choice, experts, times)
