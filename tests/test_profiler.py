@@ -262,6 +262,82 @@ def test_a_block_that_is_called_by_itself_is_counted():
     assert counts["prefill"][0].steps == 0
 
 
+class Own(nn.Module):
+    """A user's model without input_ids, of one block that takes what it is given."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.mlp = block
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+class Flat(nn.Module):
+    """A block that takes rows (T, H), and uses its first expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.top_k = 2
+        self.gate = nn.Linear(32, 4)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x):
+        self.gate(x)
+        return x
+
+
+@pytest.mark.parametrize("router", ("stock", "patched"))
+def test_the_phase_of_a_model_without_input_ids_is_that_of_its_hidden_states(router):
+    model = Own(blocks(olmoe())[0])
+    with patched(model, ROUTERS[router]), moeprof.MoEProfiler(model) as profiler:
+        for shape in ((3, 1, 32), (2, 5, 32)):
+            model(torch.randn(shape))
+    counts = profiler._session.counts
+    assert [counts[phase][0].tokens for phase in PHASES] == [10, 3]
+    assert profiler._session.steps == 2
+
+
+def test_rows_show_no_phase_and_pass_for_prefill():
+    model = Own(Flat())
+    with moeprof.MoEProfiler(model) as profiler:
+        model(torch.randn(1, 32))
+    assert [profiler._session.counts[phase][0].tokens for phase in PHASES] == [1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:null")
+def test_slots_that_a_named_router_leaves_empty_are_not_the_users_gate_skips():
+    def three(z):
+        weights, experts = z.softmax(-1).topk(3)
+        return z, weights, experts
+
+    model = olmoe()
+    wrap_gates(model, three)
+    with patched(model, {**ROUTERS["bh"], "alpha": 0.05}), moeprof.MoEProfiler(model) as profiler:
+        model(token_ids())
+    for metrics in profiler.get_metrics().values():
+        assert metrics.k_mean < 4 and metrics.skipped_slots == 0
+
+
+def test_one_mask_for_all_rows():
+    """(1, 1, S, S): as SDPA takes it, of numbers that are added, for two rows of tokens."""
+    mask = torch.full((1, 1, 4, 4), torch.finfo(torch.float32).min)
+    mask[..., 1:, 1:] = torch.triu(mask[0, 0, 1:, 1:], 1)
+    given = {"input_ids": token_ids(2, 4), "attention_mask": mask}
+    assert Entry(nn.Module(), (), given).real().tolist() == 2 * [False, True, True, True]
+
+
+def test_of_masks_by_kind_of_layer_that_of_full_attention_counts():
+    causal = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    full = causal.clone()
+    full[..., 0, 0] = False
+    given = {"input_ids": token_ids(1, 3)}
+    for masks in ({"sliding_attention": causal, "full_attention": full}, {"other": full}):
+        entry = Entry(nn.Module(), (), {**given, "attention_mask": masks})
+        assert entry.real().tolist() == [False, True, True]
+    assert Entry(nn.Module(), (), {**given, "attention_mask": {}}).real() is None
+
+
 def test_the_base_model_is_an_entry_too():
     model, (ids, mask) = olmoe(), padded("left")
     with moeprof.MoEProfiler(model) as profiler:

@@ -374,6 +374,33 @@ def test_blocks_that_are_interrupted_twice_keep_no_hook(model, error):
     handle.remove()
 
 
+def test_after_an_exception_a_model_can_be_patched(model):
+    """Which a hook in its experts, of the check of the first call, would forbid."""
+
+    def fail(module, args):
+        raise Stop
+
+    with moeprof.MoEProfiler(model):
+        handle = last_activation(model).register_forward_pre_hook(fail)
+        with pytest.raises(Stop):
+            model(token_ids())
+        handle.remove()
+        with moeprof.patch(model):
+            model(token_ids())
+
+
+def test_a_model_that_is_stored_meanwhile_does_not_count_when_it_is_read(tmp_path):
+    model = olmoe()
+    with moeprof.MoEProfiler(model) as profiler:
+        torch.save(model, tmp_path / "model.pt")
+        read = torch.load(tmp_path / "model.pt", weights_only=False)
+        read(token_ids())
+        assert tokens(profiler) == 0
+        with moeprof.patch(read), moeprof.MoEProfiler(read) as own:
+            read(token_ids())
+    assert tokens(own) == 22
+
+
 def test_a_compiled_model_counts_once_it_is_compiled_anew(model):
     ids, mask = token_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
     mask[0, :4] = 0
