@@ -377,11 +377,12 @@ def _forward(self, hidden_states: Tensor):
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     router = adapter.route(self, x, layer.name)
     out, routing = _run(self, layer, x, router, weights)
+    end = perf_counter_ns() if watches else 0
     if layer.on_routing is not None:
         layer.on_routing(layer.index, routing)
     for watch in watches:
         skips = layer.router is None and router.experts is not None
-        watch.routed(layer, hidden_states, routing, skips, start)
+        watch.routed(layer, hidden_states, routing, skips, start, end)
     return adapter.output(out.reshape(hidden_states.shape), router)
 
 

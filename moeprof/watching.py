@@ -18,8 +18,10 @@ class RoutingWatch:
         """Put the hooks in or take them out; without effect where that is done."""
         raise NotImplementedError  # abstract
 
-    def routed(self, layer: Patched, hidden: Tensor, routing, skips: bool, start: int) -> None:
-        """After a call of the patched block that was begun at `start` (perf_counter_ns).
+    def routed(
+        self, layer: Patched, hidden: Tensor, routing, skips: bool, start: int, end: int
+    ) -> None:
+        """After a call of the patched block from `start` to `end` (perf_counter_ns).
 
         routing: a patching.Routing; skips: a slot of -1 was left out by a user's gate, it is no
         mere padding.
@@ -38,12 +40,13 @@ def watch(block: nn.Module, by: RoutingWatch) -> None:
 
 
 def unwatch(block: nn.Module, by: RoutingWatch) -> None:
-    """Undo `watch`: the block is as before."""
+    """Undo `watch`: the block is as before; also if something else put it back meanwhile."""
     by.hook(False)
-    watches = vars(block)[_WATCHES]
-    watches.remove(by)
+    watches = vars(block).get(_WATCHES, [])
+    if by in watches:
+        watches.remove(by)
     if not watches:
-        del vars(block)[_WATCHES]
+        vars(block).pop(_WATCHES, None)
 
 
 def watches_of(block: nn.Module) -> tuple | list:

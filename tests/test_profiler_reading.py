@@ -1,5 +1,6 @@
 """What routers said against what the experts got, over the MoE models of transformers."""
 
+import threading
 import types
 
 import pytest
@@ -171,7 +172,35 @@ def test_a_bias_that_the_block_adds_is_refused():
         ChoiceCheck(site)
 
 
+def test_a_check_counts_the_rows_of_its_own_thread():
+    (site, *_) = find_sites(block_of_a_list())
+    check = ChoiceCheck(site)
+    expert = listed_experts(site.experts)[0]
+    other = threading.Thread(target=expert, args=(torch.zeros(5, 16),))
+    other.start()
+    other.join()
+    expert(torch.zeros(2, 16))
+    check.verify(types.SimpleNamespace(experts=torch.tensor([[0], [0]])))
+
+
+def block_of_a_list():
+    block = nn.Module()
+    block.gate, block.top_k = nn.Linear(16, E), K
+    block.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(E))
+    return nn.ModuleDict({"mlp": block})
+
+
 # ---- values that user-made routers return ----
+
+
+def test_rows_with_fewer_scores_than_others_have_empty_slots():
+    dense = scatter(logits())
+    dense[1] = 0
+    dense[2, dense[2].argmax()] = 0
+    for output in ((dense, logits()), (logits(), dense)):
+        chosen = read_choice(output, T, LAYER).experts
+        assert (chosen >= 0).sum(1).tolist() == [K, 0, K - 1, *[K] * (T - 3)]
+        assert torch.equal(selected(chosen), dense != 0)
 
 
 def logits(seed=0, tokens=T):

@@ -5,17 +5,19 @@ import gc
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models import assert_unchanged, blocks, olmoe, snapshot, token_ids
+from models import V5, assert_unchanged, blocks, olmoe, snapshot, token_ids, wrap_gates
 from torch import nn
 from torch.utils import flop_counter
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import moeprof
-from moeprof.profiler.session import STOCK
+from moeprof.profiler.session import OWN_IN_C, STOCK
 from moeprof.profiler.tally import PHASES
 
 
@@ -282,7 +284,178 @@ def test_the_router_that_ran_is_named(model):
         with moeprof.patch(model, moeprof.TopK(1)):
             model(token_ids())
     router = profiler.result().facts["router"]
-    assert router == "the model's own, not patched and TopK(k=1)" or "TopK" in router
+    assert router == f"{STOCK} and {moeprof.TopK(1)!r}"
+
+
+# ---- a model that is changed, compiled or interrupted meanwhile ----
+
+
+def k_means(profiler):
+    return [metrics.k_mean for metrics in profiler.get_metrics().values()]
+
+
+def three_experts(z):
+    weights, experts = z.softmax(-1).topk(3)
+    return z, weights, experts
+
+
+@pytest.mark.skipif(not V5, reason="the stock block of transformers 4 takes logits only")
+@pytest.mark.parametrize("active", (False, True))
+def test_a_router_that_is_wrapped_after_the_profiler_was_made_is_heard(model, active):
+    profiler, hooks = moeprof.MoEProfiler(model), snapshot(model)
+    if active:
+        profiler.start()
+    before = [block.gate for block in blocks(model)]
+    wrap_gates(model, three_experts)
+    with profiler:
+        model(token_ids())
+    assert k_means(profiler) == [3, 3]
+    with profiler:
+        for block, gate in zip(blocks(model), before, strict=True):
+            block.gate = gate
+        model(token_ids())
+    assert k_means(profiler) == [2.5, 2.5]
+    profiler.stop()
+    assert_unchanged(model, hooks)
+
+
+def test_the_k_of_now_counts(model):
+    with moeprof.MoEProfiler(model) as profiler:
+        model(token_ids())
+        for block in blocks(model):
+            (block.gate if V5 else block).top_k = 3
+        model(token_ids())
+    with profiler:
+        model(token_ids())
+    np.testing.assert_allclose(k_means(profiler), [8 / 3] * 2)
+
+
+def test_layers_that_are_replaced_between_uses_are_watched(model):
+    profiler = moeprof.MoEProfiler(model)
+    model.model.layers[0].mlp = copy.deepcopy(blocks(model)[0])
+    with profiler:
+        model(token_ids())
+    assert [tokens(profiler, layer) for layer in (0, 1)] == [22, 22]
+    model.model.layers[1].mlp = blocks(olmoe(num_experts=4))[1]
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="no longer those that were counted"):
+        profiler.start()
+    assert_unchanged(model, before)
+    profiler.reset()
+    with profiler:
+        model(token_ids())
+    assert list(profiler.get_metrics().values())[1].layer.num_experts == 4
+    assert profiler._session.counts["prefill"][1].moves.sum() == 0  # 8 experts before, 4 here
+
+
+def test_what_a_checkpoint_computes_again_is_not_counted(model):
+    model.train()
+    model.gradient_checkpointing_enable()
+    ids = token_ids()
+    with moeprof.MoEProfiler(model) as profiler:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert [tokens(profiler, layer) for layer in (0, 1)] == [22, 22]
+    facts = profiler.result().facts
+    assert (facts["steps"], facts["steps_left_out"]) == (1, 0)
+
+
+@pytest.mark.parametrize("error", (Stop, KeyboardInterrupt))
+def test_blocks_that_are_interrupted_twice_keep_no_hook(model, error):
+    def fail(module, args):
+        raise error
+
+    handle = last_activation(model).register_forward_pre_hook(fail)
+    before = snapshot(model)
+    with moeprof.MoEProfiler(model):
+        for run in (model, model, blocks(model)[1], blocks(model)[1]):
+            with pytest.raises(error):
+                run(token_ids() if run is model else torch.randn(2, 5, 32))
+    assert_unchanged(model, before)
+    handle.remove()
+
+
+def test_after_an_exception_a_model_can_be_patched(model):
+    """Which a hook in its experts, of the check of the first call, would forbid."""
+
+    def fail(module, args):
+        raise Stop
+
+    with moeprof.MoEProfiler(model):
+        handle = last_activation(model).register_forward_pre_hook(fail)
+        with pytest.raises(Stop):
+            model(token_ids())
+        handle.remove()
+        with moeprof.patch(model):
+            model(token_ids())
+
+
+def test_a_model_that_is_stored_meanwhile_does_not_count_when_it_is_read(tmp_path):
+    model = olmoe()
+    with moeprof.MoEProfiler(model) as profiler:
+        torch.save(model, tmp_path / "model.pt")
+        read = torch.load(tmp_path / "model.pt", weights_only=False)
+        read(token_ids())
+        assert tokens(profiler) == 0
+        with moeprof.patch(read), moeprof.MoEProfiler(read) as own:
+            read(token_ids())
+    assert tokens(own) == 22
+
+
+def test_a_compiled_model_counts_once_it_is_compiled_anew(model):
+    ids, mask = token_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    compiled = torch.compile(model, backend="eager")
+    with moeprof.MoEProfiler(model) as profiler, torch.no_grad():
+        for _ in range(2):
+            compiled(ids, attention_mask=mask)
+    with torch.no_grad():
+        compiled(ids, attention_mask=mask)
+    for counts in profiler._session.counts["prefill"]:
+        assert counts.k.sum(1).tolist() == [2 * 23, 2 * 4] and counts.steps == 2
+
+
+def test_a_profiler_that_a_benchmark_has_put_out_of_the_model_stops(model):
+    def tokenizer(text, **options):
+        return {"input_ids": token_ids(1, 5)}
+
+    before, profilers = snapshot(model), []
+    bench = moeprof.SimpleBenchmark(model, tokenizer, max_new_tokens=1, repeats=1)
+    bench.run_config("x", ["a"], lambda model: profilers.append(moeprof.MoEProfiler(model).start()))
+    profilers[0].stop()
+    assert_unchanged(model, before)
+
+
+def test_a_users_callback_is_no_time_of_the_layer(model):
+    handle = moeprof.patch(model)
+    handle.on_routing(lambda index, routing: time.sleep(0.05))
+    with moeprof.MoEProfiler(model) as profiler:
+        for _ in range(5):
+            model(token_ids())
+    handle.unpatch()
+    assert all(m.latency_ms_p50 < 45 for m in profiler.get_metrics().values())
+
+
+def test_after_a_reset_the_router_is_named_again(model):
+    with moeprof.MoEProfiler(model) as profiler:
+        for _ in range(2):
+            profiler.reset()
+            model(token_ids())
+            assert profiler.result().facts["router"] == STOCK
+        with moeprof.patch(model):
+            for _ in range(2):
+                profiler.reset()
+                model(token_ids())
+                assert profiler.result().facts["router"] == OWN_IN_C
+
+
+def test_records_that_were_closed_are_refused_at_the_start(model, tmp_path):
+    profiler = moeprof.MoEProfiler(model, records=tmp_path / "records")
+    with profiler:
+        model(token_ids())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="closed by stop"):
+        profiler.start()
+    assert_unchanged(model, before)
 
 
 # ---- domains, vocabulary ----
@@ -322,6 +495,22 @@ def test_the_vocabulary_holds_the_experts_of_each_token(model):
     total = profiler._session.counts["prefill"][1].load[0]
     assert np.array_equal(found["counts"][1].sum(0), total)
     assert [event[0] for event in profiler._session.events] == [0, 1, 0, 1]
+
+
+def test_the_vocabulary_of_an_encoder_and_a_decoder_is_the_encoders():
+    config = SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=2,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_heads=4, num_experts=4,
+        expert_capacity=64, decoder_start_token_id=0,
+    )  # fmt: skip
+    model, ids = SwitchTransformersForConditionalGeneration(config).eval(), token_ids(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    with moeprof.MoEProfiler(model, vocabulary=True) as profiler, torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :4])
+    found = profiler._session.vocabulary.as_dict()
+    assert found["layers"] == [0] and found["seen"].sum() == found["counts"].sum() == 23
+    assert [tokens(profiler, layer) for layer in (0, 1)] == [23, 12]
 
 
 # ---- bad input ----

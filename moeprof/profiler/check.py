@@ -47,6 +47,7 @@ class ChoiceCheck:
             self._hooks.append(expert.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _count(self, expert: int):
+        @torch.compiler.disable
         def hook(module, args, kwargs):
             given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
             if given and get_ident() == self._thread:

@@ -60,8 +60,10 @@ class Entry:
         """Tokens in the cache before this step."""
         for name in _CACHES:
             cache = self._arguments.get(name)
-            if cache is not None and hasattr(cache, "get_seq_length"):
+            if hasattr(cache, "get_seq_length"):
                 return int(cache.get_seq_length())
+            if isinstance(cache, tuple) and cache:  # transformers 4: ((key, value, ...), ...)
+                return cache[0][0].shape[-2]
         return 0
 
     def real(self, mask=None) -> np.ndarray | None:
@@ -80,7 +82,8 @@ class Entry:
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         if mask is None or self.shape is None:
             return None
-        if isinstance(mask, Tensor) and self._covers(mask) and bool(mask.all()):
+        usual = name == "attention_mask" and isinstance(mask, Tensor) and self._covers(mask)
+        if usual and bool(mask.all()):
             return None  # the usual case, asked in each decode step; a cache may be slow to tell
         mask = _as_array(mask, name)
         if mask.ndim == 2:
@@ -97,12 +100,16 @@ class Entry:
         return mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= tokens
 
     def _columns(self, mask: np.ndarray, name: str) -> np.ndarray:
-        """Of a mask (B, n) by position the columns of this step."""
+        """Of a mask (B, n) by position the columns of this step.
+
+        An attention mask ends with the new tokens where it does not cover all that is cached.
+        """
         rows, tokens = self.shape
-        end = mask.shape[1]
-        if end > tokens:  # what it covers beyond this step lies before it, or behind
-            end = min(end, self.past + tokens)
-        if mask.shape[0] != rows or end < tokens:
+        covered = mask.shape[1]
+        end = tokens + (self.past if covered != tokens or name == "mask" else 0)
+        if name != "mask":
+            end = min(end, covered)
+        if mask.shape[0] != rows or covered < end or end < tokens:
             raise ValueError(
                 f"{name}: expected ({rows}, {self.past + tokens}) for {rows} rows of {tokens} new "
                 f"tokens after {self.past}, got {mask.shape}"

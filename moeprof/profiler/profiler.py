@@ -22,7 +22,8 @@ class MoEProfiler:
     ``with moeprof.MoEProfiler(model) as profiler: model(**inputs)``, then
     ``profiler.print_summary()``. What was counted adds up until `reset`; stopping leaves the
     model as it was. Several profilers may watch one model, and a model may be patched and
-    unpatched meanwhile.
+    unpatched meanwhile. What `torch.compile` has compiled before the start may pass unseen:
+    start first.
 
     A step is one call of the model; with one new token a row it is of the phase "decode", with
     more of "prefill". Tokens that the attention mask leaves out are padding: counted apart.
@@ -43,7 +44,7 @@ class MoEProfiler:
         8 E^2 bytes for each layer and phase.
     vocabulary : bool
         Also count the experts of each input token id: some 8 E bytes for each id that comes,
-        and layer.
+        and layer. In a model with encoder and decoder, of the one that comes first.
     trace : bool
         Also keep the time of each layer's last calls, for `Profile.save_trace`.
     records : str, path or None
@@ -99,7 +100,19 @@ class MoEProfiler:
         return self._session.active
 
     def start(self, *, mask=None) -> "MoEProfiler":
-        """Put the hooks in; without effect where they are. mask: as at construction."""
+        """Put the hooks in; without effect where they are. mask: as at construction.
+
+        Raises
+        ------
+        ValueError
+            If the model's layers are no longer those that were counted; if records were to be
+            written, which a stop has ended.
+        """
+        records = self._session.options.records
+        if records is not None and records.closed:
+            raise ValueError(
+                f"records: {records.path} was closed by stop; make a new profiler with a new path"
+            )
         if mask is not None:
             self._session.mask = mask
         if not self.active:

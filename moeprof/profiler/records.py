@@ -95,7 +95,7 @@ class RecordWriter:
         ValueError
             Shapes that don't fit, another phase, a writer that is closed.
         """
-        if not self._close.alive:
+        if self.closed:
             raise ValueError(f"records: {self.path} is closed")
         if phase not in PHASES:
             raise ValueError(f"phase: expected one of {PHASES}, got {phase!r}")
@@ -111,6 +111,10 @@ class RecordWriter:
         }
         weights = _column("weights", weights, np.nan, experts)
         self._rows.append((layer, step, PHASES.index(phase)), experts, weights, rows)
+
+    @property
+    def closed(self) -> bool:
+        return not self._close.alive
 
     def close(self) -> None:
         """Write what is held and end the file; without effect the second time."""

@@ -4,8 +4,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from time import perf_counter_ns
 from typing import Any
 
@@ -19,10 +20,11 @@ from ..patching import Routing
 from ..watching import RoutingWatch, unwatch, watch
 from .check import ChoiceCheck
 from .entry import Entry, find_entries
-from .finding import Site, find_sites
+from .finding import Layer, Site, find_sites
 from .flops import count_grouped_mm
 from .reading import Choice, read_choice, read_experts_call, read_logits
 from .records import RecordWriter
+from .sizes import top_k_owner
 from .tally import PHASES, Counts
 from .vocabulary import Vocabulary
 
@@ -56,13 +58,32 @@ class Session:
     that a profiler which is deleted takes its hooks along."""
 
     def __init__(self, model: nn.Module, options: "Options"):
-        self.sites = find_sites(model)
-        self.entries = find_entries(model, [site.block for site in self.sites])
+        self.model, self.sites, self.entries = model, [], []
         self.options, self.mask, self.paused = options, options.mask, False
         self._undo: list[Callable[[], None]] = []
         self._checks: dict[tuple[int, int], ChoiceCheck] = {}
         self.local = _Local()
-        self.clear()
+        self.look()
+
+    def look(self) -> None:
+        """Find the layers, as the model has them now.
+
+        Raises
+        ------
+        ValueError
+            If other ones were counted before.
+        """
+        sites = find_sites(self.model)
+        if _alike(sites) != _alike(self.sites):
+            if self.sites and self.counted_steps:
+                raise ValueError(
+                    "the model's MoE layers are no longer those that were counted: reset the "
+                    "profiler before its start, or make a new one"
+                )
+            self.sites = sites
+            self.clear()
+        self.sites = sites
+        self.entries = find_entries(self.model, [site.block for site in sites])
 
     def clear(self) -> None:
         """Everything at zero."""
@@ -75,6 +96,7 @@ class Session:
         self.steps = self.counted_steps = self.events_dropped = 0
         self.events: deque = deque(maxlen=MAX_EVENTS)
         self.routers: list[list[str]] = [[] for _ in self.sites]
+        self.last_router: list[Any] = [self] * len(self.sites)  # to name each one once
         self.vocabulary = None
         self.checked = [False] * len(self.sites)
 
@@ -86,6 +108,7 @@ class Session:
 
     def attach(self) -> None:
         """Watch the model; all of it or, with an error, nothing."""
+        self.look()
         try:
             self._undo.append(count_grouped_mm())
             for module, _ in self.entries:
@@ -106,6 +129,7 @@ class Session:
     def detach(self) -> None:
         """The model is as it was before."""
         self._drop_checks()
+        self.local.step = None  # of a call that was interrupted
         while self._undo:
             self._undo.pop()()
 
@@ -130,17 +154,19 @@ class Session:
 
     def begin_check(self, index: int) -> None:
         if not self.checked[index]:
+            self._drop_checks(threading.get_ident(), index)
             self._checks[threading.get_ident(), index] = ChoiceCheck(self.sites[index])
 
     def end_check(self, index: int, choice: Choice) -> None:
         if (check := self._checks.pop((threading.get_ident(), index), None)) is not None:
             check.verify(choice)
-            self.checked[index] = True
+            self.checked[index] = len(choice.experts) > 0
 
-    def _drop_checks(self, thread: int | None = None) -> None:
-        """Those of layers that raised; of one thread, or all."""
-        for key in [key for key in self._checks if thread in (None, key[0])]:
-            self._checks.pop(key).remove()
+    def _drop_checks(self, thread: int | None = None, index: int | None = None) -> None:
+        """Those of layers that raised; of one thread, or all, of one layer, or all."""
+        for key in list(self._checks):
+            if thread in (None, key[0]) and index in (None, key[1]):
+                self._checks.pop(key).remove()
 
     # ---- what a layer did ----
 
@@ -164,9 +190,8 @@ class Session:
                 f"model's mask is of {len(real)}"
             )
         previous = None
-        if step.previous is not None and step.previous[0] == index - 1:
+        if step.previous is not None and self._follows(index, *step.previous, len(experts)):
             previous = step.previous[1]
-            previous = previous if len(previous) == len(experts) else None
         try:
             unique = _C.tally(
                 counts.ints, counts.floats, self.recency[index], experts, logits, dtype,
@@ -178,6 +203,11 @@ class Session:
         if self.options.extras:
             times = start, end - start, len(experts), unique
             self._add_extras(index, step, choice, experts, times)
+
+    def _follows(self, index: int, before: int, experts: np.ndarray, tokens: int) -> bool:
+        """Did the same tokens pass as many experts in the layer just before?"""
+        sizes = [self.sites[i].layer.num_experts for i in (before, index)]
+        return before == index - 1 and len(experts) == tokens and sizes[0] == sizes[1]
 
     def _add_extras(self, index, step, choice, experts, times) -> None:
         """What is kept on request only."""
@@ -201,9 +231,18 @@ class Session:
                 f"{self.sites[index].layer.name}: vocabulary=True needs the model's input_ids, "
                 "and this call had none"
             )
+        first = self.entries[0][1]
+        if index not in first:  # the decoder behind an encoder: its tokens are others
+            return
         if self.vocabulary is None:
-            self.vocabulary = Vocabulary([site.layer.num_experts for site in self.sites])
+            sizes = [site.layer.num_experts for site in self.sites]
+            self.vocabulary = Vocabulary([n if i in first else 0 for i, n in enumerate(sizes)])
         self.vocabulary.add(index, ids, experts, step.real)
+
+
+def _alike(sites: list[Site]) -> list[Layer]:
+    """The layers without their k: calls with one k and with another may be counted together."""
+    return [replace(site.layer, top_k=None) for site in sites]
 
 
 @dataclass
@@ -226,6 +265,10 @@ class Options:
 # ---- the hooks: bound methods, so that a copy of the model does not count here ----
 
 
+# What torch.compile leaves to Python: it would trace the counting, and count what it traced.
+_uncompiled = torch.compiler.disable
+
+
 class _Watch:
     """Owner of hooks. A copied or pickled model gets one that does nothing."""
 
@@ -244,6 +287,7 @@ class EntryWatch(_Watch):
     def __init__(self, session: Session):
         self.session = session
 
+    @_uncompiled
     def enter(self, module, args, kwargs) -> None:
         session = self.session
         if session is None:
@@ -257,6 +301,7 @@ class EntryWatch(_Watch):
             step.real = entry.real(session.mask)
             step.input_ids = entry.input_ids
 
+    @_uncompiled
     def leave(self, module, args, output) -> None:
         if self.session is not None:
             self.session.end()
@@ -267,21 +312,24 @@ class LayerWatch(_Watch, RoutingWatch):
 
     def __init__(self, session: Session, index: int, site: Site):
         self.session, self.index, self.site = session, index, site
-        self._last: object = self  # the router that ran last, to name each one once
         self._handles: list = []
+        path = site.layer.name.removeprefix(site.layer.block).lstrip(".")
+        self._router_of = attrgetter(path)
+        self._heard: nn.Module | None = None  # the router that has the hook
+        self._top_k = top_k_owner(site.router, site.block, site.layer.top_k)
 
     # ---- a patched block ----
 
-    def routed(self, layer, hidden, routing, skips, start) -> None:
-        end = perf_counter_ns()
+    @_uncompiled
+    def routed(self, layer, hidden, routing, skips, start, end) -> None:
         step = None if self.session is None else self.session.local.step
         if step is None or not step.entered or step.phase is None:
             step = self._step(hidden)
         if step is None or not step.counted:
             return
-        if layer.router is not self._last:
-            self._last = layer.router
-            self._name(OWN_IN_C if layer.router is None else repr(layer.router))
+        if layer.router is not self.session.last_router[self.index]:
+            name = OWN_IN_C if layer.router is None else repr(layer.router)
+            self._name(layer.router, name)
         self.session.add(self.index, step, routing, start, end, skips)
         if not step.entered:
             self.session.end()
@@ -317,19 +365,24 @@ class LayerWatch(_Watch, RoutingWatch):
 
     def _hook_inside(self) -> Iterator:
         site = self.site
-        yield site.router.register_forward_hook(self.heard)
+        self._heard = self._router_of(site.block)
+        yield self._heard.register_forward_hook(self.heard)
         if site.chooses == "experts":
             yield site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
 
+    @_uncompiled
     def before(self, module, args, kwargs) -> None:
         hidden = args[0] if args else next(iter(kwargs.values()))
         step = self._step(hidden)
         if step is None:
             return
+        if self._router_of(module) is not self._heard:  # wrapped or replaced since the start
+            self.hook(True)
         step.tokens = hidden.numel() // hidden.shape[-1]
         self.session.begin_check(self.index)
         step.start = perf_counter_ns()
 
+    @_uncompiled
     def heard(self, module, args, output) -> None:
         """The router has spoken."""
         step = self._step()
@@ -339,19 +392,20 @@ class LayerWatch(_Watch, RoutingWatch):
         if isinstance(output, tuple | list):
             self._refuse_skips(output)
 
+    @_uncompiled
     def called(self, module, args, kwargs) -> None:
         """The experts get their tokens."""
         if (step := self._step()) is not None:
             step.call = args, kwargs
 
+    @_uncompiled
     def after(self, module, args, output) -> None:
         end = perf_counter_ns()
         step = self._step()
         if step is None:
             return
-        if self._last is not STOCK:
-            self._last = STOCK
-            self._name(STOCK)
+        if self.session.last_router[self.index] is not STOCK:
+            self._name(STOCK, STOCK)
         choice = self._choice(step)
         self.session.end_check(self.index, choice)
         step.output = step.call = None
@@ -369,6 +423,8 @@ class LayerWatch(_Watch, RoutingWatch):
             return None
         step = session.local.step
         if hidden is not None and (step is None or not step.entered):
+            if torch._C._current_graph_task_id() != -1:
+                return None  # a backward pass computes again what a checkpoint did not keep
             step = session.begin(entered=False)
         if step is None or not step.counted:
             return None
@@ -377,7 +433,7 @@ class LayerWatch(_Watch, RoutingWatch):
         return step
 
     def _choice(self, step: Step) -> Choice:
-        layer = self.site.layer
+        layer = self._layer()
         if step.call is not None:
             choice = read_experts_call(*step.call, step.tokens, layer)
             return choice._replace(logits=read_logits(step.output, step.tokens, layer))
@@ -385,7 +441,15 @@ class LayerWatch(_Watch, RoutingWatch):
             raise ValueError(f"{layer.name}: the block ran without calling this router")
         return read_choice(step.output, step.tokens, layer)
 
-    def _name(self, name: str) -> None:
+    def _layer(self) -> Layer:
+        """With the k that router or block have now: a user may change it."""
+        layer = self.site.layer
+        if self._top_k is None or (k := self._top_k[0].get(self._top_k[1])) == layer.top_k:
+            return layer
+        return replace(layer, top_k=k)
+
+    def _name(self, router, name: str) -> None:
+        self.session.last_router[self.index] = router
         names = self.session.routers[self.index]
         if name not in names:
             names.append(name)

@@ -123,6 +123,12 @@ def own_top_k(module: nn.Module) -> int | None:
     return next((k for k in said if k is not None), None)
 
 
+def top_k_owner(router: nn.Module, block: nn.Module, top_k: int | None):
+    """(attributes, name): where the router or the block itself keeps k; None if it is elsewhere."""
+    places = ((vars(m), name) for m in (router, block) for name in (*_TOP_K, "k"))
+    return next((p for p in places if top_k is not None and p[0].get(p[1]) == top_k), None)
+
+
 def find_top_k(router: nn.Module, block: nn.Module, model: nn.Module, num_experts: int):
     """Experts per token as router, block, what lies in them, or the configuration say; or None."""
     said = [own_int(m, (*_TOP_K, "k")) for m in (router, block, *walk(router))]

@@ -6,7 +6,10 @@ import numpy as np
 
 
 class Vocabulary:
-    """Selections by input token: (E,) counts for each layer and token id that was seen."""
+    """Selections by input token: (E,) counts for each layer and token id that was seen.
+
+    num_experts: of each layer; 0 for one that does not get the tokens which layer 0 gets.
+    """
 
     def __init__(self, num_experts: list[int]):
         self._rows: dict[int, int] = {}
