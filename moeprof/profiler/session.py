@@ -175,8 +175,8 @@ class Session:
     ) -> None:
         """Count one call of layer `index`; start, end: perf_counter_ns."""
         experts = choice.experts.numpy()
-        if experts.dtype != np.int32 or not experts.flags.c_contiguous:
-            experts = np.ascontiguousarray(experts, np.int32)
+        if experts.dtype not in (np.int32, np.int64) or not experts.flags.c_contiguous:
+            experts = np.ascontiguousarray(experts, np.int64)
         logits, dtype = choice.logits, "float32"
         if logits is not None:
             dtype = DTYPES.get(logits.dtype)
@@ -199,6 +199,7 @@ class Session:
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{self.sites[index].layer.name}: {error}") from None
+        experts = experts.astype(np.int32, copy=False)  # each of them is in range
         step.previous = index, experts
         if self.options.extras:
             times = start, end - start, len(experts), unique
