@@ -18,6 +18,7 @@ from models import olmoe
 import moeprof
 from moeprof import cli, demo
 from moeprof.profiler import arguments as profile_arguments
+from moeprof.profiler import run
 from moeprof.profiler.records import read_records
 
 SAVED = ["counts.npz", "index.html", "metrics.csv", "profile.json"]
@@ -278,3 +279,43 @@ def test_ctrl_c_leaves_nothing_half_written(tiny, tmp_path):
     assert process.returncode == 130 and stderr == "moeprof: interrupted\n"
     assert not out.exists()
     assert len(read_records(records)) > 0
+
+
+class TestRun:
+    """What a plan runs, counted."""
+
+    @pytest.fixture
+    def model(self, tokenizer):
+        size = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+        return olmoe(**size, initializer_range=0.3)
+
+    @pytest.fixture
+    def documents(self):
+        """The first and the last of the shipped ones, of two domains."""
+        shipped = demo.heldout_documents()
+        cut = [demo.Document(d.domain, d.name, d.text[:1000]) for d in (shipped[0], shipped[-1])]
+        assert cut[0].domain != cut[1].domain
+        return cut
+
+    @pytest.mark.parametrize("batches", [(1,), (2,), (1, 2)])
+    def test_prompts_are_counted_once_and_mixed_batches_are_of_no_domain(
+        self, model, tokenizer, documents, batches
+    ):
+        planned = run.plan(tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3,
+                           batches=batches)  # fmt: skip
+        result = run.profile_texts(model, planned)
+        prefill, decode = result.each("prefill")[0], result.each("decode")[0]
+        assert (prefill.steps, prefill.tokens) == (len(planned.text.windows), planned.text.tokens)
+        assert planned.prompts == 2 and decode.tokens == 6 * len(batches)
+        labelled = sum(int(table[0, -1]) for table in result.domains.values())
+        assert labelled == prefill.tokens + (6 if 1 in batches else 0)
+        assert decode.steps == planned.steps - len(planned.text.windows)
+
+    def test_a_router_of_fewer_experts_can_agree_no_more_than_with_them(
+        self, model, tokenizer, documents
+    ):
+        planned = run.plan(tokenizer, documents, tokens=500, prompts=0, new_tokens=1, batches=())
+        frame = run.agreement_by_layer(model, planned, {"router": "topk", "k": 1})
+        assert (frame["at_most"] == 0.5).all() and (frame["same_experts"] == 0).all()
+        assert frame["agreement"][0] == 0.5  # the first layer sees the same states
+        assert (frame["tokens"] == planned.text.tokens).all()
