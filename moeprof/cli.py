@@ -127,7 +127,7 @@ def main(argv=None):
         return 130
     except ModuleNotFoundError as error:
         return _fail(f"{error}; `pip install 'moeprof[hf]'` brings what models need")
-    except (ValueError, TypeError, OSError) as error:
+    except (ImportError, ValueError, TypeError, OSError) as error:
         return _fail(error)
 
 

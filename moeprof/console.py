@@ -10,7 +10,7 @@ def make_console():
     """Lines on stdout as they are: not wrapped, no markup, no colours for numbers."""
     from rich.console import Console
 
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDTH  # a file or a pipe has no width of its own
     return console
@@ -20,7 +20,8 @@ def text_console(file, width=WIDTH):
     """A console whose lines go to `file`, also in a notebook, where rich would display them."""
     from rich.console import Console
 
-    return Console(file=file, width=width, markup=False, highlight=False, force_jupyter=False)
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False,
+                   force_jupyter=False)  # fmt: skip
 
 
 class Bar:

@@ -7,7 +7,7 @@ import transformers
 from models import V5, assert_unchanged, blocks, olmoe, snapshot
 
 from moeprof import demo
-from moeprof.profiler.ablation import COLUMNS, ablation_figure, layer_ablation
+from moeprof.profiler.ablation import COLUMNS, _frame, ablation_figure, layer_ablation
 
 TEXTS = [document.text[:700] for document in demo.heldout_documents()[::16]]
 
@@ -85,6 +85,20 @@ def test_intervals_are_paired_bootstrap_of_documents(tokenizer):
         wide = np.quantile(means, 0.975) - np.quantile(means, 0.025)
         assert row.low == pytest.approx(np.quantile(means, 0.025), abs=0.1 * wide)
         assert row.high == pytest.approx(np.quantile(means, 0.975), abs=0.1 * wide)
+
+
+def test_long_documents_weigh_more_in_the_interval():
+    """Of each draw the nats over the tokens drawn, not over the tokens of all documents."""
+    rng = np.random.default_rng(0)
+    predicted = np.array([10.0, 400, 20, 30, 10, 300, 15, 25])
+    whole = 3 * predicted
+    changed = (whole + predicted * (0.5 + rng.normal(0, 0.02, 8)))[None]
+    row = _frame([(0, 1)], ["mlp"], changed, whole, predicted, 1, 4000).iloc[0]
+    drawn = rng.integers(0, 8, (4000, 8))
+    means = (changed[0] - whole)[drawn].sum(1) / predicted[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert row["low"] == pytest.approx(low, abs=0.1 * (high - low))
+    assert row["high"] == pytest.approx(high, abs=0.1 * (high - low))
 
 
 def test_given_ks_win_and_the_own_k_changes_nothing(tokenizer):

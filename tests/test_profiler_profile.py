@@ -324,6 +324,8 @@ def test_folders_that_hold_no_profile(profile, tmp_path):
     refused("expected format version 1, got 2", version=2)
     refused("this is no profile of moeprof", format="something else")
     refused("the profile is damaged", layers=head["layers"] * 2)
+    refused("the profile is damaged", layers=head["layers"][:-1])
+    refused("the profile is damaged", facts=["not", "a", "dict"])
     refused("the profile is damaged", layers=[{"name": "x"}])
     refused("counts.npz is not the one that profile.json was written with", counts_sha256="0")
     (tmp_path / "profile.json").write_text("[1]")

@@ -101,6 +101,8 @@ def test_parquet_is_read_by_others(tmp_path):
     assert row["experts"].tolist() == [4, -1, 2] and row["weights"].tolist() == [0.5, 0, 0.25]
     assert (row["layer"], row["phase"], row["slots"]) == (3, "decode", 3)
     assert pandas.isna(row["input_id"]) and pandas.isna(row["entropy"])
+    table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "x.parquet")
+    assert [table[name].null_count for name in ("input_id", "entropy")] == [1, 1]  # not nan
 
 
 def test_close_twice_and_no_more_rows(path):

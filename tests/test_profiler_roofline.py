@@ -140,6 +140,23 @@ def test_a_large_model_is_read_in_part_and_past_the_caches(monkeypatch):
     assert "only 1 MB were read" in roofline(model).note
 
 
+def test_the_dtype_is_that_of_the_largest_weights():
+    model = model_of((4, 4), dtype=torch.float32)
+    for expert in model.experts:
+        expert.large = nn.Parameter(torch.ones(512, 512, dtype=torch.bfloat16))
+    assert roofline(model).dtype == "bfloat16"
+
+
+def test_the_best_of_several_rounds_counts(monkeypatch):
+    """Of rounds of 5 and 2 s the latter; a product of n x n matrices is 2 n³ operations."""
+    clock = iter(np.cumsum([0, 0, 5, 0, 2, 0]).tolist())
+    stub = type("time", (), {"perf_counter": staticmethod(lambda: next(clock))})
+    monkeypatch.setattr(module, "time", stub)
+    assert module._best(lambda: None, 0) == 2
+    monkeypatch.setattr(module, "_best", lambda call, limit: 1.0)
+    assert module._gemm_gflops(torch.float32) == pytest.approx(2 * 256**3 / 1e9)
+
+
 def test_errors():
     with pytest.raises(TypeError, match="expected a torch.nn.Module, got dict"):
         roofline({})

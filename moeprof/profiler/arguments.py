@@ -9,10 +9,11 @@ from ..arguments import integer
 from ..console import make_console
 from ..demo import Document, heldout_documents
 from ..experiment.inputs import check_model
-from ..experiment.runner import default_null, shipped_null
+from ..experiment.runner import default_null, experts_of, shipped_null
 from ..files import check_folder, write_whole
 from ..routers import REGISTRY, make_router
 from ..textfiles import TextFiles
+from .records import check_records
 
 TOKENS, PROMPTS, NEW_TOKENS = 8192, 8, 32
 PIECES = 64  # of 65,536 characters at most, read of a text
@@ -116,19 +117,28 @@ def _run(arguments, load):
     null = None if arguments.null is None else resolve_null(arguments.null)
     if arguments.model is not None:
         check_model(arguments.model)
+    if arguments.prompts and max(arguments.batch) > arguments.prompts:
+        raise ValueError(f"--batch {max(arguments.batch)}: --prompts are {arguments.prompts}")
     check_folder(arguments.out)
+    if arguments.records is not None:
+        check_records(arguments.records)
     documents = heldout_documents() if arguments.text is None else _documents(arguments.text)
     model, tokenizer = load(arguments)
+    if arguments.router is not None or arguments.patched or arguments.ablation:
+        experts_of(model)  # raises where the model can't be patched
     patch = _patch(arguments, model, tokenizer, null)
     _profile(arguments, model, tokenizer, documents, patch)
 
 
 def _documents(paths):
-    """The beginnings of files, each file a domain."""
+    """The beginnings of files, each file a domain: its name, its path where names are alike."""
+    paths = list(dict.fromkeys(map(Path, paths)))
+    stems = [path.stem for path in paths]
     found = []
-    for path in paths:
+    for path, stem in zip(paths, stems, strict=True):
+        domain = stem if stems.count(stem) == 1 else str(path)
         pieces = islice(TextFiles([path]), PIECES)
-        found += [Document(Path(path).stem, f"{path} {i}", text) for i, text in enumerate(pieces)]
+        found += [Document(domain, f"{path} {i}", text) for i, text in enumerate(pieces)]
     return found
 
 
@@ -157,13 +167,15 @@ def _profile(arguments, model, tokenizer, documents, patch):
     )  # fmt: skip
     if result.vocabulary is not None:
         result.vocabulary["text"] = [tokenizer.decode([i]) for i in result.vocabulary["tokens"]]
+    result.print_summary()
+    folder = Path(arguments.out)
+    paths = _save(result, folder, arguments.trace)  # before what takes long and is interrupted
     sections = {}
     if arguments.router is not None:
         sections["agreement"] = _agreement(model, planned, patch)
     if arguments.ablation:
         sections["ablation"] = _ablation(arguments, model, tokenizer, documents)
-    result.print_summary()
-    for path in _write(result, Path(arguments.out), arguments.trace, sections):
+    for path in [*_show(result, folder, sections), *paths]:
         console.print(f"Written: {path}")
 
 
@@ -185,8 +197,7 @@ def _ablation(arguments, model, tokenizer, documents):
     from .result.page import Section
 
     frame = layer_ablation(
-        model, tokenizer, [document.text for document in documents], tokens=arguments.tokens,
-        seed=arguments.seed,
+        model, tokenizer, documents, tokens=arguments.tokens, seed=arguments.seed
     )  # fmt: skip
     note = (
         "The loss in nats per token when one layer takes its top k only, and its change against "
@@ -195,15 +206,20 @@ def _ablation(arguments, model, tokenizer, documents):
     return Section("What a layer's experts are worth", note, frame, ablation_figure(frame))
 
 
-def _write(result, folder, trace, sections):
-    """All files of a profile; their paths, index.html the first."""
+def _save(result, folder, trace):
+    """What was measured; the files' paths."""
     paths = result.save(folder)
+    if trace:
+        result.save_trace(folder / "trace.json")
+        paths.append(folder / "trace.json")
+    return paths
+
+
+def _show(result, folder, sections):
+    """index.html, and the sections' tables; the files' paths."""
     files = {"index.html": result.to_html(sections.values()).encode()}
     for name, section in sections.items():
         files[f"{name}.csv"] = section.frame.to_csv(index=False).encode()
     for name, data in files.items():
         write_whole(folder / name, data)
-    if trace:
-        result.save_trace(folder / "trace.json")
-        paths.append(folder / "trace.json")
-    return [*(folder / name for name in files), *paths]
+    return [folder / name for name in files]

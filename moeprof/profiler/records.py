@@ -55,17 +55,8 @@ class RecordWriter:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        parquet = self.path.suffix == ".parquet"
-        empty = not parquet and self.path.is_dir() and not any(self.path.iterdir())
-        if self.path.exists() and not empty:
-            raise FileExistsError(f"records: {self.path} exists already; give a new path")
-        if parquet and importlib.util.find_spec("pyarrow") is None:
-            raise ImportError(
-                "records: Parquet needs pyarrow: pip install 'moeprof[records]'; a path without "
-                ".parquet is a folder of .npz files, which needs nothing"
-            )
-        check_folder(self.path.parent if parquet else self.path)
-        sink = _Parquet(self.path) if parquet else _Parts(self.path)
+        check_records(path)
+        sink = (_Parquet if _is_parquet(self.path) else _Parts)(self.path)
         self._rows = _Rows(sink)
         self._close = weakref.finalize(self, self._rows.close)
 
@@ -125,6 +116,25 @@ class RecordWriter:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def check_records(path: str | os.PathLike) -> None:
+    """Raise what a RecordWriter of `path` would raise; makes nothing."""
+    path = Path(path)
+    parquet = _is_parquet(path)
+    empty = not parquet and path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty:
+        raise FileExistsError(f"records: {path} exists already; give a new path")
+    if parquet and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(
+            "records: Parquet needs pyarrow: pip install 'moeprof[records]'; a path without "
+            ".parquet is a folder of .npz files, which needs nothing"
+        )
+    check_folder(path.parent if parquet else path)
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix == ".parquet"
 
 
 def _column(name, values, default, experts):

@@ -24,6 +24,7 @@ class Plan(NamedTuple):
 
     text : HeldOut, its windows run as prefills without a cache
     prompts : how many windows are begun and continued, greedily
+    asked : how many that should have been; fewer are long enough
     new_tokens : of each of them
     batches : so many prompts at a time; each batch size has its own pass over the prompts
     """
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     prompts: int
     new_tokens: int
     batches: tuple[int, ...]
+    asked: int = 0
 
     @property
     def steps(self) -> int:
@@ -45,8 +47,14 @@ def plan(tokenizer, documents, *, tokens, prompts, new_tokens, batches, seed=0) 
     text = heldout_windows(tokenizer, documents, tokens, seed)
     long = [window for window in text.windows if window.ids.shape[1] >= PROMPT]
     if prompts and not long:
-        raise ValueError(f"text: expected one of at least {PROMPT} tokens to continue")
-    return Plan(text, min(prompts, len(long)), new_tokens, tuple(batches))
+        raise ValueError(
+            f"text: expected a passage of at least {PROMPT} tokens to continue; prompts=0 "
+            "continues none"
+        )
+    number = min(prompts, len(long))
+    # Batches that all prompts are less than would be the same one several times.
+    sizes = dict.fromkeys(min(batch, number) for batch in batches if number)
+    return Plan(text, number, new_tokens, tuple(sizes), prompts)
 
 
 def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) -> Profile:
@@ -66,21 +74,18 @@ def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) ->
                 bar.step()
             for batch in plan.batches:
                 _continue(model, plan, batch, profiler, bar)
-    return profiler.result(roofline=roofline)
+    result = profiler.result(roofline=roofline)
+    if plan.prompts < plan.asked:
+        result.facts["notes"].append(
+            f"{plan.prompts} of {plan.asked} prompts were continued: no other passage has "
+            f"{PROMPT} tokens."
+        )
+    return result
 
 
-class _patched:
-    """The model patched, or as it is."""
-
-    def __init__(self, model, options):
-        self._handle = None if options is None else moeprof.patch(model, **options)
-
-    def __enter__(self):
-        return self._handle
-
-    def __exit__(self, *exception):
-        if self._handle is not None:
-            self._handle.unpatch()
+def _patched(model, options):
+    """A context in which the model is patched, or as it is."""
+    return nullcontext() if options is None else moeprof.patch(model, **options)
 
 
 def _prefill(model, ids) -> None:
@@ -114,7 +119,8 @@ def agreement_by_layer(model, plan: Plan, patch: dict):
     """
     import pandas
 
-    own, others = (_selections(model, plan, options) for options in ({}, patch))
+    with progress(make_console(), 2 * len(plan.text.windows), "agreement") as bar:
+        own, others = (_selections(model, plan, options, bar.step) for options in ({}, patch))
     rows = []
     for layer, (first, second) in enumerate(zip(own, others, strict=True)):
         pairs = list(zip(first, second, strict=True))
@@ -127,11 +133,12 @@ def agreement_by_layer(model, plan: Plan, patch: dict):
     return pandas.DataFrame(rows, columns=columns)
 
 
-def _selections(model, plan, patch):
+def _selections(model, plan, patch, step):
     """For each layer the experts (T, k) of each window."""
     with evaluating(model), torch.inference_mode(), _patched(model, patch) as handle:
         found = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: found[layer].append(routing.experts.numpy()))
         for window in plan.text.windows:
             _prefill(model, window.ids)
+            step()
     return found

@@ -7,7 +7,7 @@ import numpy as np
 from ..tally import PHASES
 from .metrics import SCALARS
 from .profile import ALL
-from .wording import PLAIN, number, percent, short
+from .wording import PLAIN, counted, number, percent, short
 
 COLUMNS = ["layer", "name", "phase", "metric", "first", "second", "difference", "relative"]
 LOADS = "expert_load_distance"  # half the sum of |differences| of expert_load: 0 alike, 1 disjoint
@@ -76,6 +76,11 @@ class Comparison:
                 found.append(f"{phase}: {missing[0].lower()} has none.")
             elif not missing:
                 found += self._of_phase(phase)
+        machines = [_conditions(profile) for profile in (self.first, self.second)]
+        if machines[0] != machines[1]:
+            found.append(
+                f"Their times are not of the same conditions: {machines[0]}; {machines[1]}."
+            )
         return found
 
     def _both(self):
@@ -102,14 +107,14 @@ class Comparison:
             )
 
     def table(self):
-        """A Table of the differences, a row for each layer."""
+        """A Table of the differences, a row for each layer; without rows if no phase is in both."""
         from .tables import Table
 
         phases = [p for p in PHASES if p in self.first.phases and p in self.second.phases]
         each = {p: list(zip(self.first.each(p), self.second.each(p), strict=True)) for p in phases}
         rows = [
             [str(i), *(text for phase in phases for text in _differences(*each[phase][i]))]
-            for i in range(len(self.first.layers))
+            for i in range(len(self.first.layers) if phases else 0)
         ]
         names = [*(name for name, _, _ in SHOWN), "load", "p50"]
         columns = [("", "layer"), *((phase, name) for phase in phases for name in names)]
@@ -138,9 +143,10 @@ class Comparison:
 
         lines = "".join(f"<li>{escape(line)}</li>" for line in self.findings())
         table = self.table()
+        shown = f'<p class="note">{escape(table.note)}</p>\n{html_table(table)}'
         return (
             f'<div class="moeprof-profile"><style>{SCOPED}</style>\n<ul>{lines}</ul>\n'
-            f'<p class="note">{escape(table.note)}</p>\n{html_table(table)}</div>'
+            f'{shown if table.rows else ""}</div>'
         )
 
 
@@ -152,6 +158,15 @@ def _shape(experts):
 def _name(profile):
     facts = profile.facts
     return f"{facts.get('model') or PLAIN}, router: {facts.get('router') or PLAIN}"
+
+
+def _conditions(profile):
+    """What times depend on beside the model's routing: CPU, threads, dtype where it is known."""
+    machine = profile.facts.get("machine") or {}
+    threads = machine.get("threads")
+    said = (machine.get("cpu"), None if threads is None else counted(threads, "thread"),
+            profile.roofline and profile.roofline.dtype)  # fmt: skip
+    return ", ".join(part for part in said if part) or PLAIN
 
 
 def _load_distance(first, second) -> float:

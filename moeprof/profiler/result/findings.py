@@ -183,8 +183,8 @@ def _domains(profile):
     row = frame.loc[frame["times"].idxmax()]
     yield (
         f"Most specialised by domain: expert {row['expert']} of {_layer(row['layer'])}, selected "
-        f"by {percent(row['share'])} of the tokens of {row['domain']}, {row['times']:.1f} times "
-        "k/E."
+        f"by {percent(row['share'])} of the {counted(row['tokens'], 'token')} of {row['domain']}, "
+        f"{row['times']:.1f} times k/E."
     )
 
 
@@ -218,7 +218,8 @@ def heading(profile) -> list[tuple[str, str]]:
     lines = [("Model", model or PLAIN), ("Router", str(facts.get("router") or PLAIN))]
     experts = sorted({layer.num_experts for layer in profile.layers})
     ks = sorted({layer.top_k for layer in profile.layers if layer.top_k is not None})
-    shape = f"{counted(len(profile.layers), 'layer')} of {' or '.join(map(str, experts))} experts"
+    each = f"{' or '.join(map(str, experts))} expert{'s' * (experts != [1])}"
+    shape = f"{counted(len(profile.layers), 'layer')} of {each}"
     if ks:
         shape += f", top-{' or '.join(map(str, ks))}"
     lines.append(("MoE", shape))

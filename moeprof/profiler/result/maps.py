@@ -9,6 +9,7 @@ from .structure import clustered, move_structure, pair_structure, strongest
 FOLD = 3  # the colours of a ratio reach from 2^-FOLD to 2^FOLD
 NEVER = "#4d4d4d"
 BARS = 12
+LABEL = 32  # characters of a domain's above its map
 
 
 def _ratio_map(axis, table, ticks=32):
@@ -81,7 +82,9 @@ def domains(profile):
         of = frame[frame["domain"] == label]
         table = of.pivot(index="layer", columns="expert", values="times").to_numpy()
         image = _ratio_map(axis, table, 16)
-        axis.set_title(f"{label}: {of['tokens'].max():,} tokens; grey: never selected",
+        shown = label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
+        shown = shown.replace("$", r"\$")  # no formula
+        axis.set_title(f"{shown}: {of['tokens'].max():,} tokens; grey: never selected",
                        loc="left", size=11)  # fmt: skip
     for axis in axes[len(labels) :]:
         axis.set_axis_off()

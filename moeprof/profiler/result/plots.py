@@ -86,7 +86,7 @@ def latency(profile):
         axis.plot(at, p50, "o-", color=colour, label="median", markersize=5)
         axis.plot(at, p90, "_", color=colour, label="90th percentile", markersize=9, mew=2)
         axis.plot(at, p99, "^", color=colour, label="99th percentile", markersize=5, mfc="white")
-        axis.set_ylim(0, 1.15 * max(p99))  # room for the legend
+        axis.set_ylim(0, 1.15 * np.nanmax(p99))  # room for the legend
         by_layer(axis, profile)
         steps = max(m.steps for m in ms)
         tokens = max(m.tokens + m.tokens_padding for m in ms)
@@ -181,6 +181,8 @@ def cache(profile):
     fig, axis = figure(1, 1, "Hit rate of an LRU cache of experts", width=9)
     for phase in profile.phases:
         ms = [m for m in profile.each(phase) if m.counts.reuse.sum()]
+        if not ms:
+            continue
         common = np.linspace(0, 1, 129)  # of E, which layers may differ in
         rates = 100 * np.array([
             np.interp(common, np.linspace(0, 1, len(m.lru_hit_rates)), m.lru_hit_rates)
@@ -212,15 +214,18 @@ def _measured(profile):
     )  # fmt: skip
     moves = counted_pairs or (None if any(m.counts.moves.any() for m in each)
                       else "no token was followed from layer to layer")  # fmt: skip
+    several = None if any(layer.num_experts > 1 for layer in profile.layers) else "one expert each"
+    kept = steps or (None if any(m.counts.reuse.any() for m in each) else "no expert ran")
     roof = steps or ("there is no measured roof" if profile.roofline is None else None)
     if not roof and not any(m.gflops > 0 and m.read_gbs > 0 for m in each):
         roof = "the experts' sizes are not known"
     domains = tokens or (None if profile.domains else "the texts had no domain labels")
     return {
-        "load": (maps.load, tokens), "k": (k, tokens), "confidence": (confidence, logits),
-        "latency": (latency, steps), "roofline": (roofline, roof), "union": (union, steps),
-        "cache": (cache, steps), "coactivation": (maps.coactivation, pairs),
-        "moves": (maps.moves, moves), "domains": (maps.domains, domains),
+        "load": (maps.load, tokens), "k": (k, tokens),
+        "confidence": (confidence, logits or several), "latency": (latency, steps),
+        "roofline": (roofline, roof), "union": (union, steps), "cache": (cache, kept or several),
+        "coactivation": (maps.coactivation, pairs), "moves": (maps.moves, moves),
+        "domains": (maps.domains, domains),
     }  # fmt: skip
 
 

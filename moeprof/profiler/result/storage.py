@@ -99,6 +99,8 @@ def _parts(make, head, arrays):
     from ..roofline import Roofline
 
     layers = [Layer(**layer) for layer in head["layers"]]
+    if not isinstance(head["facts"], dict) or f"{PHASES[0]}.{len(layers)}.ints" in arrays:
+        raise ValueError("facts or layers are not those of the counts")
     counts = {
         phase: [
             Counts.from_arrays(

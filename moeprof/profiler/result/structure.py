@@ -37,10 +37,12 @@ def strongest(counts, structure) -> int | None:
 def clustered(table):
     """An order of the rows (E, ·) that puts rows alike side by side."""
     from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import pdist
 
     rows = np.nan_to_num(np.asarray(table, dtype=float))
     if len(rows) < 3:
         return np.arange(len(rows))
     size = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows / np.where(size > 0, size, 1)  # by direction: cosine, defined for zeros too
-    return leaves_list(linkage(rows, method="average", optimal_ordering=len(rows) <= 128))
+    # The distances, as linkage takes some square tables for a matrix of these and warns.
+    return leaves_list(linkage(pdist(rows), "average", optimal_ordering=len(rows) <= 128))

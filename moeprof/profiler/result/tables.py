@@ -55,7 +55,7 @@ ROOF_NOTE = " roof: % of the measured bandwidth or matrix product rate, whicheve
 def layers(profile) -> Table:
     """A row for each layer, the phases beside each other."""
     columns = list(LAYER_COLUMNS)
-    note = f"Layers {layer_names(profile.layers)}. {LAYER_NOTE}"
+    note = f"{layer_names(profile.layers)}. {LAYER_NOTE}"
     if profile.roofline is not None:
         columns.append(("roof", _roof))
         note += ROOF_NOTE
@@ -81,8 +81,8 @@ def domains(profile) -> Table:
             for i, r in enumerate(best)
         ]  # fmt: skip
     return Table(
-        "By domain", "The experts that a domain's tokens select most above the others': share of "
-        "its tokens, beside k/E.",
+        "By domain", "The experts whose share of a domain's tokens is the most above k/E, that "
+        "of an even choice.",
         [("", name) for name in ("domain", "layer", "expert", "share", "k/E", "times")], rows,
         ("domain",),
     )  # fmt: skip
@@ -105,8 +105,8 @@ def vocabulary(profile, minimum=8) -> Table:
 
 
 def _token(row):
-    name = row["text"] if isinstance(row["text"], str) else f"#{row['token']}"
-    return f"{name!r} {100 * row['share']:.0f} %"
+    name = repr(row["text"]) if isinstance(row["text"], str) else f"#{row['token']}"
+    return f"{name} {100 * row['share']:.0f} %"
 
 
 def tables(profile) -> list[Table]:
@@ -118,4 +118,4 @@ def tables(profile) -> list[Table]:
         made.append(domains(profile))
     if profile.vocabulary is not None:
         made.append(vocabulary(profile))
-    return made
+    return [table for table in made if table.rows]

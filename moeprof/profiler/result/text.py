@@ -21,7 +21,9 @@ def as_text(profile, width=WIDTH) -> str:
 def comparison_as_text(comparison, width=WIDTH) -> str:
     """The findings and the table of a Comparison."""
     lines = [_wrapped(f"- {line}", width) for line in comparison.findings()]
-    lines += ["", *_of_table(comparison.table(), width)]
+    table = comparison.table()
+    if table.rows:
+        lines += ["", *_of_table(table, width)]
     return "\n".join(lines) + "\n"
 
 

@@ -61,15 +61,15 @@ def spans(numbers) -> str:
 
 
 def layer_names(layers) -> str:
-    """What the numbers of the layers stand for: "0 to 3: model.layers.{0 … 3}.mlp"."""
+    """What the numbers of the layers stand for: "Layers 0 to 3: model.layers.{0 … 3}.mlp"."""
     blocks = [layer.block or layer.name for layer in layers]
     if len(blocks) < 2:
-        return "".join(f"0: {block}" for block in blocks)
+        return "".join(f"Layer 0: {block}" for block in blocks)
     parts = [re.split(r"(\d+)", block) for block in (blocks[0], blocks[-1])]
     first, last = parts
     if len(first) == len(last):
         pairs = list(zip(first, last, strict=True))
         if sum(a != b for a, b in pairs) == 1:
             name = "".join(a if a == b else f"{{{a} … {b}}}" for a, b in pairs)
-            return f"0 to {len(blocks) - 1}: {name}"
-    return f"0 to {len(blocks) - 1}: {blocks[0]} … {blocks[-1]}"
+            return f"Layers 0 to {len(blocks) - 1}: {name}"
+    return f"Layers 0 to {len(blocks) - 1}: {blocks[0]} … {blocks[-1]}"
