@@ -344,3 +344,14 @@ def test_the_base_model_is_an_entry_too():
         model.model(input_ids=ids, attention_mask=mask)
         model.model(ids, mask)  # by position
     assert profiler._session.counts["prefill"][0].k.sum(1).tolist() == [44, 10]
+
+
+def test_the_trace_keeps_the_last_calls(monkeypatch):
+    monkeypatch.setattr("moeprof.profiler.session.MAX_EVENTS", 3)
+    model = olmoe()
+    with moeprof.MoEProfiler(model, trace=True) as profiler:
+        for length in (3, 4, 5):
+            model(token_ids(1, length))
+    result = profiler.result()
+    assert [(event[0], event[4]) for event in result.events] == [(1, 4), (0, 5), (1, 5)]
+    assert result.facts["notes"] == ["the trace lacks the first 3 calls of layers"]

@@ -130,6 +130,8 @@ def test_everything_at_once(tiny, text, tmp_path, capsys):
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "Agreement with the model" in page and "What a layer" in page
     assert any(isinstance(word, str) and word.strip() for word in result.vocabulary["text"])
+    assert profile("--model", tiny, "--text", text, "--out", out, "--prompts", 0) == 0
+    assert sorted(p.name for p in out.iterdir()) == SAVED  # nothing of the profile before is left
 
 
 def test_without_a_text_the_shipped_one_runs(tiny, tmp_path, capsys):

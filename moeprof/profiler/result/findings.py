@@ -29,7 +29,10 @@ def nothing_counted(profile) -> str | None:
     facts = profile.facts
     left_out = facts.get("steps_left_out") or 0
     if not left_out:
-        return "Nothing was counted: the model did not run while the profiler was active."
+        return (
+            "Nothing was counted: the model did not run while the profiler was active, or "
+            "torch.compile had compiled it before."
+        )
     settings = _settings(facts)
     which = "the only forward" if left_out == 1 else f"all {left_out:,} forwards"
     return (
