@@ -1,6 +1,7 @@
 """Is what was read from a router what its experts got? Asked once, of experts in a list."""
 
 from threading import get_ident
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ class ChoiceCheck:
 
     def _count(self, expert: int):
         @torch.compiler.disable
-        def hook(module, args, kwargs):
+        def hook(module, args, kwargs=MappingProxyType({})):
+            # torch calls it without kwargs in a thread that runs while another one hooks.
             given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
             if given and get_ident() == self._thread:
                 self._rows[expert] += given[0].shape[:-1].numel()

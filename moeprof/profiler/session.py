@@ -135,10 +135,12 @@ class Session:
 
     # ---- steps ----
 
-    def begin(self, entered: bool) -> Step:
+    def begin(self, entered: bool, known: bool = True) -> Step:
+        """A step of this thread; known: its arguments are, else it can't be counted."""
         options, number = self.options, self.steps
         since = number - options.warmup_steps
-        counted = not self.paused and since >= 0 and since % options.sampling_rate == 0
+        sampled = since >= 0 and since % options.sampling_rate == 0
+        counted = known and sampled and not self.paused
         if not self.paused:
             self.steps += 1
             self.counted_steps += counted
@@ -289,11 +291,12 @@ class EntryWatch(_Watch):
         self.session = session
 
     @_uncompiled
-    def enter(self, module, args, kwargs) -> None:
+    def enter(self, module, args, kwargs=None) -> None:
         session = self.session
         if session is None:
             return
-        step = session.begin(entered=True)
+        # Without kwargs it is called in a thread that runs while another one starts or stops.
+        step = session.begin(entered=True, known=kwargs is not None)
         if not step.counted:
             return
         entry = Entry(module, args, kwargs)
@@ -372,10 +375,10 @@ class LayerWatch(_Watch, RoutingWatch):
             yield site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
 
     @_uncompiled
-    def before(self, module, args, kwargs) -> None:
-        hidden = args[0] if args else next(iter(kwargs.values()))
+    def before(self, module, args, kwargs=None) -> None:
+        hidden = args[0] if args else next(iter((kwargs or {}).values()), None)
         step = self._step(hidden)
-        if step is None:
+        if step is None or hidden is None:
             return
         if self._router_of(module) is not self._heard:  # wrapped or replaced since the start
             self.hook(True)
@@ -394,23 +397,24 @@ class LayerWatch(_Watch, RoutingWatch):
             self._refuse_skips(output)
 
     @_uncompiled
-    def called(self, module, args, kwargs) -> None:
+    def called(self, module, args, kwargs=None) -> None:
         """The experts get their tokens."""
         if (step := self._step()) is not None:
-            step.call = args, kwargs
+            step.call = args, kwargs or {}
 
     @_uncompiled
     def after(self, module, args, output) -> None:
         end = perf_counter_ns()
         step = self._step()
-        if step is None:
+        if step is None or not step.start:  # hooked by another thread since the block began
             return
         if self.session.last_router[self.index] is not STOCK:
             self._name(STOCK, STOCK)
         choice = self._choice(step)
         self.session.end_check(self.index, choice)
+        start, step.start = step.start, 0
         step.output = step.call = None
-        self.session.add(self.index, step, choice, step.start, end, False)
+        self.session.add(self.index, step, choice, start, end, False)
         if not step.entered:
             self.session.end()
 
