@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 def plan(tokenizer, documents, *, tokens, prompts, new_tokens, batches, seed=0) -> Plan:
     """A Plan for documents with .domain, .name and .text: about `tokens` tokens of them."""
     text = heldout_windows(tokenizer, documents, tokens, seed)
-    long = [window for window in text.windows if window.ids.shape[1] >= PROMPT]
+    long = _long(text)
     if prompts and not long:
         raise ValueError(
             f"text: expected a passage of at least {PROMPT} tokens to continue; prompts=0 "
@@ -55,6 +55,11 @@ def plan(tokenizer, documents, *, tokens, prompts, new_tokens, batches, seed=0) 
     # Batches that all prompts are less than would be the same one several times.
     sizes = dict.fromkeys(min(batch, number) for batch in batches if number)
     return Plan(text, number, new_tokens, tuple(sizes), prompts)
+
+
+def _long(text: HeldOut) -> list:
+    """The windows that can be continued."""
+    return [window for window in text.windows if window.ids.shape[1] >= PROMPT]
 
 
 def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) -> Profile:
@@ -94,7 +99,7 @@ def _prefill(model, ids) -> None:
 
 def _continue(model, plan, batch, profiler, bar) -> None:
     """Greedy decode steps from the first tokens of windows, `batch` at a time."""
-    windows = [w for w in plan.text.windows if w.ids.shape[1] >= PROMPT][: plan.prompts]
+    windows = _long(plan.text)[: plan.prompts]
     domains = [plan.text.documents[window.document]["domain"] for window in windows]
     for start in range(0, len(windows), batch):
         ids = torch.cat([window.ids[:, :PROMPT] for window in windows[start : start + batch]])
