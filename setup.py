@@ -3,18 +3,29 @@
 MOEPROF_BLAS=system     link pkg-config's openblas in place of the scipy-openblas32 wheel's
 MOEPROF_WERROR=1        warnings are errors (CI)
 MOEPROF_SANITIZE=LIST   build with -fsanitize=LIST, e.g. address,undefined
+
+Where compiler and linker have them: a stack protector, _FORTIFY_SOURCE, and full RELRO, so that
+a fault in C ends the process instead of letting it go on with damaged memory.
 """
 
 import importlib.util
 import os
 import subprocess
+import tempfile
 from glob import glob
 from pathlib import Path
 
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, PlatformError
+from setuptools.errors import CompileError, LinkError, PlatformError
+
+# (arguments of the compiler, arguments of the linker), each pair kept where both accept it
+HARDENING = [
+    (["-fstack-protector-strong"], []),
+    (["-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"], []),  # some compilers define it themselves
+    ([], ["-Wl,-z,relro,-z,now"]),  # macOS's linker has no -z
+]
 
 
 def wheel_openblas() -> dict:
@@ -51,7 +62,7 @@ def extension() -> Extension:
     system = os.environ.get("MOEPROF_BLAS") == "system"
     options = system_openblas() if system else wheel_openblas()
     compile_args = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
-    compile_args += ["-Wall", "-Wextra"]
+    compile_args += ["-Wall", "-Wextra", "-Wframe-larger-than=20480"]  # threads of 96 KB exist
     link_args = ["-lm", "-lpthread", "-ldl"]  # separate libraries before glibc 2.34
     if os.environ.get("MOEPROF_WERROR") == "1":
         compile_args.append("-Werror")
@@ -70,9 +81,30 @@ def extension() -> Extension:
 
 
 class BuildExt(build_ext):
-    """Says in one line what is missing when there is no working C compiler."""
+    """Hardens what is built, and says in one line what is missing without a C compiler."""
+
+    def accepts(self, compile_args: list[str], link_args: list[str]) -> bool:
+        """Whether an empty function can be built into a library with these arguments."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "empty.c"
+            source.write_text("int mp_empty(void) { return 0; }\n")
+            try:
+                objects = self.compiler.compile(
+                    [str(source)], folder, extra_preargs=["-O2", "-Werror", *compile_args]
+                )
+                self.compiler.link_shared_object(
+                    objects, str(Path(folder) / "empty.so"), extra_postargs=link_args
+                )
+            except (CompileError, LinkError):
+                return False
+        return True
 
     def build_extension(self, ext: Extension) -> None:
+        if not os.environ.get("MOEPROF_SANITIZE"):  # which brings checks of its own
+            for compile_args, link_args in HARDENING:
+                if self.accepts(compile_args, link_args):
+                    ext.extra_compile_args += compile_args
+                    ext.extra_link_args += link_args
         try:
             super().build_extension(ext)
         except CompileError as error:

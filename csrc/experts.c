@@ -58,15 +58,6 @@ static ptrdiff_t blocks(ptrdiff_t rows, ptrdiff_t block)
 
 /* ---- memory ---- */
 
-/* Hands out the next `bytes` of a block, in whole cache lines. With base NULL it
- * only counts. */
-static void *carve(char *base, size_t *used, size_t bytes)
-{
-    void *at = base ? base + *used : NULL;
-    *used += mp_whole_lines(bytes);
-    return at;
-}
-
 /* Bytes of the activations of a pair. */
 static size_t act_row(const mp_layer *l)
 {
@@ -89,13 +80,13 @@ static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
                            ? l->hidden_size : l->intermediate_size;
     const size_t tile = (size_t)c->block_m * MP_BLOCK_N;
     worker_state state = {0};
-    state.panels = carve(base, used,
+    state.panels = mp_carve(base, used,
                          (size_t)(mp_panel_size(c->block_m, l->hidden_size) * size));
-    state.gate = carve(base, used, tile * sizeof(float));
-    state.up = carve(base, used, tile * sizeof(float));
-    state.act = carve(base, used, tile * (size_t)size);
-    state.sum = carve(base, used, (size_t)c->tokens * BLOCK_H * sizeof(float));
-    state.scratch = carve(base, used, mp_scratch_floats(widest) * sizeof(float));
+    state.gate = mp_carve(base, used, tile * sizeof(float));
+    state.up = mp_carve(base, used, tile * sizeof(float));
+    state.act = mp_carve(base, used, tile * (size_t)size);
+    state.sum = mp_carve(base, used, (size_t)c->tokens * BLOCK_H * sizeof(float));
+    state.scratch = mp_carve(base, used, mp_scratch_floats(widest) * sizeof(float));
     if (base)
         c->workers[worker] = state;
 }
@@ -107,17 +98,17 @@ static size_t lay_out(chunk *c, char *base, ptrdiff_t slots, int threads)
     const size_t E = (size_t)l->num_experts, pairs = (size_t)(c->tokens * slots);
     const size_t panels = E < pairs ? E : pairs; /* each may fill up to 16 rows */
     size_t used = 0;
-    c->workers = carve(base, &used, (size_t)threads * sizeof *c->workers);
+    c->workers = mp_carve(base, &used, (size_t)threads * sizeof *c->workers);
     for (int i = 0; i < threads; i++)
         lay_out_worker(c, i, base, &used);
-    c->first = carve(base, &used, (E + 1) * sizeof *c->first);
-    c->active = carve(base, &used, E * sizeof *c->active);
-    c->act_at = carve(base, &used, E * sizeof *c->act_at);
-    c->token = carve(base, &used, pairs * sizeof *c->token);
-    c->weight = carve(base, &used, pairs * sizeof *c->weight);
-    c->act = carve(base, &used, (pairs + 15 * panels) * act_row(l));
+    c->first = mp_carve(base, &used, (E + 1) * sizeof *c->first);
+    c->active = mp_carve(base, &used, E * sizeof *c->active);
+    c->act_at = mp_carve(base, &used, E * sizeof *c->act_at);
+    c->token = mp_carve(base, &used, pairs * sizeof *c->token);
+    c->weight = mp_carve(base, &used, pairs * sizeof *c->weight);
+    c->act = mp_carve(base, &used, (pairs + 15 * panels) * act_row(l));
     if (l->dtype == MP_F16)
-        c->wide = carve(base, &used,
+        c->wide = mp_carve(base, &used,
                         (size_t)(c->tokens * l->hidden_size) * sizeof(float));
     return used;
 }

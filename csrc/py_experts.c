@@ -92,19 +92,19 @@ static PyObject *moe(PyObject *module, PyObject *args)
     int threads, error = MP_OK;
     mp_dtype dtype, logits_dtype;
     mp_layer layer;
-    mp_route_spec spec;
+    mp_spec_parts parts;
+    const mp_route_spec *spec = &parts.spec;
     mp_routing routing;
     ptrdiff_t bad_row;
     (void)module;
 
     if (!PyArg_ParseTuple(args, "OOsOnOi:moe", &hidden, &logits, &dtype_name, &pointers,
                           &intermediate_size, &spec_tuple, &threads)
-        || mp_parse_dtype(dtype_name, &dtype)
+        || mp_parse_dtype(dtype_name, &dtype) || mp_parse_spec(spec_tuple, dtype, &parts)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || !(z = logits_view(logits, dtype, &logits_dtype))
         || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
-        || mp_check_threads(threads)
-        || mp_parse_spec(spec_tuple, PyArray_DIM(z, 1), dtype, &spec))
+        || mp_check_threads(threads) || mp_fit_spec(&parts, PyArray_DIM(z, 1)))
         return NULL;
     const npy_intp T = PyArray_DIM(x, 0);
     if (PyArray_DIM(z, 0) != T || PyArray_DIM(z, 1) != layer.num_experts)
@@ -113,15 +113,15 @@ static PyObject *moe(PyObject *module, PyObject *args)
                             (Py_ssize_t)T, (Py_ssize_t)layer.num_experts,
                             (Py_ssize_t)PyArray_DIM(z, 0), (Py_ssize_t)PyArray_DIM(z, 1));
     if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), mp_carrier(dtype)))
-        || mp_new_routing(T, spec.max_k, arrays, &routing))
+        || mp_new_routing(T, spec->max_k, arrays, &routing))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(&spec, PyArray_DATA(z), logits_dtype, T, layer.num_experts, threads,
+    bad_row = mp_route(spec, PyArray_DATA(z), logits_dtype, T, layer.num_experts, threads,
                        &routing, NULL);
-    if (bad_row < 0)
+    if (bad_row == MP_ROUTED)
         error = mp_experts(&layer, PyArray_DATA(x), T, routing.experts, routing.weights,
-                           spec.max_k, threads, PyArray_DATA((PyArrayObject *)out));
+                           spec->max_k, threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row) || mp_check_experts(error))
         goto done;

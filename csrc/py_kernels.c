@@ -204,7 +204,7 @@ static PyObject *order(PyObject *module, PyObject *args)
     if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(z), NPY_INT32)))
         return NULL;
     const npy_intp E = PyArray_DIM(z, 1);
-    for (npy_intp t = 0; t < PyArray_DIM(z, 0); t++)
+    for (npy_intp t = 0; t < PyArray_DIM(z, 0) && E; t++)
         mp_ops.order(p ? (double *)PyArray_DATA(p) + t * E : NULL,
                      (float *)PyArray_DATA(z) + t * E, E,
                      (int32_t *)PyArray_DATA((PyArrayObject *)out) + t * E);

@@ -13,7 +13,7 @@ static PyObject *route(PyObject *module, PyObject *args)
     const char *dtype_name;
     int threads, want_p;
     mp_dtype dtype;
-    mp_route_spec spec;
+    mp_spec_parts parts;
     mp_routing routing;
     ptrdiff_t bad_row;
     (void)module;
@@ -21,17 +21,18 @@ static PyObject *route(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OsOip:route", &logits, &dtype_name, &spec_tuple,
                           &threads, &want_p)
         || mp_check_threads(threads) || mp_parse_dtype(dtype_name, &dtype)
+        || mp_parse_spec(spec_tuple, dtype, &parts)
         || !(view = mp_array(logits, "router_logits", mp_carrier(dtype), 2))
-        || mp_parse_spec(spec_tuple, PyArray_DIM(view, 1), dtype, &spec))
+        || mp_fit_spec(&parts, PyArray_DIM(view, 1)))
         return NULL;
     npy_intp *shape = PyArray_DIMS(view);
     if (want_p && !(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
         goto done;
-    if (mp_new_routing(shape[0], spec.max_k, arrays, &routing))
+    if (mp_new_routing(shape[0], parts.spec.max_k, arrays, &routing))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(&spec, PyArray_DATA(view), dtype, shape[0], shape[1], threads,
+    bad_row = mp_route(&parts.spec, PyArray_DATA(view), dtype, shape[0], shape[1], threads,
                        &routing, p ? PyArray_DATA((PyArrayObject *)p) : NULL);
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row))

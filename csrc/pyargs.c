@@ -33,17 +33,20 @@ PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int nd
 
 PyArrayObject *mp_ids(PyObject *object)
 {
-    if (!PyArray_Check(object) || PyArray_TYPE((PyArrayObject *)object) != NPY_INT64) {
-        PyArrayObject *ids = mp_array(object, "experts", NPY_INT32, 2);
-        return (PyArrayObject *)Py_XNewRef((PyObject *)ids);
-    }
-    PyArrayObject *wide = mp_array(object, "experts", NPY_INT64, 2), *ids;
-    if (!wide
-        || !(ids = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(wide), NPY_INT32)))
+    const int is_wide = PyArray_Check(object)
+                     && PyArray_TYPE((PyArrayObject *)object) == NPY_INT64;
+    PyArrayObject *given = mp_array(object, "experts", is_wide ? NPY_INT64 : NPY_INT32, 2);
+    PyArrayObject *ids;
+    if (!given
+        || !(ids = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(given), NPY_INT32)))
         return NULL;
-    const int64_t *from = PyArray_DATA(wide);
     int32_t *to = PyArray_DATA(ids);
-    for (npy_intp i = 0; i < PyArray_SIZE(wide); i++)
+    if (!is_wide) {
+        memcpy(to, PyArray_DATA(given), (size_t)PyArray_NBYTES(ids));
+        return ids;
+    }
+    const int64_t *from = PyArray_DATA(given);
+    for (npy_intp i = 0; i < PyArray_SIZE(ids); i++)
         to[i] = from[i] < INT32_MIN || from[i] > INT32_MAX ? INT32_MIN
                                                            : (int32_t)from[i];
     return ids;
@@ -225,30 +228,36 @@ static int check_range(const mp_route_spec *s, npy_intp num_experts)
     return 0;
 }
 
-int mp_parse_spec(PyObject *object, npy_intp num_experts, mp_dtype dtype,
-                  mp_route_spec *spec)
+int mp_parse_spec(PyObject *object, mp_dtype dtype, mp_spec_parts *parts)
 {
     static const char *const norms[] = {"none", "sum", "mass"};
     const char *router, *norm_name;
-    PyObject *parameters, *null, *table;
+    PyObject *parameters;
+    mp_route_spec *spec = &parts->spec;
     if (!PyTuple_Check(object)) {
         PyErr_SetString(PyExc_TypeError, "spec: expected a tuple");
         return -1;
     }
-    memset(spec, 0, sizeof *spec);
+    memset(parts, 0, sizeof *parts);
     if (!PyArg_ParseTuple(object, "sO!nndsnOO;spec", &router, &PyTuple_Type, &parameters,
                           &spec->min_k, &spec->max_k, &spec->temperature, &norm_name,
-                          &spec->norm_k, &null, &table))
+                          &spec->norm_k, &parts->null, &parts->table))
         return -1;
     spec->round_to = dtype;
     const int norm = choice("norm", norm_name, norms, 3, "none, sum or mass");
     if (norm < 0)
         return -1;
     spec->norm = (mp_norm)norm;
-    if (parse_router(router, parameters, spec)
-        || mp_parse_null(null, num_experts, &spec->null) || check_range(spec, num_experts))
+    return parse_router(router, parameters, spec);
+}
+
+int mp_fit_spec(mp_spec_parts *parts, npy_intp num_experts)
+{
+    mp_route_spec *spec = &parts->spec;
+    if (mp_parse_null(parts->null, num_experts, &spec->null)
+        || check_range(spec, num_experts))
         return -1;
-    return parse_table(table, num_experts, spec);
+    return parse_table(parts->table, num_experts, spec);
 }
 
 int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
@@ -308,8 +317,12 @@ int mp_check_threads(int threads)
 
 int mp_check_row(ptrdiff_t bad_row)
 {
-    if (bad_row < 0)
+    if (bad_row == MP_ROUTED)
         return 0;
+    if (bad_row == MP_ROUTE_NO_MEMORY) {
+        PyErr_NoMemory();
+        return -1;
+    }
     PyErr_Format(PyExc_ValueError,
                  "router_logits: row %zd has a NaN or no entry above -inf",
                  (Py_ssize_t)bad_row);

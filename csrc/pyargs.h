@@ -20,7 +20,8 @@
 PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int ndim);
 
 /* The expert ids (T,k), int32 or int64, as int32: an id that is no int32 becomes one that
- * is no expert. New reference. */
+ * is no expert. A copy in any case: another thread of the caller may write to its array
+ * between the check of the ids and their use. New reference. */
 PyArrayObject *mp_ids(PyObject *object);
 
 /* "float32", "bfloat16", "float16". */
@@ -31,9 +32,19 @@ int mp_carrier(mp_dtype dtype);
 
 /* The tuple of moeprof/routers/ (Router.spec): (router, parameters, min_k, max_k,
  * temperature, norm, norm_k, null, table or None), the table what the router wants
- * besides. The arrays are borrowed. */
-int mp_parse_spec(PyObject *object, npy_intp num_experts, mp_dtype dtype,
-                  mp_route_spec *spec);
+ * besides.
+ *
+ * Two steps, because its numbers may be objects whose __float__ or __index__ is Python
+ * code, which may reshape any array: mp_parse_spec reads them and comes before the first
+ * view of an array; mp_fit_spec, which runs no Python code, checks the rest against the
+ * number of experts. null and table are borrowed. */
+typedef struct {
+    mp_route_spec spec;
+    PyObject *null, *table;
+} mp_spec_parts;
+
+int mp_parse_spec(PyObject *object, mp_dtype dtype, mp_spec_parts *parts);
+int mp_fit_spec(mp_spec_parts *parts, npy_intp num_experts);
 
 /* A tuple (form, score, p_table): p_table is None for normal and softmax, else (N,) for
  * the layer or (E,N), one for each expert. Borrowed. */
@@ -51,7 +62,8 @@ int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
 /* ValueError unless there is a thread to run on. */
 int mp_check_threads(int threads);
 
-/* ValueError for what mp_route and mp_experts return; -1 unless all is well. */
+/* ValueError or MemoryError for what mp_route and mp_experts return; -1 unless all is
+ * well. */
 int mp_check_row(ptrdiff_t bad_row);
 int mp_check_experts(int error);
 

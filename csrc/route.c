@@ -2,12 +2,27 @@
 
 #include "convert.h"
 #include "pool.h"
+#include "scratch.h"
 
 #include <math.h>
 #include <stdatomic.h>
 
 /* Tokens of one task: enough to pay for handing it out (0.1 to 2 us a token). */
 enum { TOKENS_PER_TASK = 32 };
+
+/* What a worker needs for one token, (E,) each. Not on the stack: with 1,024 experts that
+ * would be 66 KB, and a caller's thread may have as little as 96. */
+#define BUFFERS(X)                                                                        \
+    X(float, wide) X(float, prob) X(float, shares) X(float, below)                        \
+    X(int32_t, order) X(int32_t, by_logit)                                                \
+    X(double, p) X(double, weighted) X(double, scores) X(double, lfdr)                    \
+    X(double, z_sorted) X(double, p_sorted) X(double, lfdr_sorted)
+
+typedef struct {
+#define X(type, name) type *name;
+    BUFFERS(X)
+#undef X
+} buffers;
 
 typedef struct {
     const mp_route_spec *spec; /* NULL: p-values only */
@@ -17,8 +32,20 @@ typedef struct {
     ptrdiff_t tokens, num_experts;
     mp_routing *routing;
     double *p;
+    char *scratch;         /* the workers' buffers, one after the other */
+    size_t worker_bytes;   /* of one of them */
     atomic_ptrdiff_t bad_row; /* the first unusable row, or `tokens` */
 } job;
+
+/* Lays a worker's buffers out from `base` on; returns their bytes. */
+static size_t lay_out(buffers *b, char *base, ptrdiff_t num_experts)
+{
+    size_t used = 0;
+#define X(type, name) b->name = mp_carve(base, &used, (size_t)num_experts * sizeof(type));
+    BUFFERS(X)
+#undef X
+    return used;
+}
 
 /* The row as floats: where it lies, or widened into z. */
 static const float *widened(const job *j, ptrdiff_t row, float *z)
@@ -66,9 +93,8 @@ static double mass(const float *prob, const int32_t *order, ptrdiff_t count)
 
 /* The sum of the `count` largest. `order` is mostly that by logit too, up to ties. */
 static double largest_mass(const float *z, ptrdiff_t num_experts, const float *prob,
-                           const int32_t *order, ptrdiff_t count)
+                           const int32_t *order, ptrdiff_t count, int32_t *by_logit)
 {
-    int32_t by_logit[MP_MAX_EXPERTS];
     for (ptrdiff_t i = 1; i < num_experts; i++)
         if (z[order[i - 1]] < z[order[i]]) {
             mp_ops.order(NULL, z, num_experts, by_logit);
@@ -81,9 +107,10 @@ static double largest_mass(const float *z, ptrdiff_t num_experts, const float *p
  * nothing left of S, which evidence other than the logits can choose. Equal shares if S
  * is -inf throughout. */
 static void shares_of_selected(const mp_route_spec *spec, const float *z,
-                               const int32_t *order, ptrdiff_t count, float *shares)
+                               const int32_t *order, ptrdiff_t count, float *below,
+                               float *shares)
 {
-    float below[MP_MAX_EXPERTS], top = -INFINITY;
+    float top = -INFINITY;
     for (ptrdiff_t i = 0; i < count; i++)
         top = fmaxf(top, z[order[i]]);
     for (ptrdiff_t i = 0; i < count; i++)
@@ -91,23 +118,23 @@ static void shares_of_selected(const mp_route_spec *spec, const float *z,
     mp_ops.softmax(below, count, spec->temperature, shares);
 }
 
-/* The weights of the first `count` experts in `order`. */
+/* The weights of the first `count` experts in b->order. */
 static void weigh(const mp_route_spec *spec, const float *z, ptrdiff_t num_experts,
-                  const int32_t *order, ptrdiff_t count, float *weights)
+                  const buffers *b, ptrdiff_t count, float *weights)
 {
     const double enough = 0x1p-100; /* fp32 is still exact to 24 bits far below */
-    float prob[MP_MAX_EXPERTS], shares[MP_MAX_EXPERTS];
-    mp_ops.softmax(z, num_experts, spec->temperature, prob);
+    const int32_t *order = b->order;
+    mp_ops.softmax(z, num_experts, spec->temperature, b->prob);
     double factor = 1, divisor = 1;
     if (spec->norm == MP_NORM_MASS)
-        factor = largest_mass(z, num_experts, prob, order, spec->norm_k);
+        factor = largest_mass(z, num_experts, b->prob, order, spec->norm_k, b->by_logit);
     if (spec->norm != MP_NORM_NONE)
-        divisor = mass(prob, order, count);
+        divisor = mass(b->prob, order, count);
     const int lost = divisor < enough;
     if (lost)
-        shares_of_selected(spec, z, order, count, shares);
+        shares_of_selected(spec, z, order, count, b->below, b->shares);
     for (ptrdiff_t i = 0; i < count; i++) {
-        const double share = lost ? shares[i] : prob[order[i]] / divisor;
+        const double share = lost ? b->shares[i] : b->prob[order[i]] / divisor;
         weights[i] = rounded((float)(share * factor), spec->round_to);
     }
 }
@@ -121,53 +148,51 @@ static const double *sorted(const double *from, const int32_t *order, ptrdiff_t 
     return to;
 }
 
-/* The experts of a token in the order of evidence, and R. p: NULL, or its p-values. */
+/* The experts of a token in the order of evidence, in b->order, and R. p: NULL, or its
+ * p-values. */
 static ptrdiff_t judge(const mp_route_spec *spec, const float *z, ptrdiff_t num_experts,
-                       const double *p, int32_t *order)
+                       const double *p, const buffers *b)
 {
     const ptrdiff_t E = num_experts;
     const unsigned wants = spec->router->wants;
-    double weighted[MP_MAX_EXPERTS], scores[MP_MAX_EXPERTS], lfdr[MP_MAX_EXPERTS];
-    double z_sorted[MP_MAX_EXPERTS], p_sorted[MP_MAX_EXPERTS];
-    double lfdr_sorted[MP_MAX_EXPERTS];
     mp_token token = {.num_experts = E, .min_k = spec->min_k, .max_k = spec->max_k};
 
     const double *evidence = wants & MP_WANTS_P ? p : NULL;
     if (wants & MP_WANTS_WEIGHTS) {
         for (ptrdiff_t e = 0; e < E; e++)
-            weighted[e] = spec->table[e] > 0 ? p[e] / spec->table[e] : INFINITY;
-        evidence = weighted;
+            b->weighted[e] = spec->table[e] > 0 ? p[e] / spec->table[e] : INFINITY;
+        evidence = b->weighted;
     }
-    mp_ops.order(evidence, z, E, order);
+    mp_ops.order(evidence, z, E, b->order);
     if (evidence)
-        token.p = sorted(evidence, order, E, p_sorted);
+        token.p = sorted(evidence, b->order, E, b->p_sorted);
     if (wants & MP_WANTS_Z) {
         for (ptrdiff_t i = 0; i < E; i++)
-            z_sorted[i] = z[order[i]];
-        token.z = z_sorted;
+            b->z_sorted[i] = z[b->order[i]];
+        token.z = b->z_sorted;
     }
     if (wants & MP_WANTS_LFDR && spec->table) {
-        mp_scores(spec->null.score, z, E, scores);
-        mp_local_fdr(scores, E, spec->table, lfdr);
-        token.lfdr = sorted(lfdr, order, E, lfdr_sorted);
+        mp_scores(spec->null.score, z, E, b->scores);
+        mp_local_fdr(b->scores, E, spec->table, b->lfdr);
+        token.lfdr = sorted(b->lfdr, b->order, E, b->lfdr_sorted);
     }
     return spec->router->count(&token, spec->parameters);
 }
 
-static void select_experts(job *j, ptrdiff_t row, const float *z, const double *p)
+static void select_experts(job *j, ptrdiff_t row, const float *z, const double *p,
+                           const buffers *b)
 {
     const mp_route_spec *spec = j->spec;
     const ptrdiff_t max_k = spec->max_k;
-    int32_t order[MP_MAX_EXPERTS];
-    const ptrdiff_t rejections = judge(spec, z, j->num_experts, p, order);
+    const ptrdiff_t rejections = judge(spec, z, j->num_experts, p, b);
     const ptrdiff_t count = rejections < spec->min_k ? spec->min_k
                           : rejections > max_k       ? max_k : rejections;
 
     float *weights = j->routing->weights + row * max_k;
     int32_t *experts = j->routing->experts + row * max_k;
-    weigh(spec, z, j->num_experts, order, count, weights);
+    weigh(spec, z, j->num_experts, b, count, weights);
     for (ptrdiff_t i = 0; i < max_k; i++) {
-        experts[i] = i < count ? order[i] : -1;
+        experts[i] = i < count ? b->order[i] : -1;
         if (i >= count)
             weights[i] = 0;
     }
@@ -180,12 +205,11 @@ static void route_tokens(void *context, ptrdiff_t task, int worker)
     job *j = context;
     const ptrdiff_t E = j->num_experts, first = task * TOKENS_PER_TASK;
     const int wants_p = j->p || (j->spec && j->spec->router->wants & MP_WANTS_P);
-    float wide[MP_MAX_EXPERTS];
-    double p_row[MP_MAX_EXPERTS];
-    (void)worker;
+    buffers b;
+    lay_out(&b, j->scratch + (size_t)worker * j->worker_bytes, E);
     for (ptrdiff_t t = first; t < first + TOKENS_PER_TASK && t < j->tokens; t++) {
-        double *p = j->p ? j->p + t * E : p_row;
-        const float *z = widened(j, t, wide);
+        double *p = j->p ? j->p + t * E : b.p;
+        const float *z = widened(j, t, b.wide);
         if (!usable(z, E)) {
             note_bad_row(j, t);
             continue;
@@ -193,17 +217,26 @@ static void route_tokens(void *context, ptrdiff_t task, int worker)
         if (wants_p)
             mp_null_p_values(j->null, z, E, p);
         if (j->spec)
-            select_experts(j, t, z, p);
+            select_experts(j, t, z, p, &b);
     }
 }
 
 static ptrdiff_t run(job *j, int threads)
 {
+    const ptrdiff_t tasks = (j->tokens + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK;
+    if (threads > tasks)
+        threads = tasks > 1 ? (int)tasks : 1;
+    if (threads > MP_MAX_THREADS)
+        threads = MP_MAX_THREADS;
+    buffers counted;
+    j->worker_bytes = lay_out(&counted, NULL, j->num_experts);
+    if (!(j->scratch = mp_take_scratch((size_t)threads * j->worker_bytes)))
+        return MP_ROUTE_NO_MEMORY;
     atomic_init(&j->bad_row, j->tokens);
-    mp_parallel((j->tokens + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK, threads,
-                route_tokens, j);
+    mp_parallel(tasks, threads, route_tokens, j);
+    mp_give_scratch_back(j->scratch);
     ptrdiff_t bad = atomic_load(&j->bad_row);
-    return bad < j->tokens ? bad : -1;
+    return bad < j->tokens ? bad : MP_ROUTED;
 }
 
 ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_dtype dtype,

@@ -33,9 +33,11 @@ typedef struct {
     int32_t *experts, *counts, *rejections;
 } mp_routing;
 
+enum { MP_ROUTED = -1, MP_ROUTE_NO_MEMORY = -2 };
+
 /* logits: (T,E) of `dtype`, C-contiguous. p: (T,E) float64 in expert order, or
- * NULL when not asked for. Returns -1, or the first row that has a NaN or nothing
- * above -inf; the routing is then undefined. */
+ * NULL when not asked for. Returns MP_ROUTED, or MP_ROUTE_NO_MEMORY, or the first row
+ * that has a NaN or nothing above -inf; of both the routing is undefined. */
 ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_dtype dtype,
                    ptrdiff_t tokens, ptrdiff_t num_experts, int threads,
                    mp_routing *routing, double *p);
