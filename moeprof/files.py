@@ -2,7 +2,9 @@
 
 import os
 import secrets
+import stat
 import tempfile
+import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +21,10 @@ def check_folder(folder: str | os.PathLike) -> None:
 
 
 def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Write ``data`` to ``path``; the old file is there until the new one is complete.
+    """Write ``data`` to ``path``; the old file is there until the new one is on the disk.
+
+    An old file's mode is kept. Where ``path`` is a symbolic link it stays one: what it points
+    to is written.
 
     Raises
     ------
@@ -29,12 +34,47 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
     path = Path(path)
     if path.exists() and not path.is_file():  # a device, a pipe: replaced, it would be gone
         raise OSError(f"{path}: expected a file, this is none that can be replaced")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_bytes(data)
-        os.replace(part, path)  # same folder, so atomic
+        with open(part, "xb") as file:
+            if target.exists():
+                os.chmod(part, stat.S_IMODE(target.stat().st_mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)  # same folder, so atomic
+        _sync_folder(target.parent)
     except OSError as error:  # says `path`, not the temporary name
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name is on the disk as well; not every system can be asked for that."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def printable(text: str) -> str:
+    """The text with "\ufffd" for what a terminal would obey instead of show.
+
+    That is control characters but for the line feed, lone surrogates, and the marks that turn
+    the direction of writing: a name in somebody's file may hold them.
+    """
+    return "".join(c if c == "\n" or not _obeyed(c) else "\ufffd" for c in text)
+
+
+def _obeyed(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
+
+
+_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

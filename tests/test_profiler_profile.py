@@ -1,8 +1,13 @@
 """A profile: its tables, its text, its figures, its files, and two of them beside each other."""
 
+import contextlib
+import hashlib
+import io
 import json
 import math
+import os
 import sys
+import tracemalloc
 
 import numpy as np
 import pandas
@@ -339,20 +344,104 @@ def test_folders_that_hold_no_profile(profile, tmp_path):
         Profile.load(tmp_path)
 
 
-def test_files_of_two_profiles_are_not_mixed(profile, tmp_path, monkeypatch):
-    """Interrupted between two files, the folder is seen to be broken rather than wrong."""
+@pytest.mark.parametrize("stop", range(5))
+def test_over_an_older_profile_is_whole_or_the_older_one(profile, tmp_path, monkeypatch, stop):
+    """However far the writing got when the machine stopped, and if it was started again."""
+    newer, newest = (make_profile(3, 12, 2, seed=seed) for seed in (9, 10))
+    profile.save(tmp_path)
+    done = 0
+
+    def count(call):
+        def counted(*arguments):
+            nonlocal done
+            if done == stop:
+                raise KeyboardInterrupt
+            done += 1
+            return call(*arguments)
+
+        return counted
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moeprof.profiler.result.storage.write_whole", count(write_whole))
+        patched.setattr("moeprof.profiler.result.storage.os.replace", count(os.replace))
+        for attempt in (newer, newest):
+            done = 0
+            with contextlib.suppress(KeyboardInterrupt):
+                attempt.save(tmp_path)
+            assert Profile.load(tmp_path) in (profile, newer, newest)
+    newest.save(tmp_path)
+    assert Profile.load(tmp_path) == newest
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "counts.npz", "metrics.csv", "profile.json",
+    ]  # fmt: skip
+
+
+def test_no_space_leaves_the_older_profile(profile, tmp_path, monkeypatch):
     profile.save(tmp_path)
 
-    def stop_at(path, data, write=write_whole):
-        if path.name != "counts.npz":
+    def full(path, data, write=write_whole):
+        if path.name == "profile.json":
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr("moeprof.profiler.result.profile.write_whole", stop_at)
+    monkeypatch.setattr("moeprof.profiler.result.storage.write_whole", full)
     with pytest.raises(OSError, match="No space left"):
         make_profile(3, 12, 2, seed=9).save(tmp_path)
-    with pytest.raises(ValueError, match="counts.npz is not the one"):
-        Profile.load(tmp_path)
+    assert Profile.load(tmp_path) == profile and not (tmp_path / "counts.next.npz").exists()
+
+
+@pytest.mark.parametrize("name", ("profile.json", "counts.npz"))
+def test_flipped_bits_of_a_profile_are_one_kind_of_error(tmp_path, name):
+    make_profile(1, 3).save(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    unseen = 0
+    for at in range(0, 8 * len(whole), 1 + 8 * len(whole) // 700):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            Profile.load(tmp_path)  # a digit of a fact may change: the JSON is for people too
+            unseen += 1
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+    assert name == "profile.json" or not unseen
+
+
+def test_facts_are_checked(profile, tmp_path):
+    profile.save(tmp_path)
+    head = json.loads((tmp_path / "profile.json").read_text())
+
+    def refused(part, name, value):
+        changed = json.loads(json.dumps(head))
+        (changed[part][0] if part == "layers" else changed[part])[name] = value
+        (tmp_path / "profile.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"the profile is damaged.*{name}"):
+            Profile.load(tmp_path)
+
+    for name, value in (("steps", "3"), ("steps", True), ("model", None), ("notes", "x")):
+        refused("facts", name, value)
+    for name, value in (("num_experts", "8"), ("num_experts", -1), ("num_experts", 10**30),
+                        ("name", 3), ("router_flops", None), ("expert_bytes", -1)):  # fmt: skip
+        refused("layers", name, value)
+    refused("roofline", "read_gbs", "fast")
+
+
+def test_arrays_that_are_no_profiles_are_not_unpacked(profile, tmp_path):
+    """A small file may say that it unpacks to many gigabytes."""
+    profile.save(tmp_path)
+    data = dict(np.load(tmp_path / "counts.npz"))
+    for name, array in (("huge", np.zeros(10**7)), ("prefill.0.ints", np.zeros(10**7, np.int64))):
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{**data, name: array})
+        (tmp_path / "counts.npz").write_bytes(buffer.getvalue())
+        head = json.loads((tmp_path / "profile.json").read_text())
+        head["counts_sha256"] = hashlib.sha256(buffer.getvalue()).hexdigest()
+        (tmp_path / "profile.json").write_text(json.dumps(head))
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=f"an array '{name}' of"):
+            Profile.load(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10**7
+        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------- trace

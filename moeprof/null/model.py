@@ -4,9 +4,11 @@ import html
 import math
 import re
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 import numpy as np
 
+from ..files import printable
 from .efron import efron_table, fit_efron
 from .identity import add_digests, gate_weight, gates_of, model_name, router_sample, same_sample
 from .layers import LayerNull
@@ -22,6 +24,11 @@ _FACTS = (
     "kind", "score", "r_high", "r_low", "alpha_min", "tokens", "model_name", "text_digest",
     "tail_rule",
 )  # fmt: skip
+_TYPES = (
+    (str, ("kind", "score", "model_name", "text_digest", "tail_rule")),
+    (Integral, ("r_high", "r_low", "tokens")),
+    (np.ndarray, _ARRAYS),
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,7 +59,8 @@ class Null:
     _layers: dict = field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        """ValueError unless the parts fit together: a file may be anybody's."""
+        """TypeError or ValueError unless the parts fit together: a file may be anybody's."""
+        self._check_types()
         check_choice("kind", self.kind, KINDS)
         check_choice("score", self.score, SCORES)
         self._check_alpha_min()
@@ -60,6 +68,8 @@ class Null:
             raise ValueError("r_high and r_low belong to kind='trimmed'")
         if min(self.r_high, self.r_low) < 0:
             raise ValueError("r_high and r_low: expected at least 0")
+        if not 1 <= self.tokens < 2**63:
+            raise ValueError(f"tokens: expected at least 1, got {self.tokens}")
         if not re.fullmatch("[0-9a-f]{64}", self.text_digest):
             raise ValueError(f"text_digest: expected 64 hex digits, got {self.text_digest!r}")
         counts, sample = self.counts, self.router_sample
@@ -75,6 +85,13 @@ class Null:
         if sample.ndim != 2 or len(sample) != len(counts) or sample.dtype != np.float32:
             raise ValueError("expected a float32 sample of each layer's router weights")
 
+    def _check_types(self):
+        for kind, names in _TYPES:
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise TypeError(f"{name}: expected {kind.__name__}, got {value!r:.60}")
+
     def _check_alpha_min(self):
         alpha = self.alpha_min
         if alpha is None:
@@ -83,7 +100,7 @@ class Null:
             raise ValueError(
                 "per expert: not of a trimmed null, which lacks popular experts' own high scores"
             )
-        if not 0 < alpha <= 1:
+        if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= 1:
             raise ValueError(f"alpha_min: expected a number in (0, 1], got {alpha!r}")
 
     def _check_largest(self, expected):
@@ -124,7 +141,7 @@ class Null:
         return (
             f"{self.kind} null{trim if self.kind == 'trimmed' else ''} on {self.score}{each}, "
             f"{self.tokens:,} tokens, {len(self)} layers x {self.counts.shape[1]} experts of "
-            f"{self.model_name}, text {self.text_digest[:12]}"
+            f"{printable(self.model_name)}, text {self.text_digest[:12]}"
         )
 
     # ---- p-values ----

@@ -3,16 +3,18 @@
 import hashlib
 import io
 import json
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from ..files import write_whole
+from ..npz import read_npz
+from .scores import BINS, LARGEST
 
 FORMAT, VERSION = "moeprof-null", 2
 SUFFIXES = (".safetensors", ".npz")
+MOST = 4096  # layers or experts of a model: far above any there is
+FACTS_BYTES = 1 << 20
 
 
 def _suffix(path):
@@ -113,10 +115,32 @@ def _unpack(data, suffix):
             arrays = _load_safetensors(data)  # first: it checks the header
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             return arrays, json.loads(_unsealed(header["__metadata__"][FORMAT]))
-        with zipfile.ZipFile(io.BytesIO(data)):  # np.load would take other kinds of file too
-            arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
+        arrays = read_npz(data, _check_members)
         return arrays, json.loads(str(arrays.pop(FORMAT)))
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, RuntimeError) as error:
-        raise ValueError(str(error)) from error  # encrypted or unknown compression: RuntimeError
+    except (MemoryError, RecursionError) as error:  # of JSON nested without end
+        raise ValueError(str(error)) from error
+
+
+def _check_members(headers):
+    """ValueError unless the arrays are a null's, of sizes that fit each other."""
+    known = {"counts", "largest", "router_sample", FORMAT}
+    if missing := sorted(known - set(headers)):
+        raise ValueError(f"it has no {missing[0]!r}")
+    if foreign := sorted(set(headers) - known):
+        raise ValueError(f"it has an array {foreign[0]!r}, which no null has")
+    counts, largest, sample = (headers[n].shape for n in ("counts", "largest", "router_sample"))
+    fits = (
+        len(counts) == len(largest) == 3
+        and len(sample) == 2
+        and counts[2] == BINS
+        and largest[:2] == counts[:2]
+        and largest[2] <= LARGEST
+        and sample[0] == counts[0]
+        and max(*counts[:2], sample[1]) <= MOST
+        and headers[FORMAT].shape == ()
+        and headers[FORMAT].dtype.itemsize <= 4 * FACTS_BYTES
+    )
+    if not fits:
+        raise ValueError(f"arrays of {counts}, {largest} and {sample} do not belong together")

@@ -170,18 +170,18 @@ class Profile:
     # ---- files ----
 
     def save(self, folder) -> list[Path]:
-        """Write profile.json, counts.npz and metrics.csv, each whole or not at all; their paths.
+        """Write profile.json, counts.npz and metrics.csv; their paths.
 
-        OSError where the folder can't be written.
+        Over an older profile: whatever happens on the way, `load` gives the older one or this
+        one, whole. OSError where the folder can't be written.
         """
-        from .storage import pack
+        from .storage import pack, write
 
         folder = Path(folder)
         check_folder(folder)
         files = pack(self)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_whole(folder / name, data)
+        write(folder, files)
         return [folder / name for name in files]
 
     @classmethod

@@ -3,19 +3,33 @@
 import hashlib
 import io
 import json
-import zipfile
-import zlib
+import math
+import os
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
+from typing import get_type_hints
 
 import numpy as np
 
+from ...files import write_whole
+from ...npz import read_npz
+from ..finding import Layer
+from ..roofline import Roofline
 from ..tally import PHASES, Counts
 from .metrics import SCALARS
 from .profile import ALL, as_json
 
 FORMAT, VERSION = "moeprof-profile", 1
 JSON, COUNTS, CSV = "profile.json", "counts.npz", "metrics.csv"
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError, ValueError)
+NEXT = "counts.next.npz"  # the counts of a profile that is being written
+MOST_BYTES = 1 << 32  # of one array
+_DAMAGED = (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
+_FACTS = {
+    "model": str, "model_class": str, "config": dict, "machine": dict, "router": str, "steps": int,
+    "steps_left_out": int, "warmup_steps": int, "sampling_rate": int,
+    "memory_peak_mb": int | float | None, "notes": list,
+}  # fmt: skip
 
 
 def pack(profile) -> dict[str, bytes]:
@@ -65,25 +79,99 @@ def _arrays(profile):
     return arrays
 
 
+def write(folder, files):
+    """Write what `pack` gave. The JSON decides: until it is replaced the older profile stands,
+    from then on this one, whose counts may still have the name NEXT."""
+    if (folder / NEXT).is_file():
+        _finish(folder)  # what an earlier call left when it was interrupted
+    try:
+        write_whole(folder / NEXT, files[COUNTS])
+        write_whole(folder / JSON, files[JSON])
+    except OSError:
+        (folder / NEXT).unlink(missing_ok=True)
+        raise
+    os.replace(folder / NEXT, folder / COUNTS)
+    write_whole(folder / CSV, files[CSV])
+
+
+def _finish(folder):
+    """Give NEXT its name if the JSON is of it."""
+    with suppress(OSError, ValueError):
+        if _is_of(_head(folder), (folder / NEXT).read_bytes()):
+            os.replace(folder / NEXT, folder / COUNTS)
+
+
+def _is_of(head, counts):
+    return hashlib.sha256(counts).hexdigest() == head.get("counts_sha256")
+
+
 def unpack(make, folder):
-    """make(layers, counts, facts, …) of a folder written by `pack`; raises as Profile.load."""
-    for name in (JSON, COUNTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no profile in {folder}: it has no {name}")
+    """make(layers, counts, facts, …) of a folder written by `write`; raises as Profile.load."""
+    present = [name for name in (COUNTS, NEXT) if (folder / name).is_file()]
+    if not (folder / JSON).is_file() or not present:
+        missing = COUNTS if (folder / JSON).is_file() else JSON
+        raise FileNotFoundError(f"no profile in {folder}: it has no {missing}")
     head = _head(folder)
-    data = (folder / COUNTS).read_bytes()
-    if hashlib.sha256(data).hexdigest() != head.get("counts_sha256"):
+    contents = [(folder / name).read_bytes() for name in present]
+    data = next((data for data in contents if _is_of(head, data)), None)
+    if data is None:
         raise ValueError(f"{folder}: {COUNTS} is not the one that {JSON} was written with")
     try:
-        return _parts(make, head, dict(np.load(io.BytesIO(data), allow_pickle=False)))
+        _check_head(head)
+        layers = [Layer(**layer) for layer in head["layers"]]
+        return _parts(make, head, layers, read_npz(data, partial(_check_members, head, layers)))
     except _DAMAGED as error:
         raise ValueError(f"{folder}: the profile is damaged: {error!r}") from error
+
+
+def _check_head(head):
+    """ValueError unless facts, layers and roofline have the types that they are written with."""
+    _check_types("facts", head["facts"], _FACTS)
+    for layer in head["layers"]:
+        _check_types("layer", layer, get_type_hints(Layer))
+        for name, value in layer.items():
+            if isinstance(value, int) and not 0 <= value < 2**63:
+                raise ValueError(f"layer: {name}: expected 0 or more, got {value}")
+    if head["roofline"] is not None:
+        _check_types("roofline", head["roofline"], get_type_hints(Roofline))
+
+
+def _check_types(what, values, types):
+    if not isinstance(values, dict):
+        raise ValueError(f"{what}: expected names and values, got {values!r:.60}")
+    for name, kind in types.items():
+        value = values.get(name)
+        wanted = (int, float) if kind is float else kind
+        wrong_bool = isinstance(value, bool) and kind is not bool
+        if name in values and (wrong_bool or not isinstance(value, wanted)):
+            raise ValueError(f"{what}: {name}: expected {kind}, got {value!r:.60}")
+
+
+def _check_members(head, layers, headers):
+    """ValueError for an array of another name or size than the profile's has."""
+    expected = {}
+    for phase in PHASES:
+        for index, layer in enumerate(layers):
+            pairs = (Counts(layer.num_experts, pairs) for pairs in (True, False))
+            for counts in pairs:
+                for name in ("ints", "floats"):
+                    at = expected.setdefault(f"{phase}.{index}.{name}", set())
+                    at.add(getattr(counts, name).shape)
+    widest = max((layer.num_experts for layer in layers), default=0)
+    for number in range(len(head["domains"] or [])):
+        expected[f"domain.{number}"] = {(len(layers), widest + 1)}
+    for name, header in headers.items():
+        free = name == "events" or name.startswith("vocabulary.")
+        if not free and header.shape not in expected.get(name, ()):
+            raise ValueError(f"counts: an array {name!r} of {header.shape}")
+        if math.prod(header.shape) * header.dtype.itemsize > MOST_BYTES:
+            raise ValueError(f"counts: {name} is of {header.shape}")
 
 
 def _head(folder):
     try:
         head = json.loads((folder / JSON).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / JSON}: expected JSON: {error}") from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ValueError(f"{folder / JSON}: this is no profile of moeprof")
@@ -94,12 +182,8 @@ def _head(folder):
     return head
 
 
-def _parts(make, head, arrays):
-    from ..finding import Layer
-    from ..roofline import Roofline
-
-    layers = [Layer(**layer) for layer in head["layers"]]
-    if not isinstance(head["facts"], dict) or f"{PHASES[0]}.{len(layers)}.ints" in arrays:
+def _parts(make, head, layers, arrays):
+    if f"{PHASES[0]}.{len(layers)}.ints" in arrays:
         raise ValueError("facts or layers are not those of the counts")
     counts = {
         phase: [
