@@ -224,7 +224,9 @@ def _total(counts: Tensor, upper_bound: int) -> int:
 
 @register_flop_formula(torch.ops.moeprof.experts, get_raw=True)
 def _(hidden, experts, routing_weights, weights, name, *, out_val=None, **kwargs) -> int:
-    return _expert_flops(weights) * _total(experts >= 0, experts.numel())
+    num_experts = len(weights[-1]) if weights[-1].dim() == 3 else len(weights) // 3
+    ran = (experts >= 0) & (experts < num_experts)
+    return _expert_flops(weights) * _total(ran, experts.numel())
 
 
 @register_flop_formula(torch.ops.moeprof.moe, get_raw=True)
@@ -239,7 +241,7 @@ def _(hidden, logits, weights, *spec, out_val=None, **kwargs) -> int:
 def experts_forward(
     experts: torch.nn.Module, hidden: Tensor, idx: Tensor, weights: Tensor
 ) -> Tensor:
-    """Run the experts that a routing names, skipping the others and every slot of -1.
+    """Run the experts that a routing names, skipping the others and every empty slot.
 
     On transformers 5 this is also the experts implementation "moeprof":
     ``model.set_experts_implementation("moeprof")``, for every class on that interface with
@@ -251,7 +253,7 @@ def experts_forward(
         Holds ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I), float32, bfloat16 or
         float16, on the CPU.
     hidden : (T, H), dtype of the weights
-    idx : (T, k) integer, expert ids, -1 for none
+    idx : (T, k) integer, expert ids; -1, or E as transformers writes it, for an empty slot
     weights : (T, k) floating point
 
     Returns
@@ -288,12 +290,15 @@ def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
     dtype = tensors[0].dtype
     if dtype not in DTYPES:
         return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
+    # A tracer's tensors have a class of their own and no memory: what it makes of the operator
+    # is asked again when that runs.
+    traced = torch.compiler.is_compiling()
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        if not traced and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"a tensor of class {type(tensor).__name__}"
         if tensor.device.type != "cpu":
             return f"a tensor on device {tensor.device} (only cpu is supported)"
-        if tensor.layout is not torch.strided or tensor.is_neg():
+        if tensor.layout is not torch.strided or (not traced and tensor.is_neg()):
             return "a tensor that is not plain memory (its layout, or a lazy sign)"
         if tensor.dtype != dtype:
             return f"dtypes {dtype} and {tensor.dtype} in one layer"

@@ -17,6 +17,12 @@ def adapter_of(module: nn.Module) -> type[Adapter] | None:
     return next((a for a in ADAPTERS if a.matches(module)), None)
 
 
+def check_model(model, function: str) -> None:
+    """TypeError unless it is a torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def find_moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The (qualified name, block) of each MoE block, in the order of the layers.
 
