@@ -170,14 +170,24 @@ def _(hidden, logits, weights, router, parameters, min_k, max_k, *rest):
 # ---- gradients: refused, never dropped ----
 
 
+# What stands before the name of a class of experts that were called by themselves.
+_BY_ITSELF = "experts_forward: "
+
+
+def _instead(name: str) -> str:
+    """What a user does who wants gradients from the experts of this name."""
+    if name.startswith(_BY_ITSELF):
+        return 'choose other experts for that, model.set_experts_implementation("grouped_mm")'
+    return "unpatch the model for that"
+
+
 def _remember_name(ctx, inputs, output) -> None:
     ctx.layer_name = inputs[-1]
 
 
 def _refuse(ctx, *gradients):
-    raise RuntimeError(
-        f"{ctx.layer_name}: the C path has no backward; unpatch the model to train it"
-    )
+    name = ctx.layer_name
+    raise RuntimeError(f"{name}: the C path has no backward to train with; {_instead(name)}")
 
 
 experts_op.register_autograd(_refuse, setup_context=_remember_name)
@@ -205,7 +215,7 @@ def _refuse_tangents(name: str, *tensors: Tensor) -> None:
     if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(f"{name}: the C path has no derivatives; unpatch the model for them")
+        raise RuntimeError(f"{name}: the C path has no derivatives; {_instead(name)}")
 
 
 # ---- FLOPs: 6 H I for each expert that a token was sent to ----
@@ -264,8 +274,17 @@ def experts_forward(
     ------
     ValueError
         If the experts, or the shapes, are not of that form; it names what was expected.
+    TypeError
+        If experts is no module, or another argument no tensor.
     """
-    name = type(experts).__name__
+    if not isinstance(experts, torch.nn.Module):
+        kind = type(experts).__name__
+        raise TypeError(f"experts_forward: experts: expected a torch.nn.Module, got {kind}")
+    for argument, value in (("hidden", hidden), ("idx", idx), ("weights", weights)):
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"experts_forward: {argument}: expected a torch.Tensor, got {kind}")
+    name = _BY_ITSELF + type(experts).__name__
     matrices, reason = read_packed(experts)
     if reason:
         raise ValueError(f"{name}: not on moeprof's path: {reason}")

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapter_of, check_model, find_moe_blocks
+from .adapters import adapter_of, find_moe_blocks
 from .adapters.base import Adapter, RouterOutput
+from .adapters.foreign import check_model, explained
 from .callables import read_routing
 from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
@@ -176,7 +177,7 @@ class Handle:
 
     def __repr__(self) -> str:
         what = _in_words(self.layers)
-        linears = f" and {len(self._linears)} linears" if self._linears else ""
+        linears = f", {len(self._linears)} linears" if self._linears else ""
         return f"<moeprof.Handle: {what}{linears}, {self._state()}>"
 
     def _state(self) -> str:
@@ -266,6 +267,7 @@ def patch(
     for index, (name, block) in enumerate(blocks):
         adapter, name = adapter_of(block), name or type(block).__name__
         if reason := adapter.readable(block)[1]:
+            reason = explained(reason, block)
             if strict:
                 raise ValueError(f"{name}: can't run on moeprof's path: {reason}")
             skipped[name] = reason
@@ -430,7 +432,7 @@ def _warn_nested(left: list[PatchedLayer]) -> None:
 def _in_words(layers: list[PatchedLayer]) -> str:
     """ "bh alpha=0.05 max_k=8 on 4 layers"."""
     count = f"{len(layers)} layer{'s' * (len(layers) != 1)}"
-    return f"{describe([layer.router for layer in layers])} on {count}"
+    return f"{describe([layer.router for layer in layers])} on {count}" if layers else count
 
 
 def _changes(block: nn.Module, layer: PatchedLayer) -> list[tuple[nn.Module, Callable]]:
@@ -562,8 +564,10 @@ def _input_obstacle(weight: Tensor, hidden_states: Tensor) -> str | None:
 def _own_forward(block: nn.Module, layer: PatchedLayer, reason: str, hidden_states: Tensor):
     """The forward that the model had before any patch, or an error where that is asked for."""
     if layer.strict:
+        reason = explained(reason, block)
         raise RuntimeError(f"{layer.name}: can't run on moeprof's path: {reason}")
     if layer.fallback is None:
+        reason = explained(reason, block)
         _warn_fallback(layer.name, reason)
         layer.fallback = reason
     # From the layer on, not from the block: another thread may have unpatched that.
