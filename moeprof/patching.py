@@ -221,8 +221,8 @@ def patch(
     router : str, Router, callable, list, dict or None
         None is the model's own top-k. A name takes its parameters as keywords:
         ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
-        dict has them by the layer's number or its block's name, and the layers that it leaves
-        out keep the model's own. A callable takes the logits (T, E) and returns a routing:
+        dict has them by the layer's number, or by the name of its block or gate, and the layers
+        that it leaves out keep the model's own. A callable takes the logits (T, E) and returns a routing:
         weights (T, E), zero where an expert is not selected; or (weights (T, k), experts
         (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its weights
         are used as they are, `norm` does not touch them. It is slower: for trying ideas.
@@ -349,7 +349,10 @@ def routers_by_layer(router, names: list[str], parameters: dict) -> list:
     if isinstance(router, list | tuple | dict) and parameters:
         raise TypeError(f"patch: {sorted(parameters)} given beside a router for each layer")
     if isinstance(router, dict):
-        numbers = {**{name: i for i, name in enumerate(names)}, **{i: i for i in range(count)}}
+        numbers = {i: i for i in range(count)}
+        for i, name in enumerate(names):
+            # The profiler's metrics have the name of the gate.
+            numbers |= {name: i, f"{name}.gate": i}
         if unknown := [key for key in router if key not in numbers]:
             raise ValueError(
                 f"router: expected layers 0 to {count - 1} or their names {names}, got {unknown}"
