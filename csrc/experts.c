@@ -144,6 +144,13 @@ static int are_few(const chunk *c, ptrdiff_t a)
     return pairs_of(c, a) <= MP_FEW_ROWS;
 }
 
+/* Whether the slot of this id has an expert: -1 is an empty slot, and so is E, as
+ * transformers writes one. */
+static int is_expert(int32_t id, ptrdiff_t num_experts)
+{
+    return id >= 0 && id < num_experts;
+}
+
 /* Sorts the pairs by expert; within one they stay in the order of the tokens. */
 static int group(chunk *c, const int32_t *experts, const float *weights,
                  ptrdiff_t slots)
@@ -152,9 +159,9 @@ static int group(chunk *c, const int32_t *experts, const float *weights,
     int32_t *first = c->first;
     memset(first, 0, (size_t)(E + 1) * sizeof *first);
     for (ptrdiff_t s = 0; s < all; s++) {
-        if (experts[s] < -1 || experts[s] >= E)
+        if (experts[s] < -1 || experts[s] > E)
             return MP_BAD_EXPERT;
-        if (experts[s] >= 0)
+        if (is_expert(experts[s], E))
             first[experts[s] + 1]++;
     }
     c->num_active = 0;
@@ -166,7 +173,7 @@ static int group(chunk *c, const int32_t *experts, const float *weights,
     /* first[e] is the next free place of expert e while they fill, which leaves it
      * at the start of expert e + 1: shifted back afterwards. */
     for (ptrdiff_t s = 0; s < all; s++) {
-        if (experts[s] < 0)
+        if (!is_expert(experts[s], E))
             continue;
         int32_t pair = first[experts[s]]++;
         c->token[pair] = (int32_t)(s / slots);

@@ -15,7 +15,7 @@ typedef struct {
 enum { MP_OK = 0, MP_NO_MEMORY = -1, MP_BAD_EXPERT = -2 };
 
 /* out[t] = sum_s weights[t, s] * expert_{experts[t, s]}(hidden[t]), over the slots s
- * in ascending order of expert, in fp32, rounded once. A slot with expert -1 costs
+ * in ascending order of expert, in fp32, rounded once. A slot with expert -1 or E costs
  * nothing. hidden, out: (T,H) of the layer's dtype; experts, weights: (T,slots).
  * An expert may be named once a token, or more often (its weights then add up).
  * Returns MP_OK or an error, then `out` is undefined. */

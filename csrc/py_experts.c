@@ -6,7 +6,7 @@
 
 PyDoc_STRVAR(experts_doc,
 "experts(hidden, experts, weights, dtype, pointers, intermediate_size, threads)\n--\n\n"
-"hidden (T,H), experts (T,k) int32 or int64 with -1 for none, weights (T,k) float32 or of\n"
+"hidden (T,H), experts (T,k) int32 or int64, -1 or E for none, weights (T,k) float32 or of\n"
 "the dtype of hidden -> (T,H). pointers (3,E) uint64: the addresses of gate, up (I,H) and\n"
 "down (H,I) of each expert.");
 

@@ -335,6 +335,6 @@ int mp_check_experts(int error)
         PyErr_NoMemory();
     else if (error == MP_BAD_EXPERT)
         PyErr_SetString(PyExc_ValueError,
-                        "experts: an index is outside [-1, num_experts)");
+                        "experts: an index is outside [-1, num_experts]");
     return error ? -1 : 0;
 }

@@ -170,14 +170,24 @@ def _(hidden, logits, weights, router, parameters, min_k, max_k, *rest):
 # ---- gradients: refused, never dropped ----
 
 
+# What stands before the name of a class of experts that were called by themselves.
+_BY_ITSELF = "experts_forward: "
+
+
+def _instead(name: str) -> str:
+    """What a user does who wants gradients from the experts of this name."""
+    if name.startswith(_BY_ITSELF):
+        return 'choose other experts for that, model.set_experts_implementation("grouped_mm")'
+    return "unpatch the model for that"
+
+
 def _remember_name(ctx, inputs, output) -> None:
     ctx.layer_name = inputs[-1]
 
 
 def _refuse(ctx, *gradients):
-    raise RuntimeError(
-        f"{ctx.layer_name}: the C path has no backward; unpatch the model to train it"
-    )
+    name = ctx.layer_name
+    raise RuntimeError(f"{name}: the C path has no backward to train with; {_instead(name)}")
 
 
 experts_op.register_autograd(_refuse, setup_context=_remember_name)
@@ -205,7 +215,7 @@ def _refuse_tangents(name: str, *tensors: Tensor) -> None:
     if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(f"{name}: the C path has no derivatives; unpatch the model for them")
+        raise RuntimeError(f"{name}: the C path has no derivatives; {_instead(name)}")
 
 
 # ---- FLOPs: 6 H I for each expert that a token was sent to ----
@@ -224,7 +234,9 @@ def _total(counts: Tensor, upper_bound: int) -> int:
 
 @register_flop_formula(torch.ops.moeprof.experts, get_raw=True)
 def _(hidden, experts, routing_weights, weights, name, *, out_val=None, **kwargs) -> int:
-    return _expert_flops(weights) * _total(experts >= 0, experts.numel())
+    num_experts = len(weights[-1]) if weights[-1].dim() == 3 else len(weights) // 3
+    ran = (experts >= 0) & (experts < num_experts)
+    return _expert_flops(weights) * _total(ran, experts.numel())
 
 
 @register_flop_formula(torch.ops.moeprof.moe, get_raw=True)
@@ -239,7 +251,7 @@ def _(hidden, logits, weights, *spec, out_val=None, **kwargs) -> int:
 def experts_forward(
     experts: torch.nn.Module, hidden: Tensor, idx: Tensor, weights: Tensor
 ) -> Tensor:
-    """Run the experts that a routing names, skipping the others and every slot of -1.
+    """Run the experts that a routing names, skipping the others and every empty slot.
 
     On transformers 5 this is also the experts implementation "moeprof":
     ``model.set_experts_implementation("moeprof")``, for every class on that interface with
@@ -251,7 +263,7 @@ def experts_forward(
         Holds ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I), float32, bfloat16 or
         float16, on the CPU.
     hidden : (T, H), dtype of the weights
-    idx : (T, k) integer, expert ids, -1 for none
+    idx : (T, k) integer, expert ids; -1, or E as transformers writes it, for an empty slot
     weights : (T, k) floating point
 
     Returns
@@ -262,8 +274,17 @@ def experts_forward(
     ------
     ValueError
         If the experts, or the shapes, are not of that form; it names what was expected.
+    TypeError
+        If experts is no module, or another argument no tensor.
     """
-    name = type(experts).__name__
+    if not isinstance(experts, torch.nn.Module):
+        kind = type(experts).__name__
+        raise TypeError(f"experts_forward: experts: expected a torch.nn.Module, got {kind}")
+    for argument, value in (("hidden", hidden), ("idx", idx), ("weights", weights)):
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"experts_forward: {argument}: expected a torch.Tensor, got {kind}")
+    name = _BY_ITSELF + type(experts).__name__
     matrices, reason = read_packed(experts)
     if reason:
         raise ValueError(f"{name}: not on moeprof's path: {reason}")
@@ -288,12 +309,15 @@ def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
     dtype = tensors[0].dtype
     if dtype not in DTYPES:
         return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
+    # A tracer's tensors have a class of their own and no memory: what it makes of the operator
+    # is asked again when that runs.
+    traced = torch.compiler.is_compiling()
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        if not traced and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"a tensor of class {type(tensor).__name__}"
         if tensor.device.type != "cpu":
             return f"a tensor on device {tensor.device} (only cpu is supported)"
-        if tensor.layout is not torch.strided or tensor.is_neg():
+        if tensor.layout is not torch.strided or (not traced and tensor.is_neg()):
             return "a tensor that is not plain memory (its layout, or a lazy sign)"
         if tensor.dtype != dtype:
             return f"dtypes {dtype} and {tensor.dtype} in one layer"

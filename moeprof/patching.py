@@ -1,10 +1,12 @@
 """patch() and unpatch(): the forward of MoE blocks swapped for the C path, and put back."""
 
+import sys
 import types
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from inspect import cleandoc
 from time import perf_counter_ns
 from typing import NamedTuple
 
@@ -13,15 +15,19 @@ from torch import Tensor, nn
 
 from .adapters import adapter_of, find_moe_blocks
 from .adapters.base import Adapter, RouterOutput
+from .adapters.foreign import check_model, explained
 from .callables import read_routing
 from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
 from .null import LayerNull, resolve_null
 from .routers import Router, TopK, make_router
+from .routers.base import warn_if_capped
+from .routers.table import all_lines, describe
 from .state import STATE, Patched
 from .watching import rehook, watches_of
 
 NORMS = ("model", "none", "sum", "mass")
+UNDO_ALL = "moeprof.unpatch(model) removes all"
 
 
 class Routing(NamedTuple):
@@ -55,9 +61,20 @@ class PatchedLayer(Patched):
     strict: bool
     on_routing: Callable[[int, Routing], None] | None = None
     fallback: str | None = None  # why the model's own forward runs, once it does
+    cap: "CapWatch | None" = None  # of a router on a null whose max_k is None
+    _spec: tuple | None = None  # the model's settings, and what `spec` made of them
 
-    def spec(self, top_k: int, norm_topk_prob: bool) -> tuple:
-        """The routing arguments of `moe_op`; the model's own settings are read every call."""
+    def spec(self, settings: tuple[int, bool]) -> tuple:
+        """The routing arguments of `moe_op`.
+
+        settings: (top_k, norm_topk_prob) of the model. They are read in every call, and the
+        arguments made anew when they have changed.
+        """
+        if self._spec is None or self._spec[0] != settings:
+            self._spec = settings, self._make_spec(*settings)
+        return self._spec[1]
+
+    def _make_spec(self, top_k: int, norm_topk_prob: bool) -> tuple:
         router = TopK(top_k) if self.router is None else self.router
         norm = self.norm
         if norm == "model":
@@ -67,6 +84,27 @@ class PatchedLayer(Patched):
         )
         tables = (None if t is None else torch.from_numpy(t) for t in (p_table, table))
         return (name, list(parameters), *rest, form, score, *tables)
+
+
+@dataclass(eq=False)
+class CapWatch:
+    """Of all layers of one patch: how often the cap that max_k=None is cut a token's experts."""
+
+    cap: int
+    num_experts: int
+    tokens: int = 0
+    capped: int = 0
+    warned: bool = False
+
+    def see(self, rejections: Tensor) -> None:
+        """Count the tokens of one call, rejections (T,); warn once in the life of the patch."""
+        if self.warned or torch.compiler.is_compiling() or type(rejections) is not Tensor:
+            return
+        self.tokens += len(rejections)
+        self.capped += int((rejections.numpy() > self.cap).sum())
+        self.warned = warn_if_capped(
+            self.capped, self.tokens, self.num_experts, unit="tokens of all layers", stacklevel=3
+        )
 
 
 class Handle:
@@ -130,15 +168,30 @@ class Handle:
             _restore(module)
 
     def __enter__(self) -> "Handle":
+        for _, state in [*self._blocks, *self._linears]:
+            state.ends_by_itself = True
         return self
 
     def __exit__(self, *exception) -> None:
         self.unpatch()
 
     def __repr__(self) -> str:
-        state = "patched" if self.active else "not patched"
+        what = _in_words(self.layers)
         linears = f", {len(self._linears)} linears" if self._linears else ""
-        return f"<moeprof.Handle: {len(self._blocks)} layers{linears}, {state}>"
+        return f"<moeprof.Handle: {what}{linears}, {self._state()}>"
+
+    def _state(self) -> str:
+        """Of this patch and of others on the same blocks, in words."""
+        patched = [*self._blocks, *self._linears]
+        if self.active:
+            under = any(vars(m).get(STATE) is not s for m, s in patched if s in _chain(m))
+            return "patched, but a later patch is the one that runs" if under else "patched"
+        before = {id(earlier) for _, s in patched for earlier in _earlier(s)}
+        others = {id(s): s for module, _ in patched for s in _chain(module)}
+        if not others:
+            return "not patched"
+        which = "an earlier" if others.keys() & before else "a later"
+        return f"not patched; the model is still patched by {which} patch, {UNDO_ALL}"
 
 
 def patch(
@@ -156,6 +209,11 @@ def patch(
     Only the experts that a token is routed to are computed. Neither the original top-k nor
     the original forward runs.
 
+    A model that is patched already gets this patch on top: it runs until its handle's
+    ``unpatch()``, then the earlier one does again, and ``moeprof.unpatch(model)`` removes all.
+    There is a warning then, since a notebook cell that runs twice does this, unless the
+    earlier patch stands in a ``with`` block, which ends it.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -163,11 +221,12 @@ def patch(
     router : str, Router, callable, list, dict or None
         None is the model's own top-k. A name takes its parameters as keywords:
         ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
-        dict has them by the layer's number or its block's name, and the layers that it leaves
-        out keep the model's own. A callable takes the logits (T, E) and returns a routing:
-        weights (T, E), zero where an expert is not selected; or (weights (T, k), experts
-        (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its weights
-        are used as they are, `norm` does not touch them. It is slower: for trying ideas.
+        dict has them by the layer's number, or by the name of its block or gate, and the layers
+        that it leaves out keep the model's own. A callable takes the logits (T, E) and returns
+        a routing: weights (T, E), zero where an expert is not selected; or (weights (T, k),
+        experts (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its
+        weights are used as they are, `norm` does not touch them. It is slower: for trying
+        ideas.
     null : Null, str, path or None
         Where the p-values of the router come from: a fitted null, the path of a saved one, or
         "normal". None is "normal", with a warning.
@@ -196,11 +255,12 @@ def patch(
     ValueError
         "No routers found ..." for a model without such a block; a layer that can't run in C;
         a parameter out of range; a null fitted to another model. The model is as it was.
+    TypeError
+        For what is no model, router or null.
     """
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model, "patch")
     blocks = find_moe_blocks(model)
     routers = routers_by_layer(router, [name for name, _ in blocks], router_parameters)
     nulls = _layer_nulls(model, routers, null)
@@ -208,17 +268,21 @@ def patch(
     for index, (name, block) in enumerate(blocks):
         adapter, name = adapter_of(block), name or type(block).__name__
         if reason := adapter.readable(block)[1]:
+            reason = explained(reason, block)
             if strict:
                 raise ValueError(f"{name}: can't run on moeprof's path: {reason}")
             skipped[name] = reason
             continue
         num_experts = adapter.num_experts(block)
-        if isinstance(routers[index], Router):
-            routers[index].limits(num_experts)  # raises before anything is changed
         layer = PatchedLayer(
             name, index, num_experts, adapter, routers[index], nulls[index], norm, strict
         )
+        if layer.router is None or isinstance(layer.router, Router):
+            layer.spec(adapter.settings(block))  # raises before anything is changed
         patched.append((block, layer))
+    _watch_caps([layer for _, layer in patched])
+    if left := _left_patched(blocks):
+        _warn_nested(left)
     for name, reason in skipped.items():
         _warn_fallback(name, reason)
     around = find_linears(model, [block for _, block in blocks]) if linears else []
@@ -231,7 +295,14 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Remove all patches from a model, also from a copy of a patched one; never fails."""
+    """Remove all patches from a model, also from a copy of a patched one.
+
+    Raises
+    ------
+    TypeError
+        For what is no model.
+    """
+    check_model(model, "unpatch")
     for module in list(model.modules()):
         while STATE in vars(module):
             _restore(module)
@@ -244,6 +315,7 @@ class OLMoERouterPatcher:
     """
 
     def __init__(self, model: nn.Module):
+        check_model(model, "OLMoERouterPatcher")
         self.model = model
         self.moe_blocks = find_moe_blocks(model)
         self.original_forwards = {name: block.forward for name, block in self.moe_blocks}
@@ -265,6 +337,10 @@ class OLMoERouterPatcher:
             self._handles.pop()
 
 
+if patch.__doc__:  # python -OO leaves none
+    patch.__doc__ = f"{cleandoc(patch.__doc__)}\n\nRouters\n-------\n{all_lines()}\n"
+
+
 # ---- installing and restoring ----
 
 
@@ -274,7 +350,10 @@ def routers_by_layer(router, names: list[str], parameters: dict) -> list:
     if isinstance(router, list | tuple | dict) and parameters:
         raise TypeError(f"patch: {sorted(parameters)} given beside a router for each layer")
     if isinstance(router, dict):
-        numbers = {**{name: i for i, name in enumerate(names)}, **{i: i for i in range(count)}}
+        numbers = {i: i for i in range(count)}
+        for i, name in enumerate(names):
+            # The profiler's metrics have the name of the gate.
+            numbers |= {name: i, f"{name}.gate": i}
         if unknown := [key for key in router if key not in numbers]:
             raise ValueError(
                 f"router: expected layers 0 to {count - 1} or their names {names}, got {unknown}"
@@ -300,7 +379,7 @@ def _one_router(router, parameters: dict, index: int, count: int) -> Router | Ca
 
 def _layer_nulls(model, routers: list, null) -> list[LayerNull | None]:
     """What each layer's p-values come from; None where its router has none."""
-    wanting = [r for r in routers if isinstance(r, Router) and r.wants_null]
+    wanting = [r for r in routers if _on_null(r)]
     if not wanting:
         if null is not None:
             raise ValueError("null: given, but the router does not work on p-values")
@@ -311,9 +390,53 @@ def _layer_nulls(model, routers: list, null) -> list[LayerNull | None]:
     null.check(model)
     adapted = {type(router): router.adapt(null) for router in wanting}
     return [
-        adapted[type(r)].layer(i) if isinstance(r, Router) and r.wants_null else None
+        adapted[type(r)].layer(i) if _on_null(r) else None
         for i, r in enumerate(routers)
     ]
+
+
+def _watch_caps(layers: list[PatchedLayer]) -> None:
+    """One CapWatch for the layers whose router has a cap that nobody asked for."""
+    watch = None
+    for layer in layers:
+        cap = layer.router.silent_cap(layer.num_experts) if _on_null(layer.router) else None
+        if cap is not None:
+            watch = watch or CapWatch(cap, layer.num_experts)
+            layer.cap = watch
+
+
+def _on_null(router) -> bool:
+    return isinstance(router, Router) and router.wants_null
+
+
+# ---- patches upon patches ----
+
+
+def _left_patched(blocks: list[tuple[str, nn.Module]]) -> list[PatchedLayer]:
+    """The layers with a patch that no ``with`` block will end."""
+    states = [vars(block).get(STATE) for _, block in blocks]
+    return [s for s in states if s is not None and not s.ends_by_itself]
+
+
+def _warn_nested(left: list[PatchedLayer]) -> None:
+    """Tell the user that the model was patched already.
+
+    Not moeprof's own code, which patches in ``with`` blocks and leaves what the user has done.
+    """
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    if caller.partition(".")[0] == __package__:
+        return
+    warnings.warn(
+        f"patch: the model is patched already ({_in_words(left)}): this patch runs until it is "
+        f"unpatched, then that one does again; {UNDO_ALL}",
+        stacklevel=3,
+    )
+
+
+def _in_words(layers: list[PatchedLayer]) -> str:
+    """ "bh alpha=0.05 max_k=8 on 4 layers"."""
+    count = f"{len(layers)} layer{'s' * (len(layers) != 1)}"
+    return f"{describe([layer.router for layer in layers])} on {count}" if layers else count
 
 
 def _changes(block: nn.Module, layer: PatchedLayer) -> list[tuple[nn.Module, Callable]]:
@@ -329,12 +452,13 @@ def _install(
     state: PatchedLayer | PatchedLinear,
     changes: list[tuple[nn.Module, Callable]],
 ) -> None:
-    for module, forward in changes:
-        attributes = {"forward": types.MethodType(forward, module)}
-        if module is patched:
-            attributes[STATE] = state
-        state.saved.append((module, {n: vars(module).get(n, _Absent) for n in attributes}))
-        vars(module).update(attributes)
+    attributes = [{"forward": types.MethodType(forward, module)} for module, forward in changes]
+    attributes[0][STATE] = state
+    for (module, _), own in zip(changes, attributes, strict=True):
+        state.saved.append((module, {n: vars(module).get(n, _Absent) for n in own}))
+    # The block comes last, since another thread may run it from then on.
+    for (module, _), own in reversed([*zip(changes, attributes, strict=True)]):
+        vars(module).update(own)
     rehook(patched)
 
 
@@ -355,7 +479,13 @@ class _Absent:
 
 def _chain(module: nn.Module) -> list[PatchedLayer | PatchedLinear]:
     """The patches of a module, the last one first."""
-    states, state = [], vars(module).get(STATE, _Absent)
+    state = vars(module).get(STATE)
+    return [] if state is None else _earlier(state)
+
+
+def _earlier(state: PatchedLayer | PatchedLinear) -> list[PatchedLayer | PatchedLinear]:
+    """A patch and those that it was put upon, itself first."""
+    states = []
     while state is not _Absent:
         states.append(state)
         state = state.saved[0][1][STATE]
@@ -367,7 +497,9 @@ def _chain(module: nn.Module) -> list[PatchedLayer | PatchedLinear]:
 
 def _forward(self, hidden_states: Tensor):
     """The forward of a patched block; bound to the block, so that a copy uses its own weights."""
-    layer = vars(self)[STATE]
+    layer = vars(self).get(STATE)
+    if layer is None:  # another thread unpatched the block since it looked this forward up
+        return self.forward(hidden_states)
     watches = watches_of(self)
     start = perf_counter_ns() if watches else 0
     adapter = layer.adapter
@@ -397,9 +529,11 @@ def _run(
     if layer.router is None and router.experts is not None:  # a user's gate has chosen
         chosen = router.weights, router.experts
     elif layer.router is None or isinstance(layer.router, Router):
-        spec = layer.spec(*layer.adapter.settings(block))
+        spec = layer.spec(layer.adapter.settings(block))
         logits = router.logits if router.logits.dtype == x.dtype else router.logits.float()
         out, *routing = run_moe(x, logits, weights, *spec, layer.name)
+        if layer.cap is not None:
+            layer.cap.see(routing[3])
         return out, Routing(*routing, router.logits)
     else:
         chosen = read_routing(layer.router(router.logits), router.logits, layer.name)
@@ -418,6 +552,7 @@ def _run_chosen(
         raise ValueError(f"{layer.name}: {reason}")
     out = run_experts(x, experts, routing_weights, weights, layer.name)
     experts = experts.to(torch.int32)
+    experts = experts.masked_fill(experts == layer.num_experts, -1)  # an empty slot too
     counts = (experts >= 0).sum(1, dtype=torch.int32)
     return out, Routing(routing_weights.float(), experts, counts, counts, logits)
 
@@ -433,11 +568,14 @@ def _input_obstacle(weight: Tensor, hidden_states: Tensor) -> str | None:
 def _own_forward(block: nn.Module, layer: PatchedLayer, reason: str, hidden_states: Tensor):
     """The forward that the model had before any patch, or an error where that is asked for."""
     if layer.strict:
+        reason = explained(reason, block)
         raise RuntimeError(f"{layer.name}: can't run on moeprof's path: {reason}")
     if layer.fallback is None:
+        reason = explained(reason, block)
         _warn_fallback(layer.name, reason)
         layer.fallback = reason
-    forward = _chain(block)[-1].saved[0][1]["forward"]
+    # From the layer on, not from the block: another thread may have unpatched that.
+    forward = _earlier(layer)[-1].saved[0][1]["forward"]
     if forward is _Absent:
         forward = types.MethodType(type(block).forward, block)
     with ExitStack() as watched:

@@ -23,6 +23,7 @@ class Patched:
     """
 
     name: str
+    ends_by_itself: bool = field(default=False, kw_only=True, repr=False)  # in a `with` block
     saved: list[tuple[nn.Module, dict[str, Any]]] = field(
         default_factory=list, kw_only=True, repr=False
     )

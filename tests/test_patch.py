@@ -464,8 +464,8 @@ def test_state_dict_and_mode_of_a_patched_model(model):
         assert all(m.training for m in model.train().modules())
         assert torch.equal(logits(model), expected)
         assert not any(m.training for m in model.eval().modules())
-        assert repr(handle) == "<moeprof.Handle: 2 layers, patched>"
-    assert repr(handle) == "<moeprof.Handle: 2 layers, not patched>"
+        assert repr(handle) == "<moeprof.Handle: the model's own top-k on 2 layers, patched>"
+    assert repr(handle) == "<moeprof.Handle: the model's own top-k on 2 layers, not patched>"
 
 
 def test_generation_with_a_cache(model):

@@ -145,7 +145,7 @@ def test_what_a_python_router_may_not_return(output):
 
 
 def test_an_index_outside_names_the_layer():
-    bad = torch.full((22, 1), 8)
+    bad = torch.full((22, 1), 9)
     with pytest.raises(ValueError, match=r"model.layers.0.mlp: experts: an index is outside"):
         run(olmoe(), lambda z: (torch.ones(22, 1), bad))
 

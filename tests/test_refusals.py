@@ -37,7 +37,7 @@ INDICES, WEIGHTS = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
         (INDICES, WEIGHTS.to("meta"), "routing on device meta"),
         (torch.full((2, 1), 2.7), WEIGHTS, "idx: expected integers, got torch.float32"),
         (INDICES > 0, WEIGHTS, "idx: expected integers, got torch.bool"),
-        (INDICES + 4, WEIGHTS, "outside"),
+        (INDICES + 5, WEIGHTS, "outside"),
     ],
 )
 def test_routings_that_can_not_be_read(indices, weights, message):

@@ -5,6 +5,7 @@ An adapter is a class that is never instantiated, so that a patched model can be
 
 from torch import nn
 
+from ..experts import read_packed, tensor_obstacle
 from .base import Adapter
 from .transformers4 import Olmoe4
 from .transformers5 import Olmoe5
@@ -28,10 +29,44 @@ def find_moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     blocks = [(name, m) for name, m in model.named_modules() if adapter_of(m)]
     if blocks:
         return blocks
+    raise ValueError(_no_routers(model))
+
+
+def _no_routers(model: nn.Module) -> str:
+    """What was looked for and found, and what of moeprof works on such a model."""
     classes = {type(m).__name__ for m in model.modules()}
     alike = sorted(c for c in classes if any(s in c.lower() for s in ("moe", "router", "expert")))
-    raise ValueError(
+    text = (
         f"No routers found in {type(model).__name__}: looked for modules of class "
-        f"OlmoeSparseMoeBlock with a gate and experts; found {len(classes)} classes of modules, "
-        f"of a mixture of experts: {', '.join(alike) or 'none'}"
+        f"OlmoeSparseMoeBlock with a gate and experts, since moeprof.patch knows OLMoE only; found "
+        f"{len(classes)} classes of modules, of a mixture of experts: {', '.join(alike) or 'none'}"
     )
+    if _profiler_reads(model):
+        text += ". moeprof.MoEProfiler(model) reads this model as it is"
+    if _has_interface(model):
+        text += (
+            '. model.set_experts_implementation("moeprof") runs its experts in C, with the '
+            "model's own router"
+        )
+    return text
+
+
+def _profiler_reads(model: nn.Module) -> bool:
+    from ..profiler.finding import find_sites  # it imports this package
+
+    try:
+        return bool(find_sites(model))
+    except ValueError:  # it has nothing to read either
+        return False
+
+
+def _has_interface(model: nn.Module) -> bool:
+    """Do all its experts lie behind transformers' interface, in a form that the C path reads?
+
+    Its decorator is what sets `is_concatenated` on a class of experts.
+    """
+    if not hasattr(model, "set_experts_implementation"):  # transformers 4 has no such interface
+        return False
+    behind = [m for m in model.modules() if "is_concatenated" in vars(m)]
+    reasons = [reason or tensor_obstacle(weights) for weights, reason in map(read_packed, behind)]
+    return bool(reasons) and not any(reasons)

@@ -100,6 +100,11 @@ class Adapter:
         return read_router_output(block.gate(x), len(x), cls.num_experts(block), name)
 
 
+def full_name(module: nn.Module) -> str:
+    """The class with the Python module that it is from: several libraries have a Linear."""
+    return f"{type(module).__name__} ({type(module).__module__})"
+
+
 def hooked(module: nn.Module) -> str | None:
     """What of this module, which the C path does not call, would be left out, or None."""
     own = vars(module)

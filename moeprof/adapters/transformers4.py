@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers.models.olmoe import modeling_olmoe
 
 from ..experts import is_silu
-from .base import Adapter, RouterOutput, hooked
+from .base import Adapter, RouterOutput, full_name, hooked
 
 _MLP = modeling_olmoe.OlmoeMLP
 
@@ -16,7 +16,7 @@ def _read_expert(expert: nn.Module, weights: list[Tensor]) -> str | None:
     attribute of a module takes ten times as long.
     """
     if type(expert) is not _MLP:
-        return f"an expert of class {type(expert).__name__}"
+        return f"an expert of class {full_name(expert)}"
     if reason := hooked(expert):
         return reason
     parts = vars(expert)["_modules"]
@@ -28,8 +28,10 @@ def _read_expert(expert: nn.Module, weights: list[Tensor]) -> str | None:
     for name in ("gate_proj", "up_proj", "down_proj"):
         linear = parts[name]
         own = vars(linear)["_parameters"]
-        if type(linear) is not nn.Linear or own.get("bias") is not None:
-            return f"a projection of class {type(linear).__name__} or with a bias"
+        if type(linear) is not nn.Linear:
+            return f"{name} of class {full_name(linear)} where torch's Linear is supported"
+        if own.get("bias") is not None:
+            return f"{name} with a bias"
         if reason := hooked(linear):
             return reason
         if own.get("weight") is None:
@@ -70,7 +72,7 @@ class Olmoe4(Adapter):
     @classmethod
     def read_experts(cls, block: nn.Module) -> tuple[list[Tensor], str | None]:
         if type(block.experts) is not nn.ModuleList:
-            return [], f"experts of class {type(block.experts).__name__}"
+            return [], f"experts of class {full_name(block.experts)}"
         if reason := hooked(block.experts):
             return [], reason
         weights: list[Tensor] = []

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from transformers.models.olmoe import modeling_olmoe
 
 from ..experts import read_packed
-from .base import Adapter, RouterOutput, hooked
+from .base import Adapter, RouterOutput, full_name, hooked
 
 
 def _gate_forward(self, hidden_states, *, logits_only: bool = False):
@@ -41,7 +41,7 @@ class Olmoe5(Adapter):
     def read_experts(cls, block: nn.Module) -> tuple[list[Tensor], str | None]:
         experts = block.experts
         if type(experts) is not cls.experts_class:
-            return [], f"experts of class {type(experts).__name__}"
+            return [], f"experts of class {full_name(experts)}"
         for module in experts.modules():
             if reason := hooked(module):
                 return [], reason
@@ -49,7 +49,14 @@ class Olmoe5(Adapter):
 
     @classmethod
     def logits(cls, block: nn.Module, x: Tensor) -> Tensor:
-        return block.gate(x, logits_only=True)[0]
+        try:
+            return block.gate(x, logits_only=True)[0]
+        except TypeError as error:
+            # Another thread has unpatched the model since this forward began, and the stock
+            # router has no such argument. Its logits are the same.
+            if "logits_only" not in str(error):
+                raise
+        return block.gate(x)[0]
 
     @classmethod
     def output(cls, hidden: Tensor, router: RouterOutput):

@@ -85,6 +85,14 @@ def read_experts_call(args: tuple, kwargs: dict, tokens: int, layer: Layer) -> C
     return Choice(experts, weights, None)
 
 
+def without_empty(choice: Choice, num_experts: int) -> tuple[Choice, bool]:
+    """The choice with -1 for the empty slots that transformers writes as E; were there any?"""
+    empty = choice.experts.numpy() == num_experts
+    if not empty.any():
+        return choice, False
+    return choice._replace(experts=choice.experts.masked_fill(torch.from_numpy(empty), -1)), True
+
+
 # ---- by what came ----
 
 

@@ -22,7 +22,7 @@ from .check import ChoiceCheck
 from .entry import Entry, find_entries
 from .finding import Layer, Site, find_sites
 from .flops import count_grouped_mm
-from .reading import Choice, read_choice, read_experts_call, read_logits
+from .reading import Choice, read_choice, read_experts_call, read_logits, without_empty
 from .records import RecordWriter
 from .sizes import top_k_owner
 from .tally import PHASES, Counts
@@ -410,11 +410,12 @@ class LayerWatch(_Watch, RoutingWatch):
             return
         if self.session.last_router[self.index] is not STOCK:
             self._name(STOCK, STOCK)
-        choice = self._choice(step)
+        choice, skips = without_empty(self._choice(step), self.site.layer.num_experts)
         self.session.end_check(self.index, choice)
+        skips = skips or self._may_skip()
         start, step.start = step.start, 0
         step.output = step.call = None
-        self.session.add(self.index, step, choice, start, end, False)
+        self.session.add(self.index, step, choice, start, end, skips)
         if not step.entered:
             self.session.end()
 
@@ -459,14 +460,28 @@ class LayerWatch(_Watch, RoutingWatch):
         if name not in names:
             names.append(name)
 
+    def _may_skip(self) -> bool:
+        """Are its experts moeprof's, which leave a slot of -1 out? The model's own can't."""
+        return self._implementation() == "moeprof"
+
+    def _implementation(self) -> str | None:
+        """Of transformers 5 the name of its experts' implementation."""
+        config = getattr(self.site.experts, "config", None)
+        return getattr(config, "_experts_implementation", None)
+
     def _refuse_skips(self, output) -> None:
+        if self._may_skip():
+            return
         for part in output:
             if isinstance(part, Tensor) and not part.is_floating_point():
                 if part.dtype != torch.bool and part.numel() and int(part.min()) < 0:
+                    instead = "patch the model first, moeprof.patch(model)"
+                    if self._implementation() is not None:
+                        instead += ', or model.set_experts_implementation("moeprof")'
                     raise ValueError(
                         f"{self.site.layer.name}: the router skipped a slot (-1), and the block "
                         "as transformers wrote it can't: it would fail or compute garbage; "
-                        "patch the model first, moeprof.patch(model)"
+                        + instead
                     )
 
 

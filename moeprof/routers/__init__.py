@@ -9,6 +9,10 @@ lower expert id. Each has a function too, ``moeprof.<name>_routing(logits, ...)`
 from . import evidence, logits  # noqa: F401 - they fill the registry
 from .base import REGISTRY, Router, Tokens, make_router
 from .functions import FUNCTIONS, RoutingResult, RoutingStats, benjamini_hochberg, is_tensor
+from .table import document
+
+for _router in REGISTRY.values():
+    document(_router)
 
 # What moeprof itself exports: the classes and the functions of the registry.
 EXPORTS = {cls.__name__: cls for cls in REGISTRY.values()} | FUNCTIONS

@@ -1,5 +1,6 @@
 """What all routers share: parameters, evidence, the reference; the registry."""
 
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
@@ -13,6 +14,7 @@ from ..cpu import get_num_threads
 REGISTRY: dict[str, type["Router"]] = {}
 UNIT = "(0, 1)"
 ANY = "(-inf, inf)"
+CAP = 16  # of a router on a null without a max_k, where the model has more experts
 
 
 def parameter(default, interval="", *, words=(), per_layer=False, integer=False) -> Any:
@@ -31,14 +33,32 @@ def check(name: str, value: Any, interval: str, words: tuple = (), integer: bool
         return
     kind = "an integer" if integer else "a number"
     expected = [f"{kind} in {interval}"] if interval else []
-    if interval and isinstance(value, Integral if integer else Real):
+    if interval and isinstance(value, Integral if integer else Real) and fits_a_float(value):
         low, high = map(float, interval[1:-1].split(","))
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
         if above and below and not isinstance(value, bool):
             return
     expected += map(repr, words)
-    raise ValueError(f"{name}: expected {' or '.join(expected)}, got {value!r}")
+    raise ValueError(f"{name}: expected {' or '.join(expected)}, got {shown(value)}")
+
+
+def fits_a_float(value: Real) -> bool:
+    """False for what lies beyond a float's range, such as 10**400."""
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """repr() of a value for a message, cut where it is long; Python refuses to write 10**5000."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 @cache
@@ -76,9 +96,11 @@ class Router:
     Parameters
     ----------
     min_k, max_k : int
-        A token gets at least and at most so many experts, 1 <= min_k <= max_k <= E;
-        max_k None is min(16, E). A min_k of 1 or more voids any statement about false
-        discoveries: some tokens get experts that the test did not select.
+        A token gets at least and at most so many experts, 1 <= min_k <= max_k <= E.
+        max_k None is no cap, E, for routers on the logits, and min(16, E) for routers on a
+        null; there a warning says so where that cuts more than 1 % of the tokens. A min_k of
+        1 or more voids any statement about false discoveries: some tokens get experts that
+        the test did not select.
     temperature : float
         Divides the logits before the softmax that gives the weights; > 0. It never acts on
         the selection.
@@ -99,18 +121,20 @@ class Router:
     main_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     increasing: ClassVar[bool] = True  # R never falls as the main parameter grows
     budget: ClassVar[Any] = None  # a BudgetReport on what `with_budget` returns
+    notes: ClassVar[dict[str, str]] = {}  # of parameters, for the help, where no rule says it
 
     def __init_subclass__(cls) -> None:
         if cls.name:
             REGISTRY[cls.name] = cls
 
     def __post_init__(self) -> None:
-        if not (_is_real(self.temperature) and 0 < self.temperature < float("inf")):
-            raise ValueError(f"temperature: expected a number > 0, got {self.temperature!r}")
+        t = self.temperature
+        if not (_is_real(t) and fits_a_float(t) and 0 < float(t) < float("inf")):
+            raise ValueError(f"temperature: expected a number > 0, got {shown(t)}")
         for name in ("min_k", "max_k"):
             value = getattr(self, name)
             if not (isinstance(value, Integral) or (value is None and name == "max_k")):
-                raise ValueError(f"{name}: expected an integer, got {value!r}")
+                raise ValueError(f"{name}: expected an integer, got {shown(value)}")
         for f in own_fields(type(self)):
             value, rule = getattr(self, f.name), dict(f.metadata)
             values = [value]
@@ -122,13 +146,21 @@ class Router:
 
     def limits(self, num_experts: int) -> tuple[int, int]:
         """(min_k, max_k) for E = ``num_experts``; ValueError if they do not fit."""
-        max_k = min(16, num_experts) if self.max_k is None else self.max_k
+        max_k = self.max_k
+        if max_k is None:
+            max_k = min(CAP, num_experts) if self.wants_null else num_experts
         for name, value in (("min_k", self.min_k), ("max_k", max_k)):
             if not 1 <= value <= num_experts:
-                raise ValueError(f"{name}: expected 1 to {num_experts} (experts), got {value}")
+                got = shown(value)
+                raise ValueError(f"{name}: expected 1 to {num_experts} (experts), got {got}")
         if self.min_k > max_k:
             raise ValueError(f"min_k: expected at most max_k={max_k}, got {self.min_k}")
         return self.min_k, max_k
+
+    def silent_cap(self, num_experts: int) -> int | None:
+        """The cap that nobody asked for: of a router on a null without a max_k, or None."""
+        capped = self.wants_null and self.max_k is None and num_experts > CAP
+        return CAP if capped else None
 
     def at(self, layer: int, num_layers: int) -> "Router":
         """The router of one layer: where a parameter has a value for each layer, that one."""
@@ -289,6 +321,25 @@ class Router:
         total = softmax.sum(axis=1, keepdims=True)
         np.put_along_axis(weights, order, softmax / total, axis=1)
         return weights, rejections
+
+
+def warn_if_capped(
+    capped: int, tokens: int, num_experts: int, *, unit: str = "tokens", stacklevel: int
+) -> bool:
+    """Warn where the cap that a max_k of None is cuts more than 1 % of the tokens.
+
+    capped, tokens: how many of how many would have more experts without it, counted in
+    `unit`. Returns whether it warned.
+    """
+    if 100 * capped <= tokens:
+        return False
+    warnings.warn(
+        f"max_k=None caps a router on a null at {CAP} of {num_experts} experts, and {capped} of "
+        f"{tokens} {unit} would have more: give max_k={num_experts} for no cap, or max_k={CAP} "
+        "to keep this one",
+        stacklevel=stacklevel,
+    )
+    return True
 
 
 def of_layer(name: str, values: tuple, layer: int, num_layers: int):

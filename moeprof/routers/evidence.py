@@ -138,6 +138,10 @@ class WeightedBH(OnNull):
     v: Any = 1.0
     name: ClassVar[str] = "weighted_bh"
     main: ClassVar[str] = "alpha"
+    notes: ClassVar[dict[str, str]] = {
+        "u": "None (all 1), or (E,) or (L, E) weights >= 0 of mean 1",
+        "v": "a weight >= 0, or (L,) of them of mean 1",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,9 +9,10 @@ import numpy as np
 
 from .. import _C
 from ..cpu import get_num_threads
-from .base import REGISTRY, UNIT, Router, check
+from .base import REGISTRY, UNIT, Router, check, warn_if_capped
 from .evidence import BH
 from .logits import TopK
+from .table import indented, lines_of
 
 
 class RoutingResult(NamedTuple):
@@ -54,7 +55,8 @@ def benjamini_hochberg_routing(
     router_logits : torch.Tensor or numpy.ndarray, (T, E) or (B, S, E)
         float32, float16, or bfloat16 (torch); any strides, on the CPU. No gradient flows.
     alpha, temperature, min_k, max_k
-        See :class:`BH`.
+        See :class:`BH`. A max_k of None is min(16, E), with a warning where that cuts more than
+        1 % of the tokens.
     null : LayerNull, Null of one layer, or None
         None is the `normal` null: a fallback, see :mod:`moeprof.null`.
     return_stats : bool
@@ -89,7 +91,8 @@ def topk_routing(
 ) -> RoutingResult | RoutingStats:
     """Route each token to its k highest logits; see :func:`benjamini_hochberg_routing`.
 
-    The null only matters to the p-values of ``return_stats``.
+    k is an integer from 1 to E, temperature > 0 acts on the weights only. The null only matters
+    to the p-values of ``return_stats``.
     """
     return _route(TopK(k, temperature=temperature), router_logits, null, return_stats)
 
@@ -103,7 +106,8 @@ def routing_function(cls: type[Router]):
     function.__name__ = function.__qualname__ = f"{cls.name}_routing"
     function.__doc__ = (
         f"Route each token as :class:`{cls.__name__}` does, with its parameters; logits, null, "
-        "return_stats,\nresult and errors as for :func:`benjamini_hochberg_routing`."
+        "return_stats,\nresult and errors as for :func:`benjamini_hochberg_routing`.\n\n"
+        f"Defaults and ranges, E experts:\n\n{indented(lines_of(cls))}"
     )
     logits, null, stats = (
         signature(benjamini_hochberg_routing).parameters[name]
@@ -160,7 +164,11 @@ def _route(router: Router, router_logits, null, return_stats: bool):
     spec = router.spec(num_experts, norm="sum", null=_layer_null(router, null, return_stats))
     native = np.require(array, array.dtype.newbyteorder("="), "CA")
     rows = native.reshape(math.prod(lead), num_experts).view(carrier)
-    weights, experts, counts, _, p = _C.route(rows, dtype, spec, get_num_threads(), return_stats)
+    weights, experts, counts, found, p = _C.route(
+        rows, dtype, spec, get_num_threads(), return_stats
+    )
+    if cap := router.silent_cap(num_experts):
+        warn_if_capped(int((found > cap).sum()), len(found), num_experts, stacklevel=4)
 
     selected = experts.astype(np.int64)
     dense = np.zeros((len(rows), num_experts + 1), np.float32)  # the last takes the padding

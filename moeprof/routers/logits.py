@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import ANY, UNIT, Router, Tokens, argmax, below_top, parameter
+from .base import ANY, UNIT, Router, Tokens, argmax, below_top, parameter, shown
 
 TILT = 100.0  # of a search for a budget; more than gaps of logits are
 
@@ -31,6 +31,7 @@ class TopK(Router):
     name: ClassVar[str] = "topk"
     main: ClassVar[str] = "k"
     main_range: ClassVar[tuple[float, float]] = (0.0, 1025.0)
+    notes: ClassVar[dict[str, str]] = {"max_k": "k"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +40,8 @@ class TopK(Router):
 
     def limits(self, num_experts: int) -> tuple[int, int]:
         if not isinstance(self.k, tuple) and self.k > num_experts:
-            raise ValueError(f"k: expected at most {num_experts} (experts), got {self.k}")
+            got = shown(self.k)
+            raise ValueError(f"k: expected at most {num_experts} (experts), got {got}")
         return super().limits(num_experts)
 
     def count(self, tokens: Tokens) -> np.ndarray:

@@ -1,0 +1,130 @@
+"""torch.compile(fullgraph=True) and torch.export of models on the C path, as of stock ones.
+
+The graph holds moeprof's operator once a layer, and nothing of the way to it.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from models import (
+    V5,
+    assert_unchanged,
+    blocks,
+    fit_null,
+    moe_block,
+    olmoe,
+    run,
+    snapshot,
+    token_ids,
+)
+
+import moeprof
+
+CALL = {"input_ids": token_ids(1, 12), "use_cache": False}
+
+
+@contextmanager
+def implementation(model):
+    """The experts implementation "moeprof" of transformers 5."""
+    model.set_experts_implementation("moeprof")
+    yield
+
+
+def bh(model):
+    return moeprof.patch(model, "bh", alpha=0.3, max_k=5, null=fit_null(model))
+
+
+def nested(model):
+    handle = moeprof.patch(model, "topk", k=1)
+    handle.__enter__()
+    return moeprof.patch(model, linears=True)
+
+
+WAYS = {"patched": moeprof.patch, "bh": bh, "nested": nested}
+OPERATOR = dict.fromkeys(WAYS, torch.ops.moeprof.moe.default)
+if V5:  # transformers 4 has no such interface
+    WAYS["implementation"] = implementation
+    OPERATOR["implementation"] = torch.ops.moeprof.experts.default
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counted(graph, operator) -> int:
+    return sum(node.target is operator for node in graph.nodes)
+
+
+class Seen:
+    """A backend that keeps the graphs and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, module, inputs):
+        self.graphs.append(module.graph)
+        return module.forward
+
+
+@each_way
+def test_one_graph_with_one_operator_a_layer(way):
+    model, seen = olmoe(), Seen()
+    block = blocks(model)[1]
+    before = snapshot(block)
+    with WAYS[way](model), torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=seen)
+        first = compiled(**CALL).logits  # traced before it ever ran
+        again = compiled(**CALL).logits
+        expected = model(**CALL).logits
+    assert torch.equal(first, expected) and torch.equal(again, expected)
+    assert [counted(graph, OPERATOR[way]) for graph in seen.graphs] == [2]
+    moeprof.unpatch(model)
+    assert_unchanged(block, before)
+
+
+@each_way
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(way, strict):
+    model = olmoe()
+    with WAYS[way](model), torch.no_grad():
+        expected = model(**CALL).logits
+        program = torch.export.export(model, (), CALL, strict=strict)
+        assert counted(program.graph, OPERATOR[way]) == 2
+        assert torch.equal(program.module()(**CALL).logits, expected)
+
+
+def test_inductor():
+    """One block: to compile a whole model takes a minute."""
+    model, x = moe_block(), torch.randn(1, 7, 32)
+    block = model["mlp"]
+    with moeprof.patch(model, "bh", alpha=0.3, null="normal"), torch.no_grad():
+        expected = run(block, x)
+        compiled = torch.compile(block, fullgraph=True)
+        torch.testing.assert_close(run(compiled, x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_other_lengths_and_a_changed_top_k():
+    """The compiled model follows what the eager one does."""
+    model = olmoe()
+    with moeprof.patch(model), torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for ids in (token_ids(1, 5), token_ids(3, 9), token_ids(1, 30)):
+            call = {"input_ids": ids, "use_cache": False}
+            torch.testing.assert_close(compiled(**call).logits, model(**call).logits)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_block_whose_own_k_changed(top_k):
+    model, x = moe_block(), torch.randn(1, 7, 32)
+    block = model["mlp"]
+    owner = block.gate if V5 else block
+    with moeprof.patch(model), torch.no_grad():
+        run(block, x)
+        owner.top_k = top_k
+        expected = run(block, x)
+        assert torch.equal(run(torch.compile(block, backend="eager"), x), expected)
