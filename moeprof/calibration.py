@@ -6,6 +6,7 @@ import numbers
 
 import numpy as np
 
+from .checks import check_model, check_token_ids, check_tokenizer
 from .null.identity import (
     NO_TEXT,
     add_digests,
@@ -122,6 +123,11 @@ class _Texts:
     def __init__(self, texts):
         if isinstance(texts, (str, bytes)):
             raise TypeError("texts: expected a list of strings or an iterator, got one text")
+        if not hasattr(texts, "__iter__"):
+            raise TypeError(
+                "texts: expected a list of strings or an iterator, got "
+                f"{type(texts).__name__}"
+            )
         if isinstance(texts, (list, tuple)):
             for text in texts:  # before the model runs
                 _encoded(text)
@@ -161,6 +167,7 @@ def _run(model, gates, texts, tokenizer, window, histograms, progress):
         with torch.inference_mode(), _bar(texts.total, progress) as bar:
             for text, size in texts:
                 for ids, share in _windows(text, tokenizer, window):
+                    check_token_ids(model, [ids])
                     outputs.clear()
                     base(input_ids=torch.tensor([ids], device=device), use_cache=False)
                     for layer, (name, _) in enumerate(gates):
@@ -222,12 +229,14 @@ def fit_null(
     as it was. Returns a Null.
 
     Raises ValueError: kind, score, window, r_high or r_low out of range; no text with two tokens;
-    logits that are not finite (the layer is named); a model without a router. TypeError: texts
-    that are not strings.
+    logits that are not finite (the layer is named); a model without a router; a token id that
+    its embedding has no row for. TypeError: texts that are not strings; no model, no tokenizer.
 
     >>> null = moeprof.fit_null(model, tokenizer, texts)        # doctest: +SKIP
     >>> null.save("olmoe.safetensors")                          # doctest: +SKIP
     """
+    check_model("fit_null", model)
+    check_tokenizer("fit_null", tokenizer)
     check_choice("kind", kind, KINDS)
     check_choice("score", score, SCORES)
     if not isinstance(window, numbers.Integral) or window < 2:

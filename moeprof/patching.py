@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .adapters import adapter_of, find_moe_blocks
 from .adapters.base import Adapter, RouterOutput
 from .callables import read_routing
+from .checks import check_model
 from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
 from .null import LayerNull, resolve_null
@@ -199,8 +200,7 @@ def patch(
     """
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"patch: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model("patch", model)
     blocks = find_moe_blocks(model)
     routers = routers_by_layer(router, [name for name, _ in blocks], router_parameters)
     nulls = _layer_nulls(model, routers, null)
@@ -231,7 +231,11 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Remove all patches from a model, also from a copy of a patched one; never fails."""
+    """Remove all patches from a model, also from a copy of a patched one; never fails.
+
+    TypeError for what is no torch.nn.Module.
+    """
+    check_model("unpatch", model)
     for module in list(model.modules()):
         while STATE in vars(module):
             _restore(module)
@@ -244,6 +248,7 @@ class OLMoERouterPatcher:
     """
 
     def __init__(self, model: nn.Module):
+        check_model("OLMoERouterPatcher", model)
         self.model = model
         self.moe_blocks = find_moe_blocks(model)
         self.original_forwards = {name: block.forward for name, block in self.moe_blocks}

@@ -154,7 +154,7 @@ def test_a_disk_that_is_full():
     assert ended.stderr == "moeprof: error: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("name", ["patch", "MoEProfiler", "budget", "profiler"])
+@pytest.mark.parametrize("name", ["patch", "fit_null", "MoEProfiler", "budget", "profiler"])
 def test_attributes_that_need_the_extra(name):
     program = f"""
 import sys
