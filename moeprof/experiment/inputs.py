@@ -91,8 +91,10 @@ def _check_hub(name):
         raise FileNotFoundError(f"{missing}, and the hub doesn't give it ({reason})") from error
 
 
-def load_model(name, dtype):
+def load_model(name, dtype, trust_remote_code=False):
     """(model in eval mode, tokenizer) from a folder or the hub; dtype: a torch.dtype.
+
+    trust_remote_code: whether Python code that comes with them may be run.
 
     Raises ValueError or OSError in one line, also for a checkpoint that lacks some of the
     weights: transformers would make them up and warn.
@@ -102,10 +104,15 @@ def load_model(name, dtype):
     check_model(name)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged files raise classes of several libraries
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name} needs Python code that comes with it: read that code, and give "
+                "--trust-remote-code if it may be run"
+            ) from error
         reason = shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
         raise ValueError(f"model {name} can't be loaded ({reason})") from error
     absent = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
