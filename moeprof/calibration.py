@@ -17,6 +17,7 @@ from .null.identity import (
 )
 from .null.model import KINDS, Null, trim_padding
 from .null.scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
+from .tokens import token_ids
 
 _PENDING = 4096  # tokens of a layer that wait for being counted together
 
@@ -89,7 +90,7 @@ def _recorder(outputs, layer):
 
 def _windows(text, tokenizer, window):
     """The token ids of a text, `window` at a time; a single last token tells nothing."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     for start in range(0, len(ids), window):
         if len(ids) - start >= 2:
             yield ids[start : start + window], min(window, len(ids) - start) / len(ids)

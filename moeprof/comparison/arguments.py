@@ -103,6 +103,7 @@ def _efron(null):
 def _comparison(arguments, model, tokenizer, contenders, documents, null):
     from .. import demo
     from ..experiment.runner import experts_of
+    from ..tokens import prompt_ids
     from .contenders import Nulls
     from .plan import plan_tables
     from .runner import Comparison
@@ -119,7 +120,7 @@ def _comparison(arguments, model, tokenizer, contenders, documents, null):
     if null is not None:
         null.check(model)
     nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())
-    prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for _, text in demo.prompts()]
+    prompts = [prompt_ids(tokenizer, text) for _, text in demo.prompts()]
     # One of each kind: simple, medium, complex, technical.
     return Comparison(model, splits, nulls, contenders, plans, prompts[::3], arguments.seed)
 
