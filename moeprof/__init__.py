@@ -10,6 +10,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+import numpy  # noqa: F401  # before _C, which would hide what stops it, such as Ctrl-C
+
 
 def _load_openblas() -> None:
     """Load the wheel's OpenBLAS for the extension alone.
@@ -34,6 +36,7 @@ except ImportError as error:
     ) from error
 from ._interface import register_experts_implementation  # noqa: E402
 from .cpu import cpu_info, get_num_threads, set_num_threads  # noqa: E402
+from .extra import missing  # noqa: E402
 from .routers import EXPORTS as _ROUTERS  # noqa: E402
 from .routers import benjamini_hochberg  # noqa: E402
 
@@ -75,20 +78,17 @@ __all__.sort()
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
-        try:
-            value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-        except ModuleNotFoundError as error:
-            if error.name and error.name.startswith("moeprof"):
-                raise
-            raise ImportError(
-                f"moeprof.{name} works on models and needs {error.name}: pip install 'moeprof[hf]'"
-            ) from error
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY and name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_LAZY.get(name, name)}", __name__)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("moeprof"):
+            raise
+        raise ImportError(missing(f"moeprof.{name} works on models and", error.name)) from error
+    value = getattr(module, name) if name in _LAZY else module
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

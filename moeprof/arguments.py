@@ -2,6 +2,7 @@
 
 import argparse
 
+DEMO = "the demo model of moeprof"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -18,3 +19,35 @@ def integer(low, high=10**6):
         return value
 
     return parse
+
+
+def add_model(parser):
+    """--model, --trust-remote-code, --dtype and --threads, which `load` reads."""
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the Python code that comes with the model or its tokenizer, where it needs that; "
+        "never done otherwise",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument(
+        "--threads", type=integer(1), metavar="N", help="default: as torch chooses"
+    )
+
+
+def load(arguments):
+    """(model, tokenizer) as the options of `add_model` say."""
+    import torch
+    from transformers.utils import logging
+
+    from . import demo
+    from .experiment.inputs import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model is None:
+        return demo.load(dtype)
+    return load_model(arguments.model, dtype, arguments.trust_remote_code)

@@ -6,6 +6,7 @@ import numbers
 
 import numpy as np
 
+from .checks import check_model, check_token_ids, check_tokenizer
 from .null.identity import (
     NO_TEXT,
     add_digests,
@@ -16,6 +17,7 @@ from .null.identity import (
 )
 from .null.model import KINDS, Null, trim_padding
 from .null.scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
+from .tokens import token_ids
 
 _PENDING = 4096  # tokens of a layer that wait for being counted together
 
@@ -88,7 +90,7 @@ def _recorder(outputs, layer):
 
 def _windows(text, tokenizer, window):
     """The token ids of a text, `window` at a time; a single last token tells nothing."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     for start in range(0, len(ids), window):
         if len(ids) - start >= 2:
             yield ids[start : start + window], min(window, len(ids) - start) / len(ids)
@@ -122,6 +124,11 @@ class _Texts:
     def __init__(self, texts):
         if isinstance(texts, (str, bytes)):
             raise TypeError("texts: expected a list of strings or an iterator, got one text")
+        if not hasattr(texts, "__iter__"):
+            raise TypeError(
+                "texts: expected a list of strings or an iterator, got "
+                f"{type(texts).__name__}"
+            )
         if isinstance(texts, (list, tuple)):
             for text in texts:  # before the model runs
                 _encoded(text)
@@ -161,6 +168,7 @@ def _run(model, gates, texts, tokenizer, window, histograms, progress):
         with torch.inference_mode(), _bar(texts.total, progress) as bar:
             for text, size in texts:
                 for ids, share in _windows(text, tokenizer, window):
+                    check_token_ids(model, [ids])
                     outputs.clear()
                     base(input_ids=torch.tensor([ids], device=device), use_cache=False)
                     for layer, (name, _) in enumerate(gates):
@@ -222,12 +230,14 @@ def fit_null(
     as it was. Returns a Null.
 
     Raises ValueError: kind, score, window, r_high or r_low out of range; no text with two tokens;
-    logits that are not finite (the layer is named); a model without a router. TypeError: texts
-    that are not strings.
+    logits that are not finite (the layer is named); a model without a router; a token id that
+    its embedding has no row for. TypeError: texts that are not strings; no model, no tokenizer.
 
     >>> null = moeprof.fit_null(model, tokenizer, texts)        # doctest: +SKIP
     >>> null.save("olmoe.safetensors")                          # doctest: +SKIP
     """
+    check_model("fit_null", model)
+    check_tokenizer("fit_null", tokenizer)
     check_choice("kind", kind, KINDS)
     check_choice("score", score, SCORES)
     if not isinstance(window, numbers.Integral) or window < 2:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .adapters import adapter_of, find_moe_blocks
 from .adapters.base import Adapter, RouterOutput
-from .adapters.foreign import check_model, explained
+from .adapters.foreign import explained
 from .callables import read_routing
+from .checks import check_model
 from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
 from .null import LayerNull, resolve_null
@@ -260,7 +261,7 @@ def patch(
     """
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
-    check_model(model, "patch")
+    check_model("patch", model)
     blocks = find_moe_blocks(model)
     routers = routers_by_layer(router, [name for name, _ in blocks], router_parameters)
     nulls = _layer_nulls(model, routers, null)
@@ -300,9 +301,9 @@ def unpatch(model: nn.Module) -> None:
     Raises
     ------
     TypeError
-        For what is no model.
+        For what is no torch.nn.Module.
     """
-    check_model(model, "unpatch")
+    check_model("unpatch", model)
     for module in list(model.modules()):
         while STATE in vars(module):
             _restore(module)
@@ -315,7 +316,7 @@ class OLMoERouterPatcher:
     """
 
     def __init__(self, model: nn.Module):
-        check_model(model, "OLMoERouterPatcher")
+        check_model("OLMoERouterPatcher", model)
         self.model = model
         self.moe_blocks = find_moe_blocks(model)
         self.original_forwards = {name: block.forward for name, block in self.moe_blocks}

@@ -17,7 +17,8 @@ from models import olmoe
 
 import moeprof
 from moeprof import cli, demo
-from moeprof.profiler import arguments as profile_arguments
+from moeprof.cli import profile as profile_arguments
+from moeprof.experiment import inputs
 from moeprof.profiler import run
 from moeprof.profiler.records import read_records
 
@@ -81,7 +82,7 @@ def unloaded(monkeypatch):
     def fail(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli, "load_model", fail)
+    monkeypatch.setattr(inputs, "load_model", fail)
     monkeypatch.setattr(demo, "load", fail)
 
 

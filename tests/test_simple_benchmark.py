@@ -562,11 +562,13 @@ def test_runs_that_make_no_sense():
 
 
 @pytest.mark.parametrize("texts, error, words", [
-    ("text", TypeError, "a list of texts or a dict"),
+    ("", ValueError, "the text '' is empty"),
+    (b"text", TypeError, "a list of texts or a dict .* got bytes"),
+    ({"a": {"b": "text"}}, TypeError, r"texts\['a'\]: expected a text or a list .* got dict"),
     (None, TypeError, "got NoneType"),
     ([], ValueError, "texts: expected at least one text"),
     ({}, ValueError, "texts: expected at least one text"),
-    ({"a": "text"}, TypeError, r"texts\['a'\]: expected a list of texts, got str"),
+    ({"a": "x", "b": ""}, ValueError, r"texts\['b'\]\[0\]: the text '' is empty"),
     ({"a": ["x"], "b": []}, ValueError, r"texts\['b'\]: expected at least one text"),
     (["x", ""], ValueError, r"texts\[1\]: the text '' is empty"),
     (["x", 3], TypeError, r"texts\[1\]: expected a text, got int"),
@@ -574,6 +576,20 @@ def test_runs_that_make_no_sense():
 def test_texts_that_are_none(texts, error, words):
     with pytest.raises(error, match=words):
         benchmark().run_config("a", texts)
+
+
+@pytest.mark.parametrize("texts, prompts", [
+    ("ab", [(None, "ab")]),
+    (["ab", "c"], [(None, "ab"), (None, "c")]),
+    ({"short": "ab", "long": "abcdef"}, [("short", "ab"), ("long", "abcdef")]),
+    ({"short": "ab", "long": ["cd", "ef"]}, [("short", "ab"), ("long", "cd"), ("long", "ef")]),
+])  # fmt: skip
+def test_a_text_a_list_and_a_dict_of_either(texts, prompts):
+    bench = benchmark(warmup=0, repeats=1, max_new_tokens=1)
+    measured = bench.run_config("a", texts)
+    assert [(prompt.category, prompt.text) for prompt in measured.prompts] == prompts
+    bench.run_config("b", texts)
+    assert "b" in str(bench.compare())
 
 
 @pytest.mark.parametrize("options, error, words", [
@@ -592,3 +608,5 @@ def test_neither_model_nor_tokenizer():
         SimpleBenchmark("model", Tokenizer())
     with pytest.raises(TypeError, match="tokenizer: expected a callable"):
         SimpleBenchmark(olmoe(), None)
+    with pytest.raises(TypeError, match="tokenizer: expected .* got OlmoeForCausalLM"):
+        SimpleBenchmark(olmoe(), olmoe())

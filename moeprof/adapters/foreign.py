@@ -68,21 +68,3 @@ def _origin(thing) -> Iterator[str]:
     function = getattr(thing, "func", thing)
     yield getattr(function, "__module__", None) or ""
     yield type(function).__module__
-
-
-def check_model(model, function: str) -> None:
-    """TypeError unless it is a torch.nn.Module; says where in it there is one."""
-    if isinstance(model, nn.Module):
-        return
-    kind = type(model)
-    library = kind.__module__.partition(".")[0]
-    got = kind.__name__
-    if library not in ("builtins", "__main__"):
-        got = f"{library}'s {got}"
-    inside = [name for name, value in getattr(model, "__dict__", {}).items()
-              if isinstance(value, nn.Module)]  # fmt: skip
-    if inside:
-        got += f", which holds one: pass its attribute {inside[0]}"
-    elif isinstance(model, tuple | list) and any(isinstance(m, nn.Module) for m in model):
-        got += ", which holds one: pass that alone"
-    raise TypeError(f"{function}: expected a torch.nn.Module, got {got}")

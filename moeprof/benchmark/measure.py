@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_token_ids, check_type
 from ..decoding import cache_of, decode
+from ..tokens import prompt_ids
 
 
 class Prompt(NamedTuple):
@@ -45,24 +47,22 @@ class Times(NamedTuple):
 
 
 def read_prompts(tokenizer, texts) -> list[Prompt]:
-    """Prompts of a list of texts or of a dict {category: [texts]}, checked."""
-    if isinstance(texts, str) or not isinstance(texts, list | tuple | dict):
-        raise TypeError(
-            "texts: expected a list of texts or a dict {category: [texts]}, got "
-            f"{type(texts).__name__}"
-        )
+    """Prompts of a text, a list of texts or a dict {category: text or [texts]}, checked."""
+    kinds = "a text, a list of texts or a dict {category: text or list of texts}"
+    check_type("texts", texts, (str, list, tuple, dict), kinds)
     groups = texts if isinstance(texts, dict) else {None: texts}
     prompts = []
     for category, members in groups.items():
         where = "texts" if category is None else f"texts[{category!r}]"
-        if isinstance(members, str) or not isinstance(members, list | tuple):
-            raise TypeError(f"{where}: expected a list of texts, got {type(members).__name__}")
+        check_type(where, members, (str, list, tuple), "a text or a list of texts")
+        if isinstance(members, str):
+            members = [members]
         if not members:
             raise ValueError(f"{where}: expected at least one text, got none")
         for index, text in enumerate(members):
             if not isinstance(text, str):
                 raise TypeError(f"{where}[{index}]: expected a text, got {type(text).__name__}")
-            ids = tokenizer(text, return_tensors="pt")["input_ids"] if text else torch.empty(0)
+            ids = prompt_ids(tokenizer, text) if text else torch.empty(0)
             if not ids.numel():
                 raise ValueError(f"{where}[{index}]: the text {text!r} is empty")
             prompts.append(Prompt(category, text, ids))
@@ -76,6 +76,7 @@ def look(model, prompts, new_tokens, step=lambda: None) -> Seen:
     """What the model does, apart from its times: the profiler counts here, and nowhere else."""
     from ..profiler import MoEProfiler
 
+    check_token_ids(model, (prompt.ids for prompt in prompts))
     experts, nats, generated = [], [], []
     for prompt in prompts:
         with MoEProfiler(model) as prefill:

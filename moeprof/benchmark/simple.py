@@ -4,10 +4,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 
-from torch import nn
-
 from ..bench.machine import describe
 from ..bench.timing import interleave
+from ..checks import check_model, check_tokenizer
 from ..console import make_console, progress
 from .measure import Times, look, read_prompts, run_round
 from .result import Comparison, Measurement
@@ -48,10 +47,8 @@ class SimpleBenchmark:
     """
 
     def __init__(self, model, tokenizer, *, max_new_tokens=20, warmup=1, repeats=5):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if not callable(tokenizer):
-            raise TypeError(f"tokenizer: expected a callable, got {type(tokenizer).__name__}")
+        check_model("SimpleBenchmark", model)
+        check_tokenizer("SimpleBenchmark", tokenizer)
         least = {"max_new_tokens": (max_new_tokens, 1), "warmup": (warmup, 0),
                  "repeats": (repeats, 1)}  # fmt: skip
         for name, (value, smallest) in least.items():
@@ -77,7 +74,7 @@ class SimpleBenchmark:
         Parameters
         ----------
         name : str
-        texts : list of str, or dict {category: list of str}
+        texts : str, list of str, or dict {category: str or list of str}
             Experts and loss are also given by category.
         configure : callable, optional
             ``configure(model)`` changes the model in place: patches it, changes its config or a
@@ -92,7 +89,8 @@ class SimpleBenchmark:
         Raises
         ------
         ValueError
-            A name that was used, empty texts, a model without MoE layers.
+            A name that was used, empty texts, a model without MoE layers or with fewer
+            embeddings than the tokenizer has ids.
         TypeError
             Texts or a `configure` of another kind.
         RuntimeError

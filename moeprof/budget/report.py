@@ -5,6 +5,7 @@ import math
 import textwrap
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..adapters import adapter_of, find_moe_blocks
+from ..checks import check_model, check_token_ids, check_tokenizer, check_type
 from ..console import WIDTH
 from ..evaluation import bootstrap, collect, evaluating
 from ..evaluation.routing import model_norm
@@ -186,6 +188,8 @@ def with_budget(
     """What `Router.with_budget` does; its docstring is there."""
     begun = time.perf_counter()
     main_of(router)
+    check_model("with_budget", model)
+    check_tokenizer("with_budget", tokenizer)
     average_k = check_target(average_k)
     if np.ndim(average_k):
         raise TypeError("average_k: expected a number; the split over layers is per_layer=True")
@@ -198,6 +202,7 @@ def with_budget(
         check_whole(average_k, len(find_moe_blocks(model)), per_layer=per_layer)
     text = _windows(tokenizer, texts, tokens, "texts")
     held = _windows(tokenizer, heldout, tokens, "heldout")
+    check_token_ids(model, (window.ids for part in (text, held) for window in part.windows))
     ks = _candidates(router, model, average_k) if per_layer else ()
     with _bar(_steps(text, held, ks, model), progress) as bar, evaluating(model):
         bar.set_description("stock model", refresh=False)
@@ -249,6 +254,7 @@ def read_texts(texts, argument: str) -> list[Text]:
     """Strings, or objects with .text and .domain as moeprof.demo has them."""
     if isinstance(texts, str):
         raise TypeError(f"{argument}: expected a list of texts, got one string")
+    check_type(argument, texts, Iterable, "a list of texts")
     result = []
     for index, item in enumerate(texts):
         content = item if isinstance(item, str) else getattr(item, "text", None)

@@ -2,17 +2,13 @@
 
 import sys
 
-from ..arguments import integer
+from ..arguments import DEMO, add_model, integer, load
 from .plan import TABLES
 from .splits import BUDGET_TOKENS, EXPECTED, TEST_TOKENS
 
 
-def add_compare(commands, add_model, load, model_name):
-    """Add `compare` to the commands of `moeprof`.
-
-    add_model: adds --model and its like to a parser; load: (model, tokenizer) of the arguments;
-    model_name: the default model, in words.
-    """
+def add_compare(commands):
+    """Add `compare` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "compare", help="compare routers at an equal budget of experts, and with static top-k"
     )
@@ -53,7 +49,7 @@ def add_compare(commands, add_model, load, model_name):
         "--seed", type=integer(0, 2**32 - 1), default=0,
         help="of the windows, the controls and the bootstrap; default: 0",
     )
-    parser.set_defaults(run=lambda arguments: _run(arguments, load, model_name))
+    parser.set_defaults(run=_run)
 
 
 def _names(text):
@@ -64,7 +60,7 @@ def _numbers(text):
     return sorted({integer(1)(part) for part in text.split(",")})
 
 
-def _run(arguments, load, model_name):
+def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..console import make_console
     from ..experiment.inputs import check_model
@@ -89,7 +85,7 @@ def _run(arguments, load, model_name):
     model, tokenizer = load(arguments)
     comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
     console = make_console()
-    name = model_name if arguments.model is None else arguments.model
+    name = DEMO if arguments.model is None else arguments.model
     compare(comparison, store, _facts(arguments, model, name), console)
 
 
@@ -107,6 +103,7 @@ def _efron(null):
 def _comparison(arguments, model, tokenizer, contenders, documents, null):
     from .. import demo
     from ..experiment.runner import experts_of
+    from ..tokens import prompt_ids
     from .contenders import Nulls
     from .plan import plan_tables
     from .runner import Comparison
@@ -123,7 +120,7 @@ def _comparison(arguments, model, tokenizer, contenders, documents, null):
     if null is not None:
         null.check(model)
     nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())
-    prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for _, text in demo.prompts()]
+    prompts = [prompt_ids(tokenizer, text) for _, text in demo.prompts()]
     # One of each kind: simple, medium, complex, technical.
     return Comparison(model, splits, nulls, contenders, plans, prompts[::3], arguments.seed)
 
@@ -152,14 +149,19 @@ def _command(arguments):
     """The command that makes the same again, but for where it writes."""
     words = ["moeprof compare"]
     defaults = {
-        "model": None, "dtype": "float32", "threads": None, "routers": None, "budgets": None,
-        "tables": TABLES, "text": None, "test_tokens": TEST_TOKENS, "budget_tokens": BUDGET_TOKENS,
-        "null": None, "seed": 0,
+        "model": None, "trust_remote_code": False, "dtype": "float32", "threads": None,
+        "routers": None, "budgets": None, "tables": TABLES, "text": None,
+        "test_tokens": TEST_TOKENS, "budget_tokens": BUDGET_TOKENS, "null": None, "seed": 0,
     }  # fmt: skip
     for name, default in defaults.items():
         value = getattr(arguments, name)
         if value != default:
             join = " " if name == "text" else ","
             text = join.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            words.append(f"--{name.replace('_', '-')} " + (f"'{text}'" if " (" in text else text))
+            option = f"--{name.replace('_', '-')}"
+            words.append(option if value is True else f"{option} {_quoted(text)}")
     return " ".join(words)
+
+
+def _quoted(text):
+    return f"'{text}'" if " (" in text else text

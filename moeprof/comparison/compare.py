@@ -3,11 +3,13 @@
 import textwrap
 import time
 
+from ..checks import check_type
 from ..console import WIDTH, progress
 from .effects import ROUTER, STATIC
 from .findings import findings
 from .plots import figure
 from .report import console_tables, report
+from .runner import Comparison
 
 
 def compare(comparison, store, facts, console):
@@ -16,6 +18,8 @@ def compare(comparison, store, facts, console):
     facts: a dict that goes into the JSON as it is. Returns the run, a dict as in the JSON. When
     it is interrupted, what is finished is written and KeyboardInterrupt goes on.
     """
+    check_type("compare: comparison", comparison, Comparison, "a Comparison")
+    comparison.check_text()
     begun = time.monotonic()
 
     def run():

@@ -8,7 +8,6 @@ import numpy as np
 from ..evaluation import bootstrap
 
 STATIC, ROUTER, SHUFFLED, RANDOM, ORACLE = "static", "router", "shuffled", "random", "oracle"
-ALLOCATIONS = ("equal", "free", "shared")
 CONTRASTS = (("bh", "fixed_p"), ("bh", "bh (logit)"), ("bh", "bh (trimmed)"))
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 

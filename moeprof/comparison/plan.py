@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
-from .effects import ALLOCATIONS
-
 REDUCTION, WIDE = "reduction", "wide"
 TABLES = (REDUCTION, WIDE)
+ALLOCATIONS = ("equal", "free", "shared")
 
 
 class TablePlan(NamedTuple):

@@ -21,6 +21,7 @@ import moeprof
 
 from ..budget import BudgetError, allocate, sensitivity
 from ..budget.setting import find, resolve
+from ..checks import check_token_ids
 from ..evaluation import Reference, collect
 from ..evaluation.routing import model_norm
 from ..routers import TopK
@@ -65,6 +66,11 @@ class Comparison:
                 total += len(plan.budgets) * (controls + each * len(self.contenders))
         outside = [c for c in self.cells if c["role"] == ROUTER and c["status"] == "outside"]
         return total - sum(cell["allocation"] != "shared" for cell in outside)
+
+    def check_text(self):
+        """ValueError for a token that the model has no embedding for."""
+        windows = (*self.splits.budget.windows, *self.splits.test.windows)
+        check_token_ids(self.model, [*(window.ids for window in windows), *self.prompts])
 
     def run(self):
         """Measure everything; what is finished stays in `cells` whatever interrupts it."""

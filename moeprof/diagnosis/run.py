@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import demo
 from ..budget import BudgetError, set_budget
+from ..checks import check_model, check_token_ids, check_tokenizer
 from ..console import make_console, progress
 from ..evaluation.bootstrap import DRAWS
 from ..evaluation.passes import collect, evaluating
@@ -59,9 +60,11 @@ def diagnose(
     ------
     ValueError, TypeError
         For a null of another model, a router that is none, documents without a domain, more
-        positions than the text has.
+        positions than the text has; no model, no tokenizer, or one of another model.
     """
     begun = time.perf_counter()
+    check_model("diagnose", model)
+    check_tokenizer("diagnose", tokenizer)
     null = resolve_null(null)
     null.check(model)
     router = BH(ALPHA) if router is None else router
@@ -74,6 +77,7 @@ def diagnose(
         calibration = demo.calibration_documents()
     for_nulls, for_budget = _halves(_checked("calibration", calibration))
     text = heldout_windows(tokenizer, documents, tokens, seed)
+    check_token_ids(model, (window.ids for window in text.windows))
     places = sample_positions(text, positions, seed)
     work = _Work(null, model, tokenizer, router, norm, seed, draws, text)
     bar = progress(make_console(), _steps(text, positions), "diagnose")

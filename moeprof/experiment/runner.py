@@ -1,6 +1,7 @@
 """Runs one configuration: generate on the prompts, count experts, evaluate on held-out text."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from weakref import WeakKeyDictionary
@@ -10,7 +11,9 @@ import numpy as np
 import moeprof
 
 from .. import demo
+from ..checks import check_model, check_token_ids, check_tokenizer, check_type
 from ..decoding import cache_of, decode
+from ..tokens import prompt_ids
 from .configurations import as_configuration
 from .heldout import calibration_passages, evaluate, heldout_windows
 
@@ -86,6 +89,8 @@ class Experiment:
     new_tokens: int = NEW_TOKENS
 
     def __post_init__(self):
+        check_model("Experiment", self.model)
+        check_tokenizer("Experiment", self.tokenizer)
         if isinstance(self.prompts, str):
             raise TypeError("prompts: expected a list of texts, got one text")
         if not self.prompts:
@@ -107,6 +112,8 @@ class Experiment:
             raise ValueError(
                 f"max_new_tokens: expected an integer of at least 1, got {self.new_tokens!r}"
             )
+        check_token_ids(self.model, (window.ids for window in self.heldout.windows))
+        check_token_ids(self.model, self._prompt_ids())
 
     @property
     def steps(self):
@@ -145,7 +152,7 @@ class Experiment:
 
     def _generate(self, handle, step):
         """Greedy generation on all prompts, batch 1: experts, tokens per second, tokens, texts."""
-        prompts = [self.tokenizer(text, return_tensors="pt")["input_ids"] for text in self.prompts]
+        prompts = self._prompt_ids()
         greedy(self.model, prompts[0], 2)  # uncounted: the first calls pay for page faults
         tallies, tokens, seconds = [], [], 0.0
         for ids in prompts:
@@ -169,6 +176,10 @@ class Experiment:
             "generated_tokens": tokens,
             "generated_texts": [self.tokenizer.decode(new) for new in tokens],
         }
+
+    def _prompt_ids(self):
+        """(1, n) token ids of each prompt."""
+        return [prompt_ids(self.tokenizer, text) for text in self.prompts]
 
     def _by_complexity(self, tallies):
         means = {}
@@ -270,7 +281,7 @@ def run_configuration(
     Raises
     ------
     ValueError: an unknown configuration, no prompts, lists of different lengths, a model that
-        can't be patched.
+        can't be patched, a tokenizer of another model. TypeError: no model, no tokenizer.
 
     Example
     -------
@@ -281,6 +292,10 @@ def run_configuration(
         raise ValueError("run_configuration: give both model and tokenizer, or none of them")
     if model is None:
         model, tokenizer = _demo()
+    check_model("run_configuration", model)
+    check_tokenizer("run_configuration", tokenizer)
+    for name, texts in (("prompts", prompts), ("prompt_complexities", prompt_complexities)):
+        check_type(f"run_configuration: {name}", texts, Iterable, "a list of texts")
     configuration = as_configuration(config, *experts_of(model))
     if null is None and configuration.routing_type == "bh":
         null = default_null(model, tokenizer)

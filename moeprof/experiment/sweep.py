@@ -6,11 +6,12 @@ from importlib.metadata import version
 
 import moeprof
 
+from ..checks import check_type
 from ..console import WIDTH, make_console, progress
 from .configurations import configurations, dropped_max_ks
 from .plots import figure
 from .report import report
-from .runner import experts_of
+from .runner import Experiment, experts_of
 from .store import Store
 
 
@@ -22,6 +23,7 @@ def sweep(experiment, store, facts, console=None):
     Returns the run: a dict as in the JSON. When it is interrupted, what is finished stays on
     disk, and KeyboardInterrupt goes on to the caller. The model is unpatched in every case.
     """
+    check_type("sweep: experiment", experiment, Experiment, "an Experiment")
     store = store if isinstance(store, Store) else Store(store)
     console = console or make_console()
     num_experts, top_k = experts_of(experiment.model)

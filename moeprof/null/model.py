@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
+from ..checks import check_model, check_type
 from ..files import printable
 from .efron import efron_table, fit_efron
 from .identity import add_digests, gate_weight, gates_of, model_name, router_sample, same_sample
@@ -217,6 +218,7 @@ class Null:
 
         Raises ValueError unless both have the same kind, score, trimming and model.
         """
+        check_type("merge: other", other, Null, "a Null")
         for name in ("kind", "score", "r_high", "r_low", "alpha_min", "tail_rule"):
             mine, its = getattr(self, name), getattr(other, name)
             if mine != its:
@@ -248,6 +250,7 @@ class Null:
         The router's weights decide, not the name: a model has one name on the hub and another
         in a folder. The comparison survives loading in fp32, bf16 or fp16.
         """
+        check_model("Null.check", model)
         gates = gates_of(model)
         experts = {gate_weight(name, gate).shape[0] for name, gate in gates}
         if len(gates) != len(self):

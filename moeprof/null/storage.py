@@ -3,10 +3,12 @@
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
+from ..checks import check_type
 from ..files import write_whole
 from ..npz import read_npz
 from .scores import BINS, LARGEST
@@ -67,6 +69,7 @@ def read_null(path, make):
     Raises FileNotFoundError, or ValueError naming the file when it is not a null, is damaged,
     truncated or of another format version, or when `make` finds that its parts don't fit.
     """
+    check_type("null: path", path, (str, os.PathLike), "the path of a saved null")
     path = Path(path)
     suffix = _suffix(path)
     if not path.exists():

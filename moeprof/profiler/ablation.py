@@ -10,6 +10,7 @@ import moeprof
 
 from ..adapters import adapter_of, find_moe_blocks
 from ..budget.report import read_texts
+from ..checks import check_model, check_token_ids, check_tokenizer
 from ..console import make_console
 from ..console import progress as progress_bar
 from ..evaluation import bootstrap, evaluating
@@ -69,6 +70,8 @@ def layer_ablation(
     >>> frame = layer_ablation(model, tokenizer, texts)         # doctest: +SKIP
     >>> ablation_figure(frame).savefig("ablation.png")          # doctest: +SKIP
     """
+    check_model("layer_ablation", model)
+    check_tokenizer("layer_ablation", tokenizer)
     with moeprof.patch(model) as handle:  # raises where it can't
         names, blocks = [layer.name for layer in handle.layers], find_moe_blocks(model)
     own = [adapter_of(block).settings(block)[0] for _, block in blocks]
@@ -77,6 +80,7 @@ def layer_ablation(
     if not plan:
         raise ValueError("ks: the model takes one expert per token, so there is none to take away")
     text = heldout_windows(tokenizer, read_texts(texts, "texts"), tokens, seed)
+    check_token_ids(model, (window.ids for window in text.windows))
     total = (1 + sum(k != own[layer] for layer, k in plan)) * len(text.windows)
     bar = nullcontext()
     if progress is not False:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 from torch import nn
 
+from ..checks import check_model
 from .records import RecordWriter
 from .result.metrics import LayerMetrics
 from .result.profile import Profile
@@ -72,10 +73,7 @@ class MoEProfiler:
         trace: bool = False,
         records: str | os.PathLike | None = None,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"MoEProfiler: expected a torch.nn.Module, got {type(model).__name__}"
-            )
+        check_model("MoEProfiler", model)
         _check_integer("warmup_steps", warmup_steps, 0)
         _check_integer("sampling_rate", sampling_rate, 1)
         self.model = model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..bench.limits import SIZE
 from ..bench.machine import cache_bytes
+from ..checks import check_model
 from .finding import find_sites
 from .words import words_of
 
@@ -77,8 +78,7 @@ def roofline(model: nn.Module) -> Roofline:
     >>> moeprof.roofline(model).read_gbs  # doctest: +SKIP
     34.2
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"roofline: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model("roofline", model)
     weights = _weights(model)
     key = _key(weights)
     known = _measured.setdefault(model, {})

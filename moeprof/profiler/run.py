@@ -8,6 +8,7 @@ import torch
 
 import moeprof
 
+from ..checks import check_token_ids
 from ..console import make_console, progress
 from ..decoding import cache_of, decode
 from ..evaluation import evaluating
@@ -68,6 +69,7 @@ def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) ->
     patch : dict of arguments of `moeprof.patch`, or None for the model as it is
     options : of MoEProfiler
     """
+    check_token_ids(model, (window.ids for window in plan.text.windows))
     console = make_console()
     profiler = MoEProfiler(model, **options)
     with evaluating(model), torch.inference_mode(), _patched(model, patch):

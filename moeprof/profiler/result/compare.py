@@ -4,9 +4,10 @@ from html import escape
 
 import numpy as np
 
+from ...checks import check_type
 from ..tally import PHASES
 from .metrics import SCALARS
-from .profile import ALL
+from .profile import ALL, Profile
 from .wording import PLAIN, counted, number, percent, short
 
 COLUMNS = ["layer", "name", "phase", "metric", "first", "second", "difference", "relative"]
@@ -28,6 +29,7 @@ class Comparison:
     """
 
     def __init__(self, first, second):
+        check_type("compare: other", second, Profile, "a Profile (Profile.load reads a folder)")
         self.first, self.second = first, second
         shapes = [[layer.num_experts for layer in profile.layers] for profile in (first, second)]
         if shapes[0] != shapes[1]:

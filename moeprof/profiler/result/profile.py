@@ -1,11 +1,13 @@
 """What a profiler counted, as one object: numbers, tables, figures, files."""
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from ...checks import check_type
 from ...files import check_folder, write_whole
 from ..tally import PHASES
 from .metrics import LayerMetrics, load_balance_loss, z_loss
@@ -193,6 +195,7 @@ class Profile:
         """
         from .storage import unpack
 
+        check_type("Profile.load: folder", folder, (str, os.PathLike), "the path of a folder")
         return unpack(cls, Path(folder))
 
     def save_csv(self, path) -> None:

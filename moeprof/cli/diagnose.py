@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..arguments import integer
+from ..arguments import add_model, integer, load
 from ..console import make_console
 from ..experiment.heldout import HELDOUT_TOKENS
 from ..experiment.inputs import check_model
@@ -12,11 +12,8 @@ from ..files import check_folder
 ALPHA, POSITIONS = 0.3, 1000
 
 
-def add_diagnose(commands, add_model, load):
-    """Add `diagnose` to the commands of `moeprof`.
-
-    add_model: adds --model and its like to a parser; load: (model, tokenizer) of the arguments.
-    """
+def add_diagnose(commands):
+    """Add `diagnose` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "diagnose", help="what a null and BH routing on it do to a model, on held-out text"
     )
@@ -48,7 +45,7 @@ def add_diagnose(commands, add_model, load):
         "--seed", type=integer(0, 2**32 - 1), default=0,
         help="chooses the windows, the positions and the experts that are added; default: 0",
     )
-    parser.set_defaults(run=lambda arguments: _run(arguments, load))
+    parser.set_defaults(run=_run)
 
 
 def _alpha(text):
@@ -61,11 +58,11 @@ def _alpha(text):
     return value
 
 
-def _run(arguments, load):
+def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..diagnosis import diagnose
     from ..null import resolve_null
     from ..routers import BH
-    from .run import diagnose
 
     null = None if arguments.null is None else resolve_null(arguments.null)
     if arguments.model is not None:

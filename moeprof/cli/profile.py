@@ -5,7 +5,7 @@ import ast
 from itertools import islice
 from pathlib import Path
 
-from ..arguments import integer
+from ..arguments import add_model, integer, load
 from ..console import make_console
 from ..demo import Document, heldout_documents
 from ..experiment.inputs import check_model
@@ -13,17 +13,13 @@ from ..experiment.runner import default_null, experts_of, shipped_null
 from ..files import check_folder, write_whole
 from ..routers import REGISTRY, make_router
 from ..textfiles import TextFiles
-from .records import check_records
 
 TOKENS, PROMPTS, NEW_TOKENS = 8192, 8, 32
 PIECES = 64  # of 65,536 characters at most, read of a text
 
 
-def add_profile(commands, add_model, load):
-    """Add `profile` to the commands of `moeprof`.
-
-    add_model: adds --model and its like to a parser; load: (model, tokenizer) of the arguments.
-    """
+def add_profile(commands):
+    """Add `profile` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "profile",
         help="what the experts of a model do on a text: load, cost, time, figures",
@@ -81,7 +77,7 @@ def add_profile(commands, add_model, load):
     parser.add_argument(
         "--seed", type=integer(0, 2**32 - 1), default=0, help="chooses the passages; default: 0"
     )
-    parser.set_defaults(run=lambda arguments: _run(arguments, load))
+    parser.set_defaults(run=_run)
 
 
 def _router(text):
@@ -106,9 +102,10 @@ def _value(text):
         return text
 
 
-def _run(arguments, load):
+def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..null import resolve_null
+    from ..profiler.records import check_records
 
     if arguments.router is None and arguments.null is not None:
         raise ValueError("--null is what a router on p-values works on, and no --router is given")
@@ -153,8 +150,8 @@ def _patch(arguments, model, tokenizer, null):
 
 
 def _profile(arguments, model, tokenizer, documents, patch):
-    from .roofline import roofline
-    from .run import plan, profile_texts
+    from ..profiler.roofline import roofline
+    from ..profiler.run import plan, profile_texts
 
     console = make_console()
     planned = plan(
@@ -180,8 +177,8 @@ def _profile(arguments, model, tokenizer, documents, patch):
 
 
 def _agreement(model, planned, patch):
-    from .result.page import Section
-    from .run import agreement_by_layer
+    from ..profiler.result.page import Section
+    from ..profiler.run import agreement_by_layer
 
     note = (
         "The router beside the model's own top-k on the same text: mean of |E ∩ E'| / k, what it "
@@ -193,8 +190,8 @@ def _agreement(model, planned, patch):
 
 
 def _ablation(arguments, model, tokenizer, documents):
-    from .ablation import ablation_figure, layer_ablation
-    from .result.page import Section
+    from ..profiler.ablation import ablation_figure, layer_ablation
+    from ..profiler.result.page import Section
 
     frame = layer_ablation(
         model, tokenizer, documents, tokens=arguments.tokens, seed=arguments.seed

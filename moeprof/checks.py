@@ -1,0 +1,82 @@
+"""Whether arguments are what they should be: TypeError and ValueError that name the argument."""
+
+import sys
+
+from .extra import MODELS, check_installed
+
+
+def check_type(name, value, kinds, expected):
+    """TypeError unless value is one of `kinds`; expected: those, in words."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name}: expected {expected}, got {described(value)}")
+
+
+def check_model(who, model):
+    """TypeError unless `model` is a torch.nn.Module; who: the function that was called."""
+    if sys.modules.get("torch") is None:
+        check_installed(f"moeprof.{who}", MODELS)
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        return
+    hint = "; are model and tokenizer swapped?" if hasattr(model, "decode") else ""
+    if not isinstance(model, type):
+        inside = [n for n, v in getattr(model, "__dict__", {}).items() if isinstance(v, nn.Module)]
+        if inside:
+            hint = f", which holds one: pass its attribute {inside[0]}"
+        elif isinstance(model, tuple | list) and any(isinstance(m, nn.Module) for m in model):
+            hint = ", which holds one: pass that alone"
+    raise TypeError(f"{who}: model: expected a torch.nn.Module, got {described(model)}{hint}")
+
+
+def check_tokenizer(who, tokenizer):
+    """TypeError unless `tokenizer` can be one: it is called with a text, and is no model."""
+    from torch import nn
+
+    no_tokenizer = isinstance(tokenizer, (nn.Module, type)) or not callable(tokenizer)
+    if no_tokenizer:
+        raise TypeError(
+            f"{who}: tokenizer: expected a callable that gives input_ids, as transformers' "
+            f"tokenizers, got {described(tokenizer)}"
+        )
+
+
+def check_token_ids(model, windows):
+    """ValueError if the model's embedding has no row for one of the token ids.
+
+    windows: tensors or lists of ids. Torch itself would raise an IndexError without a number.
+    A model that doesn't say which its embedding is isn't checked.
+    """
+    rows = _embedding_rows(model)
+    if rows is None:
+        return
+    for ids in windows:
+        largest = int(ids.max()) if hasattr(ids, "max") else max(ids)
+        if largest >= rows:
+            raise ValueError(
+                f"the tokenizer gives token id {largest}, which needs an embedding of at least "
+                f"{largest + 1} rows, and the model's has {rows}: use the model's own tokenizer, "
+                "or call model.resize_token_embeddings(len(tokenizer))"
+            )
+
+
+def _embedding_rows(model):
+    """How many token ids the model knows; None where that can't be told."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is None:
+        shape = getattr(getattr(embedding, "weight", None), "shape", ())
+        rows = shape[0] if len(shape) == 2 else None
+    return rows
+
+
+def described(value):
+    """What was given instead, short: a class by its name, else the value's class."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str):
+        return f"str {value if len(value) <= 40 else value[:37] + '...'!r}"
+    return type(value).__name__

@@ -1,0 +1,97 @@
+"""The command line: `moeprof sweep`, `profile`, `calibrate`, `compare`, `bench` ….
+
+Whatever is wrong with the input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+What is wrong becomes a ValueError, TypeError, OSError or ImportError with words for the user where
+it is met: reading a file, loading a model, tokenising, writing. Any other exception is a fault
+of moeprof, and its traceback is shown.
+
+A command's arguments are declared beside its code, or here where that imports torch: declaring
+them imports nothing that is slow to import. A command imports what it needs when it runs.
+"""
+
+import argparse
+import os
+import sys
+
+import moeprof
+from moeprof import extra
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments, without the usage around it."""
+
+    def error(self, message):
+        self.exit(2, f"moeprof: error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def _parser():
+    # Imported here, so that `main` answers Ctrl-C while they are.
+    from moeprof.bench.arguments import add_bench
+    from moeprof.cli.calibrate import add_calibrate
+    from moeprof.cli.cpu import add_cpu
+    from moeprof.cli.diagnose import add_diagnose
+    from moeprof.cli.profile import add_profile
+    from moeprof.comparison.arguments import add_compare
+    from moeprof.experiment.arguments import add_sweep
+
+    parser = _Parser(prog="moeprof", description="Mixture-of-experts routing, on the CPU.")
+    parser.add_argument("--version", action="version", version=f"moeprof {moeprof.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        add_sweep, add_calibrate, add_profile, add_bench, add_diagnose, add_compare, add_cpu,
+    ):  # fmt: skip
+        add(commands)
+    return parser
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        arguments = _parser().parse_args(argv)
+        extra.check_installed(f"moeprof {arguments.command}", _needed(arguments))
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()  # a full disk or a closed pipe is told here, not at exit
+        return code
+    except KeyboardInterrupt:
+        # Interrupted inside an exec() of a text, as dataclasses are made, Python would end by the
+        # signal in spite of this handler; the next exec() takes that back.
+        exec("")
+        print("moeprof: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("moeprof"):
+            raise  # a file of moeprof itself
+        return _fail(extra.missing("this", error.name) if error.name else error)
+    except (ImportError, ValueError, TypeError, OSError) as error:
+        return _fail(error)
+
+
+def _needed(arguments):
+    """The packages that the command will import, asked for before it does anything."""
+    if arguments.command == "cpu" or getattr(arguments, "merge", None) is not None:
+        return ()
+    if arguments.command == "calibrate":
+        return extra.MODELS
+    if arguments.command == "bench":
+        return (*extra.MODELS, "rich", *(["matplotlib"] if arguments.plot else []))
+    return extra.ALL
+
+
+def _one_line(text):
+    return " ".join(str(text).split())
+
+
+def _fail(error):
+    """One line on stderr."""
+    if isinstance(error, OSError):
+        _drop_stdout()
+    print(f"moeprof: error: {_one_line(error)}", file=sys.stderr)
+    return 2
+
+
+def _drop_stdout():
+    """What couldn't be written to stdout isn't tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

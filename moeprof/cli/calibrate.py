@@ -1,0 +1,87 @@
+"""The arguments of `moeprof calibrate`, and the command itself."""
+
+import sys
+from pathlib import Path
+
+import moeprof
+
+from ..arguments import add_model, load
+from ..experiment.inputs import check_model
+from ..files import check_folder
+from ..null import KINDS, SCORES
+from ..textfiles import TextFiles
+
+
+def add_calibrate(commands):
+    """Add `calibrate` to the commands of `moeprof`."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="fit null distributions to a model's routers",
+        description="Fit null distributions to a model's routers, or add fitted ones up.",
+    )
+    add_model(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text", metavar="FILE", nargs="+",
+        help="the text to fit to, UTF-8, read piece by piece: any size",
+    )
+    source.add_argument(
+        "--merge", metavar="NULL", nargs="+",
+        help="nulls fitted to different texts: writes the one fitted to all of them, exactly",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE",
+        help="written there: .safetensors, or .npz, which is compressed",
+    )
+    parser.add_argument("--kind", choices=KINDS, help="default: efron")
+    parser.add_argument("--score", choices=SCORES, help="default: logprob")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments):
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    out = Path(arguments.out)
+    if out.suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"--out {out}: a null file ends in .safetensors or .npz")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: no such folder {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out}: expected a file, this is a folder")
+    check_folder(out.parent)
+    null = _fitted(arguments) if arguments.merge is None else _merged(arguments)
+    null.save(out)
+    print(null.describe())
+    print(f"Written: {out}")
+
+
+def _fitted(arguments):
+    texts = TextFiles(arguments.text)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    model, tokenizer = load(arguments)
+    return moeprof.fit_null(
+        model, tokenizer, texts, kind=arguments.kind or "efron",
+        score=arguments.score or "logprob", progress=sys.stderr.isatty(),
+    )
+
+
+def _merged(arguments):
+    for name in ("model", "threads", "kind", "score"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--merge adds up fitted nulls: it takes no --{name}")
+    if len(arguments.merge) < 2:
+        raise ValueError("--merge: expected at least two nulls, got one")
+    total, seen = None, {}
+    for path in arguments.merge:
+        null = moeprof.Null.load(path)
+        if null.text_digest in seen:
+            raise ValueError(
+                f"--merge: {path} was fitted to the same text as {seen[null.text_digest]}, which "
+                "would count twice"
+            )
+        seen[null.text_digest] = path
+        try:
+            total = null if total is None else total.merge(null)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return total

@@ -1,0 +1,41 @@
+"""The command `moeprof cpu`: the CPU's features and the chosen kernels."""
+
+import textwrap
+
+import moeprof
+
+from ..console import WIDTH
+
+_THREADS = (
+    "{} without torch; a model runs on as many as torch.get_num_threads() says (this command "
+    "doesn't import torch)"
+)
+_POOL = "{} without torch; a model runs on torch's OpenMP where it can be used"
+
+
+def add_cpu(commands):
+    """Add `cpu` to the commands of `moeprof`."""
+    parser = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments):
+    for line in _lines(moeprof.cpu_info()):
+        print(line)
+
+
+def _lines(info):
+    """Three columns: what is told, a kernel's name, and the value, in lines of 100 columns."""
+    info = info | {"threads": _THREADS.format(info["threads"]), "pool": _POOL.format(info["pool"])}
+    rows = []
+    for name, value in info.items():
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        for number, (key, item) in enumerate(items):
+            text = ", ".join(item) if isinstance(item, list | tuple) else str(item)
+            rows.append(("" if number else name, key, text))
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for name, key, text in rows:
+        indent = f"{name:{first}}  {key:{second}}  " if key else f"{name:{first}}  "
+        yield from textwrap.wrap(
+            text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent),
+        ) or [indent.rstrip()]  # fmt: skip
