@@ -5,6 +5,7 @@ from html import escape
 import numpy as np
 
 from ..tally import PHASES
+from .frame import WHOLE
 from .metrics import SCALARS
 from .profile import ALL
 from .wording import PLAIN, counted, number, percent, short
@@ -49,7 +50,7 @@ class Comparison:
 
         rows = []
         for phase in (*PHASES, ALL):
-            for name in ("load_balance_loss", "z_loss"):
+            for name in WHOLE:
                 values = (getattr(p, name)(phase) for p in (self.first, self.second))
                 rows.append((None, None, phase, name, *values))
             both = zip(self.first.each(phase), self.second.each(phase), strict=True)

@@ -5,7 +5,7 @@ from .metrics import BY_EXPERT, SCALARS
 from .profile import ALL
 
 COLUMNS = ["layer", "name", "expert", "phase", "metric", "value"]
-WHOLE = ("load_balance_loss", "z_loss")  # of all layers together, methods of Profile
+WHOLE = ("load_balance_loss", "load_balance_loss_by_layer", "z_loss")  # of all layers together, methods of Profile
 
 
 def to_frame(profile):

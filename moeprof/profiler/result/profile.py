@@ -8,7 +8,7 @@ import numpy as np
 
 from ...files import check_folder, write_whole
 from ..tally import PHASES
-from .metrics import LayerMetrics, load_balance_loss, z_loss
+from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
 
 ALL = "all"  # the name of both phases together
 
@@ -72,8 +72,13 @@ class Profile:
         ]
 
     def load_balance_loss(self, phase=None) -> float:
-        """E Σ f_e P_e over all layers, as transformers' load_balancing_loss_func."""
+        """E Σ f_e P_e, the tokens of all layers pooled, as transformers'
+        load_balancing_loss_func."""
         return load_balance_loss(self.counts_of(phase))
+
+    def load_balance_loss_by_layer(self, phase=None) -> float:
+        """The mean of the layers' own load-balance losses, which pooling can hide."""
+        return load_balance_loss_by_layer(self.counts_of(phase))
 
     def z_loss(self, phase=None) -> float:
         """Mean of logsumexp(z)² over the tokens of all layers."""
