@@ -16,6 +16,7 @@ from .adapters.base import Adapter, RouterOutput
 from .callables import read_routing
 from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
+from .names import gate_name, layer_keys, layer_labels, spans
 from .null import LayerNull, resolve_null
 from .routers import Router, TopK, make_router
 from .state import STATE, Patched
@@ -163,8 +164,8 @@ def patch(
     router : str, Router, callable, list, dict or None
         None is the model's own top-k. A name takes its parameters as keywords:
         ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
-        dict has them by the layer's number or its block's name, and the layers that it leaves
-        out keep the model's own. A callable takes the logits (T, E) and returns a routing:
+        dict has them by the layer's own number, its block's name or its gate's, and the layers
+        that it leaves out keep the model's own. A callable takes the logits (T, E) and returns a routing:
         weights (T, E), zero where an expert is not selected; or (weights (T, k), experts
         (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its weights
         are used as they are, `norm` does not touch them. It is slower: for trying ideas.
@@ -274,10 +275,11 @@ def routers_by_layer(router, names: list[str], parameters: dict) -> list:
     if isinstance(router, list | tuple | dict) and parameters:
         raise TypeError(f"patch: {sorted(parameters)} given beside a router for each layer")
     if isinstance(router, dict):
-        numbers = {**{name: i for i, name in enumerate(names)}, **{i: i for i in range(count)}}
+        numbers = layer_keys(names, [gate_name(name) for name in names])
         if unknown := [key for key in router if key not in numbers]:
             raise ValueError(
-                f"router: expected layers 0 to {count - 1} or their names {names}, got {unknown}"
+                f"router: expected layers {spans(layer_labels(names))} or the names of their "
+                f"blocks {names} or gates, got {unknown}"
             )
         if len({numbers[key] for key in router}) < len(router):
             raise ValueError(f"router: a layer is named twice in {list(router)}")

@@ -256,8 +256,11 @@ def _of_a_part(block, named, collections, num_experts: int) -> list[tuple[str, i
     if not any(_is_called_experts(block, c) for c in collections):
         return []
     sizes = [(name, _columns(child, block)) for name, child in named]
-    return [(n, size) for n, size in sizes if size and size > num_experts
-            and not size % num_experts and _gives_columns(block.get_submodule(n), size)]  # fmt: skip
+    return [
+        (name, size) for name, size in sizes
+        if size and size > num_experts and not size % num_experts
+        and _gives_columns(block.get_submodule(name), size)
+    ]  # fmt: skip
 
 
 def _gives_columns(router: nn.Module, size: int) -> bool:
@@ -312,9 +315,10 @@ _EXPERTS = re.compile("^(moe_|local_|routed_|sparse_)?experts?$")
 
 def _experts_beside(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The children that are called experts and hold something."""
-    return [(name, child) for name, child in block.named_children()
-            if _EXPERTS.search(name.lower()) and any(True for _ in child.children())
-            or _EXPERTS.search(name.lower()) and any(True for _ in child.parameters())]  # fmt: skip
+    return [
+        (name, child) for name, child in block.named_children()
+        if _EXPERTS.search(name.lower()) and (child._modules or [*child.parameters()])
+    ]  # fmt: skip
 
 
 def _unread(model: nn.Module, covered: set[nn.Module]) -> list[Unread]:
@@ -392,6 +396,7 @@ def _site(model: nn.Module, parts: _Parts) -> Site:
         size = expert_size(collections, num_experts, block=inner)
     taken = {router, *collections}
     shared = _shared(block_name, block, taken, model)
+    elements = sum(matrix_elements(m, taken) for m in shared)
     packed = [packed_reason(router), *(packed_reason(m, taken) for m in shared)]
     layer = Layer(
         name=parts.name,
@@ -401,7 +406,7 @@ def _site(model: nn.Module, parts: _Parts) -> Site:
         hidden_size=find_hidden_size(router, num_experts, inner, model),
         router_flops=None if packed[0] else 2 * matrix_elements(router),
         expert_flops=None if size.elements is None else 2 * size.elements,
-        shared_flops=None if any(packed[1:]) else 2 * sum(matrix_elements(m, taken) for m in shared),
+        shared_flops=None if any(packed[1:]) else 2 * elements,
         router_bytes=parameter_bytes(router),
         expert_bytes=size.bytes,
         shared_bytes=sum(parameter_bytes(m, taken) for m in shared),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import _C
 from ..experts import DTYPES, as_array
+from ..names import layer_numbers
 from ..patching import Routing
 from ..watching import RoutingWatch, unwatch, watch
 from .check import ExpertRows
@@ -83,6 +84,7 @@ class Session:
             self.sites = sites
             self.clear()
         self.sites = sites
+        self.numbers = layer_numbers([site.layer.block for site in sites])  # in records
         self.entries = find_entries(self.model, [site.block for site in sites])
 
     def clear(self) -> None:
@@ -215,7 +217,7 @@ class Session:
             self._add_vocabulary(index, step, experts)
         if options.records is not None:
             options.records.add(
-                layer=index, step=step.number, phase=step.phase, experts=experts,
+                layer=self.numbers[index], step=step.number, phase=step.phase, experts=experts,
                 weights=_floats(choice.weights), entropy=_entropy(choice.logits),
                 real=step.real, input_ids=_ids(step),
             )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ...files import check_folder, write_whole
+from ...names import layer_keys, layer_labels
 from ..tally import PHASES
 from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
 
@@ -37,6 +38,17 @@ class Profile:
         self.roofline, self.events = roofline, None if events is None else list(map(tuple, events))
 
     # ---- numbers ----
+
+    @cached_property
+    def labels(self) -> list[int | str]:
+        """What each layer is called: its own number in the model, see names.layer_labels."""
+        return layer_labels([layer.block for layer in self.layers])
+
+    def place_of(self, layer) -> int:
+        """Where in `layers` one stands that is called by its number or label, the name of its
+        block or of its gate. KeyError for another."""
+        blocks, gates = zip(*((layer.block, layer.name) for layer in self.layers), strict=True)
+        return layer_keys(blocks, gates)[layer]
 
     @cached_property
     def phases(self) -> list[str]:
@@ -104,9 +116,10 @@ class Profile:
         return by_token(self, minimum, top)
 
     def to_frame(self):
-        """A tidy pandas table: layer, name, expert, phase, metric, value.
+        """A tidy pandas table: layer, name, block, expert, phase, metric, value.
 
-        layer counts the MoE layers from 0; <NA>: of the whole profile. expert is <NA> where a
+        layer: the model's own number of the layer, see `labels`; name: its gate's, as in
+        `metrics`; <NA>: of the whole profile. expert is <NA> where a
         number is not of one expert. phase: "prefill", "decode", "all".
         """
         from .frame import to_frame
@@ -134,7 +147,8 @@ class Profile:
         return available(self)
 
     def plot(self, name="load", **options):
-        """A matplotlib Figure, one of `figures`. "coactivation" and "moves" take a layer=.
+        """A matplotlib Figure, one of `figures`. "coactivation" and "moves" take a layer=, its
+        number, its block's name or its gate's.
 
         Raises ValueError for a name that is not in `figures`, or a layer that is none.
         """
