@@ -165,8 +165,8 @@ def patch(
         None is the model's own top-k. A name takes its parameters as keywords:
         ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
         dict has them by the layer's own number, its block's name or its gate's, and the layers
-        that it leaves out keep the model's own. A callable takes the logits (T, E) and returns a routing:
-        weights (T, E), zero where an expert is not selected; or (weights (T, k), experts
+        that it leaves out keep the model's own. A callable takes the logits (T, E) and returns a
+        routing: weights (T, E), zero where an expert is not selected; or (weights (T, k), experts
         (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its weights
         are used as they are, `norm` does not touch them. It is slower: for trying ideas.
     null : Null, str, path or None

@@ -55,8 +55,8 @@ def layer_ablation(
     pandas.DataFrame
         A row per layer and k: layer (the model's own number), name (its gate's,
         "model.layers.0.mlp.gate", as the profiler's), block ("model.layers.0.mlp"), k, loss
-        in nats per predicted token, loss_change (positive: worse than the model's own k), low and high of
-        its 95 % interval (bootstrap over documents, paired; nan for a single document).
+        in nats per predicted token, loss_change (positive: worse than the model's own k), low and
+        high of its 95 % interval (bootstrap over documents, paired; nan for a single document).
         ``frame.attrs``: loss (with every layer at its own k), own_k (one per layer), tokens,
         documents, seed.
 

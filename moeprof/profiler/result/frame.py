@@ -19,10 +19,13 @@ def to_frame(profile):
         rows += [(None, None, None, None, phase, m, getattr(profile, m)(phase)) for m in WHOLE]
         for label, metrics in zip(profile.labels, profile.each(phase), strict=True):
             rows += _of_layer(label, metrics, phase)
+    missing = profile.facts.get("not_counted") or []
+    rows += [(u["label"], None, u["block"], None, ALL, "not_counted", 1) for u in missing]
     peak = profile.facts.get("memory_peak_mb")
     rows.append((None, None, None, None, ALL, "memory_peak_mb", peak))
     frame = pandas.DataFrame(rows, columns=COLUMNS)
-    kinds = {"layer": label_kind(profile.labels), "name": "string", "block": "string",
+    labels = [*profile.labels, *(u["label"] for u in missing)]
+    kinds = {"layer": label_kind(labels), "name": "string", "block": "string",
              "expert": "Int64", "value": float}  # fmt: skip
     return frame.astype(kinds)
 

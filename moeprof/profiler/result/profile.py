@@ -120,7 +120,8 @@ class Profile:
 
         layer: the model's own number of the layer, see `labels`; name: its gate's, as in
         `metrics`; <NA>: of the whole profile. expert is <NA> where a
-        number is not of one expert. phase: "prefill", "decode", "all".
+        number is not of one expert. A layer that could not be counted has one row, of the metric
+        "not_counted". phase: "prefill", "decode", "all".
         """
         from .frame import to_frame
 
