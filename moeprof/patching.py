@@ -20,6 +20,7 @@ from .callables import read_routing
 from .checks import check_model
 from .experts import routing_obstacle, run_experts, run_moe, tensor_obstacle
 from .linears import PatchedLinear, find_linears, linear_forward
+from .names import gate_name, layer_keys, layer_labels, spans
 from .null import LayerNull, resolve_null
 from .routers import Router, TopK, make_router
 from .routers.base import warn_if_capped
@@ -222,12 +223,11 @@ def patch(
     router : str, Router, callable, list, dict or None
         None is the model's own top-k. A name takes its parameters as keywords:
         ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
-        dict has them by the layer's number, or by the name of its block or gate, and the layers
-        that it leaves out keep the model's own. A callable takes the logits (T, E) and returns
-        a routing: weights (T, E), zero where an expert is not selected; or (weights (T, k),
-        experts (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its
-        weights are used as they are, `norm` does not touch them. It is slower: for trying
-        ideas.
+        dict has them by the layer's own number, its block's name or its gate's, and the layers
+        that it leaves out keep the model's own. A callable takes the logits (T, E) and returns a
+        routing: weights (T, E), zero where an expert is not selected; or (weights (T, k), experts
+        (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its weights
+        are used as they are, `norm` does not touch them. It is slower: for trying ideas.
     null : Null, str, path or None
         Where the p-values of the router come from: a fitted null, the path of a saved one, or
         "normal". None is "normal", with a warning.
@@ -351,13 +351,11 @@ def routers_by_layer(router, names: list[str], parameters: dict) -> list:
     if isinstance(router, list | tuple | dict) and parameters:
         raise TypeError(f"patch: {sorted(parameters)} given beside a router for each layer")
     if isinstance(router, dict):
-        numbers = {i: i for i in range(count)}
-        for i, name in enumerate(names):
-            # The profiler's metrics have the name of the gate.
-            numbers |= {name: i, f"{name}.gate": i}
+        numbers = layer_keys(names, [gate_name(name) for name in names])
         if unknown := [key for key in router if key not in numbers]:
             raise ValueError(
-                f"router: expected layers 0 to {count - 1} or their names {names}, got {unknown}"
+                f"router: expected layers {spans(layer_labels(names))} or the names of their "
+                f"blocks {names} or gates, got {unknown}"
             )
         if len({numbers[key] for key in router}) < len(router):
             raise ValueError(f"router: a layer is named twice in {list(router)}")

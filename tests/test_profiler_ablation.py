@@ -59,7 +59,8 @@ def test_as_the_stock_model_with_another_top_k(tokenizer, norm):
     assert [*zip(frame["layer"], frame["k"], strict=True)] == [
         (layer, k) for layer in (0, 1) for k in (3, 2, 1)
     ]
-    assert set(frame["name"]) == {"model.layers.0.mlp", "model.layers.1.mlp"}
+    assert set(frame["name"]) == {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
+    assert set(frame["block"]) == {"model.layers.0.mlp", "model.layers.1.mlp"}
     whole, predicted = stock_nats(model, tokenizer)
     assert frame.attrs["loss"] == pytest.approx(whole.sum() / predicted.sum(), rel=1e-5)
     assert frame.attrs["own_k"] == [4, 4] and frame.attrs["documents"] == len(TEXTS)

@@ -56,7 +56,8 @@ def test_both_phases_together_are_their_sum(profile):
 
 def test_the_frame_is_tidy_and_holds_the_metrics(profile):
     frame = profile.to_frame()
-    assert list(frame.columns) == ["layer", "name", "expert", "phase", "metric", "value"]
+    columns = ["layer", "name", "block", "expert", "phase", "metric", "value"]
+    assert list(frame.columns) == columns
     keys = ["layer", "expert", "phase", "metric"]
     assert not frame.duplicated(keys).any()
     assert set(frame["phase"]) == {"prefill", "decode", "all"}

@@ -1,7 +1,6 @@
 """What routers said against what the experts got, over the MoE models of transformers."""
 
-import threading
-import types
+import functools
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ from models import V5, Middleware
 from torch import nn
 from torch.nn import functional as F
 
-from moeprof.profiler.check import ChoiceCheck
+from moeprof.profiler.check import ExpertRows
 from moeprof.profiler.finding import Layer, find_sites
 from moeprof.profiler.reading import read_choice, read_experts_call, read_logits
-from moeprof.profiler.sizes import is_list, listed_experts
+from moeprof.profiler.sizes import expert_slots, is_list
 
 E, K, T = zoo.E, zoo.K, 10
 LAYER = Layer("m.gate", "m", E, K, 16, 0, 0, 0, 0, 0, 0)
@@ -35,7 +34,7 @@ class Watched:
         ]
         experts = site.experts
         if is_list(experts):
-            for number, expert in enumerate(listed_experts(experts)):
+            for number, expert in enumerate(expert_slots(experts)):
                 self.hooks.append(expert.register_forward_pre_hook(self.expert_got(number)))
         else:  # Granite's experts are two modules; the first of them gets the tokens
             target = next((m for n, m in experts.named_children() if n == "input_linear"), experts)
@@ -81,10 +80,30 @@ class Watched:
         return {e: self.hidden[(index == e).any(-1)] for e in range(E)}
 
 
+class Checked:
+    """The rows that a site's listed experts get, as the profiler compares them."""
+
+    def __init__(self, site):
+        self.expert_rows = ExpertRows(site)
+        self.rows = [0] * site.layer.num_experts
+        for expert, slot in self.expert_rows.modules:
+            expert.register_forward_pre_hook(functools.partial(self.count, slot))
+
+    def count(self, slot, module, args):
+        self.rows[slot] += args[0].shape[:-1].numel()
+
+    def verify(self, choice):
+        if any(self.rows):
+            self.expert_rows.verify(self.rows, choice)
+
+    def left_out(self, choice):
+        return self.expert_rows.left_out(self.rows, choice)
+
+
 def watch(name, model):
     sites = find_sites(model)
     watched = [Watched(site) for site in sites]
-    checks = [ChoiceCheck(site) for site in sites]
+    checks = [Checked(site) for site in sites]
     with torch.no_grad():
         model(**zoo.inputs(name))
     return watched, checks
@@ -114,6 +133,10 @@ def test_the_read_choice_is_what_the_experts_got(name):
         choice = read(each)
         assert torch.equal(selected(choice.experts), each.truth())
         check.verify(choice)
+        if each.call is None:
+            assert check.left_out(choice) is None
+        elif not each.site.layer.dense:
+            assert check.expert_rows.left_out_of_call(*each.call, choice) is None
 
 
 @pytest.mark.skipif(not V5, reason="transformers 4 runs what its router says")
@@ -169,25 +192,7 @@ def test_a_bias_that_the_block_adds_is_refused():
     (site,) = find_sites(model)
     site.block.moe_statics.e_score_correction_bias.data[0, 3] = 0.5
     with pytest.raises(ValueError, match="mlp.gate: it returns logits.*e_score_correction_bias"):
-        ChoiceCheck(site)
-
-
-def test_a_check_counts_the_rows_of_its_own_thread():
-    (site, *_) = find_sites(block_of_a_list())
-    check = ChoiceCheck(site)
-    expert = listed_experts(site.experts)[0]
-    other = threading.Thread(target=expert, args=(torch.zeros(5, 16),))
-    other.start()
-    other.join()
-    expert(torch.zeros(2, 16))
-    check.verify(types.SimpleNamespace(experts=torch.tensor([[0], [0]])))
-
-
-def block_of_a_list():
-    block = nn.Module()
-    block.gate, block.top_k = nn.Linear(16, E), K
-    block.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(E))
-    return nn.ModuleDict({"mlp": block})
+        ExpertRows(site).refuse_bias()
 
 
 # ---- values that user-made routers return ----
@@ -418,51 +423,33 @@ class ListBlock(nn.Module):
 def run_checked(choose):
     block = ListBlock(choose)
     (site,) = find_sites(block)
-    check = ChoiceCheck(site)
+    check = Checked(site)
     x = torch.randn(T, 16)
     with torch.no_grad():
         block(x)
-        return block, check, read_choice(block.gate(x), T, site.layer)
+        return check, read_choice(block.gate(x), T, site.layer)
 
 
 def test_check_of_a_block_that_takes_the_largest():
-    block, check, choice = run_checked(lambda z: z.topk(K)[1])
+    check, choice = run_checked(lambda z: z.topk(K)[1])
     check.verify(choice)
-    assert not any(expert._forward_pre_hooks for expert in block.experts)
+    assert check.left_out(choice) is None
 
 
 def test_check_of_a_block_that_chooses_otherwise():
-    block, check, choice = run_checked(lambda z: (-z).topk(K)[1])
+    check, choice = run_checked(lambda z: (-z).topk(K)[1])
     with pytest.raises(ValueError, match="format unexpected: gate: read as .* tokens for expert"):
         check.verify(choice)
-    assert not any(expert._forward_pre_hooks for expert in block.experts)
 
 
 def test_a_bias_of_a_users_block_is_refused_unless_it_is_zero():
     block = ListBlock(lambda z: (z + block.score_bias).topk(K)[1])
     block.register_buffer("score_bias", torch.zeros(E))
     (site,) = find_sites(block)
-    ChoiceCheck(site).remove()
+    ExpertRows(site).refuse_bias()
     block.score_bias[1] = 1
     with pytest.raises(ValueError, match="gate: it returns logits, to which its block adds score"):
-        ChoiceCheck(site)
-    assert not any(expert._forward_pre_hooks for expert in block.experts)
-
-
-def test_check_leaves_no_hook_when_it_is_given_up():
-    block = ListBlock(lambda z: z.topk(K)[1])
-    check = ChoiceCheck(find_sites(block)[0])
-    check.remove()
-    check.remove()
-    assert not any(expert._forward_pre_hooks for expert in block.experts)
-
-
-@pytest.mark.skipif(not V5, reason="stacked experts")
-def test_check_of_stacked_experts_does_nothing():
-    model = zoo.build("olmoe")
-    for site in find_sites(model):
-        ChoiceCheck(site).verify(types.SimpleNamespace())  # not even looked at
-        assert not any(m._forward_pre_hooks for m in site.experts.modules())
+        ExpertRows(site).refuse_bias()
 
 
 def test_middleware_around_the_stock_gate():

@@ -108,7 +108,10 @@ def full_name(module: nn.Module) -> str:
 def hooked(module: nn.Module) -> str | None:
     """What of this module, which the C path does not call, would be left out, or None."""
     own = vars(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    if hooks and all(getattr(h, "__module__", "").startswith("moeprof.") for h in _hooks(module)):
+        hooks = None  # the profiler's, which the C path tells by itself what it ran
+    if hooks or "forward" in own:
         return f"a hook or a forward of its own on {type(module).__name__} in the experts"
     return None
 

@@ -17,13 +17,14 @@ from ..evaluation import bootstrap, evaluating
 from ..evaluation.passes import batches
 from ..experiment.heldout import HeldOut, heldout_windows
 from ..experiment.plots import COLOURS, MARKERS
+from ..names import gate_name, layer_keys, layer_labels, spans
 from ..routers import TopK
 
-COLUMNS = ("layer", "name", "k", "loss", "loss_change", "low", "high")
+COLUMNS = ("layer", "name", "block", "k", "loss", "loss_change", "low", "high")
 
 
 def layer_ablation(
-    model, tokenizer, texts, *, ks=None, tokens=8192, seed=0, draws=2000, progress=None
+    model, tokenizer, texts, *, layers=None, ks=None, tokens=8192, seed=0, draws=2000, progress=None
 ):
     """The change of the loss when one MoE layer uses fewer experts, layer by layer.
 
@@ -35,6 +36,8 @@ def layer_ablation(
         As transformers has them.
     texts : list of str, or of objects with .text and .domain
         Each is a document.
+    layers : list, optional
+        Those to try: by number, block's name or gate's name. All unless given.
     ks : list of int, optional
         Experts per token to try in each layer, from 1 to E. Unless given, k - 1, k - 2, k - 4, …
         and 1, where k is the layer's own.
@@ -51,16 +54,18 @@ def layer_ablation(
     Returns
     -------
     pandas.DataFrame
-        A row per layer and k: layer (index), name ("model.layers.0.mlp"), k, loss in nats per
-        predicted token, loss_change (positive: worse than the model's own k), low and high of
-        its 95 % interval (bootstrap over documents, paired; nan for a single document).
+        A row per layer and k: layer (the model's own number), name (its gate's,
+        "model.layers.0.mlp.gate", as the profiler's), block ("model.layers.0.mlp"), k, loss
+        in nats per predicted token, loss_change (positive: worse than the model's own k), low and
+        high of its 95 % interval (bootstrap over documents, paired; nan for a single document).
         ``frame.attrs``: loss (with every layer at its own k), own_k (one per layer), tokens,
         documents, seed.
 
     Raises
     ------
     ValueError
-        "No routers found …", or a layer that can't be patched; ks out of range; nothing to try
+        "No routers found …", or a layer that can't be patched; layers that are none; ks out of
+        range; nothing to try
         (a top-1 model without ks); no text of two tokens.
     TypeError
         Texts that are none.
@@ -75,7 +80,8 @@ def layer_ablation(
     with moeprof.patch(model) as handle:  # raises where it can't
         names, blocks = [layer.name for layer in handle.layers], find_moe_blocks(model)
     own = [adapter_of(block).settings(block)[0] for _, block in blocks]
-    plan = [(layer, k) for layer, (_, block) in enumerate(blocks)
+    chosen = _places(layers, names)
+    plan = [(layer, k) for layer, (_, block) in enumerate(blocks) if layer in chosen
             for k in _ks(ks, own[layer], adapter_of(block).num_experts(block))]  # fmt: skip
     if not plan:
         raise ValueError("ks: the model takes one expert per token, so there is none to take away")
@@ -89,7 +95,7 @@ def layer_ablation(
         step = shown.step if shown else lambda: None
         whole = _nats(model, text, {}, step)
         changed = np.stack([
-            whole if k == own[layer] else _nats(model, text, {layer: TopK(k)}, step)
+            whole if k == own[layer] else _nats(model, text, {names[layer]: TopK(k)}, step)
             for layer, k in plan
         ])  # fmt: skip
     frame = _frame(plan, names, changed, whole, _predicted(text), seed, draws)
@@ -98,6 +104,19 @@ def layer_ablation(
         "documents": len(text.documents), "seed": seed,
     }  # fmt: skip
     return frame
+
+
+def _places(layers, names) -> set[int]:
+    """Where in `names`, of the blocks, the layers stand that a user names; None: all."""
+    if layers is None:
+        return set(range(len(names)))
+    keys = layer_keys(names, [gate_name(name) for name in names])
+    if unknown := [layer for layer in layers if layer not in keys]:
+        raise ValueError(
+            f"layers: expected {spans(layer_labels(names))} or the names of blocks or gates, got "
+            f"{unknown}"
+        )
+    return {keys[layer] for layer in layers}
 
 
 def _ks(ks, own, num_experts) -> list[int]:
@@ -148,9 +167,10 @@ def _frame(plan, names, changed, whole, predicted, seed, draws):
     known = len(whole) > 1
     low, high = (ends if known else np.full(len(plan), np.nan) for ends in (found.low, found.high))
     layers, ks = zip(*plan, strict=True)
+    labels, blocks = layer_labels(names), [names[layer] for layer in layers]
     columns = (
-        layers, [names[layer] for layer in layers], ks, changed.sum(1) / predicted.sum(),
-        found.estimate, low, high,
+        [labels[layer] for layer in layers], [gate_name(b) for b in blocks], blocks, ks,
+        changed.sum(1) / predicted.sum(), found.estimate, low, high,
     )  # fmt: skip
     return pandas.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 

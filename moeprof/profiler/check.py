@@ -1,88 +1,116 @@
-"""Is what was read from a router what its experts got? Asked once, of experts in a list."""
+"""Did what was routed run? Asked in every counted step; the first time, expert by expert."""
 
-from threading import get_ident
-from types import MappingProxyType
-
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .finding import Site
-from .reading import Choice
-from .sizes import is_list, listed_experts
+from .reading import INTEGERS, Choice
+from .sizes import expert_slots, is_list
 
 
-class ChoiceCheck:
-    """Counts the rows that each expert of a list gets in one call of the block.
+class ExpertRows:
+    """The rows that the experts of one layer got in a call, beside what its router chose.
 
-    A router that returns logits only leaves the choice to its block, which may choose otherwise
-    than by the largest: the rows by expert show it. Stacked experts have no calls of their own
-    to count; there nothing is checked.
+    Experts in a list have calls of their own, of which each row is counted. A router that
+    returns logits only leaves the choice to its block, which may choose otherwise than by the
+    largest: the first rows show it. Later only their sum is compared, as an expert with a
+    capacity drops tokens. Stacked experts have one call, which shows the indices or the rows
+    that they got, but not what their own code leaves out.
 
-    Example
-    -------
-    >>> check = ChoiceCheck(site)
-    >>> model(**inputs)
-    >>> check.verify(choice)  # as read in that forward
-
-    Raises
-    ------
-    ValueError
-        "Router output format unexpected: ..." if the block adds a bias of its own to what its
-        router says: few tokens would not show that.
+    E experts. Rows by slot: a module that is in several slots has them in its first one.
     """
 
     def __init__(self, site: Site):
-        self._name = site.layer.name
-        self._rows = torch.zeros(site.layer.num_experts, dtype=torch.int64)
-        self._hooks = []
-        self._thread = get_ident()  # another may run the same block
-        if site.experts is None or not is_list(site.experts):
-            return
-        if bias := _choice_bias(site):
+        self.site, self._size = site, site.layer.num_experts
+        experts = site.experts
+        self.listed = experts is not None and is_list(experts)
+        slots = expert_slots(experts) if self.listed else []
+        first: dict[nn.Module, int] = {}
+        for slot, module in enumerate(slots):
+            if module is not None:
+                first.setdefault(module, slot)
+        self.modules = list(first.items())  # each expert with its slot
+        self._owner = torch.tensor([first.get(m, i) for i, m in enumerate(slots)])
+        self._all_here = None not in slots
+        # Not of parameters of the block's own, nor where all run whatever was chosen.
+        stacked = experts is not None and not self.listed and experts is not site.block
+        self.stacked = experts if stacked and not site.layer.dense else None
+
+    def refuse_bias(self) -> None:
+        """Raise ValueError, "Router output format unexpected: ...", if the block adds a bias of
+        its own to what its router says: few tokens would not show that."""
+        if self.listed and (bias := _choice_bias(self.site)):
             raise ValueError(
-                f"Router output format unexpected: {self._name}: it returns logits, to which its "
-                f"block adds {bias} before it chooses: the choice can't be read"
+                f"Router output format unexpected: {self.site.layer.name}: it returns logits, to "
+                f"which its block adds {bias} before it chooses: the choice can't be read"
             )
-        for number, expert in enumerate(listed_experts(site.experts)):
-            hook = self._count(number)
-            self._hooks.append(expert.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _count(self, expert: int):
-        @torch.compiler.disable
-        def hook(module, args, kwargs=MappingProxyType({})):
-            # torch calls it without kwargs in a thread that runs while another one hooks.
-            given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-            if given and get_ident() == self._thread:
-                self._rows[expert] += given[0].shape[:-1].numel()
+    def left_out(self, rows: list[int], choice: Choice) -> np.ndarray | None:
+        """(E + 1,): selections of each expert less the rows (E,) that it got; None: no difference.
 
-        return hook
+        Negative where it got more rows than were selected.
+        """
+        if sum(rows) == choice.experts.numel():
+            return None
+        difference = self._chosen(choice) - np.array(rows)
+        return np.append(difference, 0) if difference.any() else None
 
-    def remove(self) -> None:
-        """Take the hooks off; may be called again."""
-        for hook in self._hooks:
-            hook.remove()
+    def left_out_of_call(self, args: tuple, kwargs: dict, choice: Choice) -> np.ndarray | None:
+        """The same of what stacked experts got; [E]: of experts that are not known."""
+        hidden, *others = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)] or [None]
+        if hidden is None or any(value is choice.experts for value in others):
+            return None
+        tokens = len(choice.experts)
+        for value in others:
+            if value.dtype in INTEGERS and value.dim() > 1 and value[..., 0].numel() == tokens:
+                return self._other_indices(value.reshape(tokens, -1), choice)
+        rows = hidden.shape[:-1].numel()
+        selections = int((choice.experts >= 0).sum())
+        if rows in (tokens, selections):  # each token once: what runs of it can't be seen
+            return None
+        if hidden.dim() == 3 and len(hidden) == self._size:  # (E, capacity, H)
+            return np.append(self._chosen(choice) - hidden.shape[1], 0)
+        return np.append(np.zeros(self._size, np.int64), selections - rows)
 
-    def verify(self, choice: Choice) -> None:
-        """Take the hooks off and compare.
+    def _other_indices(self, indices: Tensor, choice: Choice) -> np.ndarray | None:
+        chosen = choice.experts
+        if indices.shape == chosen.shape and torch.equal(indices.long(), chosen.long()):
+            return None
+        flat = indices.detach().reshape(-1).cpu().long()
+        flat = flat[(flat >= 0) & (flat < self._size)]
+        got = torch.bincount(flat, minlength=self._size).numpy()
+        return np.append(self._chosen(choice) - got, 0)
+
+    def _chosen(self, choice: Choice) -> np.ndarray:
+        """(E,) selections, those of a module in several slots at its first one."""
+        experts = choice.experts.detach().reshape(-1).cpu().long()
+        experts = experts[experts >= 0]
+        if len(self._owner):
+            experts = self._owner[experts]
+        return torch.bincount(experts, minlength=self._size).numpy()
+
+    def verify(self, rows: list[int], choice: Choice) -> None:
+        """Compare the rows (E,) of the first call, expert by expert.
+
+        They may be the choice; the choice up to one capacity; all tokens for every expert.
 
         Raises
         ------
         ValueError
-            "Router output format unexpected: ...", with the layer, if an expert got more or
-            fewer rows than the choice gives it.
+            "Router output format unexpected: ...", with the layer, for others.
         """
-        self.remove()
-        if not int(self._rows.sum()):  # nothing to count, or a block that calls no expert
+        got, read = np.array(rows), self._chosen(choice)
+        if not self._all_here or np.array_equal(got, np.minimum(read, got.max(initial=0))):
             return
-        experts = choice.experts.detach().reshape(-1).cpu().long()
-        read = torch.bincount(experts[experts >= 0], minlength=len(self._rows))
-        if torch.equal(read, self._rows):
+        used = np.array([slot for _, slot in self.modules])
+        if (got[used] == len(choice.experts)).all():
             return
-        wrong = int((read != self._rows).nonzero()[0])
+        wrong = int((read != got).nonzero()[0][0])
         raise ValueError(
-            f"Router output format unexpected: {self._name}: read as {int(read[wrong])} tokens "
-            f"for expert {wrong}, which got {int(self._rows[wrong])}: the block chooses otherwise "
-            "than its router's output says"
+            f"Router output format unexpected: {self.site.layer.name}: read as {read[wrong]} "
+            f"tokens for expert {wrong}, which got {got[wrong]}: the block chooses otherwise than "
+            "its router's output says"
         )
 
 
@@ -92,7 +120,7 @@ def _choice_bias(site: Site) -> str | None:
         return None
     names = {id(p) for m in (site.router, site.experts) for p in m.parameters()}
     for name, value in [*site.block.named_parameters(), *site.block.named_buffers()]:
-        fits = "bias" in name and value.numel() == site.layer.num_experts
+        fits = "bias" in name and value.numel() == site.layer.num_experts and not value.is_meta
         if fits and id(value) not in names and bool(value.any()):
             return name
     return None

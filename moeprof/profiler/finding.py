@@ -14,15 +14,19 @@ from torch import nn
 
 from .sizes import (
     COUNTS,
+    Size,
     expert_size,
+    expert_slots,
     find_hidden_size,
     find_top_k,
     is_list,
-    listed_experts,
     matrix_elements,
+    merge_flops,
     own_int,
     own_top_k,
+    packed_reason,
     parameter_bytes,
+    unwrapped,
     walk,
 )
 
@@ -36,13 +40,23 @@ class Layer:
     num_experts: int
     top_k: int | None  # None where neither router, block nor configuration says
     hidden_size: int | None
-    router_flops: int  # per token: 2 * elements of the router's matrices (2 H E)
-    expert_flops: int | None  # per selected expert (6 H I); None: no experts, or not all alike
-    shared_flops: int  # per token: shared experts and their gate
+    router_flops: int | None  # per token: 2 * elements of the router's matrices (2 H E)
+    expert_flops: int | None  # per selected expert (6 H I); None: unknown, or not all alike
+    shared_flops: int | None  # per token: shared experts and their gate
     router_bytes: int
-    expert_bytes: int | None  # all parameters of one expert
+    expert_bytes: int | None  # all parameters of one expert; None: unknown, or not all alike
     shared_bytes: int
     dense: bool = False  # every expert runs for every token, selected or not (Llama 4)
+    slot_flops: list[int] | None = None  # of each expert, where they differ
+    call_flops: int = 0  # per call: adapters multiplied out and added to all experts (peft)
+    unknown: str = ""  # why a size is None
+
+
+class Unread(NamedTuple):
+    """What looks like an MoE layer and can't be counted."""
+
+    name: str  # of the block
+    reason: str
 
 
 class Site(NamedTuple):
@@ -71,13 +85,37 @@ def find_sites(model: nn.Module) -> list[Site]:
     ValueError
         "No routers found in ...", with what was looked for and what was found.
     """
-    parts = _by_structure(model) or _by_name(model)
+    return find_layers(model)[0]
+
+
+def find_layers(model: nn.Module) -> tuple[list[Site], list[Unread]]:
+    """The MoE layers as `find_sites`, and what looks like one and can't be counted.
+
+    Raises
+    ------
+    ValueError
+        As `find_sites`.
+    """
+    parts = _by_structure(model)
+    parts += _by_name(model, _covered(model, parts))
+    unread = _unread(model, _covered(model, parts))
     if not parts:
-        raise ValueError(_nothing_found(model))
-    return [_site(model, p) for p in parts]
+        raise ValueError(_nothing_found(model, unread))
+    order = {module: number for number, module in enumerate(model.modules())}
+    parts.sort(key=lambda p: (order[p.block], order[p.router]))
+    return [_site(model, p) for p in parts], unread
 
 
-def _nothing_found(model: nn.Module) -> str:
+def _covered(model: nn.Module, parts: list[_Parts]) -> set[nn.Module]:
+    """The modules of layers that are found."""
+    inside: set[nn.Module] = set()
+    for p in parts:
+        whole = (p.router, *p.collections) if p.block is model else (p.block,)
+        inside.update(m for part in whole for m in part.modules())
+    return inside - {model}
+
+
+def _nothing_found(model: nn.Module, unread: list[Unread]) -> str:
     classes = {type(m).__name__ for m in model.modules()}
     alike = sorted(c for c in classes if re.search("moe|router|expert|gat(e|ing)$", c.lower()))
     return (
@@ -85,6 +123,7 @@ def _nothing_found(model: nn.Module) -> str:
         "ModuleList of alike modules, or stacked (E, ., .) parameters) and a child that gives E "
         f"columns, and for modules named gate or router; found {len(classes)} classes of "
         f"modules, of a mixture of experts: {', '.join(alike) or 'none'}"
+        + "".join(f"; {u.name or 'the model'}: {u.reason}" for u in unread)
     )
 
 
@@ -124,27 +163,35 @@ def _by_structure(model: nn.Module) -> list[_Parts]:
 
 def _parts(name: str, block: nn.Module) -> _Parts | None:
     """The parts of this block, or None if it is none."""
+    for num_experts, collections in _collections(block).items():
+        if found := _router_child(block, collections, num_experts):
+            router, columns = found
+            router_name = f"{name}.{router}".lstrip(".")
+            module = block.get_submodule(router)
+            return _Parts(module, router_name, block, collections, columns)
+    return None
+
+
+def _collections(block: nn.Module) -> dict[int, list[nn.Module]]:
+    """{E: the children, or the block itself, that hold parts of E experts}."""
     by_size: dict[int, list[nn.Module]] = {}
     for child_name, child in block.named_children():
         if "shared" not in child_name and (found := _collection(child_name, child)):
             by_size.setdefault(found[1], []).append(found[0])
     if size := _stacked_size([p for _, p in block.named_parameters(recurse=False)]):
         by_size.setdefault(size, []).append(block)
-    for num_experts, collections in by_size.items():
-        if router := _router_child(block, collections, num_experts):
-            router_name = f"{name}.{router}".lstrip(".")
-            module = block.get_submodule(router)
-            return _Parts(module, router_name, block, collections, num_experts)
-    return None
+    return by_size
 
 
 def _collection(name: str, module: nn.Module) -> tuple[nn.Module, int] | None:
     """(experts, E) if this child of a block holds the experts; they may lie one level down."""
     if is_list(module):
-        members = listed_experts(module)
-        classes = {type(m) for m in members if matrix_elements(m)}
+        members = expert_slots(module)
+        classes = {type(m) for m in members if m is not None and matrix_elements(m)}
+        if "expert" in name and classes:  # some may be quantised, wrapped, or elsewhere
+            return (module, len(members)) if len(members) >= 2 else None
         return (module, len(members)) if len(members) >= 2 and len(classes) == 1 else None
-    if size := _packed_size(name, module):
+    if size := _packed_size(name, unwrapped(module)):
         return module, size
     lists = [m for m in module.children() if is_list(m)]
     if "expert" in name and len(lists) == 1 and not matrix_elements(module, lists):
@@ -166,7 +213,8 @@ def _packed_size(name: str, module: nn.Module) -> int | None:
     if size is None or size < 2 or not matrices:
         return None
     flat = [p for p in matrices if p.dim() == 2]
-    return None if any(p.shape[0] % size for p in flat) else size
+    called = "expert" in name + type(module).__name__.lower()
+    return None if any(p.shape[0] % size for p in flat) and not called else size
 
 
 def _is_flat(module: nn.Module) -> bool:
@@ -180,22 +228,47 @@ def _stacked_size(parameters: list) -> int | None:
     return max(sizes) if sizes and min(sizes) >= 2 else None
 
 
-def _router_child(block: nn.Module, collections: list[nn.Module], num_experts: int) -> str | None:
-    """The name of the child that routes to these experts, or None."""
+def _router_child(
+    block: nn.Module, collections: list[nn.Module], num_experts: int
+) -> tuple[str, int] | None:
+    """(name, E) of the child that routes to these experts, or None.
+
+    E is more than the experts that are here where the others are on other machines.
+    """
     children = [
         (name, child)
         for name, child in block.named_children()
         if child not in collections and not is_list(child) and not _NO_ROUTER.search(name.lower())
     ]
     named = [(name, child) for name, child in children if _named_router(name)]
-    giving = [name for name, child in named if _gives(child, num_experts)]
+    giving = [(name, num_experts) for name, child in named if _gives(child, num_experts)]
     if giving or named:  # a router of no parameters (by hash, a user's function) shows nothing
-        bare = [name for name, child in named if not matrix_elements(child)]
-        return next(iter(giving + bare), None)
+        bare = [(name, num_experts) for name, child in named if not matrix_elements(child)]
+        return next(iter(giving + bare + _of_a_part(block, named, collections, num_experts)), None)
     if not any(_is_called_experts(block, c) for c in collections):
         return None  # decoder layers and a head of as many classes look the same
     plain = [name for name, child in children if _gives(child, num_experts)]
-    return plain[0] if len(plain) == 1 else None
+    return (plain[0], num_experts) if len(plain) == 1 else None
+
+
+def _of_a_part(block, named, collections, num_experts: int) -> list[tuple[str, int]]:
+    """[(router, E)] where the experts here are an even part of E: expert parallelism."""
+    if not any(_is_called_experts(block, c) for c in collections):
+        return []
+    sizes = [(name, _columns(child, block)) for name, child in named]
+    return [
+        (name, size) for name, size in sizes
+        if size and size > num_experts and not size % num_experts
+        and _gives_columns(block.get_submodule(name), size)
+    ]  # fmt: skip
+
+
+def _gives_columns(router: nn.Module, size: int) -> bool:
+    """Is E what a linear gives, not merely one side of some matrix?"""
+    return any(
+        vars(m).get("out_features") == size or any(vars(m).get(n) == size for n in COUNTS)
+        for m in walk(router)
+    )
 
 
 def _is_called_experts(block: nn.Module, collection: nn.Module) -> bool:
@@ -220,19 +293,57 @@ def _gives(module: nn.Module, num_experts: int) -> bool:
 # ---- by name ----
 
 
-def _by_name(model: nn.Module) -> list[_Parts]:
+def _by_name(model: nn.Module, covered: set[nn.Module]) -> list[_Parts]:
     found: list[_Parts] = []
-    inside: set[nn.Module] = set()
+    inside = set(covered)
     for name, module in model.named_modules():
         leaf_fits = _named_router(name) and _ROUTER_ALONE.search(_leaf(name))
         if module in inside or not leaf_fits or re.search("attn|attention", name.lower()):
             continue
         block = model.get_submodule(name.rpartition(".")[0])
         num_experts = _columns(module, block)
-        if num_experts and not _is_glu_gate(module, block):
+        if num_experts and not _is_glu_gate(module, block) and not _experts_beside(block):
             found.append(_Parts(module, name, block, [], num_experts))
             inside.update(module.modules())
     return found
+
+
+# ---- what looks like a layer and is none that can be read ----
+
+_EXPERTS = re.compile("^(moe_|local_|routed_|sparse_)?experts?$")
+
+
+def _experts_beside(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children that are called experts and hold something."""
+    return [
+        (name, child) for name, child in block.named_children()
+        if _EXPERTS.search(name.lower()) and (child._modules or [*child.parameters()])
+    ]  # fmt: skip
+
+
+def _unread(model: nn.Module, covered: set[nn.Module]) -> list[Unread]:
+    found = []
+    for name, block in model.named_modules():
+        if block in covered or is_list(block) or not (experts := _experts_beside(block)):
+            continue
+        if any(child in covered for _, child in experts):
+            continue
+        found.append(Unread(name, _reason(block, *experts[0])))
+    return found
+
+
+def _reason(block: nn.Module, name: str, experts: nn.Module) -> str:
+    """Why this block with experts is no layer that can be counted."""
+    routers = [(n, m) for n, m in block.named_children() if _named_router(n)]
+    if not routers:
+        return f"no router was found beside its {name}"
+    router, module = routers[0]
+    columns = _columns(module, block)
+    held = _collection(name, experts)
+    if held is None:
+        return f"the {name} ({type(experts).__name__}) are of a form that is not known"
+    gives = "nothing that shows a number" if columns is None else f"{columns} columns"
+    return f"its {router} gives {gives}, and it has {held[1]} {name}"
 
 
 def _columns(router: nn.Module, block: nn.Module) -> int | None:
@@ -271,28 +382,38 @@ _DENSE_EXPERTS = {
 
 
 def _site(model: nn.Module, parts: _Parts) -> Site:
-    router, collections = parts.router, parts.collections
+    router, collections, num_experts = parts.router, parts.collections, parts.num_experts
     block_name = parts.name.rpartition(".")[0]
     inner = parts.block
     block = inner
     while block_name and _only_raises(block):  # JetMoE calls parts of its attention experts
         block_name = block_name.rpartition(".")[0]
         block = model.get_submodule(block_name)
-    size = expert_size(collections, parts.num_experts, block=inner)
-    shared = _shared(model, block_name, block, {router, *collections})
+    here = dict(_collections(inner))
+    if any(c in collections for cs in here.values() for c in cs) and num_experts not in here:
+        size = Size(None, None, None, "its experts are divided among machines")
+    else:
+        size = expert_size(collections, num_experts, block=inner)
+    taken = {router, *collections}
+    shared = _shared(block_name, block, taken, model)
+    elements = sum(matrix_elements(m, taken) for m in shared)
+    packed = [packed_reason(router), *(packed_reason(m, taken) for m in shared)]
     layer = Layer(
         name=parts.name,
         block=block_name,
-        num_experts=parts.num_experts,
-        top_k=find_top_k(router, inner, model, parts.num_experts),
-        hidden_size=find_hidden_size(router, parts.num_experts, inner, model),
-        router_flops=2 * matrix_elements(router),
-        expert_flops=2 * size[0] if size else None,
-        shared_flops=2 * sum(elements for elements, _ in shared),
+        num_experts=num_experts,
+        top_k=find_top_k(router, inner, model, num_experts),
+        hidden_size=find_hidden_size(router, num_experts, inner, model),
+        router_flops=None if packed[0] else 2 * matrix_elements(router),
+        expert_flops=None if size.elements is None else 2 * size.elements,
+        shared_flops=None if any(packed[1:]) else 2 * elements,
         router_bytes=parameter_bytes(router),
-        expert_bytes=size[1] if size else None,
-        shared_bytes=sum(bytes_ for _, bytes_ in shared),
+        expert_bytes=size.bytes,
+        shared_bytes=sum(parameter_bytes(m, taken) for m in shared),
         dense=any(_is_dense(c) for c in collections),
+        slot_flops=None if size.each is None else [2 * n for n in size.each],
+        call_flops=merge_flops(collections),
+        unknown="; ".join(dict.fromkeys(filter(None, [size.reason, *packed]))),
     )
     experts = collections[0] if len(collections) == 1 else (inner if collections else None)
     chooses = "experts" if experts is not None and _experts_tell(router, experts) else "router"
@@ -304,8 +425,8 @@ def _only_raises(module: nn.Module) -> bool:
     return code is not None and code.co_names == ("NotImplementedError",)
 
 
-def _shared(model, name: str, block: nn.Module, without: set) -> list[tuple[int, int]]:
-    """(matrix elements, bytes) of what runs for each token in a block, or beside it as shared."""
+def _shared(name: str, block: nn.Module, without: set, model: nn.Module) -> list[nn.Module]:
+    """The modules of what runs for each token in a block, or beside it as shared."""
     named = list(block.named_children())
     in_layer = any(re.search("attn|attention", n.lower()) for n, _ in named)
     if in_layer or "attention" in type(block).__name__.lower():
@@ -317,7 +438,7 @@ def _shared(model, name: str, block: nn.Module, without: set) -> list[tuple[int,
         parent = model.get_submodule(name.rpartition(".")[0])
         beside = [(n, m) for n, m in parent.named_children() if m is not block]
         modules += [m for n, m in beside if "shared" in n.lower()]
-    return [(matrix_elements(m, without), parameter_bytes(m, without)) for m in modules]
+    return modules
 
 
 def _taken(module: nn.Module) -> list[str]:

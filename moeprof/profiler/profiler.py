@@ -4,11 +4,14 @@ import os
 import sys
 import weakref
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from torch import nn
 
 from ..checks import check_model
+from ..names import layer_labels, spans
 from .records import RecordWriter
 from .result.metrics import LayerMetrics
 from .result.profile import Profile
@@ -226,13 +229,15 @@ class MoEProfiler:
         from ..bench.machine import describe
 
         session, config = self._session, getattr(self.model, "config", None)
+        blocks = [site.layer.block for site in session.sites]
         name = getattr(config, "_name_or_path", "") or type(self.model).__name__
         return {
             "model": name,
             "model_class": type(self.model).__name__,
             "config": config.to_dict() if hasattr(config, "to_dict") else {},
             "machine": describe(),
-            "router": _routers(session.routers),
+            "router": _routers(session.routers, layer_labels(blocks)),
+            "not_counted": self._not_counted(),
             "steps": session.counted_steps,
             "steps_left_out": session.steps - session.counted_steps,
             "warmup_steps": session.options.warmup_steps,
@@ -241,9 +246,27 @@ class MoEProfiler:
             "notes": self._notes(),
         }
 
+    def _not_counted(self) -> list[dict[str, str]]:
+        """What looks like an MoE layer and can't be counted: block, label, reason."""
+        session = self._session
+        blocks = [u.name for u in session.unread]
+        labels = layer_labels([s.layer.block for s in session.sites] + blocks)[-len(blocks) :]
+        return [
+            {"block": u.name, "label": label, "reason": u.reason}
+            for u, label in zip(session.unread, labels, strict=False)
+        ]
+
     def _notes(self) -> list[str]:
-        dropped = self._session.events_dropped
-        return [f"the trace lacks the first {dropped} calls of layers"] if dropped else []
+        session, notes = self._session, []
+        if session.events_dropped:
+            notes.append(f"the trace lacks the first {session.events_dropped} calls of layers")
+        labels = layer_labels([site.layer.block for site in session.sites])
+        if unseen := sorted({index for _, index in session.unseen}):
+            notes.append(
+                f"No call of an expert was seen in layer{'s' * (len(unseen) > 1)} "
+                f"{spans([labels[i] for i in unseen])}: what was selected is taken for what ran."
+            )
+        return notes
 
     def __repr__(self) -> str:
         state = "counting" if self.active else "stopped"
@@ -257,12 +280,16 @@ def _detach(session: Session, options: Options) -> None:
         options.records.close()
 
 
-def _routers(by_layer: list[list[str]]) -> str:
-    """What routed, in words; "layers 0-2: ..." where it was not the same in all."""
+def _routers(by_layer: list[list[str]], labels: list) -> str:
+    """What routed, in words; "layers 1 to 3: ..." where it was not the same in all."""
     texts = [" and ".join(names) for names in by_layer]
     if len(set(texts)) == 1:
         return texts[0]
-    return "; ".join(f"layer {i}: {text or 'did not run'}" for i, text in enumerate(texts))
+    runs = [(text, [label for _, label in run]) for text, run in
+            groupby(zip(texts, labels, strict=True), key=itemgetter(0))]  # fmt: skip
+    return "; ".join(
+        f"layer{'s' * (len(run) > 1)} {spans(run)}: {text or 'did not run'}" for text, run in runs
+    )
 
 
 def _peak_memory() -> float:
@@ -284,6 +311,8 @@ def _check_integer(name: str, value, low: int) -> None:
 
 def _check_device(sites) -> None:
     for site in sites:
+        if any(hasattr(module, "_hf_hook") for module in site.block.modules()):
+            continue  # accelerate brings the weights when they are needed
         for parameter in site.block.parameters():
             if parameter.device.type != "cpu":
                 raise ValueError(

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..adapters.base import describe_output
 from .finding import Layer
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_MASKS = (*_INTEGERS, torch.bool)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_MASKS = (*INTEGERS, torch.bool)
 
 
 class Choice(NamedTuple):
@@ -70,7 +70,7 @@ def read_experts_call(args: tuple, kwargs: dict, tokens: int, layer: Layer) -> C
     """
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     rows = [r for r in (_flat(value, tokens) for value in given[1:]) if r is not None]
-    indices = [r for r in rows if r.dtype in _INTEGERS and r.shape[1] <= layer.num_experts]
+    indices = [r for r in rows if r.dtype in INTEGERS and r.shape[1] <= layer.num_experts]
     if len(indices) != 1:
         raise ValueError(
             f"Router output format unexpected: {layer.name}: wanted (hidden, indices "
@@ -103,7 +103,7 @@ def _is_triple(logits, weights, experts, shape: tuple[int, int]) -> bool:
         and isinstance(experts, Tensor)
         and logits.shape == shape
         and logits.is_floating_point()
-        and experts.dtype in _INTEGERS
+        and experts.dtype in INTEGERS
         and experts.dim() == 2
         and experts.shape[0] == shape[0]
         and weights.shape == experts.shape
@@ -127,7 +127,7 @@ def _read(output: Any, tokens: int, layer: Layer) -> Choice | None:
         return _of_scores(values, layer)
     if _is_mask(numbers[0], layer):
         return _of_mask(numbers[0], values, layer)
-    return _of_indices(numbers[0], values, layer) if numbers[0].dtype in _INTEGERS else None
+    return _of_indices(numbers[0], values, layer) if numbers[0].dtype in INTEGERS else None
 
 
 def _rows(output: Any, tokens: int) -> list[Tensor] | None:
@@ -223,7 +223,7 @@ def _by_expert(output: tuple | list, tokens: int, layer: Layer) -> Choice | None
     if not all(isinstance(t, Tensor) for t in tensors) or not isinstance(sizes, list | Tensor):
         return None
     count = order.numel()
-    if order.dtype not in _INTEGERS or not (order.shape == token.shape == sorted_weights.shape):
+    if order.dtype not in INTEGERS or not (order.shape == token.shape == sorted_weights.shape):
         return None
     if logits.shape != (tokens, layer.num_experts) or not tokens or count % tokens:
         return None

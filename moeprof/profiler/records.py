@@ -69,7 +69,7 @@ class RecordWriter:
         Parameters
         ----------
         layer, step : int
-            The layer's index, the number of the forward pass.
+            The layer's own number in the model, the number of the forward pass.
         phase : "prefill" or "decode"
         experts : (T, k) integers
             -1 for an empty slot. k may be another one in every call.

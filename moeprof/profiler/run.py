@@ -8,11 +8,13 @@ import torch
 
 import moeprof
 
+from ..adapters import find_moe_blocks
 from ..checks import check_token_ids
 from ..console import make_console, progress
 from ..decoding import cache_of, decode
 from ..evaluation import evaluating
 from ..experiment.heldout import HeldOut, heldout_windows
+from ..names import gate_name, layer_labels
 from .agreement import router_agreement
 from .profiler import MoEProfiler
 from .result.profile import Profile
@@ -119,7 +121,8 @@ def _continue(model, plan, batch, profiler, bar) -> None:
 def agreement_by_layer(model, plan: Plan, patch: dict):
     """A pandas table: how far a router agrees with the model's own top-k on the same text.
 
-    Columns: layer, tokens, agreement (mean of |E ∩ E'| / k, k the model's own), at_most (what it
+    Columns: layer (its own number), name (its gate's), block, tokens, agreement (mean of
+    |E ∩ E'| / k, k the model's own), at_most (what it
     would be if the router only took experts that the model's own takes too, mean of
     min(|E'|, k) / k), same_experts (share of the tokens). Both run in the model, so that deeper
     layers also differ by what the layers before them did.
@@ -128,15 +131,17 @@ def agreement_by_layer(model, plan: Plan, patch: dict):
 
     with progress(make_console(), 2 * len(plan.text.windows), "agreement") as bar:
         own, others = (_selections(model, plan, options, bar.step) for options in ({}, patch))
-    rows = []
-    for layer, (first, second) in enumerate(zip(own, others, strict=True)):
+    blocks, rows = find_moe_blocks(model), []
+    labels = layer_labels([name for name, _ in blocks])
+    for label, (name, _), first, second in zip(labels, blocks, own, others, strict=True):
         pairs = list(zip(first, second, strict=True))
         share = np.concatenate([router_agreement(*pair) for pair in pairs])
         k, other = (np.concatenate([(e >= 0).sum(1) for e in side]) for side in (first, second))
         at_most = float((np.minimum(k, other) / k).mean())
         same = (share == 1) & (k == other)
-        rows.append((layer, len(share), float(share.mean()), at_most, float(same.mean())))
-    columns = ["layer", "tokens", "agreement", "at_most", "same_experts"]
+        rows.append((label, gate_name(name), name, len(share), float(share.mean()), at_most,
+                     float(same.mean())))  # fmt: skip
+    columns = ["layer", "name", "block", "tokens", "agreement", "at_most", "same_experts"]
     return pandas.DataFrame(rows, columns=columns)
 
 

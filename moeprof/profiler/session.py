@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from .. import _C
 from ..experts import DTYPES, as_array
+from ..names import layer_numbers
 from ..patching import Routing
 from ..watching import RoutingWatch, unwatch, watch
-from .check import ChoiceCheck
+from .check import ExpertRows
 from .entry import Entry, find_entries
-from .finding import Layer, Site, find_sites
+from .finding import Layer, Site, find_layers
 from .flops import count_grouped_mm
 from .reading import Choice, read_choice, read_experts_call, read_logits, without_empty
 from .records import RecordWriter
@@ -42,6 +43,7 @@ class Step:
     # of one layer, between its hooks:
     start = tokens = 0
     output = call = None
+    rows: list[int] | None = None  # that the experts of a list got
 
     def __init__(self, number: int, counted: bool, entered: bool):
         self.number, self.counted, self.entered = number, counted, entered
@@ -61,7 +63,6 @@ class Session:
         self.model, self.sites, self.entries = model, [], []
         self.options, self.mask, self.paused = options, options.mask, False
         self._undo: list[Callable[[], None]] = []
-        self._checks: dict[tuple[int, int], ChoiceCheck] = {}
         self.local = _Local()
         self.look()
 
@@ -73,7 +74,7 @@ class Session:
         ValueError
             If other ones were counted before.
         """
-        sites = find_sites(self.model)
+        sites, self.unread = find_layers(self.model)
         if _alike(sites) != _alike(self.sites):
             if self.sites and self.counted_steps:
                 raise ValueError(
@@ -83,6 +84,7 @@ class Session:
             self.sites = sites
             self.clear()
         self.sites = sites
+        self.numbers = layer_numbers([site.layer.block for site in sites])  # in records
         self.entries = find_entries(self.model, [site.block for site in sites])
 
     def clear(self) -> None:
@@ -98,7 +100,9 @@ class Session:
         self.routers: list[list[str]] = [[] for _ in self.sites]
         self.last_router: list[Any] = [self] * len(self.sites)  # to name each one once
         self.vocabulary = None
-        self.checked = [False] * len(self.sites)
+        # Of experts in a list: was one of them called? Until then nothing counts as left out.
+        self.rows_seen = [False] * len(self.sites)
+        self.unseen: dict[tuple[str, int], np.ndarray] = {}
 
     # ---- in the model ----
 
@@ -128,7 +132,6 @@ class Session:
 
     def detach(self) -> None:
         """The model is as it was before."""
-        self._drop_checks()
         self.local.step = None  # of a call that was interrupted
         while self._undo:
             self._undo.pop()()
@@ -149,26 +152,6 @@ class Session:
 
     def end(self) -> None:
         self.local.step = None
-        if self._checks:
-            self._drop_checks(threading.get_ident())
-
-    # ---- the first call of each layer: is what is read of the router what ran? ----
-
-    def begin_check(self, index: int) -> None:
-        if not self.checked[index]:
-            self._drop_checks(threading.get_ident(), index)
-            self._checks[threading.get_ident(), index] = ChoiceCheck(self.sites[index])
-
-    def end_check(self, index: int, choice: Choice) -> None:
-        if (check := self._checks.pop((threading.get_ident(), index), None)) is not None:
-            check.verify(choice)
-            self.checked[index] = len(choice.experts) > 0
-
-    def _drop_checks(self, thread: int | None = None, index: int | None = None) -> None:
-        """Those of layers that raised; of one thread, or all, of one layer, or all."""
-        for key in list(self._checks):
-            if thread in (None, key[0]) and index in (None, key[1]):
-                self._checks.pop(key).remove()
 
     # ---- what a layer did ----
 
@@ -207,6 +190,18 @@ class Session:
             times = start, end - start, len(experts), unique
             self._add_extras(index, step, choice, experts, times)
 
+    def add_left_out(self, index: int, step: Step, left_out: np.ndarray | None) -> None:
+        """Count the selections (E + 1,) that did not run, see `Counts.left_out`."""
+        if self.rows_seen[index]:
+            for phase in [p for p, i in self.unseen if i == index]:
+                self.counts[phase][index].left_out += self.unseen.pop((phase, index))
+        if left_out is None:
+            return
+        counts = self.counts[step.phase][index].left_out
+        if not self.rows_seen[index]:
+            counts = self.unseen.setdefault((step.phase, index), np.zeros_like(counts))
+        counts[int(step.real is not None)] += left_out
+
     def _follows(self, index: int, before: int, experts: np.ndarray, tokens: int) -> bool:
         """Did the same tokens pass as many experts in the layer just before?"""
         sizes = [self.sites[i].layer.num_experts for i in (before, index)]
@@ -222,7 +217,7 @@ class Session:
             self._add_vocabulary(index, step, experts)
         if options.records is not None:
             options.records.add(
-                layer=index, step=step.number, phase=step.phase, experts=experts,
+                layer=self.numbers[index], step=step.number, phase=step.phase, experts=experts,
                 weights=_floats(choice.weights), entropy=_entropy(choice.logits),
                 real=step.real, input_ids=_ids(step),
             )  # fmt: skip
@@ -311,6 +306,22 @@ class EntryWatch(_Watch):
             self.session.end()
 
 
+class ExpertWatch(_Watch):
+    """Of one expert in a list: the rows that it gets."""
+
+    def __init__(self, session: Session, slot: int):
+        self.session, self.slot = session, slot
+
+    @_uncompiled
+    def called(self, module, args, kwargs=None) -> None:
+        step = None if self.session is None else self.session.local.step
+        if step is None or step.rows is None:
+            return
+        given = args[0] if args else next(iter((kwargs or {}).values()), None)
+        if isinstance(given, Tensor):
+            step.rows[self.slot] += given.shape[:-1].numel()
+
+
 class LayerWatch(_Watch, RoutingWatch):
     """Of one block: its time, and what its router chose."""
 
@@ -321,6 +332,7 @@ class LayerWatch(_Watch, RoutingWatch):
         self._router_of = attrgetter(path)
         self._heard: nn.Module | None = None  # the router that has the hook
         self._top_k = top_k_owner(site.router, site.block, site.layer.top_k)
+        self._rows, self._bias_looked_for = ExpertRows(site), False
 
     # ---- a patched block ----
 
@@ -371,8 +383,11 @@ class LayerWatch(_Watch, RoutingWatch):
         site = self.site
         self._heard = self._router_of(site.block)
         yield self._heard.register_forward_hook(self.heard)
-        if site.chooses == "experts":
+        if site.chooses == "experts" or self._rows.stacked is not None:
             yield site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
+        for expert, slot in self._rows.modules:
+            hook = ExpertWatch(self.session, slot).called
+            yield expert.register_forward_pre_hook(hook, with_kwargs=True)
 
     @_uncompiled
     def before(self, module, args, kwargs=None) -> None:
@@ -383,7 +398,10 @@ class LayerWatch(_Watch, RoutingWatch):
         if self._router_of(module) is not self._heard:  # wrapped or replaced since the start
             self.hook(True)
         step.tokens = hidden.numel() // hidden.shape[-1]
-        self.session.begin_check(self.index)
+        if not self._bias_looked_for:
+            self._rows.refuse_bias()
+            self._bias_looked_for = True
+        step.rows = [0] * self.site.layer.num_experts if self._rows.listed else None
         step.start = perf_counter_ns()
 
     @_uncompiled
@@ -411,13 +429,27 @@ class LayerWatch(_Watch, RoutingWatch):
         if self.session.last_router[self.index] is not STOCK:
             self._name(STOCK, STOCK)
         choice, skips = without_empty(self._choice(step), self.site.layer.num_experts)
-        self.session.end_check(self.index, choice)
         skips = skips or self._may_skip()
+        left_out = self._left_out(step, choice)
         start, step.start = step.start, 0
-        step.output = step.call = None
+        step.output = step.call = step.rows = None
         self.session.add(self.index, step, choice, start, end, skips)
+        self.session.add_left_out(self.index, step, left_out)
         if not step.entered:
             self.session.end()
+
+    def _left_out(self, step: Step, choice: Choice) -> np.ndarray | None:
+        """The selections (E + 1,) of each expert that did not run; None: all ran."""
+        seen = self.session.rows_seen
+        if step.rows is None:
+            seen[self.index] = True
+            if step.call is None or self._rows.stacked is None:
+                return None
+            return self._rows.left_out_of_call(*step.call, choice)
+        if not seen[self.index] and any(step.rows):
+            self._rows.verify(step.rows, choice)
+            seen[self.index] = True
+        return self._rows.left_out(step.rows, choice)
 
     # ---- both ----
 
@@ -440,7 +472,7 @@ class LayerWatch(_Watch, RoutingWatch):
 
     def _choice(self, step: Step) -> Choice:
         layer = self._layer()
-        if step.call is not None:
+        if step.call is not None and self.site.chooses == "experts":
             choice = read_experts_call(*step.call, step.tokens, layer)
             return choice._replace(logits=read_logits(step.output, step.tokens, layer))
         if step.output is None:

@@ -5,9 +5,10 @@ of one expert where experts are stacked. Biases are none: FlopCounterMode counts
 """
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts",
           "total_experts", "n_experts")  # fmt: skip
@@ -17,7 +18,7 @@ _TOP_K = ("top_k", "topk", "moe_top_k", "moe_topk", "moe_k", "num_experts_per_to
 
 
 def walk(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[nn.Module]:
-    """The module and all in it, each once, but for what lies in `without`."""
+    """The module and all in it that runs, each once, but for what lies in `without`."""
     seen = set(without)
     stack = [module]
     while stack:
@@ -25,7 +26,73 @@ def walk(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[nn.
         if part not in seen:
             seen.add(part)
             yield part
-            stack.extend(reversed(list(part.children())))
+            stack.extend(reversed(_running(part)))
+
+
+# ---- adapters, as peft wraps modules ----
+
+
+def _running(part: nn.Module) -> list[nn.Module]:
+    """The children that run: of a wrapper of peft what is active, of others all."""
+    children = {name: m for name, m in part._modules.items() if m is not None}
+    if children.keys() >= {"original_module", "modules_to_save"}:
+        saved = children["modules_to_save"]
+        return [saved[n] for n in _active(part) if n in saved] or [children["original_module"]]
+    if "base_layer" not in children:
+        return list(children.values())
+    base, active = children.pop("base_layer"), _active(part)
+    if not active:
+        return [base]
+    running = [base]
+    for child in children.values():
+        by_adapter = isinstance(child, nn.ModuleDict)
+        running += [child[n] for n in active if n in child] if by_adapter else [child]
+    return running
+
+
+def _active(wrapper: nn.Module) -> list[str]:
+    """The adapters of a wrapper that run beside what it wraps."""
+    off = getattr(wrapper, "disable_adapters", False) or getattr(wrapper, "merged", False)
+    names = getattr(wrapper, "active_adapters", None) or getattr(wrapper, "active_adapter", ())
+    return [] if off else [names] if isinstance(names, str) else list(names)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What the adapters around this module wrap."""
+    while isinstance(base := module._modules.get("base_layer"), nn.Module):
+        module = base
+    return module
+
+
+def _merging(module: nn.Module) -> Iterator[nn.Module]:
+    """The wrappers, from the outermost, that add to a stacked parameter before each call."""
+    while isinstance(base := module._modules.get("base_layer"), nn.Module):
+        if "parameter_name" in vars(module) and "lora_A" in module._modules:
+            yield module
+        module = base
+
+
+def merge_flops(collections: list[nn.Module]) -> int:
+    """FLOPs of each call that make adapters' products (E, ., .) of all experts, run or not."""
+    return sum(_merge_flops(part) for c in collections for part in _merging(c))
+
+
+def _merge_flops(wrapper: nn.Module) -> int:
+    active = [name for name in _active(wrapper) if name in wrapper.lora_A]
+    products = [
+        2 * wrapper.lora_A[name].weight.numel() * wrapper.lora_B[name].weight.shape[0]
+        for name in active
+    ]
+    # One adapter of peft >= 0.19 is a parametrization of torch, which is tried when it is
+    # registered and computed again when it is used.
+    tried = hasattr(wrapper, "get_delta_factors") and len(active) == 1
+    return sum(products) * (2 if tried and wrapper.num_experts > 1 else 1)
+
+
+# ---- matrices and bytes ----
+
+# Several numbers lie in one of these, how many only the module's own code knows.
+_PACKED = (torch.uint8, torch.int32)
 
 
 def matrix_elements(module: nn.Module, without: Collection[nn.Module] = ()) -> int:
@@ -36,76 +103,168 @@ def matrix_elements(module: nn.Module, without: Collection[nn.Module] = ()) -> i
 def _own_elements(part: nn.Module) -> int:
     if isinstance(part, nn.Embedding):  # a table: it is looked up
         return 0
-    sizes = vars(part).get("in_features"), vars(part).get("out_features")
-    if all(isinstance(n, int) for n in sizes) and (part._parameters or part._buffers):
-        return sizes[0] * sizes[1]  # a quantised linear's tensors have other shapes
+    if (features := _features(part)) and not _wraps(part):
+        return features[0] * features[1]  # a quantised linear's tensors have other shapes
     named = part.named_parameters(recurse=False)
     return sum(p.numel() for name, p in named if p.dim() >= 2 and "bias" not in name)
 
 
+def _features(part: nn.Module) -> tuple[int, int] | None:
+    own = vars(part)
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        if all(type(own.get(name)) is int for name in names):
+            return own[names[0]], own[names[1]]
+    return None
+
+
+def _wraps(part: nn.Module) -> bool:
+    """Do the matrices of what says its features lie in modules inside (a LoRA wrapper)?"""
+    if part._parameters or part._buffers:
+        return False
+    return any(_features(m) or list(m.parameters(recurse=False)) for m in walk(part, ()) if
+               m is not part)  # fmt: skip
+
+
+def packed_reason(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
+    """Why the matrices in `module` can't be counted, or "" if they can."""
+    for part in walk(module, without):
+        if _features(part):
+            continue
+        for name, p in [*part._parameters.items(), *part._buffers.items()]:
+            if p is not None and p.dim() >= 2 and p.dtype in _PACKED:
+                return f"{name} of {type(part).__name__} is packed in {p.dtype}"
+    return ""
+
+
 def parameter_bytes(module: nn.Module, without: Collection[nn.Module] = ()) -> int:
-    """Bytes of all parameters in `module`."""
-    return sum(_bytes(p) for part in walk(module, without) for p in part.parameters(recurse=False))
+    """Bytes of all parameters in `module`, of what is quantised its buffers too."""
+    return sum(sum(map(tensor_bytes, _weights(part))) for part in walk(module, without))
 
 
-def _bytes(parameter) -> int:
-    return parameter.numel() * parameter.element_size()
+def _weights(part: nn.Module) -> list[Tensor]:
+    own = list(part.parameters(recurse=False))
+    if own and not any(p.dtype in _PACKED for p in own):
+        return own
+    if hasattr(part, "_packed_params") and callable(getattr(part, "_weight_bias", None)):
+        # torch.ao: weight and bias are in an object of C++; the module inside has it as well
+        inside = any(hasattr(child, "_packed_params") for child in part.children())
+        return [] if inside else [t for t in part._weight_bias() if t is not None]
+    quantised = bool(own or _features(part) or any(
+        b.dtype in _PACKED and b.dim() >= 2 for b in part.buffers(recurse=False)))  # fmt: skip
+    return [*own, *part.buffers(recurse=False)] if quantised else own
 
 
-def expert_size(
-    collections: list[nn.Module], num_experts: int, *, block: nn.Module
-) -> tuple[int, int] | None:
-    """(matrix elements, bytes) of one expert, or None if the experts are not all alike.
+def tensor_bytes(tensor: Tensor) -> int:
+    """Of a tensor that keeps others inside (torchao's) those; its own dtype is what it stands
+    for. Of one that is spread over ranks this rank's part."""
+    if hasattr(tensor, "to_local") and hasattr(tensor, "placements"):
+        return tensor_bytes(tensor.to_local())
+    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return sum(map(tensor_bytes, inner))
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes: scales beside the packed numbers
+    scales = [t for t in vars(state).values() if isinstance(t, Tensor)] if state else []
+    return sum(t.numel() * t.element_size() for t in (tensor, *scales))
 
-    Each of the `collections` is a list or a dictionary of E modules, or a module with stacked
-    parameters (E, ., .), of which the block itself may be one; an expert owns its part of each.
+
+# ---- experts ----
+
+
+class Size(NamedTuple):
+    """What one expert holds; None where it is not known or not the same in all.
+
+    elements: of its matrices;  each: those of each expert, where they differ
+    bytes: of all its parameters;  reason: why something is unknown, or ""
+    """
+
+    elements: int | None
+    bytes: int | None
+    each: list[int] | None = None
+    reason: str = ""
+
+
+def expert_size(collections: list[nn.Module], num_experts: int, *, block: nn.Module) -> Size:
+    """The Size of an expert whose parts lie in these `collections`.
+
+    Each of them is a list or a dictionary of E modules, or a module with stacked parameters
+    (E, ., .), of which the block itself may be one; an expert owns its part of each.
     """
     sizes = [
         _listed(c) if is_list(c) else _stacked(c, num_experts, recurse=c is not block)
         for c in collections
     ]
-    if not sizes or None in sizes:
-        return None
-    return sum(elements for elements, _ in sizes), sum(size for _, size in sizes)
+    if len(sizes) == 1:
+        return sizes[0]
+    if not sizes:
+        return Size(None, None, None, "no experts lie beside its router")
+    reason = next((s.reason for s in sizes if s.reason), "")
+    if any(s.elements is None or s.bytes is None for s in sizes):
+        return Size(None, None, None, reason or "its experts are not all alike")
+    return Size(sum(s.elements for s in sizes), sum(s.bytes for s in sizes), None, reason)
 
 
 def is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
-def listed_experts(experts: nn.Module) -> list[nn.Module]:
-    """The experts in a list; a dictionary may hold other modules beside them (a dropout)."""
-    members = list(experts.children())
+def expert_slots(experts: nn.Module) -> list[nn.Module | None]:
+    """The experts in a list by slot: one module may be in several, None is on another machine.
+
+    A dictionary may hold other modules beside them (a dropout).
+    """
+    members = list(experts._modules.values())
     if isinstance(experts, nn.ModuleDict):
-        members = [m for m in members if matrix_elements(m)]
+        members = [m for m in members if m is not None and matrix_elements(m)]
     return members
 
 
-def _listed(experts: nn.Module) -> tuple[int, int] | None:
-    first, *others = listed_experts(experts)
-    shapes = _shapes(first)
-    if any(_shapes(other) != shapes for other in others):
-        return None
-    return matrix_elements(first), parameter_bytes(first)
+def _listed(experts: nn.Module) -> Size:
+    slots = expert_slots(experts)
+    here = [m for m in slots if m is not None]
+    if reason := next(filter(None, map(packed_reason, here)), ""):
+        return Size(None, None, None, reason)
+    each = [0 if m is None else matrix_elements(m) for m in slots]
+    held = {parameter_bytes(m) for m in here}
+    known = held.pop() if len(held) == 1 and len(here) == len(slots) else None
+    reason = "" if known is not None else "its experts differ in bytes"
+    if len(here) < len(slots):
+        reason = f"{len(slots) - len(here)} of its {len(slots)} experts are not on this machine"
+    alike = {matrix_elements(m) for m in here}
+    if len(alike) == 1:
+        return Size(alike.pop(), known, None, reason)
+    return Size(None, known, each, reason)
 
 
-def _shapes(module: nn.Module) -> list:
-    return [p.shape for p in module.parameters()]
-
-
-def _stacked(experts: nn.Module, num_experts: int, recurse: bool) -> tuple[int, int] | None:
+def _stacked(experts: nn.Module, num_experts: int, recurse: bool) -> Size:
+    core = unwrapped(experts)
+    if getattr(core, "_is_expert_parallel", False):
+        return Size(None, None, None, "its experts are divided among machines")
+    if recurse and (reason := packed_reason(core)):
+        return Size(None, _share(core.parameters(), num_experts), None, reason)
     elements = size = 0
-    for name, p in experts.named_parameters(recurse=recurse):
+    for name, p in core.named_parameters(recurse=recurse):
         rows = p.shape[0] if p.dim() else 0
-        if p.dim() >= 3 and rows != num_experts:
-            return None
+        matrix = p.dim() >= 2 and "bias" not in name
+        if (p.dim() >= 3 and rows != num_experts) or (matrix and rows % num_experts):
+            reason = f"{name} {tuple(p.shape)} is not one part for each of {num_experts} experts"
+            return Size(None, None, None, reason)
         if rows % num_experts == 0 and rows:
-            size += _bytes(p) // num_experts
+            size += tensor_bytes(p) // num_experts
             # (E, I) are E vectors; (E * I, H) are E matrices in a row
-            vectors = p.dim() < 2 or (p.dim() == 2 and rows == num_experts)
-            if not vectors and "bias" not in name:
+            if matrix and not (p.dim() == 2 and rows == num_experts):
                 elements += p.numel() // num_experts
-    return elements, size
+    size += sum(_factor_bytes(part) for part in _merging(experts)) // num_experts
+    return Size(elements, size)
+
+
+def _share(parameters, num_experts: int) -> int:
+    return sum(map(tensor_bytes, parameters)) // num_experts
+
+
+def _factor_bytes(wrapper: nn.Module) -> int:
+    active = _active(wrapper)
+    both = (wrapper.lora_A, wrapper.lora_B)
+    return sum(parameter_bytes(d[name]) for d in both for name in active if name in d)
 
 
 # ---- settings ----

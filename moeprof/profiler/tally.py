@@ -31,7 +31,11 @@ class Counts:
     sums (3,) : of the confidence, the gap, and logsumexp(z)^2
     probability (E,) : of each expert's softmax probability
 
-    The last five are of real tokens whose logits are known. pairs and moves are (0, 0) where
+    left_out (2, E + 1) : selections of each expert that did not run, negative where it got more
+        rows than were selected; [E]: of experts that are not known. The first row: in steps
+        without padding, the second: in steps with padding, where it isn't known of which tokens.
+
+    The five before it are of real tokens whose logits are known. pairs and moves are (0, 0) where
     they were not asked for.
     """
 
@@ -40,15 +44,17 @@ class Counts:
         self.num_experts, self.has_pairs = num_experts, pairs
         self.ints = np.zeros(_length(counts), np.int64)
         self.floats = np.zeros(_length(sums), np.float64)
+        self.left_out = np.zeros((2, num_experts + 1), np.int64)
         self._open()
 
     @classmethod
-    def from_arrays(cls, num_experts: int, ints, floats) -> "Counts":
-        """Counts of a copy of stored `ints` and `floats`; ValueError for other lengths."""
+    def from_arrays(cls, num_experts: int, ints, floats, left_out=0) -> "Counts":
+        """Counts of a copy of stored `ints`, `floats` and `left_out`; ValueError for other
+        lengths."""
         for pairs in (True, False):
             made = cls(num_experts, pairs)
             if made.ints.shape == np.shape(ints) and made.floats.shape == np.shape(floats):
-                made.ints[:], made.floats[:] = ints, floats
+                made.ints[:], made.floats[:], made.left_out[:] = ints, floats, left_out
                 return made
         raise ValueError(
             f"counts: expected those of {num_experts} experts, got {np.shape(ints)} integers and "
@@ -66,12 +72,13 @@ class Counts:
                 setattr(self, name, view.reshape(shape))
 
     def copy(self) -> "Counts":
-        return self.from_arrays(self.num_experts, self.ints, self.floats)
+        return self.from_arrays(self.num_experts, self.ints, self.floats, self.left_out)
 
     def __add__(self, other: "Counts") -> "Counts":
         total = self.copy()
         total.ints += other.ints
         total.floats += other.floats
+        total.left_out += other.left_out
         return total
 
     def __eq__(self, other) -> bool:
@@ -80,6 +87,7 @@ class Counts:
             and self.num_experts == other.num_experts
             and np.array_equal(self.ints, other.ints)
             and np.array_equal(self.floats, other.floats)
+            and np.array_equal(self.left_out, other.left_out)
         )
 
     __hash__ = None

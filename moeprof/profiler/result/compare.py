@@ -6,11 +6,12 @@ import numpy as np
 
 from ...checks import check_type
 from ..tally import PHASES
+from .frame import WHOLE, label_kind
 from .metrics import SCALARS
 from .profile import ALL, Profile
 from .wording import PLAIN, counted, number, percent, short
 
-COLUMNS = ["layer", "name", "phase", "metric", "first", "second", "difference", "relative"]
+COLUMNS = ["layer", "name", "block", "phase", "metric", "first", "second", "difference", "relative"]
 LOADS = "expert_load_distance"  # half the sum of |differences| of expert_load: 0 alike, 1 disjoint
 # (heading, metric, text of both values' difference)
 SHOWN = (
@@ -40,7 +41,7 @@ class Comparison:
             )
 
     def to_frame(self):
-        """A tidy pandas table: layer, name (the first's), phase, metric, first, second,
+        """A tidy pandas table: layer, name, block (the first's), phase, metric, first, second,
         difference (second − first), relative (difference / first).
 
         Every metric that is one number, and "expert_load_distance": half the sum of the absolute
@@ -51,20 +52,20 @@ class Comparison:
 
         rows = []
         for phase in (*PHASES, ALL):
-            for name in ("load_balance_loss", "z_loss"):
+            for name in WHOLE:
                 values = (getattr(p, name)(phase) for p in (self.first, self.second))
-                rows.append((None, None, phase, name, *values))
+                rows.append((None, None, None, phase, name, *values))
             both = zip(self.first.each(phase), self.second.each(phase), strict=True)
-            for index, (a, b) in enumerate(both):
-                place = index, a.layer.name, phase
+            for label, (a, b) in zip(self.first.labels, both, strict=True):
+                place = label, a.layer.name, a.layer.block, phase
                 rows += [(*place, m, getattr(a, m), getattr(b, m)) for m in SCALARS]
                 distance = _load_distance(a, b)
                 rows.append((*place, LOADS, 0.0 if distance == distance else distance, distance))
         frame = pandas.DataFrame(rows, columns=COLUMNS[:-2])
-        frame = frame.assign(
-            layer=frame["layer"].astype("Int64"), name=frame["name"].astype("string"),
-            first=frame["first"].astype(float), second=frame["second"].astype(float),
-        )  # fmt: skip
+        frame = frame.astype({
+            "layer": label_kind(self.first.labels), "name": "string", "block": "string",
+            "first": float, "second": float,
+        })  # fmt: skip
         difference = frame["second"] - frame["first"]
         relative = (difference / frame["first"]).where(frame["first"] != 0)
         return frame.assign(difference=difference, relative=relative)
@@ -91,10 +92,10 @@ class Comparison:
     def _of_phase(self, phase):
         pairs = list(zip(self.first.each(phase), self.second.each(phase), strict=True))
         sides = list(zip(*pairs, strict=True))
-        total = [sum(m.latency_ms_mean for m in ms if m.steps) for ms in sides]
+        total = [sum(m.latency_ms_p50 for m in ms if m.steps) for ms in sides]
         line = (
             f"{phase}: {short(total[0])} and {short(total[1])} ms a step in MoE layers "
-            f"({_change(*total)})"
+            f"(the sum of their medians; {_change(*total)})"
         )
         ks = [[m.k_mean for m in ms if m.tokens] for ms in sides]
         if all(ks):
@@ -104,8 +105,8 @@ class Comparison:
         if np.nan_to_num(distances).any():
             most = int(np.nanargmax(distances))
             yield (
-                f"{phase}: the experts' loads differ most in layer {most}, where "
-                f"{percent(distances[most])} of the selections are on other experts."
+                f"{phase}: the experts' loads differ most in layer {self.first.labels[most]}, "
+                f"where {percent(distances[most])} of the selections are on other experts."
             )
 
     def table(self):
@@ -115,8 +116,8 @@ class Comparison:
         phases = [p for p in PHASES if p in self.first.phases and p in self.second.phases]
         each = {p: list(zip(self.first.each(p), self.second.each(p), strict=True)) for p in phases}
         rows = [
-            [str(i), *(text for phase in phases for text in _differences(*each[phase][i]))]
-            for i in range(len(self.first.layers) if phases else 0)
+            [str(label), *(text for phase in phases for text in _differences(*each[phase][i]))]
+            for i, label in enumerate(self.first.labels if phases else ())
         ]
         names = [*(name for name, _, _ in SHOWN), "load", "p50"]
         columns = [("", "layer"), *((phase, name) for phase in phases for name in names)]

@@ -36,8 +36,10 @@ def marked(number):
 
 
 def by_layer(axis, profile):
-    """Whole numbers of layers along x."""
+    """The layers along x, in the model's order, named by their own numbers."""
+    labels = dict(enumerate(map(str, profile.labels)))
     axis.set_xlim(-0.5, len(profile.layers) - 0.5)
+    axis.xaxis.set_major_formatter(lambda place, _: labels.get(place, ""))
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 

@@ -5,8 +5,10 @@ import math
 import numpy as np
 
 from ..tally import PHASES
+from .specialisation import most_by_domain
 from .wording import PLAIN, counted, listed, number, percent, scaled, short, spans
 
+SLOW = 1.5  # from this multiple of the median on, the mean is of a few slow steps
 STALE = 1.0  # above this share of a roof, the roof was measured too low
 
 
@@ -14,8 +16,8 @@ def findings(profile) -> list[str]:
     """The most important first."""
     reason = nothing_counted(profile)
     if reason:
-        return [reason, *_notes(profile)]
-    found = [*_tokens(profile), *_flops(profile)]
+        return [reason, *_layers(profile), *_notes(profile)]
+    found = [*_layers(profile), *_tokens(profile), *_flops(profile), *_left_out(profile)]
     for phase in profile.phases:
         found += [*_balance(profile, phase), *_time(profile, phase)]
     found += [*_cache(profile), *_domains(profile), *_losses(profile), *_rest(profile)]
@@ -52,8 +54,8 @@ def _notes(profile):
     return [str(note) for note in profile.facts.get("notes") or []]
 
 
-def _layer(index):
-    return f"layer {index}"
+def _layer(profile, index):
+    return f"layer {profile.labels[index]}"
 
 
 def _most(metrics, name):
@@ -64,6 +66,26 @@ def _most(metrics, name):
         return None
     best = max(known, key=values.__getitem__)
     return best, values[best]
+
+
+def _layers(profile):
+    """Which layers there are no numbers of, and why."""
+    missing = [(u["label"], u["reason"]) for u in profile.facts.get("not_counted") or []]
+    idle = [not m.steps for m in profile.each()]
+    if profile.phases:
+        missing += [(label, "it did not run while the profiler counted")
+                    for label, none in zip(profile.labels, idle, strict=True) if none]  # fmt: skip
+    by_reason: dict[str, list] = {}
+    for label, reason in missing:
+        by_reason.setdefault(reason, []).append(label)
+    if missing:
+        total = len(profile.layers) + len(profile.facts.get("not_counted") or [])
+        reasons = [f"{_plural(labels)}: {why}" for why, labels in by_reason.items()]
+        yield f"{total - len(missing)} of {total} layers counted; {'; '.join(reasons)}."
+
+
+def _plural(labels):
+    return f"layer{'s' * (len(labels) > 1)} {spans(labels)}"
 
 
 def _tokens(profile):
@@ -94,14 +116,48 @@ def _tokens(profile):
 def _flops(profile):
     parts = {
         name: sum(getattr(m, f"flops_{name}") for m in profile.each())
-        for name in ("router", "expert", "shared")
+        for name in ("router", "expert", "shared", "adapter")
     }
+    unknown: dict[str, list] = {}
+    for label, layer in zip(profile.labels, profile.layers, strict=True):
+        if layer.unknown:
+            unknown.setdefault(layer.unknown, []).append(label)
+    for reason, labels in unknown.items():
+        yield f"Unknown FLOPs or bytes, {_plural(labels)}: {reason}."
     total = sum(parts.values())
     if math.isnan(total) or not total:
         return
-    names = {"router": "router", "expert": "experts", "shared": "shared experts"}
+    names = {"router": "router", "expert": "experts", "shared": "shared experts",
+             "adapter": "adapters added to all experts in each step"}  # fmt: skip
     shares = [f"{names[name]} {percent(part / total)}" for name, part in parts.items() if part]
     yield f"FLOPs of the MoE layers: {scaled(total, 'FLOP')} ({listed(shares)})."
+
+
+def _left_out(profile):
+    """Of selections that no expert ran, and of rows that none selected."""
+    metrics = profile.each()
+    dropped = [m.dropped_selections_with_padding for m in metrics]
+    selected = [int(m.counts.load.sum()) for m in metrics]
+    lost, extra = (sum(max(sign * n, 0) for n in dropped) for sign in (1, -1))
+    if lost:
+        most = max(range(len(metrics)), key=lambda i: dropped[i] / max(selected[i], 1))
+        away = any("not on this machine" in m.layer.unknown for m in metrics)
+        why = "their experts are on other machines" if away else "experts were at their capacity"
+        yield (
+            f"Capacity: {percent(lost / sum(selected))} of the selections did not run ({why}), "
+            f"most in {_layer(profile, most)} ({percent(dropped[most] / selected[most])}); FLOPs "
+            "are of what ran, load and experts per token of what was selected."
+        )
+    if extra:
+        yield (
+            f"Experts ran {counted(extra, 'row')} more than were selected, as experts that are "
+            "filled up to a capacity do; FLOPs are of what ran."
+        )
+    if any(m.counts.left_out[1].any() for m in metrics):
+        yield (
+            "Which of these were padding is not known: the experts' FLOPs of real tokens alone "
+            "are unknown."
+        )
 
 
 def _balance(profile, phase):
@@ -113,8 +169,8 @@ def _balance(profile, phase):
     busy, times = _most(metrics, "expert_load_max_imbalance")
     expert = int(np.argmax(metrics[busy].counts.load[0]))
     yield (
-        f"Least balanced in {phase}: {_layer(index)} (Gini {value:.2f}); busiest: expert {expert} "
-        f"of {_layer(busy)}, {times:.1f} times the mean load."
+        f"Least balanced in {phase}: {_layer(profile, index)} (Gini {value:.2f}); busiest: expert "
+        f"{expert} of {_layer(profile, busy)}, {times:.1f} times the mean load."
     )
     idle = [m.layer.num_experts - m.active_experts for m in metrics if m.tokens]
     if sum(idle):
@@ -124,11 +180,14 @@ def _balance(profile, phase):
 
 def _time(profile, phase):
     metrics = [m for m in profile.each(phase) if m.steps]
-    step = sum(m.latency_ms_mean for m in metrics)
-    slow, value = _most(profile.each(phase), "latency_ms_mean")
+    # Medians, as the table's, which steps of warming up do not move.
+    step = sum(m.latency_ms_p50 for m in metrics)
+    slow, value = _most(profile.each(phase), "latency_ms_p50")
     line = f"A {phase} step spends {short(step)} ms in MoE layers"
     if len(metrics) > 1:
-        line += f", {percent(value / step)} of it in layer {slow}, the slowest" if step else ""
+        line += " (the sum of their medians)"
+        slowest = _layer(profile, slow)
+        line += f", {percent(value / step)} of it in {slowest}, the slowest" if step else ""
     weights = sum(m.bytes_per_step for m in metrics)
     if not math.isnan(weights):
         experts = np.mean([m.unique_experts_mean for m in metrics])
@@ -137,7 +196,14 @@ def _time(profile, phase):
             "of weights"
         )
     yield f"{line}{_of_roof(profile, metrics)}."
-    stale = [i for i, m in enumerate(profile.each(phase)) if max(m.mbu, m.mfu) > STALE]
+    mean = sum(m.latency_ms_mean for m in metrics)
+    if step and mean > SLOW * step:
+        yield (
+            f"Some {phase} steps took far longer, as first ones do: the mean is {short(mean)} ms, "
+            f"{mean / step:.1f} times the median; rates and shares of a roof are of all steps."
+        )
+    each = zip(profile.labels, profile.each(phase), strict=True)
+    stale = [label for label, m in each if max(m.mbu, m.mfu) > STALE]
     if stale:
         yield (
             f"More than 100 % of a roof in {phase}, layer{'s' * (len(stale) > 1)} {spans(stale)}: "
@@ -180,12 +246,12 @@ def _cache(profile):
 def _domains(profile):
     if profile.domains is None or len(profile.domains) < 2:
         return
-    frame = profile.domain_specialisation().dropna(subset="times")
+    frame = most_by_domain(profile)
     if not len(frame):
         return
-    row = frame.loc[frame["times"].idxmax()]
+    row = frame.iloc[0]
     yield (
-        f"Most specialised by domain: expert {row['expert']} of {_layer(row['layer'])}, selected "
+        f"Most specialised by domain: expert {row['expert']} of layer {row['layer']}, selected "
         f"by {percent(row['share'])} of the {counted(row['tokens'], 'token')} of {row['domain']}, "
         f"{row['times']:.1f} times k/E."
     )
@@ -197,8 +263,10 @@ def _losses(profile):
         return
     ks = [m.k_mean for m in profile.each() if m.tokens]
     yield (
-        f"Training's losses, of this routing: load-balance loss {number(balance, '.3f')} "
-        f"({np.mean(ks):.3f} if balanced), z-loss {z:.3g}."
+        "Training's losses, of this routing: load-balance loss "
+        f"{number(balance, '.3f')} with all layers' tokens pooled, as transformers computes it, "
+        f"{number(profile.load_balance_loss_by_layer(), '.3f')} as the mean of the layers' own "
+        f"({np.mean(ks):.3f} if balanced); z-loss {z:.3g}."
     )
 
 

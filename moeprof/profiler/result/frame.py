@@ -4,28 +4,39 @@ from ..tally import PHASES
 from .metrics import BY_EXPERT, SCALARS
 from .profile import ALL
 
-COLUMNS = ["layer", "name", "expert", "phase", "metric", "value"]
-WHOLE = ("load_balance_loss", "z_loss")  # of all layers together, methods of Profile
+COLUMNS = ["layer", "name", "block", "expert", "phase", "metric", "value"]
+# Of all layers together, methods of Profile.
+WHOLE = ("load_balance_loss", "load_balance_loss_by_layer", "z_loss")
 
 
 def to_frame(profile):
-    """See Profile.to_frame. value is a float; layer and expert are pandas' Int64."""
+    """See Profile.to_frame. value is a float; expert is pandas' Int64, so is
+    layer where all labels are numbers."""
     import pandas
 
     rows = []
     for phase in (*PHASES, ALL):
-        rows += [(None, None, None, phase, m, getattr(profile, m)(phase)) for m in WHOLE]
-        for index, metrics in enumerate(profile.each(phase)):
-            rows += _of_layer(index, metrics, phase)
-    rows.append((None, None, None, ALL, "memory_peak_mb", profile.facts.get("memory_peak_mb")))
+        rows += [(None, None, None, None, phase, m, getattr(profile, m)(phase)) for m in WHOLE]
+        for label, metrics in zip(profile.labels, profile.each(phase), strict=True):
+            rows += _of_layer(label, metrics, phase)
+    missing = profile.facts.get("not_counted") or []
+    rows += [(u["label"], None, u["block"], None, ALL, "not_counted", 1) for u in missing]
+    peak = profile.facts.get("memory_peak_mb")
+    rows.append((None, None, None, None, ALL, "memory_peak_mb", peak))
     frame = pandas.DataFrame(rows, columns=COLUMNS)
-    whole = {name: frame[name].astype("Int64") for name in ("layer", "expert")}
-    return frame.assign(**whole, name=frame["name"].astype("string"),
-                        value=frame["value"].astype(float))  # fmt: skip
+    labels = [*profile.labels, *(u["label"] for u in missing)]
+    kinds = {"layer": label_kind(labels), "name": "string", "block": "string",
+             "expert": "Int64", "value": float}  # fmt: skip
+    return frame.astype(kinds)
 
 
-def _of_layer(index, metrics, phase):
-    place = index, metrics.layer.name
+def label_kind(labels) -> str:
+    """The dtype of a column of layers' labels."""
+    return "Int64" if all(isinstance(label, int) for label in labels) else "string"
+
+
+def _of_layer(label, metrics, phase):
+    place = label, metrics.layer.name, metrics.layer.block
     for name in SCALARS:
         yield *place, None, phase, name, getattr(metrics, name)
     for experts, tokens in enumerate(metrics.k_distribution):

@@ -5,6 +5,7 @@ import numpy as np
 from ...experiment.plots import COLOURS
 from .drawing import figure, ticks_for
 from .structure import clustered, move_structure, pair_structure, strongest
+from .wording import spans
 
 FOLD = 3  # the colours of a ratio reach from 2^-FOLD to 2^FOLD
 NEVER = "#4d4d4d"
@@ -12,7 +13,7 @@ BARS = 12
 LABEL = 32  # characters of a domain's above its map
 
 
-def _ratio_map(axis, table, ticks=32):
+def _ratio_map(axis, table, labels, ticks=32):
     """imshow of ratios (L, E) to an even choice: white 1, red more, blue less, grey never."""
     from matplotlib import colormaps
 
@@ -21,7 +22,8 @@ def _ratio_map(axis, table, ticks=32):
         shown = np.ma.masked_where(table == 0, np.log2(table))
     image = axis.imshow(shown, cmap=colours, vmin=-FOLD, vmax=FOLD, aspect="auto",
                         interpolation="nearest")  # fmt: skip
-    axis.set_yticks(ticks_for(table.shape[0]))
+    rows = ticks_for(table.shape[0])
+    axis.set_yticks(rows, [str(labels[row]) for row in rows])
     axis.set_xticks(ticks_for(table.shape[1], ticks))
     axis.set_xlabel("expert", size=11)
     axis.set_ylabel("layer", size=11)
@@ -60,7 +62,7 @@ def load(profile):
         ms = profile.each(phase)
         rows = [np.array(m.expert_load) * m.layer.num_experts for m in ms]
         table = _stack(rows, [layer.num_experts for layer in profile.layers])
-        image = _ratio_map(axis, table)
+        image = _ratio_map(axis, table, profile.labels)
         tokens = max(m.tokens for m in ms)
         axis.set_title(f"{phase}: {tokens:,} tokens a layer; grey: never selected", loc="left",
                        size=11)  # fmt: skip
@@ -80,8 +82,8 @@ def domains(profile):
     frame = profile.domain_specialisation()
     for axis, label in zip(axes, labels, strict=False):
         of = frame[frame["domain"] == label]
-        table = of.pivot(index="layer", columns="expert", values="times").to_numpy()
-        image = _ratio_map(axis, table, 16)
+        table = of.pivot(index="layer", columns="expert", values="times")
+        image = _ratio_map(axis, table.loc[profile.labels].to_numpy(), profile.labels, 16)
         shown = label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
         shown = shown.replace("$", r"\$")  # no formula
         axis.set_title(f"{shown}: {of['tokens'].max():,} tokens; grey: never selected",
@@ -98,19 +100,23 @@ def _chosen(profile, layer, structure, first=0):
     if layer is None:
         index = strongest(counts, structure)
         return index, "the layer with the strongest structure"
-    if layer not in range(first, len(counts)):
-        raise ValueError(f"layer: expected {first} to {len(counts) - 1}, got {layer!r}")
-    return layer, "as asked for"
+    try:
+        index = profile.place_of(layer)
+    except (KeyError, TypeError):
+        index = -1
+    if index < first or isinstance(layer, bool):
+        raise ValueError(f"layer: expected {spans(profile.labels[first:])}, got {layer!r}")
+    return index, "as asked for"
 
 
 def coactivation(profile, layer=None):
-    """Which experts are selected together? Both phases; layer: of profile.layers."""
+    """Which experts are selected together? Both phases; layer: its number or a name."""
     index, how = _chosen(profile, layer, pair_structure)
     metrics = profile.each()[index]
     table = metrics.coactivation
     order = clustered(table)
-    fig, (left, right) = figure(1, 2, f"Experts selected together: layer {index}, {how}",
-                                width=6.6, height=5.8, widths=(1.35, 1))  # fmt: skip
+    title = f"Experts selected together: layer {profile.labels[index]}, {how}"
+    fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
     off = np.where(np.eye(len(table), dtype=bool), np.nan, table)
     _square(fig, left, off[np.ix_(order, order)], order, "share of j's tokens that select i")
     left.set_xlabel("expert j, those alike side by side", size=11)
@@ -133,12 +139,13 @@ def moves(profile, layer=None):
     weight = np.nan_to_num(table[rows]) ** 2
     centre = (np.arange(len(rows))[:, None] * weight).sum(0) / np.maximum(weight.sum(0), 1e-12)
     columns = np.argsort(centre, kind="stable")
-    title = f"From expert to expert: layer {index - 1} to layer {index}, {how}"
+    last, own = profile.labels[index - 1], profile.labels[index]
+    title = f"From expert to expert: layer {last} to layer {own}, {how}"
     fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
     _square(fig, left, table[np.ix_(rows, columns)], rows, "share of i's tokens that go to j",
             columns)  # fmt: skip
-    left.set_xlabel(f"expert j of layer {index}", size=11)
-    left.set_ylabel(f"expert i of layer {index - 1}, those alike side by side", size=11)
+    left.set_xlabel(f"expert j of layer {own}", size=11)
+    left.set_ylabel(f"expert i of layer {last}, those alike side by side", size=11)
     left.set_title(f"{metrics.tokens:,} tokens; white: never selected", loc="left", size=11)
     usual = np.broadcast_to(metrics.counts.load[0] / metrics.tokens, table.shape)
     _bars(right, _largest(table, usual, before, axis=0), table, usual, "{0} to {1}")

@@ -11,6 +11,7 @@ from ..tally import latency_edges
 from .histograms import UNIT_EDGES, percentile
 
 NAN = float("nan")
+REAL, BOTH = slice(0, 1), slice(0, 2)  # rows of the counts: real tokens; those and padding
 
 # One number each, in the order of `get_summary`.
 COUNTED = (
@@ -19,10 +20,12 @@ COUNTED = (
     "steps",
     "skipped_slots",
     "skipped_slots_padding",
+    "dropped_selections",
     "flops_total",
     "flops_router",
     "flops_expert",
     "flops_shared",
+    "flops_adapter",
     "flops_total_with_padding",
 )
 ROUTING = (
@@ -63,6 +66,11 @@ def ratio(part, whole) -> float:
     return float(part) / float(whole) if whole else NAN
 
 
+def _times(number: int, each: int | None) -> float | int:
+    """number * each; nan where `each` is unknown."""
+    return NAN if each is None else number * each
+
+
 def gini(values) -> float:
     """Half the mean absolute difference of two values, over their mean; 0: all equal.
 
@@ -87,7 +95,9 @@ def load_balance_loss(counts) -> float:
     """E Σ_e f_e P_e over the layers of `counts`, as transformers' load_balancing_loss_func.
 
     f_e: selections of expert e per token, P_e: its mean probability, both over the tokens of
-    all layers together. 1·k for a perfect balance. Of the routing that ran: a router that
+    all layers together (pooled): experts of the same number in different layers are taken for
+    one, so layers that are each unbalanced in another way pass for balanced. The mean of the
+    layers' own losses shows that. k for a perfect balance. Of the routing that ran: a router that
     doesn't take the top k of these logits makes it another number than training would see.
     nan without logits, or where layers differ in E.
     """
@@ -97,6 +107,15 @@ def load_balance_loss(counts) -> float:
     known = sum(int(c.confidence.sum()) for c in counts)
     probability = ratio_each(sum(c.probability for c in counts), known)
     return float(counts[0].num_experts * (selected * probability).sum())
+
+
+def load_balance_loss_by_layer(counts) -> float:
+    """The mean over layers of each layer's own load-balance loss; nan without logits.
+
+    Layers without tokens are left out; they may differ in E.
+    """
+    losses = [load_balance_loss([c]) for c in counts if c.tokens]
+    return float(np.mean(losses)) if losses else NAN
 
 
 def z_loss(counts) -> float:
@@ -165,41 +184,64 @@ class LayerMetrics:
     # ---- FLOPs: two for each multiplication and addition of a matrix product ----
 
     def _flops(self, rows) -> float | int:
-        """Of tokens in `rows` of the counts; nan where the experts' sizes are unknown."""
-        if self.layer.expert_flops is None:
-            return NAN
-        per_token = self.layer.router_flops + self.layer.shared_flops
+        """Of tokens in `rows` of the counts; nan where a part's size, or what ran, is unknown."""
         tokens = int(self.counts.k[rows].sum())
-        return tokens * per_token + self._runs(rows) * self.layer.expert_flops
+        each = self.layer.router_flops, self.layer.shared_flops
+        parts = [_times(tokens, flops) for flops in each]
+        return sum(parts) + self._expert_flops(rows) + self.flops_adapter
 
-    def _runs(self, rows) -> int:
-        """Times that an expert ran for a token: the selections, but where all always run."""
-        if self.layer.dense:
-            return int(self.counts.k[rows].sum()) * self.layer.num_experts
-        return int(self.counts.load[rows].sum())
+    def _expert_flops(self, rows) -> float | int:
+        """Of the rows that experts ran; a slice of one row is that of the real tokens."""
+        layer, left_out = self.layer, self.counts.left_out
+        if left_out[1].any() and rows == REAL:
+            return NAN  # tokens and padding ran together, and some of them did not
+        if layer.dense:
+            return _times(int(self.counts.k[rows].sum()) * layer.num_experts, layer.expert_flops)
+        ran = self.counts.load[rows].sum(0) - left_out[rows].sum(0)[:-1]
+        if layer.slot_flops is not None:
+            return int((ran * np.array(layer.slot_flops)).sum())
+        return _times(int(ran.sum() - left_out[rows, -1].sum()), layer.expert_flops)
+
+    @property
+    def dropped_selections(self) -> float | int:
+        """Selections that no expert ran: those above an expert's capacity, or of experts that
+        are not on this machine. Negative: experts ran more rows than were selected, as one that
+        is filled up to its capacity. nan where padding was among them: of which is not known."""
+        left_out = self.counts.left_out
+        return NAN if left_out[1].any() else int(left_out[0].sum())
+
+    @property
+    def dropped_selections_with_padding(self) -> int:
+        return int(self.counts.left_out.sum())
 
     @property
     def flops_total(self):
-        """Router, selected experts and shared experts, summed over the real tokens."""
-        return self._flops(slice(0, 1))
+        """Router, the rows that experts ran, shared experts, adapters: of the real tokens."""
+        return self._flops(REAL)
 
     @property
-    def flops_router(self) -> int:
-        return self.tokens * self.layer.router_flops
+    def flops_router(self) -> float | int:
+        return _times(self.tokens, self.layer.router_flops)
 
     @property
     def flops_expert(self):
-        each = self.layer.expert_flops
-        return NAN if each is None else self._runs(slice(0, 1)) * each
+        """Of what ran: selections that an expert dropped cost nothing."""
+        return self._expert_flops(REAL)
 
     @property
-    def flops_shared(self) -> int:
-        return self.tokens * self.layer.shared_flops
+    def flops_shared(self) -> float | int:
+        return _times(self.tokens, self.layer.shared_flops)
+
+    @property
+    def flops_adapter(self) -> int:
+        """Of adapters that are multiplied out and added to all experts in every step, whatever
+        runs (peft's target_parameters). Other adapters count with what they adapt."""
+        return self.steps * self.layer.call_flops
 
     @property
     def flops_total_with_padding(self):
         """What was really computed."""
-        return self._flops(slice(0, 2))
+        return self._flops(BOTH)
 
     # ---- experts per token ----
 
@@ -362,10 +404,12 @@ class LayerMetrics:
 
     @property
     def expert_bytes_per_step(self) -> float:
-        each = self.layer.expert_bytes
+        """Of the distinct experts selected; of all, where all run or adapters are added to all."""
+        layer, each = self.layer, self.layer.expert_bytes
         if each is None or not self.steps:
             return NAN
-        return (self.layer.num_experts if self.layer.dense else self.unique_experts_mean) * each
+        whole = layer.dense or layer.call_flops
+        return (layer.num_experts if whole else self.unique_experts_mean) * each
 
     @property
     def bytes_per_step(self) -> float:

@@ -9,8 +9,9 @@ import numpy as np
 
 from ...checks import check_type
 from ...files import check_folder, write_whole
+from ...names import layer_keys, layer_labels
 from ..tally import PHASES
-from .metrics import LayerMetrics, load_balance_loss, z_loss
+from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
 
 ALL = "all"  # the name of both phases together
 
@@ -39,6 +40,17 @@ class Profile:
         self.roofline, self.events = roofline, None if events is None else list(map(tuple, events))
 
     # ---- numbers ----
+
+    @cached_property
+    def labels(self) -> list[int | str]:
+        """What each layer is called: its own number in the model, see names.layer_labels."""
+        return layer_labels([layer.block for layer in self.layers])
+
+    def place_of(self, layer) -> int:
+        """Where in `layers` one stands that is called by its number or label, the name of its
+        block or of its gate. KeyError for another."""
+        blocks, gates = zip(*((layer.block, layer.name) for layer in self.layers), strict=True)
+        return layer_keys(blocks, gates)[layer]
 
     @cached_property
     def phases(self) -> list[str]:
@@ -74,8 +86,13 @@ class Profile:
         ]
 
     def load_balance_loss(self, phase=None) -> float:
-        """E Σ f_e P_e over all layers, as transformers' load_balancing_loss_func."""
+        """E Σ f_e P_e, the tokens of all layers pooled, as transformers'
+        load_balancing_loss_func."""
         return load_balance_loss(self.counts_of(phase))
+
+    def load_balance_loss_by_layer(self, phase=None) -> float:
+        """The mean of the layers' own load-balance losses, which pooling can hide."""
+        return load_balance_loss_by_layer(self.counts_of(phase))
 
     def z_loss(self, phase=None) -> float:
         """Mean of logsumexp(z)² over the tokens of all layers."""
@@ -101,10 +118,12 @@ class Profile:
         return by_token(self, minimum, top)
 
     def to_frame(self):
-        """A tidy pandas table: layer, name, expert, phase, metric, value.
+        """A tidy pandas table: layer, name, block, expert, phase, metric, value.
 
-        layer counts the MoE layers from 0; <NA>: of the whole profile. expert is <NA> where a
-        number is not of one expert. phase: "prefill", "decode", "all".
+        layer: the model's own number of the layer, see `labels`; name: its gate's, as in
+        `metrics`; <NA>: of the whole profile. expert is <NA> where a
+        number is not of one expert. A layer that could not be counted has one row, of the metric
+        "not_counted". phase: "prefill", "decode", "all".
         """
         from .frame import to_frame
 
@@ -131,7 +150,8 @@ class Profile:
         return available(self)
 
     def plot(self, name="load", **options):
-        """A matplotlib Figure, one of `figures`. "coactivation" and "moves" take a layer=.
+        """A matplotlib Figure, one of `figures`. "coactivation" and "moves" take a layer=, its
+        number, its block's name or its gate's.
 
         Raises ValueError for a name that is not in `figures`, or a layer that is none.
         """

@@ -14,8 +14,9 @@ def _experts(profile, index, selections, tokens, baseline):
     """Columns of a table with a row for each expert of layer `index`."""
     share = ratio_each(selections, int(tokens))
     return {
-        "layer": index,
+        "layer": profile.labels[index],
         "name": profile.layers[index].name,
+        "block": profile.layers[index].block,
         "expert": np.arange(len(selections)),
         "share": share,
         "baseline": baseline,
@@ -24,7 +25,7 @@ def _experts(profile, index, selections, tokens, baseline):
 
 
 def by_domain(profile):
-    """Columns: layer, name, expert, domain, tokens (of the domain), share, baseline, times.
+    """Columns: layer, name, block, expert, domain, tokens (of the domain), share, baseline, times.
 
     baseline: k/E with the layer's mean k over these domains; times: share / baseline.
     ValueError where the texts had no domain labels.
@@ -43,11 +44,26 @@ def by_domain(profile):
             made = _experts(profile, index, row[: layer.num_experts], row[-1], baseline)
             tables.append(pandas.DataFrame({**made, "domain": label, "tokens": int(row[-1])}))
     frame = pandas.concat(tables, ignore_index=True)
-    return frame[["layer", "name", "expert", "domain", "tokens", "share", "baseline", "times"]]
+    columns = ["layer", "name", "block", "expert", "domain", "tokens", "share", "baseline", "times"]
+    return frame[columns]
+
+
+ENOUGH = 5  # selections that an even choice would give
+
+
+def most_by_domain(profile):
+    """The rows of `by_domain` that may be called specialised, the most so first.
+
+    Of a domain with so few tokens that an even choice would give an expert less than `ENOUGH`
+    selections, a large share is chance.
+    """
+    frame = by_domain(profile).dropna(subset="times")
+    frame = frame[frame["tokens"] * frame["baseline"] >= ENOUGH]
+    return frame.sort_values("times", ascending=False, kind="stable")
 
 
 def by_token(profile, minimum=8, top=10):
-    """Columns: layer, name, expert, token (id), text, seen, share, baseline, times.
+    """Columns: layer, name, block, expert, token (id), text, seen, share, baseline, times.
 
     Of each expert the `top` tokens it is most specialised in, the first the most, among those
     that occurred at least `minimum` times. text: <NA> where there was no tokenizer.
@@ -67,15 +83,16 @@ def by_token(profile, minimum=8, top=10):
         token = often[place]
         share = counts[token, expert] / seen[token]
         made = pandas.DataFrame({
-            "layer": index, "name": profile.layers[index].name, "expert": expert,
+            "layer": profile.labels[index], "name": profile.layers[index].name,
+            "block": profile.layers[index].block, "expert": expert,
             "token": np.asarray(recorded["tokens"])[token],
             "text": pandas.array([names[t] if names else None for t in token], dtype="string"),
             "seen": seen[token], "share": share, "baseline": float(baseline),
             "times": share / baseline,
         })  # fmt: skip
-        tables.append(made[share > 0].assign(rank=rank[share > 0]))
-    frame = pandas.concat(tables, ignore_index=True).sort_values(["layer", "expert", "rank"])
-    return frame.drop(columns="rank").reset_index(drop=True)
+        tables.append(made[share > 0].assign(rank=rank[share > 0], place=index))
+    frame = pandas.concat(tables, ignore_index=True).sort_values(["place", "expert", "rank"])
+    return frame.drop(columns=["rank", "place"]).reset_index(drop=True)
 
 
 def _best(counts, seen, top):

@@ -17,6 +17,7 @@ from ...npz import read_npz
 from ..finding import Layer
 from ..roofline import Roofline
 from ..tally import PHASES, Counts
+from .frame import WHOLE
 from .metrics import SCALARS
 from .profile import ALL, as_json
 
@@ -58,8 +59,8 @@ def _summary(profile, phase):
         name: {key: getattr(metrics, key) for key in SCALARS}
         for name, metrics in profile.metrics(phase).items()
     }
-    losses = (profile.load_balance_loss(phase), profile.z_loss(phase))
-    return {"load_balance_loss": losses[0], "z_loss": losses[1], "layers": layers}
+    whole = {name: getattr(profile, name)(phase) for name in WHOLE}
+    return {**whole, "layers": layers}
 
 
 def _arrays(profile):
@@ -68,6 +69,8 @@ def _arrays(profile):
         for index, counts in enumerate(profile.counts[phase]):
             arrays[f"{phase}.{index}.ints"] = counts.ints
             arrays[f"{phase}.{index}.floats"] = counts.floats
+            if counts.left_out.any():
+                arrays[f"{phase}.{index}.left_out"] = counts.left_out
     for number, table in enumerate((profile.domains or {}).values()):
         arrays[f"domain.{number}"] = table
     if profile.vocabulary is not None:
@@ -188,7 +191,8 @@ def _parts(make, head, layers, arrays):
     counts = {
         phase: [
             Counts.from_arrays(
-                layer.num_experts, arrays[f"{phase}.{i}.ints"], arrays[f"{phase}.{i}.floats"]
+                layer.num_experts, arrays[f"{phase}.{i}.ints"], arrays[f"{phase}.{i}.floats"],
+                arrays.get(f"{phase}.{i}.left_out", 0),
             )
             for i, layer in enumerate(layers)
         ]

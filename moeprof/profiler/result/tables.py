@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from .specialisation import ENOUGH, most_by_domain
 from .wording import layer_names, number, short
 
 DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
@@ -61,8 +62,8 @@ def layers(profile) -> Table:
         note += ROOF_NOTE
     phases = {phase: profile.each(phase) for phase in profile.phases}
     rows = [
-        [str(i), *(text(phases[phase][i]) for phase in phases for _, text in columns)]
-        for i in range(len(profile.layers))
+        [str(label), *(text(phases[phase][i]) for phase in phases for _, text in columns)]
+        for i, label in enumerate(profile.labels)
     ]
     heads = [("", "layer"), *((phase, name) for phase in phases for name, _ in columns)]
     return Table("By layer", note, heads, rows)
@@ -70,8 +71,7 @@ def layers(profile) -> Table:
 
 def domains(profile) -> Table:
     """The most specialised experts of each domain."""
-    frame = profile.domain_specialisation().dropna(subset="times")
-    frame = frame.sort_values("times", ascending=False)
+    frame = most_by_domain(profile)
     rows = []
     for label in profile.domains:
         best = frame[frame["domain"] == label].head(DOMAIN_ROWS).to_dict("records")
@@ -82,7 +82,8 @@ def domains(profile) -> Table:
         ]  # fmt: skip
     return Table(
         "By domain", "The experts whose share of a domain's tokens is the most above k/E, that "
-        "of an even choice.",
+        "of an even choice, of domains in which that would be at least "
+        f"{ENOUGH} selections.",
         [("", name) for name in ("domain", "layer", "expert", "share", "k/E", "times")], rows,
         ("domain",),
     )  # fmt: skip

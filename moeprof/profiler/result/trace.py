@@ -17,7 +17,8 @@ def trace(profile) -> str:
     start = min((event[2] for event in profile.events), default=0)
     events = [_name("process_name", 0, name=str(profile.facts.get("model")))]
     for index, layer in enumerate(profile.layers):
-        events.append(_name("thread_name", index, name=f"{index} {layer.block or layer.name}"))
+        name = f"{profile.labels[index]} {layer.block or layer.name}"
+        events.append(_name("thread_name", index, name=name))
         events.append(_name("thread_sort_index", index, sort_index=index))
     for layer, phase, begin, duration, tokens, unique in profile.events:
         events.append({

@@ -3,6 +3,10 @@
 import math
 import re
 
+from ...names import layer_labels, listed, spans
+
+__all__ = ["counted", "layer_names", "listed", "number", "percent", "scaled", "short", "spans"]
+
 PLAIN = "–"  # stands for what was not measured
 
 
@@ -43,33 +47,18 @@ def counted(value, what) -> str:
     return f"{value:,} {what}{'' if value == 1 else 's'}"
 
 
-def listed(parts) -> str:
-    """"a, b and c"."""
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def spans(numbers) -> str:
-    """"0 to 3, 7 and 9 to 12" of ascending numbers."""
-    runs = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return listed([str(a) if a == b else f"{a} to {b}" for a, b in runs])
-
-
 def layer_names(layers) -> str:
-    """What the numbers of the layers stand for: "Layers 0 to 3: model.layers.{0 … 3}.mlp"."""
+    """What the layers' labels stand for: "Layers 1 to 3: model.layers.{1 … 3}.mlp"."""
     blocks = [layer.block or layer.name for layer in layers]
+    labels = layer_labels([layer.block for layer in layers])
     if len(blocks) < 2:
-        return "".join(f"Layer 0: {block}" for block in blocks)
+        return "".join(f"Layer {label}: {block}" for label, block in zip(labels, blocks,
+                                                                         strict=True))  # fmt: skip
     parts = [re.split(r"(\d+)", block) for block in (blocks[0], blocks[-1])]
     first, last = parts
     if len(first) == len(last):
         pairs = list(zip(first, last, strict=True))
         if sum(a != b for a, b in pairs) == 1:
             name = "".join(a if a == b else f"{{{a} … {b}}}" for a, b in pairs)
-            return f"Layers 0 to {len(blocks) - 1}: {name}"
-    return f"Layers 0 to {len(blocks) - 1}: {blocks[0]} … {blocks[-1]}"
+            return f"Layers {spans(labels)}: {name}"
+    return f"Layers {spans(labels)}: {blocks[0]} … {blocks[-1]}"
