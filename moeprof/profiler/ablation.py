@@ -15,7 +15,7 @@ from ..console import progress as progress_bar
 from ..evaluation import bootstrap, evaluating
 from ..evaluation.passes import batches
 from ..experiment.heldout import HeldOut, heldout_windows
-from ..experiment.plots import COLOURS, MARKERS
+from ..figures import COLOURS, MARKERS
 from ..routers import TopK
 
 COLUMNS = ("layer", "name", "k", "loss", "loss_change", "low", "high")
