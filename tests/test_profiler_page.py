@@ -202,8 +202,8 @@ def test_a_narrow_screen_scrolls_in_the_boxes_only(html, tmp_path):
     ((line,), _, _) = chromium(page, tmp_path, size="400,3000")
     found = re.findall(r"\d+", line[line.index("widths") :])
     scroll, screen, box, image, boxes = map(int, found[:5])
-    assert scroll == screen == 400 and boxes == 9
-    assert box < 400 and image > 800  # so that letters keep their size
+    assert scroll == screen <= 500 and boxes == 9  # 500: the least that some versions open
+    assert box < screen and image > 800  # so that letters keep their size
 
 
 @needs_chromium

@@ -7,6 +7,8 @@ documentation anew; a profile's folder gets glossary.csv, its page a section.
 import re
 from typing import NamedTuple
 
+from .specialisation import MINIMUM
+
 SHARE = "share, 0 to 1"
 
 
@@ -116,8 +118,8 @@ COLUMNS = {
         "expert": "The expert, from 0.",
         "token": "The input token's id.",
         "text": "What the tokenizer makes of it.",
-        "seen": "Occurrences that were counted; tokens seen less often than the minimum, 8, are "
-        "left out.",
+        "seen": "Occurrences that were counted; tokens seen fewer than "
+        f"{MINIMUM} times are left out.",
         "share": "Of these occurrences, the share that selects the expert.",
         "baseline": "k/E: that share under an even choice.",
         "times": "share / baseline.",

@@ -143,7 +143,7 @@ def page(profile, sections=()) -> str:
         *((table.title, _table(table)) for table in tables(profile)),
         *_figures(profile),
         *((section.title, _more(section)) for section in sections),
-        ("Glossary", _glossary()),
+        *([("Glossary", _glossary())] if profile.phases else []),
     ]
     places = [(f"part-{number}", *part) for number, part in enumerate(body, 1)]
     contents = "".join(f'<li><a href="#{at}">{escape(of)}</a></li>' for at, of, _ in places)

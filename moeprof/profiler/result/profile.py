@@ -172,6 +172,8 @@ class Profile:
     def save(self, folder) -> list[Path]:
         """Write profile.json, counts.npz and metrics.csv, each whole or not at all; their paths.
 
+        Beside them glossary.csv, which says what each number is and its unit, and, where input
+        tokens were recorded, vocabulary.csv: `vocabulary_specialisation` of every layer.
         OSError where the folder can't be written.
         """
         from .storage import pack

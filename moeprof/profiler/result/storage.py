@@ -10,11 +10,13 @@ from dataclasses import asdict
 import numpy as np
 
 from ..tally import PHASES, Counts
+from .glossary import as_csv
 from .metrics import SCALARS
 from .profile import ALL, as_json
 
 FORMAT, VERSION = "moeprof-profile", 1
 JSON, COUNTS, CSV = "profile.json", "counts.npz", "metrics.csv"
+GLOSSARY, VOCABULARY = "glossary.csv", "vocabulary.csv"
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError, ValueError)
 
 
@@ -36,7 +38,10 @@ def pack(profile) -> dict[str, bytes]:
     }
     text = json.dumps(as_json(head), indent=1, ensure_ascii=False, allow_nan=False)
     csv = profile.to_frame().to_csv(index=False)
-    return {COUNTS: counts, CSV: csv.encode(), JSON: text.encode() + b"\n"}
+    files = {COUNTS: counts, CSV: csv.encode(), GLOSSARY: as_csv().encode()}
+    if profile.vocabulary is not None:
+        files[VOCABULARY] = profile.vocabulary_specialisation().to_csv(index=False).encode()
+    return files | {JSON: text.encode() + b"\n"}
 
 
 def _summary(profile, phase):
