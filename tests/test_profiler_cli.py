@@ -22,7 +22,7 @@ from moeprof.experiment import inputs
 from moeprof.profiler import run
 from moeprof.profiler.records import read_records
 
-SAVED = ["counts.npz", "index.html", "metrics.csv", "profile.json"]
+SAVED = ["counts.npz", "glossary.csv", "index.html", "metrics.csv", "profile.json"]
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +104,14 @@ def test_everything_at_once(tiny, text, tmp_path, capsys):
     options = ["--tokens", 900, "--router", "bh:alpha=0.3,max_k=4", "--null", "normal", "--trace",
                "--ablation", "--vocabulary", "--records", records, "--batch", 1, 2]  # fmt: skip
     assert profile("--model", tiny, "--text", text, "--out", out, *options) == 0
-    extra = ["ablation.csv", "agreement.csv", "trace.json"]
+    extra = ["ablation.csv", "agreement.csv", "trace.json", "vocabulary.csv"]
     assert sorted(p.name for p in out.iterdir()) == sorted(SAVED + extra)
     said = capsys.readouterr().out
     assert "BH(" in said and "max_k=4" in said
     assert max(map(len, said.split("Written:")[0].splitlines())) <= 100
     assert [line.split("/")[-1] for line in said.splitlines() if "Written" in line] == [
         "index.html", "agreement.csv", "ablation.csv", "counts.npz", "metrics.csv",
-        "profile.json", "trace.json",
+        "glossary.csv", "vocabulary.csv", "profile.json", "trace.json",
     ]  # fmt: skip
     result = moeprof.Profile.load(out)
     assert list(result.domains) == ["prose"] and result.facts["notes"] == []

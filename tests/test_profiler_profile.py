@@ -15,6 +15,7 @@ import pytest
 from profiles import ROOF, layer, make_profile
 
 from moeprof.files import write_whole
+from moeprof.profiler.result import tables
 from moeprof.profiler.result.metrics import SCALARS
 from moeprof.profiler.result.profile import Profile
 from moeprof.profiler.tally import PHASES, Counts
@@ -112,6 +113,24 @@ def test_input_tokens_by_expert(profile):
     assert rare.set_index("expert")["token"].to_dict() == {4: 11, 5: 11, 7: 33}
     assert len(with_vocabulary(profile).vocabulary_specialisation(minimum=99)) == 0
     assert "' the' 175 %" in with_vocabulary(profile).summary()
+    with pytest.raises(ValueError, match="minimum: expected at least 1 occurrence, got 0"):
+        with_vocabulary(profile).vocabulary_specialisation(minimum=0)
+
+
+def test_input_tokens_are_shown_by_layer_and_written(profile, tmp_path):
+    made = with_vocabulary(profile)
+    words = made.vocabulary
+    words |= {"layers": [0, 2], "counts": np.stack([words["counts"][0]] * 2)}
+    shown = tables.vocabulary(made)
+    assert [row[:2] for row in shown.rows] == [[n, e] for n in "02" for e in "745"]
+    assert "fewer than 8 times" in shown.note
+    made.save(tmp_path)
+    read = pandas.read_csv(tmp_path / "vocabulary.csv")
+    expected = made.vocabulary_specialisation()
+    assert list(read.columns) == list(expected.columns) and len(read) == len(expected)
+    assert set(read["layer"]) == {0, 2} and read["seen"].min() >= 8
+    words["seen"] = np.array([1, 2, 3])
+    assert "No input token occurred 8 times." in made.summary().replace("\n  ", " ")
 
 
 def test_what_was_not_recorded_says_so(profile):
@@ -269,7 +288,8 @@ def test_unknown_figures_and_options_are_refused(profile):
 
 def test_a_profile_comes_back_as_it_was(profile, tmp_path):
     paths = profile.save(tmp_path / "new" / "folder")
-    assert sorted(path.name for path in paths) == ["counts.npz", "metrics.csv", "profile.json"]
+    names = ["counts.npz", "glossary.csv", "metrics.csv", "profile.json"]
+    assert sorted(path.name for path in paths) == names
     assert {p.name for p in paths[0].parent.iterdir()} == {p.name for p in paths}
     again = Profile.load(paths[0].parent)
     assert again == profile and again.summary() == profile.summary()

@@ -1,6 +1,6 @@
 """The figures of the benchmarks."""
 
-from ..experiment.plots import COLOURS, MARKERS
+from ..figures import colours, line_styles, plain
 from .machine import in_one_line
 
 INTERVAL = "median of the rounds; bars: their quartiles"
@@ -17,10 +17,10 @@ def against_tokens(result, labels, what):
     if all("roof" in row for row in rows):
         limits = {key: [row["roof"][key] for row in rows] for key in rows[0]["roof"]}
         axis.plot(tokens, limits["roof_ms"], color="black", linewidth=2, label="roof")
-        style = {"color": "#777777", "linewidth": 1.3, "zorder": 1}
-        axis.plot(tokens, limits["read_ms"], "--", label="limit: reading the weights", **style)
-        axis.plot(tokens, limits["gemm_ms"], "-.", label="limit: dense GEMM rate", **style)
-    for number, (name, label) in enumerate(labels.items()):
+        grey = {"color": "#777777", "linewidth": 1.3, "zorder": 1}
+        axis.plot(tokens, limits["read_ms"], "--", label="limit: reading the weights", **grey)
+        axis.plot(tokens, limits["gemm_ms"], "-.", label="limit: dense GEMM rate", **grey)
+    for style, (name, label) in zip(line_styles(len(labels)), labels.items(), strict=True):
         seen = [row for row in rows if name in row["times"]]
         times = [row["times"][name] for row in seen]
         middle = [t["median_ms"] for t in times]
@@ -29,8 +29,8 @@ def against_tokens(result, labels, what):
             [t["upper_ms"] - t["median_ms"] for t in times],
         ]
         axis.errorbar(
-            [row["tokens"] for row in seen], middle, bars, label=label, linewidth=1.6, capsize=3,
-            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
+            [row["tokens"] for row in seen], middle, bars, label=plain(label),
+            linewidth=1.6, capsize=3, **style,
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -47,8 +47,9 @@ def bars(result, entries, what, axis_label):
     """Horizontal bars, log scale: entries (label, value, text beside the bar, colour's number)."""
     fig, axis = _figure(result, what, "")
     fig.set_size_inches(10, 2 + 0.24 * len(entries))
-    labels, values, texts, colours = zip(*entries, strict=True)
-    drawn = axis.barh(labels, values, color=[COLOURS[c % len(COLOURS)] for c in colours])
+    labels, values, texts, numbers = zip(*entries, strict=True)
+    palette = colours(max(numbers) + 1)
+    drawn = axis.barh(labels, values, color=[palette[number] for number in numbers])
     axis.bar_label(drawn, texts, padding=4, fontsize=9)
     axis.invert_yaxis()
     axis.set_xscale("log")
@@ -71,7 +72,7 @@ def _figure(result, what, note):
     axis = fig.subplots()
     about = about[0].upper() + about[1:]
     axis.set_title(about, loc="left", size=13, weight="bold", pad=24)
-    detail = "; ".join(filter(None, (in_one_line(result["machine"]), note)))
+    detail = "; ".join(filter(None, (plain(in_one_line(result["machine"])), note)))
     axis.annotate(
         detail, (0, 1), (0, 7), "axes fraction", "offset points", size=10, color="#444444"
     )

@@ -206,7 +206,8 @@ def _ablation(arguments, model, tokenizer, documents):
 def _save(result, folder, trace):
     """What was measured; the files' paths. What an earlier profile left there goes."""
     if (folder / "profile.json").exists():
-        for name in ("index.html", "trace.json", "agreement.csv", "ablation.csv"):
+        for name in ("index.html", "trace.json", "agreement.csv", "ablation.csv",
+                     "vocabulary.csv"):
             (folder / name).unlink(missing_ok=True)
     paths = result.save(folder)
     if trace:

@@ -2,11 +2,9 @@
 
 import numpy as np
 
+from ..figures import COLOURS, MARKERS
 from .store import results_frame
 
-# Okabe & Ito: told apart with every kind of colour vision; black is left for the baseline.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
 BASELINE = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 
 

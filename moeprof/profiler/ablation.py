@@ -16,7 +16,7 @@ from ..console import progress as progress_bar
 from ..evaluation import bootstrap, evaluating
 from ..evaluation.passes import batches
 from ..experiment.heldout import HeldOut, heldout_windows
-from ..experiment.plots import COLOURS, MARKERS
+from ..figures import line_styles
 from ..names import gate_name, layer_keys, layer_labels, spans
 from ..routers import TopK
 
@@ -187,14 +187,14 @@ def ablation_figure(frame):
     # Logarithmic but near 0: one expert less changes hundreds of times less than all but one.
     axis.set_yscale("symlog", linthresh=max(frame["loss_change"].abs().max() / 100, 1e-6))
     ks = sorted(frame["k"].unique(), reverse=True)
+    styles = line_styles(len(ks))
     for number, (k, off) in enumerate(zip(ks, np.linspace(-0.2, 0.2, len(ks)), strict=True)):
         rows = frame[frame["k"] == k].sort_values("layer")
         change = rows["loss_change"].to_numpy()
         ends = np.abs(np.stack([change - rows["low"], rows["high"] - change]))
         axis.errorbar(
             rows["layer"] + off, change, yerr=np.nan_to_num(ends), capsize=2, linewidth=1.4,
-            marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)],
-            label=f"top-{k}",
+            label=f"top-{k}", **styles[number],
         )  # fmt: skip
     axis.axhline(0, color="black", linewidth=1, linestyle="--")
     axis.yaxis.set_major_formatter("{x:g}")

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from ...experiment.plots import COLOURS
+from ...figures import COLOURS, MARKERS
 
-_OF = {"prefill": COLOURS[0], "decode": COLOURS[5]}
+_OF = {"prefill": COLOURS[0], "decode": COLOURS[5], "verify": COLOURS[2], "unknown": COLOURS[3]}
+_SIZES = (7, 4, 5, 4)  # of the markers, phase after phase
 
 
 def figure(rows, columns, title, *, width=6.2, height=4.2, widths=None):
@@ -32,7 +33,7 @@ def of_phase(phase):
 
 def marked(number):
     """The marker of a line; the second's leaves the first's to be seen where they coincide."""
-    return {"marker": "os"[number], "markersize": (7, 4)[number], "lw": (2.2, 1.3)[number]}
+    return {"marker": MARKERS[number], "markersize": _SIZES[number], "lw": 1.3 if number else 2.2}
 
 
 def by_layer(axis, profile):

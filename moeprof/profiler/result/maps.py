@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...experiment.plots import COLOURS
+from ...figures import COLOURS, plain
 from .drawing import figure, ticks_for
 from .structure import clustered, move_structure, pair_structure, strongest
 from .wording import spans
@@ -10,6 +10,7 @@ from .wording import spans
 FOLD = 3  # the colours of a ratio reach from 2^-FOLD to 2^FOLD
 NEVER = "#4d4d4d"
 BARS = 12
+NAMES = 32  # experts named along a side of a square map
 LABEL = 32  # characters of a domain's above its map
 
 
@@ -21,13 +22,12 @@ def _ratio_map(axis, table, labels, ticks=32):
     with np.errstate(divide="ignore"):
         shown = np.ma.masked_where(table == 0, np.log2(table))
     image = axis.imshow(shown, cmap=colours, vmin=-FOLD, vmax=FOLD, aspect="auto",
-                        interpolation="nearest")  # fmt: skip
+                        interpolation="none")  # fmt: skip
     rows = ticks_for(table.shape[0])
     axis.set_yticks(rows, [str(labels[row]) for row in rows])
     axis.set_xticks(ticks_for(table.shape[1], ticks))
     axis.set_xlabel("expert", size=11)
     axis.set_ylabel("layer", size=11)
-    axis.tick_params(labelsize=9)
     return image
 
 
@@ -36,7 +36,8 @@ def _ratio_bar(fig, image, axes, label):
                        aspect=30)  # fmt: skip
     texts = [f"1/{2**-n}" if n < 0 else f"{2**n}" for n in range(-FOLD, FOLD + 1)]
     bar.ax.set_yticklabels(texts)
-    bar.set_label(label, size=10)
+    bar.set_label(label, size=11)
+    bar.solids.set_rasterized(True)  # one small picture in an SVG, not 256 rectangles
 
 
 def _stack(rows, widths):
@@ -84,10 +85,8 @@ def domains(profile):
         of = frame[frame["domain"] == label]
         table = of.pivot(index="layer", columns="expert", values="times")
         image = _ratio_map(axis, table.loc[profile.labels].to_numpy(), profile.labels, 16)
-        shown = label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
-        shown = shown.replace("$", r"\$")  # no formula
-        axis.set_title(f"{shown}: {of['tokens'].max():,} tokens; grey: never selected",
-                       loc="left", size=11)  # fmt: skip
+        tokens = f"{of['tokens'].max():,} tokens; grey: never selected"
+        axis.set_title(f"{plain(label, LABEL)}: {tokens}", loc="left", size=11)
     for axis in axes[len(labels) :]:
         axis.set_axis_off()
     _ratio_bar(fig, image, axes, "share / (k/E)")
@@ -119,9 +118,9 @@ def coactivation(profile, layer=None):
     fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
     off = np.where(np.eye(len(table), dtype=bool), np.nan, table)
     _square(fig, left, off[np.ix_(order, order)], order, "share of j's tokens that select i")
-    left.set_xlabel("expert j, those alike side by side", size=11)
-    left.set_ylabel("expert i", size=11)
-    left.set_title(f"N_ij / N_j of {metrics.tokens:,} tokens; white: diagonal, never selected",
+    left.set_xlabel(f"expert j, those alike side by side{_named(order)}", size=11)
+    left.set_ylabel("expert i, in the same order", size=11)
+    left.set_title(f"N_ij / N_j of {metrics.tokens:,} tokens; grey: diagonal, never selected",
                    loc="left", size=11)  # fmt: skip
     load = metrics.counts.load[0]
     usual = np.broadcast_to((load / metrics.tokens)[:, None], table.shape)  # whatever j
@@ -144,9 +143,9 @@ def moves(profile, layer=None):
     fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
     _square(fig, left, table[np.ix_(rows, columns)], rows, "share of i's tokens that go to j",
             columns)  # fmt: skip
-    left.set_xlabel(f"expert j of layer {own}", size=11)
+    left.set_xlabel(f"expert j of layer {own}{_named(columns)}", size=11)
     left.set_ylabel(f"expert i of layer {last}, those alike side by side", size=11)
-    left.set_title(f"{metrics.tokens:,} tokens; white: never selected", loc="left", size=11)
+    left.set_title(f"{metrics.tokens:,} tokens; grey: never selected", loc="left", size=11)
     usual = np.broadcast_to(metrics.counts.load[0] / metrics.tokens, table.shape)
     _bars(right, _largest(table, usual, before, axis=0), table, usual, "{0} to {1}")
     return fig
@@ -154,17 +153,25 @@ def moves(profile, layer=None):
 
 def _square(fig, axis, table, rows, label, columns=None):
     """imshow of shares (E, E), the ticks named by the experts in the order of the map."""
+    from matplotlib import colormaps
+
     top = np.nanquantile(table, 0.995) if np.isfinite(table).any() else 1
-    image = axis.imshow(table, cmap="viridis", vmin=0, vmax=max(float(top), 1e-9), aspect="equal",
-                        interpolation="nearest")  # fmt: skip
+    colours = colormaps["viridis"].with_extremes(bad=NEVER)
+    image = axis.imshow(table, cmap=colours, vmin=0, vmax=max(float(top), 1e-9), aspect="equal",
+                        interpolation="none")  # fmt: skip
     columns = rows if columns is None else columns
-    for names, place in ((columns, axis.set_xticks), (rows, axis.set_yticks)):
-        if len(names) <= 32:
-            place(range(len(names)), names, size=7)
-        else:
-            place([])  # every fourth name of an order by likeness would tell nothing
+    for names, place, turn in ((columns, axis.set_xticks, 90), (rows, axis.set_yticks, 0)):
+        shown = ticks_for(len(names), NAMES)
+        place(shown, names[shown], size=9, rotation=turn)
     bar = fig.colorbar(image, ax=axis, pad=0.02, shrink=0.85, extend="max")
-    bar.set_label(label, size=10)
+    bar.set_label(label, size=11)
+    bar.solids.set_rasterized(True)
+
+
+def _named(order):
+    """What the axis says of its numbers, where they are not all there."""
+    step = np.diff(ticks_for(len(order), NAMES)[:2])
+    return f"; every {step[0]}th is named" if step.size and step[0] > 1 else ""
 
 
 def _largest(table, usual, load, axis):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ...experiment.plots import COLOURS
+from ...figures import COLOURS, MARKERS
 from . import maps
 from .drawing import by_layer, figure, marked, of_phase, style
 from .metrics import ratio_each
@@ -66,11 +66,20 @@ def confidence(profile):
             colour = of_phase(phase)["color"]
             axis.fill_between(range(len(low)), low, high, color=colour, alpha=0.15, lw=0)
             axis.plot(middle, **marked(number), **of_phase(phase))
-        axis.set_ylim(0, 1)
+        axis.set_ylim(*_unit_limits(axis))
         by_layer(axis, profile)
         style(axis, "layer", y, f"{title}: median; shaded: quartiles")
     axes[0].legend(frameon=False)
     return fig
+
+
+def _unit_limits(axis):
+    """Limits of y that show where the data lie, a part of 0 to 1."""
+    low, high = axis.dataLim.intervaly
+    if not np.isfinite(high - low):
+        return 0, 1
+    room = max(0.08 * (high - low), 0.01)
+    return max(low - room, -0.01), min(high + room, 1.01)
 
 
 def latency(profile):
@@ -115,7 +124,7 @@ def roofline(profile):
     for number, (phase, each) in enumerate(points.items()):
         colour = of_phase(phase)["color"]
         axis.plot(*np.array(each).T, ".", color=colour, alpha=0.6, markersize=6)
-        _total(axis, profile, phase, "os"[number], colour)
+        _total(axis, profile, phase, MARKERS[number], colour)
     bottom = known[:, 1].min() / 3
     axis.set_ylim(bottom, max(roof.gemm_gflops, known[:, 1].max()) * 2.5)
     axis.set_xlim(low, high)
@@ -179,6 +188,9 @@ def union(profile):
 def cache(profile):
     """How many experts would have to be kept near?"""
     fig, axis = figure(1, 1, "Hit rate of an LRU cache of experts", width=9)
+    sizes = {layer.num_experts for layer in profile.layers}
+    # As the findings count them: in experts, where the layers have as many.
+    whole, unit = (100, "% of E") if len(sizes) > 1 else (*sizes, f"of {max(sizes)}")
     for phase in profile.phases:
         ms = [m for m in profile.each(phase) if m.counts.reuse.sum()]
         if not ms:
@@ -189,11 +201,13 @@ def cache(profile):
             for m in ms
         ])  # fmt: skip
         colour = of_phase(phase)["color"]
-        axis.fill_between(100 * common, rates.min(0), rates.max(0), color=colour, alpha=0.15, lw=0)
-        axis.plot(100 * common, rates.mean(0), lw=2, **of_phase(phase))
-    axis.set_xlim(0, 100)
+        at = common * whole
+        axis.fill_between(at, rates.min(0), rates.max(0), color=colour, alpha=0.15, lw=0)
+        axis.plot(at, rates.mean(0), lw=2, **of_phase(phase))
+    axis.set_xlim(0, whole)
     axis.set_ylim(0, 103)
-    style(axis, "experts kept of each layer (% of E)", "accesses served (%)",
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    style(axis, f"experts kept of each layer ({unit})", "accesses served (%)",
           "Mean of layers; shaded: lowest to highest layer. First accesses are misses")  # fmt: skip
     axis.legend(frameon=False, loc="upper left")
     return fig
@@ -227,6 +241,14 @@ def _measured(profile):
         "coactivation": (maps.coactivation, pairs), "moves": (maps.moves, moves),
         "domains": (maps.domains, domains),
     }  # fmt: skip
+
+
+def instead(profile) -> dict[str, str]:
+    """{figure: the sentence that says as much}, of figures that show a single number."""
+    seen = {n for c in profile.counts_of() for n in np.flatnonzero(c.k[0]).tolist()}
+    if len(seen) != 1:
+        return {}
+    return {"k": f"Every token uses {counted(*seen, 'expert')} in every layer."}
 
 
 def available(profile) -> list[str]:

@@ -194,6 +194,8 @@ class Profile:
     def save(self, folder) -> list[Path]:
         """Write profile.json, counts.npz and metrics.csv; their paths.
 
+        Beside them glossary.csv, which says what each number is and its unit, and, where input
+        tokens were recorded, vocabulary.csv: `vocabulary_specialisation` of every layer.
         Over an older profile: whatever happens on the way, `load` gives the older one or this
         one, whole. OSError where the folder can't be written.
         """

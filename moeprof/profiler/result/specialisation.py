@@ -9,6 +9,8 @@ import numpy as np
 
 from .metrics import ratio_each
 
+MINIMUM = 8  # occurrences of a token below which its share says little
+
 
 def _experts(profile, index, selections, tokens, baseline):
     """Columns of a table with a row for each expert of layer `index`."""
@@ -62,15 +64,17 @@ def most_by_domain(profile):
     return frame.sort_values("times", ascending=False, kind="stable")
 
 
-def by_token(profile, minimum=8, top=10):
+def by_token(profile, minimum=MINIMUM, top=10):
     """Columns: layer, name, block, expert, token (id), text, seen, share, baseline, times.
 
     Of each expert the `top` tokens it is most specialised in, the first the most, among those
     that occurred at least `minimum` times. text: <NA> where there was no tokenizer.
-    ValueError where input tokens were not recorded.
+    ValueError where input tokens were not recorded, or for a minimum below 1.
     """
     import pandas
 
+    if minimum < 1:
+        raise ValueError(f"minimum: expected at least 1 occurrence, got {minimum!r}")
     if profile.vocabulary is None:
         raise ValueError("this profile has no input tokens: ask the profiler to record them")
     recorded = profile.vocabulary

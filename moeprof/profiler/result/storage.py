@@ -18,11 +18,13 @@ from ..finding import Layer
 from ..roofline import Roofline
 from ..tally import PHASES, Counts
 from .frame import WHOLE
+from .glossary import as_csv
 from .metrics import SCALARS
 from .profile import ALL, as_json
 
 FORMAT, VERSION = "moeprof-profile", 1
 JSON, COUNTS, CSV = "profile.json", "counts.npz", "metrics.csv"
+GLOSSARY, VOCABULARY = "glossary.csv", "vocabulary.csv"
 NEXT = "counts.next.npz"  # the counts of a profile that is being written
 MOST_BYTES = 1 << 32  # of one array
 _DAMAGED = (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
@@ -51,7 +53,10 @@ def pack(profile) -> dict[str, bytes]:
     }
     text = json.dumps(as_json(head), indent=1, ensure_ascii=False, allow_nan=False)
     csv = profile.to_frame().to_csv(index=False)
-    return {COUNTS: counts, CSV: csv.encode(), JSON: text.encode() + b"\n"}
+    files = {COUNTS: counts, CSV: csv.encode(), GLOSSARY: as_csv().encode()}
+    if profile.vocabulary is not None:
+        files[VOCABULARY] = profile.vocabulary_specialisation().to_csv(index=False).encode()
+    return files | {JSON: text.encode() + b"\n"}
 
 
 def _summary(profile, phase):
@@ -94,7 +99,8 @@ def write(folder, files):
         (folder / NEXT).unlink(missing_ok=True)
         raise
     os.replace(folder / NEXT, folder / COUNTS)
-    write_whole(folder / CSV, files[CSV])
+    for name in files.keys() - {COUNTS, JSON}:  # for others to read, not for `unpack`
+        write_whole(folder / name, files[name])
 
 
 def _finish(folder):
@@ -157,7 +163,7 @@ def _check_members(head, layers, headers):
         for index, layer in enumerate(layers):
             pairs = (Counts(layer.num_experts, pairs) for pairs in (True, False))
             for counts in pairs:
-                for name in ("ints", "floats"):
+                for name in ("ints", "floats", "left_out"):
                     at = expected.setdefault(f"{phase}.{index}.{name}", set())
                     at.add(getattr(counts, name).shape)
     widest = max((layer.num_experts for layer in layers), default=0)

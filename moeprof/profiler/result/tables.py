@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from .specialisation import ENOUGH, most_by_domain
+from .specialisation import ENOUGH, MINIMUM, most_by_domain
 from .wording import layer_names, number, short
 
 DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
-TOKEN_ROWS = 12
+TOKEN_ROWS = 12  # experts shown, over all layers, but at least one of each
 
 
 class Table(NamedTuple):
@@ -89,18 +89,23 @@ def domains(profile) -> Table:
     )  # fmt: skip
 
 
-def vocabulary(profile, minimum=8) -> Table:
-    """The experts that their input tokens single out most, with these tokens."""
+def vocabulary(profile, minimum=MINIMUM) -> Table:
+    """Of each layer the experts that their input tokens single out most, with these tokens."""
     frame = profile.vocabulary_specialisation(minimum, top=TOKENS)
-    groups = [(key, group) for key, group in frame.groupby(["layer", "expert"], sort=False)]
-    groups.sort(key=lambda item: -item[1]["times"].sum())  # many such tokens before one
-    rows = [
-        [str(layer), str(expert), ", ".join(map(_token, group.to_dict("records")))]
-        for (layer, expert), group in groups[:TOKEN_ROWS]
-    ]
+    each = max(TOKEN_ROWS // len(profile.vocabulary["layers"]), 1)
+    rows = []
+    for layer, of in frame.groupby("layer"):
+        groups = list(of.groupby("expert"))
+        groups.sort(key=lambda item: -item[1]["times"].sum())  # many such tokens before one
+        rows += [
+            [str(layer), str(expert), ", ".join(map(_token, group.to_dict("records")))]
+            for expert, group in groups[:each]
+        ]
+    left_out = "" if rows else f" No input token occurred {minimum} times."
     return Table(
-        "By input token", f"Of a token's occurrences, at least {minimum}, the share that selects "
-        "the expert; the experts whose tokens are the most above k/E.",
+        "By input token", f"Of a token's occurrences the share that selects the expert; of each "
+        f"layer the experts whose tokens are the most above k/E. Tokens that occurred fewer than "
+        f"{minimum} times are left out. All experts: vocabulary.csv.{left_out}",
         [("", name) for name in ("layer", "expert", "tokens")], rows, ("tokens",),
     )  # fmt: skip
 
@@ -119,4 +124,4 @@ def tables(profile) -> list[Table]:
         made.append(domains(profile))
     if profile.vocabulary is not None:
         made.append(vocabulary(profile))
-    return [table for table in made if table.rows]
+    return [table for table in made if table.rows or table.title == "By input token"]

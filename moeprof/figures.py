@@ -1,0 +1,57 @@
+"""What all figures share: colours, markers, names that are safe to draw."""
+
+from functools import cache
+
+# Okabe & Ito: told apart with every kind of colour vision; black is left for baselines and limits.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+# One more than colours: the same pair of colour and marker comes back only after 42 lines.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_SHADES = ((1.0, 0.0), (0.5, 0.0), (0.5, 0.5))  # (share of the colour, share of white), rest black
+
+
+def colours(count) -> list[str]:
+    """`count` colours, all different: the palette, then it darker, then lighter.
+
+    Of more than 18 an even walk through viridis, whose lightness alone tells its colours apart.
+    """
+    if count > len(COLOURS) * len(_SHADES):
+        from matplotlib import colormaps
+        from matplotlib.colors import to_hex
+
+        return [to_hex(colormaps["viridis"](0.9 * i / (count - 1))) for i in range(count)]
+    return [_shade(COLOURS[i % len(COLOURS)], *_SHADES[i // len(COLOURS)]) for i in range(count)]
+
+
+def _shade(colour, share, white):
+    if share == 1:
+        return colour
+    parts = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return "#" + "".join(f"{round(share * part + white * 255):02X}" for part in parts)
+
+
+def line_styles(count) -> list[dict]:
+    """Keywords of matplotlib for `count` lines in one panel: each its own colour, and a marker."""
+    return [
+        {"color": colour, "marker": MARKERS[number % len(MARKERS)]}
+        for number, colour in enumerate(colours(count))
+    ]
+
+
+@cache
+def _drawable() -> frozenset:
+    """The characters that the font of the figures has."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def plain(text, most=None) -> str:
+    """A name that others chose, as matplotlib may draw it.
+
+    "$" begins no formula; what isn't printable, or what the font lacks, becomes "□". most : the
+    number of characters from which on it is cut, with "…" as the last one
+    """
+    text = "".join(c if c.isprintable() and ord(c) in _drawable() else "□" for c in str(text))
+    if most is not None and len(text) > most:
+        text = f"{text[: most - 1]}…"
+    return text.replace("$", r"\$")

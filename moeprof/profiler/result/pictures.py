@@ -1,0 +1,63 @@
+"""A matplotlib Figure inside an HTML page: as an SVG that follows dark mode, or as a PNG."""
+
+import base64
+import io
+import re
+from html import escape
+
+# What the figures are drawn in, and what stands for it: black and white change places in the dark.
+_ROLES = {
+    "#000000": "ink", "#ffffff": "ground", "#e5e5e5": "grid", "#e4e4e4": "grid",
+    "#dddddd": "grid", "#444444": "soft", "#555555": "soft", "#777777": "soft",
+}  # fmt: skip
+_STYLE = (
+    "svg{--ink:#000;--ground:#fff;--grid:#e5e5e5;--soft:#555;fill:var(--ink)}"
+    "@media (prefers-color-scheme:dark)"
+    "{svg{--ink:#e8e8e8;--ground:#121212;--grid:#3a3a3a;--soft:#aaa}}"
+)
+
+
+def picture(figure, text) -> str:
+    """The figure as an image that scrolls in a box of its own where the screen is narrow.
+
+    text : what is said where images are not seen
+    """
+    width = round(96 * figure.get_size_inches()[0])
+    return (
+        f'<div class="picture" style="--width:{width}px"><img src="{_data(svg(figure), "svg+xml")}"'
+        f' alt="{escape(text)}"></div>'
+    )
+
+
+def svg(figure) -> bytes:
+    """The figure in lines and letters' outlines, black and white by the reader's setting."""
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    # The same figure gives the same bytes, and needs no font of the reader's.
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "moeprof"}):
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format",
+                                                                  "Type")))  # fmt: skip
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})\b", _role, text)
+    text = re.sub(r">\s+<", "><", text)
+    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{_STYLE}</style>", text, count=1).encode()
+
+
+def _role(match):
+    what, colour = match.groups()
+    role = _ROLES.get(colour)
+    return f"{what}: var(--{role})" if role else match.group()
+
+
+def png(figure, dpi, text) -> str:
+    """The figure as a PNG on white."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi)
+    return f'<img src="{_data(out.getvalue(), "png")}" alt="{escape(text)}">'
+
+
+def _data(content, kind):
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
