@@ -214,7 +214,7 @@ def _trimming(kind, r_high, r_low, model, experts):
 
 
 def fit_null(
-    model, tokenizer, texts, *, kind="efron", score="logprob", r_high=None, r_low=None,
+    model, tokenizer, texts, *, kind="trimmed", score="logprob", r_high=None, r_low=None,
     window=512, progress=True,
 ):
     """Fit a null to the router scores of `model` on `texts`: strings, in any iterable.

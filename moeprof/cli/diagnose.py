@@ -6,7 +6,7 @@ from ..arguments import add_model, integer, load
 from ..console import make_console
 from ..experiment.heldout import HELDOUT_TOKENS
 from ..experiment.inputs import check_model
-from ..experiment.runner import default_null, experts_of, shipped_null
+from ..experiment.runner import default_null, experts_of
 from ..files import check_folder
 
 ALPHA, POSITIONS = 0.3, 1000
@@ -73,7 +73,7 @@ def _run(arguments):
     model, tokenizer = load(arguments)
     router.limits(experts_of(model)[0])  # raises where the router doesn't fit the model
     if null is None:
-        null = shipped_null(model) or default_null(model, tokenizer, seed=arguments.seed)
+        null = default_null(model, tokenizer, seed=arguments.seed, kind="efron")
     found = diagnose(
         null, model, tokenizer, router=router, positions=arguments.positions,
         tokens=arguments.heldout_tokens, seed=arguments.seed,

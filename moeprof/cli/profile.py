@@ -9,7 +9,7 @@ from ..arguments import add_model, integer, load
 from ..console import make_console
 from ..demo import Document, heldout_documents
 from ..experiment.inputs import check_model
-from ..experiment.runner import default_null, experts_of, shipped_null
+from ..experiment.runner import default_null, experts_of
 from ..files import check_folder, write_whole
 from ..routers import REGISTRY, make_router
 from ..textfiles import TextFiles
@@ -145,7 +145,7 @@ def _patch(arguments, model, tokenizer, null):
     if router is None:
         return {} if arguments.patched else None
     if router.wants_null and null is None:
-        null = shipped_null(model) or default_null(model, tokenizer, seed=arguments.seed)
+        null = default_null(model, tokenizer, seed=arguments.seed, kind=router.null_kind)
     return {"router": router, "null": null}
 
 
