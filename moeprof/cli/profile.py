@@ -42,8 +42,9 @@ def add_profile(commands):
     )
     parser.add_argument(
         "--null", metavar="FILE",
-        help='for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: an '
-        "efron null on logprob, the demo model's own or fitted first",
+        help='for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: a '
+        "trimmed null on logprob (efron for local_fdr, ebh and expert_threshold), the demo "
+        "model's own or fitted first",
     )
     parser.add_argument("--out", default="profile", metavar="DIR", help="default: profile")
     parser.add_argument(
