@@ -3,6 +3,7 @@
 import hashlib
 import math
 import numbers
+import warnings
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from .null.model import KINDS, Null, trim_padding
 from .null.scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
 from .tokens import token_ids
 
+# BH's first threshold is p <= alpha/E. Of n tokens' scores of E experts n * alpha lie beyond it:
+# at alpha 0.05 one with 20 tokens, and 100, which is what a tail known to 10 % takes, with 2,000.
+MIN_TOKENS, ENOUGH_TOKENS = 20, 2000
 _PENDING = 4096  # tokens of a layer that wait for being counted together
 
 
@@ -214,8 +218,24 @@ def _trimming(kind, r_high, r_low, model, experts):
     return r_high, r_low
 
 
+def _check_amount(tokens, texts):
+    """Refuse a null of too few tokens, and warn of one of few."""
+    if tokens < MIN_TOKENS:
+        raise ValueError(
+            f"texts: a null needs at least {MIN_TOKENS} tokens (better {ENOUGH_TOKENS:,}), got "
+            f"{tokens} from {texts} text(s), the first token of each window left out; give more "
+            "text"
+        )
+    if tokens < ENOUGH_TOKENS:
+        warnings.warn(
+            f"the null was fitted to {tokens:,} tokens, and its tail, which decides what is "
+            f"selected, is known to 10 % from {ENOUGH_TOKENS:,} on: give more text",
+            stacklevel=3,
+        )
+
+
 def fit_null(
-    model, tokenizer, texts, *, kind="efron", score="logprob", r_high=None, r_low=None,
+    model, tokenizer, texts, *, kind="trimmed", score="logprob", r_high=None, r_low=None,
     window=512, progress=True,
 ):
     """Fit a null to the router scores of `model` on `texts`: strings, in any iterable.
@@ -229,7 +249,12 @@ def fit_null(
     "logprob" (z - logsumexp(z)), "logit" (z) or "centred" (z - mean(z)). The model is afterwards
     as it was. Returns a Null.
 
-    Raises ValueError: kind, score, window, r_high or r_low out of range; no text with two tokens;
+    How far the tail of a null can be known is a matter of tokens: fewer than 20 are refused, as
+    not one score is then expected beyond BH's first threshold at alpha 0.05; for fewer than 2,000
+    (100 scores beyond it, so a tail known to 10 %) there is a warning. Counted are the tokens
+    that scores are taken of: the first of each window isn't.
+
+    Raises ValueError: kind, score, window, r_high or r_low out of range; fewer than 20 tokens;
     logits that are not finite (the layer is named); a model without a router; a token id that
     its embedding has no row for. TypeError: texts that are not strings; no model, no tokenizer.
 
@@ -248,8 +273,7 @@ def fit_null(
     r_high, r_low = _trimming(kind, r_high, r_low, model, experts)
     histograms = Histograms(len(gates), experts, score, r_high, r_low)
     tokens = _run(model, gates, texts, tokenizer, window, histograms, progress)
-    if tokens == 0:
-        raise ValueError(f"texts: expected one with at least 2 tokens, got {texts.count} without")
+    _check_amount(tokens, texts.count)
     return Null(
         kind=kind, score=score, r_high=r_high, r_low=r_low, counts=histograms.counts,
         largest=histograms.largest, tokens=tokens, model_name=model_name(model),

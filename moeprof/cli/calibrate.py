@@ -33,7 +33,11 @@ def add_calibrate(commands):
         "--out", required=True, metavar="FILE",
         help="written there: .safetensors, or .npz, which is compressed",
     )
-    parser.add_argument("--kind", choices=KINDS, help="default: efron")
+    parser.add_argument(
+        "--kind", choices=KINDS,
+        help="trimmed is the one to route by, efron the one for diagnose and for the routers "
+        "local_fdr and ebh; default: trimmed",
+    )
     parser.add_argument("--score", choices=SCORES, help="default: logprob")
     parser.set_defaults(run=_run)
 
@@ -60,7 +64,7 @@ def _fitted(arguments):
         check_model(arguments.model)
     model, tokenizer = load(arguments)
     return moeprof.fit_null(
-        model, tokenizer, texts, kind=arguments.kind or "efron",
+        model, tokenizer, texts, kind=arguments.kind or "trimmed",
         score=arguments.score or "logprob", progress=sys.stderr.isatty(),
     )
 

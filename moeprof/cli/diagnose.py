@@ -6,7 +6,7 @@ from ..arguments import add_model, integer, load
 from ..console import make_console
 from ..experiment.heldout import HELDOUT_TOKENS
 from ..experiment.inputs import check_model
-from ..experiment.runner import default_null, experts_of, shipped_null
+from ..experiment.runner import default_null, experts_of
 from ..files import check_folder
 
 ALPHA, POSITIONS = 0.3, 1000
@@ -36,7 +36,12 @@ def add_diagnose(commands):
     )
     parser.add_argument(
         "--heldout-tokens", type=integer(1), metavar="N", default=HELDOUT_TOKENS,
-        help="of the shipped held-out text; default: %(default)s",
+        help="of the held-out text; default: %(default)s",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+",
+        help="your own held-out text in place of the shipped one; a .jsonl file has a document a "
+        'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
     )
     parser.add_argument(
         "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
@@ -60,11 +65,13 @@ def _alpha(text):
 
 def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..comparison.splits import read_documents
     from ..diagnosis import diagnose
     from ..null import resolve_null
     from ..routers import BH
 
     null = None if arguments.null is None else resolve_null(arguments.null)
+    documents = None if arguments.text is None else read_documents(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
     if arguments.out is not None:
@@ -73,10 +80,10 @@ def _run(arguments):
     model, tokenizer = load(arguments)
     router.limits(experts_of(model)[0])  # raises where the router doesn't fit the model
     if null is None:
-        null = shipped_null(model) or default_null(model, tokenizer, seed=arguments.seed)
+        null = default_null(model, tokenizer, seed=arguments.seed, kind="efron")
     found = diagnose(
         null, model, tokenizer, router=router, positions=arguments.positions,
-        tokens=arguments.heldout_tokens, seed=arguments.seed,
+        tokens=arguments.heldout_tokens, seed=arguments.seed, documents=documents,
     )  # fmt: skip
     console = make_console()
     console.print(found.summary())

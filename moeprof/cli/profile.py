@@ -9,7 +9,7 @@ from ..arguments import add_model, integer, load
 from ..console import make_console
 from ..demo import Document, heldout_documents
 from ..experiment.inputs import check_model
-from ..experiment.runner import default_null, experts_of, shipped_null
+from ..experiment.runner import default_null, experts_of
 from ..files import check_folder, write_whole
 from ..routers import REGISTRY, make_router
 from ..textfiles import TextFiles
@@ -42,8 +42,9 @@ def add_profile(commands):
     )
     parser.add_argument(
         "--null", metavar="FILE",
-        help='for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: an '
-        "efron null on logprob, the demo model's own or fitted first",
+        help='for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: a '
+        "trimmed null on logprob (efron for local_fdr, ebh and expert_threshold), the demo "
+        "model's own or fitted first",
     )
     parser.add_argument("--out", default="profile", metavar="DIR", help="default: profile")
     parser.add_argument(
@@ -145,7 +146,7 @@ def _patch(arguments, model, tokenizer, null):
     if router is None:
         return {} if arguments.patched else None
     if router.wants_null and null is None:
-        null = shipped_null(model) or default_null(model, tokenizer, seed=arguments.seed)
+        null = default_null(model, tokenizer, seed=arguments.seed, kind=router.null_kind)
     return {"router": router, "null": null}
 
 

@@ -116,7 +116,7 @@ def _comparison(arguments, model, tokenizer, contenders, documents, null):
         test_tokens=arguments.test_tokens, seed=arguments.seed,
     )  # fmt: skip
     if null is None and arguments.model is None and arguments.text is None:
-        null = demo.null()
+        null = demo.null("efron")
     if null is not None:
         null.check(model)
     nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())

@@ -2,8 +2,8 @@
 
 64 experts, top-8, 4 layers, 4.5 million parameters, in the hub's OLMoE format, so that transformers
 4.57 and 5.x load it like any other checkpoint. It was trained by moeprof.demo.train; curve and
-held-out results are in model/training.json, the licences of the text in data/LICENSES.md. Its null
-was fitted by moeprof.demo.fit to the first of `calibration_halves()`.
+held-out results are in model/training.json, the licences of the text in data/LICENSES.md. Its two
+nulls were fitted by moeprof.demo.fit to the first of `calibration_halves()`.
 
     model, tokenizer = moeprof.demo.load()
     moeprof.patch(model, "bh", alpha=0.3, null=moeprof.demo.null())
@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 PATH = Path(__file__).parent / "model"
-NULL_PATH = Path(__file__).parent / "data" / "null.npz"
 _DATA = Path(__file__).parent / "data"
+NULL_PATHS = {kind: _DATA / f"null_{kind}.npz" for kind in ("trimmed", "efron")}
 
 
 class Document(NamedTuple):
@@ -76,11 +76,17 @@ def heldout_documents():
     return _documents("heldout.jsonl")
 
 
-def null():
-    """The demo model's `efron` null on `logprob`, fitted to the first calibration half."""
+def null(kind="trimmed"):
+    """The demo model's null on `logprob`, fitted to the first calibration half.
+
+    kind: "trimmed", for routing, or "efron", for diagnoses and for routers that need it
+    (`local_fdr`, `ebh` with e="lr"). ValueError for any other.
+    """
     from ..null import Null
 
-    return Null.load(NULL_PATH)
+    if kind not in NULL_PATHS:
+        raise ValueError(f"kind: expected one of {', '.join(NULL_PATHS)}, got {kind!r}")
+    return Null.load(NULL_PATHS[kind])
 
 
 def prompts():

@@ -1,28 +1,31 @@
-"""Makes the null that ships with the demo model: `python -m moeprof.demo.fit [FILE]`.
+"""Makes the nulls that ship with the demo model: `python -m moeprof.demo.fit [FOLDER]`.
 
-Fitted to the first of `calibration_halves()`, so that the second can set budgets and the held-out
-text can judge; in float32. Written to moeprof/demo/data/null.npz unless FILE is given.
+One of kind trimmed and one of kind efron, fitted to the first of `calibration_halves()`, so that
+the second can set budgets and the held-out text can judge; in float32. Written to
+moeprof/demo/data/ unless FOLDER is given.
 """
 
 import sys
+from pathlib import Path
 
 from .. import demo
 from ..calibration import fit_null
 
 
-def fitted(progress=False):
-    """The null, fitted anew."""
+def fitted(kind, progress=False):
+    """The null of a kind, fitted anew."""
     model, tokenizer = demo.load()
     documents, _ = demo.calibration_halves()
     texts = [document.text for document in documents]
-    return fit_null(model, tokenizer, texts, kind="efron", score="logprob", progress=progress)
+    return fit_null(model, tokenizer, texts, kind=kind, score="logprob", progress=progress)
 
 
 def main(arguments):
-    path = arguments[0] if arguments else demo.NULL_PATH
-    null = fitted(progress=sys.stderr.isatty())
-    null.save(path)
-    print(f"{null.describe()}\nWritten: {path}")
+    for kind, path in demo.NULL_PATHS.items():
+        path = Path(arguments[0]) / path.name if arguments else path
+        null = fitted(kind, progress=sys.stderr.isatty())
+        null.save(path)
+        print(f"{null.describe()}\nWritten: {path}")
 
 
 if __name__ == "__main__":

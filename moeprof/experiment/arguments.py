@@ -1,11 +1,13 @@
 """The arguments of `moeprof sweep`, and the command itself."""
 
+import argparse
 import sys
 
 import moeprof
 
 from .. import demo
 from ..arguments import DEMO, add_model, integer, load
+from .configurations import ALPHAS, MAX_KS
 from .heldout import HELDOUT_TOKENS, heldout_windows
 from .inputs import check_model, read_document, read_prompts
 from .runner import Experiment, default_null, experts_of, shipped_null
@@ -33,7 +35,26 @@ def add_sweep(commands):
     parser.add_argument(
         "--null", metavar="FILE",
         help='a null of `moeprof calibrate`, or "normal" for one without calibration; default: '
-        "an efron null on logprob: the demo model's own, or fitted first",
+        "a trimmed null on logprob: the demo model's own, or fitted first",
+    )
+    parser.add_argument(
+        "--alphas", type=_alphas, default=ALPHAS, metavar="A,A,...",
+        help="of BH, each in (0, 1); default: 0.01,0.05,0.1,0.2",
+    )
+    parser.add_argument(
+        "--max-k", type=_counts, default=MAX_KS, metavar="K,K,...", dest="max_ks",
+        help="most experts that BH gives a token; default: 4,8,16,32,64, of which those above "
+        "the model's number of experts are left out",
+    )
+    parser.add_argument(
+        "--static", type=_counts, metavar="K,K,...",
+        help="run static top-k with these k on the held-out text, the line that BH has to beat; "
+        "default: 1 to the model's own k",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+",
+        help="your own held-out text in place of the shipped one; a .jsonl file has a document a "
+        'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
     )
     parser.add_argument(
         "--null-text", metavar="FILE",
@@ -51,6 +72,23 @@ def add_sweep(commands):
     parser.set_defaults(run=_run)
 
 
+def _alphas(text):
+    values = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1:
+            raise argparse.ArgumentTypeError(f"expected numbers in (0, 1), got {part.strip()!r}")
+        values.append(value)
+    return tuple(sorted(set(values)))
+
+
+def _counts(text):
+    return tuple(sorted({integer(1)(part) for part in text.split(",")}))
+
+
 def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     prompts = demo.prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
@@ -59,23 +97,51 @@ def _run(arguments):
     text = arguments.null_text
     null_text = None if text is None else read_document(text, "null text")
     null = _given_null(arguments.null)
+    documents = _heldout_documents(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
     store = Store(arguments.out)
     model, tokenizer = load(arguments)
-    experts_of(model)  # raises where the model can't be patched
     seed = arguments.seed
-    null, facts = _null_for(model, tokenizer, null, null_text, seed)
+    _check_grid(arguments, experts_of(model)[0])  # raises where the model can't be patched
+    heldout = heldout_windows(tokenizer, documents, arguments.heldout_tokens, seed)
+    null, facts = _null_for(model, tokenizer, null, null_text, seed, store)
     experiment = Experiment(
         model,
         tokenizer,
         tuple(text for _, text in prompts),
         tuple(complexity for complexity, _ in prompts),
-        heldout_windows(tokenizer, demo.heldout_documents(), arguments.heldout_tokens, seed),
+        heldout,
         null,
     )
     facts |= {"model": DEMO if arguments.model is None else arguments.model, "seed": seed}
-    sweep(experiment, store, facts)
+    facts["heldout_source"] = "shipped" if arguments.text is None else arguments.text
+    facts["null_code"] = repr(arguments.null) if arguments.null else facts["null_code"]
+    sweep(
+        experiment, store, facts,
+        alphas=arguments.alphas, max_ks=arguments.max_ks, static=arguments.static,
+    )  # fmt: skip
+
+
+def _heldout_documents(paths):
+    """The documents of --text, the shipped ones without it."""
+    from ..comparison.splits import read_documents
+
+    return demo.heldout_documents() if paths is None else read_documents(paths)
+
+
+def _check_grid(arguments, num_experts):
+    """What only the model can tell of the lists: said before a null is fitted."""
+    if min(arguments.max_ks) > num_experts:
+        raise ValueError(
+            f"--max-k: expected one of at most {num_experts}, the model's experts, "
+            f"got {', '.join(map(str, arguments.max_ks))}"
+        )
+    if arguments.static and max(arguments.static) > num_experts:
+        raise ValueError(
+            f"--static: expected at most {num_experts}, the model's experts, "
+            f"got {max(arguments.static)}"
+        )
 
 
 def _given_null(name):
@@ -83,13 +149,19 @@ def _given_null(name):
     return name if name in (None, "normal") else moeprof.Null.load(name)
 
 
-def _null_for(model, tokenizer, given, text, seed):
-    """(null, {"null": its description, "null_source": where it is from}) for the sweep."""
+def _null_for(model, tokenizer, given, text, seed, store):
+    """(null, facts) for the sweep; a null that was fitted is written to the store.
+
+    facts: null, its description; null_source, where it is from; null_code, what to give to
+    `moeprof.patch` to have the same one.
+    """
     if given == "normal":
-        return given, {"null": NORMAL, "null_source": ""}
+        return given, {"null": NORMAL, "null_source": "", "null_code": '"normal"'}
     if given is not None:
         given.check(model)
-        return given, {"null": given.describe(), "null_source": "It was read from a file."}
+        source = "It was read from a file."
+        return given, {"null": given.describe(), "null_source": source, "null_code": ""}
+    code = "moeprof.demo.null()"
     if text is not None:
         null = moeprof.fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
         source = "It was fitted to the text given with --null-text."
@@ -104,4 +176,8 @@ def _null_for(model, tokenizer, given, text, seed):
             "It was fitted to passages of the calibration text that ships with moeprof, from "
             "documents that no evaluation uses."
         )
-    return null, {"null": null.describe(), "null_source": source}
+    if text is not None or shipped_null(model) is None:
+        store.null.parent.mkdir(parents=True, exist_ok=True)
+        null.save(store.null)
+        code = repr(str(store.null))
+    return null, {"null": null.describe(), "null_source": source, "null_code": code}

@@ -1,6 +1,7 @@
 """The configurations that are compared: the model's own top-k, and BH by alpha and max_k."""
 
 from dataclasses import dataclass
+from decimal import Decimal
 
 import moeprof
 
@@ -44,26 +45,34 @@ class Configuration:
         return moeprof.patch(model, "topk", k=self.max_k)
 
 
-def configurations(num_experts=64, top_k=8):
+def configurations(num_experts=64, top_k=8, alphas=ALPHAS, max_ks=MAX_KS):
     """The baseline, then BH by max_k and alpha: 21 of them for 64 experts or more.
 
-    A max_k above num_experts is left out (`dropped_max_ks`).
+    A max_k above num_experts is left out (`dropped_max_ks`). A name has alpha's digits without
+    the point, two decimals at least: a005 is 0.05, a0025 is 0.025.
 
     >>> [c.name for c in configurations()][:3]
     ['topk_8_baseline', 'bh_k4_a001', 'bh_k4_a005']
     """
     baseline = Configuration(f"topk_{top_k}_baseline", "topk", None, top_k)
     return [baseline] + [
-        Configuration(f"bh_k{max_k}_a{round(alpha * 100):03d}", "bh", alpha, max_k)
-        for max_k in MAX_KS
+        Configuration(f"bh_k{max_k}_a{_digits(alpha)}", "bh", alpha, max_k)
+        for max_k in max_ks
         if max_k <= num_experts
-        for alpha in ALPHAS
+        for alpha in alphas
     ]
 
 
-def dropped_max_ks(num_experts):
+def _digits(alpha):
+    """0.2 -> "020", 0.025 -> "0025": different for every alpha."""
+    text = format(Decimal(repr(float(alpha))), "f")
+    whole, _, decimals = text.partition(".")
+    return whole + decimals.ljust(2, "0")
+
+
+def dropped_max_ks(num_experts, max_ks=MAX_KS):
     """The values of max_k that a model with so few experts can't have."""
-    return [max_k for max_k in MAX_KS if max_k > num_experts]
+    return [max_k for max_k in max_ks if max_k > num_experts]
 
 
 def as_configuration(config, num_experts, top_k):

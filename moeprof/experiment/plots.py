@@ -2,18 +2,20 @@
 
 import numpy as np
 
-from ..figures import COLOURS, MARKERS
+from .drawing import MARKERS, blank, label, shades, title
+from .quality import quality
 from .store import results_frame
 
 BASELINE = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 
 
-def figure(results):
+def figure(results, run=None):
     """A matplotlib Figure of result dicts (or their frame), 1,600 px wide when saved.
 
-    Experts and perplexity by alpha and max_k, the trade-off between them, experts by layer.
-    Whatever is missing of the 21 configurations is left blank. The user's matplotlib backend and
-    its state are not touched.
+    What to use: quality by experts per token, and the distance from static top-k at the same
+    experts; experts and perplexity by alpha and max_k; experts by layer. run: what `sweep`
+    returns, for static top-k, the routers set by budget and the intervals. Whatever is missing
+    is left blank. The user's matplotlib backend and its state are not touched.
     """
     from matplotlib.figure import Figure
 
@@ -21,28 +23,20 @@ def figure(results):
     bh = frame[frame["routing_type"] == "bh"]
     own = frame[frame["routing_type"] == "topk"]
     baseline = own.iloc[0] if len(own) else None
-    fig = Figure(figsize=(16, 12.4), dpi=100, layout="constrained")
+    fig = Figure(figsize=(16, 18), dpi=100, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-    axes = fig.subplots(2, 2)
-    panels = (_experts_map, _perplexity_map, _trade_off, _by_layer)
-    for axis, panel in zip(axes.flat, panels, strict=True):
+    places = [["use", "beside"], ["experts", "perplexity"], ["layers", "layers"]]
+    axes = fig.subplot_mosaic(places, height_ratios=[1.3, 1, 0.8])
+    for axis in axes.values():
         axis.tick_params(labelsize=12)
+    quality(axes["use"], axes["beside"], bh, baseline, run or {})
+    panels = {"experts": _experts_map, "perplexity": _perplexity_map, "layers": _by_layer}
+    for name, panel in panels.items():
         if len(bh):
-            panel(axis, bh, baseline)
+            panel(axes[name], bh, baseline)
         else:
-            axis.set_axis_off()
-            axis.text(0.5, 0.5, "no BH configuration has finished", ha="center", size=14)
+            blank(axes[name], "no BH configuration has finished")
     return fig
-
-
-def _title(axis, headline, detail):
-    axis.set_title(headline, loc="left", size=15, weight="bold", pad=26)
-    axis.text(0, 1.02, detail, transform=axis.transAxes, size=12, color="#444444")
-
-
-def _label(axis, x, y):
-    axis.set_xlabel(x, size=13)
-    axis.set_ylabel(y, size=13)
 
 
 def _span(values, form):
@@ -74,7 +68,7 @@ def _heat_map(axis, bh, value, colour, text):
     axis.tick_params(which="both", length=0)
     for side in axis.spines.values():
         side.set_visible(False)
-    _label(axis, "alpha", "max_k (most experts a token may have)")
+    label(axis, "alpha", "max_k (most experts a token may have)")
 
 
 def _experts_map(axis, bh, baseline):
@@ -86,7 +80,7 @@ def _experts_map(axis, bh, baseline):
     detail = "mean over layers, prompt and generated tokens"
     if baseline is not None:
         detail += f"; the model's own top-{baseline['max_k']:g}: {baseline['avg_experts']:.2f}"
-    _title(axis, used, detail)
+    title(axis, used, detail)
 
 
 def _perplexity_map(axis, bh, baseline):
@@ -106,69 +100,19 @@ def _perplexity_map(axis, bh, baseline):
             return f"{row['perplexity']:.2f}\n{100 * (row['perplexity'] / own - 1):+.1f} %"
 
     _heat_map(axis, bh, "perplexity", (low, max(high, low * 1.001), "Oranges"), text)
-    _title(axis, headline, detail)
-
-
-def _trade_off(axis, bh, baseline):
-    alphas = sorted(bh["alpha"].unique())
-    lines = _distinct_lines(bh)
-    for order, (max_ks, line) in enumerate(lines):
-        below = len(lines) - 1 - order  # wider, to be seen where another line covers it
-        colour = COLOURS[order]
-        axis.plot(line["avg_experts_heldout"], line["perplexity"], color=colour,
-                  linewidth=2 + 2 * below, label=f"max_k {', '.join(f'{k:g}' for k in max_ks)}")
-        for alpha, x, y in line[["alpha", "avg_experts_heldout", "perplexity"]].to_numpy():
-            axis.plot(x, y, MARKERS[alphas.index(alpha)], color=colour, markersize=9 + 2 * below)
-    for marker, alpha in zip(MARKERS, alphas, strict=False):
-        axis.plot([], [], marker, color="#777777", markersize=9, label=f"alpha {alpha:g}")
-    detail = "down is better, to the left is cheaper; equal results share a line"
-    if baseline is not None:
-        x, y = baseline["avg_experts_heldout"], baseline["perplexity"]
-        axis.axhline(y, **BASELINE)
-        axis.axvline(x, **BASELINE)
-        axis.plot(x, y, "*", color="black", markersize=18, label=f"top-{baseline['max_k']:g}")
-    axis.legend(fontsize=12, frameon=False)
-    axis.grid(color="#dddddd")
-    axis.set_axisbelow(True)
-    _label(axis, "experts per token on the held-out text", "perplexity on the held-out text")
-    _title(axis, _trade_off_headline(bh, baseline), detail)
-
-
-def _distinct_lines(bh):
-    """[(max_ks, rows by alpha)]: values of max_k that gave the same results share a line."""
-    lines = []
-    for max_k, rows in bh.sort_values(["max_k", "alpha"]).groupby("max_k"):
-        points = rows[["alpha", "avg_experts_heldout", "perplexity"]].to_numpy()
-        for max_ks, other in lines:
-            known = other[["alpha", "avg_experts_heldout", "perplexity"]].to_numpy()
-            if np.array_equal(points, known):
-                max_ks.append(max_k)
-                break
-        else:
-            lines.append(([max_k], rows))
-    return lines
-
-
-def _trade_off_headline(bh, baseline):
-    if baseline is None:
-        return "Experts against perplexity"
-    fewer = bh[bh["avg_experts_heldout"] < baseline["avg_experts_heldout"]]
-    better = fewer[fewer["perplexity"] <= baseline["perplexity"]]
-    if len(better):
-        return f"{len(better)} of {len(bh)} need fewer experts at no higher perplexity"
-    return "No configuration saves experts at no cost in perplexity"
+    title(axis, headline, detail)
 
 
 def _by_layer(axis, bh, baseline):
     most = bh["max_k"].max()
     rows = bh[bh["max_k"] == most].sort_values("alpha")
     alphas = sorted(bh["alpha"].unique())
-    shades = _shades(len(alphas))
+    colours = shades(len(alphas))
     for _, row in rows.iterrows():
         place = alphas.index(row["alpha"])
         layers = range(len(row["experts_by_layer"]))
-        axis.plot(layers, row["experts_by_layer"], marker=MARKERS[place], markersize=8,
-                  linewidth=2, color=shades[place], label=f"alpha {row['alpha']:g}")
+        axis.plot(layers, row["experts_by_layer"], marker=MARKERS[place % len(MARKERS)],
+                  markersize=8, linewidth=2, color=colours[place], label=f"alpha {row['alpha']:g}")
     if baseline is not None:
         axis.axhline(baseline["avg_experts"], **BASELINE, label=f"top-{baseline['max_k']:g}")
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
@@ -176,14 +120,8 @@ def _by_layer(axis, bh, baseline):
     axis.legend(fontsize=12, frameon=False, loc="upper center", ncols=3)
     axis.grid(color="#dddddd")
     axis.set_axisbelow(True)
-    _label(axis, "layer (0 is the first)", "experts per token")
+    label(axis, "layer (0 is the first)", "experts per token")
     mean = np.mean(rows["experts_by_layer"].tolist(), axis=0)
     most_in, fewest_in = mean.argmax(), mean.argmin()
     headline = f"BH gives layer {most_in} the most experts, layer {fewest_in} the fewest"
-    _title(axis, headline, f"mean over prompt and generated tokens, max_k {most:g}")
-
-
-def _shades(count):
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](x) for x in np.linspace(0, 0.85, count)]
+    title(axis, headline, f"mean over prompt and generated tokens, max_k {most:g}")

@@ -4,25 +4,34 @@ import math
 
 import numpy as np
 
+from .advice import advice
+from .compared import compared, interval
+from .merged import merged, same_results
 from .store import results_frame
 
-RESAMPLES = 2000
 TOLERANCES = (1, 5)  # per cent of perplexity above the baseline
 
 
 def report(run):
     """Markdown of a run (a dict as in the JSON) that holds at least the baseline."""
+    run = compared(run)
     frame = results_frame(run["results"])
-    frame = frame.assign(**_against_baseline(frame, run["heldout_documents"], run["seed"]))
     baseline, bh = frame.iloc[0], frame[frame["routing_type"] == "bh"]
+    groups = merged(run["results"])
     parts = [
         f"# BH routing against the model's own top-{baseline['max_k']}",
         _status(run),
+        "## What to use",
+        *map(_advice, advice(run)),
+        _beside_legend(run),
         "## What was measured",
         _bullets(_protocol(run)),
         "## Results",
-        _table(frame),
+        _table(groups),
+        *same_results(groups),
         _legend(run),
+        "## Static top-k and routers set by budget, on the held-out text",
+        _beside_table(run),
         "## What the results say",
         _bullets(_findings(baseline, bh) if len(bh) else ["No BH configuration has finished."]),
         "## What alpha means here",
@@ -33,28 +42,34 @@ def report(run):
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _advice(item):
+    code = f"\n\n```python\n{item['code']}\n```" if item["code"] else ""
+    others = f"\n\n{_bullets(item['others'])}" if item["others"] else ""
+    return f"**{item['head']}**{code}{others}"
+
+
+def _beside_legend(run):
+    count = len(run["heldout_documents"])
+    text = (
+        '"Beside static" is bits per byte above (+) or below (-) a straight line between the whole '
+        "k of static top-k, at the configuration's own experts per token. "
+    )
+    if count > 1:
+        text += (
+            f"In brackets are 95 % bootstrap intervals over the {count} held-out documents, each "
+            "compared with itself; each is for one configuration, not for the choice of the best. "
+        )
+    else:
+        text += "The held-out text is one document, so there are no intervals. "
+    return text + (
+        f"Budgets were set on {run['budget_tokens']:,} tokens of shipped calibration text that is "
+        "not the held-out text, with one parameter for all layers; `Router.with_budget` does it "
+        "on your own text."
+    )
+
+
 def _bullets(lines):
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _against_baseline(frame, documents, seed):
-    """Columns: difference in bits per byte to the baseline, and its 95 % interval.
-
-    The interval is a bootstrap over documents, each compared with itself; None for one document.
-    """
-    num_bytes = np.array([document["bytes"] for document in documents])
-    bits = np.array(frame["nats_by_document"].tolist()) / math.log(2)  # (configurations, D)
-    extra = bits - bits[0]
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(num_bytes), size=(RESAMPLES, len(num_bytes)))
-    resampled = extra[:, drawn].sum(axis=2) / num_bytes[drawn].sum(axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5], axis=1)
-    known = np.full(len(frame), len(num_bytes) > 1)
-    return {
-        "delta_bits": extra.sum(axis=1) / num_bytes.sum(),
-        "delta_low": np.where(known, low, np.nan),
-        "delta_high": np.where(known, high, np.nan),
-    }
 
 
 # ---------------------------------------------------------------- what was measured
@@ -65,11 +80,14 @@ def _status(run):
     lines = []
     if done < planned:
         lines.append(f"**Interrupted: {done} of {planned} configurations were finished.**")
+    elif not run["finished"]:
+        lines.append("**Interrupted before static top-k and the budgets were finished.**")
     if run["dropped_max_k"]:
         left_out = ", ".join(map(str, run["dropped_max_k"]))
         lines.append(
             f"The model has {run['model_config']['num_experts']} experts, so the configurations "
-            f"with max_k {left_out} were left out: {planned} remain of 21."
+            f"with max_k {left_out} were left out: {planned} remain of "
+            f"{planned + run['dropped_configurations']}."
         )
     return "\n\n".join(lines)
 
@@ -88,13 +106,18 @@ def _protocol(run):
         f"{run['new_tokens']} new tokens after each, greedy, batch 1, no stop at an end token. "
         "Experts are averaged over all layers, prompt and generated tokens (the last generated "
         "token is never fed back). Speed is decoding only, without the prompt.",
-        f"Perplexity and bits per byte: {run['heldout_tokens']:,} held-out tokens of "
+        f"Perplexity and bits per byte: {run['heldout_tokens']:,} {_whose(run)} tokens of "
         f"{len(documents)} documents ({', '.join(domains)}), in windows of 512 tokens with stride "
         "512; the first token of a window is not predicted.",
         f"Null: {run['null']}. {run['null_source']}",
         f"Machine: {_machine(run['cpu'])}; {run['threads']} thread(s); seed {run['seed']}; "
         f"{versions}; started {run['started']}.",
     ]
+
+
+def _whose(run):
+    source = run.get("heldout_source", "shipped")
+    return "held-out" if source == "shipped" else f"(from {', '.join(source)})"
 
 
 def _machine(cpu):
@@ -112,39 +135,54 @@ def _legend(run):
     )
 
 
-def _table(frame):
+def _table(groups):
     head = (
         "config", "experts", "reduction %", "experts, held-out", "perplexity", "Δ perplexity",
-        "Δ bits/byte", "agreement", "tokens/s",
-    )
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for _, row in frame.iterrows():
+        "Δ bits/byte", "beside static", "agreement", "tokens/s",
+    )  # fmt: skip
+    lines = [_row(head), "|---" + "|---:" * (len(head) - 1) + "|"]
+    for name, (row, *_) in groups:
         cells = (
-            row["config"],
+            name,
             f"{row['avg_experts']:.2f}",
             f"{row['reduction_pct']:.1f}",
             f"{row['avg_experts_heldout']:.2f}",
             f"{row['perplexity']:.3f}",
             f"{row['delta_perplexity']:+.3f}",
-            _interval(row),
+            "0" if row["routing_type"] == "topk" else interval(row, "bits_above_own"),
+            "0" if row["routing_type"] == "topk" else interval(row, "bits_above_static"),
             f"{row['token_agreement']:.2f}",
             _number(row["tokens_per_s"], ".1f"),
         )
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _row(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def _beside_table(run):
+    rows = [row for row in [*run["static"], *run["budgets"]] if "nats_by_document" in row]
+    if not rows:
+        return "None has finished."
+    head = (
+        "config", "parameter", "experts, held-out", "perplexity", "Δ bits/byte", "beside static",
+    )  # fmt: skip
+    lines = [_row(head), "|---|---" + "|---:" * (len(head) - 2) + "|"]
+    for row in rows:
+        parameter = f"{row['parameter']}={row['value']:g}" if "budget" in row else f"k={row['k']}"
+        cells = (
+            row["config"], parameter, f"{row['avg_experts_heldout']:.2f}",
+            f"{row['perplexity']:.3f}", interval(row, "bits_above_own"),
+            interval(row, "bits_above_static") if "budget" in row else "0",
+        )  # fmt: skip
+        lines.append(_row(cells))
     return "\n".join(lines)
 
 
 def _number(value, form):
     return "" if value is None or math.isnan(value) else format(value, form)
-
-
-def _interval(row):
-    if row["routing_type"] == "topk":
-        return "0"
-    text = f"{row['delta_bits']:+.4f}"
-    if not math.isnan(row["delta_low"]):
-        text += f" ({row['delta_low']:+.4f} to {row['delta_high']:+.4f})"
-    return text
 
 
 # ---------------------------------------------------------------- what the results say
@@ -162,7 +200,7 @@ def _findings(baseline, bh):
         *_within(baseline, fewer),
         _loses(baseline, more),
         _dominated(bh),
-        *_saturated(bh),
+        _beside_static(bh),
         _agreement(bh),
         _speed(baseline, bh),
         _layers(bh),
@@ -198,7 +236,7 @@ def _cheaper(baseline, bh, fewer):
 
 def _surely_worse(frame):
     """Where the whole interval is above 0; without an interval, where the difference is."""
-    return frame["delta_low"].fillna(frame["delta_bits"]) > 0
+    return frame["bits_above_own_low"].fillna(frame["bits_above_own"]).astype(float) > 0
 
 
 def _closest(baseline, fewer):
@@ -257,19 +295,21 @@ def _dominated(bh):
     )
 
 
-def _saturated(bh):
-    """Values of max_k that gave the same results, with the alphas for which they did."""
-    alphas = {}
-    for alpha, rows in bh.sort_values("max_k").groupby("alpha"):
-        for _, same in rows.groupby(["avg_experts", "avg_experts_heldout", "perplexity"]):
-            if len(same) > 1:
-                alphas.setdefault(tuple(same["max_k"]), []).append(f"{alpha:g}")
-    for max_ks, at in alphas.items():
-        yield (
-            f"At alpha {', '.join(at)} the configurations with max_k "
-            f"{', '.join(map(str, max_ks))} gave the same results: no token had "
-            f"more than {max_ks[0]} rejections, so these caps had nothing to cut."
-        )
+def _beside_static(bh):
+    """How many are below and above the static line by more than the documents vary."""
+    known = bh[bh["bits_above_static"].notna()]
+    if not len(known):
+        return ""
+    low = known["bits_above_static_low"].fillna(known["bits_above_static"]).astype(float)
+    high = known["bits_above_static_high"].fillna(known["bits_above_static"]).astype(float)
+    text = (
+        f"Of {len(known)} BH configurations {int((high < 0).sum())} predict the text better than "
+        f"static top-k at the same experts per token, {int((low > 0).sum())} worse; of the others "
+        "no difference was shown."
+    )
+    if len(known) < len(bh):
+        text += f" {len(bh) - len(known)} lie outside of what static top-k was run for."
+    return text
 
 
 def _agreement(bh):
@@ -326,10 +366,11 @@ def _alpha(run, bh):
 
 
 def _limits(run):
-    top_k = run["model_config"]["num_experts_per_tok"]
     return [
-        f"Whether a fixed k below {top_k} would do as well with the same number of experts: the "
-        "only top-k among these configurations is the baseline.",
+        "Which setting is best of all: the best of several was chosen on the text that it was "
+        "measured on, so its lead over the others is a little too large; parameters that differ "
+        "by layer (`with_budget(..., per_layer=True)`) and other routers (`moeprof compare`) were "
+        "not tried.",
         "How another model behaves: this is one model, without any training under BH.",
         f"How other prompts behave: experts, agreement and speed come from "
         f"{len(run['prompts'])} prompts and have no intervals. The intervals of bits per byte are "

@@ -27,6 +27,7 @@ class Tally:
     def __init__(self, num_layers, num_experts):
         self.histogram = np.zeros((num_layers, num_experts + 1), dtype=np.int64)
         self.unrejected = 0  # tokens x layers in which no expert was significant before min_k
+        self.by_call = [[] for _ in range(num_layers)]  # experts of all tokens of each forward
         self._calls = []
 
     def __call__(self, layer, routing):
@@ -38,6 +39,7 @@ class Tally:
         for layer, counts, rejections in self._calls:
             found = np.bincount(counts.numpy(), minlength=self.histogram.shape[1])
             self.histogram[layer] += found
+            self.by_call[layer].append(int(counts.sum()))
             self.unrejected += int((rejections == 0).sum())
         self._calls.clear()
         return self
@@ -129,10 +131,7 @@ class Experiment:
         start = time.perf_counter()
         with configuration.patch(self.model, self.null) as handle:
             generated = self._generate(handle, step)
-            tally = self._tally(handle)
-            handle.on_routing(tally)
-            measured = evaluate(self.model, self.heldout, step)
-            tally.settle()
+            measured = self._evaluate(handle, step)
         result = {
             "config": configuration.name,
             "routing_type": configuration.routing_type,
@@ -140,12 +139,32 @@ class Experiment:
             "max_k": configuration.max_k,
             **generated,
             **measured,
-            "avg_experts_heldout": Tally.mean([tally]),
             "seconds": time.perf_counter() - start,
         }
         top_k = self.model.config.num_experts_per_tok
         baseline = result if configuration.is_baseline(top_k) else baseline
         return result | _compare(result, baseline, top_k)
+
+    def quality(self, router, step=lambda: None):
+        """How a router does on the held-out text alone: the fields of `run` that are of that."""
+        null = self.null if router.wants_null else None
+        with moeprof.patch(self.model, router, null=null) as handle:
+            return self._evaluate(handle, step)
+
+    def _evaluate(self, handle, step):
+        tally = self._tally(handle)
+        handle.on_routing(tally)
+        measured = evaluate(self.model, self.heldout, step)
+        tally.settle()
+        by_document = [0.0] * len(self.heldout.documents)
+        by_window = np.mean(tally.by_call, axis=0)  # a window is one forward
+        for window, experts in zip(self.heldout.windows, by_window, strict=True):
+            by_document[window.document] += float(experts)
+        return {
+            **measured,
+            "avg_experts_heldout": Tally.mean([tally]),
+            "experts_by_document": by_document,
+        }
 
     def _tally(self, handle):
         return Tally(len(handle.layers), handle.layers[0].num_experts)
@@ -220,9 +239,9 @@ def _demo():
 _default_nulls = WeakKeyDictionary()
 
 
-def shipped_null(model):
-    """The null that ships with the demo model if `model` is that, else None."""
-    null = demo.null()
+def shipped_null(model, kind="trimmed"):
+    """The null of this kind that ships with the demo model if `model` is that, else None."""
+    null = demo.null(kind)
     try:
         null.check(model)
     except ValueError:
@@ -230,20 +249,21 @@ def shipped_null(model):
     return null
 
 
-def default_null(model, tokenizer, progress=True, seed=0):
-    """The `efron` null per layer on the score `logprob`: the demo model's, or fitted to `model`.
+def default_null(model, tokenizer, progress=True, seed=0, *, kind="trimmed"):
+    """The null of this kind on the score `logprob`: the demo model's, or fitted to `model`.
 
-    It is fitted once a model and seed, to the calibration text that ships with the demo model;
-    no evaluation uses it.
+    "trimmed" is the one to route by, "efron" the one for diagnoses and for the routers that need
+    it. It is fitted once a model, kind and seed, to the first half of the calibration text that
+    ships with the demo model; no budget is set and nothing is evaluated on that half.
     """
     nulls = _default_nulls.setdefault(model, {})
-    if seed not in nulls:
-        null = shipped_null(model)
+    if (kind, seed) not in nulls:
+        null = shipped_null(model, kind)
         if null is None:
-            passages = calibration_passages(demo.calibration_documents(), seed=seed)
-            null = moeprof.fit_null(model, tokenizer, passages, progress=progress)
-        nulls[seed] = null
-    return nulls[seed]
+            passages = calibration_passages(demo.calibration_halves()[0], seed=seed)
+            null = moeprof.fit_null(model, tokenizer, passages, kind=kind, progress=progress)
+        nulls[kind, seed] = null
+    return nulls[kind, seed]
 
 
 def run_configuration(
@@ -267,7 +287,7 @@ def run_configuration(
         for each of them
     max_new_tokens : tokens to generate after every prompt, greedy and without an early stop
     model, tokenizer : the demo model when not given; the model must not be patched
-    null : for BH a Null, a path or "normal"; when not given, the `efron` null on the score
+    null : for BH a Null, a path or "normal"; when not given, the `trimmed` null on the score
         `logprob` that ships with the demo model; for another model one is fitted to the shipped
         calibration text, once
     baseline : the dict of the baseline's run; without it delta_perplexity and token_agreement

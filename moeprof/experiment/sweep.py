@@ -1,6 +1,7 @@
 """The sweep: every configuration in turn, with what is finished kept on disk."""
 
 import platform
+import textwrap
 from datetime import datetime, timezone
 from importlib.metadata import version
 
@@ -8,85 +9,148 @@ import moeprof
 
 from ..checks import check_type
 from ..console import WIDTH, make_console, progress
-from .configurations import configurations, dropped_max_ks
+from .advice import advice
+from .beside import Budgets, budget_text, budgets, routers_by_budget, run_static
+from .compared import compared
+from .configurations import ALPHAS, MAX_KS, configurations, dropped_max_ks
+from .merged import merged, same_results
 from .plots import figure
 from .report import report
 from .runner import Experiment, experts_of
 from .store import Store
 
 
-def sweep(experiment, store, facts, console=None):
-    """Run all configurations that fit the model and write the four files of `Store`.
+def sweep(
+    experiment, store, facts, console=None, *, alphas=ALPHAS, max_ks=MAX_KS, static=None,
+    calibration=None,
+):  # fmt: skip
+    """Run all configurations that fit the model and write the files of `Store`.
 
     experiment: Experiment; store: Store, or the path of a folder; facts: a dict that goes into
-    the JSON as it is: model, seed, null and null_source (both in words); console: a rich Console.
+    the JSON as it is: model, seed, null, null_source (both in words) and null_code (what to give
+    to `moeprof.patch`); console: a rich Console; alphas, max_ks: the grid; static: the values of
+    k that static top-k is run with, 1 to the model's own when not given; calibration: HeldOut,
+    the text that budgets are set on, shipped calibration text when not given.
     Returns the run: a dict as in the JSON. When it is interrupted, what is finished stays on
     disk, and KeyboardInterrupt goes on to the caller. The model is unpatched in every case.
+    ValueError for a k that the model hasn't as many experts for, or a grid without BH.
     """
     check_type("sweep: experiment", experiment, Experiment, "an Experiment")
     store = store if isinstance(store, Store) else Store(store)
     console = console or make_console()
     num_experts, top_k = experts_of(experiment.model)
-    planned = configurations(num_experts, top_k)
-    run = describe(experiment, planned) | facts | {"results": []}
+    planned = configurations(num_experts, top_k, alphas, max_ks)
+    static = _static(static, num_experts, top_k)
+    if calibration is None:
+        calibration = budget_text(experiment.tokenizer, facts["seed"])
+    run = describe(experiment, planned, dropped_max_ks(num_experts, max_ks)) | facts
+    run["dropped_configurations"] = len(run["dropped_max_k"]) * len(alphas)
+    run |= {"budget_tokens": calibration.tokens, "finished": False}
+    run |= {"results": [], "static": [], "budgets": []}
     console.print(f"Total configurations: {len(planned)}")
     for max_k in run["dropped_max_k"]:
         console.print(f"Left out: max_k {max_k}, the model has {num_experts} experts")
+    setter = Budgets(experiment, calibration, top_k)
+    windows = len(experiment.heldout.windows)
+    steps = len(planned) * experiment.steps + len(static) * windows + setter.steps
     try:
-        with progress(console, len(planned) * experiment.steps, "sweep") as bar:
-            for number, configuration in enumerate(planned, start=1):
-                console.print(f"[{number}/{len(planned)}] Running: {configuration.name}")
-                baseline = run["results"][0] if run["results"] else None
-                result = experiment.run(configuration, baseline, bar.step)
-                run["results"].append(result)
-                store.save_results(run)
-                console.print(f"Completed in {result['seconds']:.1f}s")
-                console.print(f"Avg experts: {result['avg_experts']:.2f}")
+        with progress(console, steps, "sweep") as bar:
+            _grid(run, planned, experiment, store, console, bar)
+            _beside(run, static, setter, experiment, top_k, bar)
+            run["finished"] = True
     except KeyboardInterrupt:
         console.print(f"Interrupted: {len(run['results'])} of {len(planned)} are finished")
         if run["results"]:
-            store.save_results(run)  # it may be this that was interrupted
-            _finish(run, store, console)
+            _finish(run, store, console)  # saves too: it may be saving that was interrupted
         raise
     console.print("ALL EXPERIMENTS COMPLETE!")
-    _finish(run, store, console)
-    return run
+    return _finish(run, store, console)
+
+
+def _static(ks, num_experts, top_k):
+    """Ascending; the model's own k is the baseline already, so it isn't run again."""
+    ks = range(1, top_k + 1) if ks is None else ks
+    for k in ks:
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"static: expected k from 1 to the {num_experts} experts, got {k}")
+    return sorted(set(ks) - {top_k})
+
+
+def _grid(run, planned, experiment, store, console, bar):
+    for number, configuration in enumerate(planned, start=1):
+        bar.note(configuration.name)
+        console.print(f"[{number}/{len(planned)}] Running: {configuration.name}")
+        baseline = run["results"][0] if run["results"] else None
+        result = experiment.run(configuration, baseline, bar.step)
+        run["results"].append(result)
+        store.save_results(run)
+        console.print(f"Completed in {result['seconds']:.1f}s")
+        console.print(f"Avg experts: {result['avg_experts']:.2f}")
+
+
+def _beside(run, static, setter, experiment, top_k, bar):
+    """Static top-k, and what budgets set: quality alone, so there is a line for each in the bar."""
+    for k in static:
+        bar.note(f"static top-{k}")
+        run["static"].append(run_static(experiment, k, bar.step))
+    for budget in budgets(top_k):
+        for router in routers_by_budget(top_k):
+            bar.note(f"{router.name} for {budget:g} experts")
+            run["budgets"].append(setter.run(router, budget, bar.step))
 
 
 def _finish(run, store, console):
-    """Report and figure from what is there, and the table on the console."""
-    store.save_report(report(run), figure(run["results"]))
-    console.print(_table(run["results"]), width=min(WIDTH, console.width))
-    for path in (store.json, store.csv, store.report, store.figure):
+    """Intervals, advice, report and figure from what is there, and the tables on the console."""
+    run = compared(run)
+    run = run | {"advice": advice(run)}
+    store.save_results(run)
+    store.save_report(report(run), figure(run["results"], run))
+    for item in run["advice"]:
+        console.print("")
+        console.print(textwrap.fill(item["head"], WIDTH))
+        if item["code"]:
+            console.print(f"    {item['code']}")
+        for other in item["others"]:
+            first, rest = "  - ", "    "
+            console.print(
+                textwrap.fill(other, WIDTH, initial_indent=first, subsequent_indent=rest)
+            )
+    console.print("")
+    groups = merged(run["results"])
+    console.print(_table(groups), width=min(WIDTH, console.width))
+    for line in same_results(groups):
+        console.print(textwrap.fill(line, WIDTH))
+    for path in (store.json, store.csv, store.quality, store.report, store.figure):
         console.print(f"Written: {path}")
+    return run
 
 
-def _table(results):
-    """The main columns as a rich table of at most 100 columns."""
+def _table(groups):
+    """The main columns as a rich table of at most 100 columns; equal results share a row."""
     from rich import box
     from rich.table import Table
 
     columns = {
-        "config": ("config", "{}"),
         "experts": ("avg_experts", "{:.2f}"),
         "saved %": ("reduction_pct", "{:.1f}"),
         "perplexity": ("perplexity", "{:.3f}"),
         "Δ perplexity": ("delta_perplexity", "{:+.3f}"),
         "bits/byte": ("bits_per_byte", "{:.4f}"),
+        "beside static": ("bits_above_static", "{:+.4f}"),
         "agreement": ("token_agreement", "{:.2f}"),
         "tokens/s": ("tokens_per_s", "{:.1f}"),
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(columns):
-        justify = "right" if number else "left"
-        table.add_column(name, justify=justify, no_wrap=not number, overflow="fold")
-    for result in results:
-        cells = ((form, result[field]) for field, form in columns.values())
-        table.add_row(*("" if value is None else form.format(value) for form, value in cells))
+    table.add_column("config", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, group in groups:
+        cells = ((form, group[0][field]) for field, form in columns.values())
+        table.add_row(name, *("" if value is None else form.format(value) for form, value in cells))
     return table
 
 
-def describe(experiment, planned):
+def describe(experiment, planned, dropped):
     """What was run, on what and how: everything in the JSON but the results."""
     import torch
 
@@ -96,7 +160,7 @@ def describe(experiment, planned):
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "planned": [configuration.name for configuration in planned],
-        "dropped_max_k": dropped_max_ks(config.num_experts),
+        "dropped_max_k": dropped,
         "versions": {
             "moeprof": moeprof.__version__,
             **{name: version(name) for name in packages},

@@ -202,7 +202,10 @@ class Null:
         if kind == self.kind:
             return self
         if "trimmed" in (kind, self.kind):
-            raise ValueError(f"a {self.kind} null can't become {kind}: they count other scores")
+            raise ValueError(
+                f"a {self.kind} null can't become {kind}: they count other scores; fit one with "
+                f"kind={kind!r} (moeprof.fit_null, or `moeprof calibrate --kind {kind}`)"
+            )
         return replace(self, kind=kind)
 
     def per_expert(self, alpha_min=0.01):

@@ -38,6 +38,7 @@ class OnNull(Router):
 
     name: ClassVar[str] = ""
     wants_null: ClassVar[bool] = True
+    null_kind: ClassVar[str] = "trimmed"  # of the default null; "efron" where trimmed won't do
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,10 @@ class EBH(OnNull):
     name: ClassVar[str] = "ebh"
     main: ClassVar[str] = "alpha"
 
+    @property
+    def null_kind(self) -> str:
+        return "efron" if self.e == "lr" else "trimmed"
+
     def parameters(self, null=None) -> dict[str, float]:
         alpha = super().parameters()["alpha"]
         return {"alpha": alpha, "pi0": float(_efron(null, "pi0")) if self.e == "lr" else 0.0}
@@ -250,7 +255,11 @@ class EBH(OnNull):
 def _efron(null, what: str):
     """A property that only an efron null by layer has; ValueError of others."""
     if not hasattr(null, what):
-        raise ValueError(f"null: expected one of kind efron, by layer (for its {what})")
+        raise ValueError(
+            f"null: expected one of kind efron, by layer (for its {what}): fit it with "
+            'moeprof.fit_null(model, tokenizer, texts, kind="efron") or `moeprof calibrate --kind '
+            'efron`; the demo model has moeprof.demo.null("efron")'
+        )
     return getattr(null, what)
 
 
@@ -271,6 +280,7 @@ class LocalFDR(OnNull):
 
     q: float = parameter(0.2, UNIT, per_layer=True)
     name: ClassVar[str] = "local_fdr"
+    null_kind: ClassVar[str] = "efron"
     main: ClassVar[str] = "q"
 
     def table(self, num_experts: int, null) -> np.ndarray:
@@ -325,6 +335,7 @@ class ExpertThreshold(OnNull):
 
     rho: float = parameter(0.125, UNIT, per_layer=True)
     name: ClassVar[str] = "expert_threshold"
+    null_kind: ClassVar[str] = "efron"
     main: ClassVar[str] = "rho"
 
     def adapt(self, null):

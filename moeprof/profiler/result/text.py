@@ -5,6 +5,7 @@ import re
 import textwrap
 
 from ...console import WIDTH, text_console
+from ...files import printable
 from .findings import findings, heading
 from .tables import tables
 
@@ -15,7 +16,7 @@ def as_text(profile, width=WIDTH) -> str:
     lines += ["", *(_wrapped(f"- {line}", width) for line in findings(profile))]
     for table in tables(profile):
         lines += ["", *_of_table(table, width)]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def comparison_as_text(comparison, width=WIDTH) -> str:
@@ -24,7 +25,7 @@ def comparison_as_text(comparison, width=WIDTH) -> str:
     table = comparison.table()
     if table.rows:
         lines += ["", *_of_table(table, width)]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def _of_table(table, width):

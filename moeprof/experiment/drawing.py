@@ -1,0 +1,27 @@
+"""What the panels of the figure share."""
+
+import numpy as np
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+
+
+def title(axis, headline, detail):
+    axis.set_title(headline, loc="left", size=15, weight="bold", pad=26)
+    axis.text(0, 1.02, detail, transform=axis.transAxes, size=12, color="#444444")
+
+
+def label(axis, x, y):
+    axis.set_xlabel(x, size=13)
+    axis.set_ylabel(y, size=13)
+
+
+def shades(count):
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](x) for x in np.linspace(0, 0.85, count)]
+
+
+def blank(axis, text):
+    """An axis that has nothing to show says why."""
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, text, ha="center", size=14, transform=axis.transAxes)
