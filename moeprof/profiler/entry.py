@@ -5,15 +5,21 @@ model that holds them is called.
 """
 
 import inspect
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .phases import PHASES, UNKNOWN, packed_phases, phase_of
+
 _INPUTS = ("input_ids", "inputs_embeds")
-_CACHES = ("past_key_values", "cache")  # renamed in transformers 5.24
+# Renamed in transformers 5.24; models without attention have a cache of another name.
+_CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
+# What a cache of another kind may raise when it is asked for its length.
+_NO_LENGTH = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
+              ValueError)  # fmt: skip
 
 
 def find_entries(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[nn.Module, list[int]]]:
@@ -55,21 +61,51 @@ class Entry:
         has_shape = isinstance(rows, Tensor) and rows.dim() >= 2
         self.shape = tuple(rows.shape[:2]) if has_shape else None
 
-    @property
-    def past(self) -> int:
-        """Tokens in the cache before this step."""
-        for name in _CACHES:
-            cache = self._arguments.get(name)
+    @cached_property
+    def past(self) -> int | None:
+        """Tokens in the cache before this step, 0 without a cache; None: it doesn't say."""
+        cache = self._cache
+        if cache is None:
+            return 0
+        try:
             if hasattr(cache, "get_seq_length"):
                 return int(cache.get_seq_length())
-            if isinstance(cache, tuple) and cache:  # transformers 4: ((key, value, ...), ...)
-                return cache[0][0].shape[-2]
-        return 0
+            return int(cache[0][0].shape[-2])  # transformers 4: ((key, value, ...), ...)
+        except _NO_LENGTH:
+            return None
 
-    def real(self, mask=None) -> np.ndarray | None:
+    @cached_property
+    def _cache(self) -> Any:
+        return next((c for name in _CACHES if (c := self._arguments.get(name)) is not None), None)
+
+    @cached_property
+    def _packed(self) -> tuple[np.ndarray, np.ndarray] | None:
+        return packed_phases(self._arguments, self.shape[0] * self.shape[1])
+
+    @property
+    def phases(self) -> str | np.ndarray:
+        """The phase of the step; (B * S,) numbers in `PHASES` where its tokens are of several."""
+        if self.shape is None:
+            return UNKNOWN
+        if self._packed is not None:
+            by_token = self._packed[0]
+            same = len(by_token) == 0 or (by_token == by_token[0]).all()
+            return PHASES[by_token[0] if len(by_token) else 0] if same else by_token
+        rows, tokens = self.shape
+        phase = phase_of(self.past, self._cache is not None, tokens)
+        if isinstance(phase, str):
+            return phase
+        number, first, rest = phase
+        row = np.full(tokens, PHASES.index(rest), np.int8)
+        row[:number] = PHASES.index(first)
+        return np.tile(row, rows)
+
+    def real(self, mask=None, pad_token_id: int | None = None) -> np.ndarray | None:
         """(B * S,) bool, False for padding; None where all tokens are real.
 
         mask: (B, n) over positions, in place of the attention mask.
+        pad_token_id: where there is no mask at all, the runs of this id at the start and at the
+            end of a row are padding.
 
         Raises
         ------
@@ -80,8 +116,13 @@ class Entry:
         mask = self._arguments.get("attention_mask") if mask is None else mask
         if isinstance(mask, dict):  # by kind of layer; padding is the same in all
             mask = mask.get("full_attention", next(iter(mask.values()), None))
-        if mask is None or self.shape is None:
+        if self.shape is None:
             return None
+        if self._packed is not None and name == "attention_mask":
+            real = self._packed[1]
+            return None if real.all() else real
+        if mask is None:
+            return self._without_edges(pad_token_id)
         usual = name == "attention_mask" and isinstance(mask, Tensor) and self._covers(mask)
         if usual and bool(mask.all()):
             return None  # the usual case, asked in each decode step; a cache may be slow to tell
@@ -93,6 +134,32 @@ class Entry:
         else:
             raise ValueError(f"{name}: expected 2 or 4 dimensions, got {mask.shape}")
         return None if real.all() else np.ascontiguousarray(real).reshape(-1)
+
+    def _without_edges(self, pad_token_id: int | None) -> np.ndarray | None:
+        if pad_token_id is None or self.input_ids is None:
+            return None
+        padding = (self.input_ids == pad_token_id).numpy(force=True)
+        if not padding.any():
+            return None
+        before = np.logical_and.accumulate(padding, axis=1)
+        behind = np.logical_and.accumulate(padding[:, ::-1], axis=1)[:, ::-1]
+        return ~(before | behind).reshape(-1)
+
+    def looks_padded(self) -> tuple[int, int] | None:
+        """(rows, id): that many of several rows begin or end in one id, repeated; no mask says
+        why. None where nothing looks like that."""
+        unmasked = self._arguments.get("attention_mask") is None and self._packed is None
+        if not unmasked or self.input_ids is None or self.shape[0] < 2 or self.shape[1] < 2:
+            return None
+        ids = self.input_ids.numpy(force=True)
+        for outer, inner in ((-1, -2), (0, 1)):
+            repeated = ids[:, outer] == ids[:, inner]
+            found, rows = np.unique(ids[repeated, outer], return_counts=True)
+            for token in found[np.argsort(-rows)]:
+                edge = ~self._without_edges(token).reshape(ids.shape)
+                if ((ids == token) == edge).all():  # it stands nowhere else
+                    return int(edge.any(axis=1).sum()), int(token)
+        return None
 
     def _covers(self, mask) -> bool:
         """Is it (B, n) with n enough for the new tokens?"""
@@ -106,13 +173,14 @@ class Entry:
         """
         rows, tokens = self.shape
         covered = mask.shape[1]
-        end = tokens + (self.past if covered != tokens or name == "mask" else 0)
+        past = self.past or 0
+        end = tokens + (past if covered != tokens or name == "mask" else 0)
         if name != "mask":
             end = min(end, covered)
         if mask.shape[0] != rows or covered < end or end < tokens:
             raise ValueError(
-                f"{name}: expected ({rows}, {self.past + tokens}) for {rows} rows of {tokens} new "
-                f"tokens after {self.past}, got {mask.shape}"
+                f"{name}: expected ({rows}, {past + tokens}) for {rows} rows of {tokens} new "
+                f"tokens after {past}, got {mask.shape}"
             )
         return mask[:, end - tokens : end] != 0
 
@@ -120,7 +188,7 @@ class Entry:
         """Of a mask (B, S, slots): a token is padding where it can't see its own slot."""
         rows, tokens = self.shape
         slots = mask.shape[2]
-        first = min(self.past, slots - tokens)  # a sliding window holds the last ones only
+        first = min(self.past or 0, slots - tokens)  # a sliding window holds the last ones only
         if mask.shape[0] not in (1, rows) or mask.shape[1] != tokens or first < 0:
             raise ValueError(
                 f"{name}: expected ({rows}, 1, {tokens}, at least {tokens}), got {mask.shape}"

@@ -29,8 +29,12 @@ class MoEProfiler:
     unpatched meanwhile. What `torch.compile` has compiled before the start may pass unseen:
     start first.
 
-    A step is one call of the model; with one new token a row it is of the phase "decode", with
-    more of "prefill". Tokens that the attention mask leaves out are padding: counted apart.
+    A step is one call of the model. Its phase is read from the cache, see
+    `moeprof.profiler.phases`: "prefill" without tokens in it, "decode" with one new token a row
+    behind them, "verify" for the drafts of assisted decoding and prompt lookup, "unknown" where
+    neither cache nor caller tells. A step that mixes phases, as in continuous batching, counts
+    in each with its own tokens, its time divided by their number. Tokens that the attention mask
+    leaves out are padding: counted apart.
 
     Parameters
     ----------
@@ -43,6 +47,11 @@ class MoEProfiler:
     mask : (B, n) array, tensor or None
         Nonzero for real tokens, by position from the start of the sequence; in place of the
         attention mask, for instance to leave out what follows the end of a sequence.
+    pad_token_id : int or None
+        In calls without any attention mask, the runs of this id at the start and at the end of
+        a row are padding. Where that id is also the end of a text (eos), the real one at the end
+        of a row is taken for padding too. Without it, and without a mask, all tokens count, with
+        one warning where rows look padded.
     pairs : bool
         Also count which experts are selected together, and from layer to layer: two tables of
         8 E^2 bytes for each layer and phase.
@@ -71,6 +80,7 @@ class MoEProfiler:
         warmup_steps: int = 0,
         sampling_rate: int = 1,
         mask=None,
+        pad_token_id: int | None = None,
         pairs: bool = True,
         vocabulary: bool = False,
         trace: bool = False,
@@ -79,10 +89,12 @@ class MoEProfiler:
         check_model("MoEProfiler", model)
         _check_integer("warmup_steps", warmup_steps, 0)
         _check_integer("sampling_rate", sampling_rate, 1)
+        if pad_token_id is not None:
+            _check_integer("pad_token_id", pad_token_id, 0)
         self.model = model
         options = Options(
-            warmup_steps=warmup_steps, sampling_rate=sampling_rate, mask=mask, pairs=pairs,
-            vocabulary=vocabulary, trace=trace,
+            warmup_steps=warmup_steps, sampling_rate=sampling_rate, mask=mask,
+            pad_token_id=pad_token_id, pairs=pairs, vocabulary=vocabulary, trace=trace,
         )  # fmt: skip
         self._session = Session(model, options)
         _check_device(self._session.sites)
@@ -150,12 +162,21 @@ class MoEProfiler:
 
     @property
     def mask(self):
-        """(B, n), in place of the attention mask of the steps to come; or None."""
-        return self._session.mask
+        """Set, (B, n) in place of the attention mask of the steps to come, or None. Called, the
+        same for what runs inside: ``with profiler.mask(m): model(**inputs)``."""
+        return self._masked
 
     @mask.setter
     def mask(self, mask) -> None:
         self._session.mask = mask
+
+    @contextmanager
+    def _masked(self, mask):
+        before, self._session.mask = self._session.mask, mask
+        try:
+            yield self
+        finally:
+            self._session.mask = before
 
     @contextmanager
     def domain(self, label: str):
@@ -186,7 +207,7 @@ class MoEProfiler:
         sites = self._session.sites
         widest = max(site.layer.num_experts for site in sites)
         loads = np.zeros((len(sites), widest + 1), np.int64)
-        for counts in self._session.counts.values():
+        for counts in list(self._session.counts.values()):
             for row, layer in zip(loads, counts, strict=True):
                 row[: layer.num_experts] += layer.load[0]
                 row[-1] += layer.tokens
@@ -205,7 +226,12 @@ class MoEProfiler:
         counts = session.counts
         return Profile(
             [site.layer for site in session.sites],
-            {phase: [c.copy() for c in counts[phase]] for phase in PHASES},
+            {
+                phase: [c.copy() for c in counts[phase]]
+                if phase in counts
+                else session.empty_counts()
+                for phase in PHASES
+            },
             self._facts(),
             domains={label: loads.copy() for label, loads in self._by_domain.items()} or None,
             vocabulary=None if session.vocabulary is None else session.vocabulary.as_dict(),
@@ -238,6 +264,9 @@ class MoEProfiler:
             "machine": describe(),
             "router": _routers(session.routers, layer_labels(blocks)),
             "not_counted": self._not_counted(),
+            "passed_over": [
+                label for i, label in enumerate(layer_labels(blocks)) if i in session.passed_over
+            ],
             "steps": session.counted_steps,
             "steps_left_out": session.steps - session.counted_steps,
             "warmup_steps": session.options.warmup_steps,
@@ -288,7 +317,7 @@ def _routers(by_layer: list[list[str]], labels: list) -> str:
     runs = [(text, [label for _, label in run]) for text, run in
             groupby(zip(texts, labels, strict=True), key=itemgetter(0))]  # fmt: skip
     return "; ".join(
-        f"layer{'s' * (len(run) > 1)} {spans(run)}: {text or 'did not run'}" for text, run in runs
+        f"layer{'s' * (len(run) > 1)} {spans(run)}: {text or 'not counted'}" for text, run in runs
     )
 
 

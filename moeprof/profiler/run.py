@@ -17,6 +17,7 @@ from ..experiment.heldout import HeldOut, heldout_windows
 from ..names import gate_name, layer_labels
 from .agreement import router_agreement
 from .profiler import MoEProfiler
+from .result.metrics import LayerMetrics
 from .result.profile import Profile
 
 PROMPT = 64  # tokens before the decode steps
@@ -49,11 +50,6 @@ def plan(tokenizer, documents, *, tokens, prompts, new_tokens, batches, seed=0) 
     """A Plan for documents with .domain, .name and .text: about `tokens` tokens of them."""
     text = heldout_windows(tokenizer, documents, tokens, seed)
     long = _long(text)
-    if prompts and not long:
-        raise ValueError(
-            f"text: expected a passage of at least {PROMPT} tokens to continue; prompts=0 "
-            "continues none"
-        )
     number = min(prompts, len(long))
     # Batches that all prompts are less than would be the same one several times.
     sizes = dict.fromkeys(min(batch, number) for batch in batches if number)
@@ -81,15 +77,44 @@ def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) ->
                 with profiler.domain(plan.text.documents[window.document]["domain"]):
                     _prefill(model, window.ids)
                 bar.step()
+            results = [profiler.result()]
             for batch in plan.batches:
                 _continue(model, plan, batch, profiler, bar)
+                results.append(profiler.result())
     result = profiler.result(roofline=roofline)
-    if plan.prompts < plan.asked:
+    result.facts["decode_by_batch"] = [
+        _decode_row(batch, *pair)
+        for batch, *pair in zip(plan.batches, results, results[1:], strict=False)
+    ]
+    if not plan.prompts and plan.asked:
+        result.facts["notes"].append(
+            f"No decode steps were run: the text has no passage of {PROMPT} tokens to continue."
+        )
+    elif plan.prompts < plan.asked:
         result.facts["notes"].append(
             f"{plan.prompts} of {plan.asked} prompts were continued: no other passage has "
             f"{PROMPT} tokens."
         )
     return result
+
+
+def _decode_row(batch: int, before: Profile, after: Profile) -> dict:
+    """What the decode steps of one batch size did: those that `after` has and `before` lacks.
+
+    k: experts per token; unique_experts: distinct experts of a layer and step; latency_ms: the
+    median of a step, summed over the layers; bytes: of the weights that a step reads.
+    """
+    pairs = zip(after.counts["decode"], before.counts["decode"], strict=True)
+    layers = [LayerMetrics(layer, new - old) for layer, (new, old) in
+              zip(after.layers, pairs, strict=True)]  # fmt: skip
+    return {
+        "batch": batch,
+        "steps": max(m.steps for m in layers),
+        "k": float(np.mean([m.k_mean for m in layers])),
+        "unique_experts": float(np.mean([m.unique_experts_mean for m in layers])),
+        "latency_ms": float(sum(m.latency_ms_p50 for m in layers)),
+        "bytes": float(sum(m.bytes_per_step for m in layers)),
+    }
 
 
 def _patched(model, options):
@@ -102,12 +127,18 @@ def _prefill(model, ids) -> None:
 
 
 def _continue(model, plan, batch, profiler, bar) -> None:
-    """Greedy decode steps from the first tokens of windows, `batch` at a time."""
+    """Greedy decode steps from the first tokens of windows, `batch` at a time.
+
+    Once for each batch size a step runs uncounted before: the first one is slower.
+    """
     windows = _long(plan.text)[: plan.prompts]
     domains = [plan.text.documents[window.document]["domain"] for window in windows]
     for start in range(0, len(windows), batch):
         ids = torch.cat([window.ids[:, :PROMPT] for window in windows[start : start + batch]])
         profiler.pause()  # the prompts are prefills that were counted with their windows
+        if not start:
+            first_step = model(input_ids=ids, use_cache=True)
+            decode(model, ids[:, -1:], cache_of(first_step))
         output = model(input_ids=ids, use_cache=True)
         profiler.resume()
         first, *others = set(domains[start : start + batch])

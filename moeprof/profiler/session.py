@@ -1,9 +1,10 @@
 """What a profiler puts into a model, and what it counts there."""
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -26,7 +27,8 @@ from .flops import count_grouped_mm
 from .reading import Choice, read_choice, read_experts_call, read_logits, without_empty
 from .records import RecordWriter
 from .sizes import top_k_owner
-from .tally import PHASES, Counts
+from .phases import PHASES, UNKNOWN
+from .tally import Counts
 from .vocabulary import Vocabulary
 
 STOCK, OWN_IN_C = "the model's own, not patched", "the model's own top-k, patched"
@@ -36,17 +38,34 @@ MAX_EVENTS = 100_000  # of the trace: some 50 bytes each in its file
 class Step:
     """One call of the model: what its layers have in common, and what passes between hooks."""
 
-    phase: str | None = None  # None: by the hidden states of the block
+    # Of all its tokens, or (T,) numbers in PHASES where they are of several
+    phases: str | np.ndarray = UNKNOWN
     real: np.ndarray | None = None
     input_ids: Tensor | None = None
     previous: tuple[int, np.ndarray] | None = None  # the layer that ran last, its experts
     # of one layer, between its hooks:
     start = tokens = 0
     output = call = None
+    hooked: object = None  # the LayerWatch's hooks that were in when the layer began
     rows: list[int] | None = None  # that the experts of a list got
 
     def __init__(self, number: int, counted: bool, entered: bool):
         self.number, self.counted, self.entered = number, counted, entered
+
+    @property
+    def phase(self) -> str:
+        """Of most of its tokens."""
+        if isinstance(self.phases, str):
+            return self.phases
+        return PHASES[np.bincount(self.phases).argmax()]
+
+    def parts(self) -> Iterator[tuple[str, np.ndarray | None]]:
+        """(phase, numbers of its tokens; None for all)."""
+        if isinstance(self.phases, str):
+            yield self.phases, None
+            return
+        for number in np.unique(self.phases):
+            yield PHASES[number], np.flatnonzero(self.phases == number)
 
 
 class _Local(threading.local):
@@ -62,6 +81,7 @@ class Session:
     def __init__(self, model: nn.Module, options: "Options"):
         self.model, self.sites, self.entries = model, [], []
         self.options, self.mask, self.paused = options, options.mask, False
+        self.warned = options.pad_token_id is not None  # of what looks like padding
         self._undo: list[Callable[[], None]] = []
         self.local = _Local()
         self.look()
@@ -89,20 +109,26 @@ class Session:
 
     def clear(self) -> None:
         """Everything at zero."""
-        made = {phase: [] for phase in PHASES}
-        for site in self.sites:
-            for counts in made.values():
-                counts.append(Counts(site.layer.num_experts, self.options.pairs))
-        self.counts: dict[str, list[Counts]] = made
+        self.counts: dict[str, list[Counts]] = {}  # of the phases that came
         self.recency = [np.full(s.layer.num_experts, -1, np.int32) for s in self.sites]
         self.steps = self.counted_steps = self.events_dropped = 0
         self.events: deque = deque(maxlen=MAX_EVENTS)
         self.routers: list[list[str]] = [[] for _ in self.sites]
         self.last_router: list[Any] = [self] * len(self.sites)  # to name each one once
         self.vocabulary = None
+        self.passed_over: set[int] = set()  # layers whose router ran without the block's hooks
         # Of experts in a list: was one of them called? Until then nothing counts as left out.
         self.rows_seen = [False] * len(self.sites)
         self.unseen: dict[tuple[str, int], np.ndarray] = {}
+
+    def counts_of(self, phase: str) -> list[Counts]:
+        """The Counts of each layer in a phase; made when it first comes."""
+        if phase not in self.counts:
+            self.counts.setdefault(phase, self.empty_counts())
+        return self.counts[phase]
+
+    def empty_counts(self) -> list[Counts]:
+        return [Counts(site.layer.num_experts, self.options.pairs) for site in self.sites]
 
     # ---- in the model ----
 
@@ -115,7 +141,10 @@ class Session:
         self.look()
         try:
             self._undo.append(count_grouped_mm())
+            blocks = {site.block for site in self.sites}
             for module, _ in self.entries:
+                if module in blocks:  # a block alone: each of its calls is a step
+                    continue
                 entry = EntryWatch(self)
                 for register, hook, options in (
                     (module.register_forward_pre_hook, entry.enter, {"with_kwargs": True}),
@@ -134,7 +163,8 @@ class Session:
         """The model is as it was before."""
         self.local.step = None  # of a call that was interrupted
         while self._undo:
-            self._undo.pop()()
+            with suppress(IndexError):  # another thread stops it as well
+                self._undo.pop()()
 
     # ---- steps ----
 
@@ -153,6 +183,19 @@ class Session:
     def end(self) -> None:
         self.local.step = None
 
+    def warn_of_padding(self, entry: Entry) -> None:
+        """Once, where a batch looks padded and nothing says so."""
+        if self.mask is not None or (found := entry.looks_padded()) is None:
+            return
+        self.warned = True
+        rows, token = found
+        warnings.warn(
+            f"moeprof: {rows} of {entry.shape[0]} rows begin or end in token {token}, repeated, "
+            "and the model was called without an attention mask: they count as text. If they are "
+            f"padding, say so by MoEProfiler(model, pad_token_id={token}) or mask=",
+            stacklevel=2,
+        )
+
     # ---- what a layer did ----
 
     def add(
@@ -168,36 +211,58 @@ class Session:
             if dtype is None:
                 logits, dtype = logits.float(), "float32"
             logits = as_array(logits)
-        real, counts = step.real, self.counts[step.phase][index]
-        if real is not None and len(real) != len(experts):
+        real, tokens = step.real, len(experts)
+        if real is not None and len(real) != tokens:
             raise ValueError(
-                f"{self.sites[index].layer.name}: its block got {len(experts)} tokens, the "
+                f"{self.sites[index].layer.name}: its block got {tokens} tokens, the "
                 f"model's mask is of {len(real)}"
             )
         previous = None
-        if step.previous is not None and self._follows(index, *step.previous, len(experts)):
+        if step.previous is not None and self._follows(index, *step.previous, tokens):
             previous = step.previous[1]
-        try:
-            unique = _C.tally(
-                counts.ints, counts.floats, self.recency[index], experts, logits, dtype,
-                real, previous, end - start, skips,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"{self.sites[index].layer.name}: {error}") from None
+        arrays = experts, logits, real, previous
+        unique = 0
+        for phase, rows in step.parts():
+            if rows is not None and len(step.phases) != tokens:
+                raise ValueError(
+                    f"{self.sites[index].layer.name}: its block got {tokens} tokens, the model "
+                    f"{len(step.phases)}"
+                )
+            # The time of a step of several phases is divided by their tokens.
+            part = arrays if rows is None else [None if a is None else a[rows] for a in arrays]
+            share = end - start if rows is None else (end - start) * len(rows) // tokens
+            unique = max(unique, self._tally(index, phase, *part, dtype, share, skips))
         experts = experts.astype(np.int32, copy=False)  # each of them is in range
         step.previous = index, experts
         if self.options.extras:
-            times = start, end - start, len(experts), unique
+            times = start, end - start, tokens, unique
             self._add_extras(index, step, choice, experts, times)
 
+    def _tally(
+        self, index, phase, experts, logits, real, previous, dtype, nanoseconds, skips
+    ) -> int:
+        """Count the tokens of one phase; returns their number of distinct experts."""
+        counts = self.counts_of(phase)[index]
+        try:
+            return _C.tally(
+                counts.ints, counts.floats, self.recency[index], experts, logits, dtype,
+                real, previous, nanoseconds, skips,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{self.sites[index].layer.name}: {error}") from None
+
     def add_left_out(self, index: int, step: Step, left_out: np.ndarray | None) -> None:
-        """Count the selections (E + 1,) that did not run, see `Counts.left_out`."""
+        """Count the selections (E + 1,) that did not run, see `Counts.left_out`.
+
+        Which tokens they are of isn't known: in a step of several phases they count in that of
+        most tokens.
+        """
         if self.rows_seen[index]:
             for phase in [p for p, i in self.unseen if i == index]:
-                self.counts[phase][index].left_out += self.unseen.pop((phase, index))
+                self.counts_of(phase)[index].left_out += self.unseen.pop((phase, index))
         if left_out is None:
             return
-        counts = self.counts[step.phase][index].left_out
+        counts = self.counts_of(step.phase)[index].left_out
         if not self.rows_seen[index]:
             counts = self.unseen.setdefault((step.phase, index), np.zeros_like(counts))
         counts[int(step.real is not None)] += left_out
@@ -216,11 +281,17 @@ class Session:
         if options.vocabulary:
             self._add_vocabulary(index, step, experts)
         if options.records is not None:
-            options.records.add(
-                layer=self.numbers[index], step=step.number, phase=step.phase, experts=experts,
-                weights=_floats(choice.weights), entropy=_entropy(choice.logits),
-                real=step.real, input_ids=_ids(step),
-            )  # fmt: skip
+            arrays = {
+                "experts": experts, "weights": _floats(choice.weights),
+                "entropy": _entropy(choice.logits), "real": step.real, "input_ids": _ids(step),
+            }  # fmt: skip
+            for phase, rows in step.parts():
+                part = arrays
+                if rows is not None:
+                    part = {n: None if a is None else a[rows] for n, a in arrays.items()}
+                options.records.add(
+                    layer=self.numbers[index], step=step.number, phase=phase, **part
+                )
 
     def _add_vocabulary(self, index: int, step: Step, experts: np.ndarray) -> None:
         ids = _ids(step)
@@ -250,6 +321,7 @@ class Options:
     warmup_steps: int
     sampling_rate: int
     mask: Any
+    pad_token_id: int | None
     pairs: bool
     vocabulary: bool
     trace: bool
@@ -296,9 +368,11 @@ class EntryWatch(_Watch):
             return
         entry = Entry(module, args, kwargs)
         if entry.shape is not None:
-            step.phase = PHASES[entry.shape[1] == 1]
-            step.real = entry.real(session.mask)
+            step.phases = entry.phases
+            step.real = entry.real(session.mask, session.options.pad_token_id)
             step.input_ids = entry.input_ids
+            if not session.warned:
+                session.warn_of_padding(entry)
 
     @_uncompiled
     def leave(self, module, args, output) -> None:
@@ -333,13 +407,14 @@ class LayerWatch(_Watch, RoutingWatch):
         self._heard: nn.Module | None = None  # the router that has the hook
         self._top_k = top_k_owner(site.router, site.block, site.layer.top_k)
         self._rows, self._bias_looked_for = ExpertRows(site), False
+        self._hooked: object = None  # another object each time that hooks were put in
 
     # ---- a patched block ----
 
     @_uncompiled
     def routed(self, layer, hidden, routing, skips, start, end) -> None:
         step = None if self.session is None else self.session.local.step
-        if step is None or not step.entered or step.phase is None:
+        if step is None or not step.entered:
             step = self._step(hidden)
         if step is None or not step.counted:
             return
@@ -356,6 +431,7 @@ class LayerWatch(_Watch, RoutingWatch):
             yield
             return
         inside = list(self._hook_inside())
+        self._hooked = object()
         try:
             self.before(self.site.block, (hidden,), {})
             yield
@@ -369,6 +445,8 @@ class LayerWatch(_Watch, RoutingWatch):
     def hook(self, active: bool) -> None:
         if self.session is None:
             return
+        # A forward that is inside the block in another thread sees by this that it isn't whole.
+        self._hooked = None
         # Handles that were removed are kept: what puts a model back whole, as SimpleBenchmark
         # does, may bring their hooks back, and to remove one twice does no harm.
         for handle in self._handles:
@@ -378,6 +456,7 @@ class LayerWatch(_Watch, RoutingWatch):
             block = self.site.block
             self._handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
             self._handles.append(block.register_forward_hook(self.after))
+            self._hooked = object()
 
     def _hook_inside(self) -> Iterator:
         site = self.site
@@ -402,6 +481,7 @@ class LayerWatch(_Watch, RoutingWatch):
             self._rows.refuse_bias()
             self._bias_looked_for = True
         step.rows = [0] * self.site.layer.num_experts if self._rows.listed else None
+        step.hooked = self._hooked
         step.start = perf_counter_ns()
 
     @_uncompiled
@@ -409,6 +489,9 @@ class LayerWatch(_Watch, RoutingWatch):
         """The router has spoken."""
         step = self._step()
         if step is None:
+            return
+        if not step.start:  # the block's own hooks were passed over
+            self.session.passed_over.add(self.index)
             return
         step.output = output
         if isinstance(output, tuple | list):
@@ -425,6 +508,9 @@ class LayerWatch(_Watch, RoutingWatch):
         end = perf_counter_ns()
         step = self._step()
         if step is None or not step.start:  # hooked by another thread since the block began
+            return
+        if step.hooked is not self._hooked:  # or since then hooks were put in or taken out
+            step.start, step.output, step.call, step.rows = 0, None, None, None
             return
         if self.session.last_router[self.index] is not STOCK:
             self._name(STOCK, STOCK)
@@ -464,11 +550,7 @@ class LayerWatch(_Watch, RoutingWatch):
             if torch._C._current_graph_task_id() != -1:
                 return None  # a backward pass computes again what a checkpoint did not keep
             step = session.begin(entered=False)
-        if step is None or not step.counted:
-            return None
-        if step.phase is None and hidden is not None:
-            step.phase = PHASES[hidden.dim() == 3 and hidden.shape[1] == 1]
-        return step
+        return step if step is not None and step.counted else None
 
     def _choice(self, step: Step) -> Choice:
         layer = self._layer()

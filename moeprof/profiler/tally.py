@@ -5,8 +5,8 @@ from functools import lru_cache
 import numpy as np
 
 from .. import _C
+from .phases import PHASES as PHASES
 
-PHASES = ("prefill", "decode")
 _SCALARS, _TABLES = ("steps", "nanoseconds"), ("k", "load", "pairs", "moves")
 
 
@@ -80,6 +80,14 @@ class Counts:
         total.floats += other.floats
         total.left_out += other.left_out
         return total
+
+    def __sub__(self, before: "Counts") -> "Counts":
+        """What was added since `before`, an earlier state of the same counts."""
+        since = self.copy()
+        since.ints -= before.ints
+        since.floats -= before.floats
+        since.left_out -= before.left_out
+        return since
 
     def __eq__(self, other) -> bool:
         return (

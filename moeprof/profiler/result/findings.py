@@ -24,12 +24,21 @@ def findings(profile) -> list[str]:
     return [*found, *_notes(profile)]
 
 
+PASSED_OVER = (
+    "the block was called by .forward(), which passes over the hooks that count; call the module "
+    "itself"
+)
+NOT_RUN = "it did not run while the profiler counted"
+
+
 def nothing_counted(profile) -> str | None:
     """Why there is nothing to show; None if there is something."""
     if profile.phases:
         return None
     facts = profile.facts
     left_out = facts.get("steps_left_out") or 0
+    if facts.get("passed_over"):
+        return f"Nothing was counted: {_plural(facts['passed_over'])}: {PASSED_OVER}."
     if not left_out:
         return (
             "Nothing was counted: the model did not run while the profiler was active, or "
@@ -73,7 +82,8 @@ def _layers(profile):
     missing = [(u["label"], u["reason"]) for u in profile.facts.get("not_counted") or []]
     idle = [not m.steps for m in profile.each()]
     if profile.phases:
-        missing += [(label, "it did not run while the profiler counted")
+        passed_over = profile.facts.get("passed_over") or []
+        missing += [(label, PASSED_OVER if label in passed_over else NOT_RUN)
                     for label, none in zip(profile.labels, idle, strict=True) if none]  # fmt: skip
     by_reason: dict[str, list] = {}
     for label, reason in missing:
@@ -179,6 +189,10 @@ def _balance(profile, phase):
 
 
 def _time(profile, phase):
+    sizes = profile.facts.get("decode_by_batch") or []
+    if phase == "decode" and len(sizes) > 1:  # steps of several sizes have no common time
+        yield from map(_time_of_batch, sizes)
+        return
     metrics = [m for m in profile.each(phase) if m.steps]
     # Medians, as the table's, which steps of warming up do not move.
     step = sum(m.latency_ms_p50 for m in metrics)
@@ -210,6 +224,14 @@ def _time(profile, phase):
             "the measured roof is stale (weights in a cache, or another load on the machine when "
             "it was measured). Measure it again."
         )
+
+
+def _time_of_batch(row):
+    return (
+        f"A decode step at batch {row['batch']} spends {short(row['latency_ms'])} ms in MoE layers "
+        f"(the sum of their medians); it runs {row['unique_experts']:.1f} distinct experts a layer "
+        f"and reads {scaled(row['bytes'], 'B')} of weights."
+    )
 
 
 def _of_roof(profile, metrics):

@@ -2,7 +2,8 @@
 
 import json
 import os
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,12 @@ class Profile:
 
     @cached_property
     def _totals(self):
-        both = [a + b for a, b in zip(*(self.counts[name] for name in PHASES), strict=True)]
-        return {**self.counts, ALL: both}
+        by_layer = zip(*(self.counts[name] for name in PHASES), strict=True)
+        whole = [reduce(add, of_phases) for of_phases in by_layer]
+        return {**self.counts, ALL: whole}
 
     def counts_of(self, phase=None) -> list:
-        """Counts of each layer in "prefill", "decode", or (None or "all") both together.
+        """Counts of each layer in one of PHASES, or (None or "all") in all together.
 
         Raises ValueError for another phase.
         """

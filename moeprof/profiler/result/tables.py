@@ -53,20 +53,36 @@ LAYER_NOTE = (
 ROOF_NOTE = " roof: % of the measured bandwidth or matrix product rate, whichever is nearer."
 
 
-def layers(profile) -> Table:
-    """A row for each layer, the phases beside each other."""
+def layers(profile, names) -> Table:
+    """A row for each layer, the phases of these names beside each other."""
     columns = list(LAYER_COLUMNS)
     note = f"{layer_names(profile.layers)}. {LAYER_NOTE}"
     if profile.roofline is not None:
         columns.append(("roof", _roof))
         note += ROOF_NOTE
-    phases = {phase: profile.each(phase) for phase in profile.phases}
+    phases = {phase: profile.each(phase) for phase in names}
     rows = [
         [str(label), *(text(phases[phase][i]) for phase in phases for _, text in columns)]
         for i, label in enumerate(profile.labels)
     ]
     heads = [("", "layer"), *((phase, name) for phase in phases for name, _ in columns)]
     return Table("By layer", note, heads, rows)
+
+
+def by_batch(profile) -> Table:
+    """A row for each batch size that `moeprof profile` decoded with."""
+    rows = [
+        [str(row["batch"]), str(row["steps"]), number(row["k"], ".2f"),
+         number(row["unique_experts"], ".1f"), short(row["latency_ms"]),
+         number(row["bytes"] / 1e6, ".2f")]
+        for row in profile.facts["decode_by_batch"]
+    ]  # fmt: skip
+    return Table(
+        "Decode by batch size", "steps: of decode, at this batch size alone. k: experts per token. "
+        "uniq: distinct experts of a layer and step. p50: ms a step in MoE layers, the sum of the "
+        "layers' medians. MB: of weights that a step reads.",
+        [("", name) for name in ("batch", "steps", "k", "uniq", "p50", "MB")], rows,
+    )  # fmt: skip
 
 
 def domains(profile) -> Table:
@@ -119,7 +135,10 @@ def tables(profile) -> list[Table]:
     """All that the profile has numbers for."""
     if not profile.phases:
         return []
-    made = [layers(profile)]
+    side_by_side = [profile.phases[i : i + 2] for i in range(0, len(profile.phases), 2)]
+    made = [layers(profile, names) for names in side_by_side]
+    if len(profile.facts.get("decode_by_batch") or []) > 1:
+        made.append(by_batch(profile))
     if profile.domains is not None:
         made.append(domains(profile))
     if profile.vocabulary is not None:
