@@ -119,11 +119,12 @@ def load_model(name, dtype, trust_remote_code=False):
                 "--trust-remote-code if it may be run"
             ) from error
         raise ValueError(f"model {name} can't be loaded ({_reason(error)})") from error
-    for weight, *shapes in sorted(loading["mismatched_keys"]):
-        found, expected = map(tuple, shapes)
+    # names, on transformers 5 each with both shapes
+    other = sorted(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
+    if other:
         raise ValueError(
-            f"model {name}: {weight} has shape {found} in the checkpoint, and by its config "
-            f"{expected}"
+            f"model {name}: the shape of {other[0]} is another one in the checkpoint than by the "
+            f"config, {tuple(model.state_dict()[other[0]].shape)}"
         )
     absent = sorted(map(str, loading["missing_keys"]))
     if absent:
