@@ -43,7 +43,7 @@ def one_expert():
 
 def test_hostile_labels_are_shown_as_they_are():
     """No markup, emoji code or formula is made of them, nor a page's script."""
-    profile = make_profile(2, 8, 2, domains=HOSTILE, facts={"model": HOSTILE[0]})
+    profile = make_profile(2, 8, 2, domains=HOSTILE, prefill=(40,) * 4, facts={"model": HOSTILE[0]})
     summary = drawn(profile)
     assert ":smile: [bold]x[/bold]" in summary and r"costs $1 $\frac{" in summary
     titles = [axis.get_title(loc="left") for axis in profile.plot("domains").axes]
