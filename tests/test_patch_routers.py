@@ -56,7 +56,7 @@ def test_the_null_goes_to_the_layers_that_want_one():
     "routers, error, message",
     [
         ([TopK(1)], ValueError, "expected one for each of 2 layers, got 1"),
-        ({2: TopK(1)}, ValueError, r"expected layers 0 to 1 or their names .* got \[2\]"),
+        ({2: TopK(1)}, ValueError, r"expected layers 0 to 1 or the names .* got \[2\]"),
         ({"gate": TopK(1)}, ValueError, "model.layers.0.mlp"),
         ({0: TopK(1), "model.layers.0.mlp": TopK(2)}, ValueError, "named twice"),
         ([TopK(1), 3], TypeError, "expected a name or a Router, got int"),

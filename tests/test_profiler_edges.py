@@ -8,6 +8,7 @@ from profiles import FACTS, layer, make_profile
 
 from moeprof.profiler.result import tables
 from moeprof.profiler.result.profile import Profile
+from moeprof.profiler.result.specialisation import most_by_domain
 from moeprof.profiler.tally import PHASES, Counts
 
 HOSTILE = ("<script>alert(1)</script>", ":smile: [bold]x[/bold]", r"costs $1 $\frac{", "long " * 30)
@@ -42,7 +43,7 @@ def one_expert():
 
 def test_hostile_labels_are_shown_as_they_are():
     """No markup, emoji code or formula is made of them, nor a page's script."""
-    profile = make_profile(2, 8, 2, domains=HOSTILE, facts={"model": HOSTILE[0]})
+    profile = make_profile(2, 8, 2, domains=HOSTILE, prefill=(40,) * 4, facts={"model": HOSTILE[0]})
     summary = drawn(profile)
     assert ":smile: [bold]x[/bold]" in summary and r"costs $1 $\frac{" in summary
     titles = [axis.get_title(loc="left") for axis in profile.plot("domains").axes]
@@ -84,8 +85,20 @@ def test_a_token_without_its_text_is_its_number():
 
 
 def test_the_most_specialised_expert_comes_with_the_number_of_tokens():
-    profile = make_profile(2, 8, 2, prefill=(6, 5), decode=())
-    assert any(f"of the {n} tokens of" in profile.summary() for n in (5, 6))
+    profile = make_profile(2, 8, 2, prefill=(46, 45), decode=())
+    assert any(f"of the {n} tokens of" in profile.summary() for n in (45, 46))
+
+
+def test_an_expert_of_few_tokens_is_not_called_specialised():
+    layers = [layer(0, 8, 2)]
+    counts = {phase: [Counts(8)] for phase in ("prefill", "decode")}
+    counts["prefill"][0].steps += 1
+    tables = {"few": [7, *[0] * 7, 7], "many": [8, *[20] * 4, *[0] * 3, 44]}
+    domains = {name: np.array([row]) for name, row in tables.items()}
+    profile = Profile(layers, counts, {}, domains=domains)
+    frame = most_by_domain(profile)
+    assert set(frame["domain"]) == {"many"} and frame["expert"].tolist()[-1] == 0
+    assert "tokens of few" not in profile.summary()
 
 
 def test_a_comparison_without_a_common_phase_has_no_table():

@@ -493,7 +493,7 @@ def test_a_comparison_is_second_less_first(profile):
     other = make_profile(3, 12, 3, seed=4, facts={"router": "BH(alpha=0.1)"})
     compared = profile.compare(other)
     frame = compared.to_frame()
-    assert list(frame.columns) == ["layer", "name", "phase", "metric", "first", "second",
+    assert list(frame.columns) == ["layer", "name", "block", "phase", "metric", "first", "second",
                                    "difference", "relative"]  # fmt: skip
     row = frame[(frame["layer"] == 1) & (frame["phase"] == "decode")].set_index("metric")
     a, b = profile.each("decode")[1], other.each("decode")[1]

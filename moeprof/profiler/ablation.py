@@ -17,7 +17,7 @@ from ..evaluation import bootstrap, evaluating
 from ..evaluation.passes import batches
 from ..experiment.heldout import HeldOut, heldout_windows
 from ..figures import line_styles
-from ..names import gate_name, layer_keys, layer_labels, spans
+from ..names import gate_name, layer_keys, layer_labels, layer_numbers, spans
 from ..routers import TopK
 
 COLUMNS = ("layer", "name", "block", "k", "loss", "loss_change", "low", "high")
@@ -167,7 +167,7 @@ def _frame(plan, names, changed, whole, predicted, seed, draws):
     known = len(whole) > 1
     low, high = (ends if known else np.full(len(plan), np.nan) for ends in (found.low, found.high))
     layers, ks = zip(*plan, strict=True)
-    labels, blocks = layer_labels(names), [names[layer] for layer in layers]
+    labels, blocks = layer_numbers(names), [names[layer] for layer in layers]
     columns = (
         [labels[layer] for layer in layers], [gate_name(b) for b in blocks], blocks, ks,
         changed.sum(1) / predicted.sum(), found.estimate, low, high,

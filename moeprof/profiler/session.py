@@ -393,7 +393,7 @@ class ExpertWatch(_Watch):
             return
         given = args[0] if args else next(iter((kwargs or {}).values()), None)
         if isinstance(given, Tensor):
-            step.rows[self.slot] += given.shape[:-1].numel()
+            step.rows[self.slot] += len(given) if given.dim() == 2 else given.shape[:-1].numel()
 
 
 class LayerWatch(_Watch, RoutingWatch):

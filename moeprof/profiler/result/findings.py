@@ -196,7 +196,7 @@ def _time(profile, phase):
     metrics = [m for m in profile.each(phase) if m.steps]
     # Medians, as the table's, which steps of warming up do not move.
     step = sum(m.latency_ms_p50 for m in metrics)
-    slow, value = _most(profile.each(phase), "latency_ms_p50")
+    slow, value = _most(profile.each(phase), "latency_ms_p50") or (0, math.nan)
     line = f"A {phase} step spends {short(step)} ms in MoE layers"
     if len(metrics) > 1:
         line += " (the sum of their medians)"

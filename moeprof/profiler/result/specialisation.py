@@ -50,17 +50,17 @@ def by_domain(profile):
     return frame[columns]
 
 
-ENOUGH = 5  # selections that an even choice would give
+ENOUGH = 8  # tokens of a domain that select an expert which may be called specialised
 
 
 def most_by_domain(profile):
     """The rows of `by_domain` that may be called specialised, the most so first.
 
-    Of a domain with so few tokens that an even choice would give an expert less than `ENOUGH`
-    selections, a large share is chance.
+    Of an expert that fewer than `ENOUGH` tokens of a domain select a large share is chance: the
+    largest of many shares of few tokens.
     """
     frame = by_domain(profile).dropna(subset="times")
-    frame = frame[frame["tokens"] * frame["baseline"] >= ENOUGH]
+    frame = frame[frame["tokens"] * frame["share"] >= ENOUGH - 0.5]  # whole numbers
     return frame.sort_values("times", ascending=False, kind="stable")
 
 

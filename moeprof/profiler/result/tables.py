@@ -98,8 +98,8 @@ def domains(profile) -> Table:
         ]  # fmt: skip
     return Table(
         "By domain", "The experts whose share of a domain's tokens is the most above k/E, that "
-        "of an even choice, of domains in which that would be at least "
-        f"{ENOUGH} selections.",
+        "of an even choice, where at least "
+        f"{ENOUGH} of its tokens select the expert.",
         [("", name) for name in ("domain", "layer", "expert", "share", "k/E", "times")], rows,
         ("domain",),
     )  # fmt: skip
