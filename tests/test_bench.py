@@ -276,7 +276,8 @@ def test_no_two_contenders_look_alike(number):
     names = [f"contender {n}" for n in range(number)]
     result = {
         "settings": {"shape": SHAPES["olmoe"]._asdict(), "dtype": "float32"},
-        "machine": {"cpu": "A $CPU$ \a", "features": [], "threads": 2}, "contenders": names, "layers": 4,
+        "machine": {"cpu": "A $CPU$ \a", "features": [], "threads": 2},
+        "contenders": names, "layers": 4,
         "rows": [{"tokens": t, "times": times_of(**dict.fromkeys(names, 1.0))} for t in (1, 2)],
     }  # fmt: skip
     for module in (layer, model):
