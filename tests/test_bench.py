@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from matplotlib.colors import to_rgb
 from models import V5
 from util import in_use
 
@@ -22,6 +23,7 @@ from moeprof.bench.settings import SHAPES, Shape
 from moeprof.bench.timing import interleave
 from moeprof.bench.weights import Calls, layer_weights
 from moeprof.cli import main
+from moeprof.figures import COLOURS, colours, plain
 from moeprof.routers import REGISTRY, make_router
 
 SHAPE = ("--shape", "8,32,16,4", "--repeats", 2)
@@ -267,6 +269,36 @@ def test_the_plot_has_the_limits_and_units():
     assert drawn["roof"] == [1.0, 4.0] and drawn["limit: reading the weights"] == [1.0, 2.0]
     assert "top-8" in axis.get_title("left")
     assert any("A CPU (avx2), 2 threads" in text.get_text() for text in axis.texts)
+
+
+@pytest.mark.parametrize("number", [1, 7, 14, 25])
+def test_no_two_contenders_look_alike(number):
+    names = [f"contender {n}" for n in range(number)]
+    result = {
+        "settings": {"shape": SHAPES["olmoe"]._asdict(), "dtype": "float32"},
+        "machine": {"cpu": "A $CPU$ \a", "features": [], "threads": 2},
+        "contenders": names, "layers": 4,
+        "rows": [{"tokens": t, "times": times_of(**dict.fromkeys(names, 1.0))} for t in (1, 2)],
+    }  # fmt: skip
+    for module in (layer, model):
+        (axis,) = module.figure(result).axes
+        axis.figure.canvas.draw()
+        drawn = [c.lines[0] for c in axis.containers]
+        assert len(drawn) == len({line.get_color() for line in drawn}) == number
+
+
+def test_colours_keep_their_distance():
+    for count in (6, 12, 18, 30):
+        made = np.array([to_rgb(colour) for colour in colours(count)])
+        apart = np.abs(made[:, None] - made).max(-1) + np.eye(count)
+        assert apart.min() > (0.12 if count <= 18 else 0.01)
+    assert colours(6) == list(COLOURS)
+
+
+def test_names_are_drawn_as_they_are():
+    assert plain("a $x$ name") == r"a \$x\$ name"
+    assert plain("\x07\N{BRAIN}é\n") == "□□é□"
+    assert plain("long " * 9, 8) == "long lo…"
 
 
 def test_the_other_figures_are_labelled():

@@ -1,6 +1,7 @@
 """Routers at an equal budget: texts, controls, effects, what is said of them, the command."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -25,6 +26,7 @@ from moeprof.comparison.controls import (
 from moeprof.comparison.effects import Table, interpolate, verdict
 from moeprof.comparison.findings import findings
 from moeprof.comparison.plan import plan_tables
+from moeprof.comparison.plots import figure
 from moeprof.comparison.report import console_tables, report
 from moeprof.comparison.splits import Splits, demo_documents, make_splits, split_documents
 from moeprof.comparison.store import Store, frame
@@ -346,6 +348,7 @@ def test_findings_when_bh_loses():
     )  # fmt: skip
     assert "BH loses to static top-k" in text
     assert "1 of 2 routers beat static top-k (fixed_p), 1 lose to it (bh)" in text
+    assert "can't be" not in text
     assert "cut at one fixed p, without the correction" in text and "(BH is farther)" in text
     share = best["effect"]["kl"]["estimate"] / oracle["effect"]["kl"]["estimate"]
     assert f"{100 * share:.0f} % of the oracle's gain" in text
@@ -380,10 +383,40 @@ def test_cells_out_of_reach_are_named_with_the_interval():
     assert "Out of reach, so not measured, 1 cells: ebh (lr) (reduction, equal: 6)" in " ".join(
         findings(run)
     )
+    assert "1 of 2 routers beat static top-k (bh), 0 lose to it, 1 can't be set to this budget" in (
+        " ".join(findings(run))
+    )
     page = report(run)
     assert "| ebh (lr) | - | - |" in page and "reaches from 1 to 1.5 experts per token" in page
     assert "| bh | -30" in page or "| bh | -29" in page or "| bh | -31" in page
     assert len(frame(run)) == 11 and list(console_tables(run))
+
+
+def test_the_figure_names_its_lines_and_counts_as_the_findings_do():
+    names = ["bh", *(f"r{i}" for i in range(9))]
+    cells = [
+        made_cell(contender=name, budget=budget, shift=0.004 * n - 0.01, seed=9 * n + budget)
+        for n, name in enumerate(names) for budget in (4, 6)
+    ]  # fmt: skip
+    cells.append(made_cell(contender="short", budget=6, shift=0.02, seed=99))
+    cells.append(made_cell("oracle", "oracle", shift=-0.04, seed=98))
+    run = made_run(*cells)
+    run["contenders"].append({"name": "never reached"})
+    left, right = figure(run).axes
+    said_of = {text.get_text() for text in left.texts}
+    assert {*names, "short", "oracle (knows the outputs)", "static top-k"} <= said_of
+    assert left.get_legend() is None
+    beside = [text.xyann for text in left.texts if hasattr(text, "xyann")]
+    heights = sorted(y for x, y in beside if x > 1)
+    assert np.diff(heights).min() > 0.03  # none over another
+    shown = [line for line in left.lines if line.get_label() in names]
+    assert len({line.get_color() for line in shown if line.get_color() != "#bbbbbb"}) == 5
+    for text in (*findings(run), left.get_title("left")):
+        assert all(n == "12" for n in re.findall(r"(?:\d|none) of (\d+) routers", text))
+    detail = " ".join(text.get_text() for text in right.texts)
+    assert "10 of 12 routers reach it" in detail
+    for kind in ("95 % interval", "band"):
+        assert kind in detail and f'"{kind}"' in report(run)
 
 
 def test_contenders_and_tables_are_chosen_by_name():

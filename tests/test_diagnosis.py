@@ -13,7 +13,7 @@ from moeprof import demo
 from moeprof.cli import main
 from moeprof.decoding import cache_of, decode
 from moeprof.diagnosis import ablation as ab
-from moeprof.diagnosis import diagnose
+from moeprof.diagnosis import diagnose, plots
 from moeprof.diagnosis import statistics as st
 from moeprof.diagnosis.discoveries import DELTAS, FDP, discovery_rows
 from moeprof.diagnosis.pvalues import selection_rows
@@ -283,6 +283,40 @@ def test_files_are_written_whole(small, tmp_path):
     for name in small.figures:
         png = (tmp_path / "new" / f"diagnosis_{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG") and png.rstrip().endswith(b"IEND\xaeB`\x82")
+
+
+def test_figures_say_what_came_out_and_what_their_letters_mean(small):
+    ablation, selection, p_values = map(small.figure, ("ablation", "selection", "p_values"))
+    for words in ("FDP:", "δ0 (the dots):", "r: rank"):
+        assert words in ablation.get_supxlabel().replace("\n", " ")
+    for words in ("R: how many", "λ, π̂0:", "KS distance:"):
+        assert words in selection.get_supxlabel().replace("\n", " ")
+    fdp = small.to_frame("fdp")
+    name = next(iter(small.facts["compared"]))
+    of = (fdp["routing"] == name) & (fdp["layer"] == ALL) & (fdp["quantity"] == "FDP(delta0)")
+    row = fdp[of].iloc[0]
+    assert f"{name}: FDP at δ0 is {row['estimate']:.2f}" in ablation.get_suptitle()
+    for alpha, side in ((row["low"] - 0.01, "above"), (row["high"] + 0.01, "below"),
+                        (row["estimate"], "not told from")):  # fmt: skip
+        said = plots.fdp_verdict(fdp, small.facts | {"alpha": float(alpha)})
+        assert f"], {side} alpha = " in said
+    assert "alpha" not in plots.fdp_verdict(fdp, small.facts | {"alpha": None})
+    assert "of the tokens" in selection.get_suptitle()
+    pi0 = small.to_frame("pi0")
+    for low, high, inside in ((0.9, 1.1, 4), (1.01, 1.1, 0)):
+        said = plots.uniform_verdict(pi0.assign(low=low, high=high))
+        assert f"stock {inside} of 4, patched {inside} of 4" in said
+    assert p_values.get_suptitle() == plots.uniform_verdict(pi0)
+
+
+def test_a_figures_title_says_what_decides_most(small):
+    frame = small.to_frame("selection")
+    for floor, ceiling, said in ((0.8, 0.1, "min_k = 1 decides for 80 %"),
+                                 (0.1, 0.7, "decides for 70 %"),
+                                 (0.1, 0.2, "R itself decides for 70 %")):  # fmt: skip
+        values = {"P(R < min_k)": floor, "P(R > max_k)": ceiling}
+        made = frame.assign(estimate=frame["quantity"].map(values))
+        assert said in plots.clamp_verdict(made, small.facts)
 
 
 def test_a_null_without_a_fit_has_no_domains(loaded):

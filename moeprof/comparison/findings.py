@@ -8,6 +8,13 @@ from .plan import REDUCTION, WIDE
 
 PRIMARY_BUDGETS = (4, 6)
 NO_ADAPTIVITY = "no token adaptivity shown"
+# One notation everywhere, figure, findings and tables.
+INTERVALS = (
+    "Three kinds of interval, each of 95 %. \"95 % interval\", a thick bar: of one number alone, "
+    "over documents. \"band\", a thin bar or shaded: all bands of a table hold at once; verdicts "
+    "go by it. \"band\" against shuffled-k: the same of the difference from the router's own "
+    "numbers of experts dealt to other tokens; where it reaches 0 or is above, the dot is hollow."
+)
 OTHERS = {
     "fixed_p": "the same p-values cut at one fixed p, without the correction",
     "bh (logit)": "BH on raw logits",
@@ -40,6 +47,14 @@ class View:
         fixed = [budget for budget in PRIMARY_BUDGETS if budget in there]
         return fixed or [there[len(there) // 2]]
 
+    def count(self, cells) -> str:
+        """"2 of 18 routers": of all that are compared, whether or not they reach the budget."""
+        return f"{len({cell['contender'] for cell in cells})} of {len(self.contenders)} routers"
+
+    def unreached(self, cells) -> int:
+        """Routers without one of these cells."""
+        return len(self.contenders) - len({cell["contender"] for cell in cells})
+
     @property
     def outside(self):
         return [cell for cell in self.run["cells"] if cell["status"] == "outside"]
@@ -59,7 +74,7 @@ def findings(run):
 
 
 def signed(effect, form="+.4f"):
-    """"-0.0123 (95 % interval -0.0140 to -0.0106; band -0.0160 to -0.0086)"."""
+    """"-0.0123 (95 % interval -0.0140 to -0.0106; band -0.0160 to -0.0086)"; see INTERVALS."""
     value, low, high, band_low, band_high = (
         format(effect[name], form) for name in ("estimate", "low", "high", "band_low", "band_high")
     )
@@ -98,10 +113,14 @@ def _ranking(view, table):
         order = sorted(cells, key=lambda cell: cell["effect"]["kl"]["estimate"])
         lead = f"Table {table}, budget {budget} in every layer: "
         if won:
-            text = f"{len(won)} of {len(cells)} routers beat static top-k ({_names(won, order)})"
+            text = f"{view.count(won)} beat static top-k ({_names(won, order)})"
         else:
-            text = f"none of {len(cells)} routers beats static top-k"
+            text = f"none of {len(view.contenders)} routers beats static top-k"
         text += f", {len(lost)} lose to it" + (f" ({_names(lost, order)})" if lost else "")
+        undecided = len(cells) - len(won) - len(lost)
+        text += f", {undecided} can't be told from it" if undecided else ""
+        missing = view.unreached(cells)
+        text += f", {missing} can't be set to this budget" if missing else ""
         best, worst = order[0], order[-1]
         yield (
             f"{lead}{text}. Closest to the full model is {best['contender']}, "

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..figures import COLOURS, MARKERS
+from ..figures import COLOURS, line_styles
 from .contenders import PRIMARY
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, adaptive, verdict
 from .findings import View
@@ -10,6 +10,7 @@ from .findings import View
 GREY, DARK = "#bbbbbb", "#555555"
 LINEAR, TICKS = 5, (5, 10, 30, 100, 300, 1000)  # of the axes, in nats/1000
 SHOWN = 4  # routers in colour, besides BH: the best of the table and the worst
+LINE = 0.034  # of the panel's height: from one name beside a line to the next
 CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs)")}
 
 
@@ -24,7 +25,7 @@ def figure(run):
     view = View(run)
     tables = [name for name in view.tables if view.cells(table=name)]
     fig = Figure(figsize=(16, 7.2 * max(len(tables), 1)), dpi=100, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    fig.get_layout_engine().set(w_pad=0.15, h_pad=0.35)  # room for the titles
     if not tables:
         fig.text(0.5, 0.5, "no router has finished", ha="center", size=14)
         return fig
@@ -37,7 +38,8 @@ def figure(run):
 
 
 def _title(axis, headline, detail):
-    axis.set_title(headline, loc="left", size=15, weight="bold", pad=26).set_in_layout(False)
+    pad = 26 + 16 * detail.count("\n")
+    axis.set_title(headline, loc="left", size=15, weight="bold", pad=pad).set_in_layout(False)
     # Long lines must not make the axes narrower.
     text = axis.text(0, 1.015, detail, transform=axis.transAxes, size=12, color="#444444")
     text.set_in_layout(False)
@@ -77,17 +79,15 @@ def _static(view):
 
 def _curves(axis, view, table, coloured):
     """Effects against experts: static top-k is the line at 0."""
-    for name in view.contenders:
+    for name in (name for name in view.contenders if name not in coloured):
         experts, effect, _, _ = _line(view, table, ROUTER, name)
-        axis.plot(experts, 1e3 * effect, color=GREY, linewidth=1, zorder=1)
-    if len(view.contenders) > SHOWN + 1:
-        axis.plot([], [], color=GREY, label="other routers")
-    for number, name in enumerate(coloured):
+        axis.plot(experts, 1e3 * effect, color=GREY, linewidth=1, zorder=1, label=name)
+    for name, style in zip(coloured, line_styles(len(coloured)), strict=True):
         experts, effect, low, high = _line(view, table, ROUTER, name)
-        style = {"color": COLOURS[number % len(COLOURS)], "zorder": 4 - (number > 0)}
         axis.fill_between(experts, 1e3 * low, 1e3 * high, color=style["color"], alpha=0.15, lw=0)
-        axis.plot(experts, 1e3 * effect, marker=MARKERS[number % len(MARKERS)], markersize=7,
-                  linewidth=2.6 if name == PRIMARY else 1.8, label=name, **style)  # fmt: skip
+        primary = name == PRIMARY
+        axis.plot(experts, 1e3 * effect, markersize=7, linewidth=2.6 if primary else 1.8,
+                  label=name, zorder=3 + primary, **style)  # fmt: skip
     for role, (dashes, label) in CONTROLS.items():
         name = {RANDOM: "random R", ORACLE: "oracle"}[role]
         experts, effect, _, _ = _line(view, table, role, name)
@@ -96,8 +96,7 @@ def _curves(axis, view, table, coloured):
     _scale(axis, "y", np.concatenate([line.get_ydata() for line in axis.lines]).astype(float))
     axis.annotate("static top-k", (0, 0), (4, 4), axis.get_yaxis_transform(), "offset points",
                   size=11)  # fmt: skip
-    axis.legend(fontsize=11, frameon=False, ncols=4, loc="upper left",
-                bbox_to_anchor=(0, -0.1))  # fmt: skip
+    _name_lines(axis)
     axis.set_xticks(view.tables[table]["budgets"])
     axis.grid(color="#e4e4e4")
     axis.set_axisbelow(True)
@@ -105,7 +104,7 @@ def _curves(axis, view, table, coloured):
     axis.set_ylabel("KL to the full model less static's, nats/1000", size=13)
     most = view.tables[table]["max_k"]
     _title(axis, _headline(view, table), f"table {table}: at most {most} experts a token; "
-           "below 0 is better; shaded: table-wide bands")  # fmt: skip
+           "below 0 is better; shaded: bands")  # fmt: skip
 
 
 def _scale(axis, name, values):
@@ -126,10 +125,41 @@ def _headline(view, table):
         name for name in won
         if all(verdict(c["effect"]["kl"]) == BETTER for c in cells if c["contender"] == name)
     ]  # fmt: skip
-    total = len({cell["contender"] for cell in cells})
     if not won:
-        return "No router beats static top-k at any budget"
-    return f"{len(won)} of {total} routers beat static top-k somewhere, {len(everywhere)} always"
+        return f"None of {len(view.contenders)} routers beats static top-k at any budget"
+    counted = f"{len(won)} of {len(view.contenders)} routers"
+    return f"{counted} beat static top-k somewhere, {len(everywhere)} always"
+
+
+def _name_lines(axis):
+    """Each line's name at its right end, moved up or down where names would overlap."""
+    lines = [line for line in axis.lines if len(line.get_xdata()) and line.get_label()[0] != "_"]
+    place = axis.transData + axis.transAxes.inverted()
+    ends = [place.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
+    order = np.argsort([y for _, y in ends], kind="stable")
+    heights = _apart(np.array([ends[i][1] for i in order]), LINE)
+    for i, height in zip(order, heights, strict=True):
+        line, colour = lines[i], lines[i].get_color()
+        axis.annotate(
+            line.get_label(), ends[i], (1.04, height), "axes fraction", "axes fraction",
+            size=11, va="center", color="#666666" if colour == GREY else colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0,
+                        "shrinkB": 2},
+        )  # fmt: skip
+
+
+def _apart(heights, least):
+    """Ascending heights (N,), moved as little as a few passes can to be `least` apart."""
+    made = heights.astype(float).copy()
+    for _ in range(200):
+        close = np.flatnonzero(np.diff(made) < least - 1e-9)
+        if not len(close):
+            break
+        for i in close:
+            push = (least - (made[i + 1] - made[i])) / 2
+            if push > 0:
+                made[i], made[i + 1] = made[i] - push, made[i + 1] + push
+    return made
 
 
 def _forest(axis, view, table):
@@ -160,5 +190,9 @@ def _forest(axis, view, table):
     axis.grid(axis="x", color="#e4e4e4")
     axis.set_axisbelow(True)
     axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
-    detail = "thick 95 %, thin table-wide; hollow: no adaptivity"
+    reached = view.count([cell for cell in cells if cell["role"] == ROUTER])
+    detail = (
+        f"{reached} reach it; thick: 95 % interval; thin: band\n"
+        "hollow: the band against shuffled-k reaches 0"
+    )
     _title(axis, f"At a budget of {budget} experts in every layer", detail)

@@ -3,7 +3,7 @@
 from ..bench.machine import in_one_line
 from .contenders import LEFT_OUT
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, WORSE, adaptive, verdict
-from .findings import NO_ADAPTIVITY, View, findings
+from .findings import INTERVALS, NO_ADAPTIVITY, View, findings
 
 FIGURE = "comparison.png"
 ALLOCATION = {
@@ -78,15 +78,18 @@ def _protocol(run):
         yield f"Null {name}: {text}."
     yield (
         "Effect: mean KL(full model || router) less that of static top-k, k = 1, 2, ... joined by "
-        "straight lines, at the router's own average on the test text. Intervals: 2,000 draws of "
-        "documents within their domains; bands by max-|t| over every effect and comparison of a "
-        "table. Primary, fixed before the run: BH on logprob under the efron null, the budget in "
-        "every layer, against static at 4 and 6."
+        "straight lines, at the router's own average on the test text. Primary, "
+        "fixed before the run: BH on logprob under the efron null, the budget in every "
+        "layer, against static at 4 and 6."
     )
     yield (
         "Controls: shuffled-k deals a router's own numbers of experts to other tokens of the "
         "layer; random R draws 1 + Binomial; the oracle keeps those of the model's own top-k "
         "whose output is large, which no router can know."
+    )
+    yield (
+        f"{INTERVALS} By 2,000 draws of documents within their domains, bands by max-|t| over "
+        "every effect and comparison of a table."
     )
     yield LEFT_OUT
     yield (
@@ -171,7 +174,8 @@ def detail_rows(view, table, budget):
 def _against(against):
     if against is None:
         return ""
-    text = f"{against['estimate']:+.4f} ({against['band_low']:+.4f} to {against['band_high']:+.4f})"
+    ends = f"{against['band_low']:+.4f} to {against['band_high']:+.4f}"
+    text = f"{against['estimate']:+.4f} (band {ends})"
     silent = against["band_low"] <= 0 <= against["band_high"]
     return f"{text}: {NO_ADAPTIVITY}" if silent else text
 

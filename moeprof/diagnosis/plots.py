@@ -1,25 +1,32 @@
 """Figures of a diagnosis: each panel answers one question, with axes, units and intervals."""
 
+from textwrap import wrap
+
 import numpy as np
 
-from ..figures import COLOURS
+from ..figures import COLOURS, plain
 from .result import PATCHED, STOCK
 from .rows import ALL
 from .statistics import BINS
 
+DOMAIN = 16  # characters of a domain's name beside its row
 MOST = 6  # layers in one figure; of more, evenly spaced ones
 GREY = "#777777"
 _OF = {STOCK: COLOURS[0], PATCHED: COLOURS[5]}
 _MARK = {STOCK: "o", PATCHED: "s"}
 
 
-def _figure(rows, columns, title, height=4.1, width=4.0):
+def _figure(rows, columns, title, note="", height=4.1, width=4.0):
+    """title: what came out; note: what the letters in the panels mean."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(max(width * columns, 12), height * rows + 0.9), dpi=100,
                  layout="constrained")  # fmt: skip
     fig.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
     fig.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
+    if note:
+        fig.supxlabel("\n".join(wrap(note, 11 * round(fig.get_figwidth()))), x=0.01, ha="left",
+                      size=11, color="#444444")  # fmt: skip
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
@@ -42,12 +49,52 @@ def _style(axis, x, y, title):
     axis.set_axisbelow(True)
 
 
+def uniform_verdict(pi0) -> str:
+    """Whether π̂0 at the middle λ is told from 1, of each model's logits; from its table."""
+    at = pi0["at"].astype(float)
+    middle = pi0[at == sorted(set(at))[len(set(at)) // 2]]
+    parts = []
+    for routing in (STOCK, PATCHED):
+        rows = middle[(middle["routing"] == routing) & (middle["layer"] != ALL)]
+        inside = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum())
+        parts.append(f"{routing} {inside} of {len(rows)}")
+    where = f"λ {float(middle['at'].iloc[0]):g}"
+    return f"Layers where π̂0 at {where} is as uniform p-values give, 1: {', '.join(parts)}"
+
+
+def clamp_verdict(selection, facts) -> str:
+    """What decides the number of experts most often, on the patched model."""
+    frame = selection[(selection["layer"] == ALL) & (selection["routing"] == PATCHED)]
+    frame = frame.set_index("quantity")["estimate"]
+    floor, ceiling = frame["P(R < min_k)"], frame["P(R > max_k)"]
+    shares = {
+        f"min_k = {facts['min_k']} decides for {100 * floor:.0f} % of the tokens": floor,
+        f"max_k = {facts['max_k']} decides for {100 * ceiling:.0f} % of the tokens": ceiling,
+        f"R itself decides for {100 * (1 - floor - ceiling):.0f} % of the tokens":
+            1 - floor - ceiling,
+    }  # fmt: skip
+    return max(shares, key=shares.get)
+
+
+def fdp_verdict(fdp, facts) -> str:
+    """FDP at δ0 over all layers of the first router, beside its alpha where it has one."""
+    router = next(iter(facts["compared"]))
+    rows = fdp[(fdp["routing"] == router) & (fdp["layer"] == ALL)]
+    row = rows[rows["quantity"] == "FDP(delta0)"].iloc[0]
+    ends = f"{row['estimate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    alpha = facts["alpha"]
+    if not isinstance(alpha, float):
+        return plain(f"{router}: FDP at δ0 is {ends}")
+    side = "above" if row["low"] > alpha else "below" if row["high"] < alpha else "not told from"
+    return plain(f"{router}: FDP at δ0 is {ends}, {side} alpha = {alpha:g}")
+
+
 def p_values(diagnosis):
     """Are the p-values of unneeded experts uniform? Histogram and QQ curve of each layer."""
     histogram, cdf = diagnosis.to_frame("histogram"), diagnosis.to_frame("cdf")
     layers = _shown(histogram)
-    title = "p-values of all experts on held-out text: uniform would be the dashed line"
-    fig, axes = _figure(2, len(layers), title)
+    note = "Held-out text; uniform p-values would follow the dashed lines; shaded: 95 % intervals."
+    fig, axes = _figure(2, len(layers), uniform_verdict(diagnosis.to_frame("pi0")), note)
     for column, layer in enumerate(layers):
         for routing in (STOCK, PATCHED):
             rows = histogram[(histogram["layer"] == layer) & (histogram["routing"] == routing)]
@@ -83,7 +130,14 @@ def _qq(axis, rows, routing):
 
 def selection(diagnosis):
     """What decides R, and does a null travel between domains?"""
-    fig, axes = _figure(2, 3, f"Selections of {diagnosis.facts['router']}", 4.4, 5.6)
+    facts = diagnosis.facts
+    note = (
+        "R: how many p-values the router rejects for a token, before min_k and max_k. λ, π̂0: "
+        "#{p > λ} / ((1 − λ) n), the share of experts that the null explains. KS distance: the "
+        "largest difference of two distribution functions. Bars and brackets: 95 % intervals."
+    )
+    title = f"{facts['router']}: {clamp_verdict(diagnosis.to_frame('selection'), facts)}"
+    fig, axes = _figure(2, 3, plain(title), note, 4.4, 5.6)
     _pi0(axes[0, 0], diagnosis.to_frame("pi0"))
     frame = diagnosis.to_frame("selection")
     _bars(axes[0, 1], frame, ("P(R < min_k)", "P(R > max_k)"), ("floor", "ceiling"), 100)
@@ -158,8 +212,9 @@ def _matrix(axis, frame, form, title):
         ends = f"{row['estimate']:{form}}\n[{row['low']:{form}}, {row['high']:{form}}]"
         axis.text(*place, ends, ha="center", va="center", size=9,
                   color="white" if dark else "black")  # fmt: skip
-    axis.set_xticks(range(len(across)), across)
-    axis.set_yticks(range(len(down)), down)
+    turn = 30 if len(across) > 4 else 0
+    axis.set_xticks(range(len(across)), [plain(name, DOMAIN) for name in across], rotation=turn)
+    axis.set_yticks(range(len(down)), [plain(name, DOMAIN) for name in down])
     axis.tick_params(length=0)
     axis.set_xlabel("checked on held-out text of", size=11)
     axis.set_ylabel("null fitted on", size=11)
@@ -170,8 +225,14 @@ def ablation(diagnosis):
     """How many selected experts did nothing for the next token? By delta, and taken together."""
     fdp, curve = diagnosis.to_frame("fdp"), diagnosis.to_frame("fdp curve")
     layers = _shown(curve)
-    positions = diagnosis.facts["positions"]
-    fig, axes = _figure(2, len(layers), f"False discoveries by ablation, {positions:,} positions")
+    note = (
+        f"{diagnosis.facts['positions']:,} positions. FDP: of the experts that the router selects "
+        "at a position, the share without which the next token's loss rises by less than δ nats; "
+        "mean over positions. δ0 (the dots): 95 % of random experts that were not selected change "
+        "the loss by less when they are added. r: rank of an expert by its weight; all of rank "
+        "above r are removed. Shaded and bars: 95 % intervals."
+    )
+    fig, axes = _figure(2, len(layers), fdp_verdict(fdp, diagnosis.facts), note)
     routers = list(dict.fromkeys(curve["routing"]))
     colours = dict(zip(routers, (COLOURS[5], COLOURS[2], COLOURS[0]), strict=False))
     alpha = diagnosis.facts["alpha"]
@@ -190,7 +251,8 @@ def ablation(diagnosis):
             axis.axhline(alpha, color="black", linestyle="--", linewidth=1, label="alpha")
         axis.set_xscale("log")
         axis.set_ylim(0, 1)
-        _style(axis, "δ (nats of next-token loss)", "FDP", f"layer {layer}; dots: at δ0")
+        _style(axis, "δ (nats of next-token loss)", "FDP (share, 0 to 1)",
+               f"layer {layer}; dots: at δ0")  # fmt: skip
         _together(axes[1, column], diagnosis, layer, routers[0], colours[routers[0]])
     axes[0, 0].legend(frameon=False, fontsize=10, loc="upper left")
     if axes[1, 0].get_legend_handles_labels()[0]:
@@ -215,4 +277,6 @@ def _together(axis, diagnosis, layer, router, colour):
         axis.errorbar(at + off, y, yerr=np.abs([y - low, high - y]), fmt=f"{mark}-", capsize=2,
                       color=shade, label=name)  # fmt: skip
     axis.axhline(0, color="black", linewidth=1)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    ranks = sorted(set(joint["at"].astype(int)))
+    axis.set_xticks(ranks)
+    axis.set_xlim(min(ranks, default=0) - 0.5, max(ranks, default=0) + 0.5)
