@@ -58,6 +58,7 @@ def files(folder):
 
 RESULTS = [
     "bh_routing_full_results.json",
+    "bh_routing_quality.csv",
     "bh_routing_report.md",
     "bh_routing_summary.csv",
     "visualizations/bh_routing_analysis.png",
@@ -82,14 +83,14 @@ def test_sweep_of_the_demo_model(tmp_path, prompts):
     assert "ALL EXPERIMENTS COMPLETE!" in lines
     assert "\x1b" not in stdout
     assert files(out) == RESULTS
-    table = pandas.read_csv(out / RESULTS[2])
+    table = pandas.read_csv(out / RESULTS[3])
     assert len(table) == 21 and table["avg_experts"][0] == 8
     assert (table["avg_experts"][1:] < 8).all() and table["avg_experts_simple"].notna().all()
     run = json.loads((out / RESULTS[0]).read_text())
     assert run["threads"] == 1 and run["dtype"] == "float32"
     assert [len(tokens) for tokens in run["results"][0]["generated_tokens"]] == [20, 20]
-    assert "efron null" in run["null"] and "logprob" in run["null"]
-    assert run["null"] in (out / RESULTS[1]).read_text()
+    assert "trimmed null" in run["null"] and "logprob" in run["null"]
+    assert run["null"] in (out / RESULTS[2]).read_text()
 
 
 def test_ctrl_c(tmp_path, tiny, prompts):
@@ -106,7 +107,7 @@ def test_ctrl_c(tmp_path, tiny, prompts):
     assert "Interrupted: 2 of 9 are finished" in stdout
     assert "Traceback" not in stderr
     assert files(tmp_path / "r") == RESULTS
-    assert len(pandas.read_csv(tmp_path / "r" / RESULTS[2])) == 2
+    assert len(pandas.read_csv(tmp_path / "r" / RESULTS[3])) == 2
 
 
 def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
@@ -137,7 +138,7 @@ def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
     for text, null in zip(texts, nulls, strict=True):
         calibrate("--model", tiny, "--text", text, "--out", null)
     whole = calibrate("--model", tiny, "--text", *texts, "--out", tmp_path / "w.safetensors")
-    assert whole.kind == "efron"
+    assert whole.kind == "trimmed"
     for order in ((0, 1, 2), (2, 0, 1)):
         inputs = [nulls[i] for i in order]
         merged = calibrate("--merge", *inputs, "--out", tmp_path / "m.safetensors")

@@ -66,9 +66,10 @@ def _use(axis, points, baseline, static, found, marks):
     _legend(axis, points)
     axis.set_xlim(0.7, max(baseline["max_k"], top) + 0.3)
     values = [p["bits_above_own"] for p in [*points, *static, *found]]
-    if values and min(values) > 0:
-        axis.set_yscale("log")
+    if values and min(values) > 0:  # logarithmic down to the smallest, straight from there to 0
+        axis.set_yscale("symlog", linthresh=min(values))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(-0.2 * min(values), None)
     label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
     title(axis, _headline(points, static, found, marks), "down is better; bars and band: 95 %")
 

@@ -132,7 +132,6 @@ def _table(groups):
 
     columns = {
         "experts": ("avg_experts", "{:.2f}"),
-        "saved %": ("reduction_pct", "{:.1f}"),
         "perplexity": ("perplexity", "{:.3f}"),
         "Δ perplexity": ("delta_perplexity", "{:+.3f}"),
         "bits/byte": ("bits_per_byte", "{:.4f}"),
