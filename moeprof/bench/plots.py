@@ -1,6 +1,6 @@
 """The figures of the benchmarks."""
 
-from ..experiment.plots import COLOURS, MARKERS
+from ..experiment.drawing import COLOURS, MARKERS
 from .machine import in_one_line
 
 INTERVAL = "median of the rounds; bars: their quartiles"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..experiment.plots import COLOURS, MARKERS
+from ..experiment.drawing import COLOURS, MARKERS
 from .contenders import PRIMARY
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, adaptive, verdict
 from .findings import View

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..experiment.plots import COLOURS
+from ..experiment.drawing import COLOURS
 from .result import PATCHED, STOCK
 from .rows import ALL
 from .statistics import BINS

@@ -49,8 +49,8 @@ def _for(run, budget):
     if _of_grid(run, budget) is None and len(run["results"]) > 1:
         nearest = min(run["results"][1:], key=lambda r: abs(r["avg_experts_heldout"] - budget))
         others.append(
-            f"no BH configuration of the grid is within {NEAR:.0%} of {budget:g} experts; the "
-            f"nearest is {_other(nearest, budget)}"
+            f"no BH configuration of the grid is within {100 * NEAR:.0f} % of {budget:g} experts; "
+            f"the nearest is {_other(nearest, budget)}"
         )
     return {
         "budget": budget,

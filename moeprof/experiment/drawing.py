@@ -2,6 +2,8 @@
 
 import numpy as np
 
+# Okabe & Ito: told apart with every kind of colour vision; black is left for the baseline.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 

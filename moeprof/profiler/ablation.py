@@ -15,8 +15,8 @@ from ..console import make_console
 from ..console import progress as progress_bar
 from ..evaluation import bootstrap, evaluating
 from ..evaluation.passes import batches
+from ..experiment.drawing import COLOURS, MARKERS
 from ..experiment.heldout import HeldOut, heldout_windows
-from ..experiment.plots import COLOURS, MARKERS
 from ..routers import TopK
 
 COLUMNS = ("layer", "name", "k", "loss", "loss_change", "low", "high")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...experiment.plots import COLOURS
+from ...experiment.drawing import COLOURS
 
 _OF = {"prefill": COLOURS[0], "decode": COLOURS[5]}
 

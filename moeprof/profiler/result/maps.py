@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...experiment.plots import COLOURS
+from ...experiment.drawing import COLOURS
 from .drawing import figure, ticks_for
 from .structure import clustered, move_structure, pair_structure, strongest
 

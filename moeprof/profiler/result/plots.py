@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ...experiment.plots import COLOURS
+from ...experiment.drawing import COLOURS
 from . import maps
 from .drawing import by_layer, figure, marked, of_phase, style
 from .metrics import ratio_each
