@@ -34,7 +34,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def null():
-    return demo.null()
+    return demo.null("efron")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """Fitting a null through both layouts of OLMoE."""
 
 import copy
+import io
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -105,9 +108,9 @@ def test_half_of_the_top_k_is_trimmed_rounded_up(k, half):
 
 def test_a_fit_takes_no_special_tokens_and_windows_of_any_text(model):
     # Windows of 8 of "abcdefghij": 7 + 1 tokens counted; 1 left over is none.
-    assert fit(model, ["abcdefghij"], window=8).tokens == 8
-    assert fit(model, ["abcdefghi"], window=8).tokens == 7
-    assert fit(model, ["abcdefghij"]).tokens == 9
+    assert fit(model, ["abcdefghij"] * 3, window=8).tokens == 3 * 8
+    assert fit(model, ["abcdefghi"] * 3, window=8).tokens == 3 * 7
+    assert fit(model, ["abcdefghij"] * 3).tokens == 3 * 9
 
 
 def test_fits_merge_as_texts_do(model):
@@ -170,15 +173,29 @@ def test_logits_that_are_not_finite_name_the_layer(model):
     ({"score": "z"}, "score: expected one of logprob, logit, centred, got 'z'"),
     ({"kind": "trimmed", "r_high": 4, "r_low": 4}, "sum below the 8 experts, got 4 and 4"),
     ({"kind": "trimmed", "r_high": -1}, "got -1 and 1"),
-    ({"r_low": 1}, "belong to kind='trimmed'"),
+    ({"kind": "efron", "r_low": 1}, "belong to kind='trimmed'"),
     ({"kind": "all", "r_high": 1}, "belong to kind='trimmed'"),
     ({"window": 1}, "window: expected at least 2"),
-    ({"texts": []}, "at least 2 tokens, got 0"),
-    ({"texts": ["a", ""]}, "at least 2 tokens, got 2"),
+    ({"texts": []}, r"at least 20 tokens \(better 2,000\), got 0 from 0 text"),
+    ({"texts": ["a", ""]}, r"at least 20 tokens \(better 2,000\), got 0 from 2 text"),
+    ({"texts": ["a" * 20]}, r"at least 20 tokens \(better 2,000\), got 19 from 1 text"),
 ])
 def test_bad_options(model, options, message):
     with pytest.raises(ValueError, match=message):
         fit(model, **options)
+
+
+@pytest.mark.parametrize("tokens, warned", [(20, True), (1999, True), (2000, False)])
+def test_a_null_of_few_tokens_is_warned_of(model, tokens, warned):
+    """20 are one score beyond BH's first threshold at alpha 0.05, 2,000 are a hundred."""
+    texts = ["a" * 21] * (tokens // 20)
+    texts += ["a" * (tokens % 20 + 1)] if tokens % 20 else []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert fit(model, texts).tokens == tokens
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == warned
+    assert all(f"fitted to {tokens:,} tokens" in m and "2,000" in m for m in messages)
 
 
 def test_bad_arguments(model):
@@ -277,6 +294,26 @@ def test_the_recorded_name_tells_no_path(model, tmp_path):
 def test_the_bar_is_for_long_fits_only(model, capfd):
     fit(model, progress=True)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_bar_of_files_shows_what_is_left(model, tmp_path, monkeypatch):
+    """The share of the files' bytes, and the time that the rest will take."""
+    import tqdm
+
+    path, screen, real = tmp_path / "text.txt", io.StringIO(), tqdm.tqdm
+
+    def at_once(**options):
+        return real(**options | {"delay": 0, "mininterval": 0, "file": screen})
+
+    path.write_text("the quick brown fox\n" * 400)
+    monkeypatch.setattr(tqdm, "tqdm", at_once)
+    fit(model, TextFiles([path]), progress=True)
+    shown = screen.getvalue()
+    assert "calibrating" in shown and "8.00k/8.00k" in shown
+    assert re.search(r"[1-9]\d?%\|.*\[\d\d:\d\d<\d\d:\d\d", shown)
+    screen.truncate(0)
+    fit(model, TextFiles([path]), progress=False)
+    assert not screen.getvalue().strip("\0")
 
 
 # ---------------------------------------------------------------- any amount of text
@@ -417,15 +454,17 @@ def test_the_halves_share_no_document_and_have_each_domain():
     assert demo.calibration_halves() == halves
 
 
-def test_the_shipped_null_is_the_demo_models_and_that_of_a_refit():
+@pytest.mark.parametrize("kind", ["trimmed", "efron"])
+def test_the_shipped_nulls_are_the_demo_models_and_those_of_a_refit(kind):
     pytest.importorskip("statsmodels")
     from moeprof.demo import fit as command
 
-    shipped = demo.null()
+    shipped = demo.null(kind)
     shipped.check(demo.load()[0])
-    assert (shipped.kind, shipped.score, shipped.model_name) == ("efron", "logprob", "moeprof/demo")
-    assert demo.NULL_PATH.stat().st_size < 1_500_000
-    again = command.fitted()
+    assert (shipped.kind, shipped.score, shipped.model_name) == (kind, "logprob", "moeprof/demo")
+    assert (shipped.r_high, shipped.r_low) == ((4, 4) if kind == "trimmed" else (0, 0))
+    assert demo.NULL_PATHS[kind].stat().st_size < 1_500_000
+    again = command.fitted(kind)
     assert (again.tokens, again.text_digest) == (shipped.tokens, shipped.text_digest)
     # Other versions and CPUs sum in another order, which takes a score over an edge at times.
     moved = np.abs(again.counts.astype(int) - shipped.counts.astype(int)).sum()
@@ -436,7 +475,14 @@ def test_the_shipped_null_is_the_demo_models_and_that_of_a_refit():
     for index in range(len(shipped)):
         mine, its = shipped.layer(index), again.layer(index)
         np.testing.assert_allclose(mine.table[3:], its.table[3:], atol=1e-4)
-        np.testing.assert_allclose(mine.local_fdr, its.local_fdr, atol=1e-2)
+        if kind == "efron":
+            np.testing.assert_allclose(mine.local_fdr, its.local_fdr, atol=1e-2)
+
+
+def test_routing_takes_the_trimmed_null_unless_told_otherwise():
+    assert demo.null().kind == "trimmed"
+    with pytest.raises(ValueError, match="kind: expected one of trimmed, efron, got 'all'"):
+        demo.null("all")
 
 
 def test_layer_null_shows_no_table():

@@ -58,6 +58,7 @@ def files(folder):
 
 RESULTS = [
     "bh_routing_full_results.json",
+    "bh_routing_quality.csv",
     "bh_routing_report.md",
     "bh_routing_summary.csv",
     "visualizations/bh_routing_analysis.png",
@@ -82,14 +83,14 @@ def test_sweep_of_the_demo_model(tmp_path, prompts):
     assert "ALL EXPERIMENTS COMPLETE!" in lines
     assert "\x1b" not in stdout
     assert files(out) == RESULTS
-    table = pandas.read_csv(out / RESULTS[2])
+    table = pandas.read_csv(out / RESULTS[3])
     assert len(table) == 21 and table["avg_experts"][0] == 8
     assert (table["avg_experts"][1:] < 8).all() and table["avg_experts_simple"].notna().all()
     run = json.loads((out / RESULTS[0]).read_text())
     assert run["threads"] == 1 and run["dtype"] == "float32"
     assert [len(tokens) for tokens in run["results"][0]["generated_tokens"]] == [20, 20]
-    assert "efron null" in run["null"] and "logprob" in run["null"]
-    assert run["null"] in (out / RESULTS[1]).read_text()
+    assert "trimmed null" in run["null"] and "logprob" in run["null"]
+    assert run["null"] in (out / RESULTS[2]).read_text()
 
 
 def test_ctrl_c(tmp_path, tiny, prompts):
@@ -106,7 +107,7 @@ def test_ctrl_c(tmp_path, tiny, prompts):
     assert "Interrupted: 2 of 9 are finished" in stdout
     assert "Traceback" not in stderr
     assert files(tmp_path / "r") == RESULTS
-    assert len(pandas.read_csv(tmp_path / "r" / RESULTS[2])) == 2
+    assert len(pandas.read_csv(tmp_path / "r" / RESULTS[3])) == 2
 
 
 def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
@@ -123,6 +124,26 @@ def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
     assert "Left out: max_k 64, the model has 8 experts" in capsys.readouterr().out
 
 
+def test_a_grid_and_text_of_the_users_own(tmp_path, tiny, prompts, capsys):
+    """--alphas, --max-k, --static and --text are what runs, and the files say so."""
+    text, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    documents = [document.text[:1500] for document in demo.heldout_documents()[:3]]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    options = ["--null", "normal", "--prompts", prompts, "--text", text, "--out", out]
+    grid = ["--alphas", "0.025,0.3", "--max-k", "2,4", "--static", "1,3"]
+    assert main([*map(str, ["sweep", "--model", tiny, *options]), *grid]) == 0
+    assert capsys.readouterr().out.startswith("Total configurations: 5\n")
+    names = ["bh_k2_a0025", "bh_k2_a030", "bh_k4_a0025", "bh_k4_a030"]
+    assert pandas.read_csv(out / RESULTS[3])["config"].tolist()[1:] == names
+    run = json.loads((out / RESULTS[0]).read_text())
+    assert [row["k"] for row in run["static"]] == [1, 3]
+    assert [d["name"] for d in run["heldout_documents"]] == [f"mine.jsonl:{i}" for i in (1, 2, 3)]
+    assert "mine.jsonl" in (out / RESULTS[2]).read_text()
+    for wrong in (["--max-k", "9"], ["--static", "9"]):
+        line = fails(capsys, "sweep", "--model", tiny, *options, *wrong)
+        assert f"{wrong[0]}: expected" in line and "at most 8, the model's experts" in line
+
+
 def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
     """The merged null is the one fitted to all files, to the bit, in whichever order."""
     texts = [tmp_path / f"{i}.txt" for i in range(3)]
@@ -137,7 +158,7 @@ def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
     for text, null in zip(texts, nulls, strict=True):
         calibrate("--model", tiny, "--text", text, "--out", null)
     whole = calibrate("--model", tiny, "--text", *texts, "--out", tmp_path / "w.safetensors")
-    assert whole.kind == "efron"
+    assert whole.kind == "trimmed"
     for order in ((0, 1, 2), (2, 0, 1)):
         inputs = [nulls[i] for i in order]
         merged = calibrate("--merge", *inputs, "--out", tmp_path / "m.safetensors")
@@ -380,6 +401,12 @@ def test_a_null_of_another_model(capsys, tmp_path, tiny, prompts):
         (["sweep", "--heldout-tokens", "0"], "expected a number from 1 to 1000000, got 0"),
         (["sweep", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["sweep", "--seed", "x"], "--seed: expected a number from 0 to 4294967295, got x"),
+        (["sweep", "--alphas", "0.1,1"], "--alphas: expected numbers in (0, 1), got '1'"),
+        (["sweep", "--alphas", "0.1,"], "--alphas: expected numbers in (0, 1), got ''"),
+        (["sweep", "--max-k", "0,4"], "--max-k: expected a number from 1 to 1000000, got 0"),
+        (["sweep", "--static", "two"], "--static: expected a number from 1 to 1000000, got two"),
+        (["sweep", "--text", "missing.txt"], "text missing.txt can't be read"),
+        (["diagnose", "--text", "missing.txt"], "text missing.txt can't be read"),
         (["sweeep"], "invalid choice: 'sweeep'"),
         ([], "the following arguments are required: COMMAND"),
         (["calibrate", "--out", "n.npz"], "one of the arguments --text --merge is required"),

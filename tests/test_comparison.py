@@ -524,7 +524,7 @@ def test_a_null_that_is_not_what_the_tables_call_it_is_refused_first(
     changes, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    null = demo.null()
+    null = demo.null("efron")
     for name, value in changes.items():
         object.__setattr__(null, name, value)
     monkeypatch.setattr(moeprof.Null, "load", lambda path: null)

@@ -25,7 +25,11 @@ from moeprof.experiment import (
     sweep,
 )
 from moeprof.experiment import runner as runner_module
+from moeprof.experiment.advice import advice
+from moeprof.experiment.beside import budgets
+from moeprof.experiment.compared import compared, on_line
 from moeprof.experiment.heldout import WINDOW, heldout_windows, spread
+from moeprof.experiment.merged import merged, same_results
 from moeprof.experiment.runner import greedy
 
 PROMPTS = (("simple", "The list is"), (None, "And it came to pass"), ("complex", "def f(x):"))
@@ -73,7 +77,10 @@ def run(experiment, tmp_path_factory):
     return sweep(experiment, Store(folder), FACTS), Store(folder)
 
 
-FACTS = {"model": "a tiny model", "seed": 0, "null": "a null", "null_source": "From a test."}
+FACTS = {
+    "model": "a tiny model", "seed": 0, "null": "a null", "null_source": "From a test.",
+    "null_code": "null",
+}
 
 
 def is_patched(model):
@@ -93,6 +100,14 @@ def test_the_21_configurations_of_the_promise():
     assert [(c.name, c.routing_type, c.alpha, c.max_k) for c in found] == expected
     assert len(found) == 21
     assert dropped_max_ks(64) == []
+
+
+def test_alphas_that_round_alike_have_names_of_their_own():
+    found = configurations(64, 8, alphas=(0.02, 0.025, 0.25, 0.2, 1e-5), max_ks=(8,))[1:]
+    assert [c.name for c in found] == [
+        "bh_k8_a002", "bh_k8_a0025", "bh_k8_a025", "bh_k8_a020", "bh_k8_a000001",
+    ]
+    assert [c.alpha for c in found] == [0.02, 0.025, 0.25, 0.2, 1e-5]
 
 
 def test_a_small_model_loses_what_it_has_no_experts_for():
@@ -320,7 +335,7 @@ def test_run_configuration_says_what_is_wrong(experiment):
 # ---------------------------------------------------------------- the sweep and its files
 
 
-def test_the_sweep_writes_four_files(run):
+def test_the_sweep_writes_its_files(run):
     result, store = run
     names = [configuration.name for configuration in configurations(8, 2)]
     table = pandas.read_csv(store.csv)
@@ -345,7 +360,10 @@ def test_the_sweep_says_where_it_is(experiment, tmp_path, capsys):
     assert "Avg experts: 2.00" in lines
     assert sum(line.startswith("Completed in ") and line.endswith("s") for line in lines) == 9
     assert "ALL EXPERIMENTS COMPLETE!" in lines
-    assert max(map(len, lines[lines.index("ALL EXPERIMENTS COMPLETE!") : -4])) <= 100
+    code = [line for line in lines if line.startswith("    moeprof.patch(")]
+    text = lines[lines.index("ALL EXPERIMENTS COMPLETE!") : -5]
+    assert code and max(len(line) for line in text if line not in code) <= 100
+    assert any(line.startswith("For 1 experts per token on average, ") for line in text)
 
 
 def test_interrupted(experiment, tmp_path, monkeypatch, capsys):
@@ -399,6 +417,144 @@ def test_json_has_no_nan(run, tmp_path):
     assert loaded["results"][0]["generated_tokens"] == [[None]]
 
 
+# ---------------------------------------------------------------- static top-k, budgets, advice
+
+
+def test_static_is_what_top_k_does_on_the_same_text(experiment, run):
+    (row,) = run[0]["static"]  # the own k is the baseline
+    assert row["k"] == 1 and row["avg_experts_heldout"] == 1
+    again = experiment.run(Configuration("mine", "topk", None, 1))
+    assert row["nats_by_document"] == again["nats_by_document"]
+    tokens = [document["tokens"] for document in run[0]["heldout_documents"]]
+    assert row["experts_by_document"] == pytest.approx(tokens)
+
+
+def test_experts_by_document_add_up(run):
+    tokens = sum(document["tokens"] for document in run[0]["heldout_documents"])
+    for result in run[0]["results"]:
+        average = sum(result["experts_by_document"]) / tokens
+        assert average == pytest.approx(result["avg_experts_heldout"])
+
+
+def test_the_line_is_straight_between_whole_ks():
+    static = np.array([[4.0, 2.0, 1.0], [8.0, 4.0, 2.0]])
+    found = on_line(np.array([1.0, 2.0, 4.0]), static, np.array([[1.0, 1.5, 3.0], [4, 9, 0.5]]))
+    assert found.tolist() == [[4.0, 3.0, 1.5], [2.0, 2.0, 8.0]]
+
+
+def test_the_distance_from_static_and_its_interval(run):
+    """Against a bootstrap by a loop; documents are drawn with what they and the line have."""
+    result = run[0]
+    row = next(r for r in result["results"] if r["config"] == "bh_k4_a020")
+    assert 1 < row["avg_experts_heldout"] < 2
+    sizes = np.array([d["bytes"] for d in result["heldout_documents"]])
+    tokens = np.array([d["tokens"] for d in result["heldout_documents"]])
+    own, one = result["results"][0], result["static"][0]
+
+    def distance(drawn):
+        bits = [
+            np.array(r["nats_by_document"])[drawn].sum() / math.log(2) / sizes[drawn].sum()
+            for r in (row, one, own)
+        ]
+        k = np.array(row["experts_by_document"])[drawn].sum() / tokens[drawn].sum()
+        return bits[0] - ((2 - k) * bits[1] + (k - 1) * bits[2])
+
+    everything = np.arange(len(sizes))
+    assert row["bits_above_static"] == pytest.approx(distance(everything), abs=1e-9)
+    rng = np.random.default_rng(1)
+    draws = [distance(rng.integers(len(sizes), size=len(sizes))) for _ in range(2000)]
+    spread_of = np.ptp(np.quantile(draws, [0.025, 0.975]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert row["bits_above_static_low"] == pytest.approx(low, abs=0.15 * spread_of + 1e-6)
+    assert row["bits_above_static_high"] == pytest.approx(high, abs=0.15 * spread_of + 1e-6)
+
+
+def test_beyond_the_line_there_is_no_distance(run):
+    far = [r | {"experts_by_document": [3 * e for e in r["experts_by_document"]]}
+           for r in run[0]["results"][1:]]  # fmt: skip
+    found = compared(run[0] | {"results": [run[0]["results"][0], *far]})["results"]
+    outside = [r for r in found[1:] if sum(r["experts_by_document"]) > 2 * run[0]["heldout_tokens"]]
+    assert outside and all(r["bits_above_static"] is None for r in outside)
+
+
+def test_budgets_are_half_and_three_quarters_of_the_models_own():
+    assert budgets(8) == [4.0, 6.0] and budgets(2) == [1.0, 1.5] and budgets(1) == []
+
+
+def test_budget_rows_are_what_their_parameter_gives(experiment, run):
+    rows = [row for row in run[0]["budgets"] if row["error"] is None]
+    assert {row["router"] for row in run[0]["budgets"]} == {"fixed_p", "bh"} and rows
+    for row in rows:
+        router = {"fixed_p": moeprof.FixedP, "bh": moeprof.BH}[row["router"]]
+        router = router(**{row["parameter"]: row["value"]}, max_k=row["max_k"])
+        again = experiment.quality(router)
+        assert again["avg_experts_heldout"] == row["avg_experts_heldout"]
+        assert again["nats_by_document"] == row["nats_by_document"]
+        assert row["avg_experts_calibration"] == pytest.approx(row["budget"], rel=0.05)
+
+
+def with_distance(run, config, low, distance, high, experts):
+    """The run with one row's distance from static set, and every other one's far above it."""
+    def put(row):
+        if "nats_by_document" not in row or row["config"].startswith("topk"):
+            return row
+        mine = row["config"] == config
+        values = (low, distance, high) if mine else (1, 1, 1)
+        names = ("bits_above_static_low", "bits_above_static", "bits_above_static_high")
+        at = {"avg_experts_heldout": experts} if mine else {}
+        return row | dict(zip(names, values, strict=True)) | at
+
+    return run | {name: [put(row) for row in run[name]] for name in ("results", "budgets")}
+
+
+def test_the_advice_names_the_best_and_its_line_runs(experiment, run):
+    """What is said to be best is below static for sure; the code patches with what was run."""
+    told = with_distance(run[0], "bh_k4_a020", -0.3, -0.2, -0.1, 1.02)
+    first, second = advice(told)
+    assert first["best"] == "bh_k4_a020"
+    assert "bh_k4_a020 is best: 1.02 experts" in first["head"]
+    assert "-0.2000 (-0.3000 to -0.1000) beside static top-k" in first["head"]
+    assert first["code"] == "moeprof.patch(model, moeprof.BH(alpha=0.2, max_k=4), null=null)"
+    scope = {"moeprof": moeprof, "model": experiment.model, "null": experiment.null}
+    eval(first["code"], scope).unpatch()
+    assert second["best"] == "topk_1" and second["code"] == 'moeprof.patch(model, "topk", k=1)'
+    eval(second["code"], scope).unpatch()
+
+
+@pytest.mark.parametrize("high", [0.0, 0.1])
+def test_static_is_recommended_where_nothing_is_surely_better(run, high):
+    first = advice(with_distance(run[0], "bh_k4_a020", -0.3, -0.2, high, 1.02))[0]
+    assert first["best"] == "topk_1" and "static top-1 is what to use" in first["head"]
+    assert "nearest, bh_k4_a020" in first["head"]
+
+
+def test_a_budget_out_of_reach_is_said(run):
+    rows = [row | {"error": "reaches from 1 to 1.2"} for row in run[0]["budgets"]]
+    rows = [{k: v for k, v in row.items() if "avg" not in k and "nats" not in k} for row in rows]
+    for row in rows:
+        row.pop("bits_above_static", None)
+    told = advice(run[0] | {"budgets": rows})
+    assert "fixed_p can't be set to 1: reaches from 1 to 1.2" in told[0]["others"]
+
+
+def test_the_report_begins_with_the_advice(run):
+    text = report(run[0])
+    place = text.index("## What to use")
+    assert place < text.index("## What was measured")
+    for item in advice(run[0]):
+        assert item["head"] in text and item["code"] in text
+
+
+def test_equal_results_share_a_row():
+    row = dict(routing_type="bh", alpha=0.1, avg_experts=2.0, avg_experts_heldout=2.1, perplexity=9)
+    rows = [row | {"config": f"bh_k{k}_a010", "max_k": k} for k in (8, 16, 32)]
+    rows[0]["perplexity"] = 8
+    assert [name for name, _ in merged(rows)] == ["bh_k8_a010", "bh_k{16,32}_a010"]
+    (line,) = same_results(merged(rows))
+    assert "At alpha 0.1 the configurations with max_k 16, 32 gave the same" in line
+    assert "no token had more than 16 rejections" in line
+
+
 # ---------------------------------------------------------------- report and figure
 
 
@@ -407,7 +563,12 @@ def test_the_report_names_what_was_used(run):
     for said in ("a tiny model", "Null: a null. From a test.", "max_k 16, 32, 64 were left out",
                  "9 remain of 21", "alpha is a knob for compute", "3 prompts", "float32"):
         assert said in text
-    assert text.count("\n| bh_") == 8
+    for result in run[0]["results"][1:]:
+        assert result["config"] in text or merged_name(run[0], result) in text
+
+
+def merged_name(run, result):
+    return next(name for name, group in merged(run["results"]) if result in group)
 
 
 def changed(run, **changes):
@@ -475,17 +636,23 @@ def test_the_figure_shows_the_results(run):
 
     before = matplotlib.get_backend(), plt.get_fignums()
     result, _ = run
-    drawn = figure(results_frame(result["results"]))
+    drawn = figure(results_frame(result["results"]), result)
     assert (matplotlib.get_backend(), plt.get_fignums()) == before
     assert drawn.get_size_inches()[0] * drawn.dpi == 1600
-    experts, perplexity, trade_off, layers = drawn.axes
+    use, beside, experts, perplexity, layers = drawn.axes
     cells = {text.get_text() for text in experts.texts}
     assert {f"{r['avg_experts']:.2f}" for r in result["results"][1:]} <= cells
     cells = {text.get_text().splitlines()[0] for text in perplexity.texts}
     assert {f"{r['perplexity']:.2f}" for r in result["results"][1:]} <= cells
-    points = {tuple(xy) for line in trade_off.lines for xy in np.c_[line.get_data()].tolist()}
-    for r in result["results"]:
-        assert (r["avg_experts_heldout"], r["perplexity"]) in points
+    for axis, field in ((use, "bits_above_own"), (beside, "bits_above_static")):
+        points = {tuple(xy) for line in axis.lines for xy in np.c_[line.get_data()].tolist()}
+        for r in [*result["results"][1:], *result["budgets"]]:
+            if r.get(field) is not None:
+                assert (r["avg_experts_heldout"], r[field]) in points
+    static = result["static"][0]
+    assert [static["k"], static["bits_above_own"]] in np.c_[use.lines[0].get_data()].tolist()
+    assert use.get_title(loc="left").startswith("What to use at 1")
+    assert "bits per byte" in use.get_ylabel() and "experts per token" in use.get_xlabel()
     drawn_layers = [list(line.get_ydata()) for line in layers.lines]
     assert result["results"][-1]["experts_by_layer"] in drawn_layers
 
@@ -495,4 +662,4 @@ def test_the_figure_of_a_part(run, part):
     """The baseline alone, an interrupted run, and BH without a baseline."""
     drawn = figure(run[0]["results"][part])
     drawn.canvas.draw()
-    assert len(drawn.axes) == 4
+    assert len(drawn.axes) == 5

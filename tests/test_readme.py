@@ -15,7 +15,7 @@ def blocks():
 
 
 def test_the_example_runs_as_pasted(blocks, capsys):
-    (example,) = [text for language, text in blocks if language == "python"]
+    example, budget = [text for language, text in blocks if language == "python"]
     assert len([line for line in example.splitlines() if line]) <= 12
     scope = {}
     exec(example, scope)
@@ -27,6 +27,11 @@ def test_the_example_runs_as_pasted(blocks, capsys):
     for line in printed:
         counts = eval(line.split(" ", 1)[1])
         assert len(counts) == tokens and all(1 <= count <= 8 for count in counts)
+    exec(budget, scope)
+    (shown,) = capsys.readouterr().out.splitlines()
+    average = float(shown.split()[0])
+    assert shown.startswith(f"{average:.4g} ± ") and 3.5 < average < 4.5
+    assert scope["router"].budget.calibration.average_k == pytest.approx(4, rel=0.01)
 
 
 def test_ci_runs_the_command_of_the_readme(blocks):

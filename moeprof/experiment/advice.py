@@ -46,9 +46,12 @@ def _for(run, budget):
     others = [_other(row, budget) for row in found if not (wins and row is best)]
     if wins and static is not None:
         others.insert(0, f"static top-{static['k']}: {_costs(static, top)}")
-    if _of_grid(run, budget) is None:
-        low, high = budget * (1 - NEAR), budget * (1 + NEAR)
-        others.append(f"of the grid none takes {low:.3g} to {high:.3g} experts")
+    if _of_grid(run, budget) is None and len(run["results"]) > 1:
+        nearest = min(run["results"][1:], key=lambda r: abs(r["avg_experts_heldout"] - budget))
+        others.append(
+            f"no BH configuration of the grid is within {100 * NEAR:.0f} % of {budget:g} experts; "
+            f"the nearest is {_other(nearest, budget)}"
+        )
     return {
         "budget": budget,
         "best": best["config"] if wins else static["config"] if static else None,

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-
 
 def title(axis, headline, detail):
     axis.set_title(headline, loc="left", size=15, weight="bold", pad=26)

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from .drawing import MARKERS, blank, label, shades, title
+from ..figures import MARKERS
+from .drawing import blank, label, shades, title
 from .quality import quality
 from .store import results_frame
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from ..figures import MARKERS
 from .beside import budgets
-from .drawing import MARKERS, blank, label, shades, title
+from .drawing import blank, label, shades, title
 from .merged import merged
 
 STATIC = "black"
@@ -66,11 +67,13 @@ def _use(axis, points, baseline, static, found, marks):
     _legend(axis, points)
     axis.set_xlim(0.7, max(baseline["max_k"], top) + 0.3)
     values = [p["bits_above_own"] for p in [*points, *static, *found]]
-    if values and min(values) > 0:
-        axis.set_yscale("log")
+    if values and min(values) > 0:  # logarithmic down to the smallest, straight from there to 0
+        axis.set_yscale("symlog", linthresh=min(values))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(-0.2 * min(values), None)
     label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
-    title(axis, _headline(points, static, found, marks), "down is better; bars and band: 95 %")
+    detail = "down is better; bars and band: 95 %; equal results share a point"
+    title(axis, _headline(points, static, found, marks), detail)
 
 
 def _headline(points, static, found, marks):
@@ -135,8 +138,7 @@ def _legend(axis, points):
     for point in points:
         shapes.setdefault(point["marker"], set()).update(point["caps"])
     for marker, caps in shapes.items():
-        names = ", ".join(map(str, sorted(caps)))
-        axis.plot([], [], marker, color="#777777", markersize=9, label=f"max_k {names}")
+        axis.plot([], [], marker, color="#777777", markersize=9, label=f"max_k {min(caps)}")
     for name, (colour, marker) in BY_BUDGET.items():
         axis.plot([], [], marker, color=colour, markersize=14, markeredgecolor="white",
                   label=f"{name} set by budget")  # fmt: skip

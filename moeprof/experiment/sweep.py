@@ -132,12 +132,11 @@ def _table(groups):
 
     columns = {
         "experts": ("avg_experts", "{:.2f}"),
-        "saved %": ("reduction_pct", "{:.1f}"),
-        "perplexity": ("perplexity", "{:.3f}"),
-        "Δ perplexity": ("delta_perplexity", "{:+.3f}"),
+        "perplexity": ("perplexity", "{:.2f}"),
+        "Δ perpl.": ("delta_perplexity", "{:+.2f}"),
         "bits/byte": ("bits_per_byte", "{:.4f}"),
-        "beside static": ("bits_above_static", "{:+.4f}"),
-        "agreement": ("token_agreement", "{:.2f}"),
+        "Δ static": ("bits_above_static", "{:+.4f}"),
+        "agree": ("token_agreement", "{:.2f}"),
         "tokens/s": ("tokens_per_s", "{:.1f}"),
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

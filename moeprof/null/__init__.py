@@ -9,7 +9,8 @@ Kinds, and what may be said under each:
 efron      Efron's empirical null, the default of `diagnose`: a normal fitted to the bulk of the
            scores. The one under which BH's alpha may be called a false discovery rate, as far
            as its model of the scores holds. On pure noise BH rejects something in about a
-           share alpha of the tokens, in fewer on `logprob`, where the softmax bounds how far a score can rise.
+           share alpha of the tokens, in fewer on `logprob`, where the softmax bounds how far a
+           score can rise.
 all        every score. The mixture of nulls and others, so BH rejects next to nothing; right
            where a quantile of the scores is wanted.
 conformal  p = (1 + #{calibration scores >= s}) / (n + 1) of all scores: valid on average over

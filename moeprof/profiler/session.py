@@ -24,10 +24,10 @@ from .check import ExpertRows
 from .entry import Entry, find_entries
 from .finding import Layer, Site, find_layers
 from .flops import count_grouped_mm
+from .phases import PHASES, UNKNOWN
 from .reading import Choice, read_choice, read_experts_call, read_logits, without_empty
 from .records import RecordWriter
 from .sizes import top_k_owner
-from .phases import PHASES, UNKNOWN
 from .tally import Counts
 from .vocabulary import Vocabulary
 

@@ -199,7 +199,7 @@ def fragment(profile) -> str:
     model, router = (escape(str(profile.facts.get(name) or PLAIN)) for name in ("model", "router"))
     parts = [f"<p><b>Profile of {model}</b>, router: {router}</p>", _list(profile)]
     if profile.phases:
-        parts.append(html_table(layers(profile)))
+        parts += [html_table(layers(profile, [phase])) for phase in profile.phases]
     if "load" in profile.figures:
         parts.append(png(profile.plot("load"), 80, FIGURES["load"][1]))
     body = "\n".join(parts)
