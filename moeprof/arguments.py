@@ -22,8 +22,13 @@ def integer(low, high=10**6):
 
 
 def add_model(parser):
-    """--model, --dtype and --threads, which `load` reads."""
+    """--model, --trust-remote-code, --dtype and --threads, which `load` reads."""
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the Python code that comes with the model or its tokenizer, where it needs that; "
+        "never done otherwise",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument(
         "--threads", type=integer(1), metavar="N", help="default: as torch chooses"
@@ -31,7 +36,7 @@ def add_model(parser):
 
 
 def load(arguments):
-    """(model, tokenizer) as --model, --dtype and --threads say."""
+    """(model, tokenizer) as the options of `add_model` say."""
     import torch
     from transformers.utils import logging
 
@@ -43,4 +48,6 @@ def load(arguments):
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    return demo.load(dtype) if arguments.model is None else load_model(arguments.model, dtype)
+    if arguments.model is None:
+        return demo.load(dtype)
+    return load_model(arguments.model, dtype, arguments.trust_remote_code)

@@ -18,6 +18,7 @@ from .null.identity import (
 )
 from .null.model import KINDS, Null, trim_padding
 from .null.scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
+from .tokens import token_ids
 
 # BH's first threshold is p <= alpha/E. Of n tokens' scores of E experts n * alpha lie beyond it:
 # at alpha 0.05 one with 20 tokens, and 100, which is what a tail known to 10 % takes, with 2,000.
@@ -93,7 +94,7 @@ def _recorder(outputs, layer):
 
 def _windows(text, tokenizer, window):
     """The token ids of a text, `window` at a time; a single last token tells nothing."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     for start in range(0, len(ids), window):
         if len(ids) - start >= 2:
             yield ids[start : start + window], min(window, len(ids) - start) / len(ids)

@@ -13,7 +13,7 @@ def check_type(name, value, kinds, expected):
 
 def check_model(who, model):
     """TypeError unless `model` is a torch.nn.Module; who: the function that was called."""
-    if "torch" not in sys.modules:
+    if sys.modules.get("torch") is None:
         check_installed(f"moeprof.{who}", MODELS)
     from torch import nn
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import check_token_ids, check_type
 from ..decoding import cache_of, decode
+from ..tokens import prompt_ids
 
 
 class Prompt(NamedTuple):
@@ -61,7 +62,7 @@ def read_prompts(tokenizer, texts) -> list[Prompt]:
         for index, text in enumerate(members):
             if not isinstance(text, str):
                 raise TypeError(f"{where}[{index}]: expected a text, got {type(text).__name__}")
-            ids = tokenizer(text, return_tensors="pt")["input_ids"] if text else torch.empty(0)
+            ids = prompt_ids(tokenizer, text) if text else torch.empty(0)
             if not ids.numel():
                 raise ValueError(f"{where}[{index}]: the text {text!r} is empty")
             prompts.append(Prompt(category, text, ids))

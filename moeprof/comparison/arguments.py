@@ -103,6 +103,7 @@ def _efron(null):
 def _comparison(arguments, model, tokenizer, contenders, documents, null):
     from .. import demo
     from ..experiment.runner import experts_of
+    from ..tokens import prompt_ids
     from .contenders import Nulls
     from .plan import plan_tables
     from .runner import Comparison
@@ -119,7 +120,7 @@ def _comparison(arguments, model, tokenizer, contenders, documents, null):
     if null is not None:
         null.check(model)
     nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())
-    prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for _, text in demo.prompts()]
+    prompts = [prompt_ids(tokenizer, text) for _, text in demo.prompts()]
     # One of each kind: simple, medium, complex, technical.
     return Comparison(model, splits, nulls, contenders, plans, prompts[::3], arguments.seed)
 
@@ -148,14 +149,19 @@ def _command(arguments):
     """The command that makes the same again, but for where it writes."""
     words = ["moeprof compare"]
     defaults = {
-        "model": None, "dtype": "float32", "threads": None, "routers": None, "budgets": None,
-        "tables": TABLES, "text": None, "test_tokens": TEST_TOKENS, "budget_tokens": BUDGET_TOKENS,
-        "null": None, "seed": 0,
+        "model": None, "trust_remote_code": False, "dtype": "float32", "threads": None,
+        "routers": None, "budgets": None, "tables": TABLES, "text": None,
+        "test_tokens": TEST_TOKENS, "budget_tokens": BUDGET_TOKENS, "null": None, "seed": 0,
     }  # fmt: skip
     for name, default in defaults.items():
         value = getattr(arguments, name)
         if value != default:
             join = " " if name == "text" else ","
             text = join.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            words.append(f"--{name.replace('_', '-')} " + (f"'{text}'" if " (" in text else text))
+            option = f"--{name.replace('_', '-')}"
+            words.append(option if value is True else f"{option} {_quoted(text)}")
     return " ".join(words)
+
+
+def _quoted(text):
+    return f"'{text}'" if " (" in text else text

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..tokens import token_ids
+
 WINDOW = 512  # tokens; the stride is the same, so every token is read once
 HELDOUT_TOKENS = 32768
 PASSAGE = 1500  # characters, hardly more than a window
@@ -70,7 +72,7 @@ def _cut(tokenizer, index, text, window):
     """The document's windows; one of a single token predicts nothing and is left out."""
     import torch
 
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     windows = []
     for start in range(0, len(ids) - 1, window):
         piece = ids[start : start + window]

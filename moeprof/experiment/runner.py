@@ -13,6 +13,7 @@ import moeprof
 from .. import demo
 from ..checks import check_model, check_token_ids, check_tokenizer, check_type
 from ..decoding import cache_of, decode
+from ..tokens import prompt_ids
 from .configurations import as_configuration
 from .heldout import calibration_passages, evaluate, heldout_windows
 
@@ -197,7 +198,7 @@ class Experiment:
 
     def _prompt_ids(self):
         """(1, n) token ids of each prompt."""
-        return [self.tokenizer(text, return_tensors="pt")["input_ids"] for text in self.prompts]
+        return [prompt_ids(self.tokenizer, text) for text in self.prompts]
 
     def _by_complexity(self, tallies):
         means = {}
