@@ -226,12 +226,7 @@ class MoEProfiler:
         counts = session.counts
         return Profile(
             [site.layer for site in session.sites],
-            {
-                phase: [c.copy() for c in counts[phase]]
-                if phase in counts
-                else session.empty_counts()
-                for phase in PHASES
-            },
+            {phase: [c.copy() for c in counts[phase]] for phase in PHASES},
             self._facts(),
             domains={label: loads.copy() for label, loads in self._by_domain.items()} or None,
             vocabulary=None if session.vocabulary is None else session.vocabulary.as_dict(),

@@ -74,6 +74,17 @@ class _Local(threading.local):
     step: Step | None = None
 
 
+class _ByPhase(dict):
+    """{phase: the Counts of each layer}; those of a phase are made when it first comes."""
+
+    def __init__(self, sizes: list[int], pairs: bool):
+        self._sizes, self._pairs = sizes, pairs
+
+    def __missing__(self, phase: str) -> list[Counts]:
+        # setdefault: two threads may be here at once, and both count in the same ones.
+        return self.setdefault(phase, [Counts(size, self._pairs) for size in self._sizes])
+
+
 class Session:
     """The hooks of one profiler in one model, and its counts. Knows nothing of the profiler, so
     that a profiler which is deleted takes its hooks along."""
@@ -109,7 +120,7 @@ class Session:
 
     def clear(self) -> None:
         """Everything at zero."""
-        self.counts: dict[str, list[Counts]] = {}  # of the phases that came
+        self.counts = _ByPhase([site.layer.num_experts for site in self.sites], self.options.pairs)
         self.recency = [np.full(s.layer.num_experts, -1, np.int32) for s in self.sites]
         self.steps = self.counted_steps = self.events_dropped = 0
         self.events: deque = deque(maxlen=MAX_EVENTS)
@@ -120,15 +131,6 @@ class Session:
         # Of experts in a list: was one of them called? Until then nothing counts as left out.
         self.rows_seen = [False] * len(self.sites)
         self.unseen: dict[tuple[str, int], np.ndarray] = {}
-
-    def counts_of(self, phase: str) -> list[Counts]:
-        """The Counts of each layer in a phase; made when it first comes."""
-        if phase not in self.counts:
-            self.counts.setdefault(phase, self.empty_counts())
-        return self.counts[phase]
-
-    def empty_counts(self) -> list[Counts]:
-        return [Counts(site.layer.num_experts, self.options.pairs) for site in self.sites]
 
     # ---- in the model ----
 
@@ -242,7 +244,7 @@ class Session:
         self, index, phase, experts, logits, real, previous, dtype, nanoseconds, skips
     ) -> int:
         """Count the tokens of one phase; returns their number of distinct experts."""
-        counts = self.counts_of(phase)[index]
+        counts = self.counts[phase][index]
         try:
             return _C.tally(
                 counts.ints, counts.floats, self.recency[index], experts, logits, dtype,
@@ -259,10 +261,10 @@ class Session:
         """
         if self.rows_seen[index]:
             for phase in [p for p, i in self.unseen if i == index]:
-                self.counts_of(phase)[index].left_out += self.unseen.pop((phase, index))
+                self.counts[phase][index].left_out += self.unseen.pop((phase, index))
         if left_out is None:
             return
-        counts = self.counts_of(step.phase)[index].left_out
+        counts = self.counts[step.phase][index].left_out
         if not self.rows_seen[index]:
             counts = self.unseen.setdefault((step.phase, index), np.zeros_like(counts))
         counts[int(step.real is not None)] += left_out

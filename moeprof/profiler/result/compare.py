@@ -51,7 +51,8 @@ class Comparison:
         import pandas
 
         rows = []
-        for phase in (*PHASES, ALL):
+        met = [p for p in PHASES if p in self.first.phases or p in self.second.phases]
+        for phase in (*met, ALL):
             for name in WHOLE:
                 values = (getattr(p, name)(phase) for p in (self.first, self.second))
                 rows.append((None, None, None, phase, name, *values))

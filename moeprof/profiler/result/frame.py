@@ -1,6 +1,5 @@
 """A profile as a tidy table: one number a row."""
 
-from ..tally import PHASES
 from .metrics import BY_EXPERT, SCALARS
 from .profile import ALL
 
@@ -15,7 +14,7 @@ def to_frame(profile):
     import pandas
 
     rows = []
-    for phase in (*PHASES, ALL):
+    for phase in (*profile.phases, ALL):
         rows += [(None, None, None, None, phase, m, getattr(profile, m)(phase)) for m in WHOLE]
         for label, metrics in zip(profile.labels, profile.each(phase), strict=True):
             rows += _of_layer(label, metrics, phase)
