@@ -222,7 +222,7 @@ def test_all_phases_are_drawn_and_stored(tmp_path, demo):
 
 def ragged(pad=1, lengths=(9, 4, 6)):
     """Rows padded on the right, and how many of their ids are real."""
-    ids = token_ids(len(lengths), max(lengths)) % 200 + 10
+    ids = token_ids(len(lengths), max(lengths)) % 50 + 10
     for row, length in enumerate(lengths):
         ids[row, length:] = pad
     return ids, sum(lengths)

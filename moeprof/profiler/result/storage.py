@@ -8,7 +8,8 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import get_type_hints
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -149,11 +150,18 @@ def _check_types(what, values, types):
     if not isinstance(values, dict):
         raise ValueError(f"{what}: expected names and values, got {values!r:.60}")
     for name, kind in types.items():
-        value = values.get(name)
-        wanted = (int, float) if kind is float else kind
-        wrong_bool = isinstance(value, bool) and kind is not bool
+        value, wanted = values.get(name), _classes(kind)
+        wrong_bool = isinstance(value, bool) and bool not in wanted
         if name in values and (wrong_bool or not isinstance(value, wanted)):
             raise ValueError(f"{what}: {name}: expected {kind}, got {value!r:.60}")
+
+
+def _classes(hint):
+    """The classes that a type hint allows: int for float, a list for a tuple, as JSON has them."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    classes = [get_origin(part) or part for part in parts]
+    also = {float: int, tuple: list}
+    return tuple(classes + [also[c] for c in classes if c in also])
 
 
 def _check_members(head, layers, headers):
