@@ -20,6 +20,7 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
     ValueError
         "Router output format unexpected ...", naming the layer and what came.
     """
+    _check_kind(output, logits, name)
     if isinstance(output, RoutingResult | RoutingStats):
         output = _by_slot(output.routing_weights, output.selected_experts, logits)
     if isinstance(output, Tensor):
@@ -34,6 +35,31 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
         f"({tokens}, {num_experts}) or (weights, experts ({tokens}, k)); got "
         f"{describe_output(output)}"
     )
+
+
+def _check_kind(output: Any, logits: Tensor, name: str) -> None:
+    """ValueError for sparse tensors, for no slot at all, and for logits in place of weights."""
+    parts = output if isinstance(output, tuple | list) else (output,)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    found = None
+    if any(t.layout is not torch.strided for t in tensors):
+        found = "a sparse tensor; .to_dense() gives a dense one"
+    elif any(t.dim() and t.shape[-1] == 0 for t in tensors):
+        found = "no slot (k = 0): an expert of -1 leaves one empty"
+    elif isinstance(output, Tensor) and _are_logits(output, logits):
+        found = "its logits, not weights: softmax them, and set what is not selected to 0"
+    if found:
+        raise ValueError(f"Router output format unexpected: {name}: the router returned {found}")
+
+
+def _are_logits(dense: Tensor, logits: Tensor) -> bool:
+    """The very logits, or some function of them that selects every expert, a few with weights
+    below 0: no routing looks like that."""
+    if dense.shape != logits.shape or not dense.is_floating_point() or not dense.numel():
+        return False
+    if torch.equal(dense, logits) and bool(dense.any()):
+        return True
+    return dense.shape[1] > 1 and bool((dense != 0).all()) and bool((dense < 0).any())
 
 
 def _by_slot(dense: Any, experts: Any, logits: Tensor) -> tuple[Any, Any]:

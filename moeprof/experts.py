@@ -22,8 +22,9 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """A NumPy view of a CPU tensor, 16-bit floats as uint16; copies only if not contiguous."""
-    tensor = tensor.detach().contiguous()
+    """A NumPy view of a CPU tensor, 16-bit floats as uint16; a copy only of one that is not
+    contiguous, or whose sign is still to be turned (torch's negative bit)."""
+    tensor = tensor.detach().resolve_neg().contiguous()
     return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
 
 

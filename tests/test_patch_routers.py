@@ -127,7 +127,7 @@ def test_a_python_router_may_skip_tokens():
 
 def test_negative_weights_are_selected_and_unselected_slots_are_not():
     z = torch.tensor([[0.0, -1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    weights, experts = moeprof.callables.read_routing(z, z, "layer")
+    weights, experts = moeprof.callables.read_routing(z, torch.randn(2, 4), "layer")
     assert experts.tolist() == [[3, 1], [-1, -1]]
     assert weights[0].tolist() == [2.0, -1.0]
 
@@ -142,6 +142,48 @@ def test_what_a_python_router_may_not_return(output):
     with pytest.raises(ValueError, match="Router output format unexpected: model.layers.0.mlp"):
         run(model, lambda z: output)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("router", "said"),
+    [
+        (lambda z: z, "its logits, not weights"),
+        (lambda z: z / 2, "its logits, not weights"),
+        (lambda z: z.log_softmax(-1), "its logits, not weights"),
+        (lambda z: z.softmax(-1).to_sparse(), "a sparse tensor"),
+        (lambda z: (slots(z)[0].to_sparse(), slots(z)[1]), "a sparse tensor"),
+        (lambda z: (z[:, :0], z[:, :0].long()), "no slot"),
+    ],
+)
+def test_what_is_no_routing_is_named(router, said):
+    model = olmoe()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"unexpected: model.layers.0.mlp: the router .* {said}"):
+        run(model, router)
+    assert_unchanged(model, before)
+
+
+def test_every_expert_of_every_token_may_be_selected():
+    out, counts = run(olmoe(), lambda z: z.softmax(-1))
+    assert counts == [[8], [8]] and not torch.isnan(out).any()
+
+
+def test_signs_that_are_still_to_be_turned():
+    """torch keeps a negation as a bit of the tensor until somebody reads it."""
+    model = olmoe()
+    wanted, _ = run(model, slots)
+
+    def lazy(z):
+        weights, chosen = slots(z)
+        return torch._neg_view(-weights), torch._neg_view(-chosen)
+
+    out, _ = run(model, lazy)
+    assert torch.equal(out, wanted)
+    z = torch.randn(5, 8)
+    turned = moeprof.topk_routing(torch._neg_view(-z), 2).routing_weights
+    assert torch.equal(turned, moeprof.topk_routing(z, 2).routing_weights)
+    with pytest.raises(TypeError, match="router_logits: expected a dense tensor"):
+        moeprof.topk_routing(z.to_sparse(), 2)
 
 
 def test_an_index_outside_names_the_layer():

@@ -211,7 +211,9 @@ def _as_numpy(value, argument: str):
         torch = sys.modules["torch"]
         if value.device.type != "cpu":
             raise ValueError(f"{argument}: expected a CPU tensor, got one on {value.device}")
-        data = value.detach()
+        if value.layout is not torch.strided:
+            raise TypeError(f"{argument}: expected a dense tensor, got one of {value.layout}")
+        data = value.detach().resolve_conj().resolve_neg()
 
         def back(array, like_input=False):
             tensor = torch.from_numpy(np.ascontiguousarray(array))
