@@ -511,7 +511,8 @@ class LayerWatch(_Watch, RoutingWatch):
         step = self._step()
         if step is None or not step.start:  # hooked by another thread since the block began
             return
-        if step.hooked is not self._hooked:  # or since then hooks were put in or taken out
+        # or since then, or when it began, hooks were being put in or taken out
+        if step.hooked is None or step.hooked is not self._hooked:
             step.start, step.output, step.call, step.rows = 0, None, None, None
             return
         if self.session.last_router[self.index] is not STOCK:
