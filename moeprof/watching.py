@@ -1,10 +1,13 @@
 """Seeing what blocks route, whether they are patched or not."""
 
+import threading
+
 from torch import Tensor, nn
 
 from .state import Patched, is_patched
 
 _WATCHES = "_moeprof_watches"  # the instance attribute by which a block knows who watches it
+_LOCK = threading.RLock()  # two profilers of one block may start and stop in two threads
 
 
 class RoutingWatch:
@@ -35,18 +38,20 @@ class RoutingWatch:
 
 def watch(block: nn.Module, by: RoutingWatch) -> None:
     """Let `by` see what this block routes, however often it is patched and unpatched."""
-    vars(block).setdefault(_WATCHES, []).append(by)
-    by.hook(not is_patched(block))
+    with _LOCK:
+        vars(block).setdefault(_WATCHES, []).append(by)
+        by.hook(not is_patched(block))
 
 
 def unwatch(block: nn.Module, by: RoutingWatch) -> None:
     """Undo `watch`: the block is as before; also if something else put it back meanwhile."""
-    by.hook(False)
-    watches = vars(block).get(_WATCHES, [])
-    if by in watches:
-        watches.remove(by)
-    if not watches:
-        vars(block).pop(_WATCHES, None)
+    with _LOCK:
+        by.hook(False)
+        watches = vars(block).get(_WATCHES, [])
+        if by in watches:
+            watches.remove(by)
+        if not watches:
+            vars(block).pop(_WATCHES, None)
 
 
 def watches_of(block: nn.Module) -> tuple | list:
@@ -55,5 +60,6 @@ def watches_of(block: nn.Module) -> tuple | list:
 
 def rehook(module: nn.Module) -> None:
     """To be called after a patch has come or gone."""
-    for by in watches_of(module):
-        by.hook(not is_patched(module))
+    with _LOCK:
+        for by in watches_of(module):
+            by.hook(not is_patched(module))

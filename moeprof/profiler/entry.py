@@ -24,11 +24,12 @@ _NO_LENGTH = (AttributeError, IndexError, KeyError, NotImplementedError, Runtime
 
 def find_entries(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[nn.Module, list[int]]]:
     """[(module, numbers of its blocks)]: for each block the innermost module around it that
-    takes input_ids or inputs_embeds, `model` where there is none.
+    takes input_ids or inputs_embeds, `model` where there is none. Layers that take input_ids
+    beside hidden states, as routers by token id want it, know nothing of cache and mask.
 
     The encoder and the decoder of a model are two, each with a mask of its own.
     """
-    around = [m for m in model.modules() if any(name in _parameters(type(m)) for name in _INPUTS)]
+    around = [m for m in model.modules() if _takes_inputs(_parameters(type(m)))]
     inside = [{id(child) for child in module.modules()} for module in around]
     found: dict[int, tuple[nn.Module, list[int]]] = {}
     for number, block in enumerate(blocks):
@@ -36,6 +37,10 @@ def find_entries(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[nn.Mod
         entry = around[min(holders, key=lambda i: len(inside[i]))] if holders else model
         found.setdefault(id(entry), (entry, []))[1].append(number)
     return list(found.values())
+
+
+def _takes_inputs(parameters: tuple[str, ...]) -> bool:
+    return "hidden_states" not in parameters and any(name in parameters for name in _INPUTS)
 
 
 @lru_cache
@@ -66,6 +71,8 @@ class Entry:
         """Tokens in the cache before this step, 0 without a cache; None: it doesn't say."""
         cache = self._cache
         if cache is None:
+            return 0
+        if getattr(cache, "has_previous_state", None) is False:  # Jamba's, in transformers 4
             return 0
         try:
             if hasattr(cache, "get_seq_length"):

@@ -1,17 +1,19 @@
 """The phase of a step: from what was in the cache before it, and from who called the model.
 
-prefill : tokens of a prompt, and whatever runs without a cache
+prefill : tokens of a prompt, also in `generate` on a cache that was kept, and whatever runs
+    without a cache
 decode : one new token a row behind tokens in the cache; in `generate` without a cache each step
     after the first, which computes the whole row again for one new token
 verify : tokens that assisted decoding or prompt lookup proposed, with the one before them
 unknown : several new tokens behind tokens in the cache outside `generate`: a further part of a
-    prompt, or drafts to verify; a cache that doesn't say what it holds; a module that is called
-    without token ids or embeddings
+    prompt, or drafts to verify; those that an assistant model catches up on, which are accepted
+    drafts; a cache that doesn't say what it holds; a module that is called without token ids or
+    embeddings
 """
 
 import sys
 from functools import lru_cache
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -36,12 +38,14 @@ def phase_of(past: int | None, cached: bool, tokens: int) -> str | tuple[int, st
     name, frame = _generating()
     if name == _ASSISTED:
         return _assisted(frame, tokens)
-    if name in _PREFILLS:
-        return PREFILL
+    if past == 0 and not cached and name in _SAMPLING and not _is_first(frame):
+        return DECODE
+    # Sampling adds one token a row in a step: more are of the first step, on a cache that was kept.
+    if past == 0 or name in _PREFILLS or (past and tokens > 1 and name in _SAMPLING):
+        if not past or not _assists(frame):
+            return PREFILL
     if past is None:
         return UNKNOWN
-    if past == 0:
-        return DECODE if frame and not cached and not _is_first(frame) else PREFILL
     return DECODE if tokens == 1 else UNKNOWN
 
 
@@ -66,6 +70,11 @@ def _is_first(frame: FrameType) -> bool:
     return state.get("cur_len") == state.get("decoder_prompt_len", state.get("cur_len"))
 
 
+def _assists(frame: FrameType) -> bool:
+    """Does an assistant model run, to propose tokens? It is given those that were accepted."""
+    return bool(getattr(frame.f_locals.get("generation_config"), "is_assistant", False))
+
+
 def _generating() -> tuple[str | None, FrameType | None]:
     """The function of transformers' `generate` that runs the model, by the callers of this one."""
     library = sys.modules.get(_LIBRARY)
@@ -74,19 +83,19 @@ def _generating() -> tuple[str | None, FrameType | None]:
     loops = _loops(library.GenerationMixin)
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code in loops:
-            return loops[frame.f_code], frame
+        if id(frame.f_code) in loops:  # to hash code itself takes longer
+            return loops[id(frame.f_code)], frame
         frame = frame.f_back
     return None, None
 
 
 @lru_cache
-def _loops(mixin: type) -> dict[CodeType, str]:
-    """{code: name} of the functions in which `generate` calls the model."""
+def _loops(mixin: type) -> dict[int, str]:
+    """{id of the code: name} of the functions in which `generate` calls the model."""
     names = [n for n in (*_PREFILLS, _ASSISTED, *_SAMPLING) if n in vars(mixin)]
     functions = {name: getattr(vars(mixin)[name], "__wrapped__", vars(mixin)[name])
                  for name in names}  # fmt: skip
-    return {f.__code__: name for name, f in functions.items() if hasattr(f, "__code__")}
+    return {id(f.__code__): name for name, f in functions.items() if hasattr(f, "__code__")}
 
 
 def packed_phases(arguments: dict[str, Any], tokens: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -134,9 +134,7 @@ class MoEProfiler:
 
     def stop(self) -> None:
         """Take the hooks out: the model is as it was. The counts stay."""
-        self._session.detach()
-        if self._session.options.records is not None:
-            self._session.options.records.close()
+        _detach(self._session, self._session.options)
 
     def pause(self) -> None:
         """Don't count, nor number, steps until `resume`; the hooks stay."""
@@ -299,9 +297,10 @@ class MoEProfiler:
 
 
 def _detach(session: Session, options: Options) -> None:
-    session.detach()
-    if options.records is not None:
-        options.records.close()
+    with session.lock:  # what another thread counts is written before, or not at all
+        session.detach()
+        if options.records is not None:
+            options.records.close()
 
 
 def _routers(by_layer: list[list[str]], labels: list) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import threading
 import weakref
 import zipfile
 from pathlib import Path
@@ -58,6 +59,7 @@ class RecordWriter:
         check_records(path)
         sink = (_Parquet if _is_parquet(self.path) else _Parts)(self.path)
         self._rows = _Rows(sink)
+        self._lock = threading.Lock()  # models run in several threads
         self._close = weakref.finalize(self, self._rows.close)
 
     def add(
@@ -70,7 +72,7 @@ class RecordWriter:
         ----------
         layer, step : int
             The layer's own number in the model, the number of the forward pass.
-        phase : "prefill" or "decode"
+        phase : one of "prefill", "decode", "verify" and "unknown", or (T,) of them
         experts : (T, k) integers
             -1 for an empty slot. k may be another one in every call.
         weights : (T, k) floats, optional
@@ -88,20 +90,20 @@ class RecordWriter:
         """
         if self.closed:
             raise ValueError(f"records: {self.path} is closed")
-        if phase not in PHASES:
-            raise ValueError(f"phase: expected one of {PHASES}, got {phase!r}")
         experts = np.asarray(experts)
         if experts.ndim != 2 or not np.issubdtype(experts.dtype, np.integer):
             raise ValueError(
                 f"experts: expected integers (T, k), got {experts.dtype} {experts.shape}"
             )
         rows = {
+            "phase": _phases(phase, experts),
             "real": _column("real", real, True, experts),
             "input_id": _column("input_ids", input_ids, _NO_ID, experts),
             "entropy": _column("entropy", entropy, np.nan, experts),
         }
         weights = _column("weights", weights, np.nan, experts)
-        self._rows.append((layer, step, PHASES.index(phase)), experts, weights, rows)
+        with self._lock:
+            self._rows.append((layer, step), experts, weights, rows)
 
     @property
     def closed(self) -> bool:
@@ -137,6 +139,17 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix == ".parquet"
 
 
+def _phases(phase, experts):
+    """(T,) numbers in PHASES for the tokens of experts (T, k)."""
+    names = [phase] if isinstance(phase, str) else list(phase)
+    if wrong := [name for name in dict.fromkeys(names) if name not in PHASES]:
+        raise ValueError(f"phase: expected one of {PHASES}, got {wrong[0]!r}")
+    numbers = np.array([PHASES.index(name) for name in names], np.uint8)
+    if isinstance(phase, str):
+        return np.full(len(experts), numbers[0])
+    return _column("phase", numbers, None, experts)
+
+
 def _column(name, values, default, experts):
     """Values of the tokens of experts (T, k), weights of their slots; `default` where None."""
     shape = experts.shape if name == "weights" else experts.shape[:1]
@@ -160,7 +173,7 @@ class _Rows:
             part = slice(start, start + CHUNK - self.held)
             piece = {name: values[part] for name, values in columns.items()}
             count = len(piece["real"])
-            piece |= dict(zip(("layer", "step", "phase"), place, strict=True))
+            piece |= dict(zip(("layer", "step"), place, strict=True))
             piece |= {"token": np.arange(start, start + count), "slots": experts.shape[1]}
             # In these dtypes they are copies: the caller may use its arrays again.
             kept = {n: np.full(count, piece[n], dtype) for n, dtype in _PLAIN.items()}

@@ -1,10 +1,11 @@
 """What a profiler puts into a model, and what it counts there."""
 
+import sys
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -32,6 +33,7 @@ from .tally import Counts
 from .vocabulary import Vocabulary
 
 STOCK, OWN_IN_C = "the model's own, not patched", "the model's own top-k, patched"
+_CALL = nn.Module._call_impl.__code__
 MAX_EVENTS = 100_000  # of the trace: some 50 bytes each in its file
 
 
@@ -49,8 +51,8 @@ class Step:
     hooked: object = None  # the LayerWatch's hooks that were in when the layer began
     rows: list[int] | None = None  # that the experts of a list got
 
-    def __init__(self, number: int, counted: bool, entered: bool):
-        self.number, self.counted, self.entered = number, counted, entered
+    def __init__(self, number: int, counted: bool, entered: bool, run: object):
+        self.number, self.counted, self.entered, self.run = number, counted, entered, run
 
     @property
     def phase(self) -> str:
@@ -95,6 +97,8 @@ class Session:
         self.warned = options.pad_token_id is not None  # of what looks like padding
         self._undo: list[Callable[[], None]] = []
         self.local = _Local()
+        self.lock = threading.RLock()  # models run in several threads, started and stopped by any
+        self.run = object()  # another one after each start
         self.look()
 
     def look(self) -> None:
@@ -139,48 +143,75 @@ class Session:
         return bool(self._undo)
 
     def attach(self) -> None:
-        """Watch the model; all of it or, with an error, nothing."""
-        self.look()
-        try:
-            self._undo.append(count_grouped_mm())
-            blocks = {site.block for site in self.sites}
-            for module, _ in self.entries:
-                if module in blocks:  # a block alone: each of its calls is a step
-                    continue
-                entry = EntryWatch(self)
-                for register, hook, options in (
-                    (module.register_forward_pre_hook, entry.enter, {"with_kwargs": True}),
-                    (module.register_forward_hook, entry.leave, {"always_call": True}),
-                ):
-                    self._undo.append(register(hook, **options).remove)
-            for index, site in enumerate(self.sites):
-                layer = LayerWatch(self, index, site)
-                self._undo.append(partial(unwatch, site.block, layer))
-                watch(site.block, layer)
-        except BaseException:
-            self.detach()
-            raise
+        """Watch the model; all of it or, with an error, nothing. Without effect where it is."""
+        with self.lock:
+            if self.active:
+                return
+            self.look()
+            self.run = object()
+            try:
+                self._put_in()
+            except BaseException:
+                self.detach()
+                raise
+
+    def _put_in(self) -> None:
+        self._undo.append(count_grouped_mm())
+        for module in self._entered():
+            entry = EntryWatch(self)
+            for register, hook, options in (
+                (module.register_forward_pre_hook, entry.enter, {"with_kwargs": True}),
+                (module.register_forward_hook, entry.leave, {"always_call": True}),
+            ):
+                self._undo.append(register(hook, **options).remove)
+        for index, site in enumerate(self.sites):
+            layer = LayerWatch(self, index, site)
+            self._undo.append(partial(unwatch, site.block, layer))
+            watch(site.block, layer)
+
+    def _entered(self) -> list[nn.Module]:
+        """The modules where a step begins; in a block alone each call is a step."""
+        blocks = {site.block for site in self.sites}
+        return [module for module, _ in self.entries if module not in blocks]
 
     def detach(self) -> None:
         """The model is as it was before."""
         self.local.step = None  # of a call that was interrupted
-        while self._undo:
-            with suppress(IndexError):  # another thread stops it as well
+        with self.lock:
+            while self._undo:
                 self._undo.pop()()
 
     # ---- steps ----
 
+    @property
+    def step(self) -> Step | None:
+        """The step that runs in this thread; none that a stop has interrupted."""
+        step = self.local.step
+        return step if step is not None and step.run is self.run else None
+
     def begin(self, entered: bool, known: bool = True) -> Step:
         """A step of this thread; known: its arguments are, else it can't be counted."""
-        options, number = self.options, self.steps
-        since = number - options.warmup_steps
-        sampled = since >= 0 and since % options.sampling_rate == 0
-        counted = known and sampled and not self.paused
-        if not self.paused:
-            self.steps += 1
-            self.counted_steps += counted
-        self.local.step = step = Step(number, counted, entered)
+        options = self.options
+        with self.lock:
+            number = self.steps
+            since = number - options.warmup_steps
+            sampled = since >= 0 and since % options.sampling_rate == 0
+            counted = known and sampled and not self.paused
+            if not self.paused:
+                self.steps += 1
+                self.counted_steps += counted
+        self.local.step = step = Step(number, counted, entered, self.run)
         return step
+
+    def began_before(self) -> bool:
+        """Does a call of the model go on in this thread? Asked where no step runs: then it began
+        before the start, and what is left of it is no step."""
+        modules, frame = self._entered(), sys._getframe(1) if self._entered() else None
+        while frame is not None:
+            if frame.f_code is _CALL and any(frame.f_locals.get("self") is m for m in modules):
+                return True
+            frame = frame.f_back
+        return False
 
     def end(self) -> None:
         self.local.step = None
@@ -259,15 +290,18 @@ class Session:
         Which tokens they are of isn't known: in a step of several phases they count in that of
         most tokens.
         """
-        if self.rows_seen[index]:
-            for phase in [p for p, i in self.unseen if i == index]:
-                self.counts[phase][index].left_out += self.unseen.pop((phase, index))
-        if left_out is None:
+        if left_out is None and not self.unseen:
             return
-        counts = self.counts[step.phase][index].left_out
-        if not self.rows_seen[index]:
-            counts = self.unseen.setdefault((step.phase, index), np.zeros_like(counts))
-        counts[int(step.real is not None)] += left_out
+        with self.lock:
+            if self.rows_seen[index]:
+                for phase in [p for p, i in self.unseen if i == index]:
+                    self.counts[phase][index].left_out += self.unseen.pop((phase, index))
+            if left_out is None:
+                return
+            counts = self.counts[step.phase][index].left_out
+            if not self.rows_seen[index]:
+                counts = self.unseen.setdefault((step.phase, index), np.zeros_like(counts))
+            counts[int(step.real is not None)] += left_out
 
     def _follows(self, index: int, before: int, experts: np.ndarray, tokens: int) -> bool:
         """Did the same tokens pass as many experts in the layer just before?"""
@@ -280,20 +314,20 @@ class Session:
         if options.trace:
             self.events_dropped += len(self.events) == MAX_EVENTS
             self.events.append((index, step.phase, *times))
-        if options.vocabulary:
-            self._add_vocabulary(index, step, experts)
-        if options.records is not None:
-            arrays = {
-                "experts": experts, "weights": _floats(choice.weights),
-                "entropy": _entropy(choice.logits), "real": step.real, "input_ids": _ids(step),
-            }  # fmt: skip
-            for phase, rows in step.parts():
-                part = arrays
-                if rows is not None:
-                    part = {n: None if a is None else a[rows] for n, a in arrays.items()}
-                options.records.add(
-                    layer=self.numbers[index], step=step.number, phase=phase, **part
-                )
+        if not options.vocabulary and options.records is None:
+            return
+        with self.lock:
+            if options.vocabulary:
+                self._add_vocabulary(index, step, experts)
+            if options.records is None or not self.active:  # stopped by another thread
+                return
+            phase = step.phases
+            options.records.add(
+                layer=self.numbers[index], step=step.number, experts=experts,
+                phase=phase if isinstance(phase, str) else [PHASES[p] for p in phase],
+                weights=_floats(choice.weights), entropy=_entropy(choice.logits),
+                real=step.real, input_ids=_ids(step),
+            )  # fmt: skip
 
     def _add_vocabulary(self, index: int, step: Step, experts: np.ndarray) -> None:
         ids = _ids(step)
@@ -390,7 +424,7 @@ class ExpertWatch(_Watch):
 
     @_uncompiled
     def called(self, module, args, kwargs=None) -> None:
-        step = None if self.session is None else self.session.local.step
+        step = None if self.session is None else self.session.step
         if step is None or step.rows is None:
             return
         given = args[0] if args else next(iter((kwargs or {}).values()), None)
@@ -415,7 +449,7 @@ class LayerWatch(_Watch, RoutingWatch):
 
     @_uncompiled
     def routed(self, layer, hidden, routing, skips, start, end) -> None:
-        step = None if self.session is None else self.session.local.step
+        step = None if self.session is None else self.session.step
         if step is None or not step.entered:
             step = self._step(hidden)
         if step is None or not step.counted:
@@ -477,7 +511,9 @@ class LayerWatch(_Watch, RoutingWatch):
         if step is None or hidden is None:
             return
         if self._router_of(module) is not self._heard:  # wrapped or replaced since the start
-            self.hook(True)
+            with self.session.lock:
+                if self._hooked is not None:  # else another thread has stopped it
+                    self.hook(True)
         step.tokens = hidden.numel() // hidden.shape[-1]
         if not self._bias_looked_for:
             self._rows.refuse_bias()
@@ -490,14 +526,20 @@ class LayerWatch(_Watch, RoutingWatch):
     def heard(self, module, args, output) -> None:
         """The router has spoken."""
         step = self._step()
-        if step is None:
-            return
-        if not step.start:  # the block's own hooks were passed over
-            self.session.passed_over.add(self.index)
+        if step is None or not step.start:
+            self._pass_over(step)
             return
         step.output = output
         if isinstance(output, tuple | list):
             self._refuse_skips(output)
+
+    def _pass_over(self, step: Step | None) -> None:
+        """The router of a block runs whose own hooks did not: was its .forward() called?"""
+        session = self.session
+        if session is None or session.paused or self.index in session.passed_over:
+            return
+        if step is not None or (session.step is None and not session.began_before()):
+            session.passed_over.add(self.index)
 
     @_uncompiled
     def called(self, module, args, kwargs=None) -> None:
@@ -548,10 +590,12 @@ class LayerWatch(_Watch, RoutingWatch):
         session = self.session
         if session is None:
             return None
-        step = session.local.step
+        step = session.step
         if hidden is not None and (step is None or not step.entered):
             if torch._C._current_graph_task_id() != -1:
                 return None  # a backward pass computes again what a checkpoint did not keep
+            if session.began_before():
+                return None
             step = session.begin(entered=False)
         return step if step is not None and step.counted else None
 
