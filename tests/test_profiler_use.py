@@ -17,7 +17,7 @@ from torch.utils import flop_counter
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import moeprof
-from moeprof.profiler.session import OWN_IN_C, STOCK
+from moeprof.profiler.hooks import OWN_IN_C, STOCK
 from moeprof.profiler.tally import PHASES
 
 

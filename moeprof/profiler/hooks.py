@@ -1,0 +1,297 @@
+"""The hooks that a profiler puts into a model: bound methods, so that a copy of the model does
+not count here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import attrgetter
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..watching import RoutingWatch
+from .check import ExpertRows
+from .entry import Entry
+from .finding import Layer, Site
+from .reading import Choice, read_choice, read_experts_call, read_logits, without_empty
+from .sizes import top_k_owner
+from .step import Step
+
+STOCK, OWN_IN_C = "the model's own, not patched", "the model's own top-k, patched"
+
+# What torch.compile leaves to Python: it would trace the counting, and count what it traced.
+_uncompiled = torch.compiler.disable
+
+
+class _Watch:
+    """Owner of hooks. A copied or pickled model gets one that does nothing."""
+
+    session: Any = None  # the session.Session that has put it in
+
+    def __deepcopy__(self, memo):
+        return object.__new__(type(self))
+
+    def __reduce__(self):
+        return object.__new__, (type(self),)
+
+
+class EntryWatch(_Watch):
+    """Where the model is entered: a step begins and ends."""
+
+    def __init__(self, session):
+        self.session = session
+
+    @_uncompiled
+    def enter(self, module, args, kwargs=None) -> None:
+        session = self.session
+        if session is None:
+            return
+        # Without kwargs it is called in a thread that runs while another one starts or stops.
+        step = session.begin(entered=True, known=kwargs is not None)
+        if not step.counted:
+            return
+        entry = Entry(module, args, kwargs)
+        if entry.shape is not None:
+            step.phases = entry.phases
+            step.real = entry.real(session.mask, session.options.pad_token_id)
+            step.input_ids = entry.input_ids
+            if not session.warned:
+                session.warn_of_padding(entry)
+
+    @_uncompiled
+    def leave(self, module, args, output) -> None:
+        if self.session is not None:
+            self.session.end()
+
+
+class ExpertWatch(_Watch):
+    """Of one expert in a list: the rows that it gets."""
+
+    def __init__(self, session, slot: int):
+        self.session, self.slot = session, slot
+
+    @_uncompiled
+    def called(self, module, args, kwargs=None) -> None:
+        step = None if self.session is None else self.session.step
+        if step is None or step.rows is None:
+            return
+        given = args[0] if args else next(iter((kwargs or {}).values()), None)
+        if isinstance(given, Tensor):
+            step.rows[self.slot] += len(given) if given.dim() == 2 else given.shape[:-1].numel()
+
+
+class LayerWatch(_Watch, RoutingWatch):
+    """Of one block: its time, and what its router chose."""
+
+    def __init__(self, session, index: int, site: Site):
+        self.session, self.index, self.site = session, index, site
+        self._handles: list = []
+        path = site.layer.name.removeprefix(site.layer.block).lstrip(".")
+        self._router_of = attrgetter(path)
+        self._heard: nn.Module | None = None  # the router that has the hook
+        self._top_k = top_k_owner(site.router, site.block, site.layer.top_k)
+        self._rows, self._bias_looked_for = ExpertRows(site), False
+        self._hooked: object = None  # another object each time that hooks were put in
+
+    # ---- a patched block ----
+
+    @_uncompiled
+    def routed(self, layer, hidden, routing, skips, start, end) -> None:
+        step = None if self.session is None else self.session.step
+        if step is None or not step.entered:
+            step = self._step(hidden)
+        if step is None or not step.counted:
+            return
+        if layer.router is not self.session.last_router[self.index]:
+            name = OWN_IN_C if layer.router is None else repr(layer.router)
+            self._name(layer.router, name)
+        self.session.add(self.index, step, routing, start, end, skips)
+        if not step.entered:
+            self.session.end()
+
+    @contextmanager
+    def stock(self, hidden):
+        if self.session is None:
+            yield
+            return
+        inside = list(self._hook_inside())
+        self._hooked = object()
+        try:
+            self.before(self.site.block, (hidden,), {})
+            yield
+            self.after(self.site.block, (hidden,), None)
+        finally:
+            for handle in inside:
+                handle.remove()
+
+    # ---- a block with hooks ----
+
+    def hook(self, active: bool) -> None:
+        if self.session is None:
+            return
+        # A forward that is inside the block in another thread sees by this that it isn't whole.
+        self._hooked = None
+        # Handles that were removed are kept: what puts a model back whole, as SimpleBenchmark
+        # does, may bring their hooks back, and to remove one twice does no harm.
+        for handle in self._handles:
+            handle.remove()
+        if active:
+            self._handles = [*self._hook_inside()]
+            block = self.site.block
+            self._handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
+            self._handles.append(block.register_forward_hook(self.after))
+            self._hooked = object()
+
+    def _hook_inside(self) -> Iterator:
+        site = self.site
+        self._heard = self._router_of(site.block)
+        yield self._heard.register_forward_hook(self.heard)
+        if site.chooses == "experts" or self._rows.stacked is not None:
+            yield site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
+        for expert, slot in self._rows.modules:
+            hook = ExpertWatch(self.session, slot).called
+            yield expert.register_forward_pre_hook(hook, with_kwargs=True)
+
+    @_uncompiled
+    def before(self, module, args, kwargs=None) -> None:
+        hidden = args[0] if args else next(iter((kwargs or {}).values()), None)
+        step = self._step(hidden)
+        if step is None or hidden is None:
+            return
+        if self._router_of(module) is not self._heard:  # wrapped or replaced since the start
+            with self.session.lock:
+                if self._hooked is not None:  # else another thread has stopped it
+                    self.hook(True)
+        step.tokens = hidden.numel() // hidden.shape[-1]
+        if not self._bias_looked_for:
+            self._rows.refuse_bias()
+            self._bias_looked_for = True
+        step.rows = [0] * self.site.layer.num_experts if self._rows.listed else None
+        step.hooked = self._hooked
+        step.start = perf_counter_ns()
+
+    @_uncompiled
+    def heard(self, module, args, output) -> None:
+        """The router has spoken."""
+        step = self._step()
+        if step is None or not step.start:
+            self._pass_over(step)
+            return
+        step.output = output
+        if isinstance(output, tuple | list):
+            self._refuse_skips(output)
+
+    def _pass_over(self, step: Step | None) -> None:
+        """The router of a block runs whose own hooks did not: was its .forward() called?"""
+        session = self.session
+        if session is None or session.paused or self.index in session.passed_over:
+            return
+        if step is not None or (session.step is None and not session.began_before()):
+            session.passed_over.add(self.index)
+
+    @_uncompiled
+    def called(self, module, args, kwargs=None) -> None:
+        """The experts get their tokens."""
+        if (step := self._step()) is not None:
+            step.call = args, kwargs or {}
+
+    @_uncompiled
+    def after(self, module, args, output) -> None:
+        end = perf_counter_ns()
+        step = self._step()
+        if step is None or not step.start:  # hooked by another thread since the block began
+            return
+        # or since then, or when it began, hooks were being put in or taken out
+        if step.hooked is None or step.hooked is not self._hooked:
+            step.start, step.output, step.call, step.rows = 0, None, None, None
+            return
+        if self.session.last_router[self.index] is not STOCK:
+            self._name(STOCK, STOCK)
+        choice, skips = without_empty(self._choice(step), self.site.layer.num_experts)
+        skips = skips or self._may_skip()
+        left_out = self._left_out(step, choice)
+        start, step.start = step.start, 0
+        step.output = step.call = step.rows = None
+        self.session.add(self.index, step, choice, start, end, skips)
+        self.session.add_left_out(self.index, step, left_out)
+        if not step.entered:
+            self.session.end()
+
+    def _left_out(self, step: Step, choice: Choice) -> np.ndarray | None:
+        """The selections (E + 1,) of each expert that did not run; None: all ran."""
+        seen = self.session.rows_seen
+        if step.rows is None:
+            seen[self.index] = True
+            if step.call is None or self._rows.stacked is None:
+                return None
+            return self._rows.left_out_of_call(*step.call, choice)
+        if not seen[self.index] and any(step.rows):
+            self._rows.verify(step.rows, choice)
+            seen[self.index] = True
+        return self._rows.left_out(step.rows, choice)
+
+    # ---- both ----
+
+    def _step(self, hidden: Tensor | None = None) -> Step | None:
+        """The step that runs, if it counts; one of its own for a block that is called with
+        `hidden` by itself."""
+        session = self.session
+        if session is None:
+            return None
+        step = session.step
+        if hidden is not None and (step is None or not step.entered):
+            if torch._C._current_graph_task_id() != -1:
+                return None  # a backward pass computes again what a checkpoint did not keep
+            if session.began_before():
+                return None
+            step = session.begin(entered=False)
+        return step if step is not None and step.counted else None
+
+    def _choice(self, step: Step) -> Choice:
+        layer = self._layer()
+        if step.call is not None and self.site.chooses == "experts":
+            choice = read_experts_call(*step.call, step.tokens, layer)
+            return choice._replace(logits=read_logits(step.output, step.tokens, layer))
+        if step.output is None:
+            raise ValueError(f"{layer.name}: the block ran without calling this router")
+        return read_choice(step.output, step.tokens, layer)
+
+    def _layer(self) -> Layer:
+        """With the k that router or block have now: a user may change it."""
+        layer = self.site.layer
+        if self._top_k is None or (k := self._top_k[0].get(self._top_k[1])) == layer.top_k:
+            return layer
+        return replace(layer, top_k=k)
+
+    def _name(self, router, name: str) -> None:
+        self.session.last_router[self.index] = router
+        names = self.session.routers[self.index]
+        if name not in names:
+            names.append(name)
+
+    def _may_skip(self) -> bool:
+        """Are its experts moeprof's, which leave a slot of -1 out? The model's own can't."""
+        return self._implementation() == "moeprof"
+
+    def _implementation(self) -> str | None:
+        """Of transformers 5 the name of its experts' implementation."""
+        config = getattr(self.site.experts, "config", None)
+        return getattr(config, "_experts_implementation", None)
+
+    def _refuse_skips(self, output) -> None:
+        if self._may_skip():
+            return
+        for part in output:
+            if isinstance(part, Tensor) and not part.is_floating_point():
+                if part.dtype != torch.bool and part.numel() and int(part.min()) < 0:
+                    instead = "patch the model first, moeprof.patch(model)"
+                    if self._implementation() is not None:
+                        instead += ', or model.set_experts_implementation("moeprof")'
+                    raise ValueError(
+                        f"{self.site.layer.name}: the router skipped a slot (-1), and the block "
+                        "as transformers wrote it can't: it would fail or compute garbage; "
+                        + instead
+                    )

@@ -1,0 +1,41 @@
+"""One call of the model while a profiler counts."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from .phases import PHASES, UNKNOWN
+
+
+class Step:
+    """One call of the model: what its layers have in common, and what passes between hooks."""
+
+    # Of all its tokens, or (T,) numbers in PHASES where they are of several
+    phases: str | np.ndarray = UNKNOWN
+    real: np.ndarray | None = None
+    input_ids: Tensor | None = None
+    previous: tuple[int, np.ndarray] | None = None  # the layer that ran last, its experts
+    # of one layer, between its hooks:
+    start = tokens = 0
+    output = call = None
+    hooked: object = None  # the LayerWatch's hooks that were in when the layer began
+    rows: list[int] | None = None  # that the experts of a list got
+
+    def __init__(self, number: int, counted: bool, entered: bool, run: object):
+        self.number, self.counted, self.entered, self.run = number, counted, entered, run
+
+    @property
+    def phase(self) -> str:
+        """Of most of its tokens."""
+        if isinstance(self.phases, str):
+            return self.phases
+        return PHASES[np.bincount(self.phases).argmax()]
+
+    def parts(self) -> Iterator[tuple[str, np.ndarray | None]]:
+        """(phase, numbers of its tokens; None for all)."""
+        if isinstance(self.phases, str):
+            yield self.phases, None
+            return
+        for number in np.unique(self.phases):
+            yield PHASES[number], np.flatnonzero(self.phases == number)
