@@ -99,7 +99,7 @@ class Entry:
             same = len(by_token) == 0 or (by_token == by_token[0]).all()
             return PHASES[by_token[0] if len(by_token) else 0] if same else by_token
         rows, tokens = self.shape
-        phase = phase_of(self.past, self._cache is not None, tokens)
+        phase = phase_of(self.past, self._arguments.get("use_cache") is False, tokens)
         if isinstance(phase, str):
             return phase
         number, first, rest = phase

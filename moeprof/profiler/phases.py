@@ -27,25 +27,28 @@ _SAMPLING = ("_sample", "_beam_search", "_group_beam_search", "_constrained_beam
              "_contrastive_search", "_dola_decoding", "_greedy_search")  # fmt: skip
 
 
-def phase_of(past: int | None, cached: bool, tokens: int) -> str | tuple[int, str, str]:
+def phase_of(past: int | None, recomputes: bool, tokens: int) -> str | tuple[int, str, str]:
     """The phase of a step with `tokens` new ones in each row.
 
     past : tokens in the cache before it; None where the cache doesn't say
-    cached : was the model given a cache?
+    recomputes : was the model told to use no cache?
     Returns (n, first, rest) where the first n tokens of each row are of another phase than the
     rest.
     """
     name, frame = _generating()
     if name == _ASSISTED:
         return _assisted(frame, tokens)
-    if past == 0 and not cached and name in _SAMPLING and not _is_first(frame):
+    begins = name in _PREFILLS or (name in _SAMPLING and _is_first(frame))
+    if begins and not (past and _assists(frame)):
+        return PREFILL
+    # Each further step of sampling is for one new token a row. More are of another call inside
+    # the loop, as of the prompt without which classifier-free guidance compares.
+    if name in _SAMPLING and not begins and (tokens == 1 or recomputes):
         return DECODE
-    # Sampling adds one token a row in a step: more are of the first step, on a cache that was kept.
-    if past == 0 or name in _PREFILLS or (past and tokens > 1 and name in _SAMPLING):
-        if not past or not _assists(frame):
-            return PREFILL
     if past is None:
         return UNKNOWN
+    if past == 0:
+        return PREFILL
     return DECODE if tokens == 1 else UNKNOWN
 
 
@@ -61,13 +64,12 @@ def _assisted(frame: FrameType, tokens: int) -> str | tuple[int, str, str]:
 
 
 def _is_first(frame: FrameType) -> bool:
-    """Is this the first step of a loop of `generate`? It has no cache to tell."""
+    """Has this loop of `generate` not chosen a token yet? What runs then is the prompt's, also
+    the last part of one that ran in chunks, or what is new on a cache that was kept."""
     state = frame.f_locals
-    if "is_prefill" in state:
-        return bool(state["is_prefill"])
-    if "prefill_consumed" in state:  # the first one is in a function of its own
-        return False
-    return state.get("cur_len") == state.get("decoder_prompt_len", state.get("cur_len"))
+    if "decoder_prompt_len" in state:  # beam search
+        return state.get("cur_len") == state["decoder_prompt_len"]
+    return "next_tokens" not in state
 
 
 def _assists(frame: FrameType) -> bool:
