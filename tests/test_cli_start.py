@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import moeprof
-from moeprof import demo, extra
+from moeprof import cli, demo, extra
 
 SLOW = ("torch", "transformers", "pandas", "matplotlib", "scipy", "statsmodels", "rich", "tqdm")
 COMMANDS = {
@@ -140,6 +140,12 @@ def test_a_fault_of_moeprof_keeps_its_traceback(folder):
     program = "import moeprof.cli.profile as p; p.check_model = lambda n: {}[n]; " + MAIN
     ended = python(program, "profile", "--model", "m", folder=folder)
     assert ended.returncode == 1 and "KeyError: 'm'" in ended.stderr
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):
+    assert cli.main(["calibrate", "--text", "a\x1b[31mb", "--out", "null.npz"]) == 2
+    error = capsys.readouterr().err
+    assert "a\ufffd[31mb" in error and "\x1b" not in error
 
 
 def test_a_disk_that_is_full():

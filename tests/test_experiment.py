@@ -528,6 +528,24 @@ def test_static_is_recommended_where_nothing_is_surely_better(run, high):
     assert "nearest, bh_k4_a020" in first["head"]
 
 
+def test_a_static_top_k_that_was_not_run_is_not_recommended(run):
+    """With --static 1 alone, 1 expert is no answer to what to use for 3."""
+    size = run[0]["model_config"] | {"num_experts_per_tok": 4}
+    only = [row for row in run[0]["static"] if row["k"] == 1]
+    last = advice(run[0] | {"model_config": size, "static": only, "budgets": []})[-1]
+    assert last["budget"] == 3 and last["code"] is None and last["best"] is None
+    assert "static top-3 was not run" in last["head"]
+
+
+def test_the_figure_counts_the_settings_that_static_was_run_beside(run):
+    far = run[0]["results"][-1]["config"]
+    told = with_distance(run[0], far, None, None, None, 2.5)
+    points = len(merged([row for row in told["results"][1:] if row["config"] != far]))
+    points += sum(row.get("bits_above_static") is not None for row in told["budgets"])
+    title = figure(told["results"], told).axes[1].get_title(loc="left")
+    assert title == f"0 of {points} settings are better than static top-k"
+
+
 def test_a_budget_out_of_reach_is_said(run):
     rows = [row | {"error": "reaches from 1 to 1.2"} for row in run[0]["budgets"]]
     rows = [{k: v for k, v in row.items() if "avg" not in k and "nats" not in k} for row in rows]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from profiles import make_profile
 
-from moeprof.profiler import ablation
+from moeprof.profiler import ablation, run
 from moeprof.profiler.result import glossary, specialisation, tables
 from moeprof.profiler.result.metrics import LayerMetrics
 
@@ -17,7 +17,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "glossary.md"
 
 @pytest.fixture(scope="module")
 def profile():
-    return make_profile(2, 8, 2)
+    unread = {"label": 2, "block": "model.layers.2.mlp", "reason": "no router was found"}
+    return make_profile(2, 8, 2, facts={"not_counted": [unread]})
 
 
 def test_every_metric_of_the_csv_and_of_get_metrics_is_explained(profile):
@@ -37,6 +38,7 @@ def test_every_column_is_explained(profile):
     columns = {name: list(texts) for name, texts in glossary.COLUMNS.items()}
     assert columns["metrics.csv"] == list(profile.to_frame().columns)
     assert columns["ablation.csv"] == list(ablation.COLUMNS)
+    assert columns["agreement.csv"] == list(run.AGREEMENT)
     words = {"tokens": [1], "layers": [0], "seen": [9], "text": None,
              "counts": np.ones((1, 1, 8), int)}  # fmt: skip
     profile.vocabulary = words

@@ -182,9 +182,12 @@ def test_sequences_in_one_row():
         entry = Entry(model.model, (), given)
         step = profiler._session.begin(entered=True)
         step.phases, step.real = entry.phases, entry.real()
-        blocks(model)[0](torch.randn(1, 12, 32))
+        hidden = torch.randn(32).repeat(1, 12, 1)
+        hidden[0, 4:6] *= -1  # the decode steps select other experts than the prompts
+        blocks(model)[0](hidden)
         profiler._session.end()
     found = counted(profiler)
+    assert profiler.result().events[-1][-1] == 2 * model.config.num_experts_per_tok
     assert found == {"prefill": (12 + 7, 3, 2), "decode": (2, 0, 1)}
 
 

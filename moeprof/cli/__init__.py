@@ -78,7 +78,9 @@ def _needed(arguments):
 
 
 def _one_line(text):
-    return " ".join(str(text).split())
+    from moeprof.files import printable
+
+    return printable(" ".join(str(text).split()))
 
 
 def _fail(error):

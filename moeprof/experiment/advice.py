@@ -24,7 +24,7 @@ def _for(run, budget):
     usable = [row for row in found if row.get("bits_above_static") is not None]
     usable = [row for row in usable if abs(row["avg_experts_heldout"] / budget - 1) <= NEAR]
     best = min(usable, key=lambda row: row["bits_above_static"], default=None)
-    wins = best is not None and _sure(best)
+    wins = best is not None and is_below(best)
     static = _static(run, budget)
     top = f"the model's own top-{own['max_k']}"
     if wins:
@@ -34,7 +34,7 @@ def _for(run, budget):
         )
         code = _code(best, run)
     elif static is None:
-        head, code = "no static top-k was run, so nothing can be recommended.", None
+        head, code = f"static top-{int(budget)} was not run, so nothing can be recommended.", None
     else:
         head = f"static top-{static['k']} is what to use: {_costs(static, top)}; " + (
             f"nothing tried is below it with certainty (the nearest, {_name(best)}: "
@@ -77,12 +77,11 @@ def _set(run, budget):
 
 
 def _static(run, budget):
-    """Static top-k with the largest k within the budget; the own top-k is in the results."""
-    rows = [row for row in run.get("static", ()) if row["k"] <= budget]
-    return max(rows, key=lambda row: row["k"], default=None)
+    """Static top-k with the largest whole k within the budget, None where it was not run."""
+    return next((row for row in run.get("static", ()) if row["k"] == int(budget)), None)
 
 
-def _sure(row):
+def is_below(row):
     """Below static beyond doubt; for a single document, below it."""
     high = row["bits_above_static_high"]
     return (row["bits_above_static"] if high is None else high) < 0

@@ -18,9 +18,9 @@ def compared(run):
     results = run["results"]
     if not results:
         return run
-    own, num_experts = results[0], run["model_config"]["num_experts_per_tok"]
+    own, top_k = results[0], run["model_config"]["num_experts_per_tok"]
     line = {row["k"]: row for row in run.get("static", ())}
-    line[num_experts] = {**own, "k": num_experts}
+    line[top_k] = {**own, "k": top_k}
     line = [line[k] for k in sorted(line)]
     kinds = {name: run.get(name, []) for name in ("results", "static", "budgets")}
     rows = [row for group in kinds.values() for row in group if "nats_by_document" in row]

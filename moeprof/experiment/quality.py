@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..figures import MARKERS
+from .advice import NEAR, is_below
 from .beside import budgets
 from .drawing import blank, label, shades, title
 from .merged import merged
@@ -32,7 +33,8 @@ def _points(bh, baseline):
     colours = dict(zip(alphas, shades(len(alphas)), strict=True))
     points = []
     for _, group in merged(bh.to_dict("records")):
-        row = group[0]
+        # The table has nan for None in a column of numbers.
+        row = {n: None if isinstance(v, float) and np.isnan(v) else v for n, v in group[0].items()}
         points.append(row | {
             "bits_above_own": row.get("bits_above_own", row["bits_per_byte"]
                                       - baseline["bits_per_byte"]),
@@ -82,10 +84,9 @@ def _headline(points, static, found, marks):
     answers = []
     for budget in marks:
         near = [p for p in [*points, *found] if p.get("bits_above_static") is not None
-                and abs(p["avg_experts_heldout"] / budget - 1) <= 0.1]  # fmt: skip
+                and abs(p["avg_experts_heldout"] / budget - 1) <= NEAR]  # fmt: skip
         best = min(near, key=lambda p: p["bits_above_static"], default=None)
-        high = best and best.get("bits_above_static_high")
-        wins = best and (best["bits_above_static"] if high is None else high) < 0
+        wins = best is not None and is_below(best)
         name = (best["router"] if "budget" in best else best["config"]) if wins else "static"
         answers.append(f"at {budget:g}: {name}")
     return "What to use " + ", ".join(answers)
@@ -104,7 +105,7 @@ def _beside(axis, points, found, marks):
     _marks(axis, marks)
     label(axis, "experts per token, held-out text",
           "bits per byte beside static top-k\nat the same experts")  # fmt: skip
-    below = sum((p["bits_above_static_high"] or p["bits_above_static"]) < 0 for p in shown)
+    below = sum(map(is_below, shown))
     title(axis, f"{below} of {len(shown)} settings are better than static top-k",
           "below the line is better; bars: 95 %, paired by document")  # fmt: skip
 

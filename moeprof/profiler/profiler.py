@@ -201,7 +201,7 @@ class MoEProfiler:
             self._domains[-1] = (label, before + since)
 
     def _loads(self) -> np.ndarray:
-        """(L, E + 1): selections of the real tokens, and their number, of both phases."""
+        """(L, E + 1): selections of the real tokens, and their number, of all phases."""
         sites = self._session.sites
         widest = max(site.layer.num_experts for site in sites)
         loads = np.zeros((len(sites), widest + 1), np.int64)
@@ -233,7 +233,7 @@ class MoEProfiler:
         )
 
     def get_metrics(self, phase: str | None = None) -> dict[str, LayerMetrics]:
-        """{name of the router: its metrics}, of both phases together or of one."""
+        """{name of the router: its metrics}, of all phases together or of one."""
         return self.result().metrics(phase)
 
     def print_summary(self) -> None:

@@ -18,9 +18,10 @@ from ..names import gate_name, layer_labels
 from .agreement import router_agreement
 from .profiler import MoEProfiler
 from .result.metrics import LayerMetrics
-from .result.profile import Profile
+from .result.profile import Profile, as_json
 
 PROMPT = 64  # tokens before the decode steps
+AGREEMENT = ("layer", "name", "block", "tokens", "agreement", "at_most", "same_experts")
 
 
 class Plan(NamedTuple):
@@ -82,10 +83,10 @@ def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) ->
                 _continue(model, plan, batch, profiler, bar)
                 results.append(profiler.result())
     result = profiler.result(roofline=roofline)
-    result.facts["decode_by_batch"] = [
+    result.facts["decode_by_batch"] = as_json([
         _decode_row(batch, *pair)
         for batch, *pair in zip(plan.batches, results, results[1:], strict=False)
-    ]
+    ])
     if not plan.prompts and plan.asked:
         result.facts["notes"].append(
             f"No decode steps were run: the text has no passage of {PROMPT} tokens to continue."
@@ -153,10 +154,9 @@ def agreement_by_layer(model, plan: Plan, patch: dict):
     """A pandas table: how far a router agrees with the model's own top-k on the same text.
 
     Columns: layer (its own number), name (its gate's), block, tokens, agreement (mean of
-    |E ∩ E'| / k, k the model's own), at_most (what it
-    would be if the router only took experts that the model's own takes too, mean of
-    min(|E'|, k) / k), same_experts (share of the tokens). Both run in the model, so that deeper
-    layers also differ by what the layers before them did.
+    |E ∩ E'| / k, k the model's own), at_most (what it would be if the router only took experts
+    that the model's own takes too, mean of min(|E'|, k) / k), same_experts (share of the tokens).
+    Both run in the model, so that deeper layers also differ by what the layers before them did.
     """
     import pandas
 
@@ -172,8 +172,7 @@ def agreement_by_layer(model, plan: Plan, patch: dict):
         same = (share == 1) & (k == other)
         rows.append((label, gate_name(name), name, len(share), float(share.mean()), at_most,
                      float(same.mean())))  # fmt: skip
-    columns = ["layer", "name", "block", "tokens", "agreement", "at_most", "same_experts"]
-    return pandas.DataFrame(rows, columns=columns)
+    return pandas.DataFrame(rows, columns=AGREEMENT)
 
 
 def _selections(model, plan, patch, step):

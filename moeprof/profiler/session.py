@@ -227,7 +227,9 @@ class Session:
             # The time of a step of several phases is divided by their tokens.
             part = arrays if rows is None else [None if a is None else a[rows] for a in arrays]
             share = end - start if rows is None else (end - start) * len(rows) // tokens
-            unique = max(unique, self._tally(index, phase, *part, dtype, share, skips))
+            unique = self._tally(index, phase, *part, dtype, share, skips)
+        if not isinstance(step.phases, str):  # of all its phases together
+            unique = len(np.unique(experts[experts >= 0]))
         experts = experts.astype(np.int32, copy=False)  # each of them is in range
         step.previous = index, experts
         if self.options.extras:

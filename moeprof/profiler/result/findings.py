@@ -189,7 +189,7 @@ def _balance(profile, phase):
 
 
 def _time(profile, phase):
-    sizes = profile.facts.get("decode_by_batch") or []
+    sizes = profile.decode_by_batch
     if phase == "decode" and len(sizes) > 1:  # steps of several sizes have no common time
         yield from map(_time_of_batch, sizes)
         return

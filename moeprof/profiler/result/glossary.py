@@ -24,16 +24,25 @@ METRICS = {
     for name, unit, text in (
         ("tokens", "tokens", "Real tokens that the layer was given: T in what follows."),
         ("tokens_padding", "tokens", "Padding that the layer was given and computed as well."),
-        ("steps", "calls", "Calls of the layer, one in each forward of the model."),
+        ("steps", "calls", "Calls of the layer, one in each forward of the model. A forward of "
+         "several phases, as in continuous batching, is one in each of them, with its part of the "
+         "time; in the phase all it is as many."),
         ("skipped_slots", "slots", "Slots of real tokens that the router set to -1."),
         ("skipped_slots_padding", "slots", "Slots of padding that the router set to -1."),
-        ("flops_total", "FLOP", "flops_router + flops_expert + flops_shared; a multiplication and "
-         "an addition of a matrix product are two."),
+        ("dropped_selections", "selections", "Selections of real tokens that no expert ran: above "
+         "its capacity, or of an expert that is not on this machine. Negative: experts ran more "
+         "rows than were selected. nan where padding was among them."),
+        ("dropped_selections_with_padding", "selections", "dropped_selections of real tokens and "
+         "padding together."),
+        ("flops_total", "FLOP", "flops_router + flops_expert + flops_shared + flops_adapter; a "
+         "multiplication and an addition of a matrix product are two."),
         ("flops_router", "FLOP", "Of the router's matrix product, over the real tokens: 2·H·E a "
          "token for a linear one, with H the hidden size."),
-        ("flops_expert", "FLOP", "Of the routed experts, over the real tokens: 6·H·I a token and "
-         "expert for SwiGLU, with I the expert's width."),
+        ("flops_expert", "FLOP", "Of the routed experts, over the rows of real tokens that ran: "
+         "6·H·I a row for SwiGLU, with I the expert's width. What was dropped costs nothing."),
         ("flops_shared", "FLOP", "Of the experts that every token passes, over the real tokens."),
+        ("flops_adapter", "FLOP", "Of adapters that are multiplied out and added to all experts in "
+         "every step, whatever runs (peft's target_parameters); 0 without such."),
         ("flops_total_with_padding", "FLOP", "flops_total of real tokens and padding together: "
          "what the machine computed."),
         ("k_mean", "experts", "Experts per real token, Σ k_t / T; a token whose slots were all "
@@ -67,6 +76,8 @@ METRICS = {
          "softmax."),
         ("load_balance_loss", "1", "E Σ_i f_i P_i with f_i = N_i / T; k where all experts are "
          "alike. Without a layer: f and P over the tokens of all layers together."),
+        ("load_balance_loss_by_layer", "1", "Of all layers: the mean of their own "
+         "load_balance_loss, which one over all tokens together can hide."),
         ("z_loss", "1", "Mean over tokens of logsumexp(logits)², which training keeps small."),
         ("latency_ms_mean", "ms", "Mean time of a step of the layer, router and experts."),
         ("latency_ms_p50", "ms", "Median time of a step, from bins: off by at most 0.8 %."),
@@ -96,6 +107,8 @@ METRICS = {
          "selects i too."),
         ("moves", SHARE, "Of the tokens of expert i in the MoE layer before, the share that goes "
          "to expert j here."),
+        ("not_counted", "1", "1 for what looks like an MoE layer and could not be counted; the "
+         "summary says why."),
         ("memory_peak_mb", "MB", "Peak memory of the process since it began, 10⁶ bytes."),
     )
 }  # fmt: skip
@@ -103,8 +116,9 @@ METRICS = {
 # Columns of the CSV files, by file.
 COLUMNS = {
     "metrics.csv": {
-        "layer": "The MoE layer; empty: the whole profile.",
+        "layer": "The MoE layer, by the model's own number; empty: the whole profile.",
         "name": "The qualified name of the layer's router.",
+        "block": "The qualified name of the layer's block.",
         "expert": "The expert, from 0; empty where a number is not of one expert.",
         "phase": "prefill: tokens of a prompt or a text. decode: one new token of each sequence. "
         "verify: several drafted tokens checked at once. unknown: which of them it was could not "
@@ -115,6 +129,7 @@ COLUMNS = {
     "vocabulary.csv": {
         "layer": "The MoE layer.",
         "name": "The qualified name of the layer's router.",
+        "block": "The qualified name of the layer's block.",
         "expert": "The expert, from 0.",
         "token": "The input token's id.",
         "text": "What the tokenizer makes of it.",
@@ -126,6 +141,8 @@ COLUMNS = {
     },
     "agreement.csv": {
         "layer": "The MoE layer.",
+        "name": "The qualified name of the layer's router.",
+        "block": "The qualified name of the layer's block.",
         "tokens": "Tokens on which both routers were compared.",
         "agreement": "Mean of |E ∩ E'| / k: of the model's own k experts, the share that the "
         "router selects too.",
@@ -136,6 +153,7 @@ COLUMNS = {
     "ablation.csv": {
         "layer": "The MoE layer that uses fewer experts.",
         "name": "The qualified name of the layer's router.",
+        "block": "The qualified name of the layer's block.",
         "k": "Its number of experts.",
         "loss": "Mean next-token loss, nats per token.",
         "loss_change": "That loss less the one with the model's own k everywhere, nats per token.",

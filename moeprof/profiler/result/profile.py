@@ -14,18 +14,19 @@ from ...names import layer_keys, layer_labels
 from ..tally import PHASES
 from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
 
-ALL = "all"  # the name of both phases together
+ALL = "all"  # the name of all phases together
 
 
 class Profile:
     """Counts of a model's MoE layers by phase, and what they were counted on.
 
     layers : list of finding.Layer
-    counts : {phase: [Counts of each layer]} for "prefill" and "decode"
-    facts : dict of model, model_class, config, machine, router, steps, steps_left_out,
-        warmup_steps, sampling_rate, memory_peak_mb, notes; kept as JSON would
+    counts : {phase: [Counts of each layer]} for each of PHASES
+    facts : dict of model, model_class, config, machine, router, not_counted, passed_over, steps,
+        steps_left_out, warmup_steps, sampling_rate, memory_peak_mb, notes, and of
+        `moeprof profile` decode_by_batch; kept as JSON would
     domains : {label: (L, E + 1) int64}: selections of real tokens, and in the last column
-        their number, of both phases; or None
+        their number, of all phases; or None
     vocabulary : {"tokens": ids, "layers": indices, "counts": (layers, tokens, E), "seen":
         (tokens,), "text": [str] or None}, or None
     roofline : roofline.Roofline or None
@@ -57,6 +58,13 @@ class Profile:
     def phases(self) -> list[str]:
         """Those in which a step was counted."""
         return [name for name in PHASES if any(c.steps for c in self.counts[name])]
+
+    @property
+    def decode_by_batch(self) -> list[dict]:
+        """Of `moeprof profile`: what the decode steps of each batch size did, see run._decode_row;
+        nan for what was not measured."""
+        rows = self.facts.get("decode_by_batch") or []
+        return [{n: float("nan") if v is None else v for n, v in row.items()} for row in rows]
 
     @cached_property
     def _totals(self):
@@ -125,7 +133,7 @@ class Profile:
         layer: the model's own number of the layer, see `labels`; name: its gate's, as in
         `metrics`; <NA>: of the whole profile. expert is <NA> where a
         number is not of one expert. A layer that could not be counted has one row, of the metric
-        "not_counted". phase: "prefill", "decode", "all".
+        "not_counted". phase: one of `phases`, or "all".
         """
         from .frame import to_frame
 

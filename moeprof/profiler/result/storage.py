@@ -32,8 +32,18 @@ _DAMAGED = (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryEr
 _FACTS = {
     "model": str, "model_class": str, "config": dict, "machine": dict, "router": str, "steps": int,
     "steps_left_out": int, "warmup_steps": int, "sampling_rate": int,
-    "memory_peak_mb": int | float | None, "notes": list,
+    "memory_peak_mb": int | float | None, "notes": list, "not_counted": list,
+    "passed_over": list, "decode_by_batch": list,
 }  # fmt: skip
+_MEASURED = int | float | None
+# What each row of these facts has.
+_ROWS = {
+    "not_counted": {"label": int | str, "block": str, "reason": str},
+    "decode_by_batch": {"batch": int, "steps": int, "k": _MEASURED, "unique_experts": _MEASURED,
+                        "latency_ms": _MEASURED, "bytes": _MEASURED},
+}  # fmt: skip
+_MACHINE = {"cpu": str, "features": list, "threads": int}
+_FIRST = PHASES[:2]  # the phases of profiles before moeprof told them all apart
 
 
 def pack(profile) -> dict[str, bytes]:
@@ -136,12 +146,22 @@ def unpack(make, folder):
 
 def _check_head(head):
     """ValueError unless facts, layers and roofline have the types that they are written with."""
-    _check_types("facts", head["facts"], _FACTS)
+    facts = head["facts"]
+    _check_types("facts", facts, _FACTS)
+    for name, types in _ROWS.items():
+        for row in facts.get(name, ()):
+            _check_whole(name, row, types)
+    if machine := facts.get("machine"):
+        _check_whole("machine", machine, _MACHINE)
+        _check_types("machine", machine, {"versions": dict})
     for layer in head["layers"]:
         _check_types("layer", layer, get_type_hints(Layer))
         for name, value in layer.items():
             if isinstance(value, int) and not 0 <= value < 2**63:
                 raise ValueError(f"layer: {name}: expected 0 or more, got {value}")
+        each = layer.get("slot_flops")
+        if each is not None and [type(n) for n in each] != [int] * layer["num_experts"]:
+            raise ValueError("layer: slot_flops: expected an integer for each expert")
     if head["roofline"] is not None:
         _check_types("roofline", head["roofline"], get_type_hints(Roofline))
 
@@ -154,6 +174,13 @@ def _check_types(what, values, types):
         wrong_bool = isinstance(value, bool) and bool not in wanted
         if name in values and (wrong_bool or not isinstance(value, wanted)):
             raise ValueError(f"{what}: {name}: expected {kind}, got {value!r:.60}")
+
+
+def _check_whole(what, values, types):
+    """The same, and that none of them is missing."""
+    _check_types(what, values, types)
+    if missing := [name for name in types if name not in values]:
+        raise ValueError(f"{what}: it has no {missing[0]}")
 
 
 def _classes(hint):
@@ -211,7 +238,11 @@ def _parts(make, head, layers, arrays):
             for i, layer in enumerate(layers)
         ]
         for phase in PHASES
+        if phase in _FIRST or f"{phase}.0.ints" in arrays
     }
+    for phase in PHASES:  # an older profile has not all
+        empty = [Counts(c.num_experts, c.has_pairs) for c in counts[_FIRST[0]]]
+        counts.setdefault(phase, empty)
     return make(
         layers, counts, head["facts"],
         domains={label: arrays[f"domain.{n}"] for n, label in enumerate(head["domains"] or [])},

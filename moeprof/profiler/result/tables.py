@@ -75,7 +75,7 @@ def by_batch(profile) -> Table:
         [str(row["batch"]), str(row["steps"]), number(row["k"], ".2f"),
          number(row["unique_experts"], ".1f"), short(row["latency_ms"]),
          number(row["bytes"] / 1e6, ".2f")]
-        for row in profile.facts["decode_by_batch"]
+        for row in profile.decode_by_batch
     ]  # fmt: skip
     return Table(
         "Decode by batch size", "steps: of decode, at this batch size alone. k: experts per token. "
@@ -137,7 +137,7 @@ def tables(profile) -> list[Table]:
         return []
     side_by_side = [profile.phases[i : i + 2] for i in range(0, len(profile.phases), 2)]
     made = [layers(profile, names) for names in side_by_side]
-    if len(profile.facts.get("decode_by_batch") or []) > 1:
+    if len(profile.decode_by_batch) > 1:
         made.append(by_batch(profile))
     if profile.domains is not None:
         made.append(domains(profile))
