@@ -469,6 +469,23 @@ def test_the_distance_from_static_and_its_interval(run):
     assert row["bits_above_static_high"] == pytest.approx(high, abs=0.15 * spread_of + 1e-6)
 
 
+def test_documents_are_drawn_with_their_experts():
+    """All documents have the same bits; only their experts per token, 1.2 and 1.8, vary."""
+    def row(bits, experts):
+        return {"nats_by_document": [100 * bits * math.log(2)] * 8, "experts_by_document": experts}
+
+    found = compared({
+        "results": [row(0.5, [20] * 8), row(0.7, [12, 18] * 4)],
+        "static": [row(1.0, [10] * 8) | {"k": 1}],
+        "model_config": {"num_experts_per_tok": 2}, "seed": 0,
+        "heldout_documents": [{"bytes": 100, "tokens": 10}] * 8,
+    })["results"][1]  # fmt: skip
+    assert found["bits_above_static"] == pytest.approx(-0.05)
+    spread_of = 2 * 1.96 * 0.5 * 0.3 / math.sqrt(8)
+    width = found["bits_above_static_high"] - found["bits_above_static_low"]
+    assert width == pytest.approx(spread_of, rel=0.25)
+
+
 def test_beyond_the_line_there_is_no_distance(run):
     far = [r | {"experts_by_document": [3 * e for e in r["experts_by_document"]]}
            for r in run[0]["results"][1:]]  # fmt: skip

@@ -139,8 +139,10 @@ def test_an_assistant_proposes_and_the_model_verifies(demo):
     model, tokenizer = demo
     ids = tokenizer("And God said, Let there be light", return_tensors="pt")
     other, _ = moeprof.demo.load()
-    with torch.no_grad(), moeprof.MoEProfiler(model) as profiler:
+    with torch.no_grad(), moeprof.MoEProfiler(model) as profiler, moeprof.MoEProfiler(other) as its:
         model.generate(**ids, max_new_tokens=12, do_sample=False, assistant_model=other)
+    # The drafts of the assistant that were accepted are given to it again: no prompt.
+    assert counted(its)["prefill"][0] == ids["input_ids"].shape[1] and "verify" not in counted(its)
     found = counted(profiler)
     assert found["prefill"][0] == ids["input_ids"].shape[1]
     assert found["verify"][0] > 0 and "unknown" not in found

@@ -54,6 +54,31 @@ def test_ids_may_change_while_experts_run():
     assert util.run_python(code).stdout.split() == ["True"]
 
 
+def test_ids_are_those_of_one_moment():
+    """The first and the last token get the same expert, however often a thread changes both
+    while the tokens between them run."""
+    T, E, H = 8192, 2, 64
+    weights = np.ones((3, E, H, H), np.float32)
+    weights[:, 1] = 2
+    pointers = np.array([[m.ctypes.data for m in kind] for kind in weights], np.uint64)
+    x, w = np.ones((T, H), np.float32), np.ones((T, 4), np.float32)
+    for _ in range(20):
+        ids, going = np.zeros((T, 4), np.int32), threading.Event()
+
+        def change(ids=ids, going=going):
+            going.set()
+            while going.is_set():
+                ids[:: T - 1] ^= 1  # so few that NumPy keeps the GIL
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        going.wait()
+        out = _C.experts(x, ids, w, "float32", pointers, H, 1)
+        going.clear()
+        thread.join()
+        assert (out[0] == out[-1]).all()
+
+
 class Meddling:
     """A number whose reading changes the shape of an array that the call was given."""
 
