@@ -146,8 +146,11 @@ static int parse_rest(PyObject *logits, PyObject *real, PyObject *previous,
 static int check_ids(const int32_t *ids, npy_intp count, npy_intp num_experts)
 {
     for (npy_intp i = 0; i < count; i++)
-        if (ids[i] < -1 || ids[i] >= num_experts)
-            return mp_check_experts(MP_BAD_EXPERT);
+        if (ids[i] < -1 || ids[i] >= num_experts) {
+            PyErr_SetString(PyExc_ValueError,
+                            "experts: an index is outside [-1, num_experts)");
+            return -1;
+        }
     return 0;
 }
 

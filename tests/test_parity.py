@@ -556,7 +556,7 @@ def test_experts_forward_skips_minus_one():
         (lambda e, x, i, w: (e, x, i, w[:, :1]), r"idx and weights: expected \(4, k\)"),
         (lambda e, x, i, w: (e, x.bfloat16(), i, w), "dtypes torch.float32 and torch.bfloat16"),
         (lambda e, x, i, w: (torch.nn.Linear(2, 2), x, i, w), "Linear: not on moeprof's path"),
-        (lambda e, x, i, w: (e, x, i.fill_(8), w), "OlmoeExperts.*expert"),
+        (lambda e, x, i, w: (e, x, i.fill_(9), w), "OlmoeExperts.*expert"),
     ],
     ids=["hidden", "rows", "slots", "dtype", "class", "id"],
 )

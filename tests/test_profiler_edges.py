@@ -91,7 +91,7 @@ def test_the_most_specialised_expert_comes_with_the_number_of_tokens():
 
 def test_an_expert_of_few_tokens_is_not_called_specialised():
     layers = [layer(0, 8, 2)]
-    counts = {phase: [Counts(8)] for phase in ("prefill", "decode")}
+    counts = {phase: [Counts(8)] for phase in PHASES}
     counts["prefill"][0].steps += 1
     tables = {"few": [7, *[0] * 7, 7], "many": [8, *[20] * 4, *[0] * 3, 44]}
     domains = {name: np.array([row]) for name, row in tables.items()}

@@ -104,8 +104,8 @@ def test_flops_are_those_of_a_loop_over_the_experts(name, shape):
         assert own.flops_total == own.flops_router + own.flops_expert
         assert own.flops_router == 2 * len(x) * x.shape[1] * own.layer.num_experts
         total += own.flops_total
-    phase = "decode" if shape[1] == 1 else "prefill"
-    assert sum(m.flops_total for m in profiler.get_metrics(phase).values()) == total
+    # Without a cache, whatever its length.
+    assert sum(m.flops_total for m in profiler.get_metrics("prefill").values()) == total
 
 
 @pytest.mark.parametrize("name", MODELS)

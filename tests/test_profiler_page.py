@@ -221,7 +221,7 @@ def test_the_printed_page_is_whole(tmp_path):
     done = subprocess.run(["pdftotext", "-layout", pdf, "-"], capture_output=True, timeout=60)
     text = done.stdout.decode()
     rows = [line.split() for line in text.split("\n")]
-    for row in layers(made).rows:
+    for row in layers(made, made.phases).rows:
         assert row in rows
     sheets = text.split("\f")
     holding = [s for s in sheets if re.search(r"^ *\d+ +2\.00 ", s, re.M)]
