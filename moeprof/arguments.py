@@ -21,6 +21,29 @@ def integer(low, high=10**6):
     return parse
 
 
+def integers(text):
+    """Those of "4,8", at least 1 each: ascending, each once."""
+    return tuple(sorted({integer(1)(part) for part in text.split(",")}))
+
+
+def level(text):
+    """A number in (0, 1), or None for a text that is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < 1 else None
+
+
+def add_heldout_text(parser):
+    """--text, files of documents in place of the shipped held-out ones."""
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+",
+        help="your own held-out text in place of the shipped one; a .jsonl file has a document a "
+        'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
+    )
+
+
 def add_model(parser):
     """--model, --trust-remote-code, --dtype and --threads, which `load` reads."""
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")

@@ -8,6 +8,9 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
+# The marks that turn the direction of writing.
+_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
 
 def check_folder(folder: str | os.PathLike) -> None:
     """OSError unless files can be written to ``folder``, or it can be made; makes nothing."""
@@ -75,6 +78,3 @@ def printable(text: str) -> str:
 
 def _obeyed(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
-
-
-_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from moeprof.profiler.finding import Layer
+from moeprof.profiler.phases import PHASES
 from moeprof.profiler.result.profile import Profile
 from moeprof.profiler.roofline import Roofline
-from moeprof.profiler.tally import PHASES, Counts, latency_edges
+from moeprof.profiler.tally import Counts, latency_edges
 
 
 class Step(NamedTuple):

@@ -22,6 +22,20 @@ import moeprof
 THREADS, SECONDS = 8, 3.0
 
 
+def unpatched_when_read(layer, model):
+    """The patch goes while the layer's forward reads its block, as another thread may do it."""
+    readable = layer.adapter.readable
+
+    class Adapter(layer.adapter):
+        @classmethod
+        def readable(cls, block):
+            answer = readable(block)
+            moeprof.unpatch(model)
+            return answer
+
+    layer.adapter = Adapter
+
+
 def in_threads(call, meanwhile) -> tuple[list, list]:
     """(outputs, exceptions) of `call` in 8 threads, while `meanwhile` loops in this one."""
     outputs, errors, end = [], [], threading.Event()
@@ -106,17 +120,7 @@ def test_a_fallback_that_loses_its_patch_in_the_middle():
             warnings.simplefilter("ignore")
             handle = moeprof.patch(model, strict=False)
             block.experts.register_forward_hook(lambda *_: None)
-            layer = handle.layers[0]
-            readable = layer.adapter.readable
-
-            class Adapter(layer.adapter):
-                @classmethod
-                def readable(cls, block):
-                    answer = readable(block)
-                    moeprof.unpatch(model)
-                    return answer
-
-            layer.adapter = Adapter
+            unpatched_when_read(handle.layers[0], model)
             assert torch.equal(run(block, x), expected)
     assert not handle.active
 
@@ -126,17 +130,7 @@ def test_a_forward_that_loses_its_patch_before_the_gate():
     block, x = model["mlp"], random_hidden(1, 3, 32)
     with torch.no_grad(), moeprof.patch(model) as handle:
         expected = run(block, x)
-        layer = handle.layers[0]
-        readable = layer.adapter.readable
-
-        class Adapter(layer.adapter):
-            @classmethod
-            def readable(cls, block):
-                answer = readable(block)
-                moeprof.unpatch(model)
-                return answer
-
-        layer.adapter = Adapter
+        unpatched_when_read(handle.layers[0], model)
         assert torch.equal(run(block, x), expected)
         assert not handle.active
 

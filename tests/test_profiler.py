@@ -10,7 +10,7 @@ from torch import nn
 
 import moeprof
 from moeprof.profiler.entry import Entry
-from moeprof.profiler.tally import PHASES
+from moeprof.profiler.phases import PHASES
 
 E, K, NEW = 8, 2, 20
 ROUTERS = {

@@ -15,10 +15,11 @@ import pytest
 from profiles import ROOF, layer, make_profile
 
 from moeprof.files import write_whole
+from moeprof.profiler.phases import PHASES
 from moeprof.profiler.result import tables
 from moeprof.profiler.result.metrics import SCALARS
 from moeprof.profiler.result.profile import Profile
-from moeprof.profiler.tally import PHASES, Counts
+from moeprof.profiler.tally import Counts
 
 FIGURES = ["load", "k", "confidence", "latency", "roofline", "union", "cache", "coactivation",
            "moves", "domains"]  # fmt: skip

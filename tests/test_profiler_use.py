@@ -18,7 +18,7 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 
 import moeprof
 from moeprof.profiler.hooks import OWN_IN_C, STOCK
-from moeprof.profiler.tally import PHASES
+from moeprof.profiler.phases import PHASES
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..arguments import add_model, integer, load
+from ..arguments import add_heldout_text, add_model, integer, level, load
 from ..console import make_console
 from ..experiment.heldout import HELDOUT_TOKENS
 from ..experiment.inputs import check_model
@@ -38,11 +38,7 @@ def add_diagnose(commands):
         "--heldout-tokens", type=integer(1), metavar="N", default=HELDOUT_TOKENS,
         help="of the held-out text; default: %(default)s",
     )
-    parser.add_argument(
-        "--text", metavar="FILE", nargs="+",
-        help="your own held-out text in place of the shipped one; a .jsonl file has a document a "
-        'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
-    )
+    add_heldout_text(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
     )
@@ -54,11 +50,7 @@ def add_diagnose(commands):
 
 
 def _alpha(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
+    if (value := level(text)) is None:
         raise argparse.ArgumentTypeError(f"expected a number in (0, 1), got {text}")
     return value
 

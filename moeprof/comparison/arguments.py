@@ -2,7 +2,7 @@
 
 import sys
 
-from ..arguments import DEMO, add_model, integer, load
+from ..arguments import DEMO, add_model, integer, integers, load
 from .plan import TABLES
 from .splits import BUDGET_TOKENS, EXPECTED, TEST_TOKENS
 
@@ -19,7 +19,7 @@ def add_compare(commands):
         help="of these only: bh, storey_bh, ..., or one contender as the tables name it",
     )
     parser.add_argument(
-        "--budgets", type=_numbers, metavar="B,B,...",
+        "--budgets", type=integers, metavar="B,B,...",
         help="experts per token; default: 2 to k - 1 (table reduction) and 2 to k (table wide)",
     )
     parser.add_argument(
@@ -54,10 +54,6 @@ def add_compare(commands):
 
 def _names(text):
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _numbers(text):
-    return sorted({integer(1)(part) for part in text.split(",")})
 
 
 def _run(arguments):

@@ -6,7 +6,7 @@ import sys
 import moeprof
 
 from .. import demo
-from ..arguments import DEMO, add_model, integer, load
+from ..arguments import DEMO, add_heldout_text, add_model, integer, integers, level, load
 from .configurations import ALPHAS, MAX_KS
 from .heldout import HELDOUT_TOKENS, heldout_windows
 from .inputs import check_model, read_document, read_prompts
@@ -42,20 +42,16 @@ def add_sweep(commands):
         help="of BH, each in (0, 1); default: 0.01,0.05,0.1,0.2",
     )
     parser.add_argument(
-        "--max-k", type=_counts, default=MAX_KS, metavar="K,K,...", dest="max_ks",
+        "--max-k", type=integers, default=MAX_KS, metavar="K,K,...", dest="max_ks",
         help="most experts that BH gives a token; default: 4,8,16,32,64, of which those above "
         "the model's number of experts are left out",
     )
     parser.add_argument(
-        "--static", type=_counts, metavar="K,K,...",
+        "--static", type=integers, metavar="K,K,...",
         help="run static top-k with these k on the held-out text, the line that BH has to beat; "
         "default: 1 to the model's own k",
     )
-    parser.add_argument(
-        "--text", metavar="FILE", nargs="+",
-        help="your own held-out text in place of the shipped one; a .jsonl file has a document a "
-        'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
-    )
+    add_heldout_text(parser)
     parser.add_argument(
         "--null-text", metavar="FILE",
         help="text to fit the default null to; default: the shipped calibration text",
@@ -75,18 +71,10 @@ def add_sweep(commands):
 def _alphas(text):
     values = []
     for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < 1:
+        if (value := level(part)) is None:
             raise argparse.ArgumentTypeError(f"expected numbers in (0, 1), got {part.strip()!r}")
         values.append(value)
     return tuple(sorted(set(values)))
-
-
-def _counts(text):
-    return tuple(sorted({integer(1)(part) for part in text.split(",")}))
 
 
 def _run(arguments):

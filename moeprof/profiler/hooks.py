@@ -206,15 +206,15 @@ class LayerWatch(_Watch, RoutingWatch):
             return
         # or since then, or when it began, hooks were being put in or taken out
         if step.hooked is None or step.hooked is not self._hooked:
-            step.start, step.output, step.call, step.rows = 0, None, None, None
+            step.end_layer()
             return
         if self.session.last_router[self.index] is not STOCK:
             self._name(STOCK, STOCK)
         choice, skips = without_empty(self._choice(step), self.site.layer.num_experts)
         skips = skips or self._may_skip()
         left_out = self._left_out(step, choice)
-        start, step.start = step.start, 0
-        step.output = step.call = step.rows = None
+        start = step.start
+        step.end_layer()
         self.session.add(self.index, step, choice, start, end, skips)
         self.session.add_left_out(self.index, step, left_out)
         if not step.entered:

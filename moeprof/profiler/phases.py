@@ -119,7 +119,8 @@ def packed_phases(arguments: dict[str, Any], tokens: int) -> tuple[np.ndarray, n
         all_ends = all_ends.get("full_attention", next(iter(all_ends.values()), None))
     new = np.diff(_numbers(ends))
     past = np.zeros_like(new) if all_ends is None else np.diff(_numbers(all_ends))[: len(new)] - new
-    phases = np.where(past <= 0, 0, np.where(new == 1, 1, 0)).astype(np.int8)
+    decodes = (past > 0) & (new == 1)
+    phases = np.where(decodes, PHASES.index(DECODE), PHASES.index(PREFILL)).astype(np.int8)
     by_token = np.repeat(phases, new)[:tokens]
     real = np.arange(tokens) < len(by_token)
     return np.pad(by_token, (0, tokens - len(by_token))), real

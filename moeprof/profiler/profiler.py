@@ -12,12 +12,12 @@ from torch import nn
 
 from ..checks import check_model
 from ..names import layer_labels, spans
+from .phases import PHASES
 from .records import RecordWriter
 from .result.metrics import LayerMetrics
 from .result.profile import Profile
 from .roofline import Roofline, known_roofline
 from .session import Options, Session
-from .tally import PHASES
 
 
 class MoEProfiler:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import check_folder, write_whole
-from .tally import PHASES
+from .phases import PHASES
 
 CHUNK = 1 << 16  # rows (a token in a layer) that are held before they are written
 COLUMNS = (

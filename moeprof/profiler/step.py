@@ -25,6 +25,10 @@ class Step:
     def __init__(self, number: int, counted: bool, entered: bool, run: object):
         self.number, self.counted, self.entered, self.run = number, counted, entered, run
 
+    def end_layer(self) -> None:
+        """Forget what passed between the hooks of one layer."""
+        self.start, self.output, self.call, self.rows = 0, None, None, None
+
     @property
     def phase(self) -> str:
         """Of most of its tokens."""

@@ -5,7 +5,6 @@ from functools import lru_cache
 import numpy as np
 
 from .. import _C
-from .phases import PHASES as PHASES
 
 _SCALARS, _TABLES = ("steps", "nanoseconds"), ("k", "load", "pairs", "moves")
 

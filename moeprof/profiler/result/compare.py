@@ -5,7 +5,7 @@ from html import escape
 import numpy as np
 
 from ...checks import check_type
-from ..tally import PHASES
+from ..phases import PHASES
 from .frame import WHOLE, label_kind
 from .metrics import SCALARS
 from .profile import ALL, Profile

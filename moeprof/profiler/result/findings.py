@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ..tally import PHASES
+from ..phases import PHASES
 from .specialisation import most_by_domain
 from .wording import PLAIN, counted, listed, number, percent, scaled, short, spans
 

@@ -11,7 +11,7 @@ import numpy as np
 from ...checks import check_type
 from ...files import check_folder, write_whole
 from ...names import layer_keys, layer_labels
-from ..tally import PHASES
+from ..phases import PHASES
 from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
 
 ALL = "all"  # the name of all phases together

@@ -16,8 +16,9 @@ import numpy as np
 from ...files import write_whole
 from ...npz import read_npz
 from ..finding import Layer
+from ..phases import PHASES
 from ..roofline import Roofline
-from ..tally import PHASES, Counts
+from ..tally import Counts
 from .frame import WHOLE
 from .glossary import as_csv
 from .metrics import SCALARS
@@ -191,16 +192,21 @@ def _classes(hint):
     return tuple(classes + [also[c] for c in classes if c in also])
 
 
+def _shapes(num_experts):
+    """{array of a layer's Counts: its shapes, with pairs and without}."""
+    both = [Counts(num_experts, pairs) for pairs in (True, False)]
+    return {name: {getattr(c, name).shape for c in both} for name in ("ints", "floats", "left_out")}
+
+
 def _check_members(head, layers, headers):
     """ValueError for an array of another name or size than the profile's has."""
-    expected = {}
-    for phase in PHASES:
-        for index, layer in enumerate(layers):
-            pairs = (Counts(layer.num_experts, pairs) for pairs in (True, False))
-            for counts in pairs:
-                for name in ("ints", "floats", "left_out"):
-                    at = expected.setdefault(f"{phase}.{index}.{name}", set())
-                    at.add(getattr(counts, name).shape)
+    shapes = {size: _shapes(size) for size in {layer.num_experts for layer in layers}}
+    expected = {
+        f"{phase}.{index}.{name}": allowed
+        for phase in PHASES
+        for index, layer in enumerate(layers)
+        for name, allowed in shapes[layer.num_experts].items()
+    }
     widest = max((layer.num_experts for layer in layers), default=0)
     for number in range(len(head["domains"] or [])):
         expected[f"domain.{number}"] = {(len(layers), widest + 1)}
