@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -315,6 +316,28 @@ class TestRun:
         labelled = sum(int(table[0, -1]) for table in result.domains.values())
         assert labelled == prefill.tokens + (6 if 1 in batches else 0)
         assert decode.steps == planned.steps - len(planned.text.windows)
+
+    def test_each_batch_size_has_its_own_row(self, model, tokenizer, documents):
+        planned = run.plan(tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3,
+                           batches=(1, 2))  # fmt: skip
+        result = run.profile_texts(model, planned)
+        text, frame = result.summary(), result.to_frame()
+        assert "decode step at batch 1 " in text and "decode step at batch 2 " in text
+        assert "A decode step spends" not in text
+        found = {}
+        for size in (1, 2):
+            alone = run.plan(tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3,
+                             batches=(size,))  # fmt: skip
+            metrics = run.profile_texts(model, alone).each("decode")
+            rows = frame[frame["phase"] == f"decode_batch_{size}"]
+            found[size] = dict(zip(rows["metric"], rows["value"], strict=True))
+            assert rows["layer"].isna().all() and found[size]["steps"] == metrics[0].steps
+            for name, of in (("k_mean", np.mean), ("unique_experts_mean", np.mean),
+                             ("bytes_per_step", np.sum)):  # fmt: skip
+                expected = of([getattr(m, name) for m in metrics])
+                assert found[size][name] == pytest.approx(expected)
+        assert found[1]["steps"] == 2 * found[2]["steps"] == 6
+        assert found[1]["unique_experts_mean"] < found[2]["unique_experts_mean"]
 
     def test_a_router_of_fewer_experts_can_agree_no_more_than_with_them(
         self, model, tokenizer, documents

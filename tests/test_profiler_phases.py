@@ -85,6 +85,20 @@ def test_what_is_new_on_a_kept_cache_is_a_prompt_also_a_single_token(new):
     assert counted(profiler) == {"prefill": (new, 0, 1), "decode": (2, 0, 2)}
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+def test_a_decode_step_is_followed_by_one_only_on_its_own_cache():
+    """The caller isn't looked for again where the cache is the same and holds one token more."""
+    model, ids = olmoe(), token_ids(1, 10)
+    options = {"max_new_tokens": 2, "min_new_tokens": 2}
+    with torch.no_grad(), moeprof.MoEProfiler(model) as profiler:
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        model.generate(ids[:, :8], **options)  # ends with a decode step behind 8 tokens
+        model.generate(ids[:, :9], past_key_values=cache, **options)
+        assert counted(profiler) == {"prefill": (8 + 8 + 1, 0, 3), "decode": (2, 0, 2)}
+        model(ids[:, :1])
+    assert counted(profiler)["prefill"] == (18, 0, 4)
+
+
 @pytest.mark.parametrize("use_cache", (True, False))
 def test_the_prompt_that_guidance_compares_with_is_a_prompt(use_cache):
     """Classifier-free guidance runs the model a second time inside each step."""
@@ -294,6 +308,46 @@ def test_an_attention_mask_comes_before_the_id():
     with torch.no_grad(), moeprof.MoEProfiler(model, pad_token_id=1) as profiler:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert counted(profiler)["prefill"] == (ids.numel(), 0, 1)
+
+
+@pytest.mark.parametrize("use_cache", (True, False))
+@pytest.mark.parametrize("masked", (True, False))
+def test_what_generate_gives_to_rows_that_ended_is_padding_on_request(use_cache, masked):
+    """Their attention mask goes on with ones; transformers 5 passes on none of ones only."""
+    model, ids = olmoe(), token_ids(3, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = not masked
+    # an id that is not there, as the model that is not trained may choose any other one
+    options = {"attention_mask": mask, "max_new_tokens": 6, "use_cache": use_cache,
+               "pad_token_id": 1, "bad_words_ids": [[1]]}  # fmt: skip
+    counts = []
+    with torch.no_grad():
+        eos = int(model.generate(ids, min_new_tokens=6, **options)[0, 7])
+        for given in ({"pad_token_id": 1}, {}):
+            with moeprof.MoEProfiler(model, **given) as profiler:
+                ids_out = model.generate(ids, eos_token_id=eos, **options)
+            counts.append(counted(profiler)["decode"])
+    fed = ids_out[:, 6:-1]  # the last token is not run
+    ended = sum(int((fed[:, : n + 1] == 1).sum()) for n in range(fed.shape[1]))
+    if use_cache:
+        ended = int((fed == 1).sum())
+    left = 0 if use_cache or not masked else 2 * fed.shape[1]
+    assert ended > 0
+    assert counts[0][1] == ended + left
+    assert counts[0][0] + counts[0][1] == counts[1][0] + counts[1][1]
+    if masked or not V5:
+        assert counts[1][1] == left
+
+
+def test_text_that_generates_repetitions_does_not_look_padded():
+    model = olmoe()
+    ids = torch.tensor([[5, 6, 7, 9], [8, 5, 6, 7]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with moeprof.MoEProfiler(model):
+            for use_cache in (True, False):
+                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20,
+                               min_new_tokens=20, use_cache=use_cache)  # fmt: skip
 
 
 def test_what_looks_padded_is_said_once_and_counts():

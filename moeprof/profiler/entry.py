@@ -5,14 +5,14 @@ model that holds them is called.
 """
 
 import inspect
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .phases import PHASES, UNKNOWN, packed_phases, phase_of
+from .phases import DECODE, PHASES, PREFILL, UNKNOWN, packed_phases, phase_of
 
 _INPUTS = ("input_ids", "inputs_embeds")
 # Renamed in transformers 5.24; models without attention have a cache of another name.
@@ -52,46 +52,54 @@ def _parameters(module_class: type) -> tuple[str, ...]:
         return ()
 
 
-class Entry:
-    """The arguments of one call of the model that a step is made of."""
+def _cache_in(arguments: dict[str, Any]) -> Any:
+    for name in _CACHES:
+        if (cache := arguments.get(name)) is not None:
+            return cache
+    return None
 
-    def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+
+def _length(cache: Any) -> int | None:
+    """Tokens in it, 0 for None; None: it doesn't say."""
+    if cache is None:
+        return 0
+    if getattr(cache, "has_previous_state", None) is False:  # Jamba's, in transformers 4
+        return 0
+    try:
+        if hasattr(cache, "get_seq_length"):
+            return int(cache.get_seq_length())
+        return int(cache[0][0].shape[-2])  # transformers 4: ((key, value, ...), ...)
+    except _NO_LENGTH:
+        return None
+
+
+class Entry:
+    """The arguments of one call of the model that a step is made of.
+
+    shape : (B, S) of the new tokens; None: a module of a user, which takes something else
+    past : tokens in the cache before this step, 0 without a cache; None: it doesn't say
+    phases : the phase of the step; (B * S,) numbers in `PHASES` where its tokens are of several
+    before : the `decoded` of the step before
+    """
+
+    # Made for every step: plain attributes, as a cached_property of Python 3.11 has a lock.
+    def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any],
+                 before: tuple[int, int] | None = None):  # fmt: skip
         if args:
             names = _parameters(type(module))
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         self._arguments = kwargs
         self.input_ids = kwargs.get("input_ids")
         rows = self.input_ids if self.input_ids is not None else kwargs.get("inputs_embeds")
-        # (B, S) of the new tokens; None: a module of a user, which takes something else
         has_shape = isinstance(rows, Tensor) and rows.dim() >= 2
         self.shape = tuple(rows.shape[:2]) if has_shape else None
+        self._cache = _cache_in(kwargs)
+        self.past = _length(self._cache)
+        packed = has_shape and kwargs.get("cu_seq_lens_q") is not None
+        self._packed = packed_phases(kwargs, rows.shape[:2].numel()) if packed else None
+        self.phases = self._phases(before)
 
-    @cached_property
-    def past(self) -> int | None:
-        """Tokens in the cache before this step, 0 without a cache; None: it doesn't say."""
-        cache = self._cache
-        if cache is None:
-            return 0
-        if getattr(cache, "has_previous_state", None) is False:  # Jamba's, in transformers 4
-            return 0
-        try:
-            if hasattr(cache, "get_seq_length"):
-                return int(cache.get_seq_length())
-            return int(cache[0][0].shape[-2])  # transformers 4: ((key, value, ...), ...)
-        except _NO_LENGTH:
-            return None
-
-    @cached_property
-    def _cache(self) -> Any:
-        return next((c for name in _CACHES if (c := self._arguments.get(name)) is not None), None)
-
-    @cached_property
-    def _packed(self) -> tuple[np.ndarray, np.ndarray] | None:
-        return packed_phases(self._arguments, self.shape[0] * self.shape[1])
-
-    @property
-    def phases(self) -> str | np.ndarray:
-        """The phase of the step; (B * S,) numbers in `PHASES` where its tokens are of several."""
+    def _phases(self, before: tuple[int, int] | None) -> str | np.ndarray:
         if self.shape is None:
             return UNKNOWN
         if self._packed is not None:
@@ -99,6 +107,9 @@ class Entry:
             same = len(by_token) == 0 or (by_token == by_token[0]).all()
             return PHASES[by_token[0] if len(by_token) else 0] if same else by_token
         rows, tokens = self.shape
+        # To look for the caller takes longer than all else: not in each decode step.
+        if tokens == 1 and before is not None and before == (id(self._cache), self.past):
+            return DECODE
         phase = phase_of(self.past, self._arguments.get("use_cache") is False, tokens)
         if isinstance(phase, str):
             return phase
@@ -107,12 +118,24 @@ class Entry:
         row[:number] = PHASES.index(first)
         return np.tile(row, rows)
 
+    @property
+    def decoded(self) -> tuple[int, int] | None:
+        """(id of its cache, tokens in it after the step) of a decode step with a cache. One more
+        token behind exactly these is a decode step too."""
+        if self._cache is None or self.past is None or not self._is_all(DECODE):
+            return None
+        return id(self._cache), self.past + self.shape[1]
+
+    def _is_all(self, phase: str) -> bool:
+        return isinstance(self.phases, str) and self.phases == phase
+
     def real(self, mask=None, pad_token_id: int | None = None) -> np.ndarray | None:
         """(B * S,) bool, False for padding; None where all tokens are real.
 
         mask: (B, n) over positions, in place of the attention mask.
         pad_token_id: where there is no mask at all, the runs of this id at the start and at the
-            end of a row are padding.
+            end of a row are padding. In decode steps also where the attention mask has ones:
+            `generate` gives this id, and a one, to rows that have ended.
 
         Raises
         ------
@@ -130,9 +153,19 @@ class Entry:
             return None if real.all() else real
         if mask is None:
             return self._without_edges(pad_token_id)
+        ended = None
+        if name == "attention_mask" and pad_token_id is not None and self._is_all(DECODE):
+            ended = self._without_edges(pad_token_id)
         usual = name == "attention_mask" and isinstance(mask, Tensor) and self._covers(mask)
         if usual and bool(mask.all()):
-            return None  # the usual case, asked in each decode step; a cache may be slow to tell
+            return ended  # the usual case, asked in each decode step; a cache may be slow to tell
+        real = self._of_mask(mask, name)
+        if ended is not None:
+            real = real & ended
+        return None if real.all() else real
+
+    def _of_mask(self, mask, name: str) -> np.ndarray:
+        """(B * S,) bool of a mask of any of the shapes that models take."""
         mask = _as_array(mask, name)
         if mask.ndim == 2:
             real = self._columns(mask, name)
@@ -140,7 +173,7 @@ class Entry:
             real = self._own_slots(mask[:, 0] if mask.ndim == 4 else mask, name)
         else:
             raise ValueError(f"{name}: expected 2 or 4 dimensions, got {mask.shape}")
-        return None if real.all() else np.ascontiguousarray(real).reshape(-1)
+        return np.ascontiguousarray(real).reshape(-1)
 
     def _without_edges(self, pad_token_id: int | None) -> np.ndarray | None:
         if pad_token_id is None or self.input_ids is None:
@@ -153,10 +186,12 @@ class Entry:
         return ~(before | behind).reshape(-1)
 
     def looks_padded(self) -> tuple[int, int] | None:
-        """(rows, id): that many of several rows begin or end in one id, repeated; no mask says
-        why. None where nothing looks like that."""
+        """(rows, id): that many of several rows of a prompt begin or end in one id, repeated; no
+        mask says why. None where nothing looks like that: text that is generated may repeat."""
         unmasked = self._arguments.get("attention_mask") is None and self._packed is None
         if not unmasked or self.input_ids is None or self.shape[0] < 2 or self.shape[1] < 2:
+            return None
+        if not self._is_all(PREFILL):
             return None
         ids = self.input_ids.numpy(force=True)
         for outer, inner in ((-1, -2), (0, 1)):

@@ -53,9 +53,9 @@ class EntryWatch(_Watch):
         step = session.begin(entered=True, known=kwargs is not None)
         if not step.counted:
             return
-        entry = Entry(module, args, kwargs)
+        entry = Entry(module, args, kwargs, session.local.decoded)
         if entry.shape is not None:
-            step.phases = entry.phases
+            step.phases, session.local.decoded = entry.phases, entry.decoded
             step.real = entry.real(session.mask, session.options.pad_token_id)
             step.input_ids = entry.input_ids
             if not session.warned:

@@ -49,9 +49,11 @@ class MoEProfiler:
         attention mask, for instance to leave out what follows the end of a sequence.
     pad_token_id : int or None
         In calls without any attention mask, the runs of this id at the start and at the end of
-        a row are padding. Where that id is also the end of a text (eos), the real one at the end
-        of a row is taken for padding too. Without it, and without a mask, all tokens count, with
-        one warning where rows look padded.
+        a row are padding; `generate` of transformers 5 passes on no mask of ones only. So they
+        are in decode steps with a mask, which `generate` fills with ones behind the end of a
+        row. Where that id is also the end of a text (eos), the real one at the end of a row is
+        taken for padding too. Without it, and without a mask, all tokens count, with one warning
+        where rows of a prompt look padded.
     pairs : bool
         Also count which experts are selected together, and from layer to layer: two tables of
         8 E^2 bytes for each layer and phase.

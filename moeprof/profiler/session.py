@@ -37,6 +37,7 @@ class _Local(threading.local):
     """What each thread has for itself."""
 
     step: Step | None = None
+    decoded: tuple[int, int] | None = None  # Entry.decoded of the last step
 
 
 class _ByPhase(dict):
@@ -187,7 +188,7 @@ class Session:
         rows, token = found
         warnings.warn(
             f"moeprof: {rows} of {entry.shape[0]} rows begin or end in token {token}, repeated, "
-            "and the model was called without an attention mask: they count as text. If they are "
+            "and no attention mask says that they are padding: they count as text. If they are "
             f"padding, say so by MoEProfiler(model, pad_token_id={token}) or mask=",
             stacklevel=2,
         )

@@ -6,6 +6,9 @@ from .profile import ALL
 COLUMNS = ["layer", "name", "block", "expert", "phase", "metric", "value"]
 # Of all layers together, methods of Profile.
 WHOLE = ("load_balance_loss", "load_balance_loss_by_layer", "z_loss")
+# {key of a row of Profile.decode_by_batch: its metric}
+BY_BATCH = {"steps": "steps", "k": "k_mean", "unique_experts": "unique_experts_mean",
+            "latency_ms": "latency_ms_p50", "bytes": "bytes_per_step"}  # fmt: skip
 
 
 def to_frame(profile):
@@ -18,6 +21,11 @@ def to_frame(profile):
         rows += [(None, None, None, None, phase, m, getattr(profile, m)(phase)) for m in WHOLE]
         for label, metrics in zip(profile.labels, profile.each(phase), strict=True):
             rows += _of_layer(label, metrics, phase)
+    if len(profile.decode_by_batch) > 1:
+        rows += [
+            (None, None, None, None, f"decode_batch_{row['batch']}", metric, row[key])
+            for row in profile.decode_by_batch for key, metric in BY_BATCH.items()
+        ]  # fmt: skip
     missing = profile.facts.get("not_counted") or []
     rows += [(u["label"], None, u["block"], None, ALL, "not_counted", 1) for u in missing]
     peak = profile.facts.get("memory_peak_mb")

@@ -122,7 +122,9 @@ COLUMNS = {
         "expert": "The expert, from 0; empty where a number is not of one expert.",
         "phase": "prefill: tokens of a prompt or a text. decode: one new token of each sequence. "
         "verify: several drafted tokens checked at once. unknown: which of them it was could not "
-        "be known. all: all phases together.",
+        "be known. all: all phases together. decode_batch_4 and so on, where several sizes were "
+        "run: the decode steps of four sequences at a time, of all layers; k_mean and "
+        "unique_experts_mean are means over the layers, latency_ms_p50 and bytes_per_step sums.",
         "metric": "A name of the table above.",
         "value": "The number; empty: not measured.",
     },

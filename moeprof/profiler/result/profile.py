@@ -133,7 +133,8 @@ class Profile:
         layer: the model's own number of the layer, see `labels`; name: its gate's, as in
         `metrics`; <NA>: of the whole profile. expert is <NA> where a
         number is not of one expert. A layer that could not be counted has one row, of the metric
-        "not_counted". phase: one of `phases`, or "all".
+        "not_counted". phase: one of `phases`, "all", or where `moeprof profile` decoded with
+        several batch sizes "decode_batch_4" and so on, with layer <NA>.
         """
         from .frame import to_frame
 
