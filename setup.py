@@ -62,7 +62,7 @@ def extension() -> Extension:
     system = os.environ.get("MOEPROF_BLAS") == "system"
     options = system_openblas() if system else wheel_openblas()
     compile_args = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
-    compile_args += ["-Wall", "-Wextra", "-Wframe-larger-than=20480"]  # threads of 96 KB exist
+    compile_args += ["-Wall", "-Wextra", "-Wframe-larger-than=10240"]  # threads of 64 KiB exist
     link_args = ["-lm", "-lpthread", "-ldl"]  # separate libraries before glibc 2.34
     if os.environ.get("MOEPROF_WERROR") == "1":
         compile_args.append("-Werror")

@@ -1,7 +1,5 @@
 #include "null.h"
 
-#include "routers.h"
-
 #include <math.h>
 
 static void centre(const float *z, ptrdiff_t num_experts, double *s)
@@ -81,9 +79,8 @@ static void p_of_scores(const mp_null *null, const double *s, ptrdiff_t first,
 }
 
 void mp_null_p_values(const mp_null *null, const float *z, ptrdiff_t num_experts,
-                      double *p)
+                      double *work, double *p)
 {
-    double work[MP_MAX_EXPERTS];
     if (null->form == MP_NULL_NORMAL) {
         mp_ops.p_normal(z, num_experts, work, p);
         return;

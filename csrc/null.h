@@ -38,9 +38,9 @@ typedef struct {
 /* score[e] of the E logits z, which are not all -inf. */
 void mp_scores(mp_score score, const float *z, ptrdiff_t num_experts, double *s);
 
-/* p[e] of the E logits z. */
+/* p[e] of the E logits z. work: num_experts doubles. */
 void mp_null_p_values(const mp_null *null, const float *z, ptrdiff_t num_experts,
-                      double *p);
+                      double *work, double *p);
 
 /* lfdr[e] of the scores: linear between the edges, clamped outside; table:
  * (MP_EDGES,). */

@@ -175,6 +175,9 @@ static void own_parallel(region *r, int threads)
 
 static atomic_flag busy = ATOMIC_FLAG_INIT;
 
+/* Of the region that is `busy`: 16 KiB are too much for a caller's stack. */
+static range ranges[MP_MAX_THREADS];
+
 void mp_parallel(ptrdiff_t tasks, int threads, mp_task_fn *task, void *context)
 {
     if (threads > MP_MAX_THREADS)
@@ -186,7 +189,6 @@ void mp_parallel(ptrdiff_t tasks, int threads, mp_task_fn *task, void *context)
             task(context, i, 0);
         return;
     }
-    range ranges[MP_MAX_THREADS];
     for (int i = 0; i < threads; i++) {
         atomic_init(&ranges[i].next, tasks * i / threads);
         ranges[i].end = tasks * (i + 1) / threads;

@@ -45,19 +45,21 @@ static PyObject *experts(PyObject *module, PyObject *args)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || mp_check_threads(threads)
         || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
-        || !(idx = mp_ids(indices)) || !(w = weights_view(weights, dtype)))
+        || !(idx = mp_ids(indices, "experts", 2)) || !(w = weights_view(weights, dtype)))
         goto done;
-    if (PyArray_DIM(idx, 0) != PyArray_DIM(x, 0) || !PyArray_SAMESHAPE(idx, w)) {
+    const npy_intp T = PyArray_DIM(x, 0), slots = PyArray_DIM(idx, 1);
+    const void *data = PyArray_DATA(x);
+    const float *routing_weights = PyArray_DATA(w);
+    if (PyArray_DIM(idx, 0) != T || !PyArray_SAMESHAPE(idx, w)) {
         PyErr_Format(PyExc_ValueError, "experts and weights: expected (%zd, k) both",
-                     (Py_ssize_t)PyArray_DIM(x, 0));
+                     (Py_ssize_t)T);
         goto done;
     }
     if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), mp_carrier(dtype))))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    error = mp_experts(&layer, PyArray_DATA(x), PyArray_DIM(x, 0), PyArray_DATA(idx),
-                       PyArray_DATA(w), PyArray_DIM(idx, 1), threads,
+    error = mp_experts(&layer, data, T, PyArray_DATA(idx), routing_weights, slots, threads,
                        PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
     if (mp_check_experts(error))
@@ -107,6 +109,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
         || mp_check_threads(threads) || mp_fit_spec(&parts, PyArray_DIM(z, 1)))
         return NULL;
     const npy_intp T = PyArray_DIM(x, 0);
+    const void *data = PyArray_DATA(x), *logits_data = PyArray_DATA(z);
     if (PyArray_DIM(z, 0) != T || PyArray_DIM(z, 1) != layer.num_experts)
         return PyErr_Format(PyExc_ValueError,
                             "router_logits: expected shape (%zd, %zd), got (%zd, %zd)",
@@ -117,10 +120,10 @@ static PyObject *moe(PyObject *module, PyObject *args)
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(spec, PyArray_DATA(z), logits_dtype, T, layer.num_experts, threads,
+    bad_row = mp_route(spec, logits_data, logits_dtype, T, layer.num_experts, threads,
                        &routing, NULL);
     if (bad_row == MP_ROUTED)
-        error = mp_experts(&layer, PyArray_DATA(x), T, routing.experts, routing.weights,
+        error = mp_experts(&layer, data, T, routing.experts, routing.weights,
                            spec->max_k, threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row) || mp_check_experts(error))
@@ -160,11 +163,13 @@ static PyObject *dense(PyObject *module, PyObject *args)
     if (PyArray_DIM(x, 1) < 1)
         return PyErr_Format(PyExc_ValueError, "x: expected (M,K) with K >= 1, got K = 0");
     npy_intp shape[2] = {PyArray_DIM(x, 0), features};
+    const npy_intp K = PyArray_DIM(x, 1);
+    const void *data = PyArray_DATA(x);
     if (!(out = PyArray_SimpleNew(2, shape, mp_carrier(dtype))))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    error = mp_dense(PyArray_DATA(x), shape[0], (const void *)(uintptr_t)weight, features,
-                     PyArray_DIM(x, 1), (const void *)(uintptr_t)bias, dtype, threads,
+    error = mp_dense(data, shape[0], (const void *)(uintptr_t)weight, features, K,
+                     (const void *)(uintptr_t)bias, dtype, threads,
                      PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
     if (error) {

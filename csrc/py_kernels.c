@@ -35,8 +35,9 @@ static int check_index(PyArrayObject *index, npy_intp rows)
     return 0;
 }
 
-/* What linear and gemm take: x[index] (M,K), w (N,K). */
+/* What linear and gemm take: x[index] (M,K), w (N,K). index: a copy that is owned. */
 typedef struct {
+    PyArrayObject *index;
     mp_dtype dtype;
     mp_rows x;
     const char *w;
@@ -46,21 +47,22 @@ typedef struct {
 static int parse_product(PyObject *args, const char *format, product *p)
 {
     PyObject *x_object, *index_object, *w_object;
-    PyArrayObject *x, *index, *w;
+    PyArrayObject *x, *w;
     const char *dtype_name;
     if (!PyArg_ParseTuple(args, format, &x_object, &index_object, &w_object, &dtype_name)
         || mp_parse_dtype(dtype_name, &p->dtype)
         || !(x = mp_array(x_object, "x", activations_type(p->dtype), 2))
-        || !(index = mp_array(index_object, "index", NPY_INT32, 1))
         || !(w = weights_view(w_object, "w", p->dtype))
-        || check_index(index, PyArray_DIM(x, 0)))
+        || !(p->index = mp_ids(index_object, "index", 1))
+        || check_index(p->index, PyArray_DIM(x, 0)))
         return -1;
     p->k = PyArray_DIM(w, 1);
     if (PyArray_DIM(x, 1) != p->k || p->k < 1) {
         PyErr_SetString(PyExc_ValueError, "x and w: expected the same K of at least 1");
         return -1;
     }
-    p->x = (mp_rows){PyArray_DATA(x), p->k, PyArray_DATA(index), PyArray_DIM(index, 0)};
+    p->x = (mp_rows){PyArray_DATA(x), p->k, PyArray_DATA(p->index),
+                     PyArray_DIM(p->index, 0)};
     p->w = PyArray_DATA(w);
     p->shape[0] = p->x.count;
     p->shape[1] = PyArray_DIM(w, 0);
@@ -72,7 +74,7 @@ static int parse_product(PyObject *args, const char *format, product *p)
 static void multiply(const product *p, const void *panels, float *out, float *scratch)
 {
     const npy_intp M = p->shape[0], N = p->shape[1], size = mp_weight_size(p->dtype);
-    for (npy_intp n = 0; n < N; n += MP_BLOCK_N) {
+    for (npy_intp n = 0; n < N && M; n += MP_BLOCK_N) {
         const char *w = p->w + n * p->k * size;
         const npy_intp count = N - n < MP_BLOCK_N ? N - n : MP_BLOCK_N;
         if (panels)
@@ -82,12 +84,10 @@ static void multiply(const product *p, const void *panels, float *out, float *sc
     }
 }
 
-static PyObject *multiplied(PyObject *args, const char *format, int with_panels)
+static PyObject *product_of(const product *given, int with_panels)
 {
-    product p;
+    const product p = *given;
     PyObject *out = NULL;
-    if (parse_product(args, format, &p))
-        return NULL;
     const size_t size = (size_t)(mp_panel_size(p.x.count, p.k) * mp_act_size(p.dtype));
     void *panels = with_panels ? aligned_alloc(64, size + 64 - size % 64) : NULL;
     float *scratch = malloc(mp_scratch_floats(p.k) * sizeof *scratch);
@@ -100,6 +100,14 @@ static PyObject *multiplied(PyObject *args, const char *format, int with_panels)
     }
     free(scratch);
     free(panels);
+    return out;
+}
+
+static PyObject *multiplied(PyObject *args, const char *format, int with_panels)
+{
+    product p = {0};
+    PyObject *out = parse_product(args, format, &p) ? NULL : product_of(&p, with_panels);
+    Py_XDECREF(p.index);
     return out;
 }
 
@@ -211,10 +219,12 @@ static PyObject *order(PyObject *module, PyObject *args)
     return out;
 }
 
+/* A total order, NaN last: qsort may leave its array where a comparison contradicts
+ * itself. */
 static int ascending(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
+    return (x > y) - (x < y) + (x != x) - (y != y);
 }
 
 PyDoc_STRVAR(step_up_doc,
@@ -232,7 +242,9 @@ static PyObject *step_up(PyObject *module, PyObject *args)
         return NULL;
     const npy_intp E = PyArray_DIM(p, 1);
     const size_t bytes = (size_t)E * sizeof *sorted;
-    if (!(sorted = malloc(bytes ? bytes : 1)))
+    if (!E)
+        return PyArray_ZEROS(1, PyArray_DIMS(p), NPY_INT64, 0);
+    if (!(sorted = malloc(bytes)))
         return PyErr_NoMemory();
     if ((out = PyArray_SimpleNew(1, PyArray_DIMS(p), NPY_INT64)))
         for (npy_intp t = 0; t < PyArray_DIM(p, 0); t++) {

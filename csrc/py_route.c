@@ -25,15 +25,16 @@ static PyObject *route(PyObject *module, PyObject *args)
         || !(view = mp_array(logits, "router_logits", mp_carrier(dtype), 2))
         || mp_fit_spec(&parts, PyArray_DIM(view, 1)))
         return NULL;
-    npy_intp *shape = PyArray_DIMS(view);
+    npy_intp shape[2] = {PyArray_DIM(view, 0), PyArray_DIM(view, 1)};
+    const void *z = PyArray_DATA(view);
     if (want_p && !(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
         goto done;
     if (mp_new_routing(shape[0], parts.spec.max_k, arrays, &routing))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(&parts.spec, PyArray_DATA(view), dtype, shape[0], shape[1], threads,
-                       &routing, p ? PyArray_DATA((PyArrayObject *)p) : NULL);
+    bad_row = mp_route(&parts.spec, z, dtype, shape[0], shape[1], threads, &routing,
+                       p ? PyArray_DATA((PyArrayObject *)p) : NULL);
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row))
         goto done;
@@ -65,12 +66,13 @@ static PyObject *p_values(PyObject *module, PyObject *args)
         || !(view = mp_array(logits, "router_logits", NPY_FLOAT32, 2))
         || mp_parse_null(null_tuple, PyArray_DIM(view, 1), &null))
         return NULL;
-    npy_intp *shape = PyArray_DIMS(view);
+    npy_intp shape[2] = {PyArray_DIM(view, 0), PyArray_DIM(view, 1)};
+    const float *z = PyArray_DATA(view);
     if (!(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
         return NULL;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_p_values(&null, PyArray_DATA(view), shape[0], shape[1], threads,
+    bad_row = mp_p_values(&null, z, shape[0], shape[1], threads,
                           PyArray_DATA((PyArrayObject *)p));
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row)) {

@@ -116,9 +116,9 @@ static int check_logits(PyArrayObject *logits, npy_intp tokens, npy_intp num_exp
     return -1;
 }
 
-/* What may be None beside the experts. */
-static int parse_rest(PyObject *logits, PyObject *real, PyObject *previous,
-                      npy_intp num_experts, mp_step *step)
+/* What may be None beside ids. */
+static int parse_rest(PyObject *logits, PyObject *real, npy_intp num_experts,
+                      mp_step *step)
 {
     PyArrayObject *array;
     if (logits != Py_None) {
@@ -133,25 +133,23 @@ static int parse_rest(PyObject *logits, PyObject *real, PyObject *previous,
             return -1;
         step->real = PyArray_DATA(array);
     }
-    if (previous != Py_None) {
-        if (!(array = mp_array(previous, "previous", NPY_INT32, 2))
-            || check_tokens("previous", array, step->tokens))
-            return -1;
-        step->previous = PyArray_DATA(array);
-        step->previous_slots = PyArray_DIM(array, 1);
-    }
     return 0;
 }
 
-static int check_ids(const int32_t *ids, npy_intp count, npy_intp num_experts)
+/* A copy of ids, each -1 or an expert. New reference. */
+static PyArrayObject *parse_ids(PyObject *object, const char *argument,
+                                npy_intp num_experts)
 {
-    for (npy_intp i = 0; i < count; i++)
-        if (ids[i] < -1 || ids[i] >= num_experts) {
-            PyErr_SetString(PyExc_ValueError,
-                            "experts: an index is outside [-1, num_experts)");
-            return -1;
+    PyArrayObject *ids = mp_ids(object, argument, 2);
+    const int32_t *id = ids ? PyArray_DATA(ids) : NULL;
+    for (npy_intp left = ids ? PyArray_SIZE(ids) : 0; left > 0; left--, id++)
+        if (*id < -1 || *id >= num_experts) {
+            Py_DECREF(ids);
+            PyErr_Format(PyExc_ValueError, "%s: an index is outside [-1, num_experts)",
+                         argument);
+            return NULL;
         }
-    return 0;
+    return ids;
 }
 
 static PyObject *tally(PyObject *module, PyObject *args)
@@ -162,14 +160,15 @@ static PyObject *tally(PyObject *module, PyObject *args)
     int skips;
     mp_tally state;
     mp_step step = {0};
-    PyArrayObject *ids = NULL;
+    PyArrayObject *ids, *before = NULL;
     double *row = NULL;
     (void)module;
 
     if (!PyArg_ParseTuple(args, "OOOOOsOOLp:tally", &counts, &sums, &recency, &experts,
                           &logits, &dtype_name, &real, &previous, &nanoseconds, &skips)
         || mp_parse_dtype(dtype_name, &step.dtype)
-        || parse_tally(counts, sums, recency, &state) || !(ids = mp_ids(experts)))
+        || parse_tally(counts, sums, recency, &state)
+        || !(ids = parse_ids(experts, "experts", state.num_experts)))
         return NULL;
     const npy_intp E = state.num_experts;
     step.tokens = PyArray_DIM(ids, 0);
@@ -177,11 +176,15 @@ static PyObject *tally(PyObject *module, PyObject *args)
     step.experts = PyArray_DATA(ids);
     step.nanoseconds = nanoseconds;
     step.skips = skips;
-    if (parse_rest(logits, real, previous, E, &step)
-        || check_ids(step.experts, step.tokens * step.slots, E)
-        || check_ids(step.previous, step.previous ? step.tokens * step.previous_slots : 0,
-                     E))
+    if (parse_rest(logits, real, E, &step))
         goto done;
+    if (previous != Py_None) {
+        if (!(before = parse_ids(previous, "previous", E))
+            || check_tokens("previous", before, step.tokens))
+            goto done;
+        step.previous = PyArray_DATA(before);
+        step.previous_slots = PyArray_DIM(before, 1);
+    }
     if (!(row = PyMem_Malloc((size_t)E * 2 * sizeof *row))) {
         PyErr_NoMemory();
         goto done;
@@ -190,6 +193,7 @@ static PyObject *tally(PyObject *module, PyObject *args)
     result = PyLong_FromSsize_t(mp_tally_add(&state, &step, row));
 done:
     PyMem_Free(row);
+    Py_XDECREF(before);
     Py_DECREF(ids);
     return result;
 }

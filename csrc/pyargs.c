@@ -31,14 +31,14 @@ PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int nd
     return array;
 }
 
-PyArrayObject *mp_ids(PyObject *object)
+PyArrayObject *mp_ids(PyObject *object, const char *argument, int ndim)
 {
     const int is_wide = PyArray_Check(object)
                      && PyArray_TYPE((PyArrayObject *)object) == NPY_INT64;
-    PyArrayObject *given = mp_array(object, "experts", is_wide ? NPY_INT64 : NPY_INT32, 2);
+    PyArrayObject *given = mp_array(object, argument, is_wide ? NPY_INT64 : NPY_INT32, ndim);
     PyArrayObject *ids;
     if (!given
-        || !(ids = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(given), NPY_INT32)))
+        || !(ids = (PyArrayObject *)PyArray_SimpleNew(ndim, PyArray_DIMS(given), NPY_INT32)))
         return NULL;
     int32_t *to = PyArray_DATA(ids);
     if (!is_wide) {

@@ -13,9 +13,9 @@ enum { TOKENS_PER_TASK = 32 };
 /* What a worker needs for one token, (E,) each. Not on the stack: with 1,024 experts that
  * would be 66 KB, and a caller's thread may have as little as 96. */
 #define BUFFERS(X)                                                                        \
-    X(float, wide) X(float, prob) X(float, shares) X(float, below)                        \
+    X(float, z) X(float, prob) X(float, shares) X(float, below)                        \
     X(int32_t, order) X(int32_t, by_logit)                                                \
-    X(double, p) X(double, weighted) X(double, scores) X(double, lfdr)                    \
+    X(double, p) X(double, weighted) X(double, work) X(double, lfdr)                    \
     X(double, z_sorted) X(double, p_sorted) X(double, lfdr_sorted)
 
 typedef struct {
@@ -47,14 +47,12 @@ static size_t lay_out(buffers *b, char *base, ptrdiff_t num_experts)
     return used;
 }
 
-/* The row as floats: where it lies, or widened into z. */
-static const float *widened(const job *j, ptrdiff_t row, float *z)
+/* A copy of the row as floats: what is checked is then what is routed, whoever writes to
+ * the logits meanwhile. */
+static void copy_row(const job *j, ptrdiff_t row, float *z)
 {
-    const ptrdiff_t E = j->num_experts;
-    if (j->dtype == MP_F32)
-        return (const float *)j->logits + row * E;
-    mp_widen(z, (const uint16_t *)j->logits + row * E, E, j->dtype);
-    return z;
+    const ptrdiff_t at = row * j->num_experts * mp_weight_size(j->dtype);
+    mp_widen(z, (const char *)j->logits + at, j->num_experts, j->dtype);
 }
 
 /* No way out of the loop, so that the compiler makes vectors of it. */
@@ -155,7 +153,8 @@ static ptrdiff_t judge(const mp_route_spec *spec, const float *z, ptrdiff_t num_
 {
     const ptrdiff_t E = num_experts;
     const unsigned wants = spec->router->wants;
-    mp_token token = {.num_experts = E, .min_k = spec->min_k, .max_k = spec->max_k};
+    mp_token token = {.num_experts = E, .min_k = spec->min_k, .max_k = spec->max_k,
+                      .work = b->work};
 
     const double *evidence = wants & MP_WANTS_P ? p : NULL;
     if (wants & MP_WANTS_WEIGHTS) {
@@ -172,8 +171,8 @@ static ptrdiff_t judge(const mp_route_spec *spec, const float *z, ptrdiff_t num_
         token.z = b->z_sorted;
     }
     if (wants & MP_WANTS_LFDR && spec->table) {
-        mp_scores(spec->null.score, z, E, b->scores);
-        mp_local_fdr(b->scores, E, spec->table, b->lfdr);
+        mp_scores(spec->null.score, z, E, b->work);
+        mp_local_fdr(b->work, E, spec->table, b->lfdr);
         token.lfdr = sorted(b->lfdr, b->order, E, b->lfdr_sorted);
     }
     return spec->router->count(&token, spec->parameters);
@@ -209,13 +208,14 @@ static void route_tokens(void *context, ptrdiff_t task, int worker)
     lay_out(&b, j->scratch + (size_t)worker * j->worker_bytes, E);
     for (ptrdiff_t t = first; t < first + TOKENS_PER_TASK && t < j->tokens; t++) {
         double *p = j->p ? j->p + t * E : b.p;
-        const float *z = widened(j, t, b.wide);
+        const float *z = b.z;
+        copy_row(j, t, b.z);
         if (!usable(z, E)) {
             note_bad_row(j, t);
             continue;
         }
         if (wants_p)
-            mp_null_p_values(j->null, z, E, p);
+            mp_null_p_values(j->null, z, E, b.work, p);
         if (j->spec)
             select_experts(j, t, z, p, &b);
     }

@@ -7,7 +7,7 @@
 
 #include <stddef.h>
 
-/* Bounds the buffers that the routing keeps on the stack. */
+/* The most experts of a layer. */
 enum { MP_MAX_EXPERTS = 1024 };
 
 /* What a router sees of a token: experts in the order of evidence, best first. That is
@@ -17,6 +17,7 @@ typedef struct {
     const double *z;    /* the logits */
     const double *p;    /* p-values, ascending */
     const double *lfdr; /* local false discovery rates of the scores */
+    double *work;       /* (num_experts,) to write to */
 } mp_token;
 
 enum {

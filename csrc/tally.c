@@ -207,6 +207,10 @@ ptrdiff_t mp_tally_add(mp_tally *t, const mp_step *s, double *row)
     t->nanoseconds[0] += s->nanoseconds;
     t->latency[latency_bin(s->nanoseconds)]++;
     const ptrdiff_t unique = add_unique(t, s, (uint8_t *)row);
+    if (!s->slots && !s->real && !s->logits) { /* no memory bounds their number */
+        t->k[0] += s->tokens;
+        return unique;
+    }
     for (ptrdiff_t token = 0; token < s->tokens; token++) {
         const int padding = s->real && !s->real[token];
         add_choice(t, s, token, padding);

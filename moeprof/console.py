@@ -2,15 +2,30 @@
 
 import importlib.util
 from contextlib import contextmanager
+from functools import cache
+
+from .files import printable
 
 WIDTH = 100  # columns of the tables, and of a file or a pipe
 
 
-def make_console():
-    """Lines on stdout as they are: not wrapped, no markup, no colours for numbers."""
+@cache
+def _console_class():
+    """rich's Console, but of what is shown a terminal obeys nothing: names may be anybody's."""
     from rich.console import Console
 
-    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    class Shown(Console):
+        def render(self, renderable, options=None):
+            for segment in super().render(renderable, options):
+                clean = segment.control or segment.text.isprintable()
+                yield segment if clean else segment._replace(text=printable(segment.text))
+
+    return Shown
+
+
+def make_console():
+    """Lines on stdout as they are: not wrapped, no markup, no colours for numbers."""
+    console = _console_class()(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDTH  # a file or a pipe has no width of its own
     return console
@@ -18,10 +33,9 @@ def make_console():
 
 def text_console(file, width=WIDTH):
     """A console whose lines go to `file`, also in a notebook, where rich would display them."""
-    from rich.console import Console
-
-    return Console(file=file, width=width, markup=False, emoji=False, highlight=False,
-                   force_jupyter=False)  # fmt: skip
+    return _console_class()(
+        file=file, width=width, markup=False, emoji=False, highlight=False, force_jupyter=False
+    )
 
 
 class Bar:
@@ -45,7 +59,6 @@ def progress(console, total, name, *, still=False):
 
     still: it is drawn at its steps only, so that no thread of it runs beside a measurement.
     """
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -55,7 +68,7 @@ def progress(console, total, name, *, still=False):
         TimeRemainingColumn,
     )
 
-    screen = console if console.is_terminal else Console(stderr=True)
+    screen = console if console.is_terminal else _console_class()(stderr=True)
     shown = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

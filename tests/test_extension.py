@@ -367,7 +367,7 @@ BAD = [
     (lambda: tally(real=np.ones(3, bool)), ValueError, "real: expected 2 tokens, got 3"),
     (lambda: tally(real=INDEX), TypeError, "real: expected dtype bool, got int32"),
     (lambda: tally(previous=I32[:1]), ValueError, "previous: expected 2 tokens, got 1"),
-    (lambda: tally(previous=I32 - 2), ValueError, "experts: an index is outside"),
+    (lambda: tally(previous=I32 - 2), ValueError, "previous: an index is outside"),
 ]
 
 

@@ -210,3 +210,21 @@ def test_what_a_terminal_would_obey_is_not_shown(tmp_path):
     loaded = Null.load(tmp_path / "null.npz")
     assert loaded.model_name == hostile  # as it was; only shown otherwise
     assert "\x1b" not in loaded.describe() + repr(loaded)
+
+
+def test_no_console_passes_on_what_a_terminal_would_obey(capsys):
+    """Neither as a line nor in a table; the console's own colours and new lines stay."""
+    from rich.table import Table
+
+    from moeprof.console import make_console, text_console
+
+    hostile = "a\x1b]0;title\x07b\u202ec\x9bd"
+    table = Table("name")
+    table.add_row(hostile)
+    out = io.StringIO()
+    for console in (make_console(), text_console(out, 60)):
+        console.print(hostile)
+        console.print(table)
+    for text in (capsys.readouterr().out, out.getvalue()):
+        assert not any(c in text for c in "\x1b\x07\u202e\x9b") and text.count("]0;title") == 2
+        assert len(text.splitlines()) == 6

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -199,3 +200,45 @@ def test_damaged_and_missing_files(tmp_path):
         file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(ValueError, match=f"{file.name} can't be read"):
             read_records(tmp_path / name)
+
+
+def parts(tmp_path):
+    """A folder of one part, and the path of it."""
+    with RecordWriter(tmp_path / "records") as writer:
+        writer.add(layer=0, step=0, phase="decode", experts=np.arange(12).reshape(4, 3))
+    return tmp_path / "records", tmp_path / "records" / "part-00000.npz"
+
+
+def test_flipped_bits_of_a_part_are_one_kind_of_error(tmp_path):
+    folder, file = parts(tmp_path)
+    whole, read = file.read_bytes(), read_records(folder)
+    for at in range(3, 8 * len(whole), 1 + 8 * len(whole) // 900):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        file.write_bytes(damaged)
+        try:
+            found = read_records(folder)
+        except ValueError as error:
+            assert f"{file} can't be read" in str(error)
+        else:
+            assert found.equals(read)
+
+
+@pytest.mark.parametrize(
+    "name, array",
+    [
+        ("huge", np.zeros(10**7)), ("experts", np.zeros(10**8, np.int8)),
+        ("layer", np.zeros(10**7, np.int32)), ("experts", np.zeros((4, 3), np.int32)),
+        ("entropy", np.zeros(4)), ("slots", np.full(4, 4, np.int32)),
+        ("slots", np.array([-3, 9, 3, 3], np.int32)), ("phase", np.full(4, 77, np.uint8)),
+    ],
+)  # fmt: skip
+def test_arrays_that_are_no_records_are_refused(tmp_path, name, array):
+    folder, file = parts(tmp_path)
+    arrays = dict(np.load(file))
+    np.savez_compressed(file, **{**arrays, name: array})
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="part-00000.npz can't be read"):
+        read_records(folder)
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()

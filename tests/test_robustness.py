@@ -22,36 +22,66 @@ def spec(alpha=0.1, temperature=1.0, max_k=4):
 
 # ---- arrays that change ----
 
+FLIPPING = """
+import threading
+import numpy as np
+import util
+from moeprof import _C
 
-def test_ids_may_change_while_experts_run():
-    """A thread writes ids far outside while the experts run: an error or a result, no crash."""
-    code = """if True:
-        import threading
-        import numpy as np
-        from moeprof import _C
-        T, E, H, I = 64, 4, 32, 32
-        weights = np.ones((3, E, I, H), np.float32)
-        pointers = np.array([[m.ctypes.data for m in kind] for kind in weights], np.uint64)
-        x, ids = np.ones((T, H), np.float32), np.zeros((T, 4), np.int32)
-        w, stop = np.ones((T, 4), np.float32), threading.Event()
-        def change():
-            while not stop.is_set():
-                ids[:] = 1 << 30
-                ids[:] = 0
-        thread = threading.Thread(target=change)
-        thread.start()
-        done = refused = 0
-        while done < 300 or refused < 20:
+stop = threading.Event()
+
+def flip(array, good, bad):
+    while not stop.is_set():
+        array[...] = bad
+        array[...] = good
+
+def during(array, good, bad, call, times):
+    thread = threading.Thread(target=flip, args=(array, good, bad))
+    thread.start()
+    try:
+        for _ in range(times):
             try:
-                _C.experts(x, ids, w, "float32", pointers, I, 1)
-                done += 1
+                call()
             except ValueError:
-                refused += 1
-            if done + refused > 20000:
-                break
-        stop.set(); thread.join()
-        print(done > 0)"""
-    assert util.run_python(code).stdout.split() == ["True"]
+                pass
+    finally:
+        stop.set()
+        thread.join()
+        stop.clear()
+"""
+
+
+@pytest.mark.parametrize("dtype", ("int32", "int64"))
+def test_ids_that_change_during_a_call_are_read_once(dtype):
+    code = f"""
+layer, (ids, weights) = util.Layer(4, 16, 16), util.random_slots(5_000, 2, 4)
+ids, hidden = ids.astype("{dtype}"), layer.hidden(5_000)
+last = ids[-1:, -1:]  # read at the end of each pass over the ids
+during(last, last.copy(), 10**9, lambda: layer(hidden, ids, weights, 2), 2_000)
+places = _C.tally_layout(4, True)
+counts, sums = (np.zeros(sum(r * c for _, r, c in part.values()), t)
+                for part, t in zip(places, (np.int64, float), strict=True))
+recent = np.full(4, -1, "i")
+tally = lambda: _C.tally(counts, sums, recent, ids, None, "float32", None, ids, 1, False)
+during(last, last.copy(), 10**9, tally, 200)
+"""
+    util.run_python(FLIPPING + code)
+
+
+@pytest.mark.parametrize("form", ("table", "conformal"))
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_logits_that_become_nan_during_a_call(dtype, form):
+    """What was checked is what is looked up in the tables."""
+    code = f"""
+logits = util.narrow(np.random.default_rng(0).standard_normal((50_000, 8)), "{dtype}")
+table = util.table_of(3.5) if "{form}" == "table" else np.full(9218, 5000.0)
+spec = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, ("{form}", "logit", table), None)
+bad = np.uint16(0x7fff) if logits.dtype == np.uint16 else np.nan
+_C.limit_cpu("scalar")
+first = logits[:, 0]
+during(first, first.copy(), bad, lambda: _C.route(logits, "{dtype}", spec, 2, True), 40)
+"""
+    util.run_python(FLIPPING + code)
 
 
 def test_ids_are_those_of_one_moment():
@@ -121,48 +151,195 @@ def test_a_spec_is_read_before_the_arrays(place):
         _C.moe(x, logits, "float32", pointers, H, given(x, value), 1)
 
 
-# ---- shapes ----
+# ---- Python that a call itself runs ----
+
+CALLBACKS = """
+import numpy as np
+import util
+from moeprof import _C
+
+E, made = 1024, []
+
+class Number:
+    '''A number that shrinks arrays while it is read.'''
+
+    def __init__(self, value, *arrays):
+        self.value, self.arrays = value, arrays
+
+    def shrink(self):
+        for array in self.arrays:
+            array.resize((1,) * array.ndim, refcheck=False)
+        made.extend(np.zeros(100) for _ in range(10))  # what was freed is used again
+
+    def __float__(self):
+        self.shrink()
+        return float(self.value)
+
+    def __index__(self):
+        self.shrink()
+        return int(self.value)
+
+def spec_with(place, *arrays, null=("normal", "logit", None)):
+    spec = ["bh", (0.3,), 1, 4, 1.0, "sum", 1, null, None]
+    if place == 1:
+        spec[1] = (Number(0.3, *arrays),)
+    else:
+        spec[place] = Number(spec[place], *arrays)
+    return tuple(spec)
+
+def refused(call):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return print(error)
+    raise AssertionError("a row of 1 expert was taken for one of 1,024")
+"""
 
 
-def test_rows_of_no_columns_take_no_time():
-    empty = np.empty((1 << 40, 0), np.float32)
-    for result in (_C.order(None, empty), _C.softmax(empty, 1.0), _C.logprob(empty)):
-        assert result.shape == empty.shape
-    wide = np.empty((1 << 40, 0), np.float64)
-    assert _C.order(wide, empty).shape == empty.shape
+@pytest.mark.parametrize("place", (1, 2, 3, 4, 6))
+def test_a_number_of_the_spec_may_change_arrays(place):
+    code = f"""
+for threads in (1, 2):
+    z = np.ones((20_000, E), "f4")
+    refused(lambda: _C.route(z, "float32", spec_with({place}, z), threads, True))
+    assert z.shape == (1, 1)
+    layer = util.Layer(4, 16, 16)
+    hidden, z = layer.hidden(20_000), np.ones((20_000, 4), "f4")
+    refused(lambda: layer.moe(hidden, z, spec_with({place}, z, hidden), threads))
+    hidden, z = layer.hidden(20_000), np.ones((20_000, 4), "f4")
+    refused(lambda: layer.moe(hidden, z, spec_with({place}, hidden), threads))
+    hidden, pointers = layer.hidden(20), layer.pointers.copy()
+    refused(lambda: _C.moe(hidden, z[:20], "float32", pointers, 16,
+                           spec_with({place}, pointers), threads))
+    z, table = np.ones((20_000, 64), "f4"), np.tile(util.table_of(3.5), (64, 1))
+    null = "table", "logit", table
+    refused(lambda: _C.route(z, "float32", spec_with({place}, table, null=null), threads, True))
+"""
+    util.run_python(CALLBACKS + code)
 
 
-# ---- stacks ----
+def test_other_numbers_that_change_arrays():
+    code = """
+layer = util.Layer(4, 16, 16)
+ids, weights = util.random_slots(20_000, 2, 4)
+for place in range(3):
+    arrays = [layer.hidden(20_000), ids.copy(), weights.copy()]
+    number = Number(1, arrays[place])
+    refused(lambda: _C.experts(*arrays, "float32", layer.pointers, 16, number))
+z = np.ones((20_000, E), "f4")
+assert _C.softmax(z, Number(1, z)).shape == (1, 1)
+p = np.ones((20_000, E))
+assert _C.step_up(p, Number(0.5, p)).shape == (1,)
+x, w = np.ones((200, 64), "f4"), np.ones((4, 64), "f4")
+assert _C.dense(x, w.ctypes.data, 4, 0, "float32", Number(2, x)).shape == (1, 4)
+z = np.ones((20_000, E), "f4")
+assert _C.p_values(z, ("normal", "logit", None), Number(1, z)).shape == (1, 1)
+for field in range(3):
+    counts = _C.tally_layout(4, True)
+    state = [*(np.zeros(sum(r * c for _, r, c in part.values()), t)
+               for part, t in zip(counts, (np.int64, float), strict=True)), np.full(4, -1, "i")]
+    number = Number(5, state[field])
+    refused(lambda: _C.tally(*state, ids, None, "float32", None, None, number, False))
+"""
+    util.run_python(CALLBACKS + code)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="stack sizes are set as on Linux")
-@pytest.mark.parametrize("level", ["scalar", *_C.cpu_features()])
-def test_routing_needs_little_stack(level):
-    """E = 1,024, every router, in a thread of 96 KB."""
-    code = f"""if True:
-        import threading
-        import numpy as np
-        from moeprof import _C
-        from moeprof.routers import REGISTRY
-        _C.limit_cpu({level!r})
-        E = 1024
-        logits = np.random.default_rng(0).normal(size=(70, E)).astype(np.float32)
-        specs, ran = [], []
-        for name, cls in REGISTRY.items():
-            router = cls(0.1) if name in ("fixed_p", "bh", "by") else None
-            if router is not None:
-                specs.append(router.spec(E, norm="mass", norm_k=8))
-        for name in ("topk", "top_p", "entropy", "kneedle", "gap_ratio", "higher_criticism"):
-            specs.append(REGISTRY[name]().spec(E, norm="mass", norm_k=8))
-        def run():
-            for spec in specs:
-                _C.route(logits, "float32", spec, 1, True)
-            ran.append(len(specs))
-        threading.stack_size(96 << 10)
-        thread = threading.Thread(target=run)
-        thread.start(); thread.join()
-        print(ran)"""
-    assert util.run_python(code).stdout.strip() == "[9]"
+# ---- shapes without elements: nothing to do is done at once ----
+
+MANY = 2**40
+EMPTY = {
+    "order": f"_C.order(None, none(({MANY}, 0)))",
+    "order with p": f"_C.order(none(({MANY}, 0), float), none(({MANY}, 0)))",
+    "softmax": f"_C.softmax(none(({MANY}, 0)), 1.0)",
+    "logprob": f"_C.logprob(none(({MANY}, 0)))",
+    "step_up": f"_C.step_up(none(({MANY}, 0), float), 0.1)",
+    "step_up, memory that is there": "_C.step_up(none((2**28, 0), float), 0.1)",
+    "linear": f"_C.linear(none(({MANY}, 0)), none(0, 'i'), none((3, 0)), 'float32')",
+    "dense": f"_C.dense(none((0, 4)), 64, {MANY}, 0, 'float32', 2)",
+    "route": f"_C.route(none((0, {MANY})), 'float32', SPEC, 2, True)",
+    "route without experts": f"_C.route(none(({MANY}, 0)), 'float32', SPEC, 2, True)",
+    "p_values": f"_C.p_values(none(({MANY}, 0)), SPEC[7], 2)",
+    "experts": f"layer(none((0, 16)), none((0, {MANY}), 'i'), none((0, {MANY})), 2)",
+    "moe": "layer.moe(none((0, 16)), none((0, 4)), SPEC, 2)",
+    "tally": f"tally(none(({MANY}, 0), 'i'))",
+    "tally with what was before": f"tally(none(({MANY}, 0), 'i'), none(({MANY}, 0), 'i'))",
+    "benjamini_hochberg": f"moeprof.benjamini_hochberg(none(({MANY}, 0)), 0.1)",
+}
+
+
+@pytest.mark.parametrize("what", EMPTY)
+def test_what_has_no_elements_takes_no_time(what):
+    code = f"""
+import numpy as np, moeprof, util
+from moeprof import _C
+SPEC = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, ("normal", "logit", None), None)
+layer, none = util.Layer(4, 16, 16), lambda shape, dtype="f4": np.empty(shape, dtype)
+counts, sums = (np.zeros(sum(r * c for _, r, c in part.values()), t)
+                for part, t in zip(_C.tally_layout(4, False), (np.int64, float), strict=True))
+tally = lambda ids, before=None: _C.tally(
+    counts, sums, np.full(4, -1, "i"), ids, None, "float32", None, before, 1, False)
+try:
+    {EMPTY[what]}
+except (ValueError, MemoryError) as error:
+    print(error)
+"""
+    util.run_python(code, timeout=60)
+
+
+def test_tokens_without_slots_are_counted():
+    counts, sums = (
+        np.zeros(sum(r * c for _, r, c in part.values()), t)
+        for part, t in zip(_C.tally_layout(4, False), (np.int64, float), strict=True)
+    )
+    ids, real = np.empty((9, 0), np.int32), np.arange(9) < 7
+    for given in (None, real):
+        _C.tally(counts, sums, np.full(4, -1, "i"), ids, None, "float32", given, None, 1, True)
+    at, rows, columns = _C.tally_layout(4, False)[0]["k"]
+    k = counts[at : at + rows * columns].reshape(rows, columns)
+    assert k[:, 0].tolist() == [9 + 7, 2] and k.sum() == 18
+
+
+# ---- little stack ----
+
+
+@pytest.mark.parametrize("level", util.level_names())
+def test_threads_of_little_stack(level):
+    """All routers, nulls and experts of the largest size, in a thread of 64 KiB."""
+    util.force_level(level)
+    code = f"""
+import threading
+import numpy as np, moeprof, util
+from moeprof import _C
+
+_C.limit_cpu("{level}")
+E, rng = 1024, np.random.default_rng(0)
+z = rng.standard_normal((70, E)).astype("f4")
+nulls = [("normal", "logit", None), ("softmax", "logit", None),
+         ("table", "logprob", util.table_of(3.5)), ("conformal", "centred", np.ones(9218))]
+tables = {{"local_fdr": np.linspace(1, 0, 8193), "weighted_bh": np.ones(E)}}
+layer, (ids, weights) = util.Layer(4, 64, 64), util.random_slots(70, 2, 4)
+
+def work():
+    for name, parameters in _C.routers().items():
+        for null in nulls:
+            spec = (name, (0.5,) * len(parameters), 1, 16, 1.0, "mass", 4, null, tables.get(name))
+            for threads in (1, 3):
+                _C.route(z, "float32", spec, threads, True)
+                done.append(name)
+    layer(layer.hidden(70), ids, weights, 3)
+    layer.moe(layer.hidden(70), z[:, :4].copy(), (*spec[:3], 2, *spec[4:7], nulls[0], None), 3)
+    _C.dense(z, z.ctypes.data, 70, 0, "float32", 3)
+    done.append("all")
+
+done = []
+spec = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, nulls[0], None)
+threading.stack_size(64 * 1024)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+assert done[-1] == "all", done
+"""
+    util.run_python(code)
 
 
 def test_threads_share_no_scratch():

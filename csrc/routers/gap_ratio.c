@@ -7,7 +7,7 @@ static ptrdiff_t count(const mp_token *token, const double *parameters)
     const ptrdiff_t E = token->num_experts;
     const ptrdiff_t last = token->max_k < E ? token->max_k : E - 1;
     const double *z = token->z;
-    double h[MP_MAX_EXPERTS];
+    double *h = token->work;
     for (ptrdiff_t r = token->min_k; r <= last; r++)
         h[r - 1] = z[r - 1] == z[r] ? 0 : z[r - 1] - z[r];
     return mp_argmax(h, token->min_k, last, parameters[0]);

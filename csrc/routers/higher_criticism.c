@@ -15,7 +15,7 @@ static ptrdiff_t count(const mp_token *token, const double *parameters)
                                           : token->num_experts;
     if (denominator == RANK && last == token->num_experts)
         last--; /* v would be 0 */
-    double h[MP_MAX_EXPERTS];
+    double *h = token->work;
     int any_above = 0;
     for (ptrdiff_t r = 1; r <= last; r++) {
         const double share = (double)r / E, p_r = token->p[r - 1];

@@ -15,7 +15,7 @@ static ptrdiff_t count(const mp_token *token, const double *parameters)
     const double on = parameters[0], c = parameters[1];
     const ptrdiff_t E = token->num_experts;
     const double whole = distance(token, E, on);
-    double h[MP_MAX_EXPERTS];
+    double *h = token->work;
     if (whole == 0)
         return 0;
     for (ptrdiff_t r = 1; r <= E; r++) {

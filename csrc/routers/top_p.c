@@ -4,7 +4,7 @@
 
 static ptrdiff_t count(const mp_token *token, const double *parameters)
 {
-    double sums[MP_MAX_EXPERTS], sum = 0;
+    double *sums = token->work, sum = 0;
     for (ptrdiff_t r = 1; r <= token->num_experts; r++)
         sums[r - 1] = sum += mp_relative_p(token, r);
     ptrdiff_t r = 1;

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..experiment.store import finite
-from ..files import check_folder, write_whole
+from ..files import check_folder, printable, write_whole
 from .rows import COLUMNS
 
 STOCK, PATCHED = "stock", "patched"
@@ -70,7 +70,7 @@ class Diagnosis:
         return as_text(self)
 
     def __repr__(self):
-        return f"<moeprof Diagnosis: {self.facts['router']} on {self.facts['model']}>"
+        return f"<moeprof Diagnosis: {self.facts['router']} on {printable(self.facts['model'])}>"
 
     def _repr_html_(self):
         from .views import findings, views

@@ -5,12 +5,12 @@ import io
 import os
 import threading
 import weakref
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from ..files import check_folder, write_whole
+from ..npz import read_npz
 from .phases import PHASES
 
 CHUNK = 1 << 16  # rows (a token in a layer) that are held before they are written
@@ -22,6 +22,8 @@ _PLAIN = {
     "layer": np.int32, "step": np.int64, "phase": np.uint8, "token": np.int32, "real": np.bool_,
     "input_id": np.int64, "entropy": np.float32, "slots": np.int32,
 }  # fmt: skip
+_DTYPES = {**_PLAIN, "experts": np.int32, "weights": np.float32}
+_MOST_SLOTS = 1024  # of a token: experts of a layer
 
 
 class RecordWriter:
@@ -95,6 +97,8 @@ class RecordWriter:
             raise ValueError(
                 f"experts: expected integers (T, k), got {experts.dtype} {experts.shape}"
             )
+        if experts.shape[1] > _MOST_SLOTS:
+            raise ValueError(f"experts: expected k <= {_MOST_SLOTS}, got {experts.shape[1]}")
         rows = {
             "phase": _phases(phase, experts),
             "real": _column("real", real, True, experts),
@@ -297,10 +301,32 @@ def _empty():
 def _read_parts(folder):
     for path in sorted(folder.glob("part-*.npz")):
         try:
-            with np.load(path) as stored:
-                yield {name: stored[name] for name in COLUMNS}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            chunk = read_npz(path.read_bytes(), _check_members)
+            _check_values(chunk)
+        except (OSError, ValueError) as error:
             raise ValueError(f"records: {path} can't be read: {error}") from error
+        yield chunk
+
+
+def _check_members(headers):
+    """ValueError unless the arrays are those of a chunk, as many rows each as one can have."""
+    if headers.keys() != set(COLUMNS):
+        raise ValueError(f"expected the arrays {', '.join(COLUMNS)}, got {', '.join(headers)}")
+    for name, (shape, dtype) in headers.items():
+        per_slot = name not in _PLAIN
+        rows = headers["weights" if per_slot else "layer"].shape
+        most = CHUNK * (_MOST_SLOTS if per_slot else 1)
+        if shape != rows or len(shape) != 1 or shape[0] > most or dtype != _DTYPES[name]:
+            raise ValueError(f"{name}: {dtype} {shape} is no column of a chunk")
+
+
+def _check_values(chunk):
+    """ValueError for what no chunk says: a phase that is none, slots that aren't there."""
+    slots, phase = chunk["slots"], chunk["phase"]
+    if (slots < 0).any() or slots.sum(dtype=np.int64) != len(chunk["experts"]):
+        raise ValueError(f"slots: expected {len(chunk['experts'])} in all rows together")
+    if (phase >= len(PHASES)).any():
+        raise ValueError(f"phase: expected 0 to {len(PHASES) - 1}, got {phase.max()}")
 
 
 def _read_parquet(path):

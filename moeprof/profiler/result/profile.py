@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...checks import check_type
-from ...files import check_folder, write_whole
+from ...files import check_folder, printable, write_whole
 from ...names import layer_keys, layer_labels
 from ..phases import PHASES
 from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
@@ -186,10 +186,9 @@ class Profile:
 
     def __repr__(self):
         tokens = max((m.tokens for m in self.each()), default=0)
-        return (
-            f"<moeprof Profile of {self.facts.get('model')}: {len(self.layers)} MoE layers, "
-            f"{tokens:,} tokens>"
-        )
+        model = printable(str(self.facts.get("model")))
+        count = len(self.layers)
+        return f"<moeprof Profile of {model}: {count} MoE layers, {tokens:,} tokens>"
 
     def compare(self, other):
         """A Comparison of this profile, the first, with another of a model of the same shape.

@@ -29,6 +29,7 @@ JSON, COUNTS, CSV = "profile.json", "counts.npz", "metrics.csv"
 GLOSSARY, VOCABULARY = "glossary.csv", "vocabulary.csv"
 NEXT = "counts.next.npz"  # the counts of a profile that is being written
 MOST_BYTES = 1 << 32  # of one array
+MOST_ROWS = 1 << 22  # events, or tokens of a vocabulary: far above any there are
 _DAMAGED = (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 _FACTS = {
     "model": str, "model_class": str, "config": dict, "machine": dict, "router": str, "steps": int,
@@ -211,11 +212,29 @@ def _check_members(head, layers, headers):
     for number in range(len(head["domains"] or [])):
         expected[f"domain.{number}"] = {(len(layers), widest + 1)}
     for name, header in headers.items():
-        free = name == "events" or name.startswith("vocabulary.")
-        if not free and header.shape not in expected.get(name, ()):
+        known = header.shape in expected.get(name, ())
+        if not (known or _is_recorded(name, headers, layers)):
             raise ValueError(f"counts: an array {name!r} of {header.shape}")
         if math.prod(header.shape) * header.dtype.itemsize > MOST_BYTES:
             raise ValueError(f"counts: {name} is of {header.shape}")
+
+
+def _is_recorded(name, headers, layers):
+    """Whether an array of events or of the vocabulary has a form that a profiler gives it."""
+    kind, _, part = name.partition(".")
+    shape, dtype = headers[name]
+    if dtype != np.int64:
+        return False
+    if kind == "events":
+        return not part and len(shape) == 2 and shape[0] <= MOST_ROWS and shape[1] == 6
+    tokens, own = (headers.get(f"vocabulary.{n}", ((), None))[0] for n in ("tokens", "layers"))
+    if kind != "vocabulary" or len(tokens) != 1 or len(own) != 1:
+        return False
+    sizes = {layer.num_experts for layer in layers}
+    forms = {"tokens": [tokens], "seen": [tokens], "layers": [own],
+             "counts": [(*own, *tokens, size) for size in sizes]}  # fmt: skip
+    few = tokens[0] <= MOST_ROWS and own[0] <= len(layers)
+    return few and shape in forms.get(part, ())
 
 
 def _head(folder):
