@@ -20,46 +20,69 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
     ValueError
         "Router output format unexpected ...", naming the layer and what came.
     """
-    _check_kind(output, logits, name)
+    if found := _wrong_kind(output):
+        raise _refused(name, found)
     if isinstance(output, RoutingResult | RoutingStats):
         output = _by_slot(output.routing_weights, output.selected_experts, logits)
-    if isinstance(output, Tensor):
-        if output.shape == logits.shape and output.is_floating_point():
-            return _slots(output)
+    tokens, num_experts = logits.shape
+    if isinstance(output, Tensor) and output.shape == logits.shape and output.is_floating_point():
+        weights, experts = _slots(output)
     elif isinstance(output, tuple | list) and len(output) == 2:
         read = read_router_output(output, *logits.shape, name)
-        return read.weights, read.experts
-    tokens, num_experts = logits.shape
-    raise ValueError(
-        f"Router output format unexpected: {name}: wanted of a router in Python weights "
-        f"({tokens}, {num_experts}) or (weights, experts ({tokens}, k)); got "
-        f"{describe_output(output)}"
-    )
+        weights, experts = read.weights, read.experts
+    else:
+        raise ValueError(
+            f"Router output format unexpected: {name}: wanted of a router in Python weights "
+            f"({tokens}, {num_experts}) or (weights, experts ({tokens}, k)); got "
+            f"{describe_output(output)}"
+        )
+    if not torch.compiler.is_compiling() and (found := _no_weights(weights, experts, logits)):
+        raise _refused(name, found)
+    return weights, experts
 
 
-def _check_kind(output: Any, logits: Tensor, name: str) -> None:
-    """ValueError for sparse tensors, for no slot at all, and for logits in place of weights."""
+def _refused(name: str, found: str) -> ValueError:
+    return ValueError(f"Router output format unexpected: {name}: the router returned {found}")
+
+
+def _wrong_kind(output: Any) -> str | None:
     parts = output if isinstance(output, tuple | list) else (output,)
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    found = None
     if any(t.layout is not torch.strided for t in tensors):
-        found = "a sparse tensor; .to_dense() gives a dense one"
-    elif any(t.dim() and t.shape[-1] == 0 for t in tensors):
-        found = "no slot (k = 0): an expert of -1 leaves one empty"
-    elif isinstance(output, Tensor) and _are_logits(output, logits):
-        found = "its logits, not weights: softmax them, and set what is not selected to 0"
-    if found:
-        raise ValueError(f"Router output format unexpected: {name}: the router returned {found}")
+        return "a sparse tensor; .to_dense() gives a dense one"
+    if any(t.dim() and t.shape[-1] == 0 for t in tensors):
+        return "no slot (k = 0): an expert of -1 leaves one empty"
+    return None
 
 
-def _are_logits(dense: Tensor, logits: Tensor) -> bool:
-    """The very logits, or some function of them that selects every expert, a few with weights
-    below 0: no routing looks like that."""
-    if dense.shape != logits.shape or not dense.is_floating_point() or not dense.numel():
-        return False
-    if torch.equal(dense, logits) and bool(dense.any()):
-        return True
-    return dense.shape[1] > 1 and bool((dense != 0).all()) and bool((dense < 0).any())
+def _no_weights(weights: Tensor, experts: Tensor, logits: Tensor) -> str | None:
+    """What the values show to be no routing weights, in words; None where nothing does.
+
+    NaN and infinity, unless the logits have them too: then the model itself is broken. Logits:
+    they are what the gate said, all of them or some, or that with a number added in each row.
+    """
+    if experts.is_floating_point() or experts.shape != weights.shape:
+        return None  # refused later
+    used = (experts >= 0) & (experts < logits.shape[1])
+    if not bool(used.any()):
+        return None
+    if not bool(weights[used].isfinite().all()):
+        if bool(logits.isfinite().all()):
+            return "weights that are NaN or infinite; what is not selected has weight 0"
+        return None
+    said = logits.gather(1, experts.clamp(0, logits.shape[1] - 1).long()).double()
+    weights = weights.double()
+    below = bool((weights[used] < 0).any())
+    every = logits.shape[1] > 1 and bool(used.all()) and weights.shape == logits.shape
+    same = bool((weights == said)[used].all())
+    shift = torch.where(used, weights - said, torch.nan)
+    spread = shift.nan_to_num(nan=-torch.inf).amax(1) - shift.nan_to_num(nan=torch.inf).amin(1)
+    several = used.sum(1) > 1
+    exact = 4 * torch.finfo(logits.dtype).eps * (said.abs().amax(1) + weights.abs().amax(1))
+    shifted = bool(several.any()) and bool((spread <= exact)[several].all())
+    if (same and bool((weights[used] > 1).any())) or (below and (same or shifted or every)):
+        return "its logits, not weights: softmax them, and set what is not selected to 0"
+    return None
 
 
 def _by_slot(dense: Any, experts: Any, logits: Tensor) -> tuple[Any, Any]:
@@ -77,7 +100,10 @@ def _by_slot(dense: Any, experts: Any, logits: Tensor) -> tuple[Any, Any]:
 def _slots(dense: Tensor) -> tuple[Tensor, Tensor]:
     """Dense weights (T, E) as slots, the largest weight first; a NaN counts as selected."""
     chosen = dense != 0
-    k = max(int(chosen.sum(1).max()), 1) if len(dense) else 1
+    if torch.compiler.is_compiling():  # how many are chosen isn't known yet
+        k = dense.shape[1]
+    else:
+        k = max(int(chosen.sum(1).max()), 1) if len(dense) else 1
     # Unselected last, whatever the sign of a weight.
     ranked = torch.where(chosen, dense, -torch.inf).sort(dim=1, descending=True, stable=True)
     order = ranked.indices[:, :k]

@@ -108,7 +108,7 @@ class CapWatch:
         if capped:  # rarely; a decode step goes by in some microseconds
             self.capped += capped
             self.warned = warn_if_capped(
-                self.capped, self.tokens, self.num_experts, unit="tokens of all layers",
+                self.capped, self.tokens, self.num_experts, unit="tokens of all layers so far",
                 stacklevel=3,
             )  # fmt: skip
 

@@ -512,13 +512,17 @@ def test_budget_rows_are_what_their_parameter_gives(experiment, run):
 
 def with_distance(run, config, low, distance, high, experts):
     """The run with one row's distance from static set, and every other one's far above it."""
+    (one,) = run["static"]
+
     def put(row):
         if "nats_by_document" not in row or row["config"].startswith("topk"):
             return row
         mine = row["config"] == config
         values = (low, distance, high) if mine else (1, 1, 1)
         names = ("bits_above_static_low", "bits_above_static", "bits_above_static_high")
-        at = {"avg_experts_heldout": experts} if mine else {}
+        at = {"avg_experts_heldout": experts} if mine else {"bits_above_own": 2.0}
+        if mine and distance is not None:  # the line goes from top-1 to the own top-2
+            at["bits_above_own"] = (2 - experts) * one["bits_above_own"] + distance
         return row | dict(zip(names, values, strict=True)) | at
 
     return run | {name: [put(row) for row in run[name]] for name in ("results", "budgets")}
@@ -536,6 +540,19 @@ def test_the_advice_names_the_best_and_its_line_runs(experiment, run):
     eval(first["code"], scope).unpatch()
     assert second["best"] == "topk_1" and second["code"] == 'moeprof.patch(model, "topk", k=1)'
     eval(second["code"], scope).unpatch()
+
+
+def test_fewer_experts_than_may_be_spent_must_still_cost_less_than_static(run):
+    """Below static at its own 0.95 experts, yet above static top-1: static is the answer."""
+    (one,) = run[0]["static"]
+    slope = one["bits_above_own"]  # of the line from top-1 to top-2, by an expert
+    told = with_distance(run[0], "bh_k4_a020", *(np.array([-0.03, -0.02, -0.01]) * slope), 0.95)
+    first = advice(told)[0]
+    assert first["best"] == "topk_1" and "nearest, bh_k4_a020" in first["head"]
+    title = figure(told["results"], told).axes[0].get_title(loc="left")
+    assert "at 1: static" in title
+    told = with_distance(run[0], "bh_k4_a020", *(np.array([-0.08, -0.07, -0.06]) * slope), 0.95)
+    assert advice(told)[0]["best"] == "bh_k4_a020"
 
 
 @pytest.mark.parametrize("high", [0.0, 0.1])

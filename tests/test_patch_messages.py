@@ -143,7 +143,7 @@ def test_a_cap_that_binds_is_said_once_a_patch(wide):
             for _ in range(3):
                 logits(wide)
     (message,) = warned(recorded)
-    assert " of 22 tokens of all layers would have more" in message  # said in the first layer
+    assert " of 22 tokens of all layers so far would have more" in message  # said in the first layer
     assert "max_k=32 for no cap, or max_k=16" in message
 
 
@@ -362,8 +362,8 @@ class Skipping(nn.Module):
 @pytest.mark.parametrize("empty", [-1, 8])
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "moeprof", "patched"])
 def test_empty_slots_run_and_are_profiled(model, how, empty):
-    if how in ("eager", "grouped_mm") and empty == -1:
-        pytest.skip("stock experts can't run a slot of -1")
+    if how == "grouped_mm" or (how == "eager" and empty == -1):
+        pytest.skip("these experts of transformers can't run such a slot; refused, see below")
     for block in blocks(model):
         block.gate = Skipping(block.gate, 8)
     model.set_experts_implementation("eager")
@@ -380,6 +380,22 @@ def test_empty_slots_run_and_are_profiled(model, how, empty):
         assert metrics.tokens == 22 and metrics.skipped_slots == 11
         assert metrics.k_mean == pytest.approx(1.5)
         assert sum(np.asarray(metrics.expert_load)) == pytest.approx(1)
+
+
+@needs_5
+@pytest.mark.parametrize(
+    ("how", "empty"), [("eager", -1), ("grouped_mm", -1), ("grouped_mm", 8), ("batched_mm", 8)]
+)
+def test_empty_slots_that_the_experts_would_run_are_refused(model, how, empty):
+    """Outside of expert parallelism transformers' grouped experts compute garbage for them."""
+    for block in blocks(model):
+        block.gate = Skipping(block.gate, empty)
+    model.set_experts_implementation(how)
+    with (
+        moeprof.MoEProfiler(model),
+        pytest.raises(ValueError, match=rf"model.layers.0.mlp.gate: .*a slot \({empty}.*moeprof"),
+    ):
+        logits(model)
 
 
 @needs_5

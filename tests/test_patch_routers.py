@@ -150,6 +150,12 @@ def test_what_a_python_router_may_not_return(output):
         (lambda z: z, "its logits, not weights"),
         (lambda z: z / 2, "its logits, not weights"),
         (lambda z: z.log_softmax(-1), "its logits, not weights"),
+        (lambda z: z - z.amax(-1, keepdim=True), "its logits, not weights"),
+        (lambda z: z.topk(2), "its logits, not weights"),
+        (lambda z: torch.where(z >= z.topk(2).values[:, 1:], z, 0), "its logits, not weights"),
+        (lambda z: torch.where(z > 1, z, -torch.inf), "weights that are NaN or infinite"),
+        (lambda z: (slots(z)[0] / 0, slots(z)[1]), "weights that are NaN or infinite"),
+        (lambda z: z.softmax(-1) * torch.nan, "weights that are NaN or infinite"),
         (lambda z: z.softmax(-1).to_sparse(), "a sparse tensor"),
         (lambda z: (slots(z)[0].to_sparse(), slots(z)[1]), "a sparse tensor"),
         (lambda z: (z[:, :0], z[:, :0].long()), "no slot"),
@@ -161,6 +167,24 @@ def test_what_is_no_routing_is_named(router, said):
     with pytest.raises(ValueError, match=f"unexpected: model.layers.0.mlp: the router .* {said}"):
         run(model, router)
     assert_unchanged(model, before)
+
+
+def test_weights_of_any_size_and_sign_that_are_not_the_logits():
+    z = torch.randn(6, 8)
+    best = z.topk(2)
+    for output in (
+        100 * z.softmax(-1),
+        (best.values.softmax(-1), best.indices),
+        (-torch.rand(6, 2), best.indices),
+    ):
+        moeprof.callables.read_routing(output, z, "layer")
+    tied = torch.zeros(6, 8)
+    moeprof.callables.read_routing((torch.full((6, 2), 0.5), tied.topk(2).indices), tied, "layer")
+
+
+def test_a_broken_models_nans_go_through():
+    z = torch.full((6, 8), torch.nan)
+    moeprof.callables.read_routing(z.softmax(-1), z, "layer")
 
 
 def test_every_expert_of_every_token_may_be_selected():

@@ -36,7 +36,7 @@ def add_calibrate(commands):
     parser.add_argument(
         "--kind", choices=KINDS,
         help="trimmed is the one to route by, efron the one for diagnose and for the routers "
-        "local_fdr and ebh; default: trimmed",
+        "local_fdr, ebh and expert_threshold; default: trimmed",
     )
     parser.add_argument("--score", choices=SCORES, help="default: logprob")
     parser.set_defaults(run=_run)

@@ -80,7 +80,7 @@ def null(kind="trimmed"):
     """The demo model's null on `logprob`, fitted to the first calibration half.
 
     kind: "trimmed", for routing, or "efron", for diagnoses and for routers that need it
-    (`local_fdr`, `ebh` with e="lr"). ValueError for any other.
+    (`local_fdr`, `expert_threshold`, `ebh` with e="lr"). ValueError for any other.
     """
     from ..null import Null
 

@@ -1,7 +1,9 @@
 """What to use for a number of experts per token: computed from a run, never assumed."""
 
+import numpy as np
+
 from .beside import budgets
-from .compared import interval
+from .compared import interval, on_line
 
 NEAR = 0.1  # of a budget: what lies further off isn't an answer to it
 CODE = "moeprof.patch(model, {router}, null={null})"
@@ -10,66 +12,83 @@ CODE = "moeprof.patch(model, {router}, null={null})"
 def advice(run):
     """For each budget a dict: budget, lines (in words), code (Python) and best (a config).
 
-    run: as `compared` gives it. Compared are static top-k, the best of the grid within 10 % of
-    the budget, and fixed_p and BH set by budget. The best is the one furthest below static top-k
-    at its own experts per token; static itself, unless that is below by more than the
-    documents' variation explains (the whole interval).
+    run: as `compared` gives it. Compared are static top-k, the grid's BH and, set by budget,
+    fixed_p and BH; `best_for` chooses.
     """
     return [_for(run, budget) for budget in budgets(run["model_config"]["num_experts_per_tok"])]
 
 
+def best_for(budget, rows, run):
+    """The row to use for a budget of experts per token; None where it is static top-k.
+
+    rows: results with their distance from static top-k. A row wins only if it is better than
+    static beyond doubt at its own experts, and costs less than static at the whole budget: with
+    fewer experts than may be spent a row is no answer if static spends them better.
+    """
+    better = (row for row in _by_cost(budget, rows, run) if is_below(row))
+    return next((row for row in better if _above_static(row, budget, run) < 0), None)
+
+
+def _by_cost(budget, rows, run):
+    """Those within 10 % of the budget whose distance from static is known, the best first."""
+    near = [
+        row
+        for row in rows
+        if row.get("bits_above_static") is not None
+        and abs(row["avg_experts_heldout"] / budget - 1) <= NEAR
+    ]
+    return sorted(near, key=lambda row: _above_static(row, budget, run))
+
+
+def _above_static(row, budget, run):
+    """Bits per byte above static top-k at the budget; at the row's own experts if it has more."""
+    own = {"k": run["model_config"]["num_experts_per_tok"], "bits_above_own": 0.0}
+    line = sorted([*run["static"], own], key=lambda point: point["k"])
+    ks, bits = (np.array([point[n] for point in line], float) for n in ("k", "bits_above_own"))
+    at = max(row["avg_experts_heldout"], budget)
+    return row["bits_above_own"] - float(on_line(ks, bits[None], np.array([[at]]))[0, 0])
+
+
 def _for(run, budget):
-    own = run["results"][0]
-    found = [row for row in (_of_grid(run, budget), *_set(run, budget)) if row]
-    usable = [row for row in found if row.get("bits_above_static") is not None]
-    usable = [row for row in usable if abs(row["avg_experts_heldout"] / budget - 1) <= NEAR]
-    best = min(usable, key=lambda row: row["bits_above_static"], default=None)
-    wins = best is not None and is_below(best)
+    grid = _by_cost(budget, run["results"][1:], run)
+    best = best_for(budget, [*grid, *_set(run, budget)], run)
+    found = [*grid[:1], *_set(run, budget)]
+    near = _by_cost(budget, found, run)
     static = _static(run, budget)
-    top = f"the model's own top-{own['max_k']}"
-    if wins:
-        head = (
-            f"{_name(best)} is best: {_costs(best, top)}, "
-            f"{interval(best, 'bits_above_static')} beside static top-k at the same experts."
-        )
+    top = f"the model's own top-{run['results'][0]['max_k']}"
+    if best:
+        head = f"{_name(best)} is best: {_costs(best, top)}, {_beside(best)}."
         code = _code(best, run)
     elif static is None:
-        head, code = f"static top-{int(budget)} was not run, so nothing can be recommended.", None
+        head = (
+            f"no answer: static top-{int(budget)} was not run, and nothing that was tried is "
+            "better with certainty than the static top-k that was."
+        )
+        code = None
     else:
         head = f"static top-{static['k']} is what to use: {_costs(static, top)}; " + (
-            f"nothing tried is below it with certainty (the nearest, {_name(best)}: "
-            f"{interval(best, 'bits_above_static')} beside static at the same experts)."
-            if best
+            f"nothing tried is better with certainty (the nearest, {_name(near[0])}: "
+            f"{near[0]['avg_experts_heldout']:.2f} experts, {_beside(near[0])})."
+            if near
             else "nothing else that was tried takes about so many experts."
         )
         code = f'moeprof.patch(model, "topk", k={static["k"]})'
-    others = [_other(row, budget) for row in found if not (wins and row is best)]
-    if wins and static is not None:
+    others = [_other(row, budget, top) for row in found if row is not best]
+    if best and static is not None:
         others.insert(0, f"static top-{static['k']}: {_costs(static, top)}")
-    if _of_grid(run, budget) is None and len(run["results"]) > 1:
+    if not grid and len(run["results"]) > 1:
         nearest = min(run["results"][1:], key=lambda r: abs(r["avg_experts_heldout"] - budget))
         others.append(
             f"no BH configuration of the grid is within {100 * NEAR:.0f} % of {budget:g} experts; "
-            f"the nearest is {_other(nearest, budget)}"
+            f"the nearest is {_other(nearest, budget, top)}"
         )
     return {
         "budget": budget,
-        "best": best["config"] if wins else static["config"] if static else None,
+        "best": best["config"] if best else static["config"] if static else None,
         "head": f"For {budget:g} experts per token on average, {head}",
         "code": code,
         "others": others,
     }
-
-
-def _of_grid(run, budget):
-    """The grid's BH row within 10 % of the budget that is furthest below static, or None."""
-    rows = [
-        row
-        for row in run["results"][1:]
-        if abs(row["avg_experts_heldout"] / budget - 1) <= NEAR
-        and row.get("bits_above_static") is not None
-    ]
-    return min(rows, key=lambda row: row["bits_above_static"], default=None)
 
 
 def _set(run, budget):
@@ -100,14 +119,16 @@ def _costs(row, top):
     )
 
 
-def _other(row, budget):
+def _beside(row):
+    if row.get("bits_above_static") is None:
+        return "so many experts lie outside of what static top-k was run for"
+    return f"{interval(row, 'bits_above_static')} beside static top-k at the same experts"
+
+
+def _other(row, budget, top):
     if row.get("error"):
         return f"{row['router']} can't be set to {budget:g}: {row['error']}"
-    beside = interval(row, "bits_above_static") or "outside of what static top-k was run for,"
-    return (
-        f"{_name(row)}: {row['avg_experts_heldout']:.2f} experts, {beside} beside static top-k "
-        "at the same experts"
-    )
+    return f"{_name(row)}: {_costs(row, top)}, {_beside(row)}"
 
 
 def _code(row, run):

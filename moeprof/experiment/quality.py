@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..figures import MARKERS
-from .advice import NEAR, is_below
+from .advice import best_for, is_below
 from .beside import budgets
 from .drawing import blank, label, shades, title
 from .merged import merged
@@ -23,7 +23,7 @@ def quality(use, beside, bh, baseline, run):
     found = [row for row in run.get("budgets", ()) if "nats_by_document" in row]
     points = _points(bh, baseline)
     marks = budgets(int(baseline["max_k"]))
-    _use(use, points, baseline, static, found, marks)
+    _use(use, points, baseline, static, found, marks, run)
     _beside(beside, points, found, marks)
 
 
@@ -45,7 +45,7 @@ def _points(bh, baseline):
     return points
 
 
-def _use(axis, points, baseline, static, found, marks):
+def _use(axis, points, baseline, static, found, marks, run):
     line = [*static, {"k": baseline["max_k"], "bits_above_own": 0.0}]
     line = sorted(line, key=lambda row: row["k"])
     top = max(p["avg_experts_heldout"] for p in points) if points else 0
@@ -75,19 +75,17 @@ def _use(axis, points, baseline, static, found, marks):
         axis.set_ylim(-0.2 * min(values), None)
     label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
     detail = "down is better; bars and band: 95 %; equal results share a point"
-    title(axis, _headline(points, static, found, marks), detail)
+    title(axis, _headline(points, found, marks, run), detail)
 
 
-def _headline(points, static, found, marks):
-    if not static or not marks:
+def _headline(points, found, marks, run):
+    if not run.get("static") or not marks:
         return "Quality by experts per token"
     answers = []
     for budget in marks:
-        near = [p for p in [*points, *found] if p.get("bits_above_static") is not None
-                and abs(p["avg_experts_heldout"] / budget - 1) <= NEAR]  # fmt: skip
-        best = min(near, key=lambda p: p["bits_above_static"], default=None)
-        wins = best is not None and is_below(best)
-        name = (best["router"] if "budget" in best else best["config"]) if wins else "static"
+        at = [row for row in found if row["budget"] == budget]
+        best = best_for(budget, [*points, *at], run)
+        name = "static" if best is None else best["router"] if "budget" in best else best["config"]
         answers.append(f"at {budget:g}: {name}")
     return "What to use " + ", ".join(answers)
 

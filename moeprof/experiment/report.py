@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .advice import advice
+from .advice import advice, is_below
 from .compared import compared, interval
 from .merged import merged, same_results
 from .store import results_frame
@@ -33,7 +33,7 @@ def report(run):
         "## Static top-k and routers set by budget, on the held-out text",
         _beside_table(run),
         "## What the results say",
-        _bullets(_findings(baseline, bh) if len(bh) else ["No BH configuration has finished."]),
+        _bullets(_findings(run, baseline, bh)),
         "## What alpha means here",
         _alpha(run, bh),
         "## What this can't say",
@@ -188,7 +188,9 @@ def _number(value, form):
 # ---------------------------------------------------------------- what the results say
 
 
-def _findings(baseline, bh):
+def _findings(run, baseline, bh):
+    if not len(bh):
+        return ["No BH configuration has finished."]
     own = baseline["avg_experts_heldout"]
     fewer, more = bh[bh["avg_experts_heldout"] < own], bh[bh["avg_experts_heldout"] >= own]
     lines = [
@@ -200,7 +202,7 @@ def _findings(baseline, bh):
         *_within(baseline, fewer),
         _loses(baseline, more),
         _dominated(bh),
-        _beside_static(bh),
+        _beside_static(run),
         _agreement(bh),
         _speed(baseline, bh),
         _layers(bh),
@@ -295,21 +297,27 @@ def _dominated(bh):
     )
 
 
-def _beside_static(bh):
-    """How many are below and above the static line by more than the documents vary."""
-    known = bh[bh["bits_above_static"].notna()]
-    if not len(known):
+def _beside_static(run):
+    """How many settings are below and above the static line by more than the documents vary."""
+    settings = [group[0] for _, group in merged(run["results"][1:])]
+    settings += [row for row in run["budgets"] if not row["error"]]
+    known = [row for row in settings if row.get("bits_above_static") is not None]
+    if not known:
         return ""
-    low = known["bits_above_static_low"].fillna(known["bits_above_static"]).astype(float)
-    high = known["bits_above_static_high"].fillna(known["bits_above_static"]).astype(float)
     text = (
-        f"Of {len(known)} BH configurations {int((high < 0).sum())} predict the text better than "
-        f"static top-k at the same experts per token, {int((low > 0).sum())} worse; of the others "
-        "no difference was shown."
+        f"Of {len(known)} settings (BH configurations, equal ones once, and those set by budget) "
+        f"{sum(map(is_below, known))} predict the text better than static top-k at the same "
+        f"experts per token, {sum(map(_is_above, known))} worse; of the others no difference was "
+        "shown."
     )
-    if len(known) < len(bh):
-        text += f" {len(bh) - len(known)} lie outside of what static top-k was run for."
+    if len(known) < len(settings):
+        text += f" {len(settings) - len(known)} lie outside of what static top-k was run for."
     return text
+
+
+def _is_above(row):
+    low = row["bits_above_static_low"]
+    return (row["bits_above_static"] if low is None else low) > 0
 
 
 def _agreement(bh):

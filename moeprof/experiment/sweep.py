@@ -116,6 +116,8 @@ def _finish(run, store, console):
                 textwrap.fill(other, WIDTH, initial_indent=first, subsequent_indent=rest)
             )
     console.print("")
+    if len(run["heldout_documents"]) == 1:
+        console.print("The held-out text is one document, so nothing above has an interval.")
     groups = merged(run["results"])
     console.print(_table(groups), width=min(WIDTH, console.width))
     for line in same_results(groups):
@@ -131,8 +133,9 @@ def _table(groups):
     from rich.table import Table
 
     columns = {
-        "experts": ("avg_experts", "{:.2f}"),
-        "perplexity": ("perplexity", "{:.2f}"),
+        "experts": ("avg_experts_heldout", "{:.2f}"),
+        "prompts": ("avg_experts", "{:.2f}"),
+        "perpl.": ("perplexity", "{:.2f}"),
         "Δ perpl.": ("delta_perplexity", "{:+.2f}"),
         "bits/byte": ("bits_per_byte", "{:.4f}"),
         "Δ static": ("bits_above_static", "{:+.4f}"),

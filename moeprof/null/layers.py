@@ -17,6 +17,11 @@ def _p_values(logits, spec):
 
     return _C.p_values(matrix_of(logits), spec)
 
+FIT_EFRON = (
+    'fit it with moeprof.fit_null(model, tokenizer, texts, kind="efron") or `moeprof calibrate '
+    '--kind efron`; the demo model has moeprof.demo.null("efron")'
+)
+
 
 @dataclass(frozen=True, eq=False)
 class LayerNull:
@@ -77,7 +82,7 @@ class LayerNull:
 
     def _fit(self, what):
         if self.efron is None:
-            raise ValueError(f"{what}: needs a null of kind 'efron', one per layer")
+            raise ValueError(f"{what}: needs a null of kind 'efron', one per layer: {FIT_EFRON}")
         return self.efron
 
 

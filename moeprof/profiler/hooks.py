@@ -281,17 +281,29 @@ class LayerWatch(_Watch, RoutingWatch):
         config = getattr(self.site.experts, "config", None)
         return getattr(config, "_experts_implementation", None)
 
+    def _runs_empty(self) -> bool:
+        """Do its experts leave out a slot of E? transformers' grouped ones do on several ranks."""
+        alone = getattr(self.site.experts, "_is_expert_parallel", True) is False
+        return not alone or self._implementation() in (None, "eager", "moeprof")
+
     def _refuse_skips(self, output) -> None:
         if self._may_skip():
             return
+        num_experts = self.site.layer.num_experts
         for part in output:
             if isinstance(part, Tensor) and not part.is_floating_point():
-                if part.dtype != torch.bool and part.numel() and int(part.min()) < 0:
-                    instead = "patch the model first, moeprof.patch(model)"
-                    if self._implementation() is not None:
-                        instead += ', or model.set_experts_implementation("moeprof")'
-                    raise ValueError(
-                        f"{self.site.layer.name}: the router skipped a slot (-1), and the block "
-                        "as transformers wrote it can't: it would fail or compute garbage; "
-                        + instead
-                    )
+                if part.dtype == torch.bool or not part.numel():
+                    continue
+                if int(part.min()) < 0:
+                    slot = "-1"
+                elif not self._runs_empty() and int(part.max()) == num_experts:
+                    slot = f"{num_experts}, the number of experts"
+                else:
+                    continue
+                instead = "patch the model first, moeprof.patch(model)"
+                if self._implementation() is not None:
+                    instead += ', or model.set_experts_implementation("moeprof")'
+                raise ValueError(
+                    f"{self.site.layer.name}: the router skipped a slot ({slot}), and the block "
+                    "as transformers wrote it can't: it would fail or compute garbage; " + instead
+                )

@@ -255,10 +255,10 @@ class EBH(OnNull):
 def _efron(null, what: str):
     """A property that only an efron null by layer has; ValueError of others."""
     if not hasattr(null, what):
+        from ..null.layers import FIT_EFRON
+
         raise ValueError(
-            f"null: expected one of kind efron, by layer (for its {what}): fit it with "
-            'moeprof.fit_null(model, tokenizer, texts, kind="efron") or `moeprof calibrate --kind '
-            'efron`; the demo model has moeprof.demo.null("efron")'
+            f"null: expected one of kind efron, by layer (for its {what}): {FIT_EFRON}"
         )
     return getattr(null, what)
 
