@@ -207,8 +207,8 @@ def _trimming(kind, r_high, r_low, model, experts):
         if r_high or r_low:
             raise ValueError("r_high and r_low belong to kind='trimmed'")
         return 0, 0
-    # Rounded up, so that a top-1 router's own choice is left out.
-    half = (model.config.num_experts_per_tok + 1) // 2
+    # Rounded up, so that a top-1 router's own choice is left out; a score at least stays.
+    half = min((model.config.num_experts_per_tok + 1) // 2, (experts - 1) // 2)
     r_high, r_low = (half if r is None else r for r in (r_high, r_low))
     if min(r_high, r_low) < 0 or r_high + r_low >= experts:
         raise ValueError(
@@ -245,9 +245,9 @@ def fit_null(
     through the model one by one, without padding; the first token of each is left out.
 
     `kind`: "efron", "all", "conformal", which count every score, or "trimmed", which leaves each
-    token's r_high highest and r_low lowest scores out (default k/2 each, rounded up). `score`:
-    "logprob" (z - logsumexp(z)), "logit" (z) or "centred" (z - mean(z)). The model is afterwards
-    as it was. Returns a Null.
+    token's r_high highest and r_low lowest scores out (default k/2 each, rounded up, and never
+    so many that none is left). `score`: "logprob" (z - logsumexp(z)), "logit" (z)
+    or "centred" (z - mean(z)). The model is afterwards as it was. Returns a Null.
 
     How far the tail of a null can be known is a matter of tokens: fewer than 20 are refused, as
     not one score is then expected beyond BH's first threshold at alpha 0.05; for fewer than 2,000

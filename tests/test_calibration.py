@@ -106,6 +106,12 @@ def test_half_of_the_top_k_is_trimmed_rounded_up(k, half):
     assert (null.r_high, null.r_low) == (half, half)
 
 
+@pytest.mark.parametrize(("experts", "most"), [(1, 0), (2, 0), (3, 1)])
+def test_of_few_experts_a_score_is_left(experts, most):
+    null = fit(olmoe(layers=1, num_experts=experts, num_experts_per_tok=1), kind="trimmed")
+    assert (null.r_high, null.r_low) == (most, most)
+
+
 def test_a_fit_takes_no_special_tokens_and_windows_of_any_text(model):
     # Windows of 8 of "abcdefghij": 7 + 1 tokens counted; 1 left over is none.
     assert fit(model, ["abcdefghij"] * 3, window=8).tokens == 3 * 8

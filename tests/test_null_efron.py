@@ -222,7 +222,8 @@ def test_local_fdr_and_pi0_belong_to_efron_by_layer():
     others += [null_of(logits, kind="efron").per_expert(0.1)]
     for null in others:
         for what in ("local_fdr", "pi0"):
-            with pytest.raises(ValueError, match=f"{what}: needs .* kind 'efron', one per .*--kind efron"):
+            told = f"{what}: needs .* kind 'efron', one per .*--kind efron"
+            with pytest.raises(ValueError, match=told):
                 getattr(null.layer(0), what)
 
 

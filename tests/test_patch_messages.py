@@ -143,7 +143,7 @@ def test_a_cap_that_binds_is_said_once_a_patch(wide):
             for _ in range(3):
                 logits(wide)
     (message,) = warned(recorded)
-    assert " of 22 tokens of all layers so far would have more" in message  # said in the first layer
+    assert " of 22 tokens of all layers so far would have more" in message
     assert "max_k=32 for no cap, or max_k=16" in message
 
 

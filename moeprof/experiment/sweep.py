@@ -137,10 +137,10 @@ def _table(groups):
         "prompts": ("avg_experts", "{:.2f}"),
         "perpl.": ("perplexity", "{:.2f}"),
         "Δ perpl.": ("delta_perplexity", "{:+.2f}"),
-        "bits/byte": ("bits_per_byte", "{:.4f}"),
+        "bits/B": ("bits_per_byte", "{:.4f}"),
         "Δ static": ("bits_above_static", "{:+.4f}"),
         "agree": ("token_agreement", "{:.2f}"),
-        "tokens/s": ("tokens_per_s", "{:.1f}"),
+        "tok/s": ("tokens_per_s", "{:.1f}"),
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("config", no_wrap=True)

@@ -71,8 +71,8 @@ class MoEProfiler:
     ValueError
         "No routers found ..." for a model without MoE layers; weights that are not on the CPU; a
         parameter out of range. While it runs: "Router output format unexpected ...", naming the
-        layer; a mask that does not fit the tokens; a skipped slot (-1) in a block that is not
-        patched, which would compute garbage.
+        layer; a mask that does not fit the tokens; a skipped slot (-1) that would make the
+        block compute garbage: one that runs neither patched nor moeprof's experts.
     """
 
     def __init__(
