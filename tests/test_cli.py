@@ -195,6 +195,18 @@ def test_dtypes(tmp_path, tiny, prompts, dtype):
     assert run["dtype"] == dtype and run["results"][1]["perplexity"] > 1
 
 
+def test_a_warning_is_a_line_without_a_path(tmp_path, tiny):
+    text = tmp_path / "short.txt"
+    text.write_text("In the beginning God created the heaven and the earth. " * 8)
+    ran = subprocess.run(
+        [sys.executable, "-m", "moeprof", "calibrate", "--model", tiny, "--text", text,
+         "--out", tmp_path / "null.npz"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = [line for line in ran.stderr.splitlines() if "fitted to" in line]
+    assert line.startswith("moeprof: warning: the null was fitted to ") and ".py" not in ran.stderr
+
+
 def test_version_and_cpu(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main(["--version"])

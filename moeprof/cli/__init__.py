@@ -12,6 +12,8 @@ them imports nothing that is slow to import. A command imports what it needs whe
 import argparse
 import os
 import sys
+import warnings
+from contextlib import contextmanager
 
 import moeprof
 from moeprof import extra
@@ -49,7 +51,8 @@ def main(argv=None):
     try:
         arguments = _parser().parse_args(argv)
         extra.check_installed(f"moeprof {arguments.command}", _needed(arguments))
-        code = arguments.run(arguments) or 0
+        with _plain_warnings():
+            code = arguments.run(arguments) or 0
         sys.stdout.flush()  # a full disk or a closed pipe is told here, not at exit
         return code
     except KeyboardInterrupt:
@@ -64,6 +67,23 @@ def main(argv=None):
         return _fail(extra.missing("this", error.name) if error.name else error)
     except (ImportError, ValueError, TypeError, OSError) as error:
         return _fail(error)
+
+
+@contextmanager
+def _plain_warnings():
+    """Warnings in one line as errors are: where in the source they arise helps no user here."""
+    usual = warnings.formatwarning
+
+    def plain(message, category, filename, lineno, line=None):
+        if category is not UserWarning:
+            return usual(message, category, filename, lineno, line)
+        return f"moeprof: warning: {_one_line(message)}\n"
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _needed(arguments):

@@ -286,7 +286,8 @@ def run_configuration(
     prompts, prompt_complexities : texts, and "simple", "medium", "complex", "technical" or None
         for each of them
     max_new_tokens : tokens to generate after every prompt, greedy and without an early stop
-    model, tokenizer : the demo model when not given; the model must not be patched
+    model, tokenizer : the demo model when not given; on a patched model the configuration runs on
+        top of that patch
     null : for BH a Null, a path or "normal"; when not given, the `trimmed` null on the score
         `logprob` that ships with the demo model; for another model one is fitted to the shipped
         calibration text, once
