@@ -34,17 +34,19 @@ _DAMAGED = (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryEr
 _FACTS = {
     "model": str, "model_class": str, "config": dict, "machine": dict, "router": str, "steps": int,
     "steps_left_out": int, "warmup_steps": int, "sampling_rate": int,
-    "memory_peak_mb": int | float | None, "notes": list, "not_counted": list,
-    "passed_over": list, "decode_by_batch": list,
+    "memory_peak_mb": float | None, "notes": list[str], "not_counted": list[dict],
+    "passed_over": list[int | str], "decode_by_batch": list[dict],
 }  # fmt: skip
-_MEASURED = int | float | None
+_MEASURED = float | None
 # What each row of these facts has.
 _ROWS = {
     "not_counted": {"label": int | str, "block": str, "reason": str},
     "decode_by_batch": {"batch": int, "steps": int, "k": _MEASURED, "unique_experts": _MEASURED,
                         "latency_ms": _MEASURED, "bytes": _MEASURED},
 }  # fmt: skip
-_MACHINE = {"cpu": str, "features": list, "threads": int}
+_MACHINE = {"cpu": str, "features": list[str], "threads": int}
+_TEXTS = {"domains": list[str] | None, "vocabulary_text": list[str | None] | None}
+_BELOW = 2**63  # each number that a profile is written with
 _FIRST = PHASES[:2]  # the phases of profiles before moeprof told them all apart
 
 
@@ -147,7 +149,7 @@ def unpack(make, folder):
 
 
 def _check_head(head):
-    """ValueError unless facts, layers and roofline have the types that they are written with."""
+    """ValueError unless all that is read later has the type and range it was written with."""
     facts = head["facts"]
     _check_types("facts", facts, _FACTS)
     for name, types in _ROWS.items():
@@ -158,24 +160,27 @@ def _check_head(head):
         _check_types("machine", machine, {"versions": dict})
     for layer in head["layers"]:
         _check_types("layer", layer, get_type_hints(Layer))
-        for name, value in layer.items():
-            if isinstance(value, int) and not 0 <= value < 2**63:
-                raise ValueError(f"layer: {name}: expected 0 or more, got {value}")
         each = layer.get("slot_flops")
-        if each is not None and [type(n) for n in each] != [int] * layer["num_experts"]:
+        if each is not None and len(each) != layer["num_experts"]:
             raise ValueError("layer: slot_flops: expected an integer for each expert")
-    if head["roofline"] is not None:
-        _check_types("roofline", head["roofline"], get_type_hints(Roofline))
+    _check_whole("texts", {name: head[name] for name in _TEXTS}, _TEXTS)
+    if (roof := head["roofline"]) is not None:
+        hints = get_type_hints(Roofline)
+        _check_types("roofline", roof, hints)
+        _check_whole("roofline", roof, {n: hints[n] for n in ("read_gbs", "gemm_gflops", "dtype")})
+        if not (roof["read_gbs"] and roof["gemm_gflops"]):
+            raise ValueError("roofline: expected rates above 0")
 
 
 def _check_types(what, values, types):
     if not isinstance(values, dict):
         raise ValueError(f"{what}: expected names and values, got {values!r:.60}")
-    for name, kind in types.items():
-        value, wanted = values.get(name), _classes(kind)
-        wrong_bool = isinstance(value, bool) and bool not in wanted
-        if name in values and (wrong_bool or not isinstance(value, wanted)):
-            raise ValueError(f"{what}: {name}: expected {kind}, got {value!r:.60}")
+    for name, hint in types.items():
+        if name in values and not _fits(values[name], hint):
+            raise ValueError(
+                f"{what}: {name}: expected {getattr(hint, '__name__', hint)}, numbers from 0 to "
+                f"2^63, got {values[name]!r:.60}"
+            )
 
 
 def _check_whole(what, values, types):
@@ -185,12 +190,18 @@ def _check_whole(what, values, types):
         raise ValueError(f"{what}: it has no {missing[0]}")
 
 
-def _classes(hint):
-    """The classes that a type hint allows: int for float, a list for a tuple, as JSON has them."""
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    classes = [get_origin(part) or part for part in parts]
-    also = {float: int, tuple: list}
-    return tuple(classes + [also[c] for c in classes if c in also])
+def _fits(value, hint):
+    """Is a value of JSON what a type hint says? An int will do for a float; numbers are finite,
+    none is negative or as large as `_BELOW`."""
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if hint in (int, float):
+        number = isinstance(value, int | hint) and not isinstance(value, bool)
+        return number and 0 <= value < _BELOW
+    return isinstance(value, hint)
 
 
 def _shapes(num_experts):
@@ -272,7 +283,7 @@ def _parts(make, head, layers, arrays):
         layers, counts, head["facts"],
         domains={label: arrays[f"domain.{n}"] for n, label in enumerate(head["domains"] or [])},
         vocabulary=_vocabulary(arrays, head["vocabulary_text"]),
-        roofline=head["roofline"] and Roofline(**head["roofline"]),
+        roofline=None if head["roofline"] is None else Roofline(**head["roofline"]),
         events=_events(arrays),
     )  # fmt: skip
 
@@ -281,6 +292,8 @@ def _vocabulary(arrays, text):
     if "vocabulary.counts" not in arrays:
         return None
     names = ("tokens", "layers", "counts", "seen")
+    if text is not None and len(text) != len(arrays["vocabulary.tokens"]):
+        raise ValueError("vocabulary_text: expected one for each token")
     return {**{name: arrays[f"vocabulary.{name}"] for name in names}, "text": text}
 
 
