@@ -3,6 +3,7 @@
 import argparse
 
 DEMO = "the demo model of moeprof"
+MOST_THREADS = 1024  # far above the CPUs there are; torch would take memory for each
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -53,8 +54,13 @@ def add_model(parser):
         "never done otherwise",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    add_threads(parser)
+
+
+def add_threads(parser):
+    """--threads, None where it isn't given."""
     parser.add_argument(
-        "--threads", type=integer(1), metavar="N", help="default: as torch chooses"
+        "--threads", type=integer(1, MOST_THREADS), metavar="N", help="default: as torch chooses"
     )
 
 

@@ -402,14 +402,24 @@ def test_a_null_of_another_model(capsys, tmp_path, tiny, prompts):
 
 
 @pytest.mark.parametrize(
+    "command",
+    ["sweep", "profile", "compare", "diagnose", "calibrate", "bench layer", "bench router",
+     "bench model"],
+)  # fmt: skip
+def test_more_threads_than_any_machine_has(capsys, command):
+    line = fails(capsys, *command.split(), "--threads", "1000000")
+    assert "--threads: expected a number from 1 to 1024, got 1000000" in line
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         (["sweep", "--null", "missing.npz"], "missing.npz"),
         (["sweep", "--null", "null.txt"], "ends in .safetensors or .npz"),
         (["sweep", "--null", "normal", "--null-text", "text.txt"], "--null brings one already"),
         (["sweep", "--null-text", "missing.txt"], "null text missing.txt can't be read"),
-        (["sweep", "--threads", "0"], "--threads: expected a number from 1 to 1000000, got 0"),
-        (["sweep", "--threads", "two"], "--threads: expected a number from 1 to 1000000, got two"),
+        (["sweep", "--threads", "0"], "--threads: expected a number from 1 to 1024, got 0"),
+        (["sweep", "--threads", "two"], "--threads: expected a number from 1 to 1024, got two"),
         (["sweep", "--heldout-tokens", "0"], "expected a number from 1 to 1000000, got 0"),
         (["sweep", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["sweep", "--seed", "x"], "--seed: expected a number from 0 to 4294967295, got x"),

@@ -390,6 +390,73 @@ def test_a_mask_for_what_runs_inside():
     assert counted(profiler)["prefill"] == (real + 2 * ids.numel(), ids.numel() - real, 3)
 
 
+def test_masks_inside_masks():
+    model, (ids, real) = olmoe(), ragged()
+    profiler = moeprof.MoEProfiler(model)
+    with torch.no_grad(), profiler, profiler.mask(ids != 1):
+        with pytest.raises(RuntimeError), profiler.mask(np.ones((3, 9))):
+            model(input_ids=ids)
+            raise RuntimeError
+        model(input_ids=ids)
+    assert counted(profiler)["prefill"] == (real + ids.numel(), ids.numel() - real, 2)
+    assert profiler._session.mask is None
+
+
+@pytest.mark.parametrize("use_cache", (True, False))
+@pytest.mark.parametrize("pad", (None, 1))
+def test_the_mask_of_a_prompt_goes_on_in_what_is_generated(use_cache, pad):
+    """With ones; but for rows that ended, where the profiler knows their id."""
+    model, ids = olmoe(), token_ids(3, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "use_cache": use_cache,
+               "pad_token_id": 1, "bad_words_ids": [[1]]}  # fmt: skip
+    with torch.no_grad():
+        eos = int(model.generate(ids, min_new_tokens=6, **options)[0, 7])
+        with moeprof.MoEProfiler(model, pad_token_id=pad) as profiler:
+            with profiler.mask(mask):
+                out = model.generate(ids, eos_token_id=eos, **options)
+        with moeprof.MoEProfiler(model, pad_token_id=pad) as told:
+            model.generate(ids, eos_token_id=eos, **options)
+    fed = out[:, 6:-1]  # the last token is not run
+    assert (fed == 1).any()
+    assert counted(profiler) == counted(told)
+    padding = counted(profiler)["decode"][1] - (0 if use_cache else 2 * fed.shape[1])
+    assert (padding > 0) == (pad is not None)
+
+
+def test_the_mask_of_a_prompt_with_drafts():
+    """The first step of prompt lookup runs the prompt and drafts behind it."""
+    model, ids = olmoe(), torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    with torch.no_grad(), moeprof.MoEProfiler(model) as profiler, profiler.mask(mask):
+        model.generate(ids, attention_mask=mask, max_new_tokens=6, prompt_lookup_num_tokens=2)
+    found = counted(profiler)
+    assert found["prefill"][:2] == (9, 1) and "verify" in found
+    assert all(padding == 0 for phase, (_, padding, _) in found.items() if phase != "prefill")
+
+
+@pytest.mark.parametrize("shape, said", [((2, 5), r"got \(2, 5\)"), ((3, 6), r"got \(3, 6\)"),
+                                         ((6,), r"got \(6,\)")])  # fmt: skip
+def test_a_mask_of_another_shape_is_refused_at_the_first_step(shape, said):
+    model = olmoe()
+    with torch.no_grad(), moeprof.MoEProfiler(model) as profiler, profiler.mask(np.ones(shape)):
+        with pytest.raises(ValueError, match=rf"^mask: expected \(2, 6\).*{said}"):
+            model.generate(token_ids(2, 6), max_new_tokens=3)
+    assert counted(profiler) == {}
+
+
+def test_beams_of_one_prompt_do_not_look_padded():
+    model, ids = olmoe(), torch.tensor([[7, 7, 5, 6, 8, 9]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with moeprof.MoEProfiler(model):
+            model(ids.repeat(3, 1))
+            for options in ({"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
+                model.generate(ids, max_new_tokens=3, **options)
+
+
 @pytest.mark.parametrize("value", (-1, True, 1.5, "1"))
 def test_a_pad_token_id_of_another_kind(value):
     with pytest.raises((TypeError, ValueError), match="pad_token_id: expected"):

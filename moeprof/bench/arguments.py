@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..arguments import DTYPES, integer
+from ..arguments import DTYPES, add_threads, integer
 from .settings import SHAPES, Settings, Shape
 
 _MOST = 10**6
@@ -55,9 +55,7 @@ def _add_common(parser, tokens, what):
 
 def _add_dtype_and_threads(parser):
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    parser.add_argument(
-        "--threads", type=integer(1, 1024), metavar="N", help="default: as torch chooses"
-    )
+    add_threads(parser)
 
 
 def _numbers(text):

@@ -35,6 +35,7 @@ import signal
 import time
 from pathlib import Path
 
+from ..arguments import MOST_THREADS, integer
 from ..files import write_whole
 from . import Document
 from .corpus import DOMAINS, read_text, split, write_jsonl
@@ -451,7 +452,7 @@ def parse_args(argv=None):
     length.add_argument("--minutes", type=float, default=60, help="default: 60, measured first")
     length.add_argument("--steps", type=int, help="instead of --minutes; reproducible")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=integer(1, MOST_THREADS), default=os.cpu_count())
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     parser.add_argument("--export", action="store_true", help="OUT/checkpoint.pt as it is")
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .phases import DECODE, PHASES, PREFILL, UNKNOWN, packed_phases, phase_of
+from .phases import DECODE, PHASES, PREFILL, UNKNOWN, VERIFY, packed_phases, phase_of
 
 _INPUTS = ("input_ids", "inputs_embeds")
 # Renamed in transformers 5.24; models without attention have a cache of another name.
@@ -132,10 +132,11 @@ class Entry:
     def real(self, mask=None, pad_token_id: int | None = None) -> np.ndarray | None:
         """(B * S,) bool, False for padding; None where all tokens are real.
 
-        mask: (B, n) over positions, in place of the attention mask.
+        mask: (B, n) over positions, in place of the attention mask. Tokens that are generated
+            behind its end are real.
         pad_token_id: where there is no mask at all, the runs of this id at the start and at the
-            end of a row are padding. In decode steps also where the attention mask has ones:
-            `generate` gives this id, and a one, to rows that have ended.
+            end of a row are padding. In decode steps also where the attention mask has ones, and
+            behind the end of `mask`: `generate` gives this id, and a one, to rows that have ended.
 
         Raises
         ------
@@ -153,9 +154,11 @@ class Entry:
             return None if real.all() else real
         if mask is None:
             return self._without_edges(pad_token_id)
-        ended = None
-        if name == "attention_mask" and pad_token_id is not None and self._is_all(DECODE):
-            ended = self._without_edges(pad_token_id)
+        ended = self._without_edges(pad_token_id) if self._is_all(DECODE) else None
+        if name == "mask":
+            mask = _as_array(mask, name)
+            if ended is not None and mask.ndim == 2:
+                ended |= np.tile(~self._behind(mask.shape[1]), self.shape[0])
         usual = name == "attention_mask" and isinstance(mask, Tensor) and self._covers(mask)
         if usual and bool(mask.all()):
             return ended  # the usual case, asked in each decode step; a cache may be slow to tell
@@ -172,7 +175,8 @@ class Entry:
         elif mask.ndim in (3, 4):
             real = self._own_slots(mask[:, 0] if mask.ndim == 4 else mask, name)
         else:
-            raise ValueError(f"{name}: expected 2 or 4 dimensions, got {mask.shape}")
+            expected = self.shape[0], (self.past or 0) + self.shape[1]
+            raise ValueError(f"{name}: expected {expected}, got {mask.shape}")
         return np.ascontiguousarray(real).reshape(-1)
 
     def _without_edges(self, pad_token_id: int | None) -> np.ndarray | None:
@@ -187,13 +191,16 @@ class Entry:
 
     def looks_padded(self) -> tuple[int, int] | None:
         """(rows, id): that many of several rows of a prompt begin or end in one id, repeated; no
-        mask says why. None where nothing looks like that: text that is generated may repeat."""
+        mask says why. None where nothing looks like that: text that is generated may repeat, and
+        rows that are all alike, as of beams, are not padded to one length."""
         unmasked = self._arguments.get("attention_mask") is None and self._packed is None
         if not unmasked or self.input_ids is None or self.shape[0] < 2 or self.shape[1] < 2:
             return None
         if not self._is_all(PREFILL):
             return None
         ids = self.input_ids.numpy(force=True)
+        if (ids == ids[0]).all():
+            return None
         for outer, inner in ((-1, -2), (0, 1)):
             repeated = ids[:, outer] == ids[:, inner]
             found, rows = np.unique(ids[repeated, outer], return_counts=True)
@@ -208,12 +215,27 @@ class Entry:
         rows, tokens = self.shape
         return mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= tokens
 
+    def _behind(self, covered: int) -> np.ndarray:
+        """(S,) bool: which new tokens are behind so many positions?"""
+        return (self.past or 0) + np.arange(self.shape[1]) >= covered
+
+    def _are_generated(self, behind: np.ndarray) -> bool:
+        """Are the new tokens behind the mask none of a prompt?"""
+        if isinstance(self.phases, str):
+            return self.phases in (DECODE, VERIFY)
+        numbers = self.phases.reshape(self.shape)[:, behind]
+        return bool(np.isin(numbers, (PHASES.index(DECODE), PHASES.index(VERIFY))).all())
+
     def _columns(self, mask: np.ndarray, name: str) -> np.ndarray:
         """Of a mask (B, n) by position the columns of this step.
 
-        An attention mask ends with the new tokens where it does not cover all that is cached.
+        An attention mask ends with the new tokens where it does not cover all that is cached. The
+        mask of a prompt goes on with ones for what is generated.
         """
-        rows, tokens = self.shape
+        (rows, tokens), given = self.shape, mask.shape
+        missing = (self.past or 0) + tokens - mask.shape[1]
+        if name == "mask" and missing > 0 and self._are_generated(self._behind(mask.shape[1])):
+            mask = np.pad(mask != 0, ((0, 0), (0, missing)), constant_values=True)
         covered = mask.shape[1]
         past = self.past or 0
         end = tokens + (past if covered != tokens or name == "mask" else 0)
@@ -222,7 +244,7 @@ class Entry:
         if mask.shape[0] != rows or covered < end or end < tokens:
             raise ValueError(
                 f"{name}: expected ({rows}, {past + tokens}) for {rows} rows of {tokens} new "
-                f"tokens after {past}, got {mask.shape}"
+                f"tokens after {past}, got {given}"
             )
         return mask[:, end - tokens : end] != 0
 

@@ -46,7 +46,8 @@ class MoEProfiler:
         Every so many-th step is counted.
     mask : (B, n) array, tensor or None
         Nonzero for real tokens, by position from the start of the sequence; in place of the
-        attention mask, for instance to leave out what follows the end of a sequence.
+        attention mask, for instance to leave out what follows the end of a sequence. What is
+        generated behind its end is real; a prompt that it doesn't cover is an error.
     pad_token_id : int or None
         In calls without any attention mask, the runs of this id at the start and at the end of
         a row are padding; `generate` of transformers 5 passes on no mask of ones only. So they
