@@ -1,15 +1,17 @@
 """Writing files so that they appear whole or not at all."""
 
 import os
+import re
 import secrets
 import stat
 import tempfile
-import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
-# The marks that turn the direction of writing.
-_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+# Control characters but for the line feed, lone surrogates, the marks that turn the direction.
+_OBEYED = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
 def check_folder(folder: str | os.PathLike) -> None:
@@ -73,8 +75,9 @@ def printable(text: str) -> str:
     That is control characters but for the line feed, lone surrogates, and the marks that turn
     the direction of writing: a name in somebody's file may hold them.
     """
-    return "".join(c if c == "\n" or not _obeyed(c) else "\ufffd" for c in text)
+    return _OBEYED.sub("\ufffd", text)
 
 
-def _obeyed(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
+def as_csv(frame) -> bytes:
+    """A pandas table without its index, its texts as a terminal shows them, see `printable`."""
+    return printable(frame.to_csv(index=False, lineterminator="\n")).encode()

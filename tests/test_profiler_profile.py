@@ -8,13 +8,14 @@ import math
 import os
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pandas
 import pytest
 from profiles import ROOF, layer, make_profile
 
-from moeprof.files import write_whole
+from moeprof.files import printable, write_whole
 from moeprof.profiler.phases import PHASES
 from moeprof.profiler.result import tables
 from moeprof.profiler.result.metrics import SCALARS
@@ -572,3 +573,22 @@ def test_layers_may_differ_in_their_number_of_experts():
     for name in set(mixed.figures):
         mixed.plot(name).canvas.draw()
     assert "2 layers of 8 or 16 experts" in mixed.summary()
+
+
+def test_names_with_control_characters_are_shown_alike_everywhere(tmp_path, profile):
+    """In the reprs, the summary and the CSV files; to_frame has the names as they are."""
+    hostile = "layers.0.\x1b[31m\x07mlp"
+    shown = "layers.0.\ufffd[31m\ufffdmlp"
+    layers = [replace(profile.layers[0], name=f"{hostile}.gate", block=hostile)]
+    made = Profile(layers, {p: c[:1] for p, c in profile.counts.items()}, {"model": "\x1b[2J"})
+    made = with_vocabulary(made)
+    made.vocabulary |= {"layers": [0], "text": ["\x1b", " the\x00", "\x9b"]}
+    assert repr(made.each()[0]).startswith(f"<LayerMetrics of {shown}.gate: ")
+    assert "\ufffd[2J" in repr(made.compare(made))
+    assert shown in made.summary()
+    assert made.to_frame()["block"].dropna().eq(hostile).all()
+    made.save_csv(tmp_path / "alone.csv")
+    made.save(tmp_path / "folder")
+    for path in (tmp_path / "alone.csv", *(tmp_path / "folder").glob("*.csv")):
+        text = path.read_text(encoding="utf-8")
+        assert text == printable(text) and ("glossary" in path.name or shown in text)

@@ -10,7 +10,7 @@ from ..console import make_console
 from ..demo import Document, heldout_documents
 from ..experiment.inputs import check_model
 from ..experiment.runner import default_null, experts_of
-from ..files import check_folder, write_whole
+from ..files import as_csv, check_folder, write_whole
 from ..routers import REGISTRY, make_router
 from ..textfiles import TextFiles
 
@@ -221,7 +221,7 @@ def _show(result, folder, sections):
     """index.html, and the sections' tables; the files' paths."""
     files = {"index.html": result.to_html(sections.values()).encode()}
     for name, section in sections.items():
-        files[f"{name}.csv"] = section.frame.to_csv(index=False).encode()
+        files[f"{name}.csv"] = as_csv(section.frame)
     for name, data in files.items():
         write_whole(folder / name, data)
     return [folder / name for name in files]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ..experiment.store import finite
-from ..files import check_folder, write_whole
+from ..files import as_csv, check_folder, write_whole
 
 EVERY = 15  # seconds between two writes of the raw results
 DIGITS = 6  # of sums over a document's tokens in the JSON
@@ -48,7 +48,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(finite(rounded(run)), ensure_ascii=False, allow_nan=False)
         write_whole(self.json, text.replace('{"table"', '\n{"table"').encode() + b"\n")
-        write_whole(self.csv, frame(run).to_csv(index=False).encode())
+        write_whole(self.csv, as_csv(frame(run)))
         self._written = time.monotonic()
 
     def save_report(self, text, figure):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..experiment.store import finite
-from ..files import check_folder, printable, write_whole
+from ..files import as_csv, check_folder, printable, write_whole
 from .rows import COLUMNS
 
 STOCK, PATCHED = "stock", "patched"
@@ -95,7 +95,7 @@ class Diagnosis:
         numbers = {"facts": self.facts, "rows": self._rows}
         text = json.dumps(finite(_plain(numbers)), indent=1, ensure_ascii=False, allow_nan=False)
         written[f"{NAME}.json"] = text.encode() + b"\n"
-        written[f"{NAME}.csv"] = self.to_frame().to_csv(index=False).encode()
+        written[f"{NAME}.csv"] = as_csv(self.to_frame())
         written[f"{NAME}.md"] = as_markdown(self).encode()
         for name in self.figures:
             image = io.BytesIO()

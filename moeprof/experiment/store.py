@@ -5,7 +5,7 @@ import json
 import math
 from pathlib import Path
 
-from ..files import check_folder, write_whole
+from ..files import as_csv, check_folder, write_whole
 
 COLUMNS = (
     "config",
@@ -65,8 +65,8 @@ class Store:
         text = json.dumps(finite(run), indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.json, text.encode() + b"\n")
         table = results_frame(run["results"])[list(COLUMNS)]
-        write_whole(self.csv, table.to_csv(index=False).encode())
-        write_whole(self.quality, _quality(run).to_csv(index=False).encode())
+        write_whole(self.csv, as_csv(table))
+        write_whole(self.quality, as_csv(_quality(run)))
 
     def save_report(self, text, figure):
         """Write the report (Markdown) and the figure (matplotlib) as a PNG."""

@@ -5,6 +5,7 @@ from html import escape
 import numpy as np
 
 from ...checks import check_type
+from ...files import printable
 from ..phases import PHASES
 from .frame import WHOLE, label_kind
 from .metrics import SCALARS
@@ -140,7 +141,8 @@ class Comparison:
         make_console().print(self.summary())
 
     def __repr__(self):
-        return f"<moeprof Comparison: {_name(self.first)}; {_name(self.second)}>"
+        both = f"{_name(self.first)}; {_name(self.second)}"
+        return f"<moeprof Comparison: {printable(both)}>"
 
     def _repr_html_(self):
         from .page import SCOPED, html_table

@@ -134,7 +134,7 @@ COLUMNS = {
         "block": "The qualified name of the layer's block.",
         "expert": "The expert, from 0.",
         "token": "The input token's id.",
-        "text": "What the tokenizer makes of it.",
+        "text": "What the tokenizer makes of it; \ufffd for a control character.",
         "seen": "Occurrences that were counted; tokens seen fewer than "
         f"{MINIMUM} times are left out.",
         "share": "Of these occurrences, the share that selects the expert.",

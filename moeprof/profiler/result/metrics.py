@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from ...files import printable
 from ..tally import latency_edges
 from .histograms import UNIT_EDGES, percentile
 
@@ -146,7 +147,8 @@ class LayerMetrics:
         self.layer, self.counts, self.roofline, self._before = layer, counts, roofline, before
 
     def __repr__(self):
-        return f"<LayerMetrics of {self.layer.name}: {self.tokens:,} tokens, {self.steps:,} steps>"
+        name = printable(self.layer.name)
+        return f"<LayerMetrics of {name}: {self.tokens:,} tokens, {self.steps:,} steps>"
 
     def get_summary(self) -> dict:
         """{name: number} of everything that is one number, then two lists.

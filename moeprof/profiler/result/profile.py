@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ...checks import check_type
-from ...files import check_folder, printable, write_whole
+from ...files import as_csv, check_folder, printable, write_whole
 from ...names import layer_keys, layer_labels
 from ..phases import PHASES
 from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
@@ -231,8 +231,9 @@ class Profile:
         return unpack(cls, Path(folder))
 
     def save_csv(self, path) -> None:
-        """`to_frame` as CSV; OSError where it can't be written."""
-        write_whole(path, self.to_frame().to_csv(index=False).encode())
+        """`to_frame` as CSV, control characters in names replaced by "\ufffd" as in the summary;
+        OSError where it can't be written."""
+        write_whole(path, as_csv(self.to_frame()))
 
     def save_trace(self, path) -> None:
         """The layers' steps for chrome://tracing or ui.perfetto.dev.

@@ -13,14 +13,14 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from ...files import write_whole
+from ...files import as_csv, write_whole
 from ...npz import read_npz
 from ..finding import Layer
 from ..phases import PHASES
 from ..roofline import Roofline
 from ..tally import Counts
+from . import glossary
 from .frame import WHOLE
-from .glossary import as_csv
 from .metrics import SCALARS
 from .profile import ALL, as_json
 
@@ -67,10 +67,11 @@ def pack(profile) -> dict[str, bytes]:
         "summary": {phase: _summary(profile, phase) for phase in (*profile.phases, ALL)},
     }
     text = json.dumps(as_json(head), indent=1, ensure_ascii=False, allow_nan=False)
-    csv = profile.to_frame().to_csv(index=False)
-    files = {COUNTS: counts, CSV: csv.encode(), GLOSSARY: as_csv().encode()}
+    files = {
+        COUNTS: counts, CSV: as_csv(profile.to_frame()), GLOSSARY: glossary.as_csv().encode()
+    }  # fmt: skip
     if profile.vocabulary is not None:
-        files[VOCABULARY] = profile.vocabulary_specialisation().to_csv(index=False).encode()
+        files[VOCABULARY] = as_csv(profile.vocabulary_specialisation())
     return files | {JSON: text.encode() + b"\n"}
 
 
