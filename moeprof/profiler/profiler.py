@@ -18,6 +18,7 @@ from .result.metrics import LayerMetrics
 from .result.profile import Profile
 from .roofline import Roofline, known_roofline
 from .session import Options, Session
+from .tally import Counts
 
 
 class MoEProfiler:
@@ -33,7 +34,8 @@ class MoEProfiler:
     `moeprof.profiler.phases`: "prefill" without tokens in it, "decode" with one new token a row
     behind them, "verify" for the drafts of assisted decoding and prompt lookup, "unknown" where
     neither cache nor caller tells. A step that mixes phases, as in continuous batching, counts
-    in each with its own tokens, its time divided by their number. Tokens that the attention mask
+    in each with its own tokens, its time divided by their number, and as one step in all phases
+    together. Tokens that the attention mask
     leaves out are padding: counted apart.
 
     Parameters
@@ -229,6 +231,7 @@ class MoEProfiler:
             [site.layer for site in session.sites],
             {phase: [c.copy() for c in counts[phase]] for phase in PHASES},
             self._facts(),
+            joint=_less(session.joint["whole"], session.joint["parts"]) if session.joint else None,
             domains={label: loads.copy() for label, loads in self._by_domain.items()} or None,
             vocabulary=None if session.vocabulary is None else session.vocabulary.as_dict(),
             roofline=roofline or known_roofline(self.model),
@@ -304,6 +307,10 @@ def _detach(session: Session, options: Options) -> None:
         session.detach()
         if options.records is not None:
             options.records.close()
+
+
+def _less(whole: list[Counts], parts: list[Counts]) -> list[Counts]:
+    return [a - b for a, b in zip(whole, parts, strict=True)]
 
 
 def _routers(by_layer: list[list[str]], labels: list) -> str:

@@ -88,7 +88,11 @@ class Session:
 
     def clear(self) -> None:
         """Everything at zero."""
-        self.counts = _ByPhase([site.layer.num_experts for site in self.sites], self.options.pairs)
+        sizes = [site.layer.num_experts for site in self.sites]
+        self.counts = _ByPhase(sizes, self.options.pairs)
+        # Of steps of several phases: what each did as a "whole", and its "parts" as they count
+        # in their phases.
+        self.joint = _ByPhase(sizes, self.options.pairs)
         self.recency = [np.full(s.layer.num_experts, -1, np.int32) for s in self.sites]
         self.steps = self.counted_steps = self.events_dropped = 0
         self.events: deque = deque(maxlen=MAX_EVENTS)
@@ -218,33 +222,49 @@ class Session:
         if step.previous is not None and self._follows(index, *step.previous, tokens):
             previous = step.previous[1]
         arrays = experts, logits, real, previous
-        unique = 0
-        for phase, rows in step.parts():
-            if rows is not None and len(step.phases) != tokens:
-                raise ValueError(
-                    f"{self.sites[index].layer.name}: its block got {tokens} tokens, the model "
-                    f"{len(step.phases)}"
-                )
-            # The time of a step of several phases is divided by their tokens.
-            part = arrays if rows is None else [None if a is None else a[rows] for a in arrays]
-            share = end - start if rows is None else (end - start) * len(rows) // tokens
-            unique = self._tally(index, phase, *part, dtype, share, skips)
-        if not isinstance(step.phases, str):  # of all its phases together
-            unique = len(np.unique(experts[experts >= 0]))
+        if isinstance(step.phases, str):
+            counts, recency = self.counts[step.phases][index], self.recency[index]
+            unique = self._tally(index, counts, recency, arrays, dtype, end - start, skips)
+        else:
+            unique = self._tally_phases(index, step, arrays, dtype, end - start, skips)
         experts = experts.astype(np.int32, copy=False)  # each of them is in range
         step.previous = index, experts
         if self.options.extras:
             times = start, end - start, tokens, unique
             self._add_extras(index, step, choice, experts, times)
 
-    def _tally(
-        self, index, phase, experts, logits, real, previous, dtype, nanoseconds, skips
-    ) -> int:
-        """Count the tokens of one phase; returns their number of distinct experts."""
-        counts = self.counts[phase][index]
+    def _tally_phases(self, index, step, arrays, dtype, nanoseconds, skips) -> int:
+        """Count a step of several phases, in each its tokens and by their number its time.
+
+        Beside that it counts in `joint`, without what only tokens tell; returns its number of
+        distinct experts.
+        """
+        experts, _, real, _ = arrays
+        if len(step.phases) != len(experts):
+            raise ValueError(
+                f"{self.sites[index].layer.name}: its block got {len(experts)} tokens, the model "
+                f"{len(step.phases)}"
+            )
+        # After the step the experts were used in the order of the whole.
+        recency = self.recency[index]
+        by_part, again = recency.copy(), recency.copy()
+        for phase, rows in step.parts():
+            part = [None if a is None else a[rows] for a in arrays]
+            share = nanoseconds * len(rows) // len(experts)
+            for counts, last, of in (
+                (self.counts[phase], by_part, part),
+                (self.joint["parts"], again, (part[0], None, part[2], None)),
+            ):
+                self._tally(index, counts[index], last, of, dtype, share, skips)
+        counts, whole = self.joint["whole"][index], (experts, None, real, None)
+        return self._tally(index, counts, recency, whole, dtype, nanoseconds, skips)
+
+    def _tally(self, index, counts, recency, arrays, dtype, nanoseconds, skips) -> int:
+        """Count tokens of one call of a layer; returns their number of distinct experts."""
+        experts, logits, real, previous = arrays
         try:
             return _C.tally(
-                counts.ints, counts.floats, self.recency[index], experts, logits, dtype,
+                counts.ints, counts.floats, recency, experts, logits, dtype,
                 real, previous, nanoseconds, skips,
             )  # fmt: skip
         except ValueError as error:

@@ -36,10 +36,7 @@ class Step:
             return self.phases
         return PHASES[np.bincount(self.phases).argmax()]
 
-    def parts(self) -> Iterator[tuple[str, np.ndarray | None]]:
-        """(phase, numbers of its tokens; None for all)."""
-        if isinstance(self.phases, str):
-            yield self.phases, None
-            return
+    def parts(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(phase, numbers of its tokens), of a step of several phases."""
         for number in np.unique(self.phases):
             yield PHASES[number], np.flatnonzero(self.phases == number)

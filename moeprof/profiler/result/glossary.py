@@ -25,8 +25,8 @@ METRICS = {
         ("tokens", "tokens", "Real tokens that the layer was given: T in what follows."),
         ("tokens_padding", "tokens", "Padding that the layer was given and computed as well."),
         ("steps", "calls", "Calls of the layer, one in each forward of the model. A forward of "
-         "several phases, as in continuous batching, is one in each of them, with its part of the "
-         "time; in the phase all it is as many."),
+         "several phases, as in continuous batching, is one in each of them, with its tokens and "
+         "by their number its part of the time; in the phase all it is one, of all its tokens."),
         ("skipped_slots", "slots", "Slots of real tokens that the router set to -1."),
         ("skipped_slots_padding", "slots", "Slots of padding that the router set to -1."),
         ("dropped_selections", "selections", "Selections of real tokens that no expert ran: above "
@@ -42,7 +42,8 @@ METRICS = {
          "6·H·I a row for SwiGLU, with I the expert's width. What was dropped costs nothing."),
         ("flops_shared", "FLOP", "Of the experts that every token passes, over the real tokens."),
         ("flops_adapter", "FLOP", "Of adapters that are multiplied out and added to all experts in "
-         "every step, whatever runs (peft's target_parameters); 0 without such."),
+         "every step, whatever runs (peft's target_parameters); 0 without such. A forward of "
+         "several phases counts in each of them, and once in the phase all."),
         ("flops_total_with_padding", "FLOP", "flops_total of real tokens and padding together: "
          "what the machine computed."),
         ("k_mean", "experts", "Experts per real token, Σ k_t / T; a token whose slots were all "

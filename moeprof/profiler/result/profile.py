@@ -25,6 +25,8 @@ class Profile:
     facts : dict of model, model_class, config, machine, router, not_counted, passed_over, steps,
         steps_left_out, warmup_steps, sampling_rate, memory_peak_mb, notes, and of
         `moeprof profile` decode_by_batch; kept as JSON would
+    joint : Counts of each layer, or None: of steps of several phases, what they did as a whole
+        less what counts in their phases; all phases together are the sum of the phases and this
     domains : {label: (L, E + 1) int64}: selections of real tokens, and in the last column
         their number, of all phases; or None
     vocabulary : {"tokens": ids, "layers": indices, "counts": (layers, tokens, E), "seen":
@@ -33,10 +35,10 @@ class Profile:
     events : [(layer index, phase, start ns, duration ns, tokens, distinct experts)] or None
     """
 
-    def __init__(self, layers, counts, facts, *, domains=None, vocabulary=None, roofline=None,
-                 events=None):  # fmt: skip
+    def __init__(self, layers, counts, facts, *, joint=None, domains=None, vocabulary=None,
+                 roofline=None, events=None):  # fmt: skip
         self.layers, self.counts = list(layers), {name: list(counts[name]) for name in PHASES}
-        self.facts = as_json(facts)
+        self.facts, self.joint = as_json(facts), joint
         self.domains = {str(name): table for name, table in (domains or {}).items()} or None
         self.vocabulary = vocabulary or None
         self.roofline, self.events = roofline, None if events is None else list(map(tuple, events))
@@ -68,7 +70,8 @@ class Profile:
 
     @cached_property
     def _totals(self):
-        by_layer = zip(*(self.counts[name] for name in PHASES), strict=True)
+        joint = [] if self.joint is None else [self.joint]
+        by_layer = zip(*(self.counts[name] for name in PHASES), *joint, strict=True)
         whole = [reduce(add, of_phases) for of_phases in by_layer]
         return {**self.counts, ALL: whole}
 
@@ -248,8 +251,8 @@ class Profile:
         if not isinstance(other, Profile):
             return NotImplemented
         return (
-            (self.layers, self.counts, self.facts, self.roofline, self.events)
-            == (other.layers, other.counts, other.facts, other.roofline, other.events)
+            (self.layers, self.counts, self.joint, self.facts, self.roofline, self.events)
+            == (other.layers, other.counts, other.joint, other.facts, other.roofline, other.events)
             and _same(self.domains, other.domains)
             and _same(self.vocabulary, other.vocabulary)
         )

@@ -92,6 +92,8 @@ def _arrays(profile):
             arrays[f"{phase}.{index}.floats"] = counts.floats
             if counts.left_out.any():
                 arrays[f"{phase}.{index}.left_out"] = counts.left_out
+    for index, counts in enumerate(profile.joint or []):
+        arrays[f"joint.{index}.ints"] = counts.ints  # it has no sums
     for number, table in enumerate((profile.domains or {}).values()):
         arrays[f"domain.{number}"] = table
     if profile.vocabulary is not None:
@@ -220,6 +222,8 @@ def _check_members(head, layers, headers):
         for index, layer in enumerate(layers)
         for name, allowed in shapes[layer.num_experts].items()
     }
+    for index, layer in enumerate(layers):
+        expected[f"joint.{index}.ints"] = shapes[layer.num_experts]["ints"]
     widest = max((layer.num_experts for layer in layers), default=0)
     for number in range(len(head["domains"] or [])):
         expected[f"domain.{number}"] = {(len(layers), widest + 1)}
@@ -280,8 +284,14 @@ def _parts(make, head, layers, arrays):
     for phase in PHASES:  # an older profile has not all
         empty = [Counts(c.num_experts, c.has_pairs) for c in counts[_FIRST[0]]]
         counts.setdefault(phase, empty)
+    joint = None
+    if "joint.0.ints" in arrays:  # of steps of several phases; older profiles lack it
+        joint = [
+            Counts.from_arrays(c.num_experts, arrays[f"joint.{i}.ints"], np.zeros_like(c.floats))
+            for i, c in enumerate(counts[_FIRST[0]])
+        ]
     return make(
-        layers, counts, head["facts"],
+        layers, counts, head["facts"], joint=joint,
         domains={label: arrays[f"domain.{n}"] for n, label in enumerate(head["domains"] or [])},
         vocabulary=_vocabulary(arrays, head["vocabulary_text"]),
         roofline=None if head["roofline"] is None else Roofline(**head["roofline"]),
