@@ -272,6 +272,10 @@ def test_an_alpha_for_each_layer_and_positions_in_few_documents(loaded, null):
     assert "6 positions in 6 documents" in words and "times alpha" not in words
     table = next(v for v in views(found) if v.title.startswith("False discoveries")).frame
     assert list(table["alpha"][:5]) == ["0.1", "0.2", "0.3", "0.4", ""]
+    assert "joint" not in found.tables
+    for axis in found.figure("ablation").axes[4:]:  # say why there is nothing in them
+        words = " ".join(text.get_text().replace("\n", " ") for text in axis.texts)
+        assert "fewer than 10 documents" in words and not len(axis.get_xticks())
 
 
 def test_files_are_written_whole(small, tmp_path):
@@ -325,7 +329,7 @@ def test_a_null_without_a_fit_has_no_domains(loaded):
     assert found.figures == ["p_values", "selection"]
     assert "normal" in found.summary()
     for name in found.figures:
-        found.figure(name)
+        assert all(axis.has_data() for axis in found.figure(name).axes)
 
 
 def test_bad_input_of_the_function(loaded, null):

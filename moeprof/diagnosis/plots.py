@@ -5,6 +5,7 @@ from textwrap import wrap
 import numpy as np
 
 from ..figures import COLOURS, plain
+from .discoveries import DOCUMENTS
 from .result import PATCHED, STOCK
 from .rows import ALL
 from .statistics import BINS
@@ -137,7 +138,8 @@ def selection(diagnosis):
         "largest difference of two distribution functions. Bars and brackets: 95 % intervals."
     )
     title = f"{facts['router']}: {clamp_verdict(diagnosis.to_frame('selection'), facts)}"
-    fig, axes = _figure(2, 3, plain(title), note, 4.4, 5.6)
+    between = "transfer" in diagnosis.tables  # texts of one domain have none
+    fig, axes = _figure(1 + between, 3, plain(title), note, 4.4, 5.6)
     _pi0(axes[0, 0], diagnosis.to_frame("pi0"))
     frame = diagnosis.to_frame("selection")
     _bars(axes[0, 1], frame, ("P(R < min_k)", "P(R > max_k)"), ("floor", "ceiling"), 100)
@@ -147,9 +149,7 @@ def selection(diagnosis):
           ("with entropy", "with loss"), 1)  # fmt: skip
     axes[0, 2].axhline(0, color="black", linewidth=1)
     _style(axes[0, 2], "layer", "Spearman's correlation", "Does R follow entropy and loss?")
-    if "transfer" not in diagnosis.tables:
-        for axis in axes[1]:
-            axis.set_axis_off()
+    if not between:
         return fig
     frame = diagnosis.to_frame("transfer")
     frame = frame[frame["layer"] == ALL]
@@ -248,7 +248,8 @@ def ablation(diagnosis):
             axis.plot(known["delta0"], known["FDP(delta0)"], "o", color=colours[router],
                       markersize=8, markeredgecolor="black")  # fmt: skip
         if alpha is not None:
-            axis.axhline(alpha, color="black", linestyle="--", linewidth=1, label="alpha")
+            own = alpha if isinstance(alpha, float) else alpha[layer]
+            axis.axhline(own, color="black", linestyle="--", linewidth=1, label="alpha")
         axis.set_xscale("log")
         axis.set_ylim(0, 1)
         _style(axis, "δ (nats of next-token loss)", "FDP (share, 0 to 1)",
@@ -264,10 +265,17 @@ def _together(axis, diagnosis, layer, router, colour):
     """What removing all ranks > r costs, beside the sum of the single costs."""
     _style(axis, "r (experts kept; all of rank > r emptied)", "change of loss (nats)",
            f"{router}: together and one by one")  # fmt: skip
-    if "joint" not in diagnosis.tables:
+    frame = diagnosis.to_frame()
+    joint = frame[(frame["table"] == "joint") & (frame["layer"] == layer)]
+    joint = joint[joint["routing"] == router]
+    if not len(joint):
+        why = f"Not known: fewer than {DOCUMENTS} documents have a position here. More positions " \
+              "and documents are needed."  # fmt: skip
+        axis.text(0.5, 0.5, "\n".join(wrap(why, 34)), transform=axis.transAxes, size=11,
+                  color="#444444", ha="center", va="center")  # fmt: skip
+        axis.set_xticks([])
+        axis.set_yticks([])
         return
-    joint = diagnosis.to_frame("joint")
-    joint = joint[(joint["layer"] == layer) & (joint["routing"] == router)]
     drawn = (("joint change", "all at once", colour, "o"),
              ("sum of single changes", "sum of one at a time", GREY, "s"))  # fmt: skip
     for off, (quantity, name, shade, mark) in zip((-0.08, 0.08), drawn, strict=True):

@@ -194,7 +194,7 @@ def _time(profile, phase):
         yield from map(_time_of_batch, sizes)
         return
     metrics = [m for m in profile.each(phase) if m.steps]
-    # Medians, as the table's, which steps of warming up do not move.
+    # Medians, as the table's, which a few slow steps do not move.
     step = sum(m.latency_ms_p50 for m in metrics)
     slow, value = _most(profile.each(phase), "latency_ms_p50") or (0, math.nan)
     line = f"A {phase} step spends {short(step)} ms in MoE layers"
@@ -213,8 +213,8 @@ def _time(profile, phase):
     mean = sum(m.latency_ms_mean for m in metrics)
     if step and mean > SLOW * step:
         yield (
-            f"Some {phase} steps took far longer, as first ones do: the mean is {short(mean)} ms, "
-            f"{mean / step:.1f} times the median; rates and shares of a roof are of all steps."
+            f"Some {phase} steps took far longer: the mean is {short(mean)} ms, {mean / step:.1f} "
+            "times the median; rates and shares of a roof are of all steps."
         )
     each = zip(profile.labels, profile.each(phase), strict=True)
     stale = [label for label, m in each if max(m.mbu, m.mfu) > STALE]
