@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from profiles import make_profile
 
+from moeprof.profiler.result import page as pages
 from moeprof.profiler.result.page import divided
 from moeprof.profiler.result.tables import Table, layers
 
@@ -193,17 +194,32 @@ def test_a_narrow_screen_scrolls_in_the_boxes_only(html, tmp_path):
     """The page itself is as wide as the screen: a script beside it reports both."""
     page = tmp_path / "index.html"
     measure = (
-        "<script>const box = document.querySelector('.picture'), image = box.firstChild;"
+        "<script>const said = getComputedStyle(document.querySelector('.picture'), '::before');"
+        "console.error('said', said.content);"
+        "const box = document.querySelector('.picture'), image = box.firstChild;"
         "console.error('widths', document.documentElement.scrollWidth, innerWidth,"
         "box.clientWidth, image.clientWidth, document.querySelectorAll('.picture').length)"
         "</script></body>"
     )
     page.write_text(html.replace("</body>", measure), encoding="utf-8")
-    ((line,), _, _) = chromium(page, tmp_path, size="400,3000")
+    ((said, line), _, _) = chromium(page, tmp_path, size="400,3000")
+    assert "scroll to the side" in said  # what is cut off isn't gone
     found = re.findall(r"\d+", line[line.index("widths") :])
     scroll, screen, box, image, boxes = map(int, found[:5])
     assert scroll == screen <= 500 and boxes == 9  # 500: the least that some versions open
     assert box < screen and image > 800  # so that letters keep their size
+
+
+def printed(page, pdf):
+    """The text of the page as it comes to paper, its sheets apart by form feeds."""
+    command = [
+        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer",
+        "--blink-settings=preferredColorScheme=0", f"--user-data-dir={pdf.parent / 'user'}",
+        f"--print-to-pdf={pdf}", page.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    done = subprocess.run(["pdftotext", "-layout", pdf, "-"], capture_output=True, timeout=60)
+    return done.stdout.decode()
 
 
 @needs_chromium
@@ -212,14 +228,7 @@ def test_the_printed_page_is_whole(tmp_path):
     page, pdf = tmp_path / "index.html", tmp_path / "page.pdf"
     made = make_profile(90, 8, 2)  # more layers than a sheet has lines
     page.write_text(made.to_html(), encoding="utf-8")
-    command = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer",
-        "--blink-settings=preferredColorScheme=0", f"--user-data-dir={tmp_path / 'user'}",
-        f"--print-to-pdf={pdf}", page.as_uri(),
-    ]  # fmt: skip
-    subprocess.run(command, capture_output=True, timeout=120, check=True)
-    done = subprocess.run(["pdftotext", "-layout", pdf, "-"], capture_output=True, timeout=60)
-    text = done.stdout.decode()
+    text = printed(page, pdf)
     rows = [line.split() for line in text.split("\n")]
     for row in layers(made, made.phases).rows:
         assert row in rows
@@ -227,6 +236,20 @@ def test_the_printed_page_is_whole(tmp_path):
     holding = [s for s in sheets if re.search(r"^ *\d+ +2\.00 ", s, re.M)]
     assert len(holding) > 1 and all("Gini" in sheet for sheet in holding)  # heads are repeated
     assert "z_loss" in text
+
+
+@needs_chromium
+@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="pdftotext is not installed")
+def test_a_tables_note_is_on_the_sheet_of_the_table(tmp_path, monkeypatch):
+    """Wherever on a sheet the table comes to stand."""
+    monkeypatch.setattr(pages, "_figures", lambda profile: ())
+    html = make_profile(4, 8, 2).to_html()
+    page, pdf = tmp_path / "index.html", tmp_path / "page.pdf"
+    for space in (60, 120, 180):
+        filled = html.replace("By layer</h2>", f'By layer</h2><div style="height:{space}mm"></div>')
+        page.write_text(filled, encoding="utf-8")
+        for sheet in printed(page, pdf).split("\f"):
+            assert ("Gini, max:" in sheet) == bool(re.search(r"^ *3 +2\.00 ", sheet, re.M))
 
 
 @needs_chromium

@@ -64,7 +64,7 @@ ANCHOR = "metric-"  # before a metric's name, the place of its entry in the glos
 MOST_COLUMNS = 18  # of a table on a sheet of paper
 
 # Light and dark by the reader's setting, on paper light. On a narrow screen tables and figures
-# scroll inside their boxes; on paper nothing scrolls, so that nothing is cut off there.
+# scroll inside their boxes, and say so; on paper nothing scrolls, so that nothing is cut off there.
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --line: #8884; --soft: #8882; --faint: #666; }
 @media screen and (prefers-color-scheme: dark) { :root { --ground: #121212; --faint: #aaa; } }
@@ -90,8 +90,12 @@ figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
 .glossary { grid-template-columns: minmax(8rem, max-content) 1fr; font-size: .9rem; }
 .glossary dt { overflow-wrap: anywhere; } .unit { color: var(--faint); }
 @media screen and (max-width: 50rem) {
-  .picture img { max-width: none; min-width: calc(.85 * var(--width)); }
   dl, .glossary { display: block; } dd { margin-bottom: .4rem; }
+}
+@media screen and (max-width: 33rem) {
+  .picture img { max-width: none; min-width: calc(.85 * var(--width)); }
+  .picture::before { content: "Wider than the screen: scroll to the side."; color: var(--faint);
+    display: block; position: sticky; left: 0; font-size: .85rem; }
 }
 @media print {
   :root { color-scheme: light; }
@@ -103,7 +107,8 @@ figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
   .first { padding-left: .8rem; }
   .glossary { display: block; font-size: 8.5pt; } .glossary dd { margin: 0 0 .3rem 1rem; }
   thead { display: table-header-group; position: static; }
-  tr, figure, dd { break-inside: avoid; } h1, h2, .note, dt { break-after: avoid; }
+  tr, figure, dd, .note { break-inside: avoid; } h1, h2, .note, dt { break-after: avoid; }
+  .note + .table { break-before: avoid; }
   .picture img { max-height: 21cm; width: auto; }
 }
 """
