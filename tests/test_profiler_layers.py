@@ -405,6 +405,114 @@ def test_a_router_that_is_trained_beside_adapters_counts_once():
     assert own.flops_router == 6 * 2 * 32 * 8 and own.layer.router_bytes == 4 * 32 * 8
 
 
+@needs("peft")
+@pytest.mark.parametrize("saved", ["mlp", "gate", pytest.param("experts", marks=STACKED)])
+def test_of_modules_that_are_trained_beside_adapters_the_active_copy_counts(saved):
+    adapted = lora(olmoe(num_hidden_layers=2), target_modules=["q_proj"], modules_to_save=[saved])
+    adapted.add_adapter("other", adapted.peft_config["default"])
+    ids = {"input_ids": token_ids(1, 6)}
+    profile = profiled(adapted, ids).result()
+    with adapted.disable_adapter():
+        disabled = profiled(adapted, ids).result()
+    adapted.set_adapter("other")
+    for made in (profile, disabled, profiled(adapted, ids).result()):
+        assert [own.tokens for own in made.each()] == [6, 6]
+        assert "did not run" not in made.summary()
+        for layer, own in enumerate(made.each()):
+            assert own.flops_total == flops_of(adapted, f"layers.{layer}.mlp", **ids)
+            assert own.flops_expert == 2 * 6 * 6 * 32 * 16 and not own.layer.unknown
+            assert own.layer.expert_bytes == 4 * 3 * 32 * 16
+    names = [made.layers[0].block.partition("layers.0.mlp")[2] for made in (profile, disabled)]
+    copies = [".modules_to_save.default", ".original_module"]
+    assert names == (copies if saved == "mlp" else ["", ""])
+
+
+@needs("peft")
+def test_shared_experts_beside_a_block_that_is_trained_beside_adapters():
+    adapted = lora(zoo.build("granitemoeshared"), target_modules=["q_proj"],
+                   modules_to_save=["block_sparse_moe"])  # fmt: skip
+    for site in find_sites(adapted):
+        assert site.layer.shared_flops == zoo.ZOO["granitemoeshared"].shared_flops
+
+
+@needs("peft")
+@STACKED
+def test_experts_that_all_run_do_so_under_an_adapter():
+    model = zoo.build("llama4")
+    targets = ["feed_forward.experts.down_proj"]
+    for options in ({"target_parameters": targets}, {"modules_to_save": ["experts"]}):
+        adapted = lora(copy.deepcopy(model), target_modules=["q_proj"], **options)
+        assert [site.layer.dense for site in find_sites(adapted)] == [True]
+
+
+def adapters(peft):
+    """{name: configuration} of adapters that multiply something else than plain LoRA."""
+    modules = ["gate_proj", "down_proj"]
+    return {
+        "DoraLinearVariant": peft.LoraConfig(r=4, use_dora=True, target_modules=modules),
+        "loha": peft.LoHaConfig(r=4, target_modules=modules),
+        "ia3": peft.IA3Config(target_modules=modules, feedforward_modules=["down_proj"]),
+        "adalora": peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=modules),
+        "vera": peft.VeraConfig(r=4, target_modules=["gate_proj"]),
+        "lora.layer.ParamWrapper": peft.LoraConfig(
+            r=4, target_modules=["q_proj"], target_parameters=["experts.3.up_proj.weight"]
+        ),
+    }
+
+
+@needs("peft")
+@LISTS
+@pytest.mark.parametrize("name", ["DoraLinearVariant", "loha", "ia3", "adalora", "vera",
+                                  "lora.layer.ParamWrapper"])  # fmt: skip
+def test_the_flops_of_other_adapters_are_said_to_be_unknown(name):
+    import peft
+
+    adapted = peft.get_peft_model(olmoe(num_hidden_layers=1), adapters(peft)[name]).eval()
+    ids = {"input_ids": token_ids(1, 6)}
+    profile = profiled(adapted, ids).result()
+    (own,) = profile.each()
+    assert own.flops_expert != own.flops_expert and own.flops_total != own.flops_total
+    assert own.layer.expert_bytes is None and own.flops_router == 6 * 2 * 32 * 8
+    assert name in own.layer.unknown and "merge or disable it" in own.layer.unknown
+    assert "Unknown FLOPs or bytes, layer 0: an adapter runs in it" in profile.summary()
+    with adapted.disable_adapter():
+        (own,) = profiled(adapted, ids).get_metrics().values()
+        assert own.flops_total == flops_of(adapted, "layers.0.mlp", **ids)
+        assert not own.layer.unknown
+
+
+@needs("peft")
+@STACKED
+def test_the_flops_of_an_adapted_router_parameter_are_said_to_be_unknown():
+    adapted = lora(olmoe(num_hidden_layers=1), target_modules=["q_proj"],
+                   target_parameters=["mlp.gate.weight"])  # fmt: skip
+    (own,) = profiled(adapted, {"input_ids": token_ids(1, 6)}).get_metrics().values()
+    assert own.flops_router != own.flops_router and "ParamWrapper" in own.layer.unknown
+    assert own.flops_expert == 2 * 6 * 6 * 32 * 16
+
+
+class Halved(nn.Module):
+    """A user's module around a linear, which has the names of peft's and is none."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer, self.more = linear, nn.Linear(H, H, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.more(x)
+
+
+def test_a_users_wrapper_runs_whole_and_a_parametrization_is_said_to_be_unknown():
+    model = nn.Sequential(Block(lambda: Halved(nn.Linear(H, H))))
+    (own,) = profiled(model, hidden(5)).get_metrics().values()
+    assert own.flops_expert == 5 * K * 2 * 2 * H * H
+    model = nn.Sequential(Block())
+    for expert in model[0].experts:
+        nn.utils.parametrizations.orthogonal(expert)
+    (own,) = profiled(model, hidden(5)).get_metrics().values()
+    assert own.flops_expert != own.flops_expert and "a parametrization" in own.layer.unknown
+
+
 def test_dynamically_quantised_linears():
     model = nn.Sequential(Block(lambda: nn.Linear(H, H, bias=False)))
     packed = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})

@@ -19,13 +19,14 @@ from .sizes import (
     expert_slots,
     find_hidden_size,
     find_top_k,
+    idle,
     is_list,
     matrix_elements,
     merge_flops,
     own_int,
     own_top_k,
-    packed_reason,
     parameter_bytes,
+    unknown_reason,
     unwrapped,
     walk,
 )
@@ -96,9 +97,10 @@ def find_layers(model: nn.Module) -> tuple[list[Site], list[Unread]]:
     ValueError
         As `find_sites`.
     """
-    parts = _by_structure(model)
-    parts += _by_name(model, _covered(model, parts))
-    unread = _unread(model, _covered(model, parts))
+    kept = idle(model)
+    parts = _by_structure(model, kept)
+    parts += _by_name(model, kept | _covered(model, parts))
+    unread = _unread(model, kept | _covered(model, parts))
     if not parts:
         raise ValueError(_nothing_found(model, unread))
     order = {module: number for number, module in enumerate(model.modules())}
@@ -147,9 +149,9 @@ def _named_router(name: str) -> bool:
 # ---- by structure ----
 
 
-def _by_structure(model: nn.Module) -> list[_Parts]:
+def _by_structure(model: nn.Module, idle: set[nn.Module]) -> list[_Parts]:
     found: list[_Parts] = []
-    inside: set[nn.Module] = set()  # experts and routers that are taken
+    inside = set(idle)  # and the experts and routers that are taken
     for name, module in model.named_modules():
         if module in inside or is_list(module):
             continue
@@ -397,23 +399,23 @@ def _site(model: nn.Module, parts: _Parts) -> Site:
     taken = {router, *collections}
     shared = _shared(block_name, block, taken, model)
     elements = sum(matrix_elements(m, taken) for m in shared)
-    packed = [packed_reason(router), *(packed_reason(m, taken) for m in shared)]
+    reasons = [unknown_reason(router), *(unknown_reason(m, taken) for m in shared)]
     layer = Layer(
         name=parts.name,
         block=block_name,
         num_experts=num_experts,
         top_k=find_top_k(router, inner, model, num_experts),
         hidden_size=find_hidden_size(router, num_experts, inner, model),
-        router_flops=None if packed[0] else 2 * matrix_elements(router),
+        router_flops=None if reasons[0] else 2 * matrix_elements(router),
         expert_flops=None if size.elements is None else 2 * size.elements,
-        shared_flops=None if any(packed[1:]) else 2 * elements,
+        shared_flops=None if any(reasons[1:]) else 2 * elements,
         router_bytes=parameter_bytes(router),
         expert_bytes=size.bytes,
         shared_bytes=sum(parameter_bytes(m, taken) for m in shared),
         dense=any(_is_dense(c) for c in collections),
         slot_flops=None if size.each is None else [2 * n for n in size.each],
         call_flops=merge_flops(collections),
-        unknown="; ".join(dict.fromkeys(filter(None, [size.reason, *packed]))),
+        unknown="; ".join(dict.fromkeys(filter(None, [size.reason, *reasons]))),
     )
     experts = collections[0] if len(collections) == 1 else (inner if collections else None)
     chooses = "experts" if experts is not None and _experts_tell(router, experts) else "router"
@@ -435,19 +437,21 @@ def _shared(name: str, block: nn.Module, without: set, model: nn.Module) -> list
     else:  # stacked parameters of the block's own are its experts
         modules = [m for _, m in named] if block in without else [block]
     if name:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        beside = [(n, m) for n, m in parent.named_children() if m is not block]
+        # peft's modules_to_save has the block one or two levels further down
+        name = re.sub(r"\.(original_module|modules_to_save\.[^.]+)$", "", name)
+        parent, _, own = name.rpartition(".")
+        beside = [(n, m) for n, m in model.get_submodule(parent).named_children() if n != own]
         modules += [m for n, m in beside if "shared" in n.lower()]
     return modules
 
 
 def _taken(module: nn.Module) -> list[str]:
-    """The names of what the forward of this module takes."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    """The names of what the forward of this module, without adapters around it, takes."""
+    return list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
 
 
 def _is_dense(experts: nn.Module) -> bool:
-    return _DENSE_EXPERTS.get(type(experts).__name__) == _taken(experts)
+    return _DENSE_EXPERTS.get(type(unwrapped(experts)).__name__) == _taken(experts)
 
 
 def _experts_tell(router: nn.Module, experts: nn.Module) -> bool:

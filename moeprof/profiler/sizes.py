@@ -35,10 +35,9 @@ def walk(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[nn.
 def _running(part: nn.Module) -> list[nn.Module]:
     """The children that run: of a wrapper of peft what is active, of others all."""
     children = {name: m for name, m in part._modules.items() if m is not None}
-    if children.keys() >= {"original_module", "modules_to_save"}:
-        saved = children["modules_to_save"]
-        return [saved[n] for n in _active(part) if n in saved] or [children["original_module"]]
-    if "base_layer" not in children:
+    if copies := _copies(part):
+        return copies[:1]
+    if not _adapts(part):
         return list(children.values())
     base, active = children.pop("base_layer"), _active(part)
     if not active:
@@ -50,6 +49,11 @@ def _running(part: nn.Module) -> list[nn.Module]:
     return running
 
 
+def _adapts(part: nn.Module) -> bool:
+    """Is this a module of peft around another one?"""
+    return "base_layer" in part._modules and hasattr(part, "active_adapter")
+
+
 def _active(wrapper: nn.Module) -> list[str]:
     """The adapters of a wrapper that run beside what it wraps."""
     off = getattr(wrapper, "disable_adapters", False) or getattr(wrapper, "merged", False)
@@ -57,19 +61,69 @@ def _active(wrapper: nn.Module) -> list[str]:
     return [] if off else [names] if isinstance(names, str) else list(names)
 
 
+def _copies(part: nn.Module) -> list[nn.Module]:
+    """Of peft's modules_to_save the module and its trained copies, the one that runs first."""
+    children = part._modules
+    if not children.keys() >= {"original_module", "modules_to_save"}:
+        return []
+    original, saved = children["original_module"], children["modules_to_save"]
+    active = _active(part)
+    runs = saved[active[0]] if active and all(name in saved for name in active) else original
+    return [runs, *(m for m in (original, *saved.values()) if m is not runs)]
+
+
+def idle(model: nn.Module) -> set[nn.Module]:
+    """The modules of copies that are kept and don't run, see `_copies`."""
+    return {m for part in model.modules() for copy in _copies(part)[1:] for m in copy.modules()}
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What the adapters around this module wrap."""
-    while isinstance(base := module._modules.get("base_layer"), nn.Module):
-        module = base
-    return module
+    """What the adapters around this module wrap, or the copy that runs in place of it."""
+    while True:
+        if copies := _copies(module):
+            module = copies[0]
+        elif isinstance(base := module._modules.get("base_layer"), nn.Module):
+            module = base
+        else:
+            return module
+
+
+def _adapter_reason(part: nn.Module) -> str:
+    """Why what this module adds to another one can't be counted; "" if it is plain LoRA."""
+    if "parametrizations" in part._modules:
+        return f"a parametrization computes the weights of a {type(part).__name__} in each call"
+    if not _adapts(part) or not (active := _active(part)) or _is_plain_lora(part, active):
+        return ""
+    kind = next((type(v) for v in vars(part).get("lora_variant", {}).values()), type(part))
+    return (
+        f"an adapter runs in it whose FLOPs are not known ({kind.__module__}.{kind.__qualname__}): "
+        "of peft's, plain LoRA on modules is counted; merge or disable it to count the rest"
+    )
+
+
+def _is_plain_lora(part: nn.Module, active: list[str]) -> bool:
+    """x A B, for each token, beside x W: no DoRA, no other variant, no adapted parameter."""
+    own = vars(part)
+    factors = [part._modules.get(name) for name in ("lora_A", "lora_B")]
+    if "parameter_name" in own or not all(isinstance(f, nn.ModuleDict) for f in factors):
+        return False
+    used = [name for name in active if name in factors[0]]
+    special = any(own.get(kind, {}).get(n) for kind in ("lora_variant", "use_dora") for n in used)
+    return not special and all(type(f[name]) is nn.Linear for f in factors for name in used)
+
+
+def _adapted_stacks(module: nn.Module) -> Iterator[nn.Module]:
+    """The wrappers of peft, from the outermost, around a module with stacked experts."""
+    while _adapts(module):
+        yield module
+        module = module._modules["base_layer"]
 
 
 def _merging(module: nn.Module) -> Iterator[nn.Module]:
-    """The wrappers, from the outermost, that add to a stacked parameter before each call."""
-    while isinstance(base := module._modules.get("base_layer"), nn.Module):
-        if "parameter_name" in vars(module) and "lora_A" in module._modules:
-            yield module
-        module = base
+    """Those of them that add to a stacked parameter before each call."""
+    for part in _adapted_stacks(module):
+        if "parameter_name" in vars(part) and "lora_A" in part._modules:
+            yield part
 
 
 def merge_flops(collections: list[nn.Module]) -> int:
@@ -125,9 +179,11 @@ def _wraps(part: nn.Module) -> bool:
                m is not part)  # fmt: skip
 
 
-def packed_reason(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
-    """Why the matrices in `module` can't be counted, or "" if they can."""
+def unknown_reason(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
+    """Why what multiplies a token in `module` can't be counted, or "" if it can."""
     for part in walk(module, without):
+        if reason := _adapter_reason(part):
+            return reason
         if _features(part):
             continue
         for name, p in [*part._parameters.items(), *part._buffers.items()]:
@@ -221,7 +277,7 @@ def expert_slots(experts: nn.Module) -> list[nn.Module | None]:
 def _listed(experts: nn.Module) -> Size:
     slots = expert_slots(experts)
     here = [m for m in slots if m is not None]
-    if reason := next(filter(None, map(packed_reason, here)), ""):
+    if reason := next(filter(None, map(unknown_reason, here)), ""):
         return Size(None, None, None, reason)
     each = [0 if m is None else matrix_elements(m) for m in slots]
     held = {parameter_bytes(m) for m in here}
@@ -239,7 +295,10 @@ def _stacked(experts: nn.Module, num_experts: int, recurse: bool) -> Size:
     core = unwrapped(experts)
     if getattr(core, "_is_expert_parallel", False):
         return Size(None, None, None, "its experts are divided among machines")
-    if recurse and (reason := packed_reason(core)):
+    around = set(_adapted_stacks(experts)) - set(_merging(experts))
+    if reason := next(filter(None, map(_adapter_reason, around)), ""):
+        return Size(None, None, None, reason)
+    if recurse and (reason := unknown_reason(core)):
         return Size(None, _share(core.parameters(), num_experts), None, reason)
     elements = size = 0
     for name, p in core.named_parameters(recurse=recurse):
