@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 import zoo
+from listed import Block, E, H, K, hidden, profiled
 from models import V5, olmoe, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +16,6 @@ from moeprof.profiler.finding import find_layers, find_sites
 from moeprof.profiler.flops import count_grouped_mm
 from moeprof.profiler.result.profile import Profile
 
-H, E, K = 16, 8, 2
 LISTS = pytest.mark.skipif(V5, reason="experts in a ModuleList: transformers 4")
 STACKED = pytest.mark.skipif(not V5, reason="stacked experts: transformers 5")
 
@@ -24,39 +24,6 @@ def needs(package):
     return pytest.mark.skipif(
         importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
     )
-
-
-class Block(nn.Module):
-    """Experts that take at most `capacity` tokens each; None: all that are routed."""
-
-    def __init__(self, make=lambda: nn.Linear(H, H), *, capacity=None, here=range(E)):
-        super().__init__()
-        self.top_k, self.capacity = K, capacity
-        self.router = nn.Linear(H, E)
-        self.experts = nn.ModuleList(make() if n in here else None for n in range(E))
-
-    def forward(self, x):
-        rows = x.reshape(-1, H)
-        chosen = self.router(rows).softmax(-1).topk(K)[1]
-        out = torch.zeros_like(rows)
-        for number, expert in enumerate(self.experts):
-            token = (chosen == number).any(-1).nonzero().squeeze(-1)
-            if self.capacity is not None:
-                token = token[: self.capacity(len(rows))]
-            if expert is not None and len(token):
-                out.index_add_(0, token, expert(rows[token]))
-        return out.view_as(x)
-
-
-def profiled(model, *calls):
-    with torch.no_grad(), moeprof.MoEProfiler(model) as profiler:
-        for call in calls:
-            model(**call) if isinstance(call, dict) else model(call)
-    return profiler
-
-
-def hidden(tokens, seed=0):
-    return torch.randn(1, tokens, H, generator=torch.Generator().manual_seed(seed))
 
 
 def rows_of(model, *calls):

@@ -1,4 +1,4 @@
-"""Did what was routed run? Asked in every counted step; the first time, expert by expert."""
+"""Did what was routed run? Asked of each expert in every counted step."""
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ class ExpertRows:
 
     Experts in a list have calls of their own, of which each row is counted. A router that
     returns logits only leaves the choice to its block, which may choose otherwise than by the
-    largest: the first rows show it. Later only their sum is compared, as an expert with a
-    capacity drops tokens. Stacked experts have one call, which shows the indices or the rows
-    that they got, but not what their own code leaves out.
+    largest: the first rows show it, and are refused. Later ones that differ are counted, as an
+    expert with a capacity drops tokens. Stacked experts have one call, which shows the indices or
+    the rows that they got, but not what their own code leaves out.
 
     E experts. Rows by slot: a module that is in several slots has them in its first one.
     """
@@ -31,7 +31,8 @@ class ExpertRows:
             if module is not None:
                 first.setdefault(module, slot)
         self.modules = list(first.items())  # each expert with its slot
-        self._owner = torch.tensor([first.get(m, i) for i, m in enumerate(slots)])
+        owner = np.array([first.get(m, i) for i, m in enumerate(slots)], np.int64)
+        self._owner = None if np.array_equal(owner, np.arange(len(slots))) else owner
         self._all_here = None not in slots
         # Not of parameters of the block's own, nor where all run whatever was chosen.
         stacked = experts is not None and not self.listed and experts is not site.block
@@ -51,8 +52,6 @@ class ExpertRows:
 
         Negative where it got more rows than were selected.
         """
-        if sum(rows) == choice.experts.numel():
-            return None
         difference = self._chosen(choice) - np.array(rows)
         return np.append(difference, 0) if difference.any() else None
 
@@ -77,23 +76,23 @@ class ExpertRows:
         chosen = choice.experts
         if indices.shape == chosen.shape and torch.equal(indices.long(), chosen.long()):
             return None
-        flat = indices.detach().reshape(-1).cpu().long()
-        flat = flat[(flat >= 0) & (flat < self._size)]
-        got = torch.bincount(flat, minlength=self._size).numpy()
+        flat = indices.detach().reshape(-1).cpu().numpy()
+        got = np.bincount(flat[(flat >= 0) & (flat < self._size)], minlength=self._size)
         return np.append(self._chosen(choice) - got, 0)
 
     def _chosen(self, choice: Choice) -> np.ndarray:
         """(E,) selections, those of a module in several slots at its first one."""
-        experts = choice.experts.detach().reshape(-1).cpu().long()
-        experts = experts[experts >= 0]
-        if len(self._owner):
+        experts = choice.experts.detach().reshape(-1).cpu().numpy()
+        experts = experts[(experts >= 0) & (experts < self._size)]
+        if self._owner is not None:
             experts = self._owner[experts]
-        return torch.bincount(experts, minlength=self._size).numpy()
+        return np.bincount(experts, minlength=self._size)
 
-    def verify(self, rows: list[int], choice: Choice) -> None:
+    def verify(self, rows: list[int], choice: Choice, filled: list[int] | None = None) -> None:
         """Compare the rows (E,) of the first call, expert by expert.
 
-        They may be the choice; the choice up to one capacity; all tokens for every expert.
+        They may be the choice; the choice up to one capacity; all tokens for every expert. filled
+        (E,): the rows that are not all zero, as experts that are filled up to a capacity have.
 
         Raises
         ------
@@ -101,7 +100,8 @@ class ExpertRows:
             "Router output format unexpected: ...", with the layer, for others.
         """
         got, read = np.array(rows), self._chosen(choice)
-        if not self._all_here or np.array_equal(got, np.minimum(read, got.max(initial=0))):
+        up_to = np.minimum(read, got.max(initial=0))
+        if not self._all_here or any(np.array_equal(r, up_to) for r in (rows, filled or rows)):
             return
         used = np.array([slot for _, slot in self.modules])
         if (got[used] == len(choice.experts)).all():

@@ -68,19 +68,21 @@ class EntryWatch(_Watch):
 
 
 class ExpertWatch(_Watch):
-    """Of one expert in a list: the rows that it gets."""
+    """Of one expert in a list: the rows that it gets from one block, of several that have it."""
 
-    def __init__(self, session, slot: int):
-        self.session, self.slot = session, slot
+    def __init__(self, session, hooked: object, slot: int):
+        self.session, self.hooked, self.slot = session, hooked, slot
 
     @_uncompiled
     def called(self, module, args, kwargs=None) -> None:
         step = None if self.session is None else self.session.step
-        if step is None or step.rows is None:
+        if step is None or step.rows is None or step.hooked is not self.hooked:
             return
         given = args[0] if args else next(iter((kwargs or {}).values()), None)
         if isinstance(given, Tensor):
             step.rows[self.slot] += len(given) if given.dim() == 2 else given.shape[:-1].numel()
+            if step.filled is not None:
+                step.filled[self.slot] += int((given.detach() != 0).any(-1).sum())
 
 
 class LayerWatch(_Watch, RoutingWatch):
@@ -117,8 +119,9 @@ class LayerWatch(_Watch, RoutingWatch):
         if self.session is None:
             yield
             return
-        inside = list(self._hook_inside())
-        self._hooked = object()
+        hooked = object()
+        inside = list(self._hook_inside(hooked))
+        self._hooked = hooked
         try:
             self.before(self.site.block, (hidden,), {})
             yield
@@ -139,20 +142,21 @@ class LayerWatch(_Watch, RoutingWatch):
         for handle in self._handles:
             handle.remove()
         if active:
-            self._handles = [*self._hook_inside()]
+            hooked = object()
+            self._handles = [*self._hook_inside(hooked)]
             block = self.site.block
             self._handles.append(block.register_forward_pre_hook(self.before, with_kwargs=True))
             self._handles.append(block.register_forward_hook(self.after))
-            self._hooked = object()
+            self._hooked = hooked
 
-    def _hook_inside(self) -> Iterator:
+    def _hook_inside(self, hooked: object) -> Iterator:
         site = self.site
         self._heard = self._router_of(site.block)
         yield self._heard.register_forward_hook(self.heard)
         if site.chooses == "experts" or self._rows.stacked is not None:
             yield site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
         for expert, slot in self._rows.modules:
-            hook = ExpertWatch(self.session, slot).called
+            hook = ExpertWatch(self.session, hooked, slot).called
             yield expert.register_forward_pre_hook(hook, with_kwargs=True)
 
     @_uncompiled
@@ -169,7 +173,9 @@ class LayerWatch(_Watch, RoutingWatch):
         if not self._bias_looked_for:
             self._rows.refuse_bias()
             self._bias_looked_for = True
-        step.rows = [0] * self.site.layer.num_experts if self._rows.listed else None
+        size, first = self.site.layer.num_experts, not self.session.rows_seen[self.index]
+        step.rows = [0] * size if self._rows.listed else None
+        step.filled = [0] * size if self._rows.listed and first else None
         step.hooked = self._hooked
         step.start = perf_counter_ns()
 
@@ -229,7 +235,7 @@ class LayerWatch(_Watch, RoutingWatch):
                 return None
             return self._rows.left_out_of_call(*step.call, choice)
         if not seen[self.index] and any(step.rows):
-            self._rows.verify(step.rows, choice)
+            self._rows.verify(step.rows, choice, step.filled)
             seen[self.index] = True
         return self._rows.left_out(step.rows, choice)
 

@@ -16,6 +16,7 @@ from .phases import PHASES
 from .records import RecordWriter
 from .result.metrics import LayerMetrics
 from .result.profile import Profile
+from .result.wording import counted
 from .roofline import Roofline, known_roofline
 from .session import Options, Session
 from .tally import Counts
@@ -288,13 +289,38 @@ class MoEProfiler:
         session, notes = self._session, []
         if session.events_dropped:
             notes.append(f"the trace lacks the first {session.events_dropped} calls of layers")
-        labels = layer_labels([site.layer.block for site in session.sites])
-        if unseen := sorted({index for _, index in session.unseen}):
+        if where := self._which(not_finite := session.not_finite):
             notes.append(
-                f"No call of an expert was seen in layer{'s' * (len(unseen) > 1)} "
-                f"{spans([labels[i] for i in unseen])}: what was selected is taken for what ran."
+                f"Not finite (NaN or infinite): what the router said in {where}, of up to "
+                f"{counted(max(not_finite), 'token')} a layer. Weights or hidden states are "
+                "broken, and which experts these tokens selected means nothing."
+            )
+        if where := self._which([calls > 1 for calls in session.calls]):
+            notes.append(
+                f"Called up to {max(session.calls)} times in one step: {where}, one module that "
+                "stands for several layers or is called in parts. Its tokens and FLOPs are of all "
+                "calls; each call counts as a step, with its time and bytes."
+            )
+        if where := self._which(elsewhere := session.elsewhere):
+            notes.append(
+                f"Rows and routing don't agree by expert in {where}: {sum(elsewhere):,} selections "
+                "did not run in their own expert, and others got as many rows that were not "
+                "selected for them, as an expert that takes what others drop or one that is "
+                "filled up. FLOPs are of the rows that ran, load of what was selected."
+            )
+        unseen = {index for _, index in session.unseen}
+        if where := self._which([index in unseen for index in range(len(session.sites))]):
+            notes.append(
+                f"No call of an expert was seen in {where}: what was selected is taken for what "
+                "ran."
             )
         return notes
+
+    def _which(self, by_layer: list) -> str:
+        """"layers 0 to 3": those whose value isn't zero; "" for none."""
+        labels = layer_labels([site.layer.block for site in self._session.sites])
+        which = [label for label, value in zip(labels, by_layer, strict=True) if value]
+        return f"layer{'s' * (len(which) > 1)} {spans(which)}" if which else ""
 
     def __repr__(self) -> str:
         state = "counting" if self.active else "stopped"

@@ -1,5 +1,6 @@
 """What a profiler puts into a model, and what it counts there."""
 
+import math
 import sys
 import threading
 import warnings
@@ -103,6 +104,9 @@ class Session:
         # Of experts in a list: was one of them called? Until then nothing counts as left out.
         self.rows_seen = [False] * len(self.sites)
         self.unseen: dict[tuple[str, int], np.ndarray] = {}
+        # For each layer: rows that ran in experts other than the selected ones, tokens whose
+        # logits are not finite, calls in one step.
+        self.elsewhere, self.not_finite, self.calls = ([0] * len(self.sites) for _ in range(3))
 
     # ---- in the model ----
 
@@ -229,6 +233,9 @@ class Session:
             unique = self._tally_phases(index, step, arrays, dtype, end - start, skips)
         experts = experts.astype(np.int32, copy=False)  # each of them is in range
         step.previous = index, experts
+        step.calls[index] = calls = step.calls.get(index, 0) + 1
+        self.calls[index] = max(self.calls[index], calls)
+        self.not_finite[index] += _not_finite(choice, real)
         if self.options.extras:
             times = start, end - start, tokens, unique
             self._add_extras(index, step, choice, experts, times)
@@ -285,7 +292,11 @@ class Session:
             if left_out is None:
                 return
             counts = self.counts[step.phase][index].left_out
-            if not self.rows_seen[index]:
+            if self.rows_seen[index]:
+                fewer = int(left_out[:-1].clip(min=0).sum())
+                more = int((-left_out[:-1]).clip(min=0).sum())
+                self.elsewhere[index] += min(fewer, more)
+            else:
                 counts = self.unseen.setdefault((step.phase, index), np.zeros_like(counts))
             counts[int(step.real is not None)] += left_out
 
@@ -363,6 +374,16 @@ def _ids(step: Step) -> np.ndarray | None:
 
 def _floats(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.detach().float().numpy()
+
+
+def _not_finite(choice: Choice | Routing, real: np.ndarray | None) -> int:
+    """Real tokens that the router gave NaN or infinity, or -inf for every expert."""
+    values = choice.weights if choice.logits is None else choice.logits
+    if values is None or math.isfinite(values.detach().sum()):
+        return 0  # one of -inf for an expert is a way to rule it out
+    rows = ~values.isfinite() & ~values.isneginf()
+    rows = (rows.any(-1) | values.isneginf().all(-1)).numpy()
+    return int((rows if real is None else rows[real]).sum())
 
 
 def _entropy(logits: Tensor | None) -> np.ndarray | None:

@@ -21,13 +21,15 @@ class Step:
     output = call = None
     hooked: object = None  # the LayerWatch's hooks that were in when the layer began
     rows: list[int] | None = None  # that the experts of a list got
+    filled: list[int] | None = None  # those of them that are not all zero, in the first call
 
     def __init__(self, number: int, counted: bool, entered: bool, run: object):
         self.number, self.counted, self.entered, self.run = number, counted, entered, run
+        self.calls: dict[int, int] = {}  # {layer: how often it was called}
 
     def end_layer(self) -> None:
         """Forget what passed between the hooks of one layer."""
-        self.start, self.output, self.call, self.rows = 0, None, None, None
+        self.start, self.output, self.call, self.rows, self.filled = 0, None, None, None, None
 
     @property
     def phase(self) -> str:

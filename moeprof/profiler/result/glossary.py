@@ -30,8 +30,9 @@ METRICS = {
         ("skipped_slots", "slots", "Slots of real tokens that the router set to -1."),
         ("skipped_slots_padding", "slots", "Slots of padding that the router set to -1."),
         ("dropped_selections", "selections", "Selections of real tokens that no expert ran: above "
-         "its capacity, or of an expert that is not on this machine. Negative: experts ran more "
-         "rows than were selected. nan where padding was among them."),
+         "its capacity, or of an expert that is not on this machine; less the rows that experts "
+         "ran without being selected, as one that takes what others drop or is filled up. "
+         "Negative: these are more. nan where padding was among them."),
         ("dropped_selections_with_padding", "selections", "dropped_selections of real tokens and "
          "padding together."),
         ("flops_total", "FLOP", "flops_router + flops_expert + flops_shared + flops_adapter; a "

@@ -207,8 +207,9 @@ class LayerMetrics:
     @property
     def dropped_selections(self) -> float | int:
         """Selections that no expert ran: those above an expert's capacity, or of experts that
-        are not on this machine. Negative: experts ran more rows than were selected, as one that
-        is filled up to its capacity. nan where padding was among them: of which is not known."""
+        are not on this machine; less the rows that experts ran without being selected, as one
+        that takes what others drop, or is filled up to its capacity. Negative: these are more.
+        nan where padding was among them: of which is not known."""
         left_out = self.counts.left_out
         return NAN if left_out[1].any() else int(left_out[0].sum())
 
