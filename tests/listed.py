@@ -1,8 +1,11 @@
-"""A small block whose experts lie in a list, for tests of what its experts ran.
+"""A small block whose experts lie in a list, for tests of what its experts ran, and adapters.
 
 E experts, K of them a token, H hidden size.
 """
 
+import importlib.util
+
+import pytest
 import torch
 from torch import nn
 
@@ -42,3 +45,15 @@ def profiled(model, *calls):
 
 def hidden(tokens, seed=0):
     return torch.randn(1, tokens, H, generator=torch.Generator().manual_seed(seed))
+
+
+def needs(package):
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
+    )
+
+
+def lora(model, **options):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **options)).eval()

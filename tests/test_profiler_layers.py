@@ -1,12 +1,11 @@
 """Every layer in the result, what its experts ran, what they hold: of unusual models."""
 
 import copy
-import importlib.util
 
 import pytest
 import torch
 import zoo
-from listed import Block, E, H, K, hidden, profiled
+from listed import Block, E, H, K, hidden, lora, needs, profiled
 from models import V5, olmoe, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,12 +17,6 @@ from moeprof.profiler.result.profile import Profile
 
 LISTS = pytest.mark.skipif(V5, reason="experts in a ModuleList: transformers 4")
 STACKED = pytest.mark.skipif(not V5, reason="stacked experts: transformers 5")
-
-
-def needs(package):
-    return pytest.mark.skipif(
-        importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
-    )
 
 
 def rows_of(model, *calls):
@@ -323,12 +316,6 @@ def flops_of(model, name, **inputs):
     undo()
     counts = counter.get_flop_counts()
     return sum(sum(c.values()) for module, c in counts.items() if module.endswith(name))
-
-
-def lora(model, **options):
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **options)).eval()
 
 
 @needs("peft")

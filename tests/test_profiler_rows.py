@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from listed import Block, E, H, K, hidden, profiled
+from listed import Block, E, H, K, hidden, lora, needs, profiled
 from models import V5, blocks, olmoe, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -164,6 +164,21 @@ def test_a_block_that_is_called_twice_in_a_step_is_named(patched, tmp_path):
         assert note in said(made) and note in " ".join(made.to_html().split())
     stock = profiled(olmoe(), ids, ids).result()
     assert "Called up to" not in said(stock)
+
+
+@needs("peft")
+@pytest.mark.parametrize("saved", ["mlp", "gate", "q_proj"])
+def test_adapters_that_are_switched_while_the_profiler_counts_are_said(saved):
+    adapted = lora(olmoe(), target_modules=["k_proj"], modules_to_save=[saved])
+    ids, note = {"input_ids": token_ids()}, "Adapters of the model were switched"
+    with torch.no_grad(), moeprof.MoEProfiler(adapted) as profiler:
+        adapted(**ids)
+        assert note not in said(profiler.result())
+        with adapted.disable_adapter():
+            adapted(**ids)
+    assert (note in said(profiler.result())) == (saved != "q_proj")  # of no MoE layer
+    profiler.reset()
+    assert not profiler.result().facts["notes"]
 
 
 # ---- numbers that are none ----

@@ -289,6 +289,12 @@ class MoEProfiler:
         session, notes = self._session, []
         if session.events_dropped:
             notes.append(f"the trace lacks the first {session.events_dropped} calls of layers")
+        if session.switched:
+            notes.append(
+                "Adapters of the model were switched, disabled or merged while the profiler "
+                "counted: FLOPs and bytes are of those that were active at its start, and a layer "
+                "that was replaced by another copy was not counted. Use a profiler for each."
+            )
         if where := self._which(not_finite := session.not_finite):
             notes.append(
                 f"Not finite (NaN or infinite): what the router said in {where}, of up to "

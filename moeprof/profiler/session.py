@@ -26,6 +26,7 @@ from .hooks import EntryWatch, LayerWatch
 from .phases import PHASES
 from .reading import Choice
 from .records import RecordWriter
+from .sizes import active_adapters, wrappers
 from .step import Step
 from .tally import Counts
 from .vocabulary import Vocabulary
@@ -84,6 +85,8 @@ class Session:
             self.sites = sites
             self.clear()
         self.sites = sites
+        self.wrappers = wrappers(self.model, [site.block for site in sites])
+        self.adapters = active_adapters(self.wrappers)
         self.numbers = layer_numbers([site.layer.block for site in sites])  # in records
         self.entries = find_entries(self.model, [site.block for site in sites])
 
@@ -100,6 +103,7 @@ class Session:
         self.routers: list[list[str]] = [[] for _ in self.sites]
         self.last_router: list[Any] = [self] * len(self.sites)  # to name each one once
         self.vocabulary = None
+        self.switched = False  # other adapters than at the start were active in a step
         self.passed_over: set[int] = set()  # layers whose router ran without the block's hooks
         # Of experts in a list: was one of them called? Until then nothing counts as left out.
         self.rows_seen = [False] * len(self.sites)
@@ -172,6 +176,8 @@ class Session:
             if not self.paused:
                 self.steps += 1
                 self.counted_steps += counted
+            if counted and self.wrappers and active_adapters(self.wrappers) != self.adapters:
+                self.switched = True
         self.local.step = step = Step(number, counted, entered, self.run)
         return step
 

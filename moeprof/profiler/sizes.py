@@ -77,6 +77,22 @@ def idle(model: nn.Module) -> set[nn.Module]:
     return {m for part in model.modules() for copy in _copies(part)[1:] for m in copy.modules()}
 
 
+def wrappers(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
+    """Of each block the first module of peft that is in it, or that keeps it as a copy."""
+    adapting = [m for m in model.modules() if _adapts(m) or _copies(m)]
+    found = []
+    for block in blocks if adapting else []:
+        inside = set(block.modules())
+        found += [m for m in adapting if m in inside or block in (
+            part for copy in _copies(m) for part in copy.modules())][:1]  # fmt: skip
+    return found
+
+
+def active_adapters(wrappers: list[nn.Module]) -> list[list[str]]:
+    """Of each wrapper the adapters that run."""
+    return [_active(wrapper) for wrapper in wrappers]
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """What the adapters around this module wrap, or the copy that runs in place of it."""
     while True:
