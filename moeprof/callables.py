@@ -70,19 +70,33 @@ def _no_weights(weights: Tensor, experts: Tensor, logits: Tensor) -> str | None:
         if bool(logits.isfinite().all()):
             return "weights that are NaN or infinite; what is not selected has weight 0"
         return None
-    said = logits.gather(1, experts.clamp(0, logits.shape[1] - 1).long()).double()
-    weights = weights.double()
-    below = bool((weights[used] < 0).any())
+    inside = experts.clamp(0, logits.shape[1] - 1).long()
+    said, given = logits.gather(1, inside).double(), weights.double()
+    below = bool((given[used] < 0).any())
     every = logits.shape[1] > 1 and bool(used.all()) and weights.shape == logits.shape
-    same = bool((weights == said)[used].all())
-    shift = torch.where(used, weights - said, torch.nan)
-    spread = shift.nan_to_num(nan=-torch.inf).amax(1) - shift.nan_to_num(nan=torch.inf).amin(1)
-    several = used.sum(1) > 1
-    exact = 4 * torch.finfo(logits.dtype).eps * (said.abs().amax(1) + weights.abs().amax(1))
-    shifted = bool(several.any()) and bool((spread <= exact)[several].all())
-    if (same and bool((weights[used] > 1).any())) or (below and (same or shifted or every)):
+    same = bool((given == said)[used].all())
+    if same and not below and bool((given[used] > 1).any()):
+        left_out = torch.ones_like(logits, dtype=torch.bool)
+        left_out.scatter_(1, torch.where(used, inside, inside[:, :1]), False)
+        same = bool((logits[left_out] > 0).any())  # else a ReLU of them
+        below = same
+    if below and (same or every or _are_shifted(given, said, used, weights.dtype)):
         return "its logits, not weights: softmax them, and set what is not selected to 0"
     return None
+
+
+def _are_shifted(given: Tensor, said: Tensor, used: Tensor, dtype: torch.dtype) -> bool:
+    """Do weights differ from the logits by one number in each row, within rounding to `dtype`?
+
+    A few numbers may do so by chance: at least 4 differences must agree.
+    """
+    if int((used.sum(1) - 1).clamp(min=0).sum()) < 4:
+        return False
+    shift = given - said
+    highest = torch.where(used, shift, -torch.inf).amax(1)
+    lowest = torch.where(used, shift, torch.inf).amin(1)
+    exact = 4 * torch.finfo(dtype).eps * (said.abs().amax(1) + given.abs().amax(1))
+    return bool((highest - lowest <= exact)[used.any(1)].all())
 
 
 def _by_slot(dense: Any, experts: Any, logits: Tensor) -> tuple[Any, Any]:

@@ -494,6 +494,25 @@ def test_beyond_the_line_there_is_no_distance(run):
     assert outside and all(r["bits_above_static"] is None for r in outside)
 
 
+def test_over_a_gap_of_the_line_there_is_no_distance(run):
+    """The straight line from top-1 to the own top-4 lies above what top-2 and top-3 cost."""
+    size = run[0]["model_config"] | {"num_experts_per_tok": 4}
+    found = compared(run[0] | {"model_config": size, "results": run[0]["results"]})
+    known = [r for r in found["results"][1:] if r["bits_above_static"] is not None]
+    assert all(r["avg_experts_heldout"] <= 1 + 1e-9 for r in known)
+    told = advice(found)[0]  # for 2: static top-2 was not run
+    assert told["best"] is None and told["code"] is None
+    assert "lie outside of what static top-k was run for" in " ".join(told["others"])
+
+
+def test_a_budget_between_whole_ks_is_held_against_what_can_be_run(run):
+    """For 1.5: a row of 1.40 experts below static there beats top-1, and no top-1.5 exists."""
+    (one,) = run[0]["static"]
+    slope = one["bits_above_own"]
+    told = with_distance(run[0], "bh_k4_a020", *(np.array([-0.03, -0.02, -0.01]) * slope), 1.4)
+    assert advice(told)[1]["best"] == "bh_k4_a020"
+
+
 def test_budgets_are_half_and_three_quarters_of_the_models_own():
     assert budgets(8) == [4.0, 6.0] and budgets(2) == [1.0, 1.5] and budgets(1) == []
 

@@ -182,6 +182,22 @@ def test_weights_of_any_size_and_sign_that_are_not_the_logits():
     moeprof.callables.read_routing((torch.full((6, 2), 0.5), tied.topk(2).indices), tied, "layer")
 
 
+def test_a_relu_of_the_logits_is_a_routing():
+    """Other logits that are exactly the weights are taken for a mistake."""
+    z = 5 * torch.randn(40, 8)
+    moeprof.callables.read_routing(z.relu(), z, "layer")
+    with pytest.raises(ValueError, match="its logits, not weights"):
+        moeprof.callables.read_routing(z.topk(1), z, "layer")
+
+
+def test_a_few_signed_weights_may_look_shifted_by_chance():
+    """In bfloat16 two weights often differ from two logits by one number, within rounding."""
+    weights = torch.tensor([[1.2, -0.2]])
+    for seed in range(200):
+        z = (8 * torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))).bfloat16()
+        moeprof.callables.read_routing((weights, z.topk(2).indices), z, "layer")
+
+
 def test_a_broken_models_nans_go_through():
     z = torch.full((6, 8), torch.nan)
     moeprof.callables.read_routing(z.softmax(-1), z, "layer")

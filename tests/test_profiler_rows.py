@@ -202,7 +202,7 @@ def test_a_model_of_nan_is_named_layer_by_layer():
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     text = said(profiled(model, {"input_ids": token_ids()}).result())
-    assert "what the router said in layers 0 to 1, of up to 22 tokens a layer" in text
+    assert "what the router said in layers 0 to 1, of at least 22 tokens in one" in text
 
 
 def test_an_expert_that_is_ruled_out_and_padding_are_no_broken_numbers():
@@ -227,4 +227,4 @@ def test_weights_that_are_not_finite_are_named_where_no_logits_are_known():
     model[0].router = Chooser(H, E)
     model[0].forward = lambda x: model[0].router(x.reshape(-1, H))[0].sum() + x
     text = said(profiled(model, hidden(9)).result())
-    assert "what the router said in layer 0, of up to 9 tokens a layer" in text
+    assert "what the router said in layer 0, of at least 9 tokens in one" in text

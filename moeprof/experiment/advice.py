@@ -1,9 +1,11 @@
 """What to use for a number of experts per token: computed from a run, never assumed."""
 
+import math
+
 import numpy as np
 
 from .beside import budgets
-from .compared import interval, on_line
+from .compared import interval, is_run, on_line
 
 NEAR = 0.1  # of a budget: what lies further off isn't an answer to it
 CODE = "moeprof.patch(model, {router}, null={null})"
@@ -22,38 +24,41 @@ def best_for(budget, rows, run):
     """The row to use for a budget of experts per token; None where it is static top-k.
 
     rows: results with their distance from static top-k. A row wins only if it is better than
-    static beyond doubt at its own experts, and costs less than static at the whole budget: with
-    fewer experts than may be spent a row is no answer if static spends them better.
+    static beyond doubt at its own experts, and costs less than the static top-k that fits into
+    the budget: a row with fewer experts is no answer if static spends the others better.
     """
     better = (row for row in _by_cost(budget, rows, run) if is_below(row))
     return next((row for row in better if _above_static(row, budget, run) < 0), None)
 
 
+def _near(budget, rows):
+    return [row for row in rows if abs(row["avg_experts_heldout"] / budget - 1) <= NEAR]
+
+
 def _by_cost(budget, rows, run):
-    """Those within 10 % of the budget whose distance from static is known, the best first."""
-    near = [
-        row
-        for row in rows
-        if row.get("bits_above_static") is not None
-        and abs(row["avg_experts_heldout"] / budget - 1) <= NEAR
-    ]
+    """Those near the budget whose distance from static is known, the best first."""
+    near = [row for row in _near(budget, rows) if row.get("bits_above_static") is not None]
     return sorted(near, key=lambda row: _above_static(row, budget, run))
 
 
 def _above_static(row, budget, run):
-    """Bits per byte above static top-k at the budget; at the row's own experts if it has more."""
+    """Bits per byte above static at the row's own experts, or at the largest whole k within the
+    budget if that is more; infinity where that k was not run."""
     own = {"k": run["model_config"]["num_experts_per_tok"], "bits_above_own": 0.0}
     line = sorted([*run["static"], own], key=lambda point: point["k"])
     ks, bits = (np.array([point[n] for point in line], float) for n in ("k", "bits_above_own"))
-    at = max(row["avg_experts_heldout"], budget)
+    at = max(row["avg_experts_heldout"], int(budget))
+    if not is_run(at, ks):
+        return math.inf
     return row["bits_above_own"] - float(on_line(ks, bits[None], np.array([[at]]))[0, 0])
 
 
 def _for(run, budget):
-    grid = _by_cost(budget, run["results"][1:], run)
-    best = best_for(budget, [*grid, *_set(run, budget)], run)
+    rows = [row for row in _set(run, budget) if not row.get("error")]
+    grid = _by_cost(budget, run["results"][1:], run) or _near(budget, run["results"][1:])
+    best = best_for(budget, [*grid, *rows], run)
     found = [*grid[:1], *_set(run, budget)]
-    near = _by_cost(budget, found, run)
+    near = _by_cost(budget, [*grid, *rows], run)
     static = _static(run, budget)
     top = f"the model's own top-{run['results'][0]['max_k']}"
     if best:
@@ -67,10 +72,10 @@ def _for(run, budget):
         code = None
     else:
         head = f"static top-{static['k']} is what to use: {_costs(static, top)}; " + (
-            f"nothing tried is better with certainty (the nearest, {_name(near[0])}: "
-            f"{near[0]['avg_experts_heldout']:.2f} experts, {_beside(near[0])})."
+            f"nothing tried is known to cost less (the nearest, {_name(near[0])}: "
+            f"{_costs(near[0], top)}, {_beside(near[0])})."
             if near
-            else "nothing else that was tried takes about so many experts."
+            else "nothing that it could be compared with takes about so many experts."
         )
         code = f'moeprof.patch(model, "topk", k={static["k"]})'
     others = [_other(row, budget, top) for row in found if row is not best]

@@ -11,7 +11,8 @@ def compared(run):
     """The run with fields added to every result, static and budget row of it.
 
     bits_above_own and bits_above_static: bits per byte above the model's own top-k, and above
-    the line through static top-k at the row's own experts per token (None outside of the line);
+    the line through static top-k at the row's own experts per token (None where the whole k on
+    both sides were not run);
     each with _low and _high, a 95 % interval by a bootstrap over held-out documents, each
     compared with itself (None for a single document).
     """
@@ -54,12 +55,12 @@ def _fields(rows, own, line, documents, seed):
     found = bootstrap(statistic, len(documents), seed=seed)
     average = experts.sum(axis=1) / tokens.sum()
     several = len(documents) > 1
-    inside = (len(ks) > 1) & (average >= ks[0] - 1e-9) & (average <= ks[-1] + 1e-9)
+    inside = [is_run(at, ks) for at in average]
     for index in range(len(rows)):
         fields = {}
         for name, at, known in (
             ("bits_above_own", index, True),
-            ("bits_above_static", index + len(rows), bool(inside[index])),
+            ("bits_above_static", index + len(rows), inside[index]),
         ):
             fields[name] = float(found.estimate[at]) if known else None
             fields[f"{name}_low"] = float(found.low[at]) if known and several else None
@@ -69,6 +70,11 @@ def _fields(rows, own, line, documents, seed):
 
 def _bits(rows):
     return np.array([row["nats_by_document"] for row in rows], float) / math.log(2)
+
+
+def is_run(average, ks):
+    """Were the whole k on both sides of `average` run? A line over a gap lies above static."""
+    return {math.floor(average + 1e-9), math.ceil(average - 1e-9)} <= set(ks)
 
 
 def on_line(ks, static, average):

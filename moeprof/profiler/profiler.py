@@ -295,11 +295,11 @@ class MoEProfiler:
                 "counted: FLOPs and bytes are of those that were active at its start, and a layer "
                 "that was replaced by another copy was not counted. Use a profiler for each."
             )
-        if where := self._which(not_finite := session.not_finite):
+        if where := self._which(not_finite := session.not_finite()):
             notes.append(
-                f"Not finite (NaN or infinite): what the router said in {where}, of up to "
-                f"{counted(max(not_finite), 'token')} a layer. Weights or hidden states are "
-                "broken, and which experts these tokens selected means nothing."
+                f"Not finite (NaN or infinite): what the router said in {where}, of at "
+                f"least {counted(max(not_finite), 'token')} in one of them. Weights or hidden "
+                "states are broken, and which experts these tokens selected means nothing."
             )
         if where := self._which([calls > 1 for calls in session.calls]):
             notes.append(

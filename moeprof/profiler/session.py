@@ -108,9 +108,25 @@ class Session:
         # Of experts in a list: was one of them called? Until then nothing counts as left out.
         self.rows_seen = [False] * len(self.sites)
         self.unseen: dict[tuple[str, int], np.ndarray] = {}
-        # For each layer: rows that ran in experts other than the selected ones, tokens whose
-        # logits are not finite, calls in one step.
-        self.elsewhere, self.not_finite, self.calls = ([0] * len(self.sites) for _ in range(3))
+        # For each layer: rows that ran in experts other than the selected ones; calls in one
+        # step; real tokens whose logits came, and those with weights only that are not finite.
+        self.elsewhere, self.calls, self.with_logits, self.broken_weights = (
+            [0] * len(self.sites) for _ in range(4)
+        )
+
+    def not_finite(self) -> list[int]:
+        """By layer: real tokens, at least, that the router gave NaN or infinity.
+
+        `_C.tally` counts no confidence of a token with NaN, or with -inf for every expert; one of
+        +inf shows in the sums only, by which it isn't known how many there are.
+        """
+        found = []
+        for i, given in enumerate(self.with_logits):
+            counts = [of_phase[i] for of_phase in self.counts.values()]
+            missing = given - sum(int(c.confidence.sum()) for c in counts)
+            infinite = any(not math.isfinite(c.sums[2]) for c in counts)
+            found.append(missing + infinite + self.broken_weights[i])
+        return found
 
     # ---- in the model ----
 
@@ -241,7 +257,10 @@ class Session:
         step.previous = index, experts
         step.calls[index] = calls = step.calls.get(index, 0) + 1
         self.calls[index] = max(self.calls[index], calls)
-        self.not_finite[index] += _not_finite(choice, real)
+        if logits is not None:
+            self.with_logits[index] += tokens if real is None else int(np.count_nonzero(real))
+        else:
+            self.broken_weights[index] += _broken(choice.weights, real)
         if self.options.extras:
             times = start, end - start, tokens, unique
             self._add_extras(index, step, choice, experts, times)
@@ -382,13 +401,11 @@ def _floats(tensor: Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.detach().float().numpy()
 
 
-def _not_finite(choice: Choice | Routing, real: np.ndarray | None) -> int:
-    """Real tokens that the router gave NaN or infinity, or -inf for every expert."""
-    values = choice.weights if choice.logits is None else choice.logits
-    if values is None or math.isfinite(values.detach().sum()):
-        return 0  # one of -inf for an expert is a way to rule it out
-    rows = ~values.isfinite() & ~values.isneginf()
-    rows = (rows.any(-1) | values.isneginf().all(-1)).numpy()
+def _broken(weights: Tensor | None, real: np.ndarray | None) -> int:
+    """Real tokens with a weight that is NaN or infinite."""
+    if weights is None or math.isfinite(weights.detach().sum()):
+        return 0
+    rows = (~weights.isfinite()).any(-1).numpy()
     return int((rows if real is None else rows[real]).sum())
 
 
