@@ -19,8 +19,9 @@
 /* An array of this NumPy type and ndim, C-contiguous, aligned, native; borrowed. */
 PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int ndim);
 
-/* Ids, int32 or int64, as int32: an id that is no int32 becomes one that is none. A copy in any case: another thread of the caller may write to its array
- * between the check of the ids and their use. New reference. */
+/* Ids, int32 or int64, as int32: an id that is no int32 becomes one that is none. A copy
+ * in any case: another thread of the caller may write to its array between the check of
+ * the ids and their use. New reference. */
 PyArrayObject *mp_ids(PyObject *object, const char *argument, int ndim);
 
 /* "float32", "bfloat16", "float16". */

@@ -13,9 +13,9 @@ enum { TOKENS_PER_TASK = 32 };
 /* What a worker needs for one token, (E,) each. Not on the stack: with 1,024 experts that
  * would be 66 KB, and a caller's thread may have as little as 96. */
 #define BUFFERS(X)                                                                        \
-    X(float, z) X(float, prob) X(float, shares) X(float, below)                        \
+    X(float, z) X(float, prob) X(float, shares) X(float, below)                           \
     X(int32_t, order) X(int32_t, by_logit)                                                \
-    X(double, p) X(double, weighted) X(double, work) X(double, lfdr)                    \
+    X(double, p) X(double, weighted) X(double, work) X(double, lfdr)                      \
     X(double, z_sorted) X(double, p_sorted) X(double, lfdr_sorted)
 
 typedef struct {

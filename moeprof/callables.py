@@ -73,16 +73,21 @@ def _no_weights(weights: Tensor, experts: Tensor, logits: Tensor) -> str | None:
     inside = experts.clamp(0, logits.shape[1] - 1).long()
     said, given = logits.gather(1, inside).double(), weights.double()
     below = bool((given[used] < 0).any())
-    every = logits.shape[1] > 1 and bool(used.all()) and weights.shape == logits.shape
-    same = bool((given == said)[used].all())
-    if same and not below and bool((given[used] > 1).any()):
-        left_out = torch.ones_like(logits, dtype=torch.bool)
-        left_out.scatter_(1, torch.where(used, inside, inside[:, :1]), False)
-        same = bool((logits[left_out] > 0).any())  # else a ReLU of them
-        below = same
-    if below and (same or every or _are_shifted(given, said, used, weights.dtype)):
+    if bool((given == said)[used].all()):
+        found = below or (bool((given[used] > 1).any()) and not _is_relu(logits, inside, used))
+    else:
+        every = weights.shape == logits.shape and logits.shape[1] > 1 and bool(used.all())
+        found = below and (every or _are_shifted(given, said, used, weights.dtype))
+    if found:
         return "its logits, not weights: softmax them, and set what is not selected to 0"
     return None
+
+
+def _is_relu(logits: Tensor, inside: Tensor, used: Tensor) -> bool:
+    """Is every logit above 0 selected?"""
+    left_out = torch.ones_like(logits, dtype=torch.bool)
+    left_out.scatter_(1, torch.where(used, inside, inside[:, :1]), False)
+    return not bool((logits[left_out] > 0).any())
 
 
 def _are_shifted(given: Tensor, said: Tensor, used: Tensor, dtype: torch.dtype) -> bool:

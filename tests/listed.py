@@ -47,6 +47,29 @@ def hidden(tokens, seed=0):
     return torch.randn(1, tokens, H, generator=torch.Generator().manual_seed(seed))
 
 
+def rows_by_expert(model, *calls):
+    """{name: rows that each expert of this Block ran}; a shared one's at its first slot."""
+    rows, handles = {}, []
+    for name, block in model.named_modules():
+        if isinstance(block, Block):
+            slots = list(block.experts)
+            rows[name] = [0] * len(slots)
+            for slot, expert in enumerate(slots):
+                if expert is None or expert in slots[:slot]:
+                    continue
+
+                def count(module, args, ran=rows[name], slot=slot):
+                    ran[slot] += len(args[0])
+
+                handles.append(expert.register_forward_pre_hook(count))
+    with torch.no_grad():
+        for call in calls:
+            model(call)
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
 def needs(package):
     return pytest.mark.skipif(
         importlib.util.find_spec(package) is None, reason=f"{package} is not installed"

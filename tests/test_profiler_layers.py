@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import zoo
-from listed import Block, E, H, K, hidden, lora, needs, profiled
+from listed import Block, E, H, K, hidden, lora, needs, profiled, rows_by_expert
 from models import V5, olmoe, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,25 +17,6 @@ from moeprof.profiler.result.profile import Profile
 
 LISTS = pytest.mark.skipif(V5, reason="experts in a ModuleList: transformers 4")
 STACKED = pytest.mark.skipif(not V5, reason="stacked experts: transformers 5")
-
-
-def rows_of(model, *calls):
-    """Rows that the experts of each block ran, counted here."""
-    rows, handles = {}, []
-    for name, block in model.named_modules():
-        if isinstance(block, Block):
-            rows[name] = 0
-            for expert in set(block.experts) - {None}:
-                def count(module, args, name=name):
-                    rows[name] += len(args[0])
-
-                handles.append(expert.register_forward_pre_hook(count))
-    with torch.no_grad():
-        for call in calls:
-            model(call)
-    for handle in handles:
-        handle.remove()
-    return rows
 
 
 # ---- every layer is there ----
@@ -139,7 +120,7 @@ def test_what_experts_with_a_capacity_drop_is_not_counted_as_run(lengths):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(H, H), Block(capacity=lambda tokens: tokens * K // E))
     calls = [hidden(n) for n in lengths]
-    rows = rows_of(model, *calls)["1"]
+    rows = sum(rows_by_expert(model, *calls)["1"])
     profile = profiled(model, *calls).result()
     (own,) = profile.each()
     selected = sum(own.expert_selections)
@@ -269,7 +250,7 @@ def test_of_dropped_selections_beside_padding_the_real_ones_are_unknown():
 @pytest.mark.parametrize("here", [range(4), range(4, 8), (0,)])
 def test_experts_of_other_machines_cost_nothing_here(here):
     model = nn.Sequential(Block(here=here))
-    rows = rows_of(model, hidden(40))["0"]
+    rows = sum(rows_by_expert(model, hidden(40))["0"])
     profile = profiled(model, hidden(40)).result()
     (own,) = profile.each()
     assert own.layer.num_experts == E and sum(own.expert_selections) == 40 * K

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from listed import Block, E, H, K, hidden, lora, needs, profiled
+from listed import Block, E, H, K, hidden, lora, needs, profiled, rows_by_expert
 from models import V5, blocks, olmoe, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,22 +13,6 @@ from moeprof.profiler.result.profile import Profile
 
 def said(profile):
     return " ".join(profile.summary().split())
-
-
-def rows_by_expert(model, *calls):
-    """Rows that each expert of the first block gets, counted here."""
-    rows, handles = [0] * E, []
-    for slot, expert in enumerate(model[0].experts):
-        def count(module, args, slot=slot):
-            rows[slot] += len(args[0])
-
-        handles.append(expert.register_forward_pre_hook(count))
-    with torch.no_grad():
-        for call in calls:
-            model(call)
-    for handle in handles:
-        handle.remove()
-    return rows
 
 
 # ---- capacities ----
@@ -78,7 +62,7 @@ def test_what_another_expert_takes_over_is_counted_where_it_ran(lengths, alike):
     make = lambda: nn.Sequential(nn.Linear(H, w := next(widths)), nn.Linear(w, H))  # noqa: E731
     model = nn.Sequential(Rerouting(make, capacity=lambda tokens: 10))
     calls = [hidden(n) for n in lengths]
-    rows = rows_by_expert(model, *calls)
+    rows = rows_by_expert(model, *calls)["0"]
     profile = profiled(model, *calls).result()
     (own,) = profile.each()
     moved = sum(max(n - s, 0) for n, s in zip(rows, own.expert_selections, strict=True))
@@ -107,7 +91,7 @@ def test_experts_that_are_filled_up_count_what_they_ran(lengths, capacity, tmp_p
     torch.manual_seed(0)
     model = nn.Sequential(Filled(capacity=capacity))
     calls = [hidden(n) for n in lengths]
-    rows = rows_by_expert(model, *calls)
+    rows = rows_by_expert(model, *calls)["0"]
     profile = profiled(model, *calls).result()
     (own,) = profile.each()
     selected = own.expert_selections

@@ -111,6 +111,12 @@ def is_below(row):
     return (row["bits_above_static"] if high is None else high) < 0
 
 
+def is_above(row):
+    """Above static beyond doubt; for a single document, above it."""
+    low = row["bits_above_static_low"]
+    return (row["bits_above_static"] if low is None else low) > 0
+
+
 def _name(row):
     if "budget" in row:
         return f"{row['router']} set by budget ({row['parameter']}={row['value']:g})"

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from .advice import advice, is_below
+from .advice import advice, is_above, is_below
 from .compared import compared, interval
 from .merged import merged, same_results
 from .store import results_frame
@@ -307,17 +307,12 @@ def _beside_static(run):
     text = (
         f"Of {len(known)} settings (BH configurations, equal ones once, and those set by budget) "
         f"{sum(map(is_below, known))} predict the text better than static top-k at the same "
-        f"experts per token, {sum(map(_is_above, known))} worse; of the others no difference was "
+        f"experts per token, {sum(map(is_above, known))} worse; of the others no difference was "
         "shown."
     )
     if len(known) < len(settings):
         text += f" {len(settings) - len(known)} lie outside of what static top-k was run for."
     return text
-
-
-def _is_above(row):
-    low = row["bits_above_static_low"]
-    return (row["bits_above_static"] if low is None else low) > 0
 
 
 def _agreement(bh):

@@ -290,7 +290,7 @@ class LayerWatch(_Watch, RoutingWatch):
     def _runs_empty(self) -> bool:
         """Do its experts leave out a slot of E? transformers' grouped ones do on several ranks."""
         alone = getattr(self.site.experts, "_is_expert_parallel", True) is False
-        return not alone or self._implementation() in (None, "eager", "moeprof")
+        return not alone or self._implementation() in (None, "eager")
 
     def _refuse_skips(self, output) -> None:
         if self._may_skip():
