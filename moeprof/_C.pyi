@@ -7,9 +7,7 @@ _Bits = NDArray[float32] | NDArray[uint16]
 # (form, score, p_table): the layer's table (N,), or one for each expert (E,N)
 _Null = tuple[str, str, NDArray[float64] | None]
 # (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table)
-_Spec = tuple[
-    str, tuple[float, ...], int, int, float, str, int, _Null, NDArray[float64] | None
-]
+_Spec = tuple[str, tuple[float, ...], int, int, float, str, int, _Null, NDArray[float64] | None]
 
 # routing
 def route(
@@ -17,9 +15,7 @@ def route(
 ) -> tuple[
     NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32], NDArray[float64] | None
 ]: ...
-def p_values(
-    logits: NDArray[float32], null: _Null, threads: int = 1, /
-) -> NDArray[float64]: ...
+def p_values(logits: NDArray[float32], null: _Null, threads: int = 1, /) -> NDArray[float64]: ...
 
 # experts
 def experts(
@@ -59,6 +55,7 @@ def step_up(p: NDArray[float64], alpha: float, /) -> NDArray[int64]: ...
 
 # counting
 _Places = dict[str, tuple[int, int, int]]
+
 def tally_layout(num_experts: int, pairs: bool, /) -> tuple[_Places, _Places]: ...
 def tally(
     counts: NDArray[int64],

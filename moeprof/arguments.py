@@ -39,7 +39,9 @@ def level(text):
 def add_heldout_text(parser):
     """--text, files of documents in place of the shipped held-out ones."""
     parser.add_argument(
-        "--text", metavar="FILE", nargs="+",
+        "--text",
+        metavar="FILE",
+        nargs="+",
         help="your own held-out text in place of the shipped one; a .jsonl file has a document a "
         'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
     )
@@ -49,7 +51,8 @@ def add_model(parser):
     """--model, --trust-remote-code, --dtype and --threads, which `load` reads."""
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
     parser.add_argument(
-        "--trust-remote-code", action="store_true",
+        "--trust-remote-code",
+        action="store_true",
         help="run the Python code that comes with the model or its tokenizer, where it needs that; "
         "never done otherwise",
     )

@@ -130,8 +130,7 @@ class _Texts:
             raise TypeError("texts: expected a list of strings or an iterator, got one text")
         if not hasattr(texts, "__iter__"):
             raise TypeError(
-                "texts: expected a list of strings or an iterator, got "
-                f"{type(texts).__name__}"
+                f"texts: expected a list of strings or an iterator, got {type(texts).__name__}"
             )
         if isinstance(texts, (list, tuple)):
             for text in texts:  # before the model runs
@@ -235,8 +234,16 @@ def _check_amount(tokens, texts):
 
 
 def fit_null(
-    model, tokenizer, texts, *, kind="trimmed", score="logprob", r_high=None, r_low=None,
-    window=512, progress=True,
+    model,
+    tokenizer,
+    texts,
+    *,
+    kind="trimmed",
+    score="logprob",
+    r_high=None,
+    r_low=None,
+    window=512,
+    progress=True,
 ):
     """Fit a null to the router scores of `model` on `texts`: strings, in any iterable.
 
@@ -275,7 +282,14 @@ def fit_null(
     tokens = _run(model, gates, texts, tokenizer, window, histograms, progress)
     _check_amount(tokens, texts.count)
     return Null(
-        kind=kind, score=score, r_high=r_high, r_low=r_low, counts=histograms.counts,
-        largest=histograms.largest, tokens=tokens, model_name=model_name(model),
-        router_sample=router_sample(gates), text_digest=texts.digest,
+        kind=kind,
+        score=score,
+        r_high=r_high,
+        r_low=r_low,
+        counts=histograms.counts,
+        largest=histograms.largest,
+        tokens=tokens,
+        model_name=model_name(model),
+        router_sample=router_sample(gates),
+        text_digest=texts.digest,
     )

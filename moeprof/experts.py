@@ -140,8 +140,17 @@ def _moe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     pointers, intermediate_size = pointer_table(weights)
     p_array, array = (None if t is None else t.numpy() for t in (p_table, table))
-    spec = (router, tuple(parameters), min_k, max_k, temperature, norm, norm_k,
-            (null, score, p_array), array)  # fmt: skip
+    spec = (
+        router,
+        tuple(parameters),
+        min_k,
+        max_k,
+        temperature,
+        norm,
+        norm_k,
+        (null, score, p_array),
+        array,
+    )
     try:
         out, *routing = _C.moe(
             as_array(hidden),

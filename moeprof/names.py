@@ -52,7 +52,7 @@ def layer_keys(blocks: Sequence[str], gates: Sequence[str]) -> dict[int | str, i
 
 
 def spans(labels: Sequence[int | str]) -> str:
-    """"0 to 3, 7 and 9 to 12" of numbers in the order of the model; other labels one by one."""
+    """ "0 to 3, 7 and 9 to 12" of numbers in the order of the model; other labels one by one."""
     runs: list[list] = []
     for label in labels:
         if runs and isinstance(label, int) and label - 1 == runs[-1][1]:
@@ -63,7 +63,7 @@ def spans(labels: Sequence[int | str]) -> str:
 
 
 def listed(parts: Sequence[str]) -> str:
-    """"a, b and c"."""
+    """ "a, b and c"."""
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last
 

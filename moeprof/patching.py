@@ -108,9 +108,12 @@ class CapWatch:
         if capped:  # rarely; a decode step goes by in some microseconds
             self.capped += capped
             self.warned = warn_if_capped(
-                self.capped, self.tokens, self.num_experts, unit="tokens of all layers so far",
+                self.capped,
+                self.tokens,
+                self.num_experts,
+                unit="tokens of all layers so far",
                 stacklevel=3,
-            )  # fmt: skip
+            )
 
 
 class Handle:
@@ -392,10 +395,7 @@ def _layer_nulls(model, routers: list, null) -> list[LayerNull | None]:
         raise TypeError("null: expected a Null with all layers, got a LayerNull")
     null.check(model)
     adapted = {type(router): router.adapt(null) for router in wanting}
-    return [
-        adapted[type(r)].layer(i) if _on_null(r) else None
-        for i, r in enumerate(routers)
-    ]
+    return [adapted[type(r)].layer(i) if _on_null(r) else None for i, r in enumerate(routers)]
 
 
 def _watch_caps(layers: list[PatchedLayer]) -> None:

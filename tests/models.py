@@ -18,11 +18,21 @@ V5 = int(transformers.__version__.split(".")[0]) >= 5
 def olmoe_config(**changes) -> OlmoeConfig:
     """Two layers of 8 experts, top-2; weights large enough for the experts to matter."""
     settings = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, num_experts=8, num_experts_per_tok=2,
-        norm_topk_prob=False, initializer_range=0.2, max_position_embeddings=128,
-        pad_token_id=1, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        initializer_range=0.2,
+        max_position_embeddings=128,
+        pad_token_id=1,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     return OlmoeConfig(**{**settings, **changes})
 
 
@@ -39,9 +49,12 @@ def moe_block(shape=(8, 2, 32, 16), *, norm=False, seed=0, dtype=torch.float32) 
     """A model that is one block, "mlp", of shape (E, k, H, I); stock experts run eagerly."""
     num_experts, k, hidden, intermediate = shape
     config = olmoe_config(
-        num_experts=num_experts, num_experts_per_tok=k, hidden_size=hidden,
-        intermediate_size=intermediate, norm_topk_prob=norm,
-    )  # fmt: skip
+        num_experts=num_experts,
+        num_experts_per_tok=k,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        norm_topk_prob=norm,
+    )
     config._experts_implementation = "eager"
     torch.manual_seed(seed)
     block = OlmoeSparseMoeBlock(config).eval().requires_grad_(False)
@@ -82,8 +95,9 @@ def expert_matrices(block) -> list[torch.Tensor]:
         gate, up = block.experts.gate_up_proj.detach().double().chunk(2, dim=1)
         return [gate, up, block.experts.down_proj.detach().double()]
     names = ("gate_proj", "up_proj", "down_proj")
-    return [torch.stack([getattr(e, n).weight.detach() for e in block.experts]).double()
-            for n in names]  # fmt: skip
+    return [
+        torch.stack([getattr(e, n).weight.detach() for e in block.experts]).double() for n in names
+    ]
 
 
 def reference_experts(block, x, experts, weights) -> torch.Tensor:

@@ -35,8 +35,14 @@ def null_of(*logits, kind="all", score="logprob", r_high=0, r_low=0, text="a"):
     for layer, values in enumerate(logits):
         counter.add(layer, values)
     return Null(
-        kind=kind, score=score, r_high=r_high, r_low=r_low, counts=counter.counts,
-        largest=counter.largest, tokens=tokens, model_name="toy",
+        kind=kind,
+        score=score,
+        r_high=r_high,
+        r_low=r_low,
+        counts=counter.counts,
+        largest=counter.largest,
+        tokens=tokens,
+        model_name="toy",
         router_sample=np.full((len(logits), 4), 0.5, np.float32),
         text_digest=text_digest([text]),
     )

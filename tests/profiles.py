@@ -82,24 +82,39 @@ def layer(index, num_experts=8, top_k=2, hidden=64, intermediate=32, shared=0, s
     """A SwiGLU layer whose weights take `size` bytes a number."""
     expert = 3 * hidden * intermediate
     return Layer(
-        name=f"model.layers.{index}.mlp.gate", block=f"model.layers.{index}.mlp",
-        num_experts=num_experts, top_k=top_k, hidden_size=hidden,
-        router_flops=2 * hidden * num_experts, expert_flops=2 * expert, shared_flops=2 * shared,
-        router_bytes=size * hidden * num_experts, expert_bytes=size * expert,
+        name=f"model.layers.{index}.mlp.gate",
+        block=f"model.layers.{index}.mlp",
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=hidden,
+        router_flops=2 * hidden * num_experts,
+        expert_flops=2 * expert,
+        shared_flops=2 * shared,
+        router_bytes=size * hidden * num_experts,
+        expert_bytes=size * expert,
         shared_bytes=size * shared,
-    )  # fmt: skip
+    )
 
 
 FACTS = {
-    "model": "moeprof/demo", "model_class": "OlmoeForCausalLM", "config": {"hidden_size": 64},
+    "model": "moeprof/demo",
+    "model_class": "OlmoeForCausalLM",
+    "config": {"hidden_size": 64},
     "machine": {
-        "started": "2026-01-01T00:00:00+00:00", "cpu": "Some CPU @ 2.00GHz",
-        "features": ["avx2", "avx512"], "threads": 2,
+        "started": "2026-01-01T00:00:00+00:00",
+        "cpu": "Some CPU @ 2.00GHz",
+        "features": ["avx2", "avx512"],
+        "threads": 2,
         "versions": {"moeprof": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0"},
     },
-    "router": "the model's own top-k", "steps": 12, "steps_left_out": 0, "warmup_steps": 0,
-    "sampling_rate": 1, "memory_peak_mb": 512.5, "notes": [],
-}  # fmt: skip
+    "router": "the model's own top-k",
+    "steps": 12,
+    "steps_left_out": 0,
+    "warmup_steps": 0,
+    "sampling_rate": 1,
+    "memory_peak_mb": 512.5,
+    "notes": [],
+}
 ROOF = Roofline(read_gbs=20.0, gemm_gflops=900.0, dtype="float32", weight_bytes=10**8, seconds=1.0)
 
 
@@ -139,9 +154,22 @@ def plausible_time(layer, experts):
     return read / (0.6 * ROOF.read_gbs) + done / (0.4 * ROOF.gemm_gflops) + 2e4
 
 
-def make_profile(num_layers=2, num_experts=8, top_k=2, *, prefill=(20, 33), decode=(1,) * 10,
-                 padding=0.0, skip=0.0, pairs=True, facts=None, roofline=ROOF, seed=0,
-                 layers=None, domains=("code", "law")) -> Profile:  # fmt: skip
+def make_profile(
+    num_layers=2,
+    num_experts=8,
+    top_k=2,
+    *,
+    prefill=(20, 33),
+    decode=(1,) * 10,
+    padding=0.0,
+    skip=0.0,
+    pairs=True,
+    facts=None,
+    roofline=ROOF,
+    seed=0,
+    layers=None,
+    domains=("code", "law"),
+) -> Profile:
     """A Profile of random routing: steps of so many tokens in each phase, domains in turn."""
     world = World(num_layers, num_experts, top_k, seed=seed, domains=domains)
     layers = layers or [layer(i, num_experts, top_k) for i in range(num_layers)]

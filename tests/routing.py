@@ -20,7 +20,10 @@ Routed = namedtuple("Routed", "weights experts counts rejections p")
 # further settings of a router than its defaults, each tested as a router of its own
 VARIANTS = {
     "higher_criticism": [
-        {"denominator": "p"}, {"beta": "auto"}, {"beta": 0.3, "c": 0.05}, {"c": -0.1}
+        {"denominator": "p"},
+        {"beta": "auto"},
+        {"beta": 0.3, "c": 0.05},
+        {"c": -0.1},
     ],
     "kneedle": [{"on": "log"}, {"c": 0.02}, {"on": "log", "c": -0.02}],
     "gap_ratio": [{"c": 0.05}, {"c": -1.0}],
@@ -28,7 +31,7 @@ VARIANTS = {
     "ebh": [{"alpha": 0.5, "e": "calibrator"}],
     "entropy": [{"c": 0.1}, {"c": 1.0}],
     "weighted_bh": [{"alpha": 0.3, "v": 1.5}],
-}  # fmt: skip
+}
 CASES = [(name, own) for name in NAMES for own in ({}, *VARIANTS.get(name, ()))]
 
 
@@ -140,8 +143,16 @@ def nulls_of(name, own=()):
         return ("normal",)
     if name == "local_fdr" or (name == "ebh" and "e" not in own):
         return ("logprob", "logit", "centred")
-    return ("normal", "softmax", "logprob", "logit", "centred", "conformal", "each",
-            "conformal each")  # fmt: skip
+    return (
+        "normal",
+        "softmax",
+        "logprob",
+        "logit",
+        "centred",
+        "conformal",
+        "each",
+        "conformal each",
+    )
 
 
 def any_null(name, experts):
@@ -189,12 +200,18 @@ def off_boundaries(router, z, null):
     with np.errstate(invalid="ignore"):
         tokens = router.look(z, null)[1]
         counts = [
-            router.count(replace(tokens, **{
-                name: getattr(tokens, name) * (1 + off)
-                for name in ("z", "p", "lfdr") if getattr(tokens, name) is not None
-            }))
+            router.count(
+                replace(
+                    tokens,
+                    **{
+                        name: getattr(tokens, name) * (1 + off)
+                        for name in ("z", "p", "lfdr")
+                        if getattr(tokens, name) is not None
+                    },
+                )
+            )
             for off in (-1e-9, 1e-9)
-        ]  # fmt: skip
+        ]
     return counts[0] == counts[1]
 
 

@@ -32,9 +32,11 @@ class Rows(ctypes.Structure):
     """mp_rows."""
 
     _fields_ = [
-        ("data", ctypes.c_void_p), ("stride", ctypes.c_ssize_t),
-        ("index", ctypes.c_void_p), ("count", ctypes.c_ssize_t),
-    ]  # fmt: skip
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_ssize_t),
+        ("index", ctypes.c_void_p),
+        ("count", ctypes.c_ssize_t),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +129,18 @@ def test_zeros_do_not_pass():
         util.assert_close(np.zeros_like(ref), ref, tol)
 
 
-@pytest.mark.parametrize(("m", "n", "products"), [
-    (32, 32, 4), (32, 64, 8), (16, 16, 1), (7, 64, 4), (33, 32, 6), (32, 33, 6), (64, 8, 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("m", "n", "products"),
+    [
+        (32, 32, 4),
+        (32, 64, 8),
+        (16, 16, 1),
+        (7, 64, 4),
+        (33, 32, 6),
+        (32, 33, 6),
+        (64, 8, 4),
+    ],
+)
 def test_no_tile_is_multiplied_in_vain(amx, m, n, products):
     """As many instructions as 16 x 16 x 32 blocks cover the shape."""
     for k, steps in ((32, 1), (2, 1), (96, 3), (97, 4)):
@@ -218,14 +229,17 @@ def config_of(tiles, palette=1, reserved=0):
     return config
 
 
-@pytest.mark.parametrize(("config", "what"), [
-    (config_of([(16, 64)] * 8, palette=2), b"palette"),
-    (config_of([(16, 64)] * 8, reserved=1), b"reserved"),
-    (config_of([(16, 64)] * 9), b"reserved"),
-    (config_of([(17, 64)]), b"too large"),
-    (config_of([(16, 68)]), b"too large"),
-    (config_of([(0, 64)]), b"are 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (config_of([(16, 64)] * 8, palette=2), b"palette"),
+        (config_of([(16, 64)] * 8, reserved=1), b"reserved"),
+        (config_of([(16, 64)] * 9), b"reserved"),
+        (config_of([(17, 64)]), b"too large"),
+        (config_of([(16, 68)]), b"too large"),
+        (config_of([(0, 64)]), b"are 0"),
+    ],
+)
 def test_the_emulation_refuses_a_bad_configuration(amx, config, what):
     amx.amx_config(config.ctypes)
     assert what in amx.amx_fault()
@@ -238,8 +252,14 @@ def test_the_emulation_refuses_tiles_that_do_not_fit(amx):
         use()
         assert b"not configured" in amx.amx_fault()
     amx.amx_config(config_of([(5, 64), (5, 64), (16, 64), (16, 64), (5, 32)]).ctypes)
-    faults = {(0, 1, 2): None, (0, 1, 1): b"twice", (3, 1, 2): b"fit", (0, 4, 2): b"fit",
-              (0, 1, 4): b"fit", (0, 1, 7): b"not configured"}  # fmt: skip
+    faults = {
+        (0, 1, 2): None,
+        (0, 1, 1): b"twice",
+        (3, 1, 2): b"fit",
+        (0, 4, 2): b"fit",
+        (0, 1, 4): b"fit",
+        (0, 1, 7): b"not configured",
+    }
     for tiles, what in faults.items():
         amx.amx_dpbf16(*tiles)
         fault = amx.amx_fault()

@@ -120,8 +120,17 @@ def test_kernels(capsys, tmp_path, monkeypatch):
     assert (in_use(), torch.get_num_threads()) == before
     assert result["machine"]["threads"] == 1
     timed = {(row["kernel"], row["variant"]) for row in result["rows"]}
-    wanted = ("linear_bf16", "gemm_bf16", "swiglu_bf16", "softmax", "logprob", "p_table",
-              "p_normal", "order", "step_up")  # fmt: skip
+    wanted = (
+        "linear_bf16",
+        "gemm_bf16",
+        "swiglu_bf16",
+        "softmax",
+        "logprob",
+        "p_table",
+        "p_normal",
+        "order",
+        "step_up",
+    )
     assert timed == {(k, v) for k, v, has, _ in _C.variants() if has and k in wanted}
     for row in result["rows"]:
         limited = row["kernel"].startswith(("linear", "gemm"))
@@ -247,8 +256,10 @@ def times_of(**medians):
 
 
 def test_the_plot_has_the_limits_and_units():
-    limits = [{"read_ms": 1.0, "gemm_ms": 0.1, "roof_ms": 1.0},
-              {"read_ms": 2.0, "gemm_ms": 4.0, "roof_ms": 4.0}]  # fmt: skip
+    limits = [
+        {"read_ms": 1.0, "gemm_ms": 0.1, "roof_ms": 1.0},
+        {"read_ms": 2.0, "gemm_ms": 4.0, "roof_ms": 4.0},
+    ]
     result = {
         "settings": {"shape": SHAPES["olmoe"]._asdict(), "dtype": "float32"},
         "machine": {"cpu": "A CPU", "features": ["avx2"], "threads": 2},
@@ -263,8 +274,13 @@ def test_the_plot_has_the_limits_and_units():
     assert axis.get_ylabel() == "time of the call (ms)"
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert labels == ["roof", "limit: reading the weights", "limit: dense GEMM rate", "eager",
-                      "moeprof"]  # fmt: skip
+    assert labels == [
+        "roof",
+        "limit: reading the weights",
+        "limit: dense GEMM rate",
+        "eager",
+        "moeprof",
+    ]
     drawn = {line.get_label(): line.get_ydata().tolist() for line in axis.get_lines()}
     assert drawn["roof"] == [1.0, 4.0] and drawn["limit: reading the weights"] == [1.0, 2.0]
     assert "top-8" in axis.get_title("left")
@@ -277,9 +293,10 @@ def test_no_two_contenders_look_alike(number):
     result = {
         "settings": {"shape": SHAPES["olmoe"]._asdict(), "dtype": "float32"},
         "machine": {"cpu": "A $CPU$ \a", "features": [], "threads": 2},
-        "contenders": names, "layers": 4,
+        "contenders": names,
+        "layers": 4,
         "rows": [{"tokens": t, "times": times_of(**dict.fromkeys(names, 1.0))} for t in (1, 2)],
-    }  # fmt: skip
+    }
     for module in (layer, model):
         (axis,) = module.figure(result).axes
         axis.figure.canvas.draw()

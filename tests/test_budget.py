@@ -78,8 +78,11 @@ def test_a_smooth_average_takes_few_evaluations(centre, width, part, guess):
     assert root.evaluations <= 30
 
 
-@given(st.lists(st.tuples(st.integers(-50, 50), st.floats(0, 3)), min_size=1, max_size=6),
-       st.floats(0.5, 20), st.floats(-5, 5))  # fmt: skip
+@given(
+    st.lists(st.tuples(st.integers(-50, 50), st.floats(0, 3)), min_size=1, max_size=6),
+    st.floats(0.5, 20),
+    st.floats(-5, 5),
+)
 def test_of_a_staircase_the_nearest_step_is_found(steps, target, guess):
     def average(position):
         return 1 + sum(height for at, height in steps if position >= at / 10)
@@ -134,9 +137,14 @@ def stand_in(main, bounds, increasing, counts):
         return found, found
 
     body = {
-        "__annotations__": {main: float}, main: None, "name": "stand-in", "main": main,
-        "main_range": bounds, "increasing": increasing, "count_tokens": count_tokens,
-    }  # fmt: skip
+        "__annotations__": {main: float},
+        main: None,
+        "name": "stand-in",
+        "main": main,
+        "main_range": bounds,
+        "increasing": increasing,
+        "count_tokens": count_tokens,
+    }
     cls = dataclass(frozen=True)(type("StandIn", (Router,), body))
     del REGISTRY["stand-in"]
     return cls()
@@ -166,10 +174,13 @@ def gap(self, logits):
 
 @pytest.mark.parametrize(
     "router",
-    [stand_in("t", (0.0, 1.0), False, min_p), stand_in("c", (0.0, math.inf), True, entropy),
-     stand_in("c", (-math.inf, math.inf), True, gap)],
+    [
+        stand_in("t", (0.0, 1.0), False, min_p),
+        stand_in("c", (0.0, math.inf), True, entropy),
+        stand_in("c", (-math.inf, math.inf), True, gap),
+    ],
     ids=["falling", "half open", "unbounded"],
-)  # fmt: skip
+)
 def test_ranges_and_directions(router):
     logits = np.stack([random_logits(5000, 32, seed=seed) for seed in range(2)])
     stored = setting.Stored(router, logits, None)
@@ -216,9 +227,14 @@ def test_a_neighbouring_budget_starts_from_the_last(loaded, null, text):
     first = budget.set_budget(BH(max_k=8), loaded[0], text, target=4, null=null)
     windows = []
     found = budget.set_budget(
-        BH(max_k=8), loaded[0], text, target=5, null=null, start=first,
+        BH(max_k=8),
+        loaded[0],
+        text,
+        target=5,
+        null=null,
+        start=first,
         step=lambda: windows.append(1),
-    )  # fmt: skip
+    )
     assert found.average_k == pytest.approx(5, rel=0.01)
     assert len(found.passes) <= 2 and len(windows) == len(found.passes) * len(text.windows)
 
@@ -257,9 +273,17 @@ def test_passes_that_never_agree_end_with_a_warning(loaded, null, text):
 
 @pytest.mark.parametrize(
     "target, error",
-    [(0, ValueError), (-1, ValueError), (math.nan, ValueError), (math.inf, ValueError),
-     ("6", TypeError), (None, TypeError), (True, TypeError), ([4, 4], ValueError)],
-)  # fmt: skip
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (math.nan, ValueError),
+        (math.inf, ValueError),
+        ("6", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        ([4, 4], ValueError),
+    ],
+)
 def test_targets_that_are_none(loaded, null, text, target, error):
     with pytest.raises(error, match="average_k"):
         budget.set_budget(BH(), loaded[0], text, target=target, null=null)
@@ -275,9 +299,13 @@ def test_the_model_is_as_it_was_after_an_exception(loaded, null, text):
         left = itertools.count(-start)
         with pytest.raises(KeyboardInterrupt):
             budget.set_budget(
-                BH(), loaded[0], text, target=4, null=null,
+                BH(),
+                loaded[0],
+                text,
+                target=4,
+                null=null,
                 step=lambda left=left: stop() if next(left) >= 0 else None,
-            )  # fmt: skip
+            )
         models.assert_unchanged(loaded[0], before)
 
 
@@ -298,11 +326,18 @@ def test_sensitivity_is_nothing_at_the_models_own_k(loaded, text):
 def test_allocation_is_as_by_brute_force(data):
     layers = data.draw(st.integers(1, 4))
     ks = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=5, unique=True))
-    cost = np.array([[data.draw(st.one_of(st.floats(0, 1), st.just(math.inf))) for _ in ks]
-                     for _ in range(layers)])  # fmt: skip
+    cost = np.array(
+        [
+            [data.draw(st.one_of(st.floats(0, 1), st.just(math.inf))) for _ in ks]
+            for _ in range(layers)
+        ]
+    )
     total = data.draw(st.integers(0, 20))
-    every = [c for c in itertools.product(range(len(ks)), repeat=layers)
-             if sum(ks[i] for i in c) == total]  # fmt: skip
+    every = [
+        c
+        for c in itertools.product(range(len(ks)), repeat=layers)
+        if sum(ks[i] for i in c) == total
+    ]
     best = min((sum(cost[layer, i] for layer, i in enumerate(c)) for c in every), default=math.inf)
     if not math.isfinite(best):
         with pytest.raises(ValueError, match=f"sums to {total}"):
@@ -313,8 +348,9 @@ def test_allocation_is_as_by_brute_force(data):
     assert sum(cost[i, ks.index(k)] for i, k in enumerate(found)) == pytest.approx(best)
 
 
-@given(st.floats(0, 1), st.lists(st.tuples(st.floats(1, 3), st.floats(0, 5)), min_size=1,
-                                 max_size=5))  # fmt: skip
+@given(
+    st.floats(0, 1), st.lists(st.tuples(st.floats(1, 3), st.floats(0, 5)), min_size=1, max_size=5)
+)
 def test_a_split_keeps_the_budget_and_the_reach(part, ends):
     reach = np.array([[low, low + width] for low, width in ends])
     cost = np.exp(-np.arange(8) / np.arange(1, len(reach) + 1)[:, None])
@@ -430,8 +466,9 @@ def test_arguments_are_checked_before_any_text_is_run(loaded, null):
             raise AssertionError("the text was run")
 
     def call(router=None, texts=("one text", "another"), average_k=4.0, **options):
-        (router or BH()).with_budget(loaded[0], Untouchable(), texts, average_k,
-                                     **{"null": null, **options})  # fmt: skip
+        (router or BH()).with_budget(
+            loaded[0], Untouchable(), texts, average_k, **{"null": null, **options}
+        )
 
     for average_k in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="average_k"):

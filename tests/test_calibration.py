@@ -39,12 +39,24 @@ def olmoe(seed=0, layers=2, **config):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
-    model = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**{
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_experts": 8,
-        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "num_experts_per_tok": 2, "initializer_range": 0.3, "pad_token_id": 0,
-        "eos_token_id": 1, **config,
-    }))
+    model = transformers.OlmoeForCausalLM(
+        transformers.OlmoeConfig(
+            **{
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "intermediate_size": 16,
+                "num_experts": 8,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "num_experts_per_tok": 2,
+                "initializer_range": 0.3,
+                "pad_token_id": 0,
+                "eos_token_id": 1,
+                **config,
+            }
+        )
+    )
     return model.eval()
 
 
@@ -63,9 +75,11 @@ def gate_logits(model, ids):
 
     inputs, handles = {}, []
     for i, layer in enumerate(model.model.layers):
-        handles.append(layer.mlp.gate.register_forward_pre_hook(
-            lambda module, args, i=i: inputs.__setitem__(i, args[0].reshape(-1, 32))
-        ))
+        handles.append(
+            layer.mlp.gate.register_forward_pre_hook(
+                lambda module, args, i=i: inputs.__setitem__(i, args[0].reshape(-1, 32))
+            )
+        )
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]))
     for handle in handles:
@@ -136,8 +150,10 @@ def test_a_fit_survives_a_file(model, tmp_path):
 
 def snapshot(model):
     hooks = [
-        (name, key, dict(value)) for name, module in model.named_modules()
-        for key, value in vars(module).items() if "hooks" in key and isinstance(value, dict)
+        (name, key, dict(value))
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if "hooks" in key and isinstance(value, dict)
     ]
     return hooks, [(name, module.training) for name, module in model.named_modules()]
 
@@ -174,18 +190,21 @@ def test_logits_that_are_not_finite_name_the_layer(model):
             fit(own)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"kind": "best"}, "kind: expected one of efron, trimmed, all, conformal, got 'best'"),
-    ({"score": "z"}, "score: expected one of logprob, logit, centred, got 'z'"),
-    ({"kind": "trimmed", "r_high": 4, "r_low": 4}, "sum below the 8 experts, got 4 and 4"),
-    ({"kind": "trimmed", "r_high": -1}, "got -1 and 1"),
-    ({"kind": "efron", "r_low": 1}, "belong to kind='trimmed'"),
-    ({"kind": "all", "r_high": 1}, "belong to kind='trimmed'"),
-    ({"window": 1}, "window: expected at least 2"),
-    ({"texts": []}, r"at least 20 tokens \(better 2,000\), got 0 from 0 text"),
-    ({"texts": ["a", ""]}, r"at least 20 tokens \(better 2,000\), got 0 from 2 text"),
-    ({"texts": ["a" * 20]}, r"at least 20 tokens \(better 2,000\), got 19 from 1 text"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kind": "best"}, "kind: expected one of efron, trimmed, all, conformal, got 'best'"),
+        ({"score": "z"}, "score: expected one of logprob, logit, centred, got 'z'"),
+        ({"kind": "trimmed", "r_high": 4, "r_low": 4}, "sum below the 8 experts, got 4 and 4"),
+        ({"kind": "trimmed", "r_high": -1}, "got -1 and 1"),
+        ({"kind": "efron", "r_low": 1}, "belong to kind='trimmed'"),
+        ({"kind": "all", "r_high": 1}, "belong to kind='trimmed'"),
+        ({"window": 1}, "window: expected at least 2"),
+        ({"texts": []}, r"at least 20 tokens \(better 2,000\), got 0 from 0 text"),
+        ({"texts": ["a", ""]}, r"at least 20 tokens \(better 2,000\), got 0 from 2 text"),
+        ({"texts": ["a" * 20]}, r"at least 20 tokens \(better 2,000\), got 19 from 1 text"),
+    ],
+)
 def test_bad_options(model, options, message):
     with pytest.raises(ValueError, match=message):
         fit(model, **options)
@@ -289,8 +308,10 @@ def test_check_refuses_another_model(model):
 def test_the_recorded_name_tells_no_path(model, tmp_path):
     own = copy.deepcopy(model)
     names = {
-        str(tmp_path): tmp_path.name, "/home/me/olmoe-tuned": "olmoe-tuned",
-        "allenai/OLMoE-1B-7B-0924": "allenai/OLMoE-1B-7B-0924", "": "OlmoeForCausalLM",
+        str(tmp_path): tmp_path.name,
+        "/home/me/olmoe-tuned": "olmoe-tuned",
+        "allenai/OLMoE-1B-7B-0924": "allenai/OLMoE-1B-7B-0924",
+        "": "OlmoeForCausalLM",
     }
     for path, name in names.items():
         own.config._name_or_path = path
@@ -416,11 +437,17 @@ def test_line_ends_and_a_byte_order_mark_are_read_over(tmp_path):
     assert list(TextFiles([path])) == ["one\ntwo\nthree"]
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "is empty"), (b" \n\n " * PIECE, "is empty"), (b"ok \xff", "UTF-8 text \\(byte 3\\)"),
-    (b"a" * 70_000 + b"\xc3", "byte 70000"), (b"a" * 65_535 + b"\xe2\x82(", "byte 65535"),
-    (None, "can't be read: No such file"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b" \n\n " * PIECE, "is empty"),
+        (b"ok \xff", "UTF-8 text \\(byte 3\\)"),
+        (b"a" * 70_000 + b"\xc3", "byte 70000"),
+        (b"a" * 65_535 + b"\xe2\x82(", "byte 65535"),
+        (None, "can't be read: No such file"),
+    ],
+)
 def test_what_is_no_text_is_told_at_once(tmp_path, content, message):
     path = tmp_path / "a.txt"
     if content is not None:

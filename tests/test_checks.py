@@ -143,8 +143,10 @@ def folder(tokenizer, tmp_path_factory):
 )
 def test_the_command_line(folder, command, tmp_path, monkeypatch, capsys, tokenizer):
     monkeypatch.chdir(tmp_path)
-    words = [str(folder / word) if "." in word and "out" not in word else word
-             for word in command.split()]  # fmt: skip
+    words = [
+        str(folder / word) if "." in word and "out" not in word else word
+        for word in command.split()
+    ]
     assert main([*words, "--model", str(folder / "m")]) == 2
     said = capsys.readouterr()
     assert re.fullmatch(r"moeprof: error: [^\n]+\n", said.err)
@@ -171,5 +173,6 @@ def test_in_python(model, tokenizer, name):
     with pytest.raises(ValueError, match=f"id {rows + 6}, .* {rows + 7} rows, .* has {rows}: "):
         found = without_tokenizer(model)[name](larger(tokenizer))
         found.run_config("a", TEXTS)  # of a SimpleBenchmark
-    assert not model.training and all(torch.equal(before[n], t) for n, t in
-                                      model.state_dict().items())  # fmt: skip
+    assert not model.training and all(
+        torch.equal(before[n], t) for n, t in model.state_dict().items()
+    )

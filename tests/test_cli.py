@@ -95,8 +95,19 @@ def test_sweep_of_the_demo_model(tmp_path, prompts):
 
 def test_ctrl_c(tmp_path, tiny, prompts):
     """Exit code 130, what is finished is on disk, no traceback."""
-    process = python_m("sweep", "--model", tiny, "--prompts", prompts, "--out", tmp_path / "r",
-                       "--null", "normal", "--heldout-tokens", 30000)
+    process = python_m(
+        "sweep",
+        "--model",
+        tiny,
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "r",
+        "--null",
+        "normal",
+        "--heldout-tokens",
+        30000,
+    )
     for line in process.stdout:
         if line.startswith("[3/9]"):
             break
@@ -167,13 +178,21 @@ def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
         assert merged.describe() == whole.describe()
     assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
     capsys.readouterr()
-    line = fails(capsys, "calibrate", "--merge", nulls[0], nulls[1], nulls[0],
-                 "--out", tmp_path / "m.npz")
+    line = fails(
+        capsys, "calibrate", "--merge", nulls[0], nulls[1], nulls[0], "--out", tmp_path / "m.npz"
+    )
     assert "fitted to the same text" in line and not (tmp_path / "m.npz").exists()
     options = ["--score", "logit", "--out", tmp_path / "logit.npz"]
     calibrate("--model", tiny, "--text", texts[0], *options)
-    line = fails(capsys, "calibrate", "--merge", nulls[1], tmp_path / "logit.npz",
-                 "--out", tmp_path / "m.npz")
+    line = fails(
+        capsys,
+        "calibrate",
+        "--merge",
+        nulls[1],
+        tmp_path / "logit.npz",
+        "--out",
+        tmp_path / "m.npz",
+    )
     assert "logit.npz: merge: score differs: 'logprob', 'logit'" in line
 
 
@@ -199,10 +218,22 @@ def test_a_warning_is_a_line_without_a_path(tmp_path, tiny):
     text = tmp_path / "short.txt"
     text.write_text("In the beginning God created the heaven and the earth. " * 8)
     ran = subprocess.run(
-        [sys.executable, "-m", "moeprof", "calibrate", "--model", tiny, "--text", text,
-         "--out", tmp_path / "null.npz"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "moeprof",
+            "calibrate",
+            "--model",
+            tiny,
+            "--text",
+            text,
+            "--out",
+            tmp_path / "null.npz",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     (line,) = [line for line in ran.stderr.splitlines() if "fitted to" in line]
     assert line.startswith("moeprof: warning: the null was fitted to ") and ".py" not in ran.stderr
 
@@ -344,13 +375,26 @@ def test_a_hub_id_without_a_network_is_tried_once(capsys, tmp_path, monkeypatch)
 @pytest.mark.parametrize("null", [(), ("--null", "normal")])
 def test_a_model_without_a_moe_block(capsys, tmp_path, tiny, prompts, null):
     config = transformers.LlamaConfig(
-        vocab_size=4096, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=1, pad_token_id=1,
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        pad_token_id=1,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "llama")
-    line = fails(capsys, "sweep", "--model", tmp_path / "llama", "--out", tmp_path / "out",
-                 "--prompts", prompts, *null)
+    line = fails(
+        capsys,
+        "sweep",
+        "--model",
+        tmp_path / "llama",
+        "--out",
+        tmp_path / "out",
+        "--prompts",
+        prompts,
+        *null,
+    )
     assert line.startswith("No routers found")
     assert files(tmp_path / "out") == []
 
@@ -403,9 +447,17 @@ def test_a_null_of_another_model(capsys, tmp_path, tiny, prompts):
 
 @pytest.mark.parametrize(
     "command",
-    ["sweep", "profile", "compare", "diagnose", "calibrate", "bench layer", "bench router",
-     "bench model"],
-)  # fmt: skip
+    [
+        "sweep",
+        "profile",
+        "compare",
+        "diagnose",
+        "calibrate",
+        "bench layer",
+        "bench router",
+        "bench model",
+    ],
+)
 def test_more_threads_than_any_machine_has(capsys, command):
     line = fails(capsys, *command.split(), "--threads", "1000000")
     assert "--threads: expected a number from 1 to 1024, got 1000000" in line

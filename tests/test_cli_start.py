@@ -25,9 +25,13 @@ def python(code, *arguments, folder=None, path=None):
     found = [str(path)] if path else []
     found += [p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p]
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True,
-        timeout=120, cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(found)},
-    )  # fmt: skip
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(found)},
+    )
 
 
 MAIN = "import sys; from moeprof.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -91,10 +95,13 @@ def test_cpu_says_what_is_known_without_torch(capsys):
     [
         *(("sweep", name) for name in extra.ALL),
         *((command, "torch") for command in COMMANDS if command != "sweep"),
-        ("profile", "matplotlib"), ("compare", "rich"), ("diagnose", "pandas"),
-        ("calibrate", "tqdm"), ("bench", "matplotlib"),
+        ("profile", "matplotlib"),
+        ("compare", "rich"),
+        ("diagnose", "pandas"),
+        ("calibrate", "tqdm"),
+        ("bench", "matplotlib"),
     ],
-)  # fmt: skip
+)
 def test_without_the_extra(command, missing, folder):
     """One line that says what to install, before anything runs or is written."""
     program = f"import sys; sys.modules[{missing!r}] = None; {MAIN}"
@@ -122,8 +129,9 @@ def test_a_package_that_is_found_but_whose_own_parts_are_missing(folder, tmp_pat
 def test_ctrl_c_while_packages_are_imported(name, folder, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("raise KeyboardInterrupt")
-    ended = python(MAIN, "profile", "--text", "text.txt", "--out", "out",
-                   folder=folder, path=tmp_path)  # fmt: skip
+    ended = python(
+        MAIN, "profile", "--text", "text.txt", "--out", "out", folder=folder, path=tmp_path
+    )
     assert (ended.returncode, ended.stderr) == (130, "moeprof: interrupted\n")
     assert [path.name for path in folder.iterdir()] == ["text.txt"]
 
@@ -153,9 +161,12 @@ def test_a_disk_that_is_full():
         pytest.skip("there is no /dev/full")
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
-            [sys.executable, "-m", "moeprof", "cpu"], stdout=full, stderr=subprocess.PIPE,
-            text=True, timeout=60,
-        )  # fmt: skip
+            [sys.executable, "-m", "moeprof", "cpu"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
     assert ended.returncode == 2
     assert ended.stderr == "moeprof: error: [Errno 28] No space left on device\n"
 

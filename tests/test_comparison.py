@@ -71,8 +71,10 @@ def test_a_users_documents_are_split_within_domains():
     documents = [demo.Document("ab"[i % 2], str(i), f"text {i}") for i in range(16)]
     parts = split_documents(documents)
     assert {part: len(found) for part, found in parts.items()} == {
-        "null": 4, "budget": 4, "test": 8,
-    }  # fmt: skip
+        "null": 4,
+        "budget": 4,
+        "test": 8,
+    }
     assert all(Counter(d.domain for d in found)["a"] * 2 == len(found) for found in parts.values())
     assert sorted(d.name for found in parts.values() for d in found) == sorted(map(str, range(16)))
 
@@ -82,9 +84,10 @@ def test_a_copy_of_a_document_is_in_no_other_part():
     parts = split_documents([demo.Document("a", str(i), t) for i, t in enumerate(texts)])
     found = {part: [(d.name, d.text) for d in documents] for part, documents in parts.items()}
     assert found == {
-        "null": [("0", "one"), ("7", "five")], "budget": [("1", "two")],
+        "null": [("0", "one"), ("7", "five")],
+        "budget": [("1", "two")],
         "test": [("3", "three"), ("5", "four")],
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError, match="has 1 different document"):
         split_documents([demo.Document("a", str(i), "same") for i in range(8)])
 
@@ -105,9 +108,12 @@ def test_the_test_text_only_tests(monkeypatch):
     model = olmoe(num_experts=12, num_experts_per_tok=4)
     budget, test = text(), text(((0, 11), (1, 10), (2, 13)))
     for owner, name, place in (
-        (runner, "collect", 1), (runner, "find", 2), (runner, "sensitivity", 1),
-        (Oracle, "set_budget", 1), (runner, "Reference", 1),
-    ):  # fmt: skip
+        (runner, "collect", 1),
+        (runner, "find", 2),
+        (runner, "sensitivity", 1),
+        (Oracle, "set_budget", 1),
+        (runner, "Reference", 1),
+    ):
         spied(owner, name, place)
     nulls = runner.Nulls(model, None, [], "normal")
     plans = plan_tables(4, 12, ["reduction"], [2])
@@ -213,10 +219,18 @@ def test_the_oracle_keeps_the_slots_with_large_outputs_and_meets_its_budget():
         weights, experts = p.topk(4)
         if model.config.norm_topk_prob:
             weights /= weights.sum(1, keepdim=True)
-        out = torch.stack([
-            torch.stack([run_expert(block, e, row) for e, row in zip(column, x, strict=True)])
-            for column in experts.T.tolist()
-        ], dim=1) * weights[:, :, None]  # fmt: skip
+        out = (
+            torch.stack(
+                [
+                    torch.stack(
+                        [run_expert(block, e, row) for e, row in zip(column, x, strict=True)]
+                    )
+                    for column in experts.T.tolist()
+                ],
+                dim=1,
+            )
+            * weights[:, :, None]
+        )
     sizes = out.norm(dim=2)
     clear = (sizes - thresholds[0]).abs().min(1).values > 1e-5  # rounding does not decide
     kept = (found[:, None, :] == experts[:, :, None]).any(2)
@@ -253,20 +267,45 @@ def test_interpolation_goes_through_the_knots():
     assert interpolate(np.array([[3.0]]), np.array([[1.0, 2.0]])).tolist() == [[3.0, 3.0]]
 
 
-def made_cell(role="router", contender="bh", allocation="equal", budget=4, *, shift=0.0, seed=0,
-              table="reduction", noise=0.01):  # fmt: skip
+def made_cell(
+    role="router",
+    contender="bh",
+    allocation="equal",
+    budget=4,
+    *,
+    shift=0.0,
+    seed=0,
+    table="reduction",
+    noise=0.01,
+):
     """A cell of 40 documents with 100 predicted tokens: KL is static's plus `shift`."""
     rng = np.random.default_rng(seed)
     kl = 100 * (static_kl(budget) + shift + noise * rng.standard_normal(40))
-    sums = {"kl": kl, "nats": 300 + kl, "agree": np.full(40, 80.0),
-            "experts": np.full(40, 101.0 * budget)}  # fmt: skip
+    sums = {
+        "kl": kl,
+        "nats": 300 + kl,
+        "agree": np.full(40, 80.0),
+        "experts": np.full(40, 101.0 * budget),
+    }
     return {
-        "table": table, "role": role, "contender": contender, "allocation": allocation,
-        "budget": budget, "targets": [budget] * 2, "status": "measured", "average_k": budget,
-        "by_layer": [budget, budget], "at_floor": 0.1, "at_ceiling": 0.1, "kl": kl.mean() / 100,
-        "nats": 3.0, "perplexity": 20.0, "agreement": 0.8, "tokens_per_s": 100.0,
+        "table": table,
+        "role": role,
+        "contender": contender,
+        "allocation": allocation,
+        "budget": budget,
+        "targets": [budget] * 2,
+        "status": "measured",
+        "average_k": budget,
+        "by_layer": [budget, budget],
+        "at_floor": 0.1,
+        "at_ceiling": 0.1,
+        "kl": kl.mean() / 100,
+        "nats": 3.0,
+        "perplexity": 20.0,
+        "agreement": 0.8,
+        "tokens_per_s": 100.0,
         "by_document": {name: list(map(float, values)) for name, values in sums.items()},
-    }  # fmt: skip
+    }
 
 
 def static_kl(k):
@@ -281,18 +320,37 @@ def made_run(*cells, plan_budgets=(4, 6)):
     Table(list(cells), static, [100] * 40, [101] * 40, ["a", "b"] * 20).analyse()
     names = dict.fromkeys(c["contender"] for c in cells if c["role"] == "router")
     return {
-        "static": static, "cells": list(cells), "planned_cells": len(cells) + 8,
+        "static": static,
+        "cells": list(cells),
+        "planned_cells": len(cells) + 8,
         "contenders": [{"name": name} for name in names],
-        "tables": [{"name": "reduction", "max_k": 8, "budgets": list(plan_budgets),
-                    "allocations": ["equal", "free", "shared"]}],
-        "model_config": {"num_experts_per_tok": 8, "num_hidden_layers": 2, "num_experts": 64,
-                         "norm_topk_prob": False},
-        "splits": {"null": [{}], "budget": [{"domain": "a", "tokens": 9}],
-                   "test": [{"domain": "a", "tokens": 101}] * 40},
-        "nulls": {"efron": "one"}, "seed": 0, "seconds": 60, "command": "moeprof compare",
-        "model": "toy", "dtype": "float32", "machine": {
-            "cpu": "c", "features": [], "threads": 1, "versions": {}, "started": "now"},
-    }  # fmt: skip
+        "tables": [
+            {
+                "name": "reduction",
+                "max_k": 8,
+                "budgets": list(plan_budgets),
+                "allocations": ["equal", "free", "shared"],
+            }
+        ],
+        "model_config": {
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 2,
+            "num_experts": 64,
+            "norm_topk_prob": False,
+        },
+        "splits": {
+            "null": [{}],
+            "budget": [{"domain": "a", "tokens": 9}],
+            "test": [{"domain": "a", "tokens": 101}] * 40,
+        },
+        "nulls": {"efron": "one"},
+        "seed": 0,
+        "seconds": 60,
+        "command": "moeprof compare",
+        "model": "toy",
+        "dtype": "float32",
+        "machine": {"cpu": "c", "features": [], "threads": 1, "versions": {}, "started": "now"},
+    }
 
 
 def test_effects_are_those_of_a_computation_by_hand():
@@ -339,13 +397,16 @@ def test_findings_when_bh_wins():
 
 
 def test_findings_when_bh_loses():
-    best, oracle = made_cell(contender="fixed_p", shift=-0.02, seed=2), made_cell(
-        "oracle", "oracle", shift=-0.05, seed=4
+    best, oracle = (
+        made_cell(contender="fixed_p", shift=-0.02, seed=2),
+        made_cell("oracle", "oracle", shift=-0.05, seed=4),
     )
     text = said(
-        made_cell(shift=0.03), best, oracle,
+        made_cell(shift=0.03),
+        best,
+        oracle,
         made_cell("random", "random R", shift=0.04, seed=5),
-    )  # fmt: skip
+    )
     assert "BH loses to static top-k" in text
     assert "1 of 2 routers beat static top-k (fixed_p), 1 lose to it (bh)" in text
     assert "can't be" not in text
@@ -366,17 +427,23 @@ def test_findings_without_a_difference_and_without_adaptivity():
 
 def test_no_share_of_a_gain_that_the_oracle_does_not_show():
     text = said(
-        made_cell(shift=-0.02), made_cell("oracle", "oracle", shift=-0.001, noise=0.05, seed=4),
+        made_cell(shift=-0.02),
+        made_cell("oracle", "oracle", shift=-0.001, noise=0.05, seed=4),
         made_cell("random", "random R", shift=0.04, seed=5),
-    )  # fmt: skip
+    )
     assert "Bounds at 4" in text and "of the oracle's gain" not in text
 
 
 def test_cells_out_of_reach_are_named_with_the_interval():
     missing = {
-        "table": "reduction", "role": "router", "contender": "ebh (lr)", "allocation": "equal",
-        "budget": 6, "status": "outside", "reason": "reaches from 1 to 1.5 experts per token",
-    }  # fmt: skip
+        "table": "reduction",
+        "role": "router",
+        "contender": "ebh (lr)",
+        "allocation": "equal",
+        "budget": 6,
+        "status": "outside",
+        "reason": "reaches from 1 to 1.5 experts per token",
+    }
     run = made_run(made_cell(shift=-0.03), made_cell("shuffled", shift=0.1))
     run["cells"].append(missing)
     run["contenders"].append({"name": "ebh (lr)"})
@@ -396,8 +463,9 @@ def test_the_figure_names_its_lines_and_counts_as_the_findings_do():
     names = ["bh", *(f"r{i}" for i in range(9))]
     cells = [
         made_cell(contender=name, budget=budget, shift=0.004 * n - 0.01, seed=9 * n + budget)
-        for n, name in enumerate(names) for budget in (4, 6)
-    ]  # fmt: skip
+        for n, name in enumerate(names)
+        for budget in (4, 6)
+    ]
     cells.append(made_cell(contender="short", budget=6, shift=0.02, seed=99))
     cells.append(made_cell("oracle", "oracle", shift=-0.04, seed=98))
     run = made_run(*cells)
@@ -421,8 +489,11 @@ def test_the_figure_names_its_lines_and_counts_as_the_findings_do():
 
 def test_contenders_and_tables_are_chosen_by_name():
     assert [c.name for c in choose_contenders(["hc (p)", "bh"])] == [
-        "bh", "bh (logit)", "bh (trimmed)", "hc (p)",
-    ]  # fmt: skip
+        "bh",
+        "bh (logit)",
+        "bh (trimmed)",
+        "hc (p)",
+    ]
     assert len(choose_contenders()) == len(CONTENDERS) == 18
     with pytest.raises(ValueError, match="expected one of .*'bh'.*, got 'nonsense'"):
         choose_contenders(["nonsense"])
@@ -451,8 +522,18 @@ SMALL = ("--test-tokens", "512", "--budget-tokens", "512", "--tables", "reductio
 
 
 def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, capsys):
-    code = main(["compare", "--routers", "fixed_p,top_p,ebh (lr),weighted_bh", "--budgets", "4",
-                 *SMALL, "--out", str(tmp_path)])  # fmt: skip
+    code = main(
+        [
+            "compare",
+            "--routers",
+            "fixed_p,top_p,ebh (lr),weighted_bh",
+            "--budgets",
+            "4",
+            *SMALL,
+            "--out",
+            str(tmp_path),
+        ]
+    )
     out = capsys.readouterr().out
     assert code == 0 and max(map(len, out.splitlines())) <= 100
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
@@ -484,8 +565,7 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner.Comparison, "_shuffled", interrupt)
-    code = main(["compare", "--routers", "top_p", "--budgets", "4", *SMALL, "--out",
-                 str(tmp_path)])  # fmt: skip
+    code = main(["compare", "--routers", "top_p", "--budgets", "4", *SMALL, "--out", str(tmp_path)])
     assert code == 130 and "cells are finished" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     run = json.loads((tmp_path / "comparison.json").read_text())

@@ -112,17 +112,23 @@ def made_up(rejections, counts, single, added):
     columns = np.array(label).T
     n = len(single)
     return ab.Ablation(
-        np.arange(n), np.ones(n), np.array(counts)[:, None], np.array(rejections)[:, None],
-        *columns, np.array(delta),
-    )  # fmt: skip
+        np.arange(n),
+        np.ones(n),
+        np.array(counts)[:, None],
+        np.array(rejections)[:, None],
+        *columns,
+        np.array(delta),
+    )
 
 
 def test_fdp_by_hand():
     """Forced experts are no discoveries, one that hurts is false, no discovery counts as 0."""
     found = made_up(
-        rejections=[2, 0, 4], counts=[3, 1, 3],
-        single=[[0.5, -0.2, -0.9], [-1.0], [0.4, 0.05, 0.15]], added=[-0.1, 0.01, 0.02],
-    )  # fmt: skip
+        rejections=[2, 0, 4],
+        counts=[3, 1, 3],
+        single=[[0.5, -0.2, -0.9], [-1.0], [0.4, 0.05, 0.15]],
+        added=[-0.1, 0.01, 0.02],
+    )
     rows = list(discovery_rows(found, "bh", np.zeros(3, int), 50))
     value = {(r["table"], r["layer"], r["quantity"], r["at"]): r["estimate"] for r in rows}
     assert value["fdp", 0, "delta0", None] == 0.1  # the smallest that reaches 95 %
@@ -185,9 +191,7 @@ def test_a_row_is_the_position_decoded_alone(loaded, null, router, monkeypatch):
             assert losses[n] == pytest.approx(alone, abs=1e-5), (label[:, n], n)
     with moeprof.patch(model, router, null=null if router.wants_null else None):
         logits = model(input_ids=ids, use_cache=False).logits[0].detach()
-    plain = torch.nn.functional.cross_entropy(
-        logits[places], ids[0, places + 1], reduction="none"
-    )  # fmt: skip
+    plain = torch.nn.functional.cross_entropy(logits[places], ids[0, places + 1], reduction="none")
     assert np.allclose(losses[:3], plain, atol=1e-5)
     assert np.abs(losses[3:] - losses[:3][label[0, 3:]]).max() > 1e-2  # the changes do something
 
@@ -200,9 +204,12 @@ def test_an_emptied_slot_is_minus_one_and_the_other_weights_stay():
         weights, experts = router(logits)
         assert experts.tolist() == [[0, 2]] * 3
         router.changes = ab.Changes(
-            np.zeros(3, int), np.array([0, 1, 0]), np.array([1, 0, 0]), np.array([2, 1, 0]),
+            np.zeros(3, int),
+            np.array([0, 1, 0]),
+            np.array([1, 0, 0]),
+            np.array([2, 1, 0]),
             np.array([-1, -1, 3]),
-        )  # fmt: skip
+        )
         changed, slots = router(logits)
         assert slots.tolist() == [[0, -1, -1], [0, 2, -1], [0, 2, 3]]
         assert torch.equal(changed[:, :2], weights)
@@ -265,9 +272,14 @@ def test_an_alpha_for_each_layer_and_positions_in_few_documents(loaded, null):
     """As `with_budget(per_layer=True)` returns a router; 6 positions are in 6 documents."""
     router = BH((0.1, 0.2, 0.3, 0.4))
     found = null.diagnose(
-        *loaded, router=router, calibration=[], positions=6, tokens=4096, draws=20,
+        *loaded,
+        router=router,
+        calibration=[],
+        positions=6,
+        tokens=4096,
+        draws=20,
         show_progress=False,
-    )  # fmt: skip
+    )
     words = " ".join(found.summary().split())
     assert "6 positions in 6 documents" in words and "times alpha" not in words
     table = next(v for v in views(found) if v.title.startswith("False discoveries")).frame
@@ -300,8 +312,11 @@ def test_figures_say_what_came_out_and_what_their_letters_mean(small):
     of = (fdp["routing"] == name) & (fdp["layer"] == ALL) & (fdp["quantity"] == "FDP(delta0)")
     row = fdp[of].iloc[0]
     assert f"{name}: FDP at δ0 is {row['estimate']:.2f}" in ablation.get_suptitle()
-    for alpha, side in ((row["low"] - 0.01, "above"), (row["high"] + 0.01, "below"),
-                        (row["estimate"], "not told from")):  # fmt: skip
+    for alpha, side in (
+        (row["low"] - 0.01, "above"),
+        (row["high"] + 0.01, "below"),
+        (row["estimate"], "not told from"),
+    ):
         said = plots.fdp_verdict(fdp, small.facts | {"alpha": float(alpha)})
         assert f"], {side} alpha = " in said
     assert "alpha" not in plots.fdp_verdict(fdp, small.facts | {"alpha": None})
@@ -315,9 +330,11 @@ def test_figures_say_what_came_out_and_what_their_letters_mean(small):
 
 def test_a_figures_title_says_what_decides_most(small):
     frame = small.to_frame("selection")
-    for floor, ceiling, said in ((0.8, 0.1, "min_k = 1 decides for 80 %"),
-                                 (0.1, 0.7, "decides for 70 %"),
-                                 (0.1, 0.2, "R itself decides for 70 %")):  # fmt: skip
+    for floor, ceiling, said in (
+        (0.8, 0.1, "min_k = 1 decides for 80 %"),
+        (0.1, 0.7, "decides for 70 %"),
+        (0.1, 0.2, "R itself decides for 70 %"),
+    ):
         values = {"P(R < min_k)": floor, "P(R > max_k)": ceiling}
         made = frame.assign(estimate=frame["quantity"].map(values))
         assert said in plots.clamp_verdict(made, small.facts)

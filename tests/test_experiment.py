@@ -78,7 +78,10 @@ def run(experiment, tmp_path_factory):
 
 
 FACTS = {
-    "model": "a tiny model", "seed": 0, "null": "a null", "null_source": "From a test.",
+    "model": "a tiny model",
+    "seed": 0,
+    "null": "a null",
+    "null_source": "From a test.",
     "null_code": "null",
 }
 
@@ -105,7 +108,11 @@ def test_the_21_configurations_of_the_promise():
 def test_alphas_that_round_alike_have_names_of_their_own():
     found = configurations(64, 8, alphas=(0.02, 0.025, 0.25, 0.2, 1e-5), max_ks=(8,))[1:]
     assert [c.name for c in found] == [
-        "bh_k8_a002", "bh_k8_a0025", "bh_k8_a025", "bh_k8_a020", "bh_k8_a000001",
+        "bh_k8_a002",
+        "bh_k8_a0025",
+        "bh_k8_a025",
+        "bh_k8_a020",
+        "bh_k8_a000001",
     ]
     assert [c.alpha for c in found] == [0.02, 0.025, 0.25, 0.2, 1e-5]
 
@@ -246,8 +253,11 @@ def test_greedy_is_transformers_greedy(experiment, baseline):
     for text, new in zip(experiment.prompts, baseline["generated_tokens"], strict=True):
         ids = experiment.tokenizer(text, return_tensors="pt")["input_ids"]
         whole = experiment.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=NEW_TOKENS, eos_token_id=None,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
         )
         assert whole[0, ids.shape[1] :].tolist() == new
 
@@ -471,15 +481,19 @@ def test_the_distance_from_static_and_its_interval(run):
 
 def test_documents_are_drawn_with_their_experts():
     """All documents have the same bits; only their experts per token, 1.2 and 1.8, vary."""
+
     def row(bits, experts):
         return {"nats_by_document": [100 * bits * math.log(2)] * 8, "experts_by_document": experts}
 
-    found = compared({
-        "results": [row(0.5, [20] * 8), row(0.7, [12, 18] * 4)],
-        "static": [row(1.0, [10] * 8) | {"k": 1}],
-        "model_config": {"num_experts_per_tok": 2}, "seed": 0,
-        "heldout_documents": [{"bytes": 100, "tokens": 10}] * 8,
-    })["results"][1]  # fmt: skip
+    found = compared(
+        {
+            "results": [row(0.5, [20] * 8), row(0.7, [12, 18] * 4)],
+            "static": [row(1.0, [10] * 8) | {"k": 1}],
+            "model_config": {"num_experts_per_tok": 2},
+            "seed": 0,
+            "heldout_documents": [{"bytes": 100, "tokens": 10}] * 8,
+        }
+    )["results"][1]
     assert found["bits_above_static"] == pytest.approx(-0.05)
     spread_of = 2 * 1.96 * 0.5 * 0.3 / math.sqrt(8)
     width = found["bits_above_static_high"] - found["bits_above_static_low"]
@@ -487,8 +501,10 @@ def test_documents_are_drawn_with_their_experts():
 
 
 def test_beyond_the_line_there_is_no_distance(run):
-    far = [r | {"experts_by_document": [3 * e for e in r["experts_by_document"]]}
-           for r in run[0]["results"][1:]]  # fmt: skip
+    far = [
+        r | {"experts_by_document": [3 * e for e in r["experts_by_document"]]}
+        for r in run[0]["results"][1:]
+    ]
     found = compared(run[0] | {"results": [run[0]["results"][0], *far]})["results"]
     outside = [r for r in found[1:] if sum(r["experts_by_document"]) > 2 * run[0]["heldout_tokens"]]
     assert outside and all(r["bits_above_static"] is None for r in outside)
@@ -631,8 +647,15 @@ def test_equal_results_share_a_row():
 
 def test_the_report_names_what_was_used(run):
     text = report(run[0])
-    for said in ("a tiny model", "Null: a null. From a test.", "max_k 16, 32, 64 were left out",
-                 "9 remain of 21", "alpha is a knob for compute", "3 prompts", "float32"):
+    for said in (
+        "a tiny model",
+        "Null: a null. From a test.",
+        "max_k 16, 32, 64 were left out",
+        "9 remain of 21",
+        "alpha is a knob for compute",
+        "3 prompts",
+        "float32",
+    ):
         assert said in text
     for result in run[0]["results"][1:]:
         assert result["config"] in text or merged_name(run[0], result) in text
@@ -654,9 +677,7 @@ def test_the_report_says_where_bh_loses(run):
     result, _ = run
     own = result["results"][0]
     worse = [2 * nats for nats in own["nats_by_document"]]
-    lost = dict(
-        avg_experts_heldout=3.0, perplexity=own["perplexity"] ** 2, nats_by_document=worse
-    )
+    lost = dict(avg_experts_heldout=3.0, perplexity=own["perplexity"] ** 2, nats_by_document=worse)
     line = "BH loses outright, with at least as many experts and a higher perplexity: bh_k8_a020."
     assert line in report(changed(result, **lost))
     won = report(changed(result, **lost | dict(perplexity=0.5 * own["perplexity"])))

@@ -253,8 +253,17 @@ SWAPPED = "C-contiguous, aligned array of native byte order"
 
 
 def route(logits=F32, dtype="float32", spec=SPEC, **changes):
-    names = ("router", "parameters", "min_k", "max_k", "temperature", "norm", "norm_k", "null",
-             "table")  # fmt: skip
+    names = (
+        "router",
+        "parameters",
+        "min_k",
+        "max_k",
+        "temperature",
+        "norm",
+        "norm_k",
+        "null",
+        "table",
+    )
     spec = tuple(changes.get(n, v) for n, v in zip(names, spec, strict=True)) if changes else spec
     return _C.route(logits, dtype, spec, 1, False)
 
@@ -271,13 +280,16 @@ def moe(hidden=F32, logits=TWO, dtype="float32", pointers=POINTERS, inner=2):
     return _C.moe(hidden, logits, dtype, pointers, inner, SPEC, 1)
 
 
-def tally(counts=None, sums=None, recency=INDEX - 1, experts=I32, logits=None, real=None,
-          previous=None):  # fmt: skip
+def tally(
+    counts=None, sums=None, recency=INDEX - 1, experts=I32, logits=None, real=None, previous=None
+):
     """Of 2 experts, without pairs."""
     places = _C.tally_layout(2, False)
     given = (counts, sums)
-    arrays = [np.zeros(sum(r * c for _, r, c in part.values()), t) if array is None else array
-              for array, part, t in zip(given, places, (np.int64, float), strict=True)]  # fmt: skip
+    arrays = [
+        np.zeros(sum(r * c for _, r, c in part.values()), t) if array is None else array
+        for array, part, t in zip(given, places, (np.int64, float), strict=True)
+    ]
     return _C.tally(*arrays, recency, experts, logits, "float32", real, previous, 1, False)
 
 

@@ -583,8 +583,14 @@ def test_null_of_another_model(model, other):
 def tiny(kind):
     import transformers
 
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1,
-                 num_attention_heads=4, num_key_value_heads=4)  # fmt: skip
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
     config = getattr(transformers, f"{kind}Config")(**sizes)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 

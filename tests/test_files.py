@@ -77,9 +77,11 @@ def packed(**arrays):
 
 def test_an_npz_is_what_numpy_reads():
     arrays = {
-        "a": np.arange(12.0).reshape(3, 4), "b": np.array("text"), "c": np.zeros((0, 3), np.uint64),
+        "a": np.arange(12.0).reshape(3, 4),
+        "b": np.array("text"),
+        "c": np.zeros((0, 3), np.uint64),
         "d": np.asfortranarray(np.arange(6).reshape(2, 3)),
-    }  # fmt: skip
+    }
     data, seen = packed(**arrays), {}
     read = read_npz(data, seen.update)
     assert read.keys() == arrays.keys()
@@ -119,7 +121,10 @@ def npy(array):
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"PK", b"x" * 100, packed(a=np.arange(5))[:-30],
+        b"",
+        b"PK",
+        b"x" * 100,
+        packed(a=np.arange(5))[:-30],
         zipped("a.npy", "a", content=npy(np.arange(5))),  # two arrays of one name
         zipped("a.npy", content=npy(np.array([{}, []], object))),
         zipped("a.npy", content=npy(np.arange(5))[:-8]),  # one number less than its header says
@@ -128,7 +133,7 @@ def npy(array):
         zipped("a.npy", content=npy(np.arange(5)).replace(b"(5,)", b"(-5,)")),
         zipped("a.npy", content=npy(np.arange(5)).replace(b"(5,)", b"(5,(")),  # TokenError
     ],
-)  # fmt: skip
+)
 def test_whatever_is_wrong_with_an_npz_is_a_value_error(data):
     with pytest.raises(ValueError, match="."):
         read_npz(data, lambda headers: None)
@@ -173,11 +178,22 @@ def test_arrays_that_are_no_nulls_are_not_unpacked(null, tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("counts", "x"), ("counts", None), ("largest", [1.0]), ("router_sample", 3), ("kind", 3),
-        ("score", None), ("model_name", b"name"), ("text_digest", 0), ("tail_rule", None),
-        ("tokens", "many"), ("tokens", 1.5), ("tokens", True), ("r_high", "1"), ("r_low", None),
+        ("counts", "x"),
+        ("counts", None),
+        ("largest", [1.0]),
+        ("router_sample", 3),
+        ("kind", 3),
+        ("score", None),
+        ("model_name", b"name"),
+        ("text_digest", 0),
+        ("tail_rule", None),
+        ("tokens", "many"),
+        ("tokens", 1.5),
+        ("tokens", True),
+        ("r_high", "1"),
+        ("r_low", None),
     ],
-)  # fmt: skip
+)
 def test_a_null_of_wrong_kinds_is_a_type_error(null, name, value):
     parts = {f: getattr(null, f) for f in (*null._facts(), "counts", "largest", "router_sample")}
     assert Null(**parts).tokens == null.tokens

@@ -19,9 +19,7 @@ DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 def dense(x, weight, bias=None, threads=2):
     address = 0 if bias is None else bias.data_ptr()
-    out = _C.dense(
-        as_array(x), weight.data_ptr(), len(weight), address, DTYPES[x.dtype], threads
-    )
+    out = _C.dense(as_array(x), weight.data_ptr(), len(weight), address, DTYPES[x.dtype], threads)
     return as_tensor(out, x.dtype)
 
 
@@ -62,9 +60,7 @@ def test_dense_reads_no_byte_too_many(dtype, side):
     for m, n, k in ((1, 5, 7), (3, 66, 33), (12, 70, 17)):
         x, weight, bias = random_dense(DTYPE[dtype], m, n, k, True)
         guarded = [util.guarded(as_array(t), side) for t in (x, weight, bias)]
-        out = _C.dense(
-            guarded[0], guarded[1].ctypes.data, n, guarded[2].ctypes.data, dtype, 1
-        )
+        out = _C.dense(guarded[0], guarded[1].ctypes.data, n, guarded[2].ctypes.data, dtype, 1)
         np.testing.assert_array_equal(out, as_array(dense(x, weight, bias)))
 
 

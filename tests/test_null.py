@@ -113,7 +113,8 @@ def test_p_is_continuous_and_meets_the_counts_at_the_edges(name):
 @settings(max_examples=60, deadline=None)
 @given(
     logits=hnp.arrays(
-        np.float32, st.tuples(st.integers(1, 20), st.integers(1, 5)),
+        np.float32,
+        st.tuples(st.integers(1, 20), st.integers(1, 5)),
         elements=st.floats(-31, 40, width=32),
     ),
     score=st.floats(-31.9, 45),

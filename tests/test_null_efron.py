@@ -162,9 +162,12 @@ def test_one_value_and_few_tokens_give_a_table_or_an_error(tokens):
 def on_the_grid(seed=0, signals=0.1):
     """Raw scores whose range is 29 * 40 bins: statsmodels' bins then hold what ours do."""
     rng = np.random.default_rng(seed)
-    scores = np.concatenate([
-        rng.normal(-6, 1, 20_000), rng.normal(-2, 0.7, int(20_000 * signals)),
-    ])
+    scores = np.concatenate(
+        [
+            rng.normal(-6, 1, 20_000),
+            rng.normal(-2, 0.7, int(20_000 * signals)),
+        ]
+    )
     low, bins = -9.5, (LFDR_BINS - 1) * 40
     scores = np.floor(scores * 128) / 128
     high = low + bins / 128

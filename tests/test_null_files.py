@@ -52,7 +52,8 @@ def test_merging_different_nulls_is_an_error():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 1500), min_size=2, max_size=5), data=st.data(),
+    sizes=st.lists(st.integers(1, 1500), min_size=2, max_size=5),
+    data=st.data(),
     score=st.sampled_from(nulls.SCORES),
 )
 def test_merging_in_any_order_and_grouping_is_the_same_to_the_bit(sizes, data, score):
@@ -120,9 +121,18 @@ def test_a_damaged_or_foreign_file_is_an_error(tmp_path, suffix):
 @pytest.mark.parametrize(
     "change",
     [
-        {"kind": "other"}, {"score": "other"}, {"tokens": 31}, {"r_high": 1}, {"tokens": "many"},
-        {"tokens": 0}, {"alpha_min": 2}, {"kind": "trimmed", "alpha_min": 0.1}, {"checksum": ""},
-        {"alpha_min": "small"}, {"text_digest": "g" * 64}, {"text_digest": 5},
+        {"kind": "other"},
+        {"score": "other"},
+        {"tokens": 31},
+        {"r_high": 1},
+        {"tokens": "many"},
+        {"tokens": 0},
+        {"alpha_min": 2},
+        {"kind": "trimmed", "alpha_min": 0.1},
+        {"checksum": ""},
+        {"alpha_min": "small"},
+        {"text_digest": "g" * 64},
+        {"text_digest": 5},
         {"kind": "trimmed", "r_high": -1, "r_low": 1},
     ],
 )
@@ -139,18 +149,21 @@ def test_parts_that_do_not_fit_are_an_error(tmp_path, change):
 DESCENDING = np.linspace(0, -9, 30, dtype=np.float32)
 
 
-@pytest.mark.parametrize("part, value", [
-    ("counts", np.zeros((1, 3, 8), np.uint64)),
-    ("counts", np.zeros((1, 3, 8192), np.int64)),
-    ("largest", np.zeros((1, 3))),
-    ("largest", np.tile(DESCENDING, (1, 3, 1)).astype(float)),
-    ("largest", np.tile(DESCENDING[::-1], (1, 3, 1))),
-    ("largest", np.tile(DESCENDING[:-1], (1, 3, 1))),
-    ("largest", np.full((1, 3, 30), np.nan, np.float32)),
-    ("largest", np.full((1, 3, 30), np.inf, np.float32)),
-    ("largest", np.full((1, 3, 30), -50.0, np.float32)),
-    ("router_sample", np.zeros((2, 3), np.float32)),
-])
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("counts", np.zeros((1, 3, 8), np.uint64)),
+        ("counts", np.zeros((1, 3, 8192), np.int64)),
+        ("largest", np.zeros((1, 3))),
+        ("largest", np.tile(DESCENDING, (1, 3, 1)).astype(float)),
+        ("largest", np.tile(DESCENDING[::-1], (1, 3, 1))),
+        ("largest", np.tile(DESCENDING[:-1], (1, 3, 1))),
+        ("largest", np.full((1, 3, 30), np.nan, np.float32)),
+        ("largest", np.full((1, 3, 30), np.inf, np.float32)),
+        ("largest", np.full((1, 3, 30), -50.0, np.float32)),
+        ("router_sample", np.zeros((2, 3), np.float32)),
+    ],
+)
 def test_arrays_that_do_not_fit_are_an_error(part, value):
     null = null_of(random_logits(30, 3))
     with pytest.raises(ValueError, match="expected|below"):
@@ -263,8 +276,6 @@ def test_what_a_null_argument_means(tmp_path):
     assert nulls.resolve_layer_null(layer) is layer
     with pytest.raises(ValueError, match="has 2 layers; pass one"):
         nulls.resolve_layer_null(null_of(random_logits(30, 3), random_logits(30, 3)))
-
-
 
 
 # ---------------------------------------------------------------- kinds, per expert

@@ -135,9 +135,14 @@ def loaded():
 def generate(model, ids):
     """(new tokens (20,), their logits (20, V)) of greedy decoding from one prompt (1, T)."""
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20,
-        min_new_tokens=20, return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=20,
+        min_new_tokens=20,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     return output.sequences[0, ids.shape[1] :], torch.cat(output.logits)
 
 
@@ -487,10 +492,16 @@ def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=5,
-        num_experts_per_tok=2, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
     return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
 
@@ -499,10 +510,19 @@ def qwen3_moe():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_experts=8, num_experts_per_tok=3, initializer_range=0.2, norm_topk_prob=True,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=8,
+        num_experts_per_tok=3,
+        initializer_range=0.2,
+        norm_topk_prob=True,
+    )
     torch.manual_seed(0)
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval()
 

@@ -495,8 +495,10 @@ def test_on_routing(model, router):
             assert torch.equal(routing.experts >= 0, slots)
             assert torch.equal(routing.weights > 0, slots)
             assert torch.equal(routing.counts, routing.rejections.clamp(1, k_max))
-            assert all(len(set(row[row >= 0].tolist())) == n for row, n in
-                       zip(routing.experts, routing.counts.tolist(), strict=True))  # fmt: skip
+            assert all(
+                len(set(row[row >= 0].tolist())) == n
+                for row, n in zip(routing.experts, routing.counts.tolist(), strict=True)
+            )
         handle.on_routing(None)
         logits(model)
     assert len(seen) == 2

@@ -289,9 +289,14 @@ def test_routers_and_nulls_of_the_wrong_kind(model, options):
 def test_another_family_is_told_what_works(model):
     mixtral = MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, num_local_experts=4,
-        )  # fmt: skip
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            num_local_experts=4,
+        )
     ).eval()
     with pytest.raises(ValueError, match="No routers found") as caught:
         moeprof.patch(mixtral)
@@ -309,8 +314,13 @@ def test_another_family_is_told_what_works(model):
 
 def test_a_dense_model_is_promised_nothing():
     llama = LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1,
-                    num_attention_heads=4)  # fmt: skip
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
     )
     with pytest.raises(ValueError, match="No routers found") as caught:
         moeprof.patch(llama)

@@ -139,8 +139,11 @@ def test_probabilities_and_pairs_are_those_of_the_logits(router):
         p = z.softmax(-1)
         entropy = torch.special.entr(p).sum(-1)
         top = p.topk(2).values
-        totals = [(1 - entropy / np.log(E)).sum(), (top[:, 0] - top[:, 1]).sum(),
-                  (z.logsumexp(-1) ** 2).sum()]  # fmt: skip
+        totals = [
+            (1 - entropy / np.log(E)).sum(),
+            (top[:, 0] - top[:, 1]).sum(),
+            (z.logsumexp(-1) ** 2).sum(),
+        ]
         np.testing.assert_allclose(counts.sums, [float(t) for t in totals], rtol=1e-5)
         np.testing.assert_allclose(counts.probability, p.sum(0), rtol=1e-5)
         pairs, moves = np.zeros((E, E), int), np.zeros((E, E), int)
@@ -233,8 +236,11 @@ def test_an_attention_mask_beside_a_cache_as_tuples(columns):
     mask = torch.ones(2, columns, dtype=torch.long)
     mask[0, min(columns, 7) - 1] = 0
     key = torch.zeros(2, 4, 6, 8)
-    given = {"input_ids": token_ids(2, 1), "attention_mask": mask,
-             "past_key_values": ((key, key), (key, key))}  # fmt: skip
+    given = {
+        "input_ids": token_ids(2, 1),
+        "attention_mask": mask,
+        "past_key_values": ((key, key), (key, key)),
+    }
     assert Entry(nn.Module(), (), given).real().tolist() == [False, True]
 
 

@@ -47,9 +47,7 @@ def by_brute_force(model, tokenizer, layer, k):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_as_the_stock_model_with_another_top_k(tokenizer, norm):
-    model = model_of(
-        tokenizer, num_experts_per_tok=4, norm_topk_prob=norm, attention_dropout=0.5
-    )
+    model = model_of(tokenizer, num_experts_per_tok=4, norm_topk_prob=norm, attention_dropout=0.5)
     model.train()  # with dropout, which may not come into the losses
     before = snapshot(model)
     frame = layer_ablation(model, tokenizer, TEXTS, progress=False)
@@ -134,15 +132,18 @@ def test_a_figure_of_the_changes(tokenizer):
     assert "nats" in axis.get_ylabel() and f"{len(TEXTS)} documents" in axis.texts[0].get_text()
 
 
-@pytest.mark.parametrize("options, error, words", [
-    ({"ks": [9]}, ValueError, "ks: expected integers from 1 to 8, got 9"),
-    ({"ks": [0]}, ValueError, "from 1 to 8, got 0"),
-    ({"ks": [1.5]}, ValueError, "got 1.5"),
-    ({"ks": []}, ValueError, "at least one number"),
-    ({"texts": "one"}, TypeError, "got one string"),
-    ({"texts": []}, ValueError, "at least one text"),
-    ({"texts": ["a"]}, ValueError, "no document has two tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"ks": [9]}, ValueError, "ks: expected integers from 1 to 8, got 9"),
+        ({"ks": [0]}, ValueError, "from 1 to 8, got 0"),
+        ({"ks": [1.5]}, ValueError, "got 1.5"),
+        ({"ks": []}, ValueError, "at least one number"),
+        ({"texts": "one"}, TypeError, "got one string"),
+        ({"texts": []}, ValueError, "at least one text"),
+        ({"texts": ["a"]}, ValueError, "no document has two tokens"),
+    ],
+)
 def test_errors_leave_the_model(tokenizer, options, error, words):
     model = model_of(tokenizer)
     before = snapshot(model)

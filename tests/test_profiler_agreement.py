@@ -48,16 +48,19 @@ def test_tensors_no_tokens_and_parts(monkeypatch):
     assert router_agreement(np.zeros((0, 2), int), np.zeros((0, 3), int)).shape == (0,)
 
 
-@pytest.mark.parametrize("first, second, options, error, words", [
-    (draws(0, 3, 2), draws(0, 4, 2), {}, ValueError, "same tokens, got 3 and 4"),
-    (np.arange(3), draws(0, 3, 2), {}, ValueError, r"first: expected experts \(T, k\)"),
-    (draws(0, 3, 2), np.zeros((3, 2)), {}, TypeError, "second: expected integers"),
-    ([[1, 8]], [[1, 2]], {"num_experts": 8}, ValueError, "first: .* from -1 to 7, got 1 to 8"),
-    ([[1, 2]], [[1, -2]], {}, ValueError, "second: .* got -2 to 1"),
-    ([[1]], [[1]], {"k": 0}, ValueError, "k: expected at least 1"),
-    ([[1]], [[1]], {"k": True}, TypeError, "k: expected an integer"),
-    ("path", [[1]], {}, TypeError, "one of each"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, second, options, error, words",
+    [
+        (draws(0, 3, 2), draws(0, 4, 2), {}, ValueError, "same tokens, got 3 and 4"),
+        (np.arange(3), draws(0, 3, 2), {}, ValueError, r"first: expected experts \(T, k\)"),
+        (draws(0, 3, 2), np.zeros((3, 2)), {}, TypeError, "second: expected integers"),
+        ([[1, 8]], [[1, 2]], {"num_experts": 8}, ValueError, "first: .* from -1 to 7, got 1 to 8"),
+        ([[1, 2]], [[1, -2]], {}, ValueError, "second: .* got -2 to 1"),
+        ([[1]], [[1]], {"k": 0}, ValueError, "k: expected at least 1"),
+        ([[1]], [[1]], {"k": True}, TypeError, "k: expected an integer"),
+        ("path", [[1]], {}, TypeError, "one of each"),
+    ],
+)
 def test_errors(first, second, options, error, words):
     with pytest.raises(error, match=words):
         router_agreement(first, second, **options)
@@ -68,8 +71,13 @@ def write(path, routings, **changes):
     with RecordWriter(path) as writer:
         for number, experts in enumerate(routings):
             columns = {"real": np.arange(len(experts)) > 0, "input_ids": np.arange(len(experts))}
-            writer.add(layer=number % 2, step=number // 2, phase="prefill", experts=experts,
-                       **columns | changes)  # fmt: skip
+            writer.add(
+                layer=number % 2,
+                step=number // 2,
+                phase="prefill",
+                experts=experts,
+                **columns | changes,
+            )
     return path
 
 

@@ -54,10 +54,16 @@ def tiny(folder, tokenizer):
 def mixtral(folder, tokenizer):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
         max_position_embeddings=1024,
-    )  # fmt: skip
+    )
     return folder("mixtral", transformers.MixtralForCausalLM(config))
 
 
@@ -102,8 +108,22 @@ def error(capsys):
 
 def test_everything_at_once(tiny, text, tmp_path, capsys):
     out, records = tmp_path / "new" / "out", tmp_path / "records"
-    options = ["--tokens", 900, "--router", "bh:alpha=0.3,max_k=4", "--null", "normal", "--trace",
-               "--ablation", "--vocabulary", "--records", records, "--batch", 1, 2]  # fmt: skip
+    options = [
+        "--tokens",
+        900,
+        "--router",
+        "bh:alpha=0.3,max_k=4",
+        "--null",
+        "normal",
+        "--trace",
+        "--ablation",
+        "--vocabulary",
+        "--records",
+        records,
+        "--batch",
+        1,
+        2,
+    ]
     assert profile("--model", tiny, "--text", text, "--out", out, *options) == 0
     extra = ["ablation.csv", "agreement.csv", "trace.json", "vocabulary.csv"]
     assert sorted(p.name for p in out.iterdir()) == sorted(SAVED + extra)
@@ -111,9 +131,16 @@ def test_everything_at_once(tiny, text, tmp_path, capsys):
     assert "BH(" in said and "max_k=4" in said
     assert max(map(len, said.split("Written:")[0].splitlines())) <= 100
     assert [line.split("/")[-1] for line in said.splitlines() if "Written" in line] == [
-        "index.html", "agreement.csv", "ablation.csv", "counts.npz", "metrics.csv",
-        "glossary.csv", "vocabulary.csv", "profile.json", "trace.json",
-    ]  # fmt: skip
+        "index.html",
+        "agreement.csv",
+        "ablation.csv",
+        "counts.npz",
+        "metrics.csv",
+        "glossary.csv",
+        "vocabulary.csv",
+        "profile.json",
+        "trace.json",
+    ]
     result = moeprof.Profile.load(out)
     assert list(result.domains) == ["prose"] and result.facts["notes"] == []
     frame = read_records(records)
@@ -148,8 +175,9 @@ def test_a_model_that_is_not_patched_is_profiled_as_it_is(mixtral, text, tmp_pat
     assert "2 layers of 8 experts, top-2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", [("--router", "topk:k=1"), ("--patched",), ("--ablation",),
-                                    ("--router", "bh")])  # fmt: skip
+@pytest.mark.parametrize(
+    "option", [("--router", "topk:k=1"), ("--patched",), ("--ablation",), ("--router", "bh")]
+)
 def test_a_model_that_cannot_be_patched_leaves_nothing(mixtral, text, tmp_path, capsys, option):
     """Told before anything runs: neither a folder nor records are left."""
     places = "--out", tmp_path / "out", "--records", tmp_path / "records"
@@ -269,13 +297,30 @@ def test_ctrl_c_leaves_nothing_half_written(tiny, tmp_path):
     """In a process of its own, as a user would; the records before it are readable."""
     records, out = tmp_path / "records.parquet", tmp_path / "out"
     pytest.importorskip("pyarrow")
-    command = [sys.executable, "-m", "moeprof", "profile", "--model", tiny, "--out", out,
-               "--records", records, "--tokens", 200_000, "--prompts", 0]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "moeprof",
+        "profile",
+        "--model",
+        tiny,
+        "--out",
+        out,
+        "--records",
+        records,
+        "--tokens",
+        200_000,
+        "--prompts",
+        0,
+    ]
     process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     end = time.monotonic() + 120
     while not (records.exists() and records.stat().st_size > 1000) and process.poll() is None:
         assert time.monotonic() < end
@@ -307,8 +352,9 @@ class TestRun:
     def test_prompts_are_counted_once_and_mixed_batches_are_of_no_domain(
         self, model, tokenizer, documents, batches
     ):
-        planned = run.plan(tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3,
-                           batches=batches)  # fmt: skip
+        planned = run.plan(
+            tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3, batches=batches
+        )
         result = run.profile_texts(model, planned)
         prefill, decode = result.each("prefill")[0], result.each("decode")[0]
         assert (prefill.steps, prefill.tokens) == (len(planned.text.windows), planned.text.tokens)
@@ -318,22 +364,27 @@ class TestRun:
         assert decode.steps == planned.steps - len(planned.text.windows)
 
     def test_each_batch_size_has_its_own_row(self, model, tokenizer, documents):
-        planned = run.plan(tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3,
-                           batches=(1, 2))  # fmt: skip
+        planned = run.plan(
+            tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3, batches=(1, 2)
+        )
         result = run.profile_texts(model, planned)
         text, frame = result.summary(), result.to_frame()
         assert "decode step at batch 1 " in text and "decode step at batch 2 " in text
         assert "A decode step spends" not in text
         found = {}
         for size in (1, 2):
-            alone = run.plan(tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3,
-                             batches=(size,))  # fmt: skip
+            alone = run.plan(
+                tokenizer, documents, tokens=10_000, prompts=2, new_tokens=3, batches=(size,)
+            )
             metrics = run.profile_texts(model, alone).each("decode")
             rows = frame[frame["phase"] == f"decode_batch_{size}"]
             found[size] = dict(zip(rows["metric"], rows["value"], strict=True))
             assert rows["layer"].isna().all() and found[size]["steps"] == metrics[0].steps
-            for name, of in (("k_mean", np.mean), ("unique_experts_mean", np.mean),
-                             ("bytes_per_step", np.sum)):  # fmt: skip
+            for name, of in (
+                ("k_mean", np.mean),
+                ("unique_experts_mean", np.mean),
+                ("bytes_per_step", np.sum),
+            ):
                 expected = of([getattr(m, name) for m in metrics])
                 assert found[size][name] == pytest.approx(expected)
         assert found[1]["steps"] == 2 * found[2]["steps"] == 6

@@ -12,13 +12,14 @@ from moeprof.profiler.result.profile import Profile
 
 VALUES = (None, True, 0, 10**400, -1, float("nan"), 1.5, "", "x", [], {}, [0])
 FACTS = {
-    "not_counted": [{"label": 5, "block": "b", "reason": "r"}], "passed_over": [0],
+    "not_counted": [{"label": 5, "block": "b", "reason": "r"}],
+    "passed_over": [0],
     "notes": ["n"],
     "decode_by_batch": [
         {"batch": b, "steps": 2, "k": 2.0, "unique_experts": 3.0, "latency_ms": 1.0, "bytes": 5.0}
         for b in (1, 2)
     ],
-}  # fmt: skip
+}
 
 
 def paths_of(value, before=()):
@@ -43,9 +44,12 @@ def replaced(tree, path, value):
 def folder(tmp_path):
     profile = make_profile(1, 4, prefill=(5,), decode=(1,), facts=FACTS)
     profile.vocabulary = {
-        "tokens": [1], "layers": [0], "counts": np.ones((1, 1, 4), np.int64), "seen": [9],
+        "tokens": [1],
+        "layers": [0],
+        "counts": np.ones((1, 1, 4), np.int64),
+        "seen": [9],
         "text": ["a"],
-    }  # fmt: skip
+    }
     profile.save(tmp_path)
     return tmp_path
 
@@ -94,4 +98,3 @@ def test_the_error_names_what_is_wrong(folder, path, value, said):
     file.write_text(json.dumps(replaced(json.loads(file.read_text()), path, value)))
     with pytest.raises(ValueError, match=f"the profile is damaged: .*{said}"):
         Profile.load(folder)
-

@@ -122,8 +122,9 @@ def test_times_of_other_conditions_are_told_apart():
 def test_padding_is_said_to_cost_more_than_none():
     profile = make_profile(2, 8, 2, padding=0.5)
     both = profile.each()
-    real, computed = (sum(getattr(m, f"flops_total{end}") for m in both)
-                      for end in ("", "_with_padding"))  # fmt: skip
+    real, computed = (
+        sum(getattr(m, f"flops_total{end}") for m in both) for end in ("", "_with_padding")
+    )
     assert computed > real
     said = " ".join(profile.summary().split())
     assert f"computed as well, {computed / real:.2f} times the FLOPs" in said
@@ -133,7 +134,12 @@ def test_the_minimum_of_occurrences_is_enough():
     profile = make_profile(1, 4, 1)
     counts = np.zeros((1, 2, 4), np.int64)
     counts[0, 0, 1], counts[0, 1, 2] = 8, 7
-    words = {"tokens": [5, 6], "layers": [0], "counts": counts, "seen": np.array([8, 7]),
-             "text": None}  # fmt: skip
+    words = {
+        "tokens": [5, 6],
+        "layers": [0],
+        "counts": counts,
+        "seen": np.array([8, 7]),
+        "text": None,
+    }
     made = Profile(profile.layers, profile.counts, profile.facts, vocabulary=words)
     assert made.vocabulary_specialisation(8)["token"].tolist() == [5]

@@ -339,9 +339,12 @@ def test_no_router(children):
 
 def test_a_dense_model():
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=H, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=64,
+        hidden_size=H,
+        intermediate_size=48,
+        num_hidden_layers=2,
         num_attention_heads=4,
-    )  # fmt: skip
+    )
     model = transformers.LlamaForCausalLM(config)
     message = "No routers found in LlamaForCausalLM: looked for .*gate or router; found .* none$"
     with pytest.raises(ValueError, match=message):

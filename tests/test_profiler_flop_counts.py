@@ -13,23 +13,43 @@ def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
-        initializer_range=0.2,
-    )).eval()  # fmt: skip
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            initializer_range=0.2,
+        )
+    ).eval()
 
 
 def qwen3():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24,
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_experts=16, num_experts_per_tok=4, norm_topk_prob=True, mlp_only_layers=[1],
-        decoder_sparse_step=1, initializer_range=0.2,
-    )).eval()  # fmt: skip
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=16,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+            decoder_sparse_step=1,
+            initializer_range=0.2,
+        )
+    ).eval()
 
 
 def demo():
@@ -75,6 +95,7 @@ def inputs_of(model, ids):
     """{router's name: hidden states (T, H) that its block gets}."""
     seen, handles = {}, []
     for name, block in moe_blocks(model).items():
+
         def keep(module, args, name=name):
             seen[name] = args[0].detach().reshape(-1, args[0].shape[-1])
 

@@ -26,9 +26,10 @@ def test_every_metric_of_the_csv_and_of_get_metrics_is_explained(profile):
     named = {glossary.metric_of(name) for name in frame["metric"]}
     asked = set(profile.each()[0].get_summary())
     properties = {
-        name for name, kind in inspect.getmembers(LayerMetrics)
+        name
+        for name, kind in inspect.getmembers(LayerMetrics)
         if isinstance(kind, property) and not name.startswith("_")
-    }  # fmt: skip
+    }
     assert named | asked | properties == set(glossary.METRICS)
     for name, (unit, text) in glossary.METRICS.items():
         assert unit and text.endswith(".") and text[0] != " ", name
@@ -39,8 +40,13 @@ def test_every_column_is_explained(profile):
     assert columns["metrics.csv"] == list(profile.to_frame().columns)
     assert columns["ablation.csv"] == list(ablation.COLUMNS)
     assert columns["agreement.csv"] == list(run.AGREEMENT)
-    words = {"tokens": [1], "layers": [0], "seen": [9], "text": None,
-             "counts": np.ones((1, 1, 8), int)}  # fmt: skip
+    words = {
+        "tokens": [1],
+        "layers": [0],
+        "seen": [9],
+        "text": None,
+        "counts": np.ones((1, 1, 8), int),
+    }
     profile.vocabulary = words
     made = specialisation.by_token(profile)
     profile.vocabulary = None

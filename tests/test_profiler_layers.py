@@ -103,8 +103,9 @@ def test_a_quantised_expert_among_others_is_a_layer_like_any():
 
 def test_experts_of_different_sizes_count_by_slot():
     sizes = iter([4, 8, 16, 32] * 4)
-    model = nn.Sequential(Block(lambda: nn.Sequential(nn.Linear(H, w := next(sizes)),
-                                                      nn.Linear(w, H))))  # fmt: skip
+    model = nn.Sequential(
+        Block(lambda: nn.Sequential(nn.Linear(H, w := next(sizes)), nn.Linear(w, H)))
+    )
     profiler = profiled(model, hidden(9))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(hidden(9))
@@ -364,8 +365,11 @@ def test_of_modules_that_are_trained_beside_adapters_the_active_copy_counts(save
 
 @needs("peft")
 def test_shared_experts_beside_a_block_that_is_trained_beside_adapters():
-    adapted = lora(zoo.build("granitemoeshared"), target_modules=["q_proj"],
-                   modules_to_save=["block_sparse_moe"])  # fmt: skip
+    adapted = lora(
+        zoo.build("granitemoeshared"),
+        target_modules=["q_proj"],
+        modules_to_save=["block_sparse_moe"],
+    )
     for site in find_sites(adapted):
         assert site.layer.shared_flops == zoo.ZOO["granitemoeshared"].shared_flops
 
@@ -397,8 +401,9 @@ def adapters(peft):
 
 @needs("peft")
 @LISTS
-@pytest.mark.parametrize("name", ["DoraLinearVariant", "loha", "ia3", "adalora", "vera",
-                                  "lora.layer.ParamWrapper"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["DoraLinearVariant", "loha", "ia3", "adalora", "vera", "lora.layer.ParamWrapper"]
+)
 def test_the_flops_of_other_adapters_are_said_to_be_unknown(name):
     import peft
 
@@ -419,8 +424,9 @@ def test_the_flops_of_other_adapters_are_said_to_be_unknown(name):
 @needs("peft")
 @STACKED
 def test_the_flops_of_an_adapted_router_parameter_are_said_to_be_unknown():
-    adapted = lora(olmoe(num_hidden_layers=1), target_modules=["q_proj"],
-                   target_parameters=["mlp.gate.weight"])  # fmt: skip
+    adapted = lora(
+        olmoe(num_hidden_layers=1), target_modules=["q_proj"], target_parameters=["mlp.gate.weight"]
+    )
     (own,) = profiled(adapted, {"input_ids": token_ids(1, 6)}).get_metrics().values()
     assert own.flops_router != own.flops_router and "ParamWrapper" in own.layer.unknown
     assert own.flops_expert == 2 * 6 * 6 * 32 * 16

@@ -65,12 +65,28 @@ def test_the_counts_in_c_are_those_of_plain_numpy(skip):
     counts, recency = Counts(E), np.full(E, -1, np.int32)
     for before, step in zip(first, second, strict=True):
         _C.tally(
-            counts.ints, counts.floats, recency, step.experts.astype(np.int32),
-            step.logits.astype(np.float32), "float32", step.real, before.experts.astype(np.int32),
-            step.nanoseconds, step.skips,
-        )  # fmt: skip
-    for name in ("latency", "k", "load", "skipped", "unique", "batch_unique", "reuse", "pairs",
-                 "moves"):  # fmt: skip
+            counts.ints,
+            counts.floats,
+            recency,
+            step.experts.astype(np.int32),
+            step.logits.astype(np.float32),
+            "float32",
+            step.real,
+            before.experts.astype(np.int32),
+            step.nanoseconds,
+            step.skips,
+        )
+    for name in (
+        "latency",
+        "k",
+        "load",
+        "skipped",
+        "unique",
+        "batch_unique",
+        "reuse",
+        "pairs",
+        "moves",
+    ):
         np.testing.assert_array_equal(getattr(counts, name), getattr(expected, name), name)
     np.testing.assert_allclose(counts.floats, expected.floats, rtol=1e-5)
 
@@ -167,9 +183,7 @@ def test_confidence_and_gap_are_those_of_the_logits():
 def test_the_losses_are_those_of_transformers(masked):
     layers = random_steps(seed=5, padding=0.3 if masked else 0.0)
     counts = [counted(steps) for steps in layers]
-    logits = tuple(
-        torch.tensor(np.concatenate([s.logits for s in steps])) for steps in layers
-    )  # fmt: skip
+    logits = tuple(torch.tensor(np.concatenate([s.logits for s in steps])) for steps in layers)
     mask = np.concatenate([s.real for s in layers[0]])[None, :]
     expected = load_balancing_loss_func(
         logits, E, K, torch.tensor(mask.astype(np.int64)) if masked else None
@@ -298,8 +312,18 @@ def test_nothing_measured_is_never_zero():
 def test_one_expert_has_no_entropy_nor_confidence():
     step = Step(np.array([[0]]), np.zeros((1, 1)), np.ones(1, bool), 1000)
     counts = Counts(1)
-    _C.tally(counts.ints, counts.floats, np.full(1, -1, np.int32), step.experts.astype(np.int32),
-             step.logits.astype(np.float32), "float32", None, None, 1000, False)  # fmt: skip
+    _C.tally(
+        counts.ints,
+        counts.floats,
+        np.full(1, -1, np.int32),
+        step.experts.astype(np.int32),
+        step.logits.astype(np.float32),
+        "float32",
+        None,
+        None,
+        1000,
+        False,
+    )
     m = LayerMetrics(layer(0, 1, 1), counts)
     assert m.expert_load == [1.0] and m.expert_load_gini == 0
     for name in ("expert_load_entropy", "router_confidence", "router_gap"):

@@ -25,16 +25,26 @@ def test_a_step_of_several_phases_is_one_step_of_all(tmp_path, pairs):
     found = []
     for mixed in (True, False):
         with torch.no_grad(), moeprof.MoEProfiler(model, pairs=pairs) as profiler:
-            for rows, phases in zip(hidden, ([0] * 5 + [1] * 2, [1] * 7, [2, 0, 0, 0, 1, 1, 1]),
-                                    strict=True):  # fmt: skip
+            for rows, phases in zip(
+                hidden, ([0] * 5 + [1] * 2, [1] * 7, [2, 0, 0, 0, 1, 1, 1]), strict=True
+            ):
                 for block in blocks(model):
                     run_mixed(profiler, block, rows, phases if mixed else None)
         found.append(profiler.result())
     assert [found[0].each(p)[0].steps for p in ("prefill", "decode", "verify")] == [2, 3, 1]
     for own, once in zip(found[0].each(), found[1].each(), strict=True):
         assert own.steps == 3
-        for name in ("k", "load", "unique", "batch_steps", "batch_unique", "reuse", "pairs",
-                     "moves", "confidence"):  # fmt: skip
+        for name in (
+            "k",
+            "load",
+            "unique",
+            "batch_steps",
+            "batch_unique",
+            "reuse",
+            "pairs",
+            "moves",
+            "confidence",
+        ):
             assert np.array_equal(getattr(own.counts, name), getattr(once.counts, name)), name
         assert own.counts.latency.sum() == 3 and own.counts.latency.min() == 0
         assert own.bytes_per_step == once.bytes_per_step

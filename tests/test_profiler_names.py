@@ -26,8 +26,10 @@ from moeprof.profiler.result.metrics import load_balance_loss
         (["model.layers.0.mlp", "model.layers.12.mlp"], [0, 12]),
         (["transformer.blocks.3.ffn"], [3]),
         (["0", "2"], [0, 2]),
-        (["encoder.block.1.layer.1.mlp", "decoder.block.1.layer.2.mlp"],
-         ["encoder 1", "decoder 1"]),
+        (
+            ["encoder.block.1.layer.1.mlp", "decoder.block.1.layer.2.mlp"],
+            ["encoder 1", "decoder 1"],
+        ),
         (["encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp"], [1, 3]),
         (["layers.0.self_attention.experts", "layers.0.mlp"], ["self_attention 0", "mlp 0"]),
         (["tower1.moe", "tower2.moe"], ["tower1.moe", "tower2.moe"]),
@@ -35,7 +37,7 @@ from moeprof.profiler.result.metrics import load_balance_loss
         ([""], ["model"]),
         ([], []),
     ],
-)  # fmt: skip
+)
 def test_labels(blocks, labels):
     assert layer_labels(blocks) == labels
     plain = all(isinstance(label, int) for label in labels)
@@ -44,8 +46,14 @@ def test_labels(blocks, labels):
 
 def test_what_may_stand_for_a_layer():
     keys = layer_keys(["model.layers.4.mlp", "model.layers.6.mlp"], ["a.gate", "b.gate"])
-    assert keys == {4: 0, 6: 1, "model.layers.4.mlp": 0, "model.layers.6.mlp": 1, "a.gate": 0,
-                    "b.gate": 1}  # fmt: skip
+    assert keys == {
+        4: 0,
+        6: 1,
+        "model.layers.4.mlp": 0,
+        "model.layers.6.mlp": 1,
+        "a.gate": 0,
+        "b.gate": 1,
+    }
     assert spans([1, 2, 3, 5, "x"]) == "1 to 3, 5 and x" and spans([4]) == "4"
 
 
@@ -79,8 +87,7 @@ def test_the_first_layer_of_a_deepseek_is_layer_1(deepseek):
 
 def later(*numbers):
     """A profile of layers with these numbers."""
-    return make_profile(len(numbers), 8, 2, layers=[layer(n) for n in numbers],
-                        prefill=(40, 33))  # fmt: skip
+    return make_profile(len(numbers), 8, 2, layers=[layer(n) for n in numbers], prefill=(40, 33))
 
 
 def test_figures_and_findings_of_layers_with_gaps():

@@ -16,14 +16,15 @@ from moeprof.profiler.result import page as pages
 from moeprof.profiler.result.page import divided
 from moeprof.profiler.result.tables import Table, layers
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-               None)  # fmt: skip
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 VOID = {"meta", "link", "img", "br"}
 
 
 @pytest.fixture(scope="module")
 def profile():
-    facts = {"model": "a <model> & \"more\"", "notes": ["a <note>"]}
+    facts = {"model": 'a <model> & "more"', "notes": ["a <note>"]}
     return make_profile(4, 16, 2, padding=0.1, facts=facts)
 
 
@@ -65,7 +66,7 @@ def test_the_html_asks_for_nothing(profile, view):
     assert read.asked and all(address.startswith(("data:", "#")) for address in read.asked)
     assert not {"script", "iframe", "object", "base"} & set(read.tags)
     assert "@import" not in html and "url(" not in html and "http" not in html
-    for words in ("a <model> & \"more\"", "a <note>", "Least balanced in decode"):
+    for words in ('a <model> & "more"', "a <note>", "Least balanced in decode"):
         assert words in read.text  # escaped, and shown as they are
 
 
@@ -106,8 +107,9 @@ def test_a_wide_table_is_divided_where_its_groups_end():
     table = Table("A title", "", columns, [[f"{n}"] * 25 for n in range(3)])
     parts = divided(table, 18)
     assert [[g for g, _ in part.columns] for part in parts] == [
-        ["", *["one"] * 8, *["two"] * 8], ["", *["three"] * 8]
-    ]  # fmt: skip
+        ["", *["one"] * 8, *["two"] * 8],
+        ["", *["three"] * 8],
+    ]
     assert all(len(row) == len(part.columns) for part in parts for row in part.rows)
     long = Table("A title", "", [("", str(n)) for n in range(40)], [list(map(str, range(40)))])
     parts = divided(long, 18)
@@ -144,12 +146,24 @@ def chromium(page, tmp_path, *options, size="1300,5000"):
     """(what was logged, addresses asked for, the screenshot) of a page file."""
     shot, log = tmp_path / "shot.png", tmp_path / "net.json"
     command = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-        "--disable-background-networking", "--disable-component-update", "--no-first-run",
-        "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-        f"--log-net-log={log}", f"--user-data-dir={tmp_path / 'user'}", *options,
-        f"--window-size={size}", f"--screenshot={shot}", page.as_uri(),
-    ]  # fmt: skip
+        BROWSER,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+        f"--log-net-log={log}",
+        f"--user-data-dir={tmp_path / 'user'}",
+        *options,
+        f"--window-size={size}",
+        f"--screenshot={shot}",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and shot.exists(), done.stderr[-2000:]
     console = [line for line in done.stderr.split("\n") if "CONSOLE" in line]
@@ -213,10 +227,16 @@ def test_a_narrow_screen_scrolls_in_the_boxes_only(html, tmp_path):
 def printed(page, pdf):
     """The text of the page as it comes to paper, its sheets apart by form feeds."""
     command = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer",
-        "--blink-settings=preferredColorScheme=0", f"--user-data-dir={pdf.parent / 'user'}",
-        f"--print-to-pdf={pdf}", page.as_uri(),
-    ]  # fmt: skip
+        BROWSER,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-pdf-header-footer",
+        "--blink-settings=preferredColorScheme=0",
+        f"--user-data-dir={pdf.parent / 'user'}",
+        f"--print-to-pdf={pdf}",
+        page.as_uri(),
+    ]
     subprocess.run(command, capture_output=True, timeout=120, check=True)
     done = subprocess.run(["pdftotext", "-layout", pdf, "-"], capture_output=True, timeout=60)
     return done.stdout.decode()

@@ -67,8 +67,9 @@ def test_generation_without_a_cache_decodes(beams):
     """Each step computes the whole row again; what ran is counted, in the phase it ran in."""
     model = olmoe()
     with torch.no_grad(), moeprof.MoEProfiler(model) as profiler:
-        model.generate(token_ids(1, 6), max_new_tokens=4, min_new_tokens=4, use_cache=False,
-                       num_beams=beams)  # fmt: skip
+        model.generate(
+            token_ids(1, 6), max_new_tokens=4, min_new_tokens=4, use_cache=False, num_beams=beams
+        )
     rows = beams * (7 + 8 + 9)
     assert counted(profiler) == {"prefill": (6 * beams, 0, 1), "decode": (rows, 0, 3)}
 
@@ -104,8 +105,14 @@ def test_the_prompt_that_guidance_compares_with_is_a_prompt(use_cache):
     """Classifier-free guidance runs the model a second time inside each step."""
     model, ids = olmoe(), token_ids(1, 6)
     with torch.no_grad(), moeprof.MoEProfiler(model) as profiler:
-        model.generate(ids, negative_prompt_ids=ids[:, :4], guidance_scale=1.5,
-                       max_new_tokens=3, min_new_tokens=3, use_cache=use_cache)  # fmt: skip
+        model.generate(
+            ids,
+            negative_prompt_ids=ids[:, :4],
+            guidance_scale=1.5,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            use_cache=use_cache,
+        )
     further = 4 if use_cache else (7 + 8) + (5 + 6)
     assert counted(profiler) == {"prefill": (6 + 4, 0, 2), "decode": (further, 0, 4)}
 
@@ -117,8 +124,13 @@ def test_models_with_a_state_beside_their_cache(name):
     model, ids = zoo.build(name), zoo.inputs(name)["input_ids"]
     for use_cache, decoded in ((True, 2 * 2), (False, 2 * (10 + 11))):
         with torch.no_grad(), moeprof.MoEProfiler(model) as profiler:
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3,
-                           min_new_tokens=3, use_cache=use_cache)  # fmt: skip
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=3,
+                min_new_tokens=3,
+                use_cache=use_cache,
+            )
         assert counted(profiler) == {"prefill": (18, 0, 1), "decode": (decoded, 0, 2)}
 
 
@@ -170,8 +182,9 @@ def test_a_prompt_in_chunks_is_a_prompt(demo):
     prompt, found = ids["input_ids"].shape[1], counted(profiler)
     # transformers 4 runs the prompt's last token, by itself, in its loop
     assert {phase: tokens for phase, (tokens, _, _) in found.items()} == {
-        "prefill": prompt, "decode": 3,
-    }  # fmt: skip
+        "prefill": prompt,
+        "decode": 3,
+    }
 
 
 def test_a_cache_that_does_not_say_is_unknown():
@@ -221,12 +234,15 @@ def test_continuous_batching_has_no_padding(demo):
     gate.register_forward_hook(lambda module, args, output: rows.append(len(output[2])))
     with moeprof.MoEProfiler(model) as profiler:
         model.generate_batch(
-            inputs=prompts, progress_bar=False,
-            generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1,
-                                               pad_token_id=1),
+            inputs=prompts,
+            progress_bar=False,
+            generation_config=GenerationConfig(
+                max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=1
+            ),
             continuous_batching_config=ContinuousBatchingConfig(
-                block_size=32, num_blocks=64, max_batch_tokens=256, max_blocks_per_request=0),
-        )  # fmt: skip
+                block_size=32, num_blocks=64, max_batch_tokens=256, max_blocks_per_request=0
+            ),
+        )
     found = counted(profiler)
     assert found["prefill"][:2] == (rows[0], 0) and found["decode"][:2] == (sum(rows[1:]), 0)
     assert set(found) == {"prefill", "decode"}
@@ -318,8 +334,13 @@ def test_what_generate_gives_to_rows_that_ended_is_padding_on_request(use_cache,
     mask = torch.ones_like(ids)
     mask[0, :2] = not masked
     # an id that is not there, as the model that is not trained may choose any other one
-    options = {"attention_mask": mask, "max_new_tokens": 6, "use_cache": use_cache,
-               "pad_token_id": 1, "bad_words_ids": [[1]]}  # fmt: skip
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "use_cache": use_cache,
+        "pad_token_id": 1,
+        "bad_words_ids": [[1]],
+    }
     counts = []
     with torch.no_grad():
         eos = int(model.generate(ids, min_new_tokens=6, **options)[0, 7])
@@ -346,8 +367,13 @@ def test_text_that_generates_repetitions_does_not_look_padded():
         warnings.simplefilter("error", UserWarning)
         with moeprof.MoEProfiler(model):
             for use_cache in (True, False):
-                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20,
-                               min_new_tokens=20, use_cache=use_cache)  # fmt: skip
+                model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=20,
+                    min_new_tokens=20,
+                    use_cache=use_cache,
+                )
 
 
 def test_what_looks_padded_is_said_once_and_counts():
@@ -409,8 +435,13 @@ def test_the_mask_of_a_prompt_goes_on_in_what_is_generated(use_cache, pad):
     model, ids = olmoe(), token_ids(3, 6)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 6, "use_cache": use_cache,
-               "pad_token_id": 1, "bad_words_ids": [[1]]}  # fmt: skip
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "use_cache": use_cache,
+        "pad_token_id": 1,
+        "bad_words_ids": [[1]],
+    }
     with torch.no_grad():
         eos = int(model.generate(ids, min_new_tokens=6, **options)[0, 7])
         with moeprof.MoEProfiler(model, pad_token_id=pad) as profiler:
@@ -437,8 +468,9 @@ def test_the_mask_of_a_prompt_with_drafts():
     assert all(padding == 0 for phase, (_, padding, _) in found.items() if phase != "prefill")
 
 
-@pytest.mark.parametrize("shape, said", [((2, 5), r"got \(2, 5\)"), ((3, 6), r"got \(3, 6\)"),
-                                         ((6,), r"got \(6,\)")])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, said", [((2, 5), r"got \(2, 5\)"), ((3, 6), r"got \(3, 6\)"), ((6,), r"got \(6,\)")]
+)
 def test_a_mask_of_another_shape_is_refused_at_the_first_step(shape, said):
     model = olmoe()
     with torch.no_grad(), moeprof.MoEProfiler(model) as profiler, profiler.mask(np.ones(shape)):

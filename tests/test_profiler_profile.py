@@ -22,8 +22,18 @@ from moeprof.profiler.result.metrics import SCALARS
 from moeprof.profiler.result.profile import Profile
 from moeprof.profiler.tally import Counts
 
-FIGURES = ["load", "k", "confidence", "latency", "roofline", "union", "cache", "coactivation",
-           "moves", "domains"]  # fmt: skip
+FIGURES = [
+    "load",
+    "k",
+    "confidence",
+    "latency",
+    "roofline",
+    "union",
+    "cache",
+    "coactivation",
+    "moves",
+    "domains",
+]
 EMPTY = dict(prefill=(), decode=())
 
 
@@ -37,8 +47,13 @@ def with_vocabulary(profile):
     counts = np.zeros((1, 3, 12), np.int64)
     counts[0, 0, 4], counts[0, 0, 5] = 10, 10
     counts[0, 1, 4], counts[0, 1, 7], counts[0, 2, 7] = 5, 35, 6
-    words = {"tokens": [11, 22, 33], "layers": [2], "counts": counts,
-             "seen": np.array([10, 20, 3]), "text": ["if", " the", "<b>"]}  # fmt: skip
+    words = {
+        "tokens": [11, 22, 33],
+        "layers": [2],
+        "counts": counts,
+        "seen": np.array([10, 20, 3]),
+        "text": ["if", " the", "<b>"],
+    }
     return Profile(profile.layers, profile.counts, profile.facts, vocabulary=words)
 
 
@@ -88,9 +103,13 @@ def test_domains_beside_an_even_choice(profile):
         assert rows["share"].sum() == pytest.approx(2)  # every token goes to two experts
     assert set(frame["baseline"].round(12)) == {round(2 / 12, 12)}
     np.testing.assert_allclose(frame["times"], frame["share"] / frame["baseline"])
-    assert frame["tokens"].groupby(frame["layer"]).apply(lambda t: t.unique().sum()).eq(
-        profile.each()[0].tokens
-    ).all()  # fmt: skip
+    assert (
+        frame["tokens"]
+        .groupby(frame["layer"])
+        .apply(lambda t: t.unique().sum())
+        .eq(profile.each()[0].tokens)
+        .all()
+    )
 
 
 def test_a_domains_table_may_be_wider_than_a_layer(profile):
@@ -108,8 +127,11 @@ def test_input_tokens_by_expert(profile):
     found = {row["expert"]: [] for row in frame.to_dict("records")}
     for row in frame.to_dict("records"):
         found[row["expert"]].append((row["token"], row["text"], row["share"]))
-    assert found == {4: [(11, "if", 1.0), (22, " the", 0.25)], 5: [(11, "if", 1.0)],
-                     7: [(22, " the", 1.75)]}  # fmt: skip
+    assert found == {
+        4: [(11, "if", 1.0), (22, " the", 0.25)],
+        5: [(11, "if", 1.0)],
+        7: [(22, " the", 1.75)],
+    }
     assert frame["baseline"].iloc[0] == pytest.approx(66 / 33 / 12)
     rare = with_vocabulary(profile).vocabulary_specialisation(minimum=1, top=1)
     assert rare.set_index("expert")["token"].to_dict() == {4: 11, 5: 11, 7: 33}
@@ -395,8 +417,11 @@ def test_over_an_older_profile_is_whole_or_the_older_one(profile, tmp_path, monk
     newest.save(tmp_path)
     assert Profile.load(tmp_path) == newest
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "counts.npz", "glossary.csv", "metrics.csv", "profile.json",
-    ]  # fmt: skip
+        "counts.npz",
+        "glossary.csv",
+        "metrics.csv",
+        "profile.json",
+    ]
 
 
 def test_no_space_leaves_the_older_profile(profile, tmp_path, monkeypatch):
@@ -443,23 +468,36 @@ def test_facts_are_checked(profile, tmp_path):
 
     for name, value in (("steps", "3"), ("steps", True), ("model", None), ("notes", "x")):
         refused("facts", name, value)
-    for name, value in (("num_experts", "8"), ("num_experts", -1), ("num_experts", 10**30),
-                        ("name", 3), ("router_bytes", None), ("expert_bytes", -1)):  # fmt: skip
+    for name, value in (
+        ("num_experts", "8"),
+        ("num_experts", -1),
+        ("num_experts", 10**30),
+        ("name", 3),
+        ("router_bytes", None),
+        ("expert_bytes", -1),
+    ):
         refused("layers", name, value)
     refused("layers", "slot_flops", [1, 2])
     refused("layers", "slot_flops", ["x"] * 12)
     refused("roofline", "read_gbs", "fast")
     row = {"batch": 1, "steps": 3, "k": 2.0, "unique_experts": 2.0, "latency_ms": 1.0, "bytes": 8}
-    for name, value in (("not_counted", 5), ("not_counted", [{"label": 1, "block": "b"}]),
-                        ("decode_by_batch", [1, 2]), ("decode_by_batch", [row | {"k": "two"}]),
-                        ("machine", {"cpu": "A CPU", "threads": 2})):  # fmt: skip
+    for name, value in (
+        ("not_counted", 5),
+        ("not_counted", [{"label": 1, "block": "b"}]),
+        ("decode_by_batch", [1, 2]),
+        ("decode_by_batch", [row | {"k": "two"}]),
+        ("machine", {"cpu": "A CPU", "threads": 2}),
+    ):
         refused("facts", name, value)
 
 
 def test_a_profile_of_before_there_were_four_phases_is_read(profile, tmp_path):
     profile.save(tmp_path)
-    data = {n: a for n, a in np.load(tmp_path / "counts.npz").items()
-            if not n.startswith(("verify", "unknown"))}  # fmt: skip
+    data = {
+        n: a
+        for n, a in np.load(tmp_path / "counts.npz").items()
+        if not n.startswith(("verify", "unknown"))
+    }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **data)
     (tmp_path / "counts.npz").write_bytes(buffer.getvalue())
@@ -526,13 +564,25 @@ def test_a_comparison_is_second_less_first(profile):
     other = make_profile(3, 12, 3, seed=4, facts={"router": "BH(alpha=0.1)"})
     compared = profile.compare(other)
     frame = compared.to_frame()
-    assert list(frame.columns) == ["layer", "name", "block", "phase", "metric", "first", "second",
-                                   "difference", "relative"]  # fmt: skip
+    assert list(frame.columns) == [
+        "layer",
+        "name",
+        "block",
+        "phase",
+        "metric",
+        "first",
+        "second",
+        "difference",
+        "relative",
+    ]
     row = frame[(frame["layer"] == 1) & (frame["phase"] == "decode")].set_index("metric")
     a, b = profile.each("decode")[1], other.each("decode")[1]
     assert row.loc["k_mean", ["first", "second", "difference", "relative"]].tolist() == [
-        2, 3, 1, 0.5,
-    ]  # fmt: skip
+        2,
+        3,
+        1,
+        0.5,
+    ]
     gap = b.expert_load_gini - a.expert_load_gini
     assert row.loc["expert_load_gini", "difference"] == pytest.approx(gap)
     apart = np.abs(np.array(a.expert_load) - b.expert_load).sum() / 2

@@ -180,10 +180,13 @@ def test_read_weights_are_those_that_stacked_experts_got(name):
         choice = read(each)
         given = [v for v in (*each.call[0], *each.call[1].values())][1:]
         assert any(
-            torch.equal(choice.weights, v if v.shape == choice.experts.shape else
-                        v.gather(1, choice.experts))
-            for v in given if v.is_floating_point() and len(v) == len(choice.experts)
-        )  # fmt: skip
+            torch.equal(
+                choice.weights,
+                v if v.shape == choice.experts.shape else v.gather(1, choice.experts),
+            )
+            for v in given
+            if v.is_floating_point() and len(v) == len(choice.experts)
+        )
 
 
 @pytest.mark.skipif(V5, reason="transformers 5 has the bias in the router")
@@ -260,8 +263,9 @@ def test_two_values():
     for pair in ((scatter(z), experts), (experts, scatter(z))):
         assert_read(pair, experts=experts, weights=weights)
     assert_read((z, experts), experts=experts, logits=z)
-    assert_read((z.softmax(-1), experts), experts=experts, weights=weights,
-                logits=z.log_softmax(-1))  # fmt: skip
+    assert_read(
+        (z.softmax(-1), experts), experts=experts, weights=weights, logits=z.log_softmax(-1)
+    )
 
 
 def test_another_k_than_the_layers_is_taken_as_it_comes():
@@ -326,8 +330,9 @@ def test_a_mask_over_all_experts():
     mask[full] = False
     experts = experts.masked_fill(full[:, None], -1)
     for given in (mask.long(), mask):
-        assert_read((given, weights, z), experts=experts, weights=weights, logits=z,
-                    layer=WITHOUT_K)  # fmt: skip
+        assert_read(
+            (given, weights, z), experts=experts, weights=weights, logits=z, layer=WITHOUT_K
+        )
     scores = scatter(z, 2)
     choice = read_choice((mask.long(), scores), T, WITHOUT_K)
     assert torch.equal(selected(choice.experts), scores > 0)

@@ -38,15 +38,31 @@ def test_what_is_written_is_read(path):
                 real, ids = rng.random(tokens) < 0.7, rng.integers(0, 99, tokens)
                 phase = "decode" if tokens == 1 else "prefill"
                 writer.add(
-                    layer=layer, step=step, phase=phase, experts=experts, weights=weights,
-                    entropy=entropy, real=real, input_ids=ids,
-                )  # fmt: skip
+                    layer=layer,
+                    step=step,
+                    phase=phase,
+                    experts=experts,
+                    weights=weights,
+                    entropy=entropy,
+                    real=real,
+                    input_ids=ids,
+                )
                 for t in range(tokens):
                     kept = experts[t] >= 0
-                    expected.append((
-                        layer, step, phase, t, real[t], ids[t], experts[t][kept].tolist(),
-                        weights[t][kept].tolist(), entropy[t], k,
-                    ))  # fmt: skip
+                    expected.append(
+                        (
+                            layer,
+                            step,
+                            phase,
+                            t,
+                            real[t],
+                            ids[t],
+                            experts[t][kept].tolist(),
+                            weights[t][kept].tolist(),
+                            entropy[t],
+                            k,
+                        )
+                    )
                 experts[:], weights[:], ids[:] = 7, 7, 7  # the caller's arrays are its own
     frame = read_records(path)
     assert list(frame.columns) == list(records.COLUMNS)
@@ -57,8 +73,9 @@ def test_what_is_written_is_read(path):
 def test_what_was_not_given_is_not_made_up(path):
     with RecordWriter(path) as writer:
         writer.add(layer=0, step=0, phase="decode", experts=np.array([[1, -1]]))
-        writer.add(layer=1, step=0, phase="decode", experts=np.array([[2]]), input_ids=[5],
-                   weights=[[0.5]])  # fmt: skip
+        writer.add(
+            layer=1, step=0, phase="decode", experts=np.array([[2]]), input_ids=[5], weights=[[0.5]]
+        )
     frame = read_records(path)
     assert frame["weights"].tolist() == [None, [0.5]]
     assert frame["input_id"].isna().tolist() == [True, False] and frame["input_id"][1] == 5
@@ -96,8 +113,13 @@ def test_parquet_is_read_by_others(tmp_path):
     import pandas
 
     with RecordWriter(tmp_path / "x.parquet") as writer:
-        writer.add(layer=3, step=1, phase="decode", experts=np.array([[4, -1, 2]]),
-                   weights=np.array([[0.5, 0, 0.25]]))  # fmt: skip
+        writer.add(
+            layer=3,
+            step=1,
+            phase="decode",
+            experts=np.array([[4, -1, 2]]),
+            weights=np.array([[0.5, 0, 0.25]]),
+        )
     row = pandas.read_parquet(tmp_path / "x.parquet").iloc[0]
     assert row["experts"].tolist() == [4, -1, 2] and row["weights"].tolist() == [0.5, 0, 0.25]
     assert (row["layer"], row["phase"], row["slots"]) == (3, "decode", 3)
@@ -173,20 +195,27 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     assert len(read_records(tmp_path / "folder")) == 1
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"phase": "training"}, "phase: expected one of"),
-    ({"experts": np.array([1, 2])}, r"experts: expected integers \(T, k\)"),
-    ({"experts": np.array([[0.5]])}, "experts: expected integers"),
-    ({"weights": np.zeros((2, 2))}, r"weights: expected shape \(2, 1\)"),
-    ({"entropy": np.zeros(3)}, r"entropy: expected shape \(2,\)"),
-    ({"real": np.ones((2, 1), bool)}, r"real: expected shape \(2,\)"),
-    ({"input_ids": np.zeros(1, int)}, r"input_ids: expected shape \(2,\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"phase": "training"}, "phase: expected one of"),
+        ({"experts": np.array([1, 2])}, r"experts: expected integers \(T, k\)"),
+        ({"experts": np.array([[0.5]])}, "experts: expected integers"),
+        ({"weights": np.zeros((2, 2))}, r"weights: expected shape \(2, 1\)"),
+        ({"entropy": np.zeros(3)}, r"entropy: expected shape \(2,\)"),
+        ({"real": np.ones((2, 1), bool)}, r"real: expected shape \(2,\)"),
+        ({"input_ids": np.zeros(1, int)}, r"input_ids: expected shape \(2,\)"),
+    ],
+)
 def test_rows_that_do_not_fit(path, change, words):
     with RecordWriter(path) as writer:
         with pytest.raises(ValueError, match=words):
-            writer.add(**({"layer": 0, "step": 0, "phase": "decode",
-                           "experts": np.array([[1], [2]])} | change))  # fmt: skip
+            writer.add(
+                **(
+                    {"layer": 0, "step": 0, "phase": "decode", "experts": np.array([[1], [2]])}
+                    | change
+                )
+            )
     assert len(read_records(path)) == 0
 
 
@@ -227,12 +256,16 @@ def test_flipped_bits_of_a_part_are_one_kind_of_error(tmp_path):
 @pytest.mark.parametrize(
     "name, array",
     [
-        ("huge", np.zeros(10**7)), ("experts", np.zeros(10**8, np.int8)),
-        ("layer", np.zeros(10**7, np.int32)), ("experts", np.zeros((4, 3), np.int32)),
-        ("entropy", np.zeros(4)), ("slots", np.full(4, 4, np.int32)),
-        ("slots", np.array([-3, 9, 3, 3], np.int32)), ("phase", np.full(4, 77, np.uint8)),
+        ("huge", np.zeros(10**7)),
+        ("experts", np.zeros(10**8, np.int8)),
+        ("layer", np.zeros(10**7, np.int32)),
+        ("experts", np.zeros((4, 3), np.int32)),
+        ("entropy", np.zeros(4)),
+        ("slots", np.full(4, 4, np.int32)),
+        ("slots", np.array([-3, 9, 3, 3], np.int32)),
+        ("phase", np.full(4, 77, np.uint8)),
     ],
-)  # fmt: skip
+)
 def test_arrays_that_are_no_records_are_refused(tmp_path, name, array):
     folder, file = parts(tmp_path)
     arrays = dict(np.load(file))

@@ -74,8 +74,7 @@ def test_experts_are_read_in_place_all_of_them(dtype):
     large = [p for p in weights_of(model) if p.nbytes >= module.SMALL]
     assert sum(p.nbytes for p in pieces) == sum(p.nbytes for p in large)
     inside = [memory(p) for p in large]
-    assert large and all(any(a <= x < y <= b for a, b in inside)
-                              for x, y in map(memory, pieces))  # fmt: skip
+    assert large and all(any(a <= x < y <= b for a, b in inside) for x, y in map(memory, pieces))
 
 
 def test_weights_off_any_alignment():

@@ -27,8 +27,9 @@ class Rerouting(Block):
         out, over = torch.zeros_like(rows), []
         for number, expert in enumerate(self.experts):
             token = (chosen == number).any(-1).nonzero().squeeze(-1)
-            token, rest = token.split([n := min(len(token), self.capacity(len(rows))),
-                                       len(token) - n])  # fmt: skip
+            token, rest = token.split(
+                [n := min(len(token), self.capacity(len(rows))), len(token) - n]
+            )
             out.index_add_(0, token, expert(rows[token]))
             over.append(rest)
         over = torch.cat(over)

@@ -122,9 +122,18 @@ def benchmark_inside(model):
 
 
 @pytest.mark.parametrize(
-    "use", (benchmark_inside, fail_inside, fail_outside, start_and_stop, delete_it,
-            patch_and_unpatch_meanwhile, stop_while_patched, fall_back),
-)  # fmt: skip
+    "use",
+    (
+        benchmark_inside,
+        fail_inside,
+        fail_outside,
+        start_and_stop,
+        delete_it,
+        patch_and_unpatch_meanwhile,
+        stop_while_patched,
+        fall_back,
+    ),
+)
 def test_the_model_is_afterwards_as_it_was(model, use):
     before, formulas = snapshot(model), dict(flop_counter.flop_registry)
     with torch.no_grad():
@@ -252,9 +261,7 @@ def test_a_result_is_what_was_counted_until_then(model):
 def test_threads_do_not_mix_their_steps(model):
     lengths = list(range(3, 11))
     with moeprof.MoEProfiler(model) as profiler:
-        threads = [
-            threading.Thread(target=model, args=(token_ids(1, n, seed=n),)) for n in lengths
-        ]
+        threads = [threading.Thread(target=model, args=(token_ids(1, n, seed=n),)) for n in lengths]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -499,10 +506,19 @@ def test_the_vocabulary_holds_the_experts_of_each_token(model):
 
 def test_the_vocabulary_of_an_encoder_and_a_decoder_is_the_encoders():
     config = SwitchTransformersConfig(
-        vocab_size=64, d_model=32, d_kv=8, d_ff=16, num_layers=2, num_decoder_layers=2,
-        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_heads=4, num_experts=4,
-        expert_capacity=64, decoder_start_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=16,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        num_heads=4,
+        num_experts=4,
+        expert_capacity=64,
+        decoder_start_token_id=0,
+    )
     model, ids = SwitchTransformersForConditionalGeneration(config).eval(), token_ids(3, 9)
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0

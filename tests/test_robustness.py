@@ -376,8 +376,9 @@ def test_the_file_is_hardened():
     data = ELF.read_bytes()
     if b"__asan_init" in data:
         pytest.skip("built with MOEPROF_SANITIZE, which brings checks of its own")
-    (offset,), (size, count) = (struct.unpack_from(*at) for at in (("<Q", data, 32),
-                                                                   ("<HH", data, 54)))
+    (offset,), (size, count) = (
+        struct.unpack_from(*at) for at in (("<Q", data, 32), ("<HH", data, 54))
+    )
     headers = [struct.unpack_from("<IIQQQQQQ", data, offset + i * size) for i in range(count)]
     relro, dynamic = 0x6474E552, 2
     assert relro in [h[0] for h in headers]

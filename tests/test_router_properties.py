@@ -77,10 +77,12 @@ def test_R_never_falls_or_never_rises_with_the_main_parameter(name, seed, expert
     if name == "topk":
         values = list(range(1, min(8, experts) + 1))
     null = layer_null(null_kind(seed, name, {}), experts)
-    counts = np.array([
-        route(make(name, experts, **{cls.main: value}, max_k=experts), z, null=null).rejections
-        for value in values
-    ])  # fmt: skip
+    counts = np.array(
+        [
+            route(make(name, experts, **{cls.main: value}, max_k=experts), z, null=null).rejections
+            for value in values
+        ]
+    )
     steps = np.diff(counts, axis=0)
     assert (steps >= 0).all() if cls.increasing else (steps <= 0).all()
 
@@ -128,10 +130,13 @@ def test_equal_logits_have_the_R_of_the_formula(experts):
         R = {
             name: int(route(make(name, experts, **own, max_k=experts), z).rejections[0])
             for name, own in [
-                ("top_p", {"P": value}), ("min_p", {"t": value}), ("entropy", {"c": value}),
-                ("kneedle", {"c": value}), ("gap_ratio", {"c": -value}),
+                ("top_p", {"P": value}),
+                ("min_p", {"t": value}),
+                ("entropy", {"c": value}),
+                ("kneedle", {"c": value}),
+                ("gap_ratio", {"c": -value}),
             ]
-        }  # fmt: skip
+        }
         share = int(np.ceil(value * experts))
         assert R["top_p"] == share and R["entropy"] == share and R["min_p"] == experts
         assert R["kneedle"] == 0 and R["gap_ratio"] == (1 if experts > 1 else 0)

@@ -252,9 +252,7 @@ def test_identities():
     for alpha in (0.01, 0.3, 0.9):
         np.testing.assert_array_equal(rejected(BY(alpha), p), rejected(BH(alpha / c), p))
     for x in (0.4, 0.7, 1.25):
-        np.testing.assert_array_equal(
-            rejected(StoreyBH(0.3, pi0=x), p), rejected(BH(0.3 / x), p)
-        )
+        np.testing.assert_array_equal(rejected(StoreyBH(0.3, pi0=x), p), rejected(BH(0.3 / x), p))
     np.testing.assert_array_equal(rejected(WeightedBH(0.3), p), rejected(BH(0.3), p))
 
 
@@ -368,11 +366,21 @@ def by_definition(name, row, own, limits):
     return max(h, key=lambda r: h[r] + own["c"] * r)
 
 
-@pytest.mark.parametrize(("name", "own"), [
-    ("top_p", {"P": 0.3}), ("top_p", {"P": 0.9}), ("min_p", {"t": 0.05}), ("min_p", {"t": 0.6}),
-    ("entropy", {"c": 0.2}), ("entropy", {"c": 1.0}), ("kneedle", {"on": "prob", "c": 0.0}),
-    ("kneedle", {"on": "log", "c": 0.01}), ("gap_ratio", {"c": 0.0}), ("gap_ratio", {"c": 0.1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("top_p", {"P": 0.3}),
+        ("top_p", {"P": 0.9}),
+        ("min_p", {"t": 0.05}),
+        ("min_p", {"t": 0.6}),
+        ("entropy", {"c": 0.2}),
+        ("entropy", {"c": 1.0}),
+        ("kneedle", {"on": "prob", "c": 0.0}),
+        ("kneedle", {"on": "log", "c": 0.01}),
+        ("gap_ratio", {"c": 0.0}),
+        ("gap_ratio", {"c": 0.1}),
+    ],
+)
 def test_routers_on_logits_by_their_definitions(name, own):
     for experts, limits in ((8, (1, 8)), (8, (3, 5)), (64, (2, 16)), (64, (1, 64))):
         z = random_logits(200, experts)
@@ -393,12 +401,16 @@ def test_routers_on_lfdr_and_e_values_by_their_definitions(name):
             router, expected = make(name, E, q=level, max_k=E), (lfdr <= level).sum(axis=1)
         else:
             p = np.sort(p_reference(z, null), axis=1)
-            e = 0.5 * p**-0.5 if name == "calibrator" else (
-                (1 / lfdr - 1) * null.pi0 / (1 - null.pi0))  # fmt: skip
+            e = (
+                0.5 * p**-0.5
+                if name == "calibrator"
+                else ((1 / lfdr - 1) * null.pi0 / (1 - null.pi0))
+            )
             holds = e >= E / (level * np.arange(1, E + 1))
             router = EBH(level, name, max_k=E)
-            expected = [max((r for r, held in enumerate(row, 1) if held), default=0)
-                        for row in holds]  # fmt: skip
+            expected = [
+                max((r for r, held in enumerate(row, 1) if held), default=0) for row in holds
+            ]
         got = route(router, z, null=null).rejections
         np.testing.assert_array_equal(got, expected)
         assert len(set(got.tolist())) > 2
@@ -437,8 +449,9 @@ def test_conformal_p_counts_whole_bins_below_the_stored_scores():
     got = _C.p_values(z, null.spec)
     np.testing.assert_array_equal(got, null.reference(z))
     exact = (1 + (calibration >= z[..., None]).sum(axis=-1)) / (calibration.size + 1)
-    assert (got >= exact).all() and (got[z > np.sort(calibration)[-1024]] == exact[
-        z > np.sort(calibration)[-1024]]).all()  # fmt: skip
+    assert (got >= exact).all() and (
+        got[z > np.sort(calibration)[-1024]] == exact[z > np.sort(calibration)[-1024]]
+    ).all()
 
 
 # ---- nulls that are one for each expert ----

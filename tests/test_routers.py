@@ -185,8 +185,11 @@ def test_without_a_null_one_warning_names_calibrate_at_the_callers_line():
 @pytest.mark.parametrize("alpha", (0, 1, -1, 2, np.nan, np.inf, "x", None, True))
 def test_bad_alpha(alpha):
     p = np.full((1, 4), 0.5)
-    for run in (lambda: moeprof.benjamini_hochberg_routing(np.zeros((1, 4), np.float32), alpha),
-                lambda: BH(alpha), lambda: moeprof.benjamini_hochberg(p, alpha)):  # fmt: skip
+    for run in (
+        lambda: moeprof.benjamini_hochberg_routing(np.zeros((1, 4), np.float32), alpha),
+        lambda: BH(alpha),
+        lambda: moeprof.benjamini_hochberg(p, alpha),
+    ):
         with pytest.raises(ValueError, match=r"alpha: expected a number in \(0, 1\), got "):
             run()
 
@@ -314,8 +317,16 @@ def test_weights_of_experts_and_layers():
     with pytest.raises(ValueError, match="u, v: have values for each layer"):
         router.spec(8, norm="sum")
     nan, deep = [[1.0]] * 3 + [[np.nan]], np.ones((1, 1, 8))
-    for bad in ({"u": u * 1.01}, {"u": u - 1}, {"v": [1.0, 1.1]}, {"v": -1.0}, {"u": "x"},
-                {"u": nan}, {"u": 1.0}, {"u": deep}):  # fmt: skip
+    for bad in (
+        {"u": u * 1.01},
+        {"u": u - 1},
+        {"v": [1.0, 1.1]},
+        {"v": -1.0},
+        {"u": "x"},
+        {"u": nan},
+        {"u": 1.0},
+        {"u": deep},
+    ):
         with pytest.raises(ValueError, match="^[uv]: expected "):
             WeightedBH(0.2, **bad)
     with pytest.raises(ValueError, match="u: expected 9 weights"):

@@ -42,11 +42,14 @@ def capture(model):
     with torch.no_grad():
         logits = model(input_ids=token_ids()).logits
     return SimpleNamespace(
-        modules=snapshot(model), classes=[type(m) for m in model.modules()],
-        tensors=tensors(model), parameters=parameters, logits=logits,
+        modules=snapshot(model),
+        classes=[type(m) for m in model.modules()],
+        tensors=tensors(model),
+        parameters=parameters,
+        logits=logits,
         configs=[copy.deepcopy(vars(c)) for c in (model.config, model.generation_config)],
         threads=(torch.get_num_threads(), moeprof.get_num_threads(), cpu._threads),
-    )  # fmt: skip
+    )
 
 
 def assert_as_before(model, before):
@@ -260,11 +263,19 @@ def test_sums_see_where_a_word_stands(shape):
     assert torch.equal(_sums(tensor.clone()), sums)
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.randn(3, 5), torch.randn(()), torch.randn(4, 6).t(), torch.randn(7).half(),
-    torch.randn(9, 3).bfloat16()[1:, 1:], torch.tensor([True, False]), torch.zeros(0, 4),
-    torch.randn(2, 3, dtype=torch.complex64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3, 5),
+        torch.randn(()),
+        torch.randn(4, 6).t(),
+        torch.randn(7).half(),
+        torch.randn(9, 3).bfloat16()[1:, 1:],
+        torch.tensor([True, False]),
+        torch.zeros(0, 4),
+        torch.randn(2, 3, dtype=torch.complex64),
+    ],
+)
 def test_words_are_the_same_memory(tensor):
     words = words_of(tensor)
     assert not words.is_floating_point() and words.nbytes == tensor.nbytes
@@ -326,9 +337,13 @@ def test_a_run_of_the_stock_model():
     for text, generated in zip(ALL, result.seen.generated, strict=True):
         ids = Tokenizer()(text, return_tensors="pt")["input_ids"]
         expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=3,
-            max_new_tokens=3, eos_token_id=-1,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=3,
+            max_new_tokens=3,
+            eos_token_id=-1,
+        )
         assert generated == expected[0, ids.shape[1] :].tolist()
     experts = {name: value for name, value in own.items() if name.startswith("experts")}
     assert len(experts) == 9 and set(experts.values()) == {2.0}
@@ -348,9 +363,13 @@ def recorded(model, configure, texts, new_tokens):
         for text in members:
             ids = Tokenizer()(text, return_tensors="pt")["input_ids"]
             whole = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=-1,
-                min_new_tokens=new_tokens + 1, max_new_tokens=new_tokens + 1,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                eos_token_id=-1,
+                min_new_tokens=new_tokens + 1,
+                max_new_tokens=new_tokens + 1,
+            )
             assert whole.shape[1] == ids.shape[1] + new_tokens + 1
             layers = len(handle.layers)
             means.setdefault((category, "prefill"), []).extend(found[:layers])
@@ -365,9 +384,14 @@ def skipping(model):
     return moeprof.patch(model)
 
 
-@pytest.mark.parametrize("configure", [
-    lambda m: moeprof.patch(m, "top_p", P=0.7), skipping,
-], ids=["top_p", "middleware"])  # fmt: skip
+@pytest.mark.parametrize(
+    "configure",
+    [
+        lambda m: moeprof.patch(m, "top_p", P=0.7),
+        skipping,
+    ],
+    ids=["top_p", "middleware"],
+)
 def test_experts_of_a_patched_model_by_category_and_phase(configure):
     model = olmoe()
     own = benchmark(model).run_config("p", TEXTS, configure).get_summary()
@@ -375,9 +399,7 @@ def test_experts_of_a_patched_model_by_category_and_phase(configure):
     for (category, phase), mean in expected.items():
         assert own[f"experts_per_token_{phase}_{category}"] == pytest.approx(mean, rel=1e-6)
     tokens = {"prefill": 31, "decode": 12}
-    total = sum(
-        own[f"experts_per_token_{phase}"] * number for phase, number in tokens.items()
-    ) / 43
+    total = sum(own[f"experts_per_token_{phase}"] * number for phase, number in tokens.items()) / 43
     assert own["experts_per_token"] == pytest.approx(total, rel=1e-12)
     assert len(set(expected.values())) > 2
 
@@ -448,8 +470,9 @@ def test_compare_runs_all_in_turn_and_undoes_each(monkeypatch):
 
 def measurement(name, prefill, decode, nats=10.0, generated=(1, 2)):
     """R rounds of one text of five tokens; prefill, decode: (R,) ms."""
-    times = Times(np.array(prefill)[:, None] / 1e3,
-                  np.repeat(np.array(decode), 2).reshape(-1, 1, 2) / 1e3)  # fmt: skip
+    times = Times(
+        np.array(prefill)[:, None] / 1e3, np.repeat(np.array(decode), 2).reshape(-1, 1, 2) / 1e3
+    )
     seen = Seen(np.array([[4.0, 3.0]]), np.array([nats]), [list(generated)])
     machine = {"cpu": "a CPU", "features": ["avx2"], "threads": 2}
     return Measurement(name, [Prompt("simple", "text", torch.ones(1, 5))], seen, times, machine)
@@ -487,9 +510,9 @@ def test_what_is_within_the_noise():
 def test_a_comparison_fits_100_columns_and_a_page():
     rng = np.random.default_rng(0)
     long = "a name of a configuration that says all of it, <with alpha .05 and max_k 64>"
-    compared = Comparison([
-        measurement(name, *rng.uniform(1e3, 1e5, (2, 5))) for name in ("a", long)
-    ])
+    compared = Comparison(
+        [measurement(name, *rng.uniform(1e3, 1e5, (2, 5))) for name in ("a", long)]
+    )
     shown = repr(compared)
     assert max(map(len, shown.splitlines())) <= 100 and "simple" in shown
     page = compared._repr_html_()
@@ -527,9 +550,11 @@ def test_errors_of_configure_and_of_the_run_leave_the_model(memory):
         assert_as_before(model, before)
     assert bench.results == {}
     bench.run_config("good", ALL)
-    bench.run_config("bad", ALL, lambda m: m.register_forward_hook(
-        lambda *_: 1 / 0 if "bad" in bench.results else None
-    ))  # fmt: skip
+    bench.run_config(
+        "bad",
+        ALL,
+        lambda m: m.register_forward_hook(lambda *_: 1 / 0 if "bad" in bench.results else None),
+    )
     with pytest.raises(ZeroDivisionError):
         bench.compare()
     assert_as_before(model, before)
@@ -561,29 +586,35 @@ def test_runs_that_make_no_sense():
         benchmark(nn.Linear(2, 2)).run_config("a", ALL)
 
 
-@pytest.mark.parametrize("texts, error, words", [
-    ("", ValueError, "the text '' is empty"),
-    (b"text", TypeError, "a list of texts or a dict .* got bytes"),
-    ({"a": {"b": "text"}}, TypeError, r"texts\['a'\]: expected a text or a list .* got dict"),
-    (None, TypeError, "got NoneType"),
-    ([], ValueError, "texts: expected at least one text"),
-    ({}, ValueError, "texts: expected at least one text"),
-    ({"a": "x", "b": ""}, ValueError, r"texts\['b'\]\[0\]: the text '' is empty"),
-    ({"a": ["x"], "b": []}, ValueError, r"texts\['b'\]: expected at least one text"),
-    (["x", ""], ValueError, r"texts\[1\]: the text '' is empty"),
-    (["x", 3], TypeError, r"texts\[1\]: expected a text, got int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "texts, error, words",
+    [
+        ("", ValueError, "the text '' is empty"),
+        (b"text", TypeError, "a list of texts or a dict .* got bytes"),
+        ({"a": {"b": "text"}}, TypeError, r"texts\['a'\]: expected a text or a list .* got dict"),
+        (None, TypeError, "got NoneType"),
+        ([], ValueError, "texts: expected at least one text"),
+        ({}, ValueError, "texts: expected at least one text"),
+        ({"a": "x", "b": ""}, ValueError, r"texts\['b'\]\[0\]: the text '' is empty"),
+        ({"a": ["x"], "b": []}, ValueError, r"texts\['b'\]: expected at least one text"),
+        (["x", ""], ValueError, r"texts\[1\]: the text '' is empty"),
+        (["x", 3], TypeError, r"texts\[1\]: expected a text, got int"),
+    ],
+)
 def test_texts_that_are_none(texts, error, words):
     with pytest.raises(error, match=words):
         benchmark().run_config("a", texts)
 
 
-@pytest.mark.parametrize("texts, prompts", [
-    ("ab", [(None, "ab")]),
-    (["ab", "c"], [(None, "ab"), (None, "c")]),
-    ({"short": "ab", "long": "abcdef"}, [("short", "ab"), ("long", "abcdef")]),
-    ({"short": "ab", "long": ["cd", "ef"]}, [("short", "ab"), ("long", "cd"), ("long", "ef")]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "texts, prompts",
+    [
+        ("ab", [(None, "ab")]),
+        (["ab", "c"], [(None, "ab"), (None, "c")]),
+        ({"short": "ab", "long": "abcdef"}, [("short", "ab"), ("long", "abcdef")]),
+        ({"short": "ab", "long": ["cd", "ef"]}, [("short", "ab"), ("long", "cd"), ("long", "ef")]),
+    ],
+)
 def test_a_text_a_list_and_a_dict_of_either(texts, prompts):
     bench = benchmark(warmup=0, repeats=1, max_new_tokens=1)
     measured = bench.run_config("a", texts)
@@ -592,12 +623,15 @@ def test_a_text_a_list_and_a_dict_of_either(texts, prompts):
     assert "b" in str(bench.compare())
 
 
-@pytest.mark.parametrize("options, error, words", [
-    ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected at least 1, got 0"),
-    ({"warmup": -1}, ValueError, "warmup: expected at least 0"),
-    ({"repeats": True}, TypeError, "repeats: expected an integer"),
-    ({"repeats": 1.5}, TypeError, "repeats: expected an integer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected at least 1, got 0"),
+        ({"warmup": -1}, ValueError, "warmup: expected at least 0"),
+        ({"repeats": True}, TypeError, "repeats: expected an integer"),
+        ({"repeats": 1.5}, TypeError, "repeats: expected an integer"),
+    ],
+)
 def test_settings_out_of_range(options, error, words):
     with pytest.raises(error, match=words):
         benchmark(**options)

@@ -22,10 +22,30 @@ def random_step(draw, tokens, *, experts=E, slots=K):
     return chosen.astype(np.int32), logits, draw.random(tokens) < 0.7, previous.astype(np.int32)
 
 
-def add(counts, recency, experts, logits=None, real=None, previous=None, *, dtype="float32",
-        nanoseconds=1000, skips=False):
-    return _C.tally(counts.ints, counts.floats, recency, experts, logits, dtype, real, previous,
-                    nanoseconds, skips)  # fmt: skip
+def add(
+    counts,
+    recency,
+    experts,
+    logits=None,
+    real=None,
+    previous=None,
+    *,
+    dtype="float32",
+    nanoseconds=1000,
+    skips=False,
+):
+    return _C.tally(
+        counts.ints,
+        counts.floats,
+        recency,
+        experts,
+        logits,
+        dtype,
+        real,
+        previous,
+        nanoseconds,
+        skips,
+    )
 
 
 def empty(experts=E):
@@ -84,8 +104,9 @@ def test_steps_of_many_sizes_count_as_in_plain_python(skips):
         experts, logits, real, previous = (part[:tokens] for part in step)
         nanoseconds = int(draw.integers(1, 10**9))
         plain.add(experts, logits, real, previous, nanoseconds, skips)
-        unique = add(counts, recency, experts, logits, real, previous, nanoseconds=nanoseconds,
-                     skips=skips)  # fmt: skip
+        unique = add(
+            counts, recency, experts, logits, real, previous, nanoseconds=nanoseconds, skips=skips
+        )
         assert unique == len(set(experts.ravel().tolist()) - {-1})
     fields = [name for name in vars(counts) if name not in ("num_experts", "has_pairs")]
     for name in fields:

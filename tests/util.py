@@ -171,13 +171,24 @@ def nasty_rows(experts, seed=0):
     inf, ids = np.inf, np.arange(experts)
     normal = rng.standard_normal((4, experts))
     rows = [
-        *normal, *30 * normal, *np.round(normal),  # the last are full of ties
-        ids, -ids, ids % 3, np.zeros(experts), np.full(experts, -7.5), np.full(experts, inf),
-        np.where(ids == experts // 2, inf, normal[0]), np.where(ids % 3 == 0, inf, normal[1]),
-        np.where(ids % 2 == 1, -inf, normal[2]), np.where(ids == experts - 1, 0.5, -inf),
+        *normal,
+        *30 * normal,
+        *np.round(normal),  # the last are full of ties
+        ids,
+        -ids,
+        ids % 3,
+        np.zeros(experts),
+        np.full(experts, -7.5),
+        np.full(experts, inf),
+        np.where(ids == experts // 2, inf, normal[0]),
+        np.where(ids % 3 == 0, inf, normal[1]),
+        np.where(ids % 2 == 1, -inf, normal[2]),
+        np.where(ids == experts - 1, 0.5, -inf),
         np.where(ids % 3 == 0, inf, np.where(ids % 3 == 1, -inf, normal[3])),
-        np.where(ids % 2 == 1, -3e38, 3e38), ids * 1e-42, np.where(ids % 2 == 1, -0.0, 0.0),
-    ]  # fmt: skip
+        np.where(ids % 2 == 1, -3e38, 3e38),
+        ids * 1e-42,
+        np.where(ids % 2 == 1, -0.0, 0.0),
+    ]
     return np.array(rows).astype(np.float32)
 
 
@@ -287,9 +298,13 @@ def random_slots(tokens, slots, experts, seed=0, skipped=0.25):
 def run_python(code, *, timeout=120, check=True, **environment):
     """Runs code in tests/, so that it can import from there; returns the finished process."""
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=Path(__file__).parent,
-        timeout=timeout, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parent,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done

@@ -22,10 +22,11 @@ def add_bench(commands):
     _add_common(layer, (1, 4, 32, 128, 512, 2048), "tokens")
     _add_dtype_and_threads(layer)
     layer.add_argument(
-        "--peers", action="store_true",
+        "--peers",
+        action="store_true",
         help="with AMD's zentorch, where installed, and vLLM's CPU kernel, where VLLM_SO names "
         "its library",
-    )  # fmt: skip
+    )
     router = names.add_parser("router", help="what routing costs, as a share of the layer")
     _add_common(router, (1, 4, 32, 128, 512, 2048), "tokens")
     _add_dtype_and_threads(router)
@@ -36,18 +37,27 @@ def add_bench(commands):
 
 def _add_common(parser, tokens, what):
     parser.add_argument(
-        "--shape", type=_shape, default=SHAPES["olmoe"], metavar="SHAPE",
+        "--shape",
+        type=_shape,
+        default=SHAPES["olmoe"],
+        metavar="SHAPE",
         help=f"E,H,I,K (experts, hidden and intermediate size, experts a token) or one of "
         f"{', '.join(SHAPES)}; default: olmoe",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tokens", type=_numbers, default=tokens, metavar="T,T,...",
+        "--tokens",
+        type=_numbers,
+        default=tokens,
+        metavar="T,T,...",
         help=f"{what}; default: {','.join(map(str, tokens))}",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--repeats", type=integer(1), default=15, metavar="N",
+        "--repeats",
+        type=integer(1),
+        default=15,
+        metavar="N",
         help="rounds of each measurement, a third of them above 128 tokens; default: 15",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", metavar="FILE", help="write all numbers to FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them in FILE.png")
     parser.set_defaults(run=_run, threads=None, peers=False)
@@ -59,7 +69,7 @@ def _add_dtype_and_threads(parser):
 
 
 def _numbers(text):
-    """"1,4,32" as ascending numbers."""
+    """ "1,4,32" as ascending numbers."""
     return tuple(sorted({integer(1, _MOST)(part) for part in text.split(",")}))
 
 

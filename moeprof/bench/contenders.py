@@ -19,9 +19,11 @@ def contenders(shape, weights, peers):
     costs nothing.
     """
     config = OlmoeConfig(
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_experts=shape.experts, num_experts_per_tok=shape.top_k,
-    )  # fmt: skip
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+    )
     own = (_packed if PACKED else _listed)(config, weights)
     others = {"zentorch": _zentorch, "vllm": _vllm} if peers else {}
     ours = own.pop("moeprof")

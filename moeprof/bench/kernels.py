@@ -96,23 +96,26 @@ def _rows(case, repeats, bar):
         _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
     return [
         {
-            "kernel": case.kernel, "what": case.what, "variant": variant,
+            "kernel": case.kernel,
+            "what": case.what,
+            "variant": variant,
             "times": {variant: times[variant]},
             "scalar_ratio": times["scalar"]["median_ms"] / times[variant]["median_ms"],
             **(_against(case.limit, times, variant) if case.limit else {}),
         }
         for variant in levels
-    ]  # fmt: skip
+    ]
 
 
 def _against(limit, times, variant):
     own = times[variant]
     return {
-        "unit": limit.unit, "peak": limit.peak,
+        "unit": limit.unit,
+        "peak": limit.peak,
         "rate": limit.work / own["median_ms"] / 1e6,
         "best_rate": limit.work / own["best_ms"] / 1e6,
         "limit_rate": limit.call_work / times["limit"]["best_ms"] / 1e6,
-    }  # fmt: skip
+    }
 
 
 def _share_peaks(rows):
@@ -196,9 +199,16 @@ def _routing(shape, kernel):
 
 def tables(result):
     columns = {
-        "kernel": "{}", "call": "{}", "variant": "{}", "ms": "{:.3f}", "x scalar": "{:.1f}",
-        "rate": "{:.1f}", "unit": "{}", "limit": "{:.1f}", "of limit": "{:.2f}",
-    }  # fmt: skip
+        "kernel": "{}",
+        "call": "{}",
+        "variant": "{}",
+        "ms": "{:.3f}",
+        "x scalar": "{:.1f}",
+        "rate": "{:.1f}",
+        "unit": "{}",
+        "limit": "{:.1f}",
+        "of limit": "{:.2f}",
+    }
     last, cells = None, []
     for row in result["rows"]:
         case = row["kernel"], row["what"]
@@ -223,6 +233,8 @@ def figure(result):
         label = " ".join(filter(None, (row["kernel"], rows_of, row["variant"])))
         entries.append((label, row["scalar_ratio"], text, kernels.index(row["kernel"])))
     return plots.bars(
-        result, entries, "kernels on one thread",
+        result,
+        entries,
+        "kernels on one thread",
         "speed relative to scalar; beside the bars: the share of the limit",
-    )  # fmt: skip
+    )

@@ -41,9 +41,15 @@ def _row(settings, weights, calls, tokens, bar):
     hit, flop = draws.experts_hit, shape.flop * tokens * shape.top_k
     nbytes, measured = hit * shape.size * dtype.itemsize, rates(times, weights.words)
     return {
-        "tokens": tokens, "experts_hit": hit, "bytes": nbytes, "flop": flop,
-        "rates": measured, "roof": roof(nbytes, flop, measured), "errors": errors, "times": times,
-    }  # fmt: skip
+        "tokens": tokens,
+        "experts_hit": hit,
+        "bytes": nbytes,
+        "flop": flop,
+        "rates": measured,
+        "roof": roof(nbytes, flop, measured),
+        "errors": errors,
+        "times": times,
+    }
 
 
 # ---- error ----
@@ -88,9 +94,13 @@ def _skipping(settings, ours, bar):
     times = interleave({"kept": ours, "all": ours}, settings.rounds(1), prepare, bar)
     limit = kept / shape.top_k
     return {
-        "kept": kept, "all": shape.top_k, "ratio": ratio(times, "kept", "all"), "limit": limit,
-        "target": min(1.0, limit + TARGET), "times": times,
-    }  # fmt: skip
+        "kept": kept,
+        "all": shape.top_k,
+        "ratio": ratio(times, "kept", "all"),
+        "limit": limit,
+        "target": min(1.0, limit + TARGET),
+        "times": times,
+    }
 
 
 # ---- what is shown ----
@@ -101,9 +111,13 @@ def tables(result):
     columns = {"T": "{:d}", "hit": "{:d}"}
     columns |= {f"{HEADERS.get(name, name)}\nms": "{:.2f}" for name in names}
     columns |= {
-        "other/\nours": "{:.2f}", "GB/s": "{:.1f}", "GFLOP\n/s": "{:.0f}", "roof\nms": "{:.2f}",
-        "roof/\nours": "{:.2f}", "error": "{:.1e}",
-    }  # fmt: skip
+        "other/\nours": "{:.2f}",
+        "GB/s": "{:.1f}",
+        "GFLOP\n/s": "{:.0f}",
+        "roof\nms": "{:.2f}",
+        "roof/\nours": "{:.2f}",
+        "error": "{:.1e}",
+    }
     yield table(columns, [_cells(row, names) for row in rows])
     best = [max(row["rates"][rate] for row in rows) for rate in ("read_gbs", "gemm_gflops")]
     yield (
@@ -124,11 +138,16 @@ def _cells(row, names):
     times, ours = row["times"], row["times"]["moeprof"]["median_ms"]
     others = [times[name]["median_ms"] for name in names if name != "moeprof"]
     return [
-        row["tokens"], row["experts_hit"], *(milliseconds(times, name) for name in names),
-        min(others) / ours if others else None, row["bytes"] / ours / 1e6,
-        row["flop"] / ours / 1e6, row["roof"]["roof_ms"], row["roof"]["roof_ms"] / ours,
+        row["tokens"],
+        row["experts_hit"],
+        *(milliseconds(times, name) for name in names),
+        min(others) / ours if others else None,
+        row["bytes"] / ours / 1e6,
+        row["flop"] / ours / 1e6,
+        row["roof"]["roof_ms"],
+        row["roof"]["roof_ms"] / ours,
         row["errors"].get("moeprof"),
-    ]  # fmt: skip
+    ]
 
 
 def figure(result):

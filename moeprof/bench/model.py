@@ -40,9 +40,12 @@ def measure(settings, bar):
         logging.disable_progress_bar()  # of the loading
         demo_times, _ = _times(demo.load()[0], 1, settings.rounds(1), {}, bar)
     return {
-        "contenders": CONTENDERS, "layers": LAYERS, "vocabulary": VOCABULARY, "rows": rows,
+        "contenders": CONTENDERS,
+        "layers": LAYERS,
+        "vocabulary": VOCABULARY,
+        "rows": rows,
         "demo": {"tokens": 1, "dtype": "float32", "times": demo_times},
-    }  # fmt: skip
+    }
 
 
 def random_model(shape, dtype):
@@ -51,11 +54,16 @@ def random_model(shape, dtype):
     if shape.hidden % 2:
         raise ValueError(f"H {shape.hidden}: a model with rotary positions needs an even one")
     config = OlmoeConfig(
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_experts=shape.experts, num_experts_per_tok=shape.top_k, num_hidden_layers=LAYERS,
-        vocab_size=VOCABULARY, num_attention_heads=heads, num_key_value_heads=heads,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=2**20,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = OlmoeForCausalLM(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -174,10 +182,15 @@ def _flop(model, shape, tokens):
 def tables(result):
     names = result["contenders"]
     columns = {
-        "model": "{}", "T": "{:d}", "contender": "{}", "ms": "{:.2f}",
-        "best\nms": "{:.2f}", "x trans-\nformers": "{:.2f}", "roof\nms": "{:.2f}",
+        "model": "{}",
+        "T": "{:d}",
+        "contender": "{}",
+        "ms": "{:.2f}",
+        "best\nms": "{:.2f}",
+        "x trans-\nformers": "{:.2f}",
+        "roof\nms": "{:.2f}",
         "experts\nof a layer": "{}",
-    }  # fmt: skip
+    }
     cells = []
     for row in result["rows"]:
         hit, limit = row["experts_hit"], row["roof"]["roof_ms"]

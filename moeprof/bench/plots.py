@@ -29,9 +29,14 @@ def against_tokens(result, labels, what):
             [t["upper_ms"] - t["median_ms"] for t in times],
         ]
         axis.errorbar(
-            [row["tokens"] for row in seen], middle, bars, label=plain(label),
-            linewidth=1.6, capsize=3, **style,
-        )  # fmt: skip
+            [row["tokens"] for row in seen],
+            middle,
+            bars,
+            label=plain(label),
+            linewidth=1.6,
+            capsize=3,
+            **style,
+        )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(tokens, map(str, tokens))

@@ -96,10 +96,12 @@ def _all_routers(settings, rows, bar):
 def _of_router(name, times, layer):
     ours, twin = times[name, "C"], times[name, "torch"]
     return {
-        "router": name, "c": ours, "torch": twin,
+        "router": name,
+        "c": ours,
+        "torch": twin,
         "torch_over_c": twin["median_ms"] / ours["median_ms"],
         "layer_share": ours["median_ms"] / layer,
-    }  # fmt: skip
+    }
 
 
 def _route(spec, dtype):
@@ -120,9 +122,12 @@ def _row(settings, calls, tokens, bar):
     times = interleave(calls, settings.rounds(tokens), prepare, bar)
     topk, bh, layer = (times[name]["median_ms"] for name in ("topk", "bh", "layer"))
     return {
-        "tokens": tokens, "topk_share": topk / layer, "bh_share": bh / layer,
-        "bh_over_topk_share": (bh - topk) / layer, "times": times,
-    }  # fmt: skip
+        "tokens": tokens,
+        "topk_share": topk / layer,
+        "bh_share": bh / layer,
+        "bh_over_topk_share": (bh - topk) / layer,
+        "times": times,
+    }
 
 
 # ---- what is shown ----
@@ -130,9 +135,14 @@ def _row(settings, calls, tokens, bar):
 
 def tables(result):
     columns = {
-        "T": "{:d}", "top-k ms": "{:.4f}", "BH ms": "{:.4f}", "layer ms": "{:.2f}",
-        "top-k / layer": "{:.2%}", "BH / layer": "{:.2%}", "(BH - top-k) / layer": "{:.2%}",
-    }  # fmt: skip
+        "T": "{:d}",
+        "top-k ms": "{:.4f}",
+        "BH ms": "{:.4f}",
+        "layer ms": "{:.2f}",
+        "top-k / layer": "{:.2%}",
+        "BH / layer": "{:.2%}",
+        "(BH - top-k) / layer": "{:.2%}",
+    }
     yield table(columns, [_cells(row) for row in result["rows"]])
     yield (
         f"Routing share: top-k / layer and BH / layer (alpha {ALPHA}, a table null on logprob); "
@@ -141,12 +151,26 @@ def tables(result):
         "the layer's time is theirs alone."
     )
     every = result["routers"]
-    columns = {"router": "{}", "C ms": "{:.3f}", "torch ms": "{:.2f}", "torch / C": "{:.0f}",
-               "C / layer": "{:.2%}"}  # fmt: skip
-    yield table(columns, [
-        [row["router"], row["c"]["median_ms"], row["torch"]["median_ms"], row["torch_over_c"],
-         row["layer_share"]] for row in every["rows"]
-    ])  # fmt: skip
+    columns = {
+        "router": "{}",
+        "C ms": "{:.3f}",
+        "torch ms": "{:.2f}",
+        "torch / C": "{:.0f}",
+        "C / layer": "{:.2%}",
+    }
+    yield table(
+        columns,
+        [
+            [
+                row["router"],
+                row["c"]["median_ms"],
+                row["torch"]["median_ms"],
+                row["torch_over_c"],
+                row["layer_share"],
+            ]
+            for row in every["rows"]
+        ],
+    )
     yield (
         f"Every router at {every['tokens']} tokens of float32 logits, against the same in torch, "
         "vectorised over tokens; weights included."

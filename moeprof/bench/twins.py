@@ -141,5 +141,13 @@ COUNTS = {
     "gap_ratio": gap_ratio,
     "expert_threshold": lambda router, p, ranks, null: (p <= router.rho).sum(dim=1),
 }
-ON_P = ("bh", "by", "storey_bh", "weighted_bh", "ebh", "fixed_p", "higher_criticism",
-        "expert_threshold")  # fmt: skip
+ON_P = (
+    "bh",
+    "by",
+    "storey_bh",
+    "weighted_bh",
+    "ebh",
+    "fixed_p",
+    "higher_criticism",
+    "expert_threshold",
+)

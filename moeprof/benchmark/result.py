@@ -102,10 +102,14 @@ class Measurement:
         """
         total = sum(p.ids.shape[1] for p in self.prompts)
         summary = {
-            "config": self.name, "texts": len(self.prompts), "prompt_tokens": total,
-            "new_tokens": self.new_tokens, "repeats": len(self.times.prefill),
-            "threads": self.machine["threads"], **self.quality(),
-        }  # fmt: skip
+            "config": self.name,
+            "texts": len(self.prompts),
+            "prompt_tokens": total,
+            "new_tokens": self.new_tokens,
+            "repeats": len(self.times.prefill),
+            "threads": self.machine["threads"],
+            **self.quality(),
+        }
         for category in self.categories:
             found = self.quality(category)
             summary |= {f"{name}_{category}": value for name, value in found.items()}
@@ -138,17 +142,36 @@ class Measurement:
             f"{own['new_tokens']} decode steps each, {own['repeats']} rounds; "
             f"{in_one_line(self.machine)}"
         )
-        columns = {"texts": "{}", "experts/token": "{:.2f}", "prefill": "{:.2f}",
-                   "decode": "{:.2f}", "loss (nats)": "{:.4f}"}  # fmt: skip
-        yield columns, [(category or "all", *self.quality(category).values())
-                        for category in [None, *self.categories]]  # fmt: skip
-        columns = {"time (median)": "{}", "ms": "{:.3f}", "lower quartile": "{:.3f}",
-                   "upper quartile": "{:.3f}", "tokens/s": "{:.1f}"}  # fmt: skip
+        columns = {
+            "texts": "{}",
+            "experts/token": "{:.2f}",
+            "prefill": "{:.2f}",
+            "decode": "{:.2f}",
+            "loss (nats)": "{:.4f}",
+        }
+        yield (
+            columns,
+            [
+                (category or "all", *self.quality(category).values())
+                for category in [None, *self.categories]
+            ],
+        )
+        columns = {
+            "time (median)": "{}",
+            "ms": "{:.3f}",
+            "lower quartile": "{:.3f}",
+            "upper quartile": "{:.3f}",
+            "tokens/s": "{:.1f}",
+        }
         rates = own["prefill_tokens_per_s"], own["tokens_per_s"]
         names = "prefill of a text", "decode step"
-        yield columns, [(name, *spread(self.rounds(quantity)).values(), rate)
-                        for name, quantity, rate in zip(names, _SPEEDS, rates, strict=True)
-                       ]  # fmt: skip
+        yield (
+            columns,
+            [
+                (name, *spread(self.rounds(quantity)).values(), rate)
+                for name, quantity, rate in zip(names, _SPEEDS, rates, strict=True)
+            ],
+        )
 
     def __repr__(self) -> str:
         return _text(self._parts())
@@ -191,8 +214,12 @@ class Comparison:
             noise = spread(first.rounds(quantity))
             noise = (noise["upper"] - noise["lower"]) / noise["median"]
             differs = (low > 1 or high < 1) and abs(ratio - 1) > noise
-            row |= {name: ratio, f"{name}_low": low, f"{name}_high": high,
-                    f"{name.replace('ratio', 'differs')}": differs}  # fmt: skip
+            row |= {
+                name: ratio,
+                f"{name}_low": low,
+                f"{name}_high": high,
+                f"{name.replace('ratio', 'differs')}": differs,
+            }
         row["loss_change"] = row["loss"] - first.quality()["loss"]
         same = np.equal(result.seen.generated, first.seen.generated)
         return row | {"token_agreement": float(same.mean())}
@@ -202,8 +229,10 @@ class Comparison:
         first, found = self.results[0], []
         repeats = len(first.times.prefill)
         if repeats < ENOUGH:
-            return [f"With {repeats} rounds no difference can be told from noise: it takes "
-                    f"{ENOUGH} (repeats={ENOUGH})."]  # fmt: skip
+            return [
+                f"With {repeats} rounds no difference can be told from noise: it takes "
+                f"{ENOUGH} (repeats={ENOUGH})."
+            ]
         for result in self.results[1:]:
             row = self._row(result)
             for what in ("prefill", "decode"):
@@ -224,12 +253,23 @@ class Comparison:
         )
         rows = [self._row(result) for result in self.results]
         columns = {
-            "config": "{}", "experts\nper token": "{:.2f}", "in\nprefill": "{:.2f}",
-            "in\ndecode": "{:.2f}", "loss\n(nats)": "{:.4f}", "change": "{:+.4f}",
+            "config": "{}",
+            "experts\nper token": "{:.2f}",
+            "in\nprefill": "{:.2f}",
+            "in\ndecode": "{:.2f}",
+            "loss\n(nats)": "{:.4f}",
+            "change": "{:+.4f}",
             "same\ntokens": "{:.0%}",
-        }  # fmt: skip
-        names = ("config", "experts_per_token", "experts_per_token_prefill",
-                 "experts_per_token_decode", "loss", "loss_change", "token_agreement")  # fmt: skip
+        }
+        names = (
+            "config",
+            "experts_per_token",
+            "experts_per_token_prefill",
+            "experts_per_token_decode",
+            "loss",
+            "loss_change",
+            "token_agreement",
+        )
         # "+0.0000" for a loss that differs by rounding, not "-0.0000"
         shown = [row | {"loss_change": round(row["loss_change"], 4) + 0.0} for row in rows]
         yield columns, [[row[name] for name in names] for row in shown]
@@ -239,15 +279,25 @@ class Comparison:
             names = ["config", *(f"experts_per_token_{category}" for category in some)]
             yield columns, [[row[name] for name in names] for row in rows]
         columns = {
-            "config": "{}", "prefill\nms": "{}", "times the first's\n(interval)": "{}",
-            "decode step\nms": "{}", "times the first's \n(interval)": "{}",
+            "config": "{}",
+            "prefill\nms": "{}",
+            "times the first's\n(interval)": "{}",
+            "decode step\nms": "{}",
+            "times the first's \n(interval)": "{}",
             "tokens\nper s": "{:.1f}",
-        }  # fmt: skip
-        yield columns, [
-            (fill(row["config"], NAME), *_cells(row, "prefill"), *_cells(row, "decode"),
-             row["tokens_per_s"])
-            for row in rows
-        ]  # fmt: skip
+        }
+        yield (
+            columns,
+            [
+                (
+                    fill(row["config"], NAME),
+                    *_cells(row, "prefill"),
+                    *_cells(row, "decode"),
+                    row["tokens_per_s"],
+                )
+                for row in rows
+            ],
+        )
         yield (
             "ms: the median ± half of the distance between the quartiles. times the first's: of "
             "the same round, the median and an interval of at least 90 %; ~: within the noise. "
@@ -263,7 +313,7 @@ class Comparison:
 
 
 def _cells(row, what):
-    """"12.3 ± 0.2" ms and "0.970 0.951-0.993 ~" of one configuration."""
+    """ "12.3 ± 0.2" ms and "0.970 0.951-0.993 ~" of one configuration."""
     ms, lower, upper = (row[f"{what}_ms{end}"] for end in ("", "_lower", "_upper"))
     ratio, low, high = (row[f"{what}_ratio{end}"] for end in ("", "_low", "_high"))
     interval = "" if math.isnan(low) or low == high else f" {low:.3f}-{high:.3f}"
@@ -290,8 +340,9 @@ def _html(parts) -> str:
             made.append("<p>" + html.escape(part).replace("\n", "<br>") + "</p>")
             continue
         columns, rows = part
-        cells = [[form.format(v) for form, v in zip(columns.values(), row, strict=True)]
-                 for row in rows]  # fmt: skip
+        cells = [
+            [form.format(v) for form, v in zip(columns.values(), row, strict=True)] for row in rows
+        ]
         heads = [" ".join(head.split()) for head in columns]
         made.append(pandas.DataFrame(cells, columns=heads).to_html(index=False, border=0))
     return "\n".join(made)

@@ -49,8 +49,11 @@ class SimpleBenchmark:
     def __init__(self, model, tokenizer, *, max_new_tokens=20, warmup=1, repeats=5):
         check_model("SimpleBenchmark", model)
         check_tokenizer("SimpleBenchmark", tokenizer)
-        least = {"max_new_tokens": (max_new_tokens, 1), "warmup": (warmup, 0),
-                 "repeats": (repeats, 1)}  # fmt: skip
+        least = {
+            "max_new_tokens": (max_new_tokens, 1),
+            "warmup": (warmup, 0),
+            "repeats": (repeats, 1),
+        }
         for name, (value, smallest) in least.items():
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name}: expected an integer, got {value!r}")
@@ -109,8 +112,10 @@ class SimpleBenchmark:
             with self._configuring([configure]) as configured:
                 configured(configure)
                 seen = look(self.model, prompts, self.max_new_tokens, bar.step)
-                times = [run_round(self.model, prompts, self.max_new_tokens, bar.step)
-                         for _ in range(rounds)][self.warmup :]  # fmt: skip
+                times = [
+                    run_round(self.model, prompts, self.max_new_tokens, bar.step)
+                    for _ in range(rounds)
+                ][self.warmup :]
                 machine = describe()
         result = Measurement(name, prompts, seen, Times.of(times), machine)
         self.results[name], self._runs[name] = result, (prompts, configure)
@@ -159,9 +164,9 @@ class SimpleBenchmark:
                 rounds[name].append(run_round(self.model, prompts, self.max_new_tokens))
 
             interleave(dict.fromkeys(configures, call), self.repeats, prepare, bar)
-        return Comparison([
-            replace(self.results[name], times=Times.of(own[1:])) for name, own in rounds.items()
-        ])  # fmt: skip
+        return Comparison(
+            [replace(self.results[name], times=Times.of(own[1:])) for name, own in rounds.items()]
+        )
 
     @contextmanager
     def _configuring(self, configures):

@@ -10,6 +10,14 @@ from .report import BudgetReport, with_budget
 from .setting import BudgetError, Setting, Trial, reach, set_budget
 
 __all__ = [
-    "BudgetError", "BudgetReport", "Setting", "Trial", "allocate", "reach", "sensitivity",
-    "set_budget", "split", "with_budget",
-]  # fmt: skip
+    "BudgetError",
+    "BudgetReport",
+    "Setting",
+    "Trial",
+    "allocate",
+    "reach",
+    "sensitivity",
+    "set_budget",
+    "split",
+    "with_budget",
+]

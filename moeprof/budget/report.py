@@ -154,11 +154,15 @@ class BudgetReport:
         targets = ["" if self.targets is None else f"{t:.4g}" for t in self._targets()]
         layers = [
             [
-                str(i), f"{low:.4g} to {high:.4g}", targets[i], f"{parameters[i]:.6g}",
-                f"{self.calibration.by_layer[i]:.4g}", f"{self.heldout.by_layer[i]:.4g}",
+                str(i),
+                f"{low:.4g} to {high:.4g}",
+                targets[i],
+                f"{parameters[i]:.6g}",
+                f"{self.calibration.by_layer[i]:.4g}",
+                f"{self.heldout.by_layer[i]:.4g}",
             ]
             for i, (low, high) in enumerate(self.reach)
-        ]  # fmt: skip
+        ]
         header = ["layer", "reach", "target", self.name, "calibration", "held-out"]
         yield "Experts per token by layer", header, layers
 
@@ -182,9 +186,19 @@ def _html(title, header, rows) -> str:
 
 
 def with_budget(
-    router: Router, model, tokenizer, texts, average_k=6.0, per_layer=False, *,
-    null=None, heldout=None, norm="model", tokens=HELDOUT_TOKENS, progress=True,
-) -> Router:  # fmt: skip
+    router: Router,
+    model,
+    tokenizer,
+    texts,
+    average_k=6.0,
+    per_layer=False,
+    *,
+    null=None,
+    heldout=None,
+    norm="model",
+    tokens=HELDOUT_TOKENS,
+    progress=True,
+) -> Router:
     """What `Router.with_budget` does; its docstring is there."""
     begun = time.perf_counter()
     main_of(router)
@@ -225,11 +239,21 @@ def with_budget(
         warnings.warn(short, stacklevel=3)
     result = setting.router
     report = BudgetReport(
-        repr(result), main_of(router)[0], setting.parameter, average_k,
-        setting.target if per_layer else None, reached, setting.passes,
-        _measured(setting.passed, text), _measured(checked, held), cost, tuple(ks), norm,
-        time.perf_counter() - begun, short,
-    )  # fmt: skip
+        repr(result),
+        main_of(router)[0],
+        setting.parameter,
+        average_k,
+        setting.target if per_layer else None,
+        reached,
+        setting.passes,
+        _measured(setting.passed, text),
+        _measured(checked, held),
+        cost,
+        tuple(ks),
+        norm,
+        time.perf_counter() - begun,
+        short,
+    )
     object.__setattr__(result, "budget", report)  # no field: equality and hash are as before
     return result
 

@@ -267,16 +267,36 @@ def set_budget(
         For a target that is no number > 0, or a router without a main parameter.
     """
     setting, shortfall = find(
-        router, model, text, target, resolve(router, null), start=start, norm=norm,
-        tolerance=tolerance, max_passes=max_passes, step=step,
-    )  # fmt: skip
+        router,
+        model,
+        text,
+        target,
+        resolve(router, null),
+        start=start,
+        norm=norm,
+        tolerance=tolerance,
+        max_passes=max_passes,
+        step=step,
+    )
     if shortfall:
         warnings.warn(shortfall, stacklevel=2)
     return setting
 
 
-def find(router, model, text, target, null, *, start=None, passed=None, norm="model",
-         tolerance=TOLERANCE, max_passes=MAX_PASSES, step=lambda: None):  # fmt: skip
+def find(
+    router,
+    model,
+    text,
+    target,
+    null,
+    *,
+    start=None,
+    passed=None,
+    norm="model",
+    tolerance=TOLERANCE,
+    max_passes=MAX_PASSES,
+    step=lambda: None,
+):
     """(Setting, what it falls short by or ""): `set_budget` with a null as `resolve` gives it.
 
     passed: the Pass of the stock model, if there is one already.

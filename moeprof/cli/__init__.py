@@ -40,8 +40,14 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"moeprof {moeprof.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        add_sweep, add_calibrate, add_profile, add_bench, add_diagnose, add_compare, add_cpu,
-    ):  # fmt: skip
+        add_sweep,
+        add_calibrate,
+        add_profile,
+        add_bench,
+        add_diagnose,
+        add_compare,
+        add_cpu,
+    ):
         add(commands)
     return parser
 

@@ -22,19 +22,26 @@ def add_calibrate(commands):
     add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--text", metavar="FILE", nargs="+",
+        "--text",
+        metavar="FILE",
+        nargs="+",
         help="the text to fit to, UTF-8, read piece by piece: any size",
     )
     source.add_argument(
-        "--merge", metavar="NULL", nargs="+",
+        "--merge",
+        metavar="NULL",
+        nargs="+",
         help="nulls fitted to different texts: writes the one fitted to all of them, exactly",
     )
     parser.add_argument(
-        "--out", required=True, metavar="FILE",
+        "--out",
+        required=True,
+        metavar="FILE",
         help="written there: .safetensors, or .npz, which is compressed",
     )
     parser.add_argument(
-        "--kind", choices=KINDS,
+        "--kind",
+        choices=KINDS,
         help="trimmed is the one to route by, efron the one for diagnose and for the routers "
         "local_fdr, ebh and expert_threshold; default: trimmed",
     )
@@ -64,8 +71,12 @@ def _fitted(arguments):
         check_model(arguments.model)
     model, tokenizer = load(arguments)
     return moeprof.fit_null(
-        model, tokenizer, texts, kind=arguments.kind or "trimmed",
-        score=arguments.score or "logprob", progress=sys.stderr.isatty(),
+        model,
+        tokenizer,
+        texts,
+        kind=arguments.kind or "trimmed",
+        score=arguments.score or "logprob",
+        progress=sys.stderr.isatty(),
     )
 
 

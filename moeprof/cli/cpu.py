@@ -37,5 +37,8 @@ def _lines(info):
     for name, key, text in rows:
         indent = f"{name:{first}}  {key:{second}}  " if key else f"{name:{first}}  "
         yield from textwrap.wrap(
-            text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent),
-        ) or [indent.rstrip()]  # fmt: skip
+            text,
+            WIDTH,
+            initial_indent=indent,
+            subsequent_indent=" " * len(indent),
+        ) or [indent.rstrip()]

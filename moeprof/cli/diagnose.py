@@ -19,7 +19,8 @@ def add_diagnose(commands):
     )
     add_model(parser)
     parser.add_argument(
-        "--null", metavar="FILE",
+        "--null",
+        metavar="FILE",
         help='a null of `moeprof calibrate`, "normal" or "softmax"; default: an efron null on '
         "logprob, the demo model's own or fitted first",
     )
@@ -31,11 +32,17 @@ def add_diagnose(commands):
         "--max-k", type=integer(1, 1024), metavar="K", help="default: 16, or all experts if fewer"
     )
     parser.add_argument(
-        "--positions", type=integer(0), default=POSITIONS, metavar="N",
+        "--positions",
+        type=integer(0),
+        default=POSITIONS,
+        metavar="N",
         help="positions at which experts are ablated, 0 for none; default: %(default)s",
     )
     parser.add_argument(
-        "--heldout-tokens", type=integer(1), metavar="N", default=HELDOUT_TOKENS,
+        "--heldout-tokens",
+        type=integer(1),
+        metavar="N",
+        default=HELDOUT_TOKENS,
         help="of the held-out text; default: %(default)s",
     )
     add_heldout_text(parser)
@@ -43,7 +50,9 @@ def add_diagnose(commands):
         "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
     )
     parser.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), default=0,
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        default=0,
         help="chooses the windows, the positions and the experts that are added; default: 0",
     )
     parser.set_defaults(run=_run)
@@ -74,9 +83,15 @@ def _run(arguments):
     if null is None:
         null = default_null(model, tokenizer, seed=arguments.seed, kind="efron")
     found = diagnose(
-        null, model, tokenizer, router=router, positions=arguments.positions,
-        tokens=arguments.heldout_tokens, seed=arguments.seed, documents=documents,
-    )  # fmt: skip
+        null,
+        model,
+        tokenizer,
+        router=router,
+        positions=arguments.positions,
+        tokens=arguments.heldout_tokens,
+        seed=arguments.seed,
+        documents=documents,
+    )
     console = make_console()
     console.print(found.summary())
     console.print(f"{found.facts['seconds']:.0f} s on {found.facts['machine']['cpu']}")

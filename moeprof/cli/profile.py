@@ -28,12 +28,16 @@ def add_profile(commands):
     )
     add_model(parser)
     parser.add_argument(
-        "--text", metavar="FILE", nargs="+",
+        "--text",
+        metavar="FILE",
+        nargs="+",
         help="UTF-8; the files' names are the domains. default: the held-out text that ships "
         "with the demo model",
     )
     parser.add_argument(
-        "--router", metavar="NAME[:PARAMETER=VALUE,...]", type=_router,
+        "--router",
+        metavar="NAME[:PARAMETER=VALUE,...]",
+        type=_router,
         help="patch the model with another router, such as bh:alpha=0.3,max_k=8; one of "
         + ", ".join(sorted(REGISTRY)),
     )
@@ -41,38 +45,54 @@ def add_profile(commands):
         "--patched", action="store_true", help="the model's own router, run in C by moeprof"
     )
     parser.add_argument(
-        "--null", metavar="FILE",
+        "--null",
+        metavar="FILE",
         help='for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: a '
         "trimmed null on logprob (efron for local_fdr, ebh and expert_threshold), the demo "
         "model's own or fitted first",
     )
     parser.add_argument("--out", default="profile", metavar="DIR", help="default: profile")
     parser.add_argument(
-        "--tokens", type=integer(2, 10**9), default=TOKENS, metavar="N",
+        "--tokens",
+        type=integer(2, 10**9),
+        default=TOKENS,
+        metavar="N",
         help="about so many tokens as prefills of up to 512; default: %(default)s",
     )
     parser.add_argument(
-        "--prompts", type=integer(0), default=PROMPTS, metavar="N",
+        "--prompts",
+        type=integer(0),
+        default=PROMPTS,
+        metavar="N",
         help="so many of them continued greedily, 0 for none; default: %(default)s",
     )
     parser.add_argument(
-        "--new-tokens", type=integer(1), default=NEW_TOKENS, metavar="N",
+        "--new-tokens",
+        type=integer(1),
+        default=NEW_TOKENS,
+        metavar="N",
         help="decode steps of each; default: %(default)s",
     )
     parser.add_argument(
-        "--batch", type=integer(1, 4096), nargs="+", default=[1], metavar="B",
+        "--batch",
+        type=integer(1, 4096),
+        nargs="+",
+        default=[1],
+        metavar="B",
         help="prompts decoded at a time; several sizes run one after another; default: 1",
     )
     parser.add_argument("--trace", action="store_true", help="also write trace.json for Perfetto")
     parser.add_argument(
-        "--records", metavar="PATH",
+        "--records",
+        metavar="PATH",
         help="also write every token's experts: a .parquet file, or a folder of .npz files",
     )
     parser.add_argument(
         "--vocabulary", action="store_true", help="also count the experts of each input token"
     )
     parser.add_argument(
-        "--ablation", action="store_true",
+        "--ablation",
+        action="store_true",
         help="also measure the loss when one layer takes fewer experts; this takes a while",
     )
     parser.add_argument(
@@ -156,13 +176,23 @@ def _profile(arguments, model, tokenizer, documents, patch):
 
     console = make_console()
     planned = plan(
-        tokenizer, documents, tokens=arguments.tokens, prompts=arguments.prompts,
-        new_tokens=arguments.new_tokens, batches=arguments.batch, seed=arguments.seed,
-    )  # fmt: skip
+        tokenizer,
+        documents,
+        tokens=arguments.tokens,
+        prompts=arguments.prompts,
+        new_tokens=arguments.new_tokens,
+        batches=arguments.batch,
+        seed=arguments.seed,
+    )
     result = profile_texts(
-        model, planned, patch=patch, roofline=roofline(model), trace=arguments.trace,
-        records=arguments.records, vocabulary=arguments.vocabulary,
-    )  # fmt: skip
+        model,
+        planned,
+        patch=patch,
+        roofline=roofline(model),
+        trace=arguments.trace,
+        records=arguments.records,
+        vocabulary=arguments.vocabulary,
+    )
     if result.vocabulary is not None:
         result.vocabulary["text"] = [tokenizer.decode([i]) for i in result.vocabulary["tokens"]]
     result.print_summary()
@@ -196,7 +226,7 @@ def _ablation(arguments, model, tokenizer, documents):
 
     frame = layer_ablation(
         model, tokenizer, documents, tokens=arguments.tokens, seed=arguments.seed
-    )  # fmt: skip
+    )
     note = (
         "The loss in nats per token when one layer takes its top k only, and its change against "
         "the model's own k, with the 95 % interval over documents."
@@ -207,8 +237,7 @@ def _ablation(arguments, model, tokenizer, documents):
 def _save(result, folder, trace):
     """What was measured; the files' paths. What an earlier profile left there goes."""
     if (folder / "profile.json").exists():
-        for name in ("index.html", "trace.json", "agreement.csv", "ablation.csv",
-                     "vocabulary.csv"):
+        for name in ("index.html", "trace.json", "agreement.csv", "ablation.csv", "vocabulary.csv"):
             (folder / name).unlink(missing_ok=True)
     paths = result.save(folder)
     if trace:

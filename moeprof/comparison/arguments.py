@@ -15,38 +15,56 @@ def add_compare(commands):
     add_model(parser)
     parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
     parser.add_argument(
-        "--routers", type=_names, metavar="NAME,NAME,...",
+        "--routers",
+        type=_names,
+        metavar="NAME,NAME,...",
         help="of these only: bh, storey_bh, ..., or one contender as the tables name it",
     )
     parser.add_argument(
-        "--budgets", type=integers, metavar="B,B,...",
+        "--budgets",
+        type=integers,
+        metavar="B,B,...",
         help="experts per token; default: 2 to k - 1 (table reduction) and 2 to k (table wide)",
     )
     parser.add_argument(
-        "--tables", type=_names, default=TABLES, metavar="NAME,NAME",
+        "--tables",
+        type=_names,
+        default=TABLES,
+        metavar="NAME,NAME",
         help="reduction (a token gets k experts at most), wide (2 k); default: both",
     )
     parser.add_argument(
-        "--text", metavar="FILE", nargs="+",
+        "--text",
+        metavar="FILE",
+        nargs="+",
         help="your own text in place of the shipped one, split by document into what fits the "
         f"nulls, sets the budgets and tests; {EXPECTED.removeprefix('--text: ')}",
     )
     parser.add_argument(
-        "--test-tokens", type=integer(256), default=TEST_TOKENS, metavar="N",
+        "--test-tokens",
+        type=integer(256),
+        default=TEST_TOKENS,
+        metavar="N",
         help="default: %(default)s, one window of 128 from each of the 128 documents",
     )
     parser.add_argument(
-        "--budget-tokens", type=integer(256), default=BUDGET_TOKENS, metavar="N",
+        "--budget-tokens",
+        type=integer(256),
+        default=BUDGET_TOKENS,
+        metavar="N",
         help="tokens that budgets are set on; default: %(default)s",
     )
     parser.add_argument(
-        "--null", metavar="FILE",
+        "--null",
+        metavar="FILE",
         help="a null of `moeprof calibrate` (efron, on logprob, one per layer: what the tables "
         "call efron); it must not have seen the other texts; default: the demo model's own, else "
         "fitted first",
     )
     parser.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), default=0,
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        default=0,
         help="of the windows, the controls and the bootstrap; default: 0",
     )
     parser.set_defaults(run=_run)
@@ -108,9 +126,12 @@ def _comparison(arguments, model, tokenizer, contenders, documents, null):
     num_experts, top_k = experts_of(model)
     plans = plan_tables(top_k, num_experts, arguments.tables, arguments.budgets)
     splits = make_splits(
-        tokenizer, documents, budget_tokens=arguments.budget_tokens,
-        test_tokens=arguments.test_tokens, seed=arguments.seed,
-    )  # fmt: skip
+        tokenizer,
+        documents,
+        budget_tokens=arguments.budget_tokens,
+        test_tokens=arguments.test_tokens,
+        seed=arguments.seed,
+    )
     if null is None and arguments.model is None and arguments.text is None:
         null = demo.null("efron")
     if null is not None:
@@ -127,9 +148,14 @@ def _facts(arguments, model, name):
 
     config = model.config
     sizes = (
-        "model_type", "num_experts", "num_experts_per_tok", "num_hidden_layers", "hidden_size",
-        "intermediate_size", "norm_topk_prob",
-    )  # fmt: skip
+        "model_type",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "norm_topk_prob",
+    )
     return {
         "command": _command(arguments),
         "machine": machine.describe(),
@@ -145,10 +171,19 @@ def _command(arguments):
     """The command that makes the same again, but for where it writes."""
     words = ["moeprof compare"]
     defaults = {
-        "model": None, "trust_remote_code": False, "dtype": "float32", "threads": None,
-        "routers": None, "budgets": None, "tables": TABLES, "text": None,
-        "test_tokens": TEST_TOKENS, "budget_tokens": BUDGET_TOKENS, "null": None, "seed": 0,
-    }  # fmt: skip
+        "model": None,
+        "trust_remote_code": False,
+        "dtype": "float32",
+        "threads": None,
+        "routers": None,
+        "budgets": None,
+        "tables": TABLES,
+        "text": None,
+        "test_tokens": TEST_TOKENS,
+        "budget_tokens": BUDGET_TOKENS,
+        "null": None,
+        "seed": 0,
+    }
     for name, default in defaults.items():
         value = getattr(arguments, name)
         if value != default:

@@ -29,6 +29,7 @@ def compare(comparison, store, facts, console):
     total = comparison.steps()
     console.print(f"Cells: {total}")
     with progress(console, total, "compare") as bar:
+
         def after(cell):
             bar.step()
             if cell["role"] in (ROUTER, STATIC):

@@ -9,9 +9,7 @@ from ..routers import REGISTRY, make_router
 
 PRIMARY = "bh"  # BH on logprob under the fitted null: fixed before anything was run
 THRESHOLDS = ("fixed_p", "local_fdr")  # with a parameter per layer one rule, if lfdr is monotone
-LEFT_OUT = (
-    "BY is not run: it is BH at alpha/c(E), so at an equal budget it makes the same choices."
-)
+LEFT_OUT = "BY is not run: it is BH at alpha/c(E), so at an equal budget it makes the same choices."
 
 
 class Contender(NamedTuple):
@@ -102,8 +100,10 @@ class Nulls:
 
         texts = [document.text for document in self.documents]
         kind, score = {
-            EFRON: ("efron", "logprob"), LOGIT: ("efron", "logit"), TRIMMED: ("trimmed", "logprob")
-        }[name]  # fmt: skip
+            EFRON: ("efron", "logprob"),
+            LOGIT: ("efron", "logit"),
+            TRIMMED: ("trimmed", "logprob"),
+        }[name]
         return moeprof.fit_null(
             self.model, self.tokenizer, texts, kind=kind, score=score, progress=self.progress
         )

@@ -10,9 +10,9 @@ PRIMARY_BUDGETS = (4, 6)
 NO_ADAPTIVITY = "no token adaptivity shown"
 # One notation everywhere, figure, findings and tables.
 INTERVALS = (
-    "Three kinds of interval, each of 95 %. \"95 % interval\", a thick bar: of one number alone, "
-    "over documents. \"band\", a thin bar or shaded: all bands of a table hold at once; verdicts "
-    "go by it. \"band\" against shuffled-k: the same of the difference from the router's own "
+    'Three kinds of interval, each of 95 %. "95 % interval", a thick bar: of one number alone, '
+    'over documents. "band", a thin bar or shaded: all bands of a table hold at once; verdicts '
+    'go by it. "band" against shuffled-k: the same of the difference from the router\'s own '
     "numbers of experts dealt to other tokens; where it reaches 0 or is above, the dot is hollow."
 )
 OTHERS = {
@@ -33,9 +33,10 @@ class View:
     def cells(self, **wanted):
         """Measured cells with these values."""
         return [
-            cell for cell in self.run["cells"]
+            cell
+            for cell in self.run["cells"]
             if cell["status"] == "measured" and all(cell[k] == v for k, v in wanted.items())
-        ]  # fmt: skip
+        ]
 
     def cell(self, **wanted):
         """The one of them, or None."""
@@ -48,7 +49,7 @@ class View:
         return fixed or [there[len(there) // 2]]
 
     def count(self, cells) -> str:
-        """"2 of 18 routers": of all that are compared, whether or not they reach the budget."""
+        """ "2 of 18 routers": of all that are compared, whether or not they reach the budget."""
         return f"{len({cell['contender'] for cell in cells})} of {len(self.contenders)} routers"
 
     def unreached(self, cells) -> int:
@@ -67,14 +68,21 @@ def findings(run):
     for table in view.tables:
         lines += _ranking(view, table)
     lines += [
-        *_adaptivity(view), *_contrasts(view), *_thresholds(view), *_allocation(view),
-        *_shared(view), *_bounds(view), *_wide(view), *_speed(view), *_outside(view),
-    ]  # fmt: skip
+        *_adaptivity(view),
+        *_contrasts(view),
+        *_thresholds(view),
+        *_allocation(view),
+        *_shared(view),
+        *_bounds(view),
+        *_wide(view),
+        *_speed(view),
+        *_outside(view),
+    ]
     return lines
 
 
 def signed(effect, form="+.4f"):
-    """"-0.0123 (95 % interval -0.0140 to -0.0106; band -0.0160 to -0.0086)"; see INTERVALS."""
+    """ "-0.0123 (95 % interval -0.0140 to -0.0106; band -0.0160 to -0.0086)"; see INTERVALS."""
     value, low, high, band_low, band_high = (
         format(effect[name], form) for name in ("estimate", "low", "high", "band_low", "band_high")
     )
@@ -165,8 +173,9 @@ def _contrasts(view):
         for other, meaning in OTHERS.items():
             parts = []
             for budget in view.budgets(table):
-                cell = view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation="equal",
-                                 budget=budget)  # fmt: skip
+                cell = view.cell(
+                    role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget
+                )
                 if cell and other in cell.get("against", {}):
                     against = cell["against"][other]
                     what = {BETTER: "BH is closer", WORSE: "BH is farther"}
@@ -182,8 +191,13 @@ def _thresholds(view):
     one, other = THRESHOLDS
     gaps = []
     for cell in view.cells(role=ROUTER, contender=one, allocation="equal"):
-        twin = view.cell(role=ROUTER, contender=other, allocation="equal", table=cell["table"],
-                         budget=cell["budget"])  # fmt: skip
+        twin = view.cell(
+            role=ROUTER,
+            contender=other,
+            allocation="equal",
+            table=cell["table"],
+            budget=cell["budget"],
+        )
         if twin:
             gaps.append(abs(twin["effect"]["kl"]["estimate"] - cell["effect"]["kl"]["estimate"]))
     if gaps:
@@ -204,16 +218,16 @@ def _allocation(view):
         won = [str(c["budget"]) for c in static if verdict(c["effect"]["kl"]) == BETTER]
         gain = min(static, key=lambda cell: cell["effect"]["kl"]["estimate"])
         adaptive = [
-            c for c in view.cells(role=ROUTER, table=table, allocation="free")
+            c
+            for c in view.cells(role=ROUTER, table=table, allocation="free")
             if STATIC in c.get("against", {})
-        ]  # fmt: skip
+        ]
         ahead = [c for c in adaptive if verdict(c["against"][STATIC]) == BETTER]
         yield (
             f"Table {table}: experts split over the layers by sensitivity make static top-k itself "
             f"better at {len(won)} of {len(static)} budgets (lowest at {gain['budget']}: "
             f"{gain['effect']['kl']['estimate']:+.4f}). On the same split, {len(ahead)} of "
-            f"{len(adaptive)} adaptive cells beat it"
-            + (f" ({_names(ahead)})." if ahead else ".")
+            f"{len(adaptive)} adaptive cells beat it" + (f" ({_names(ahead)})." if ahead else ".")
         )
 
 
@@ -262,8 +276,13 @@ def _wide(view):
     top_k = view.run["model_config"]["num_experts_per_tok"]
     pairs = []
     for cell in view.cells(role=ROUTER, table=WIDE, allocation="equal"):
-        twin = view.cell(role=ROUTER, table=REDUCTION, allocation="equal", budget=cell["budget"],
-                         contender=cell["contender"])  # fmt: skip
+        twin = view.cell(
+            role=ROUTER,
+            table=REDUCTION,
+            allocation="equal",
+            budget=cell["budget"],
+            contender=cell["contender"],
+        )
         if twin:
             pairs.append((cell, twin))
     if pairs:
@@ -285,8 +304,9 @@ def _wide(view):
 def _speed(view):
     for table in view.tables:
         budget = view.budgets(table)[0]
-        cell = view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation="equal",
-                         budget=budget)  # fmt: skip
+        cell = view.cell(
+            role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget
+        )
         static = next((c for c in view.run["static"] if c["budget"] == budget), {})
         if cell and cell.get("tokens_per_s") and static.get("tokens_per_s"):
             yield (

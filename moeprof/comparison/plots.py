@@ -64,8 +64,9 @@ def _highlighted(view, table):
     most = max(len(experts) for experts, *_ in lines.values())
     score = {
         name: float(np.mean(effect / np.maximum(np.interp(experts, *_static(view)), 1e-3)))
-        for name, (experts, effect, _, _) in lines.items() if len(experts) == most and most
-    }  # fmt: skip
+        for name, (experts, effect, _, _) in lines.items()
+        if len(experts) == most and most
+    }
     order = sorted((name for name in score if name != PRIMARY), key=score.get)
     chosen = order if len(order) <= SHOWN else [*order[: SHOWN - 1], order[-1]]
     own = [PRIMARY] if len(lines.get(PRIMARY, ((),))[0]) else []
@@ -86,16 +87,24 @@ def _curves(axis, view, table, coloured):
         experts, effect, low, high = _line(view, table, ROUTER, name)
         axis.fill_between(experts, 1e3 * low, 1e3 * high, color=style["color"], alpha=0.15, lw=0)
         primary = name == PRIMARY
-        axis.plot(experts, 1e3 * effect, markersize=7, linewidth=2.6 if primary else 1.8,
-                  label=name, zorder=3 + primary, **style)  # fmt: skip
+        axis.plot(
+            experts,
+            1e3 * effect,
+            markersize=7,
+            linewidth=2.6 if primary else 1.8,
+            label=name,
+            zorder=3 + primary,
+            **style,
+        )
     for role, (dashes, label) in CONTROLS.items():
         name = {RANDOM: "random R", ORACLE: "oracle"}[role]
         experts, effect, _, _ = _line(view, table, role, name)
         axis.plot(experts, 1e3 * effect, dashes, color=DARK, linewidth=1.6, label=label, zorder=2)
     axis.axhline(0, color="black", linewidth=1.6, zorder=3)
     _scale(axis, "y", np.concatenate([line.get_ydata() for line in axis.lines]).astype(float))
-    axis.annotate("static top-k", (0, 0), (4, 4), axis.get_yaxis_transform(), "offset points",
-                  size=11)  # fmt: skip
+    axis.annotate(
+        "static top-k", (0, 0), (4, 4), axis.get_yaxis_transform(), "offset points", size=11
+    )
     _name_lines(axis)
     axis.set_xticks(view.tables[table]["budgets"])
     axis.grid(color="#e4e4e4")
@@ -103,8 +112,11 @@ def _curves(axis, view, table, coloured):
     axis.set_xlabel("experts per token on the test text", size=13)
     axis.set_ylabel("KL to the full model less static's, nats/1000", size=13)
     most = view.tables[table]["max_k"]
-    _title(axis, _headline(view, table), f"table {table}: at most {most} experts a token; "
-           "below 0 is better; shaded: bands")  # fmt: skip
+    _title(
+        axis,
+        _headline(view, table),
+        f"table {table}: at most {most} experts a token; below 0 is better; shaded: bands",
+    )
 
 
 def _scale(axis, name, values):
@@ -122,9 +134,10 @@ def _headline(view, table):
     cells = view.cells(table=table, allocation="equal", role=ROUTER)
     won = {cell["contender"] for cell in cells if verdict(cell["effect"]["kl"]) == BETTER}
     everywhere = [
-        name for name in won
+        name
+        for name in won
         if all(verdict(c["effect"]["kl"]) == BETTER for c in cells if c["contender"] == name)
-    ]  # fmt: skip
+    ]
     if not won:
         return f"None of {len(view.contenders)} routers beats static top-k at any budget"
     counted = f"{len(won)} of {len(view.contenders)} routers"
@@ -141,11 +154,22 @@ def _name_lines(axis):
     for i, height in zip(order, heights, strict=True):
         line, colour = lines[i], lines[i].get_color()
         axis.annotate(
-            line.get_label(), ends[i], (1.04, height), "axes fraction", "axes fraction",
-            size=11, va="center", color="#666666" if colour == GREY else colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0,
-                        "shrinkB": 2},
-        )  # fmt: skip
+            line.get_label(),
+            ends[i],
+            (1.04, height),
+            "axes fraction",
+            "axes fraction",
+            size=11,
+            va="center",
+            color="#666666" if colour == GREY else colour,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "shrinkA": 0,
+                "shrinkB": 2,
+            },
+        )
 
 
 def _apart(heights, least):
@@ -166,9 +190,10 @@ def _forest(axis, view, table):
     """Every router's effect at one budget, with band and interval, best first."""
     budget = view.budgets(table)[0]
     cells = [
-        cell for role in (ROUTER, RANDOM, ORACLE)
+        cell
+        for role in (ROUTER, RANDOM, ORACLE)
         for cell in view.cells(table=table, allocation="equal", role=role, budget=budget)
-    ]  # fmt: skip
+    ]
     free = view.cell(table=table, allocation="free", role=STATIC, budget=budget)
     cells = sorted(cells + [free] * bool(free), key=lambda c: c["effect"]["kl"]["estimate"])
     labels = []
@@ -180,8 +205,14 @@ def _forest(axis, view, table):
         axis.plot([effect["band_low"], effect["band_high"]], [place] * 2, color=colour, lw=1.2)
         axis.plot([effect["low"], effect["high"]], [place] * 2, color=colour, lw=4)
         silent = adaptive(cell) is False
-        axis.plot(effect["estimate"], place, "o", color=colour, markersize=8,
-                  markerfacecolor="white" if silent else colour)  # fmt: skip
+        axis.plot(
+            effect["estimate"],
+            place,
+            "o",
+            color=colour,
+            markersize=8,
+            markerfacecolor="white" if silent else colour,
+        )
         labels.append("top-k, split over layers" if cell["role"] == STATIC else cell["contender"])
     axis.axvline(0, color="black", linewidth=1.6, zorder=0)
     _scale(axis, "x", np.concatenate([line.get_xdata() for line in axis.lines]).astype(float))

@@ -139,35 +139,56 @@ def _effect(cell):
 def detail_rows(view, table, budget):
     """(head, rows) of all measures at one budget in every layer, the best effect first."""
     cells = [
-        cell for role in (ROUTER, RANDOM, ORACLE)
+        cell
+        for role in (ROUTER, RANDOM, ORACLE)
         for cell in view.cells(table=table, allocation="equal", role=role, budget=budget)
-    ]  # fmt: skip
+    ]
     if not cells:
         return None
     head = [
-        "router", "experts", "KL", "effect", "band", "against shuffled-k", "Δ nats", "perplexity",
-        "agreement", "tokens/s",
-    ]  # fmt: skip
+        "router",
+        "experts",
+        "KL",
+        "effect",
+        "band",
+        "against shuffled-k",
+        "Δ nats",
+        "perplexity",
+        "agreement",
+        "tokens/s",
+    ]
     static = next(cell for cell in view.run["static"] if cell["budget"] == budget)
-    rows = [[
-        f"static top-{budget}", f"{budget:.2f}", f"{static['kl']:.4f}", "0", "", "", "0",
-        f"{static['perplexity']:.2f}", f"{static['agreement']:.3f}", _speed(static),
-    ]]  # fmt: skip
+    rows = [
+        [
+            f"static top-{budget}",
+            f"{budget:.2f}",
+            f"{static['kl']:.4f}",
+            "0",
+            "",
+            "",
+            "0",
+            f"{static['perplexity']:.2f}",
+            f"{static['agreement']:.3f}",
+            _speed(static),
+        ]
+    ]
     for cell in sorted(cells, key=lambda cell: cell["effect"]["kl"]["estimate"]):
         effect, nats = cell["effect"]["kl"], cell["effect"]["nats"]
         against = cell.get("against", {}).get("shuffled")
-        rows.append([
-            cell["contender"],
-            f"{cell['average_k']:.2f}",
-            f"{cell['kl']:.4f}",
-            f"{effect['estimate']:+.4f}",
-            f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}",
-            _against(against),
-            f"{nats['estimate']:+.4f}",
-            f"{cell['perplexity']:.2f}",
-            f"{cell['agreement']:.3f}",
-            _speed(cell),
-        ])  # fmt: skip
+        rows.append(
+            [
+                cell["contender"],
+                f"{cell['average_k']:.2f}",
+                f"{cell['kl']:.4f}",
+                f"{effect['estimate']:+.4f}",
+                f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}",
+                _against(against),
+                f"{nats['estimate']:+.4f}",
+                f"{cell['perplexity']:.2f}",
+                f"{cell['agreement']:.3f}",
+                _speed(cell),
+            ]
+        )
     return head, rows
 
 

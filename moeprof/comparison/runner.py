@@ -91,8 +91,14 @@ class Comparison:
         self.layers = len(self.stock.logits)
         most = max(plan.max_k for plan in self.plans)
         for k in range(1, most + 1):
-            cell = {"table": None, "role": STATIC, "contender": "top-k", "allocation": "equal",
-                    "budget": k, "targets": [k] * self.layers}  # fmt: skip
+            cell = {
+                "table": None,
+                "role": STATIC,
+                "contender": "top-k",
+                "allocation": "equal",
+                "budget": k,
+                "targets": [k] * self.layers,
+            }
             self._measure(cell, TopK(k), None, into=self.static)
         if any("free" in plan.allocations for plan in self.plans):
             ks = range(1, most + 1)
@@ -110,8 +116,14 @@ class Comparison:
 
     def _cell(self, plan, role, contender, allocation, budget):
         targets = self._targets(plan, allocation, budget)
-        return {"table": plan.name, "role": role, "contender": contender,
-                "allocation": allocation, "budget": budget, "targets": targets}  # fmt: skip
+        return {
+            "table": plan.name,
+            "role": role,
+            "contender": contender,
+            "allocation": allocation,
+            "budget": budget,
+            "targets": targets,
+        }
 
     def _measure(self, cell, router, null, into=None):
         """Run the test text and keep the cell; returns its counts (L, T)."""
@@ -181,8 +193,11 @@ class Comparison:
             with Oracle(self.model) as oracle:
                 found = oracle.set_budget(self.splits.budget, cell["targets"], start)
                 thresholds, by_layer, start = found
-                cell |= {"parameter": thresholds.tolist(), "set_k": float(by_layer.mean()),
-                         "set_by_layer": by_layer.tolist()}  # fmt: skip
+                cell |= {
+                    "parameter": thresholds.tolist(),
+                    "set_k": float(by_layer.mean()),
+                    "set_by_layer": by_layer.tolist(),
+                }
                 self._measure(cell, oracle.routers(thresholds), None)
 
     def _cut(self, router, counts, null):
@@ -209,9 +224,15 @@ class Comparison:
     def _set(self, router, null, cell, start):
         """The Setting at the cell's targets; the stock model's pass serves all routers."""
         setting, shortfall = find(
-            router, self.model, self.splits.budget, cell["targets"], null, start=start,
-            passed=self.stock, max_passes=MAX_PASSES,
-        )  # fmt: skip
+            router,
+            self.model,
+            self.splits.budget,
+            cell["targets"],
+            null,
+            start=start,
+            passed=self.stock,
+            max_passes=MAX_PASSES,
+        )
         parameter = setting.parameter
         cell |= {
             "parameter": list(parameter) if isinstance(parameter, tuple) else parameter,
@@ -223,8 +244,9 @@ class Comparison:
         return setting
 
     def _shuffled(self, cell, router, null, counts):
-        control = {name: cell[name] for name in
-                   ("table", "contender", "allocation", "budget", "targets")}  # fmt: skip
+        control = {
+            name: cell[name] for name in ("table", "contender", "allocation", "budget", "targets")
+        }
         dealt = shuffled(counts, [self.seed, 1])
         self._measure(control | {"role": SHUFFLED}, self._cut(router, dealt, null), None)
 

@@ -12,7 +12,7 @@ WINDOW = 128  # tokens: one window of each document, so that many documents have
 BUDGET_TOKENS, TEST_TOKENS = 8192, 16384  # on the demo's text: every document of both
 TURNS = ("null", "budget", "test", "test")  # of a domain's documents, where a user brings them
 EXPECTED = (
-    "--text: a .jsonl file has a document a line ({\"text\": ..., \"domain\": ..., the domain "
+    '--text: a .jsonl file has a document a line ({"text": ..., "domain": ..., the domain '
     "optional), any other file is one document"
 )
 

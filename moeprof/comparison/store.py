@@ -11,10 +11,25 @@ from ..files import as_csv, check_folder, write_whole
 EVERY = 15  # seconds between two writes of the raw results
 DIGITS = 6  # of sums over a document's tokens in the JSON
 COLUMNS = (
-    "table", "role", "contender", "allocation", "budget", "status", "reason", "note", "parameter",
-    "set_k", "average_k", "at_floor", "at_ceiling", "kl", "nats", "perplexity", "agreement",
+    "table",
+    "role",
+    "contender",
+    "allocation",
+    "budget",
+    "status",
+    "reason",
+    "note",
+    "parameter",
+    "set_k",
+    "average_k",
+    "at_floor",
+    "at_ceiling",
+    "kl",
+    "nats",
+    "perplexity",
+    "agreement",
     "tokens_per_s",
-)  # fmt: skip
+)
 INTERVAL = ("estimate", "low", "high", "band_low", "band_high")
 
 

@@ -124,8 +124,9 @@ class ChangedRouter:
         return torch.cat([weights, added], 1), torch.cat([experts, extra.to(experts.dtype)], 1)
 
 
-def ablate(model, text: HeldOut, router, *, positions, null=None, norm="model", seed=0,
-           step=lambda: None) -> Ablation:  # fmt: skip
+def ablate(
+    model, text: HeldOut, router, *, positions, null=None, norm="model", seed=0, step=lambda: None
+) -> Ablation:
     """Measure what each selected expert did at the sampled positions.
 
     Parameters
@@ -175,9 +176,16 @@ def _ablate_window(model, window, places, routers, rng) -> Ablation:
     before = loss[: len(places)]
     position, kind, layer, slot = (column[len(places) :] for column in label)
     return Ablation(
-        np.full(len(places), window.document), before, counts, rejections,
-        position, kind, layer, slot, loss[len(places) :] - before[position],
-    )  # fmt: skip
+        np.full(len(places), window.document),
+        before,
+        counts,
+        rejections,
+        position,
+        kind,
+        layer,
+        slot,
+        loss[len(places) :] - before[position],
+    )
 
 
 def len_experts(model) -> int:

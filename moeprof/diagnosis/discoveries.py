@@ -145,10 +145,12 @@ def _joint_rows(ablation, layer, delta0, routing, groups, draws):
     if not most:
         return
     size = len(groups)
-    statistic = joined(*(
-        mean_statistic(values[:, :most], ablation.documents, size)
-        for values in (together, alone, below)
-    ))  # fmt: skip
+    statistic = joined(
+        *(
+            mean_statistic(values[:, :most], ablation.documents, size)
+            for values in (together, alone, below)
+        )
+    )
     found = bootstrap(statistic, size, groups=groups, draws=draws)
     names = np.repeat(["joint change", "sum of single changes", "share below delta0"], most)
     yield from rows("joint", routing, layer, names, np.tile(np.arange(most), 3), found)

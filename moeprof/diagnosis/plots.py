@@ -21,13 +21,19 @@ def _figure(rows, columns, title, note="", height=4.1, width=4.0):
     """title: what came out; note: what the letters in the panels mean."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(max(width * columns, 12), height * rows + 0.9), dpi=100,
-                 layout="constrained")  # fmt: skip
+    fig = Figure(
+        figsize=(max(width * columns, 12), height * rows + 0.9), dpi=100, layout="constrained"
+    )
     fig.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
     fig.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
     if note:
-        fig.supxlabel("\n".join(wrap(note, 11 * round(fig.get_figwidth()))), x=0.01, ha="left",
-                      size=11, color="#444444")  # fmt: skip
+        fig.supxlabel(
+            "\n".join(wrap(note, 11 * round(fig.get_figwidth()))),
+            x=0.01,
+            ha="left",
+            size=11,
+            color="#444444",
+        )
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
@@ -71,9 +77,10 @@ def clamp_verdict(selection, facts) -> str:
     shares = {
         f"min_k = {facts['min_k']} decides for {100 * floor:.0f} % of the tokens": floor,
         f"max_k = {facts['max_k']} decides for {100 * ceiling:.0f} % of the tokens": ceiling,
-        f"R itself decides for {100 * (1 - floor - ceiling):.0f} % of the tokens":
-            1 - floor - ceiling,
-    }  # fmt: skip
+        f"R itself decides for {100 * (1 - floor - ceiling):.0f} % of the tokens": 1
+        - floor
+        - ceiling,
+    }
     return max(shares, key=shares.get)
 
 
@@ -145,8 +152,13 @@ def selection(diagnosis):
     _bars(axes[0, 1], frame, ("P(R < min_k)", "P(R > max_k)"), ("floor", "ceiling"), 100)
     _style(axes[0, 1], "layer", "% of tokens", "How often min_k or max_k decides")
     axes[0, 1].set_ylim(bottom=0)
-    _bars(axes[0, 2], frame, ("Spearman(R, entropy)", "Spearman(R, loss)"),
-          ("with entropy", "with loss"), 1)  # fmt: skip
+    _bars(
+        axes[0, 2],
+        frame,
+        ("Spearman(R, entropy)", "Spearman(R, loss)"),
+        ("with entropy", "with loss"),
+        1,
+    )
     axes[0, 2].axhline(0, color="black", linewidth=1)
     _style(axes[0, 2], "layer", "Spearman's correlation", "Does R follow entropy and loss?")
     if not between:
@@ -171,8 +183,14 @@ def _pi0(axis, frame):
             axis.plot(at, estimate, color=_OF[routing], linewidth=1)
             axis.fill_between(at, low, high, color=_OF[routing], alpha=0.15, linewidth=0)
         mean = of.assign(at=of["at"].astype(float)).groupby("at")["estimate"].mean()
-        axis.plot(mean.index, mean, color=_OF[routing], linewidth=3, marker=_MARK[routing],
-                  label=f"{routing} router")  # fmt: skip
+        axis.plot(
+            mean.index,
+            mean,
+            color=_OF[routing],
+            linewidth=3,
+            marker=_MARK[routing],
+            label=f"{routing} router",
+        )
     axis.axhline(1, color="black", linestyle="--", linewidth=1)
     axis.legend(frameon=False, fontsize=10)
     _style(axis, "λ", "π̂0 (can exceed 1)", "Share of nulls by λ; thick: mean of layers")
@@ -189,9 +207,16 @@ def _bars(axis, frame, quantities, names, factor):
             y, low, high = (factor * x for x in _columns(rows, "estimate", "low", "high"))
             off = next(shift)
             fill = _OF[routing] if quantity == quantities[0] else "white"
-            axis.errorbar(np.array(layers) + off, y, yerr=np.abs([y - low, high - y]), capsize=2,
-                          fmt=_MARK[routing], color=_OF[routing], markerfacecolor=fill,
-                          label=f"{name}, {routing}")  # fmt: skip
+            axis.errorbar(
+                np.array(layers) + off,
+                y,
+                yerr=np.abs([y - low, high - y]),
+                capsize=2,
+                fmt=_MARK[routing],
+                color=_OF[routing],
+                markerfacecolor=fill,
+                label=f"{name}, {routing}",
+            )
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.margins(y=0.3)
     axis.legend(frameon=False, fontsize=10, ncols=2, loc="upper center")
@@ -210,8 +235,9 @@ def _matrix(axis, frame, form, title):
         place = across.index(row["at"]), down.index(row["routing"])
         dark = (row["estimate"] - low) > 0.6 * (high - low) > 0
         ends = f"{row['estimate']:{form}}\n[{row['low']:{form}}, {row['high']:{form}}]"
-        axis.text(*place, ends, ha="center", va="center", size=9,
-                  color="white" if dark else "black")  # fmt: skip
+        axis.text(
+            *place, ends, ha="center", va="center", size=9, color="white" if dark else "black"
+        )
     turn = 30 if len(across) > 4 else 0
     axis.set_xticks(range(len(across)), [plain(name, DOMAIN) for name in across], rotation=turn)
     axis.set_yticks(range(len(down)), [plain(name, DOMAIN) for name in down])
@@ -245,15 +271,25 @@ def ablation(diagnosis):
             axis.fill_between(at, low, high, color=colours[router], alpha=0.2, linewidth=0)
             known = fdp[(fdp["layer"] == layer) & (fdp["routing"] == router)]
             known = known.set_index("quantity")["estimate"]
-            axis.plot(known["delta0"], known["FDP(delta0)"], "o", color=colours[router],
-                      markersize=8, markeredgecolor="black")  # fmt: skip
+            axis.plot(
+                known["delta0"],
+                known["FDP(delta0)"],
+                "o",
+                color=colours[router],
+                markersize=8,
+                markeredgecolor="black",
+            )
         if alpha is not None:
             own = alpha if isinstance(alpha, float) else alpha[layer]
             axis.axhline(own, color="black", linestyle="--", linewidth=1, label="alpha")
         axis.set_xscale("log")
         axis.set_ylim(0, 1)
-        _style(axis, "δ (nats of next-token loss)", "FDP (share, 0 to 1)",
-               f"layer {layer}; dots: at δ0")  # fmt: skip
+        _style(
+            axis,
+            "δ (nats of next-token loss)",
+            "FDP (share, 0 to 1)",
+            f"layer {layer}; dots: at δ0",
+        )
         _together(axes[1, column], diagnosis, layer, routers[0], colours[routers[0]])
     axes[0, 0].legend(frameon=False, fontsize=10, loc="upper left")
     if axes[1, 0].get_legend_handles_labels()[0]:
@@ -263,27 +299,50 @@ def ablation(diagnosis):
 
 def _together(axis, diagnosis, layer, router, colour):
     """What removing all ranks > r costs, beside the sum of the single costs."""
-    _style(axis, "r (experts kept; all of rank > r emptied)", "change of loss (nats)",
-           f"{router}: together and one by one")  # fmt: skip
+    _style(
+        axis,
+        "r (experts kept; all of rank > r emptied)",
+        "change of loss (nats)",
+        f"{router}: together and one by one",
+    )
     frame = diagnosis.to_frame()
     joint = frame[(frame["table"] == "joint") & (frame["layer"] == layer)]
     joint = joint[joint["routing"] == router]
     if not len(joint):
-        why = f"Not known: fewer than {DOCUMENTS} documents have a position here. More positions " \
-              "and documents are needed."  # fmt: skip
-        axis.text(0.5, 0.5, "\n".join(wrap(why, 34)), transform=axis.transAxes, size=11,
-                  color="#444444", ha="center", va="center")  # fmt: skip
+        why = (
+            f"Not known: fewer than {DOCUMENTS} documents have a position here. More positions "
+            "and documents are needed."
+        )
+        axis.text(
+            0.5,
+            0.5,
+            "\n".join(wrap(why, 34)),
+            transform=axis.transAxes,
+            size=11,
+            color="#444444",
+            ha="center",
+            va="center",
+        )
         axis.set_xticks([])
         axis.set_yticks([])
         return
-    drawn = (("joint change", "all at once", colour, "o"),
-             ("sum of single changes", "sum of one at a time", GREY, "s"))  # fmt: skip
+    drawn = (
+        ("joint change", "all at once", colour, "o"),
+        ("sum of single changes", "sum of one at a time", GREY, "s"),
+    )
     for off, (quantity, name, shade, mark) in zip((-0.08, 0.08), drawn, strict=True):
         at, y, low, high = _columns(
             joint[joint["quantity"] == quantity], "at", "estimate", "low", "high"
         )
-        axis.errorbar(at + off, y, yerr=np.abs([y - low, high - y]), fmt=f"{mark}-", capsize=2,
-                      color=shade, label=name)  # fmt: skip
+        axis.errorbar(
+            at + off,
+            y,
+            yerr=np.abs([y - low, high - y]),
+            fmt=f"{mark}-",
+            capsize=2,
+            color=shade,
+            label=name,
+        )
     axis.axhline(0, color="black", linewidth=1)
     ranks = sorted(set(joint["at"].astype(int)))
     axis.set_xticks(ranks)

@@ -68,10 +68,12 @@ def selection_rows(seen, selected, limits, routing, groups, draws):
         values = np.stack([selected.counts[layer], r, r >= 1, r < limits[0], r > limits[1]], 1)
         # Both correlations over the tokens that have a next one.
         ys = np.stack([entropy(logits)[known], seen.loss[known]])
-        statistics.append(joined(
-            mean_statistic(values.astype(float), seen.documents, seen.size),
-            spearman_statistic(r[known], ys, seen.documents[known], seen.size),
-        ))  # fmt: skip
+        statistics.append(
+            joined(
+                mean_statistic(values.astype(float), seen.documents, seen.size),
+                spearman_statistic(r[known], ys, seen.documents[known], seen.size),
+            )
+        )
     names = (*SELECTION, *CORRELATIONS)
     layers = len(statistics)
 
@@ -83,6 +85,10 @@ def selection_rows(seen, selected, limits, routing, groups, draws):
 
     found = bootstrap(statistic, seen.size, groups=groups, draws=draws)
     yield from rows(
-        "selection", routing, np.repeat([*range(layers), ALL], len(names)),
-        np.tile(names, layers + 1), None, found,
-    )  # fmt: skip
+        "selection",
+        routing,
+        np.repeat([*range(layers), ALL], len(names)),
+        np.tile(names, layers + 1),
+        None,
+        found,
+    )

@@ -3,9 +3,18 @@
 import numpy as np
 
 COLUMNS = (
-    "table", "routing", "layer", "quantity", "at", "estimate", "error", "low", "high",
-    "band_low", "band_high",
-)  # fmt: skip
+    "table",
+    "routing",
+    "layer",
+    "quantity",
+    "at",
+    "estimate",
+    "error",
+    "low",
+    "high",
+    "band_low",
+    "band_high",
+)
 ALL = -1  # the layer of a row that is a mean over layers
 
 
@@ -14,7 +23,7 @@ def rows(table, routing, layer, quantity, at, intervals):
     labels = np.broadcast_arrays(
         *(np.asarray(x, object) for x in (routing, layer, quantity, at)),
         np.asarray(intervals.estimate, object),
-    )[:4]  # fmt: skip
+    )[:4]
     for index in range(len(intervals.estimate)):
         row = {"table": table}
         row |= zip(COLUMNS[1:5], (label[index] for label in labels), strict=True)

@@ -27,10 +27,20 @@ BUDGET_TOKENS = 16384  # for FixedP's t: five passes at most
 
 
 def diagnose(
-    null, model, tokenizer, *, documents=None, calibration=None, router=None,
-    positions=POSITIONS, tokens=HELDOUT_TOKENS, norm="model", seed=0, draws=DRAWS,
+    null,
+    model,
+    tokenizer,
+    *,
+    documents=None,
+    calibration=None,
+    router=None,
+    positions=POSITIONS,
+    tokens=HELDOUT_TOKENS,
+    norm="model",
+    seed=0,
+    draws=DRAWS,
     show_progress=True,
-) -> Diagnosis:  # fmt: skip
+) -> Diagnosis:
     """What a null and a router on it do to a model: see `moeprof.diagnosis`.
 
     Parameters
@@ -92,13 +102,16 @@ def diagnose(
             compared = work.compared(for_budget, bar)
             rows += work.ablations(compared, places, bar)
     facts = describe(model, null, router, text) | {
-        "norm": norm, "seed": seed, "draws": draws, "positions": positions,
+        "norm": norm,
+        "seed": seed,
+        "draws": draws,
+        "positions": positions,
         "ablated_documents": len(
             {w.document for w, at in zip(text.windows, places, strict=True) if len(at)}
         ),
         "compared": {name: repr(one) for name, one in compared.items()},
         "seconds": round(time.perf_counter() - begun, 1),
-    }  # fmt: skip
+    }
     return Diagnosis(rows, facts)
 
 
@@ -161,9 +174,7 @@ class _Work:
             selected = select(self.router, seen.logits, self.null)
             bar.note("p-values")
             yield from p_value_rows(seen, self.null, routing, self.groups, self.draws)
-            yield from selection_rows(
-                seen, selected, self.limits, routing, self.groups, self.draws
-            )
+            yield from selection_rows(seen, selected, self.limits, routing, self.groups, self.draws)
 
     def transfer(self, documents, bar):
         """Nulls fitted to one domain each, checked on all."""
@@ -173,9 +184,13 @@ class _Work:
         calibration = see(self.model, used, step=bar.step)
         domains = np.array([d["domain"] for d in used.documents])
         return transfer_rows(
-            {POOLED: self.null} | nulls, (calibration, domains), self.stock, self.domains,
-            self.router, self.draws,
-        )  # fmt: skip
+            {POOLED: self.null} | nulls,
+            (calibration, domains),
+            self.stock,
+            self.domains,
+            self.router,
+            self.draws,
+        )
 
     def compared(self, for_budget, bar):
         """{label: Router}: the router, FixedP and top-k near its average number of experts."""
@@ -183,14 +198,14 @@ class _Work:
         if isinstance(self.router, TopK):
             return found
         documents = for_budget or None
-        text = self.text if documents is None else heldout_windows(
-            self.tokenizer, documents, BUDGET_TOKENS, self.seed
-        )  # fmt: skip
+        text = (
+            self.text
+            if documents is None
+            else heldout_windows(self.tokenizer, documents, BUDGET_TOKENS, self.seed)
+        )
         bar.note("equal budgets")
         null = self._null_for(self.router)
-        passed = collect(
-            self.model, text, self.router, null=null, norm=self.norm, step=bar.step
-        )
+        passed = collect(self.model, text, self.router, null=null, norm=self.norm, step=bar.step)
         average = float(passed.counts.mean())
         fixed = self._fixed_p(text, average, bar)
         k = min(max(round(average), 1), self.model.config.num_experts)
@@ -206,9 +221,14 @@ class _Work:
         fixed = FixedP(min_k=self.router.min_k, max_k=self.router.max_k)
         try:
             return set_budget(
-                fixed, self.model, text, null=self.null, target=average, norm=self.norm,
+                fixed,
+                self.model,
+                text,
+                null=self.null,
+                target=average,
+                norm=self.norm,
                 step=bar.step,
-            ).router  # fmt: skip
+            ).router
         except BudgetError:
             return None
 
@@ -217,9 +237,15 @@ class _Work:
         for name, router in compared.items():
             bar.note(f"ablation, {name}")
             found = ablate(
-                self.model, self.text, router, positions=places, null=self._null_for(router),
-                norm=self.norm, seed=self.seed, step=bar.step,
-            )  # fmt: skip
+                self.model,
+                self.text,
+                router,
+                positions=places,
+                null=self._null_for(router),
+                norm=self.norm,
+                seed=self.seed,
+                step=bar.step,
+            )
             yield from discovery_rows(found, name, self.groups, self.draws)
 
 

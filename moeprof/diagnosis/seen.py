@@ -56,9 +56,7 @@ def see(model, text: HeldOut, router=None, *, null=None, norm="model", step=lamb
 def select(router, logits, null) -> Selected:
     """The router on logits (L, T, E), through C; null: a Null, or None for `normal`."""
     layers = zip(by_layer(router, null, len(logits)), logits, strict=True)
-    found = [
-        choose(scalar, torch.from_numpy(z), own, "none", 1)[2:] for (scalar, own), z in layers
-    ]
+    found = [choose(scalar, torch.from_numpy(z), own, "none", 1)[2:] for (scalar, own), z in layers]
     return Selected(*(np.stack([f[i].numpy() for f in found]) for i in range(2)))
 
 

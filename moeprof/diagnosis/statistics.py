@@ -12,10 +12,19 @@ LAMBDAS = tuple(i / 10 for i in range(1, 10))
 PROBABILITIES = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 # p-values are counted between these: the histogram's edges, the lambdas and, for quantiles of
 # small ones, 20 a decade from 1e-12. So all of a text is D x 300 integers a layer.
-EDGES = np.unique(np.round(np.concatenate([
-    np.arange(1, BINS + 1) / BINS, LAMBDAS, np.arange(1, 100) / 100,
-    10.0 ** np.arange(-12, 0, 0.05),
-]), 14))  # fmt: skip
+EDGES = np.unique(
+    np.round(
+        np.concatenate(
+            [
+                np.arange(1, BINS + 1) / BINS,
+                LAMBDAS,
+                np.arange(1, 100) / 100,
+                10.0 ** np.arange(-12, 0, 0.05),
+            ]
+        ),
+        14,
+    )
+)
 
 
 def count_p(p, documents, size):

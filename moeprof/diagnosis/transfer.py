@@ -59,9 +59,13 @@ def transfer_rows(nulls, fitted_on, seen, domains, router, draws):
             found = bootstrap(statistic, len(documents), draws=draws)
             names = ("P(R >= 1)", "experts", "KS distance")
             yield from rows(
-                "transfer", name, np.repeat([*range(layers), ALL], len(names)),
-                np.tile(names, layers + 1), domain, found,
-            )  # fmt: skip
+                "transfer",
+                name,
+                np.repeat([*range(layers), ALL], len(names)),
+                np.tile(names, layers + 1),
+                domain,
+                found,
+            )
 
 
 def _of_domain(documents, seen, selected, counts, shares):

@@ -20,7 +20,7 @@ class View(NamedTuple):
 
 
 def _value(row, form):
-    """"0.61 [0.58, 0.64]"."""
+    """ "0.61 [0.58, 0.64]"."""
     estimate, low, high = (format(row[name], form) for name in ("estimate", "low", "high"))
     return estimate if estimate == "nan" else f"{estimate} [{low}, {high}]"
 
@@ -78,9 +78,14 @@ def _of_p_values(diagnosis):
         "Quantiles of the p-values",
         "Each column's heading is what the quantile would be if they were uniform. Intervals, "
         "and the whole curve: in the CSV and in the figure.",
-        _cells(frame, _BY_LAYER, "at", lambda row: format(row["estimate"], ".2g"),
-               {x: f"{x:g}" for x in shown}),
-    )  # fmt: skip
+        _cells(
+            frame,
+            _BY_LAYER,
+            "at",
+            lambda row: format(row["estimate"], ".2g"),
+            {x: f"{x:g}" for x in shown},
+        ),
+    )
 
 
 def _of_selection(diagnosis):
@@ -91,18 +96,34 @@ def _of_selection(diagnosis):
         "R: the router's count before clamping; on the stock model it is what the router would "
         f"select on that model's logits. Floor: R < min_k = {facts['min_k']}; ceiling: R > "
         f"max_k = {facts['max_k']}; both in % of tokens. [95 % intervals]",
-        _cells(frame, _BY_LAYER, "quantity", _of_quantity, {
-            "experts": "experts", "rejections": "R", "P(R >= 1)": "R ≥ 1 %",
-            "P(R < min_k)": "floor %", "P(R > max_k)": "ceiling %",
-        }),
-    )  # fmt: skip
+        _cells(
+            frame,
+            _BY_LAYER,
+            "quantity",
+            _of_quantity,
+            {
+                "experts": "experts",
+                "rejections": "R",
+                "P(R >= 1)": "R ≥ 1 %",
+                "P(R < min_k)": "floor %",
+                "P(R > max_k)": "ceiling %",
+            },
+        ),
+    )
     yield View(
         "R against the router's entropy and the token's loss",
         "Spearman's correlation over tokens; loss: of the next token. [95 % intervals]",
-        _cells(frame, _BY_LAYER, "quantity", lambda row: _value(row, "+.2f"), {
-            "Spearman(R, entropy)": "R and entropy", "Spearman(R, loss)": "R and loss",
-        }),
-    )  # fmt: skip
+        _cells(
+            frame,
+            _BY_LAYER,
+            "quantity",
+            lambda row: _value(row, "+.2f"),
+            {
+                "Spearman(R, entropy)": "R and entropy",
+                "Spearman(R, loss)": "R and loss",
+            },
+        ),
+    )
 
 
 def _of_quantity(row):
@@ -129,20 +150,40 @@ def _of_transfer(diagnosis):
         yield View(
             f"Null fitted on one domain, checked on another: {quantity}",
             f"{note}; mean over layers. Rows: what the null was fitted on. [95 % intervals]",
-            _cells(frame[frame["quantity"] == quantity], {"routing": "fitted on"}, "at",
-                   lambda row, form=form: _value(row, form), domains),
-        )  # fmt: skip
+            _cells(
+                frame[frame["quantity"] == quantity],
+                {"routing": "fitted on"},
+                "at",
+                lambda row, form=form: _value(row, form),
+                domains,
+            ),
+        )
 
 
 def _of_ablation(diagnosis):
     alpha = diagnosis.facts["alpha"]
     frame = diagnosis.to_frame("fdp")
-    table = _cells(frame, _BY_ROUTER, "quantity", lambda row: _value(row, ".2f"), {
-        "FDP(delta0)": "FDP(δ0)", "FDP(0)": "FDP(0)",
-    })  # fmt: skip
-    short = _cells(frame, _BY_ROUTER, "quantity", lambda row: format(row["estimate"], ".2f"), {
-        "experts": "experts", "delta0": "δ0", "false of all": "V/R pooled",
-    })  # fmt: skip
+    table = _cells(
+        frame,
+        _BY_ROUTER,
+        "quantity",
+        lambda row: _value(row, ".2f"),
+        {
+            "FDP(delta0)": "FDP(δ0)",
+            "FDP(0)": "FDP(0)",
+        },
+    )
+    short = _cells(
+        frame,
+        _BY_ROUTER,
+        "quantity",
+        lambda row: format(row["estimate"], ".2f"),
+        {
+            "experts": "experts",
+            "delta0": "δ0",
+            "false of all": "V/R pooled",
+        },
+    )
     curve = diagnosis.to_frame("fdp curve")
     table.insert(2, "experts", short["experts"])
     table.insert(3, "alpha", [_alpha(alpha, layer) for layer in table["layer"]])

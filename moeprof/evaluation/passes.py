@@ -76,10 +76,12 @@ def collect(model, text: HeldOut, router=None, *, null=None, norm="model", step=
         raise ValueError("the model's gates give no logits, so no router can be set by them")
 
     def joined(field):
-        return np.stack([
-            np.concatenate([getattr(routing, field).float().numpy() for routing in layer])
-            for layer in calls
-        ])  # fmt: skip
+        return np.stack(
+            [
+                np.concatenate([getattr(routing, field).float().numpy() for routing in layer])
+                for layer in calls
+            ]
+        )
 
     counts, rejections = joined("counts").astype(np.int32), joined("rejections").astype(np.int32)
     return Pass(joined("logits"), counts, rejections, documents_of(text))

@@ -28,41 +28,58 @@ def add_sweep(commands):
     add_model(parser)
     parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
     parser.add_argument(
-        "--prompts", metavar="FILE",
+        "--prompts",
+        metavar="FILE",
         help="a prompt a line, after a label (simple, medium, complex, technical) and a TAB or "
         "not; default: twelve that ship with the demo model",
     )
     parser.add_argument(
-        "--null", metavar="FILE",
+        "--null",
+        metavar="FILE",
         help='a null of `moeprof calibrate`, or "normal" for one without calibration; default: '
         "a trimmed null on logprob: the demo model's own, or fitted first",
     )
     parser.add_argument(
-        "--alphas", type=_alphas, default=ALPHAS, metavar="A,A,...",
+        "--alphas",
+        type=_alphas,
+        default=ALPHAS,
+        metavar="A,A,...",
         help="of BH, each in (0, 1); default: 0.01,0.05,0.1,0.2",
     )
     parser.add_argument(
-        "--max-k", type=integers, default=MAX_KS, metavar="K,K,...", dest="max_ks",
+        "--max-k",
+        type=integers,
+        default=MAX_KS,
+        metavar="K,K,...",
+        dest="max_ks",
         help="most experts that BH gives a token; default: 4,8,16,32,64, of which those above "
         "the model's number of experts are left out",
     )
     parser.add_argument(
-        "--static", type=integers, metavar="K,K,...",
+        "--static",
+        type=integers,
+        metavar="K,K,...",
         help="run static top-k with these k on the held-out text, the line that BH has to beat; "
         "default: 1 to the model's own k",
     )
     add_heldout_text(parser)
     parser.add_argument(
-        "--null-text", metavar="FILE",
+        "--null-text",
+        metavar="FILE",
         help="text to fit the default null to; default: the shipped calibration text",
     )
     parser.add_argument(
-        "--heldout-tokens", type=integer(1), metavar="N", default=HELDOUT_TOKENS,
+        "--heldout-tokens",
+        type=integer(1),
+        metavar="N",
+        default=HELDOUT_TOKENS,
         help="held-out tokens a configuration for perplexity, a matter of time for large "
         "models; default: %(default)s",
     )
     parser.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), default=0,
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        default=0,
         help="chooses the passages of the shipped text, and the bootstrap draws; default: 0",
     )
     parser.set_defaults(run=_run)
@@ -106,9 +123,13 @@ def _run(arguments):
     facts["heldout_source"] = "shipped" if arguments.text is None else arguments.text
     facts["null_code"] = repr(arguments.null) if arguments.null else facts["null_code"]
     sweep(
-        experiment, store, facts,
-        alphas=arguments.alphas, max_ks=arguments.max_ks, static=arguments.static,
-    )  # fmt: skip
+        experiment,
+        store,
+        facts,
+        alphas=arguments.alphas,
+        max_ks=arguments.max_ks,
+        static=arguments.static,
+    )
 
 
 def _heldout_documents(paths):

@@ -69,9 +69,14 @@ class Budgets:
 
         result = {
             "config": f"{router.name} set to {budget:g}",
-            "router": router.name, "class": type(router).__name__, "budget": budget,
-            "parameter": name, "value": None, "max_k": router.max_k, "error": None,
-        }  # fmt: skip
+            "router": router.name,
+            "class": type(router).__name__,
+            "budget": budget,
+            "parameter": name,
+            "value": None,
+            "max_k": router.max_k,
+            "error": None,
+        }
         null = resolve(router, self.experiment.null)
         try:
             setting, short = find(

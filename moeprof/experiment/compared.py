@@ -92,7 +92,7 @@ def on_line(ks, static, average):
 
 
 def interval(row, name, form="+.4f"):
-    """"+0.0213 (+0.0190 to +0.0230)", or "" for what isn't known."""
+    """ "+0.0213 (+0.0190 to +0.0230)", or "" for what isn't known."""
     value, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
     if value is None or math.isnan(value):
         return ""

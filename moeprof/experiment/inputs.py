@@ -144,9 +144,12 @@ def _loaded(name, dtype, trust_remote_code):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code,
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # `load_model` says which, and stops
-        )  # fmt: skip
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return model, loading, tokenizer
 
@@ -167,6 +170,4 @@ def _try(name, model, tokenizer):
         with torch.inference_mode():
             model(input_ids=ids.long(), use_cache=False)
     except Exception as error:  # whatever class the model's code raises
-        raise ValueError(
-            f"model {name} was loaded, but can't run ({_reason(error)})"
-        ) from error
+        raise ValueError(f"model {name} was loaded, but can't run ({_reason(error)})") from error

@@ -41,7 +41,7 @@ def figure(results, run=None):
 
 
 def _span(values, form):
-    """"1.2 to 5.6", or one number when both ends read the same."""
+    """ "1.2 to 5.6", or one number when both ends read the same."""
     ends = [format(values.min(), form), format(values.max(), form)]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
@@ -58,7 +58,11 @@ def _heat_map(axis, bh, value, colour, text):
         place = columns.index(row["alpha"]), rows.index(row["max_k"])
         dark = (row[value] - low) / (high - low) > 0.6
         axis.text(
-            *place, text(row), ha="center", va="center", size=13,
+            *place,
+            text(row),
+            ha="center",
+            va="center",
+            size=13,
             color="white" if dark else "black",
         )
     axis.set_xticks(range(len(columns)), [f"{alpha:g}" for alpha in columns])
@@ -112,8 +116,15 @@ def _by_layer(axis, bh, baseline):
     for _, row in rows.iterrows():
         place = alphas.index(row["alpha"])
         layers = range(len(row["experts_by_layer"]))
-        axis.plot(layers, row["experts_by_layer"], marker=MARKERS[place % len(MARKERS)],
-                  markersize=8, linewidth=2, color=colours[place], label=f"alpha {row['alpha']:g}")
+        axis.plot(
+            layers,
+            row["experts_by_layer"],
+            marker=MARKERS[place % len(MARKERS)],
+            markersize=8,
+            linewidth=2,
+            color=colours[place],
+            label=f"alpha {row['alpha']:g}",
+        )
     if baseline is not None:
         axis.axhline(baseline["avg_experts"], **BASELINE, label=f"top-{baseline['max_k']:g}")
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend

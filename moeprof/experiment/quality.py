@@ -35,13 +35,17 @@ def _points(bh, baseline):
     for _, group in merged(bh.to_dict("records")):
         # The table has nan for None in a column of numbers.
         row = {n: None if isinstance(v, float) and np.isnan(v) else v for n, v in group[0].items()}
-        points.append(row | {
-            "bits_above_own": row.get("bits_above_own", row["bits_per_byte"]
-                                      - baseline["bits_per_byte"]),
-            "colour": colours[row["alpha"]],
-            "marker": MARKERS[caps.index(row["max_k"]) % len(MARKERS)],
-            "caps": tuple(int(other["max_k"]) for other in group),
-        })  # fmt: skip
+        points.append(
+            row
+            | {
+                "bits_above_own": row.get(
+                    "bits_above_own", row["bits_per_byte"] - baseline["bits_per_byte"]
+                ),
+                "colour": colours[row["alpha"]],
+                "marker": MARKERS[caps.index(row["max_k"]) % len(MARKERS)],
+                "caps": tuple(int(other["max_k"]) for other in group),
+            }
+        )
     return points
 
 
@@ -52,16 +56,32 @@ def _use(axis, points, baseline, static, found, marks, run):
     if static:
         ks = [row["k"] for row in line]
         bits = [row["bits_above_own"] for row in line]
-        axis.plot(ks, bits, "-", marker="|", markersize=12, color=STATIC, linewidth=1.8,
-                  label="static top-k")  # fmt: skip
+        axis.plot(
+            ks,
+            bits,
+            "-",
+            marker="|",
+            markersize=12,
+            color=STATIC,
+            linewidth=1.8,
+            label="static top-k",
+        )
         ends = [
-            [value if (value := row.get(f"bits_above_own_{end}")) is not None else at
-             for row, at in zip(line, bits, strict=True)]
+            [
+                value if (value := row.get(f"bits_above_own_{end}")) is not None else at
+                for row, at in zip(line, bits, strict=True)
+            ]
             for end in ("low", "high")
-        ]  # fmt: skip
+        ]
         axis.fill_between(ks, *ends, color=STATIC, alpha=0.15, linewidth=0)
-    axis.plot(baseline["avg_experts_heldout"], 0, "o", color=STATIC, markersize=9,
-              label=f"the model's own top-{baseline['max_k']:g}")  # fmt: skip
+    axis.plot(
+        baseline["avg_experts_heldout"],
+        0,
+        "o",
+        color=STATIC,
+        markersize=9,
+        label=f"the model's own top-{baseline['max_k']:g}",
+    )
     for point in points:
         _point(axis, point, "bits_above_own", point["colour"], point["marker"], 9)
     _by_budget(axis, found, "bits_above_own")
@@ -101,11 +121,17 @@ def _beside(axis, points, found, marks):
             _point(axis, point, "bits_above_static", point["colour"], point["marker"], 9)
     _by_budget(axis, found, "bits_above_static")
     _marks(axis, marks)
-    label(axis, "experts per token, held-out text",
-          "bits per byte beside static top-k\nat the same experts")  # fmt: skip
+    label(
+        axis,
+        "experts per token, held-out text",
+        "bits per byte beside static top-k\nat the same experts",
+    )
     below = sum(map(is_below, shown))
-    title(axis, f"{below} of {len(shown)} settings are better than static top-k",
-          "below the line is better; bars: 95 %, paired by document")  # fmt: skip
+    title(
+        axis,
+        f"{below} of {len(shown)} settings are better than static top-k",
+        "below the line is better; bars: 95 %, paired by document",
+    )
 
 
 def _point(axis, point, field, colour, marker, size):
@@ -139,6 +165,13 @@ def _legend(axis, points):
     for marker, caps in shapes.items():
         axis.plot([], [], marker, color="#777777", markersize=9, label=f"max_k {min(caps)}")
     for name, (colour, marker) in BY_BUDGET.items():
-        axis.plot([], [], marker, color=colour, markersize=14, markeredgecolor="white",
-                  label=f"{name} set by budget")  # fmt: skip
+        axis.plot(
+            [],
+            [],
+            marker,
+            color=colour,
+            markersize=14,
+            markeredgecolor="white",
+            label=f"{name} set by budget",
+        )
     axis.legend(fontsize=11, frameon=False, ncols=2)

@@ -137,9 +137,17 @@ def _legend(run):
 
 def _table(groups):
     head = (
-        "config", "experts", "reduction %", "experts, held-out", "perplexity", "Δ perplexity",
-        "Δ bits/byte", "beside static", "agreement", "tokens/s",
-    )  # fmt: skip
+        "config",
+        "experts",
+        "reduction %",
+        "experts, held-out",
+        "perplexity",
+        "Δ perplexity",
+        "Δ bits/byte",
+        "beside static",
+        "agreement",
+        "tokens/s",
+    )
     lines = [_row(head), "|---" + "|---:" * (len(head) - 1) + "|"]
     for name, (row, *_) in groups:
         cells = (
@@ -167,16 +175,24 @@ def _beside_table(run):
     if not rows:
         return "None has finished."
     head = (
-        "config", "parameter", "experts, held-out", "perplexity", "Δ bits/byte", "beside static",
-    )  # fmt: skip
+        "config",
+        "parameter",
+        "experts, held-out",
+        "perplexity",
+        "Δ bits/byte",
+        "beside static",
+    )
     lines = [_row(head), "|---|---" + "|---:" * (len(head) - 2) + "|"]
     for row in rows:
         parameter = f"{row['parameter']}={row['value']:g}" if "budget" in row else f"k={row['k']}"
         cells = (
-            row["config"], parameter, f"{row['avg_experts_heldout']:.2f}",
-            f"{row['perplexity']:.3f}", interval(row, "bits_above_own"),
+            row["config"],
+            parameter,
+            f"{row['avg_experts_heldout']:.2f}",
+            f"{row['perplexity']:.3f}",
+            interval(row, "bits_above_own"),
             interval(row, "bits_above_static") if "budget" in row else "0",
-        )  # fmt: skip
+        )
         lines.append(_row(cells))
     return "\n".join(lines)
 

@@ -36,10 +36,17 @@ def results_frame(results):
 
 
 QUALITY = (
-    "config", "avg_experts_heldout", "perplexity", "bits_per_byte",
-    "bits_above_own", "bits_above_own_low", "bits_above_own_high",
-    "bits_above_static", "bits_above_static_low", "bits_above_static_high",
-)  # fmt: skip
+    "config",
+    "avg_experts_heldout",
+    "perplexity",
+    "bits_per_byte",
+    "bits_above_own",
+    "bits_above_own_low",
+    "bits_above_own_high",
+    "bits_above_static",
+    "bits_above_static_low",
+    "bits_above_static_high",
+)
 
 
 class Store:

@@ -21,9 +21,16 @@ from .store import Store
 
 
 def sweep(
-    experiment, store, facts, console=None, *, alphas=ALPHAS, max_ks=MAX_KS, static=None,
+    experiment,
+    store,
+    facts,
+    console=None,
+    *,
+    alphas=ALPHAS,
+    max_ks=MAX_KS,
+    static=None,
     calibration=None,
-):  # fmt: skip
+):
     """Run all configurations that fit the model and write the files of `Store`.
 
     experiment: Experiment; store: Store, or the path of a folder; facts: a dict that goes into
@@ -112,9 +119,7 @@ def _finish(run, store, console):
             console.print(f"    {item['code']}")
         for other in item["others"]:
             first, rest = "  - ", "    "
-            console.print(
-                textwrap.fill(other, WIDTH, initial_indent=first, subsequent_indent=rest)
-            )
+            console.print(textwrap.fill(other, WIDTH, initial_indent=first, subsequent_indent=rest))
     console.print("")
     if len(run["heldout_documents"]) == 1:
         console.print("The held-out text is one document, so nothing above has an interval.")

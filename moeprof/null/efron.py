@@ -190,8 +190,6 @@ def local_fdr_table(per_bin, fit):
         lfdr = np.clip(fit.pi0 * fit.pdf(z) / f, TINY, 1.0)
     if not np.isfinite(lfdr).all():
         raise ValueError(UNDETERMINED)
-    table = np.concatenate(
-        [np.ones(first), lfdr, np.full(EDGES.size - 1 - last, lfdr[-1])]
-    )
+    table = np.concatenate([np.ones(first), lfdr, np.full(EDGES.size - 1 - last, lfdr[-1])])
     table[EDGES < fit.centre] = 1.0
     return np.minimum.accumulate(table)

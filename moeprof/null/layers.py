@@ -17,6 +17,7 @@ def _p_values(logits, spec):
 
     return _C.p_values(matrix_of(logits), spec)
 
+
 FIT_EFRON = (
     'fit it with moeprof.fit_null(model, tokenizer, texts, kind="efron") or `moeprof calibrate '
     '--kind efron`; the demo model has moeprof.demo.null("efron")'

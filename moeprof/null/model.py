@@ -22,9 +22,16 @@ COMPLETE_KINDS = ("efron", "all", "conformal")  # of the same histograms
 TAIL_RULE = "exponential, top 1 %"
 _ARRAYS = ("counts", "largest", "router_sample")
 _FACTS = (
-    "kind", "score", "r_high", "r_low", "alpha_min", "tokens", "model_name", "text_digest",
+    "kind",
+    "score",
+    "r_high",
+    "r_low",
+    "alpha_min",
+    "tokens",
+    "model_name",
+    "text_digest",
     "tail_rule",
-)  # fmt: skip
+)
 _TYPES = (
     (str, ("kind", "score", "model_name", "text_digest", "tail_rule")),
     (Integral, ("r_high", "r_low", "tokens")),

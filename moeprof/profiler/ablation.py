@@ -81,8 +81,12 @@ def layer_ablation(
         names, blocks = [layer.name for layer in handle.layers], find_moe_blocks(model)
     own = [adapter_of(block).settings(block)[0] for _, block in blocks]
     chosen = _places(layers, names)
-    plan = [(layer, k) for layer, (_, block) in enumerate(blocks) if layer in chosen
-            for k in _ks(ks, own[layer], adapter_of(block).num_experts(block))]  # fmt: skip
+    plan = [
+        (layer, k)
+        for layer, (_, block) in enumerate(blocks)
+        if layer in chosen
+        for k in _ks(ks, own[layer], adapter_of(block).num_experts(block))
+    ]
     if not plan:
         raise ValueError("ks: the model takes one expert per token, so there is none to take away")
     text = heldout_windows(tokenizer, read_texts(texts, "texts"), tokens, seed)
@@ -94,15 +98,20 @@ def layer_ablation(
     with evaluating(model), torch.inference_mode(), bar as shown:
         step = shown.step if shown else lambda: None
         whole = _nats(model, text, {}, step)
-        changed = np.stack([
-            whole if k == own[layer] else _nats(model, text, {names[layer]: TopK(k)}, step)
-            for layer, k in plan
-        ])  # fmt: skip
+        changed = np.stack(
+            [
+                whole if k == own[layer] else _nats(model, text, {names[layer]: TopK(k)}, step)
+                for layer, k in plan
+            ]
+        )
     frame = _frame(plan, names, changed, whole, _predicted(text), seed, draws)
     frame.attrs |= {
-        "loss": float(whole.sum() / _predicted(text).sum()), "own_k": own, "tokens": text.tokens,
-        "documents": len(text.documents), "seed": seed,
-    }  # fmt: skip
+        "loss": float(whole.sum() / _predicted(text).sum()),
+        "own_k": own,
+        "tokens": text.tokens,
+        "documents": len(text.documents),
+        "seed": seed,
+    }
     return frame
 
 
@@ -169,9 +178,15 @@ def _frame(plan, names, changed, whole, predicted, seed, draws):
     layers, ks = zip(*plan, strict=True)
     labels, blocks = layer_numbers(names), [names[layer] for layer in layers]
     columns = (
-        [labels[layer] for layer in layers], [gate_name(b) for b in blocks], blocks, ks,
-        changed.sum(1) / predicted.sum(), found.estimate, low, high,
-    )  # fmt: skip
+        [labels[layer] for layer in layers],
+        [gate_name(b) for b in blocks],
+        blocks,
+        ks,
+        changed.sum(1) / predicted.sum(),
+        found.estimate,
+        low,
+        high,
+    )
     return pandas.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
 
@@ -193,9 +208,14 @@ def ablation_figure(frame):
         change = rows["loss_change"].to_numpy()
         ends = np.abs(np.stack([change - rows["low"], rows["high"] - change]))
         axis.errorbar(
-            rows["layer"] + off, change, yerr=np.nan_to_num(ends), capsize=2, linewidth=1.4,
-            label=f"top-{k}", **styles[number],
-        )  # fmt: skip
+            rows["layer"] + off,
+            change,
+            yerr=np.nan_to_num(ends),
+            capsize=2,
+            linewidth=1.4,
+            label=f"top-{k}",
+            **styles[number],
+        )
     axis.axhline(0, color="black", linewidth=1, linestyle="--")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -203,10 +223,16 @@ def ablation_figure(frame):
     axis.set_axisbelow(True)
     axis.set_xlabel("MoE layer that uses fewer experts", size=12)
     axis.set_ylabel("change of the loss (nats per token)", size=12)
-    axis.set_title("What a layer's experts are worth: the loss with fewer of them",
-                   loc="left", size=13, weight="bold", pad=24)  # fmt: skip
-    axis.annotate(_about(frame), (0, 1), (0, 7), "axes fraction", "offset points", size=10,
-                  color="#444444")  # fmt: skip
+    axis.set_title(
+        "What a layer's experts are worth: the loss with fewer of them",
+        loc="left",
+        size=13,
+        weight="bold",
+        pad=24,
+    )
+    axis.annotate(
+        _about(frame), (0, 1), (0, 7), "axes fraction", "offset points", size=10, color="#444444"
+    )
     fig.legend(frameon=False, fontsize=11, ncols=min(len(ks), 6), loc="outside lower center")
     return fig
 

@@ -18,8 +18,15 @@ _INPUTS = ("input_ids", "inputs_embeds")
 # Renamed in transformers 5.24; models without attention have a cache of another name.
 _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 # What a cache of another kind may raise when it is asked for its length.
-_NO_LENGTH = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
-              ValueError)  # fmt: skip
+_NO_LENGTH = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def find_entries(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[nn.Module, list[int]]]:
@@ -83,8 +90,13 @@ class Entry:
     """
 
     # Made for every step: plain attributes, as a cached_property of Python 3.11 has a lock.
-    def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any],
-                 before: tuple[int, int] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple,
+        kwargs: dict[str, Any],
+        before: tuple[int, int] | None = None,
+    ):
         if args:
             names = _parameters(type(module))
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}

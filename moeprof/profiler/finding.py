@@ -259,10 +259,13 @@ def _of_a_part(block, named, collections, num_experts: int) -> list[tuple[str, i
         return []
     sizes = [(name, _columns(child, block)) for name, child in named]
     return [
-        (name, size) for name, size in sizes
-        if size and size > num_experts and not size % num_experts
+        (name, size)
+        for name, size in sizes
+        if size
+        and size > num_experts
+        and not size % num_experts
         and _gives_columns(block.get_submodule(name), size)
-    ]  # fmt: skip
+    ]
 
 
 def _gives_columns(router: nn.Module, size: int) -> bool:
@@ -318,9 +321,10 @@ _EXPERTS = re.compile("^(moe_|local_|routed_|sparse_)?experts?$")
 def _experts_beside(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The children that are called experts and hold something."""
     return [
-        (name, child) for name, child in block.named_children()
+        (name, child)
+        for name, child in block.named_children()
         if _EXPERTS.search(name.lower()) and (child._modules or [*child.parameters()])
-    ]  # fmt: skip
+    ]
 
 
 def _unread(model: nn.Module, covered: set[nn.Module]) -> list[Unread]:

@@ -23,8 +23,15 @@ PREFILL, DECODE, VERIFY, UNKNOWN = PHASES
 _LIBRARY = "transformers.generation.utils"
 _PREFILLS = ("_prefill", "_prefill_chunking")
 _ASSISTED = "_assisted_decoding"
-_SAMPLING = ("_sample", "_beam_search", "_group_beam_search", "_constrained_beam_search",
-             "_contrastive_search", "_dola_decoding", "_greedy_search")  # fmt: skip
+_SAMPLING = (
+    "_sample",
+    "_beam_search",
+    "_group_beam_search",
+    "_constrained_beam_search",
+    "_contrastive_search",
+    "_dola_decoding",
+    "_greedy_search",
+)
 
 
 def phase_of(past: int | None, recomputes: bool, tokens: int) -> str | tuple[int, str, str]:
@@ -95,8 +102,9 @@ def _generating() -> tuple[str | None, FrameType | None]:
 def _loops(mixin: type) -> dict[int, str]:
     """{id of the code: name} of the functions in which `generate` calls the model."""
     names = [n for n in (*_PREFILLS, _ASSISTED, *_SAMPLING) if n in vars(mixin)]
-    functions = {name: getattr(vars(mixin)[name], "__wrapped__", vars(mixin)[name])
-                 for name in names}  # fmt: skip
+    functions = {
+        name: getattr(vars(mixin)[name], "__wrapped__", vars(mixin)[name]) for name in names
+    }
     return {id(f.__code__): name for name, f in functions.items() if hasattr(f, "__code__")}
 
 

@@ -99,9 +99,14 @@ class MoEProfiler:
             _check_integer("pad_token_id", pad_token_id, 0)
         self.model = model
         options = Options(
-            warmup_steps=warmup_steps, sampling_rate=sampling_rate, mask=mask,
-            pad_token_id=pad_token_id, pairs=pairs, vocabulary=vocabulary, trace=trace,
-        )  # fmt: skip
+            warmup_steps=warmup_steps,
+            sampling_rate=sampling_rate,
+            mask=mask,
+            pad_token_id=pad_token_id,
+            pairs=pairs,
+            vocabulary=vocabulary,
+            trace=trace,
+        )
         self._session = Session(model, options)
         _check_device(self._session.sites)
         if records is not None:
@@ -323,7 +328,7 @@ class MoEProfiler:
         return notes
 
     def _which(self, by_layer: list) -> str:
-        """"layers 0 to 3": those whose value isn't zero; "" for none."""
+        """ "layers 0 to 3": those whose value isn't zero; "" for none."""
         labels = layer_labels([site.layer.block for site in self._session.sites])
         which = [label for label, value in zip(labels, by_layer, strict=True) if value]
         return f"layer{'s' * (len(which) > 1)} {spans(which)}" if which else ""
@@ -350,8 +355,10 @@ def _routers(by_layer: list[list[str]], labels: list) -> str:
     texts = [" and ".join(names) for names in by_layer]
     if len(set(texts)) == 1:
         return texts[0]
-    runs = [(text, [label for _, label in run]) for text, run in
-            groupby(zip(texts, labels, strict=True), key=itemgetter(0))]  # fmt: skip
+    runs = [
+        (text, [label for _, label in run])
+        for text, run in groupby(zip(texts, labels, strict=True), key=itemgetter(0))
+    ]
     return "; ".join(
         f"layer{'s' * (len(run) > 1)} {spans(run)}: {text or 'not counted'}" for text, run in runs
     )

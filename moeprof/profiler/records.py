@@ -15,13 +15,28 @@ from .phases import PHASES
 
 CHUNK = 1 << 16  # rows (a token in a layer) that are held before they are written
 COLUMNS = (
-    "layer", "step", "phase", "token", "real", "input_id", "experts", "weights", "entropy", "slots"
-)  # fmt: skip
+    "layer",
+    "step",
+    "phase",
+    "token",
+    "real",
+    "input_id",
+    "experts",
+    "weights",
+    "entropy",
+    "slots",
+)
 _NO_ID = -1
 _PLAIN = {
-    "layer": np.int32, "step": np.int64, "phase": np.uint8, "token": np.int32, "real": np.bool_,
-    "input_id": np.int64, "entropy": np.float32, "slots": np.int32,
-}  # fmt: skip
+    "layer": np.int32,
+    "step": np.int64,
+    "phase": np.uint8,
+    "token": np.int32,
+    "real": np.bool_,
+    "input_id": np.int64,
+    "entropy": np.float32,
+    "slots": np.int32,
+}
 _DTYPES = {**_PLAIN, "experts": np.int32, "weights": np.float32}
 _MOST_SLOTS = 1024  # of a token: experts of a layer
 
@@ -65,9 +80,17 @@ class RecordWriter:
         self._close = weakref.finalize(self, self._rows.close)
 
     def add(
-        self, *, layer: int, step: int, phase: str, experts, weights=None, entropy=None, real=None,
+        self,
+        *,
+        layer: int,
+        step: int,
+        phase: str,
+        experts,
+        weights=None,
+        entropy=None,
+        real=None,
         input_ids=None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Append T tokens of one layer in one step; the arrays are copied.
 
         Parameters
@@ -366,18 +389,20 @@ def _chunk_frame(chunk):
     unknown = np.concatenate([[0], np.cumsum(np.isnan(chunk["weights"][ran]))])[edges]
     weights = np.array([*_cut(chunk["weights"][ran], edges), None], object)[:-1]
     weights[np.diff(unknown) > 0] = None
-    return pandas.DataFrame({
-        "layer": chunk["layer"],
-        "step": chunk["step"],
-        "phase": np.array(PHASES, object)[chunk["phase"]],
-        "token": chunk["token"],
-        "real": chunk["real"],
-        "input_id": pandas.arrays.IntegerArray(chunk["input_id"], chunk["input_id"] == _NO_ID),
-        "experts": _cut(chunk["experts"][ran], edges),
-        "weights": weights,
-        "entropy": chunk["entropy"],
-        "slots": chunk["slots"],
-    })  # fmt: skip
+    return pandas.DataFrame(
+        {
+            "layer": chunk["layer"],
+            "step": chunk["step"],
+            "phase": np.array(PHASES, object)[chunk["phase"]],
+            "token": chunk["token"],
+            "real": chunk["real"],
+            "input_id": pandas.arrays.IntegerArray(chunk["input_id"], chunk["input_id"] == _NO_ID),
+            "experts": _cut(chunk["experts"][ran], edges),
+            "weights": weights,
+            "entropy": chunk["entropy"],
+            "slots": chunk["slots"],
+        }
+    )
 
 
 def _cut(flat, edges):

@@ -124,9 +124,14 @@ def _measure(weights, dtype, threads) -> Roofline:
     read = sum(piece.nbytes for piece in pieces)
     seconds = _best(lambda: [piece.max() for piece in pieces], READ_SECONDS)
     return Roofline(
-        read / seconds / 1e9, _gemm_gflops(dtype), str(dtype).removeprefix("torch."), total,
-        time.perf_counter() - begun, threads, _note(total, read, caches),
-    )  # fmt: skip
+        read / seconds / 1e9,
+        _gemm_gflops(dtype),
+        str(dtype).removeprefix("torch."),
+        total,
+        time.perf_counter() - begun,
+        threads,
+        _note(total, read, caches),
+    )
 
 
 def _note(total, read, caches):
@@ -150,9 +155,11 @@ def _pieces(weights) -> list[Tensor]:
     """
     flat = [words_of(tensor).reshape(-1) for tensor in weights if tensor.is_contiguous()]
     pieces = [
-        part for words in flat if words.nbytes >= SMALL
+        part
+        for words in flat
+        if words.nbytes >= SMALL
         for part in words.split(PIECE // words.itemsize)
-    ]  # fmt: skip
+    ]
     if not pieces:  # small ones only
         few, size = [], 0
         for tensor in weights:

@@ -83,10 +83,12 @@ def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) ->
                 _continue(model, plan, batch, profiler, bar)
                 results.append(profiler.result())
     result = profiler.result(roofline=roofline)
-    result.facts["decode_by_batch"] = as_json([
-        _decode_row(batch, *pair)
-        for batch, *pair in zip(plan.batches, results, results[1:], strict=False)
-    ])
+    result.facts["decode_by_batch"] = as_json(
+        [
+            _decode_row(batch, *pair)
+            for batch, *pair in zip(plan.batches, results, results[1:], strict=False)
+        ]
+    )
     if not plan.prompts and plan.asked:
         result.facts["notes"].append(
             f"No decode steps were run: the text has no passage of {PROMPT} tokens to continue."
@@ -106,8 +108,10 @@ def _decode_row(batch: int, before: Profile, after: Profile) -> dict:
     median of a step, summed over the layers; bytes: of the weights that a step reads.
     """
     pairs = zip(after.counts["decode"], before.counts["decode"], strict=True)
-    layers = [LayerMetrics(layer, new - old) for layer, (new, old) in
-              zip(after.layers, pairs, strict=True)]  # fmt: skip
+    layers = [
+        LayerMetrics(layer, new - old)
+        for layer, (new, old) in zip(after.layers, pairs, strict=True)
+    ]
     return {
         "batch": batch,
         "steps": max(m.steps for m in layers),
@@ -170,8 +174,17 @@ def agreement_by_layer(model, plan: Plan, patch: dict):
         k, other = (np.concatenate([(e >= 0).sum(1) for e in side]) for side in (first, second))
         at_most = float((np.minimum(k, other) / k).mean())
         same = (share == 1) & (k == other)
-        rows.append((label, gate_name(name), name, len(share), float(share.mean()), at_most,
-                     float(same.mean())))  # fmt: skip
+        rows.append(
+            (
+                label,
+                gate_name(name),
+                name,
+                len(share),
+                float(share.mean()),
+                at_most,
+                float(same.mean()),
+            )
+        )
     return pandas.DataFrame(rows, columns=AGREEMENT)
 
 

@@ -296,9 +296,17 @@ class Session:
         experts, logits, real, previous = arrays
         try:
             return _C.tally(
-                counts.ints, counts.floats, recency, experts, logits, dtype,
-                real, previous, nanoseconds, skips,
-            )  # fmt: skip
+                counts.ints,
+                counts.floats,
+                recency,
+                experts,
+                logits,
+                dtype,
+                real,
+                previous,
+                nanoseconds,
+                skips,
+            )
         except ValueError as error:
             raise ValueError(f"{self.sites[index].layer.name}: {error}") from None
 
@@ -345,11 +353,15 @@ class Session:
                 return
             phase = step.phases
             options.records.add(
-                layer=self.numbers[index], step=step.number, experts=experts,
+                layer=self.numbers[index],
+                step=step.number,
+                experts=experts,
                 phase=phase if isinstance(phase, str) else [PHASES[p] for p in phase],
-                weights=_floats(choice.weights), entropy=_entropy(choice.logits),
-                real=step.real, input_ids=_ids(step),
-            )  # fmt: skip
+                weights=_floats(choice.weights),
+                entropy=_entropy(choice.logits),
+                real=step.real,
+                input_ids=_ids(step),
+            )
 
     def _add_vocabulary(self, index: int, step: Step, experts: np.ndarray) -> None:
         ids = _ids(step)

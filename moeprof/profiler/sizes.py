@@ -10,11 +10,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts",
-          "total_experts", "n_experts")  # fmt: skip
-_TOP_K = ("top_k", "topk", "moe_top_k", "moe_topk", "moe_k", "num_experts_per_tok",
-          "num_experts_per_token", "experts_per_token", "num_selected_experts",
-          "top_k_experts")  # fmt: skip
+COUNTS = (
+    "num_experts",
+    "n_routed_experts",
+    "num_local_experts",
+    "moe_num_experts",
+    "total_experts",
+    "n_experts",
+)
+_TOP_K = (
+    "top_k",
+    "topk",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "num_selected_experts",
+    "top_k_experts",
+)
 
 
 def walk(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[nn.Module]:
@@ -83,8 +98,11 @@ def wrappers(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
     found = []
     for block in blocks if adapting else []:
         inside = set(block.modules())
-        found += [m for m in adapting if m in inside or block in (
-            part for copy in _copies(m) for part in copy.modules())][:1]  # fmt: skip
+        found += [
+            m
+            for m in adapting
+            if m in inside or block in (part for copy in _copies(m) for part in copy.modules())
+        ][:1]
     return found
 
 
@@ -191,8 +209,9 @@ def _wraps(part: nn.Module) -> bool:
     """Do the matrices of what says its features lie in modules inside (a LoRA wrapper)?"""
     if part._parameters or part._buffers:
         return False
-    return any(_features(m) or list(m.parameters(recurse=False)) for m in walk(part, ()) if
-               m is not part)  # fmt: skip
+    return any(
+        _features(m) or list(m.parameters(recurse=False)) for m in walk(part, ()) if m is not part
+    )
 
 
 def unknown_reason(module: nn.Module, without: Collection[nn.Module] = ()) -> str:
@@ -221,8 +240,11 @@ def _weights(part: nn.Module) -> list[Tensor]:
         # torch.ao: weight and bias are in an object of C++; the module inside has it as well
         inside = any(hasattr(child, "_packed_params") for child in part.children())
         return [] if inside else [t for t in part._weight_bias() if t is not None]
-    quantised = bool(own or _features(part) or any(
-        b.dtype in _PACKED and b.dim() >= 2 for b in part.buffers(recurse=False)))  # fmt: skip
+    quantised = bool(
+        own
+        or _features(part)
+        or any(b.dtype in _PACKED and b.dim() >= 2 for b in part.buffers(recurse=False))
+    )
     return [*own, *part.buffers(recurse=False)] if quantised else own
 
 

@@ -46,5 +46,10 @@ class Vocabulary:
         rows = len(order)
         layers = [i for i, width in enumerate(self._widths) if width == self._widths[0]]
         counts = np.stack([self.counts[i][:rows] for i in layers])
-        return {"tokens": order, "layers": layers, "counts": counts,
-                "seen": self.seen[:rows].copy(), "text": None}  # fmt: skip
+        return {
+            "tokens": order,
+            "layers": layers,
+            "counts": counts,
+            "seen": self.seen[:rows].copy(),
+            "text": None,
+        }

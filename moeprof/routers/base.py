@@ -176,9 +176,19 @@ class Router:
         return null
 
     def with_budget(
-        self, model, tokenizer, texts, average_k: float = 6.0, per_layer: bool = False, *,
-        null=None, heldout=None, norm: str = "model", tokens: int = 32768, progress: bool = True,
-    ) -> "Router":  # fmt: skip
+        self,
+        model,
+        tokenizer,
+        texts,
+        average_k: float = 6.0,
+        per_layer: bool = False,
+        *,
+        null=None,
+        heldout=None,
+        norm: str = "model",
+        tokens: int = 32768,
+        progress: bool = True,
+    ) -> "Router":
         """This router with its main parameter set so that `model` takes `average_k` experts.
 
         The parameter is solved for on the stock model's logits. Then the texts run through the
@@ -229,9 +239,18 @@ class Router:
         from ..budget import with_budget
 
         return with_budget(
-            self, model, tokenizer, texts, average_k, per_layer, null=null, heldout=heldout,
-            norm=norm, tokens=tokens, progress=progress,
-        )  # fmt: skip
+            self,
+            model,
+            tokenizer,
+            texts,
+            average_k,
+            per_layer,
+            null=null,
+            heldout=heldout,
+            norm=norm,
+            tokens=tokens,
+            progress=progress,
+        )
 
     def parameters(self, null=None) -> dict[str, float]:
         """The parameters of the C twin by name, in its order; words as their places."""
@@ -251,9 +270,17 @@ class Router:
         """The argument ``spec`` of the C functions; ``null`` None is the `normal` null."""
         min_k, max_k = self.limits(num_experts)
         triple = ("normal", "logit", None) if null is None else null.spec
-        return (self.name, tuple(self.parameters(null).values()), min_k, max_k,
-                float(self.temperature), norm, norm_k, triple,
-                self.table(num_experts, null))  # fmt: skip
+        return (
+            self.name,
+            tuple(self.parameters(null).values()),
+            min_k,
+            max_k,
+            float(self.temperature),
+            norm,
+            norm_k,
+            triple,
+            self.table(num_experts, null),
+        )
 
     def count_tokens(self, router_logits: np.ndarray, null=None) -> tuple[np.ndarray, np.ndarray]:
         """The experts of each token after and before clamping, (T,) int32 both.

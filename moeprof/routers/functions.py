@@ -222,8 +222,9 @@ def _as_numpy(value, argument: str):
         bits = data.view(torch.uint16) if data.dtype == torch.bfloat16 else data
         return bits.numpy(), back
     if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
-        return value, lambda array, like_input=False: (
-            array.astype(value.dtype) if like_input else array
+        return (
+            value,
+            lambda array, like_input=False: array.astype(value.dtype) if like_input else array,
         )
     raise TypeError(
         f"{argument}: expected a torch.Tensor or numpy.ndarray, got {type(value).__name__}"

@@ -64,10 +64,15 @@ class Comparison:
                 distance = _load_distance(a, b)
                 rows.append((*place, LOADS, 0.0 if distance == distance else distance, distance))
         frame = pandas.DataFrame(rows, columns=COLUMNS[:-2])
-        frame = frame.astype({
-            "layer": label_kind(self.first.labels), "name": "string", "block": "string",
-            "first": float, "second": float,
-        })  # fmt: skip
+        frame = frame.astype(
+            {
+                "layer": label_kind(self.first.labels),
+                "name": "string",
+                "block": "string",
+                "first": float,
+                "second": float,
+            }
+        )
         difference = frame["second"] - frame["first"]
         relative = (difference / frame["first"]).where(frame["first"] != 0)
         return frame.assign(difference=difference, relative=relative)
@@ -152,7 +157,7 @@ class Comparison:
         shown = f'<p class="note">{escape(table.note)}</p>\n{html_table(table)}'
         return (
             f'<div class="moeprof-profile"><style>{SCOPED}</style>\n<ul>{lines}</ul>\n'
-            f'{shown if table.rows else ""}</div>'
+            f"{shown if table.rows else ''}</div>"
         )
 
 
@@ -170,8 +175,11 @@ def _conditions(profile):
     """What times depend on beside the model's routing: CPU, threads, dtype where it is known."""
     machine = profile.facts.get("machine") or {}
     threads = machine.get("threads")
-    said = (machine.get("cpu"), None if threads is None else counted(threads, "thread"),
-            profile.roofline and profile.roofline.dtype)  # fmt: skip
+    said = (
+        machine.get("cpu"),
+        None if threads is None else counted(threads, "thread"),
+        profile.roofline and profile.roofline.dtype,
+    )
     return ", ".join(part for part in said if part) or PLAIN
 
 
@@ -180,7 +188,7 @@ def _load_distance(first, second) -> float:
 
 
 def _change(first, second):
-    """"+12 %"; a dash where there is nothing to compare."""
+    """ "+12 %"; a dash where there is nothing to compare."""
     return f"{100 * (second / first - 1):+.0f} %" if first and first == first else PLAIN
 
 

@@ -53,7 +53,7 @@ def nothing_counted(profile) -> str | None:
 
 
 def _settings(facts):
-    """"warmup_steps=2 and sampling_rate=4": what leaves forwards out."""
+    """ "warmup_steps=2 and sampling_rate=4": what leaves forwards out."""
     asked = (("warmup_steps", 0), ("sampling_rate", 1))
     set_ = [f"{name}={facts[name]}" for name, none in asked if facts.get(name, none) != none]
     return listed(set_) if set_ else ""
@@ -83,8 +83,11 @@ def _layers(profile):
     idle = [not m.steps for m in profile.each()]
     if profile.phases:
         passed_over = profile.facts.get("passed_over") or []
-        missing += [(label, PASSED_OVER if label in passed_over else NOT_RUN)
-                    for label, none in zip(profile.labels, idle, strict=True) if none]  # fmt: skip
+        missing += [
+            (label, PASSED_OVER if label in passed_over else NOT_RUN)
+            for label, none in zip(profile.labels, idle, strict=True)
+            if none
+        ]
     by_reason: dict[str, list] = {}
     for label, reason in missing:
         by_reason.setdefault(reason, []).append(label)
@@ -137,8 +140,12 @@ def _flops(profile):
     total = sum(parts.values())
     if math.isnan(total) or not total:
         return
-    names = {"router": "router", "expert": "experts", "shared": "shared experts",
-             "adapter": "adapters added to all experts in each step"}  # fmt: skip
+    names = {
+        "router": "router",
+        "expert": "experts",
+        "shared": "shared experts",
+        "adapter": "adapters added to all experts in each step",
+    }
     shares = [f"{names[name]} {percent(part / total)}" for name, part in parts.items() if part]
     yield f"FLOPs of the MoE layers: {scaled(total, 'FLOP')} ({listed(shares)})."
 
@@ -323,9 +330,11 @@ def heading(profile) -> list[tuple[str, str]]:
         lines.append(("Software", ", ".join(f"{k} {v}" for k, v in versions.items())))
     roof = profile.roofline
     if roof is not None:
-        lines.append((
-            "Roof",
-            f"{short(roof.read_gbs)} GB/s reading, {scaled(1e9 * roof.gemm_gflops, 'FLOP/s')} in "
-            f"matrix products ({roof.dtype}), measured{f'; {roof.note}' if roof.note else ''}",
-        ))  # fmt: skip
+        lines.append(
+            (
+                "Roof",
+                f"{short(roof.read_gbs)} GB/s reading, "
+                f"{scaled(1e9 * roof.gemm_gflops, 'FLOP/s')} in matrix products ({roof.dtype}), measured{f'; {roof.note}' if roof.note else ''}",
+            )
+        )
     return lines

@@ -7,8 +7,13 @@ COLUMNS = ["layer", "name", "block", "expert", "phase", "metric", "value"]
 # Of all layers together, methods of Profile.
 WHOLE = ("load_balance_loss", "load_balance_loss_by_layer", "z_loss")
 # {key of a row of Profile.decode_by_batch: its metric}
-BY_BATCH = {"steps": "steps", "k": "k_mean", "unique_experts": "unique_experts_mean",
-            "latency_ms": "latency_ms_p50", "bytes": "bytes_per_step"}  # fmt: skip
+BY_BATCH = {
+    "steps": "steps",
+    "k": "k_mean",
+    "unique_experts": "unique_experts_mean",
+    "latency_ms": "latency_ms_p50",
+    "bytes": "bytes_per_step",
+}
 
 
 def to_frame(profile):
@@ -24,16 +29,22 @@ def to_frame(profile):
     if len(profile.decode_by_batch) > 1:
         rows += [
             (None, None, None, None, f"decode_batch_{row['batch']}", metric, row[key])
-            for row in profile.decode_by_batch for key, metric in BY_BATCH.items()
-        ]  # fmt: skip
+            for row in profile.decode_by_batch
+            for key, metric in BY_BATCH.items()
+        ]
     missing = profile.facts.get("not_counted") or []
     rows += [(u["label"], None, u["block"], None, ALL, "not_counted", 1) for u in missing]
     peak = profile.facts.get("memory_peak_mb")
     rows.append((None, None, None, None, ALL, "memory_peak_mb", peak))
     frame = pandas.DataFrame(rows, columns=COLUMNS)
     labels = [*profile.labels, *(u["label"] for u in missing)]
-    kinds = {"layer": label_kind(labels), "name": "string", "block": "string",
-             "expert": "Int64", "value": float}  # fmt: skip
+    kinds = {
+        "layer": label_kind(labels),
+        "name": "string",
+        "block": "string",
+        "expert": "Int64",
+        "value": float,
+    }
     return frame.astype(kinds)
 
 

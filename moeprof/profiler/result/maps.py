@@ -21,8 +21,9 @@ def _ratio_map(axis, table, labels, ticks=32):
     colours = colormaps["RdBu_r"].with_extremes(bad=NEVER)
     with np.errstate(divide="ignore"):
         shown = np.ma.masked_where(table == 0, np.log2(table))
-    image = axis.imshow(shown, cmap=colours, vmin=-FOLD, vmax=FOLD, aspect="auto",
-                        interpolation="none")  # fmt: skip
+    image = axis.imshow(
+        shown, cmap=colours, vmin=-FOLD, vmax=FOLD, aspect="auto", interpolation="none"
+    )
     rows = ticks_for(table.shape[0])
     axis.set_yticks(rows, [str(labels[row]) for row in rows])
     axis.set_xticks(ticks_for(table.shape[1], ticks))
@@ -32,8 +33,9 @@ def _ratio_map(axis, table, labels, ticks=32):
 
 
 def _ratio_bar(fig, image, axes, label):
-    bar = fig.colorbar(image, ax=axes, ticks=range(-FOLD, FOLD + 1), pad=0.02, extend="both",
-                       aspect=30)  # fmt: skip
+    bar = fig.colorbar(
+        image, ax=axes, ticks=range(-FOLD, FOLD + 1), pad=0.02, extend="both", aspect=30
+    )
     texts = [f"1/{2**-n}" if n < 0 else f"{2**n}" for n in range(-FOLD, FOLD + 1)]
     bar.ax.set_yticklabels(texts)
     bar.set_label(label, size=11)
@@ -56,8 +58,13 @@ def _height(profile):
 def load(profile):
     """Which experts do the work?"""
     phases = [p for p in profile.phases if any(m.tokens for m in profile.each(p))]
-    fig, axes = figure(len(phases), 1, "Load of the experts, relative to an even one",
-                       width=12, height=_height(profile) + 0.7)  # fmt: skip
+    fig, axes = figure(
+        len(phases),
+        1,
+        "Load of the experts, relative to an even one",
+        width=12,
+        height=_height(profile) + 0.7,
+    )
     axes = np.atleast_1d(axes)
     for axis, phase in zip(axes, phases, strict=True):
         ms = profile.each(phase)
@@ -65,8 +72,9 @@ def load(profile):
         table = _stack(rows, [layer.num_experts for layer in profile.layers])
         image = _ratio_map(axis, table, profile.labels)
         tokens = max(m.tokens for m in ms)
-        axis.set_title(f"{phase}: {tokens:,} tokens a layer; grey: never selected", loc="left",
-                       size=11)  # fmt: skip
+        axis.set_title(
+            f"{phase}: {tokens:,} tokens a layer; grey: never selected", loc="left", size=11
+        )
     _ratio_bar(fig, image, axes, "tokens of the expert / (tokens · k/E)")
     return fig
 
@@ -76,9 +84,13 @@ def domains(profile):
     labels = list(profile.domains)
     columns = 2 if len(profile.layers) > 12 and len(labels) > 1 else 1
     rows = -(-len(labels) // columns)
-    fig, axes = figure(rows, columns, "Domain specialisation: share of a domain's tokens that "
-                       "select the expert, over k/E", width=(12, 7)[columns - 1],
-                       height=_height(profile) * 0.8 + 0.7)  # fmt: skip
+    fig, axes = figure(
+        rows,
+        columns,
+        "Domain specialisation: share of a domain's tokens that select the expert, over k/E",
+        width=(12, 7)[columns - 1],
+        height=_height(profile) * 0.8 + 0.7,
+    )
     axes = np.atleast_1d(axes).ravel()
     frame = profile.domain_specialisation()
     for axis, label in zip(axes, labels, strict=False):
@@ -120,8 +132,11 @@ def coactivation(profile, layer=None):
     _square(fig, left, off[np.ix_(order, order)], order, "share of j's tokens that select i")
     left.set_xlabel(f"expert j, those alike side by side{_named(order)}", size=11)
     left.set_ylabel("expert i, in the same order", size=11)
-    left.set_title(f"N_ij / N_j of {metrics.tokens:,} tokens; grey: diagonal, never selected",
-                   loc="left", size=11)  # fmt: skip
+    left.set_title(
+        f"N_ij / N_j of {metrics.tokens:,} tokens; grey: diagonal, never selected",
+        loc="left",
+        size=11,
+    )
     load = metrics.counts.load[0]
     usual = np.broadcast_to((load / metrics.tokens)[:, None], table.shape)  # whatever j
     _bars(right, _largest(off, usual, load, axis=1), off, usual, "{0}, of the tokens of {1}")
@@ -141,8 +156,9 @@ def moves(profile, layer=None):
     last, own = profile.labels[index - 1], profile.labels[index]
     title = f"From expert to expert: layer {last} to layer {own}, {how}"
     fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
-    _square(fig, left, table[np.ix_(rows, columns)], rows, "share of i's tokens that go to j",
-            columns)  # fmt: skip
+    _square(
+        fig, left, table[np.ix_(rows, columns)], rows, "share of i's tokens that go to j", columns
+    )
     left.set_xlabel(f"expert j of layer {own}{_named(columns)}", size=11)
     left.set_ylabel(f"expert i of layer {last}, those alike side by side", size=11)
     left.set_title(f"{metrics.tokens:,} tokens; grey: never selected", loc="left", size=11)
@@ -157,8 +173,14 @@ def _square(fig, axis, table, rows, label, columns=None):
 
     top = np.nanquantile(table, 0.995) if np.isfinite(table).any() else 1
     colours = colormaps["viridis"].with_extremes(bad=NEVER)
-    image = axis.imshow(table, cmap=colours, vmin=0, vmax=max(float(top), 1e-9), aspect="equal",
-                        interpolation="none")  # fmt: skip
+    image = axis.imshow(
+        table,
+        cmap=colours,
+        vmin=0,
+        vmax=max(float(top), 1e-9),
+        aspect="equal",
+        interpolation="none",
+    )
     columns = rows if columns is None else columns
     for names, place, turn in ((columns, axis.set_xticks, 90), (rows, axis.set_yticks, 0)):
         shown = ticks_for(len(names), NAMES)

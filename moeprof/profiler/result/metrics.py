@@ -457,9 +457,7 @@ class LayerMetrics:
         ValueError unless 0 <= experts <= E.
         """
         if not 0 <= experts <= self.layer.num_experts:
-            raise ValueError(
-                f"experts: expected 0 to {self.layer.num_experts}, got {experts!r}"
-            )
+            raise ValueError(f"experts: expected 0 to {self.layer.num_experts}, got {experts!r}")
         return self.lru_hit_rates[experts]
 
     # ---- pairs of experts ----

@@ -51,13 +51,11 @@ FIGURES = {
     ),
     "moves": (
         "From expert to expert",
-        "Of the tokens of an expert, the share that goes to each expert of the MoE layer "
-        "after it.",
+        "Of the tokens of an expert, the share that goes to each expert of the MoE layer after it.",
     ),
     "domains": (
         "Domains",
-        "Experts that a kind of text selects more than an even choice would (red) or less "
-        "(blue).",
+        "Experts that a kind of text selects more than an even choice would (red) or less (blue).",
     ),
 }
 ANCHOR = "metric-"  # before a metric's name, the place of its entry in the glossary
@@ -153,10 +151,11 @@ def page(profile, sections=()) -> str:
     places = [(f"part-{number}", *part) for number, part in enumerate(body, 1)]
     contents = "".join(f'<li><a href="#{at}">{escape(of)}</a></li>' for at, of, _ in places)
     parts = [
-        f"<h1>{escape(title)}</h1>", _heading(profile),
+        f"<h1>{escape(title)}</h1>",
+        _heading(profile),
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav>',
         *(f'<h2 id="{at}">{escape(of)}</h2>\n{text}' for at, of, text in places),
-    ]  # fmt: skip
+    ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -263,7 +262,7 @@ def html_table(table, linked=False) -> str:
     heads = []
     if any(group for group, _ in table.columns):
         cells = [
-            f'<th{f" class=group colspan={len(list(of))}" if group else ""}>{escape(group)}</th>'
+            f"<th{f' class=group colspan={len(list(of))}' if group else ''}>{escape(group)}</th>"
             for group, of in groupby(table.columns, key=lambda column: column[0])
         ]
         heads.append("".join(cells))
@@ -272,9 +271,7 @@ def html_table(table, linked=False) -> str:
     heads.append(_cells("th", names, kinds))
     head = "".join(f"<tr>{cells}</tr>" for cells in heads)
     body = "\n".join(f"<tr>{_cells('td', map(escape, row), kinds)}</tr>" for row in table.rows)
-    return (
-        f'<div class="table"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="table"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def _head(name, linked):

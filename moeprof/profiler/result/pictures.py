@@ -7,9 +7,15 @@ from html import escape
 
 # What the figures are drawn in, and what stands for it: black and white change places in the dark.
 _ROLES = {
-    "#000000": "ink", "#ffffff": "ground", "#e5e5e5": "grid", "#e4e4e4": "grid",
-    "#dddddd": "grid", "#444444": "soft", "#555555": "soft", "#777777": "soft",
-}  # fmt: skip
+    "#000000": "ink",
+    "#ffffff": "ground",
+    "#e5e5e5": "grid",
+    "#e4e4e4": "grid",
+    "#dddddd": "grid",
+    "#444444": "soft",
+    "#555555": "soft",
+    "#777777": "soft",
+}
 _STYLE = (
     "svg{--ink:#000;--ground:#fff;--grid:#e5e5e5;--soft:#555;fill:var(--ink)}"
     "@media (prefers-color-scheme:dark)"
@@ -36,8 +42,9 @@ def svg(figure) -> bytes:
     out = io.StringIO()
     # The same figure gives the same bytes, and needs no font of the reader's.
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "moeprof"}):
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format",
-                                                                  "Type")))  # fmt: skip
+        figure.savefig(
+            out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.S)

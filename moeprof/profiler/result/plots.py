@@ -24,8 +24,14 @@ def k(profile):
         left.bar(at, 100 * ratio_each(table, table.sum())[: last + 1], width, **of_phase(phase))
         ms = profile.each(phase)
         low, middle, high = np.array([_k_range(m) for m in ms]).T
-        right.stairs(high, np.arange(len(ms) + 1) - 0.5, baseline=low, fill=True, alpha=0.15,
-                     color=of_phase(phase)["color"])  # fmt: skip
+        right.stairs(
+            high,
+            np.arange(len(ms) + 1) - 0.5,
+            baseline=low,
+            fill=True,
+            alpha=0.15,
+            color=of_phase(phase)["color"],
+        )
         right.plot(middle, **marked(number), **of_phase(phase))
     left.xaxis.get_major_locator().set_params(integer=True)
     style(left, "experts per token", "% of tokens, all layers", "Distribution")
@@ -131,14 +137,27 @@ def roofline(profile):
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter("{x:g}")
         one.set_minor_formatter("")
-    axis.annotate(f"matrix products: {scaled(1e9 * roof.gemm_gflops, 'FLOP/s')}",
-                  (high, roof.gemm_gflops), (-6, 6), textcoords="offset points",
-                  ha="right")  # fmt: skip
+    axis.annotate(
+        f"matrix products: {scaled(1e9 * roof.gemm_gflops, 'FLOP/s')}",
+        (high, roof.gemm_gflops),
+        (-6, 6),
+        textcoords="offset points",
+        ha="right",
+    )
     middle = math.sqrt(low * ridge)
-    axis.annotate(f"reading: {short(roof.read_gbs)} GB/s", (middle, middle * roof.read_gbs),
-                  (-10, 4), textcoords="offset points", ha="right")  # fmt: skip
-    style(axis, "arithmetic intensity (FLOP for each byte of weights)", "GFLOP/s",
-          f"Dots: layers; large: all of a phase. Roof: measured, {roof.dtype}")  # fmt: skip
+    axis.annotate(
+        f"reading: {short(roof.read_gbs)} GB/s",
+        (middle, middle * roof.read_gbs),
+        (-10, 4),
+        textcoords="offset points",
+        ha="right",
+    )
+    style(
+        axis,
+        "arithmetic intensity (FLOP for each byte of weights)",
+        "GFLOP/s",
+        f"Dots: layers; large: all of a phase. Roof: measured, {roof.dtype}",
+    )
     axis.legend(frameon=False, loc="lower right", markerscale=0.6)
     return fig
 
@@ -154,8 +173,17 @@ def _total(axis, profile, phase, marker, colour):
         f"{phase}: {short(read / time)} GB/s ({percent(read / time / roof.read_gbs)}), "
         f"{short(done / time)} GFLOP/s ({percent(done / time / roof.gemm_gflops)})"
     )
-    axis.plot(done / read, done / time, marker, color=colour, markersize=15, mew=2,
-              markerfacecolor="none", label=label, ls="none")  # fmt: skip
+    axis.plot(
+        done / read,
+        done / time,
+        marker,
+        color=colour,
+        markersize=15,
+        mew=2,
+        markerfacecolor="none",
+        label=label,
+        ls="none",
+    )
 
 
 def union(profile):
@@ -170,12 +198,25 @@ def union(profile):
     ]
     middle = [100 * np.mean(s) for s in shares]
     ends = [[100 * abs(f(s) - np.mean(s)) for s in shares] for f in (np.min, np.max)]
-    axis.errorbar(sizes, middle, ends, fmt="o", color=COLOURS[0], capsize=3,
-                  label="measured: mean, lowest and highest layer")  # fmt: skip
+    axis.errorbar(
+        sizes,
+        middle,
+        ends,
+        fmt="o",
+        color=COLOURS[0],
+        capsize=3,
+        label="measured: mean, lowest and highest layer",
+    )
     x = np.geomspace(1, max(*sizes, 2), 200)
     share = np.mean([m.k_mean_with_padding / m.layer.num_experts for m in ms])
-    axis.plot(x, 100 * (1 - (1 - share) ** x), "--", color="black", lw=1.2,
-              label="if tokens chose k of E evenly, each for itself")  # fmt: skip
+    axis.plot(
+        x,
+        100 * (1 - (1 - share) ** x),
+        "--",
+        color="black",
+        lw=1.2,
+        label="if tokens chose k of E evenly, each for itself",
+    )
     axis.set_xscale("log", base=2)
     ticks = [2**n for n in range(9) if 2**n <= max(*sizes, 2)]
     axis.set_xticks(ticks, [f"{n}" if n < 256 else "≥ 256" for n in ticks])
@@ -196,10 +237,12 @@ def cache(profile):
         if not ms:
             continue
         common = np.linspace(0, 1, 129)  # of E, which layers may differ in
-        rates = 100 * np.array([
-            np.interp(common, np.linspace(0, 1, len(m.lru_hit_rates)), m.lru_hit_rates)
-            for m in ms
-        ])  # fmt: skip
+        rates = 100 * np.array(
+            [
+                np.interp(common, np.linspace(0, 1, len(m.lru_hit_rates)), m.lru_hit_rates)
+                for m in ms
+            ]
+        )
         colour = of_phase(phase)["color"]
         at = common * whole
         axis.fill_between(at, rates.min(0), rates.max(0), color=colour, alpha=0.15, lw=0)
@@ -207,8 +250,12 @@ def cache(profile):
     axis.set_xlim(0, whole)
     axis.set_ylim(0, 103)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    style(axis, f"experts kept of each layer ({unit})", "accesses served (%)",
-          "Mean of layers; shaded: lowest to highest layer. First accesses are misses")  # fmt: skip
+    style(
+        axis,
+        f"experts kept of each layer ({unit})",
+        "accesses served (%)",
+        "Mean of layers; shaded: lowest to highest layer. First accesses are misses",
+    )
     axis.legend(frameon=False, loc="upper left")
     return fig
 
@@ -218,16 +265,24 @@ def _measured(profile):
     each = profile.each()
     steps = None if profile.phases else "no step was counted"
     tokens = steps or (None if any(m.tokens for m in each) else "no real token was counted")
-    logits = tokens or (None if any(c.confidence.any() for c in profile.counts_of())
-                        else "the router's logits were not known")  # fmt: skip
-    counted_pairs = tokens or (None if any(m.counts.pairs.any() for m in each)
-                               else "pairs of experts were not counted")  # fmt: skip
+    logits = tokens or (
+        None
+        if any(c.confidence.any() for c in profile.counts_of())
+        else "the router's logits were not known"
+    )
+    counted_pairs = tokens or (
+        None if any(m.counts.pairs.any() for m in each) else "pairs of experts were not counted"
+    )
     pairs = counted_pairs or (
         "no token selects two experts"
-        if strongest(profile.counts_of(), pair_structure) is None else None
-    )  # fmt: skip
-    moves = counted_pairs or (None if any(m.counts.moves.any() for m in each)
-                      else "no token was followed from layer to layer")  # fmt: skip
+        if strongest(profile.counts_of(), pair_structure) is None
+        else None
+    )
+    moves = counted_pairs or (
+        None
+        if any(m.counts.moves.any() for m in each)
+        else "no token was followed from layer to layer"
+    )
     several = None if any(layer.num_experts > 1 for layer in profile.layers) else "one expert each"
     kept = steps or (None if any(m.counts.reuse.any() for m in each) else "no expert ran")
     roof = steps or ("there is no measured roof" if profile.roofline is None else None)
@@ -235,12 +290,17 @@ def _measured(profile):
         roof = "the experts' sizes are not known"
     domains = tokens or (None if profile.domains else "the texts had no domain labels")
     return {
-        "load": (maps.load, tokens), "k": (k, tokens),
-        "confidence": (confidence, logits or several), "latency": (latency, steps),
-        "roofline": (roofline, roof), "union": (union, steps), "cache": (cache, kept or several),
-        "coactivation": (maps.coactivation, pairs), "moves": (maps.moves, moves),
+        "load": (maps.load, tokens),
+        "k": (k, tokens),
+        "confidence": (confidence, logits or several),
+        "latency": (latency, steps),
+        "roofline": (roofline, roof),
+        "union": (union, steps),
+        "cache": (cache, kept or several),
+        "coactivation": (maps.coactivation, pairs),
+        "moves": (maps.moves, moves),
         "domains": (maps.domains, domains),
-    }  # fmt: skip
+    }
 
 
 def instead(profile) -> dict[str, str]:
@@ -266,5 +326,3 @@ def plot(profile, name="load", **options):
     if options and name not in ("coactivation", "moves"):
         raise ValueError(f"figure {name!r} takes no options, got {', '.join(options)}")
     return draw(profile, **options)
-
-

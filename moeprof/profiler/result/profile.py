@@ -35,8 +35,18 @@ class Profile:
     events : [(layer index, phase, start ns, duration ns, tokens, distinct experts)] or None
     """
 
-    def __init__(self, layers, counts, facts, *, joint=None, domains=None, vocabulary=None,
-                 roofline=None, events=None):  # fmt: skip
+    def __init__(
+        self,
+        layers,
+        counts,
+        facts,
+        *,
+        joint=None,
+        domains=None,
+        vocabulary=None,
+        roofline=None,
+        events=None,
+    ):
         self.layers, self.counts = list(layers), {name: list(counts[name]) for name in PHASES}
         self.facts, self.joint = as_json(facts), joint
         self.domains = {str(name): table for name, table in (domains or {}).items()} or None

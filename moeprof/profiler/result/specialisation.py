@@ -86,14 +86,20 @@ def by_token(profile, minimum=MINIMUM, top=10):
         rank, expert, place = _best(counts[often], seen[often], top)
         token = often[place]
         share = counts[token, expert] / seen[token]
-        made = pandas.DataFrame({
-            "layer": profile.labels[index], "name": profile.layers[index].name,
-            "block": profile.layers[index].block, "expert": expert,
-            "token": np.asarray(recorded["tokens"])[token],
-            "text": pandas.array([names[t] if names else None for t in token], dtype="string"),
-            "seen": seen[token], "share": share, "baseline": float(baseline),
-            "times": share / baseline,
-        })  # fmt: skip
+        made = pandas.DataFrame(
+            {
+                "layer": profile.labels[index],
+                "name": profile.layers[index].name,
+                "block": profile.layers[index].block,
+                "expert": expert,
+                "token": np.asarray(recorded["tokens"])[token],
+                "text": pandas.array([names[t] if names else None for t in token], dtype="string"),
+                "seen": seen[token],
+                "share": share,
+                "baseline": float(baseline),
+                "times": share / baseline,
+            }
+        )
         tables.append(made[share > 0].assign(rank=rank[share > 0], place=index))
     frame = pandas.concat(tables, ignore_index=True).sort_values(["place", "expert", "rank"])
     return frame.drop(columns=["rank", "place"]).reset_index(drop=True)

@@ -32,18 +32,34 @@ MOST_BYTES = 1 << 32  # of one array
 MOST_ROWS = 1 << 22  # events, or tokens of a vocabulary: far above any there are
 _DAMAGED = (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 _FACTS = {
-    "model": str, "model_class": str, "config": dict, "machine": dict, "router": str, "steps": int,
-    "steps_left_out": int, "warmup_steps": int, "sampling_rate": int,
-    "memory_peak_mb": float | None, "notes": list[str], "not_counted": list[dict],
-    "passed_over": list[int | str], "decode_by_batch": list[dict],
-}  # fmt: skip
+    "model": str,
+    "model_class": str,
+    "config": dict,
+    "machine": dict,
+    "router": str,
+    "steps": int,
+    "steps_left_out": int,
+    "warmup_steps": int,
+    "sampling_rate": int,
+    "memory_peak_mb": float | None,
+    "notes": list[str],
+    "not_counted": list[dict],
+    "passed_over": list[int | str],
+    "decode_by_batch": list[dict],
+}
 _MEASURED = float | None
 # What each row of these facts has.
 _ROWS = {
     "not_counted": {"label": int | str, "block": str, "reason": str},
-    "decode_by_batch": {"batch": int, "steps": int, "k": _MEASURED, "unique_experts": _MEASURED,
-                        "latency_ms": _MEASURED, "bytes": _MEASURED},
-}  # fmt: skip
+    "decode_by_batch": {
+        "batch": int,
+        "steps": int,
+        "k": _MEASURED,
+        "unique_experts": _MEASURED,
+        "latency_ms": _MEASURED,
+        "bytes": _MEASURED,
+    },
+}
 _MACHINE = {"cpu": str, "features": list[str], "threads": int}
 _TEXTS = {"domains": list[str] | None, "vocabulary_text": list[str | None] | None}
 _BELOW = 2**63  # each number that a profile is written with
@@ -67,9 +83,7 @@ def pack(profile) -> dict[str, bytes]:
         "summary": {phase: _summary(profile, phase) for phase in (*profile.phases, ALL)},
     }
     text = json.dumps(as_json(head), indent=1, ensure_ascii=False, allow_nan=False)
-    files = {
-        COUNTS: counts, CSV: as_csv(profile.to_frame()), GLOSSARY: glossary.as_csv().encode()
-    }  # fmt: skip
+    files = {COUNTS: counts, CSV: as_csv(profile.to_frame()), GLOSSARY: glossary.as_csv().encode()}
     if profile.vocabulary is not None:
         files[VOCABULARY] = as_csv(profile.vocabulary_specialisation())
     return files | {JSON: text.encode() + b"\n"}
@@ -247,8 +261,12 @@ def _is_recorded(name, headers, layers):
     if kind != "vocabulary" or len(tokens) != 1 or len(own) != 1:
         return False
     sizes = {layer.num_experts for layer in layers}
-    forms = {"tokens": [tokens], "seen": [tokens], "layers": [own],
-             "counts": [(*own, *tokens, size) for size in sizes]}  # fmt: skip
+    forms = {
+        "tokens": [tokens],
+        "seen": [tokens],
+        "layers": [own],
+        "counts": [(*own, *tokens, size) for size in sizes],
+    }
     few = tokens[0] <= MOST_ROWS and own[0] <= len(layers)
     return few and shape in forms.get(part, ())
 
@@ -273,7 +291,9 @@ def _parts(make, head, layers, arrays):
     counts = {
         phase: [
             Counts.from_arrays(
-                layer.num_experts, arrays[f"{phase}.{i}.ints"], arrays[f"{phase}.{i}.floats"],
+                layer.num_experts,
+                arrays[f"{phase}.{i}.ints"],
+                arrays[f"{phase}.{i}.floats"],
                 arrays.get(f"{phase}.{i}.left_out", 0),
             )
             for i, layer in enumerate(layers)
@@ -291,12 +311,15 @@ def _parts(make, head, layers, arrays):
             for i, c in enumerate(counts[_FIRST[0]])
         ]
     return make(
-        layers, counts, head["facts"], joint=joint,
+        layers,
+        counts,
+        head["facts"],
+        joint=joint,
         domains={label: arrays[f"domain.{n}"] for n, label in enumerate(head["domains"] or [])},
         vocabulary=_vocabulary(arrays, head["vocabulary_text"]),
         roofline=None if head["roofline"] is None else Roofline(**head["roofline"]),
         events=_events(arrays),
-    )  # fmt: skip
+    )
 
 
 def _vocabulary(arrays, text):

@@ -72,17 +72,24 @@ def layers(profile, names) -> Table:
 def by_batch(profile) -> Table:
     """A row for each batch size that `moeprof profile` decoded with."""
     rows = [
-        [str(row["batch"]), str(row["steps"]), number(row["k"], ".2f"),
-         number(row["unique_experts"], ".1f"), short(row["latency_ms"]),
-         number(row["bytes"] / 1e6, ".2f")]
+        [
+            str(row["batch"]),
+            str(row["steps"]),
+            number(row["k"], ".2f"),
+            number(row["unique_experts"], ".1f"),
+            short(row["latency_ms"]),
+            number(row["bytes"] / 1e6, ".2f"),
+        ]
         for row in profile.decode_by_batch
-    ]  # fmt: skip
+    ]
     return Table(
-        "Decode by batch size", "steps: of decode, at this batch size alone. k: experts per token. "
+        "Decode by batch size",
+        "steps: of decode, at this batch size alone. k: experts per token. "
         "uniq: distinct experts of a layer and step. p50: ms a step in MoE layers, the sum of the "
         "layers' medians. MB: of weights that a step reads.",
-        [("", name) for name in ("batch", "steps", "k", "uniq", "p50", "MB")], rows,
-    )  # fmt: skip
+        [("", name) for name in ("batch", "steps", "k", "uniq", "p50", "MB")],
+        rows,
+    )
 
 
 def domains(profile) -> Table:
@@ -92,17 +99,25 @@ def domains(profile) -> Table:
     for label in profile.domains:
         best = frame[frame["domain"] == label].head(DOMAIN_ROWS).to_dict("records")
         rows += [
-            [label if not i else "", str(r["layer"]), str(r["expert"]), f"{100 * r['share']:.1f} %",
-             f"{100 * r['baseline']:.1f} %", f"{r['times']:.1f}"]
+            [
+                label if not i else "",
+                str(r["layer"]),
+                str(r["expert"]),
+                f"{100 * r['share']:.1f} %",
+                f"{100 * r['baseline']:.1f} %",
+                f"{r['times']:.1f}",
+            ]
             for i, r in enumerate(best)
-        ]  # fmt: skip
+        ]
     return Table(
-        "By domain", "The experts whose share of a domain's tokens is the most above k/E, that "
+        "By domain",
+        "The experts whose share of a domain's tokens is the most above k/E, that "
         "of an even choice, where at least "
         f"{ENOUGH} of its tokens select the expert.",
-        [("", name) for name in ("domain", "layer", "expert", "share", "k/E", "times")], rows,
+        [("", name) for name in ("domain", "layer", "expert", "share", "k/E", "times")],
+        rows,
         ("domain",),
-    )  # fmt: skip
+    )
 
 
 def vocabulary(profile, minimum=MINIMUM) -> Table:
@@ -119,11 +134,14 @@ def vocabulary(profile, minimum=MINIMUM) -> Table:
         ]
     left_out = "" if rows else f" No input token occurred {minimum} times."
     return Table(
-        "By input token", f"Of a token's occurrences the share that selects the expert; of each "
+        "By input token",
+        f"Of a token's occurrences the share that selects the expert; of each "
         f"layer the experts whose tokens are the most above k/E. Tokens that occurred fewer than "
         f"{minimum} times are left out. All experts: vocabulary.csv.{left_out}",
-        [("", name) for name in ("layer", "expert", "tokens")], rows, ("tokens",),
-    )  # fmt: skip
+        [("", name) for name in ("layer", "expert", "tokens")],
+        rows,
+        ("tokens",),
+    )
 
 
 def _token(row):

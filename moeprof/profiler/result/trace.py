@@ -21,11 +21,18 @@ def trace(profile) -> str:
         events.append(_name("thread_name", index, name=name))
         events.append(_name("thread_sort_index", index, sort_index=index))
     for layer, phase, begin, duration, tokens, unique in profile.events:
-        events.append({
-            "name": phase, "cat": "moe", "ph": "X", "pid": 1, "tid": layer,
-            "ts": (begin - start) / 1e3, "dur": duration / 1e3,
-            "args": {"tokens": tokens, "unique experts": unique},
-        })  # fmt: skip
+        events.append(
+            {
+                "name": phase,
+                "cat": "moe",
+                "ph": "X",
+                "pid": 1,
+                "tid": layer,
+                "ts": (begin - start) / 1e3,
+                "dur": duration / 1e3,
+                "args": {"tokens": tokens, "unique experts": unique},
+            }
+        )
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, ensure_ascii=False)
 
 

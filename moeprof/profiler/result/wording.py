@@ -28,7 +28,7 @@ def short(value) -> str:
 
 
 def scaled(value, unit) -> str:
-    """"1.23 GFLOP": with the prefix that leaves one to three digits before the point."""
+    """ "1.23 GFLOP": with the prefix that leaves one to three digits before the point."""
     if math.isnan(value):
         return PLAIN
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -38,12 +38,12 @@ def scaled(value, unit) -> str:
 
 
 def percent(share) -> str:
-    """"12 %", "0.4 %"."""
+    """ "12 %", "0.4 %"."""
     return PLAIN if math.isnan(share) else f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
 
 
 def counted(value, what) -> str:
-    """"1 step", "2 steps"."""
+    """ "1 step", "2 steps"."""
     return f"{value:,} {what}{'' if value == 1 else 's'}"
 
 
@@ -52,8 +52,9 @@ def layer_names(layers) -> str:
     blocks = [layer.block or layer.name for layer in layers]
     labels = layer_labels([layer.block for layer in layers])
     if len(blocks) < 2:
-        return "".join(f"Layer {label}: {block}" for label, block in zip(labels, blocks,
-                                                                         strict=True))  # fmt: skip
+        return "".join(
+            f"Layer {label}: {block}" for label, block in zip(labels, blocks, strict=True)
+        )
     parts = [re.split(r"(\d+)", block) for block in (blocks[0], blocks[-1])]
     first, last = parts
     if len(first) == len(last):
