@@ -330,11 +330,10 @@ def heading(profile) -> list[tuple[str, str]]:
         lines.append(("Software", ", ".join(f"{k} {v}" for k, v in versions.items())))
     roof = profile.roofline
     if roof is not None:
-        lines.append(
-            (
-                "Roof",
-                f"{short(roof.read_gbs)} GB/s reading, "
-                f"{scaled(1e9 * roof.gemm_gflops, 'FLOP/s')} in matrix products ({roof.dtype}), measured{f'; {roof.note}' if roof.note else ''}",
-            )
+        note = f"; {roof.note}" if roof.note else ""
+        text = (
+            f"{short(roof.read_gbs)} GB/s reading, {scaled(1e9 * roof.gemm_gflops, 'FLOP/s')} in "
+            f"matrix products ({roof.dtype}), measured{note}"
         )
+        lines.append(("Roof", text))
     return lines

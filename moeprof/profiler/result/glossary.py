@@ -29,7 +29,8 @@ METRICS = {
             "calls",
             "Calls of the layer, one in each forward of the model. A forward of "
             "several phases, as in continuous batching, is one in each of them, with its tokens "
-            "and by their number its part of the time; in the phase all it is one, of all its tokens.",
+            "and by their number its part of the time; in the phase all it is one, of all its "
+            "tokens.",
         ),
         ("skipped_slots", "slots", "Slots of real tokens that the router set to -1."),
         ("skipped_slots_padding", "slots", "Slots of padding that the router set to -1."),
