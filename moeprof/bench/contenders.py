@@ -7,7 +7,8 @@ from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe import modeling_olmoe
 
-import moeprof
+from ..experts import experts_forward
+from ..patching import patch
 
 PACKED = hasattr(modeling_olmoe, "OlmoeExperts")  # transformers 5
 
@@ -67,7 +68,7 @@ def _packed(config, weights):
     return {
         "eager": transformers("eager"),
         "grouped_mm": transformers("grouped_mm"),
-        "moeprof": lambda x, logits, idx, w: moeprof.experts_forward(experts, x, idx, w),
+        "moeprof": lambda x, logits, idx, w: experts_forward(experts, x, idx, w),
     }
 
 
@@ -80,7 +81,7 @@ class _Gate(nn.Module):
 
 def _listed(config, weights):
     stock, patched = _block(config, weights), _block(config, weights)
-    moeprof.patch(patched)
+    patch(patched)
 
     def eager(x, logits, idx, w):
         stock.gate.answer = logits

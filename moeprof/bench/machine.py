@@ -6,7 +6,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import moeprof
+from ..version import __version__
+from ..cpu import cpu_info
 
 
 def describe():
@@ -15,9 +16,9 @@ def describe():
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
-        **moeprof.cpu_info(),
+        **cpu_info(),
         "versions": {
-            "moeprof": moeprof.__version__,
+            "moeprof": __version__,
             **{name: found for name in names if (found := _version(name))},
             "python": platform.python_version(),
         },

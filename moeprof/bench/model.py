@@ -4,7 +4,8 @@ import torch
 from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM
 from transformers.utils import logging
 
-import moeprof
+from ..profiler.profiler import MoEProfiler
+from ..patching import patch
 
 from .. import demo
 from ..decoding import decode
@@ -85,7 +86,7 @@ class _Contenders:
 
     def __init__(self, model, tokens):
         self.model, self.seen = model, []
-        self._profiler = moeprof.MoEProfiler(model)
+        self._profiler = MoEProfiler(model)
         self._ids, self._handle, self._cache = self._random_ids(tokens), None, None
         if tokens == 1:
             self._cache = DynamicCache()
@@ -110,7 +111,7 @@ class _Contenders:
             self.model.config._experts_implementation = name
         elif name.startswith(PATCHED):
             options = {"linears": True} if name == LINEARS else {}
-            self._handle = moeprof.patch(self.model, **options)
+            self._handle = patch(self.model, **options)
         if name == CALLBACK:
             self._handle.on_routing(lambda layer, routing: self.seen.append(routing))
         if self._cache is not None:

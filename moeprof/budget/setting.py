@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import moeprof
+from ..patching import patch
 
 from ..evaluation import Pass, collect, evaluating
 from ..evaluation.routing import by_layer
@@ -342,7 +342,7 @@ def find(
 def check(router: Router, model, null, norm: str) -> None:
     """Raise what `moeprof.patch` and `main_of` would, before any text is run."""
     main_of(router)
-    with moeprof.patch(model, router, null=null, norm=norm):
+    with patch(model, router, null=null, norm=norm):
         pass
 
 

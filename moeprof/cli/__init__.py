@@ -15,7 +15,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 
-import moeprof
+from ..version import __version__
 from moeprof import extra
 
 
@@ -28,16 +28,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser():
     # Imported here, so that `main` answers Ctrl-C while they are.
-    from moeprof.bench.arguments import add_bench
-    from moeprof.cli.calibrate import add_calibrate
-    from moeprof.cli.cpu import add_cpu
-    from moeprof.cli.diagnose import add_diagnose
-    from moeprof.cli.profile import add_profile
-    from moeprof.comparison.arguments import add_compare
-    from moeprof.experiment.arguments import add_sweep
+    from ..bench.arguments import add_bench
+    from ..cli.calibrate import add_calibrate
+    from ..cli.cpu import add_cpu
+    from ..cli.diagnose import add_diagnose
+    from ..cli.profile import add_profile
+    from ..comparison.arguments import add_compare
+    from ..experiment.arguments import add_sweep
 
     parser = _Parser(prog="moeprof", description="Mixture-of-experts routing, on the CPU.")
-    parser.add_argument("--version", action="version", version=f"moeprof {moeprof.__version__}")
+    parser.add_argument("--version", action="version", version=f"moeprof {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         add_sweep,
@@ -104,7 +104,7 @@ def _needed(arguments):
 
 
 def _one_line(text):
-    from moeprof.files import printable
+    from ..files import printable
 
     return printable(" ".join(str(text).split()))
 

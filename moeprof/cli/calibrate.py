@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-import moeprof
+from ..null import Null
+from ..calibration import fit_null
 
 from ..arguments import add_model, load
 from ..experiment.inputs import check_model
@@ -70,7 +71,7 @@ def _fitted(arguments):
     if arguments.model is not None:
         check_model(arguments.model)
     model, tokenizer = load(arguments)
-    return moeprof.fit_null(
+    return fit_null(
         model,
         tokenizer,
         texts,
@@ -88,7 +89,7 @@ def _merged(arguments):
         raise ValueError("--merge: expected at least two nulls, got one")
     total, seen = None, {}
     for path in arguments.merge:
-        null = moeprof.Null.load(path)
+        null = Null.load(path)
         if null.text_digest in seen:
             raise ValueError(
                 f"--merge: {path} was fitted to the same text as {seen[null.text_digest]}, which "

@@ -2,7 +2,7 @@
 
 import textwrap
 
-import moeprof
+from ..cpu import cpu_info
 
 from ..console import WIDTH
 
@@ -20,7 +20,7 @@ def add_cpu(commands):
 
 
 def _run(arguments):
-    for line in _lines(moeprof.cpu_info()):
+    for line in _lines(cpu_info()):
         print(line)
 
 

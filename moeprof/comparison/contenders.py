@@ -96,7 +96,7 @@ class Nulls:
         return self.fitted[name]
 
     def _fit(self, name):
-        import moeprof
+        from ..calibration import fit_null
 
         texts = [document.text for document in self.documents]
         kind, score = {
@@ -104,7 +104,7 @@ class Nulls:
             LOGIT: ("efron", "logit"),
             TRIMMED: ("trimmed", "logprob"),
         }[name]
-        return moeprof.fit_null(
+        return fit_null(
             self.model, self.tokenizer, texts, kind=kind, score=score, progress=self.progress
         )
 

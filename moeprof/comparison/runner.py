@@ -17,7 +17,7 @@ A cell is a dict of plain values, as it stands in the JSON:
 import math
 from dataclasses import dataclass, field
 
-import moeprof
+from ..version import __version__
 
 from ..budget import BudgetError, allocate, sensitivity
 from ..budget.setting import find, resolve
@@ -282,5 +282,5 @@ class Comparison:
             "static": self.static,
             "cells": self.cells,
             "planned_cells": self.steps(),
-            "moeprof": moeprof.__version__,
+            "moeprof": __version__,
         }

@@ -3,7 +3,7 @@
 import random
 import statistics
 
-import moeprof
+from ..patching import patch
 
 from ..experiment.runner import greedy
 
@@ -26,7 +26,7 @@ def decode_speeds(model, prompts, timed, *, seed=0, new_tokens=NEW_TOKENS, round
     for ids in prompts:
         draw.shuffle(order)
         for cell, router, null in order:
-            with moeprof.patch(model, router, null=null):
+            with patch(model, router, null=null):
                 seconds[id(cell)].append(greedy(model, ids, new_tokens + 1)[1])
     for cell, *_ in timed:
         cell["tokens_per_s"] = new_tokens / statistics.median(seconds[id(cell)])

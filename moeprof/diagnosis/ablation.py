@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import moeprof
+from ..patching import patch
 
 from ..decoding import cache_of, decode
 from ..evaluation.routing import by_layer, choose, model_norm
@@ -144,7 +144,7 @@ def ablate(
     """
     routers = changed_routers(model, router, null, norm)
     rng, parts, count = np.random.default_rng(seed), [], 0
-    with moeprof.patch(model, routers), torch.inference_mode():
+    with patch(model, routers), torch.inference_mode():
         for window, places in zip(text.windows, positions, strict=True):
             if len(places):
                 part = _ablate_window(model, window, places, routers, rng)
@@ -158,7 +158,7 @@ def changed_routers(model, router, null, norm="model") -> list[ChangedRouter]:
     """One for each layer; null: a Null or None."""
     own_norm, norm_k = model_norm(model)
     norm = own_norm if norm == "model" else norm
-    with moeprof.patch(model) as handle:
+    with patch(model) as handle:
         count = len(handle.layers)
     layers = enumerate(by_layer(router, null, count))
     return [ChangedRouter(i, scalar, own, norm, norm_k) for i, (scalar, own) in layers]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import moeprof
+from ..patching import patch
 
 from ..evaluation.passes import documents_of
 from ..evaluation.routing import by_layer, choose
@@ -36,7 +36,7 @@ class Selected(NamedTuple):
 def see(model, text: HeldOut, router=None, *, null=None, norm="model", step=lambda: None) -> Seen:
     """The text through the model patched with `router` (None: its own top-k)."""
     losses = []
-    with moeprof.patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
+    with patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
         calls = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing.logits))
         for window in text.windows:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import moeprof
+from ..patching import patch
 
 from ..experiment.heldout import HeldOut
 
@@ -65,7 +65,7 @@ def collect(model, text: HeldOut, router=None, *, null=None, norm="model", step=
     text: HeldOut; step is called for each window. The model is afterwards as it was.
     """
     base = getattr(model, "base_model", model)  # the head is not needed
-    with moeprof.patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
+    with patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
         calls = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing))
         for windows in batches(text):
@@ -114,7 +114,7 @@ class Reference:
     def __init__(self, model, text: HeldOut, step=lambda: None):
         self.model, self.text = model, text
         self.log_probs = []
-        with moeprof.patch(model), torch.inference_mode():  # its own top-k, on the same kernels
+        with patch(model), torch.inference_mode():  # its own top-k, on the same kernels
             for windows in batches(text):
                 self.log_probs.append(_log_probs(model, _ids(windows)))
                 for _ in windows:
@@ -125,7 +125,7 @@ class Reference:
         size, rows = len(self.text.documents), documents_of(self.text)
         kl, nats = np.zeros(size), np.zeros(size)
         agree, predicted = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        patched = moeprof.patch(self.model, router, null=null, norm=norm)
+        patched = patch(self.model, router, null=null, norm=norm)
         with patched as handle, torch.inference_mode():
             calls = [[] for _ in handle.layers]
             handle.on_routing(lambda layer, routing: calls[layer].append(routing.counts))

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-import moeprof
+from ..null import Null
+from ..calibration import fit_null
 
 from .. import demo
 from ..arguments import DEMO, add_heldout_text, add_model, integer, integers, level, load
@@ -155,7 +156,7 @@ def _check_grid(arguments, num_experts):
 
 def _given_null(name):
     """What --null names: a Null, "normal" or None."""
-    return name if name in (None, "normal") else moeprof.Null.load(name)
+    return name if name in (None, "normal") else Null.load(name)
 
 
 def _null_for(model, tokenizer, given, text, seed, store):
@@ -172,7 +173,7 @@ def _null_for(model, tokenizer, given, text, seed, store):
         return given, {"null": given.describe(), "null_source": source, "null_code": ""}
     code = "moeprof.demo.null()"
     if text is not None:
-        null = moeprof.fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
+        null = fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
         source = "It was fitted to the text given with --null-text."
     elif (null := shipped_null(model)) is not None:
         source = (

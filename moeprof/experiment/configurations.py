@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from decimal import Decimal
 
-import moeprof
+from ..patching import patch
 
 ALPHAS = (0.01, 0.05, 0.10, 0.20)
 MAX_KS = (4, 8, 16, 32, 64)
@@ -39,10 +39,10 @@ class Configuration:
         null: the null distributions for "bh" (a Null, a path or "normal").
         """
         if self.routing_type == "bh":
-            return moeprof.patch(model, "bh", null=null, alpha=self.alpha, max_k=self.max_k)
+            return patch(model, "bh", null=null, alpha=self.alpha, max_k=self.max_k)
         if self.is_baseline(model.config.num_experts_per_tok):
-            return moeprof.patch(model)  # the original top-k on the C path
-        return moeprof.patch(model, "topk", k=self.max_k)
+            return patch(model)  # the original top-k on the C path
+        return patch(model, "topk", k=self.max_k)
 
 
 def configurations(num_experts=64, top_k=8, alphas=ALPHAS, max_ks=MAX_KS):

@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-import moeprof
+from ..calibration import fit_null
+from ..patching import patch
 
 from .. import demo
 from ..checks import check_model, check_token_ids, check_tokenizer, check_type
@@ -148,7 +149,7 @@ class Experiment:
     def quality(self, router, step=lambda: None):
         """How a router does on the held-out text alone: the fields of `run` that are of that."""
         null = self.null if router.wants_null else None
-        with moeprof.patch(self.model, router, null=null) as handle:
+        with patch(self.model, router, null=null) as handle:
             return self._evaluate(handle, step)
 
     def _evaluate(self, handle, step):
@@ -227,7 +228,7 @@ def experts_of(model):
 
     Raises ValueError, as moeprof.patch does, for a model that can't be patched.
     """
-    with moeprof.patch(model) as handle:
+    with patch(model) as handle:
         return handle.layers[0].num_experts, model.config.num_experts_per_tok
 
 
@@ -261,7 +262,7 @@ def default_null(model, tokenizer, progress=True, seed=0, *, kind="trimmed"):
         null = shipped_null(model, kind)
         if null is None:
             passages = calibration_passages(demo.calibration_halves()[0], seed=seed)
-            null = moeprof.fit_null(model, tokenizer, passages, kind=kind, progress=progress)
+            null = fit_null(model, tokenizer, passages, kind=kind, progress=progress)
         nulls[kind, seed] = null
     return nulls[kind, seed]
 

@@ -5,7 +5,8 @@ import textwrap
 from datetime import datetime, timezone
 from importlib.metadata import version
 
-import moeprof
+from ..version import __version__
+from ..cpu import cpu_info
 
 from ..checks import check_type
 from ..console import WIDTH, make_console, progress
@@ -169,7 +170,7 @@ def describe(experiment, planned, dropped):
         "planned": [configuration.name for configuration in planned],
         "dropped_max_k": dropped,
         "versions": {
-            "moeprof": moeprof.__version__,
+            "moeprof": __version__,
             **{name: version(name) for name in packages},
             "python": platform.python_version(),
         },
@@ -183,7 +184,7 @@ def describe(experiment, planned, dropped):
             "norm_topk_prob": config.norm_topk_prob,
         },
         "dtype": str(model.dtype).removeprefix("torch."),
-        "cpu": moeprof.cpu_info(),
+        "cpu": cpu_info(),
         "threads": torch.get_num_threads(),
         "new_tokens": experiment.new_tokens,
         "prompts": [{"complexity": label, "text": text} for label, text in prompts],

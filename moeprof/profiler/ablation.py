@@ -6,7 +6,7 @@ from numbers import Integral
 import numpy as np
 import torch
 
-import moeprof
+from ..patching import patch
 
 from ..adapters import adapter_of, find_moe_blocks
 from ..budget.report import read_texts
@@ -77,7 +77,7 @@ def layer_ablation(
     """
     check_model("layer_ablation", model)
     check_tokenizer("layer_ablation", tokenizer)
-    with moeprof.patch(model) as handle:  # raises where it can't
+    with patch(model) as handle:  # raises where it can't
         names, blocks = [layer.name for layer in handle.layers], find_moe_blocks(model)
     own = [adapter_of(block).settings(block)[0] for _, block in blocks]
     chosen = _places(layers, names)
@@ -145,7 +145,7 @@ def _ks(ks, own, num_experts) -> list[int]:
 def _nats(model, text: HeldOut, router, step) -> np.ndarray:
     """(D,) the sum of -ln P(token) over each document, patched with `router`."""
     nats = np.zeros(len(text.documents))
-    with moeprof.patch(model, router):
+    with patch(model, router):
         for windows in batches(text):
             ids = torch.cat([window.ids for window in windows])
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()

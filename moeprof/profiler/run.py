@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import moeprof
+from ..patching import patch
 
 from ..adapters import find_moe_blocks
 from ..checks import check_token_ids
@@ -124,7 +124,7 @@ def _decode_row(batch: int, before: Profile, after: Profile) -> dict:
 
 def _patched(model, options):
     """A context in which the model is patched, or as it is."""
-    return nullcontext() if options is None else moeprof.patch(model, **options)
+    return nullcontext() if options is None else patch(model, **options)
 
 
 def _prefill(model, ids) -> None:
