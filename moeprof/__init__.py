@@ -5,7 +5,6 @@ model (``moeprof.patch`` ...) is imported on first use, and with it torch and tr
 """
 
 import ctypes
-import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -34,62 +33,68 @@ except ImportError as error:
         f"moeprof's C extension can't be loaded ({error}). In a source checkout, build it with "
         "'pip install -e .', or leave the folder to use an installed moeprof."
     ) from error
-from ._interface import register_experts_implementation  # noqa: E402
-from .cpu import cpu_info, get_num_threads, set_num_threads  # noqa: E402
-from .extra import missing  # noqa: E402
+from .backends.cpu import cpu_info, get_num_threads, set_num_threads  # noqa: E402
+from .checks import missing  # noqa: E402
+from .late import bind, exports  # noqa: E402
+from .patching.interface import register_experts_implementation  # noqa: E402
 from .routers import EXPORTS as _ROUTERS  # noqa: E402
-from .routers import benjamini_hochberg  # noqa: E402
+from .routers import FUNCTIONS as _FUNCTIONS  # noqa: E402
+from .routers import Router, benjamini_hochberg  # noqa: E402
+from .version import __version__  # noqa: E402
 
 globals().update(_ROUTERS)  # the classes, and the functions <name>_routing
 _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
 register_experts_implementation()
+bind("with_budget", "moeprof.studies.budget")
+bind("diagnose", "moeprof.studies.diagnosis")
 
-__version__ = "0.1.0"
-
-# name -> the module that defines it; imported when first asked for
+# name -> the module that defines it; imported when first asked for. What type checkers see of
+# all this is in __init__.pyi.
 _LAZY = {
-    "BudgetError": "budget",
-    "MoEProfiler": "profiler",
+    "BudgetError": "studies.budget",
+    "Handle": "patching.patch",
+    "MoEProfiler": "profile.profiler",
     "Null": "null",
-    "OLMoERouterPatcher": "patching",
-    "Profile": "profiler",
-    "SimpleBenchmark": "benchmark",
-    "experts_forward": "experts",
-    "fit_null": "calibration",
-    "layer_ablation": "profiler",
-    "patch": "patching",
-    "roofline": "profiler",
-    "router_agreement": "profiler",
-    "run_configuration": "experiment",
-    "unpatch": "patching",
+    "OLMoERouterPatcher": "patching.patch",
+    "Profile": "profile.result",
+    "Routing": "patching.patch",
+    "SimpleBenchmark": "studies.benchmark",
+    "experts_forward": "backends.ops",
+    "fit_null": "null.fitting",
+    "layer_ablation": "studies.ablation",
+    "patch": "patching.patch",
+    "read_records": "profiler.records",
+    "roofline": "measure.roofline",
+    "router_agreement": "profile.agreement",
+    "run_configuration": "studies.sweep",
+    "unpatch": "patching.patch",
 }
 
-_MODULES = ("benchmark", "budget", "demo", "experiment", "null", "profiler")
+_MODULES = ("demo", "null", "profile", "profiler", "routers", "studies")
+_find = exports(__name__, _LAZY, _MODULES)
 
 __all__ = [
     *_LAZY,
+    *_FUNCTIONS,
+    "Router",
+    "__version__",
     "benjamini_hochberg",
     "cpu_info",
     "get_num_threads",
     "set_num_threads",
 ]
-__all__ += _ROUTERS
 __all__.sort()
 
 
 def __getattr__(name: str):
-    if name not in _LAZY and name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f".{_LAZY.get(name, name)}", __name__)
+        value = globals()[name] = _find(name)
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("moeprof"):
             raise
         raise ImportError(missing(f"moeprof.{name} works on models and", error.name)) from error
-    value = getattr(module, name) if name in _LAZY else module
-    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_MODULES, "routers"]
+    return [*__all__, *_ROUTERS, *_MODULES]

@@ -1,8 +1,11 @@
 """Whether arguments are what they should be: TypeError and ValueError that name the argument."""
 
+import importlib.util
 import sys
 
-from .extra import MODELS, check_installed
+# The packages of `moeprof[hf]`, which whatever works on models needs.
+MODELS = ("torch", "transformers", "safetensors", "tqdm")
+ALL = (*MODELS, "scipy", "statsmodels", "pandas", "matplotlib", "rich")
 
 
 def check_type(name, value, kinds, expected):
@@ -80,3 +83,25 @@ def described(value):
     if isinstance(value, str):
         return f"str {value if len(value) <= 40 else value[:37] + '...'!r}"
     return type(value).__name__
+
+
+def check_installed(who, packages):
+    """ImportError naming the first of `packages` that isn't installed; imports none of them.
+
+    who: what needs them, as a user calls it.
+    """
+    for name in packages:
+        if not _is_installed(name):
+            raise ImportError(missing(who, name))
+
+
+def missing(who, name):
+    """What is said where a package is missing."""
+    return f"{who} needs {name}, which isn't installed: pip install 'moeprof[hf]'"
+
+
+def _is_installed(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # hidden by an import hook; a module made by hand
+        return False

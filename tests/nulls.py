@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from moeprof.calibration import Histograms
+from moeprof.models.identity import text_digest
 from moeprof.null import Null
-from moeprof.null.identity import text_digest
+from moeprof.null.fitting import Histograms
 from moeprof.null.model import _ARRAYS
 
 

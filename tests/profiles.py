@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeprof.profiler.finding import Layer
-from moeprof.profiler.phases import PHASES
-from moeprof.profiler.result.profile import Profile
-from moeprof.profiler.roofline import Roofline
+from moeprof.measure.roofline import Roofline
+from moeprof.models.finding import Layer
+from moeprof.models.phases import PHASES
+from moeprof.profile.result import Profile
 from moeprof.profiler.tally import Counts, latency_edges
 
 

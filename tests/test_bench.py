@@ -17,14 +17,14 @@ from util import in_use
 import moeprof
 from moeprof import _C
 from moeprof.bench import kernels, layer, model, router, twins
-from moeprof.bench.limits import roof
-from moeprof.bench.machine import check_memory
 from moeprof.bench.settings import SHAPES, Shape
-from moeprof.bench.timing import interleave
 from moeprof.bench.weights import Calls, layer_weights
 from moeprof.cli import main
-from moeprof.figures import COLOURS, colours, plain
+from moeprof.measure.limits import roof
+from moeprof.measure.machine import check_memory
+from moeprof.measure.timing import interleave
 from moeprof.routers import REGISTRY, make_router
+from moeprof.show.figures import COLOURS, colours, plain
 
 SHAPE = ("--shape", "8,32,16,4", "--repeats", 2)
 STOCK = ["eager", "grouped_mm"] if V5 else ["eager"]

@@ -17,12 +17,13 @@ pytest.importorskip("transformers")
 import models  # noqa: E402
 from nulls import null_of, random_logits  # noqa: E402
 
-from moeprof import budget, demo  # noqa: E402
-from moeprof.budget import search, setting  # noqa: E402
-from moeprof.evaluation import collect  # noqa: E402
-from moeprof.evaluation.routing import model_norm  # noqa: E402
-from moeprof.experiment.heldout import heldout_windows  # noqa: E402
+from moeprof import demo  # noqa: E402
+from moeprof.measure.passes import collect  # noqa: E402
+from moeprof.measure.routing import model_norm  # noqa: E402
 from moeprof.routers import BH, REGISTRY, Router, TopK  # noqa: E402
+from moeprof.studies import budget  # noqa: E402
+from moeprof.studies.budget import search, setting  # noqa: E402
+from moeprof.texts.windows import heldout_windows  # noqa: E402
 
 TOKENS = 6000  # of the demo's text: enough for the averages to be nearly continuous
 
@@ -420,7 +421,7 @@ def test_the_report_as_tables(loaded, null):
 
 
 def test_a_fifth_is_set_aside_by_domain():
-    from moeprof.budget import report
+    from moeprof.studies.budget import report
 
     documents = demo.calibration_documents()
     kept, aside = report._texts(documents, None)
@@ -432,7 +433,7 @@ def test_a_fifth_is_set_aside_by_domain():
 
 
 def test_with_budget_by_layer(loaded, null, monkeypatch):
-    monkeypatch.setattr("moeprof.budget.report.SENSITIVITY_TOKENS", 1500)
+    monkeypatch.setattr("moeprof.studies.budget.report.SENSITIVITY_TOKENS", 1500)
     router = tuned(BH(max_k=8), loaded, 4.0, per_layer=True, null=null)
     report = router.budget
     assert report.targets.sum() == pytest.approx(16) and len(report.parameter) == 4
@@ -449,7 +450,7 @@ def test_top_k_above_the_default_limit(loaded, text):
 
 
 def test_top_k_takes_whole_numbers(loaded, monkeypatch):
-    monkeypatch.setattr("moeprof.budget.report.SENSITIVITY_TOKENS", 1000)
+    monkeypatch.setattr("moeprof.studies.budget.report.SENSITIVITY_TOKENS", 1000)
     assert tuned(TopK(8), loaded, 6, tokens=1000).k == 6
     with pytest.raises(budget.BudgetError, match="nearest to 5.5 are 5 and 6"):
         tuned(TopK(8), loaded, 5.5)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from nulls import assert_same, null_of
 
-from moeprof import calibration, demo
+from moeprof import demo
 from moeprof import null as nulls
+from moeprof.models.identity import model_name
 from moeprof.null import LayerNull, Null
-from moeprof.null.identity import model_name
-from moeprof.textfiles import PIECE, TextFiles
+from moeprof.null import fitting as calibration
+from moeprof.texts.streams import PIECE, TextFiles
 
 # ---------------------------------------------------------------- fitting through a model
 
@@ -490,7 +491,7 @@ def test_the_halves_share_no_document_and_have_each_domain():
 @pytest.mark.parametrize("kind", ["trimmed", "efron"])
 def test_the_shipped_nulls_are_the_demo_models_and_those_of_a_refit(kind):
     pytest.importorskip("statsmodels")
-    from moeprof.demo import fit as command
+    from moeprof.demo.make import fit as command
 
     shipped = demo.null(kind)
     shipped.check(demo.load()[0])

@@ -10,9 +10,9 @@ from models import olmoe
 import moeprof
 from moeprof import demo
 from moeprof.cli import main
-from moeprof.comparison.compare import compare
-from moeprof.diagnosis import diagnose
-from moeprof.experiment import sweep
+from moeprof.studies.comparison.compare import compare
+from moeprof.studies.diagnosis import diagnose
+from moeprof.studies.sweep import sweep
 
 TEXTS = ["In the beginning God created the heaven and the earth."] * 3
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import moeprof
-from moeprof import cli, demo, extra
+from moeprof import checks, cli, demo
 
 SLOW = ("torch", "transformers", "pandas", "matplotlib", "scipy", "statsmodels", "rich", "tqdm")
 COMMANDS = {
@@ -93,7 +93,7 @@ def test_cpu_says_what_is_known_without_torch(capsys):
 @pytest.mark.parametrize(
     "command, missing",
     [
-        *(("sweep", name) for name in extra.ALL),
+        *(("sweep", name) for name in checks.ALL),
         *((command, "torch") for command in COMMANDS if command != "sweep"),
         ("profile", "matplotlib"),
         ("compare", "rich"),

@@ -13,9 +13,10 @@ from models import V5, assert_unchanged, expert_weights, olmoe, snapshot, token_
 import moeprof
 from moeprof import demo
 from moeprof.cli import main
-from moeprof.comparison import runner
-from moeprof.comparison.contenders import CONTENDERS, choose_contenders, popularity
-from moeprof.comparison.controls import (
+from moeprof.measure.passes import Reference, collect
+from moeprof.studies.comparison import runner
+from moeprof.studies.comparison.contenders import CONTENDERS, choose_contenders, popularity
+from moeprof.studies.comparison.controls import (
     Oracle,
     random_counts,
     reweigh,
@@ -23,15 +24,14 @@ from moeprof.comparison.controls import (
     threshold_for,
     with_counts,
 )
-from moeprof.comparison.effects import Table, interpolate, verdict
-from moeprof.comparison.findings import findings
-from moeprof.comparison.plan import plan_tables
-from moeprof.comparison.plots import figure
-from moeprof.comparison.report import console_tables, report
-from moeprof.comparison.splits import Splits, demo_documents, make_splits, split_documents
-from moeprof.comparison.store import Store, frame
-from moeprof.evaluation import Reference, collect
-from moeprof.experiment.heldout import HeldOut, Window
+from moeprof.studies.comparison.effects import Table, interpolate, verdict
+from moeprof.studies.comparison.findings import findings
+from moeprof.studies.comparison.plan import plan_tables
+from moeprof.studies.comparison.plots import figure
+from moeprof.studies.comparison.report import console_tables, report
+from moeprof.studies.comparison.splits import Splits, demo_documents, make_splits, split_documents
+from moeprof.studies.comparison.store import Store, frame
+from moeprof.texts.windows import HeldOut, Window
 
 FILES = ["comparison.csv", "comparison.json", "comparison.png", "comparison_report.md"]
 

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from moeprof import demo  # noqa: E402
-from moeprof.demo import corpus, evaluation, train  # noqa: E402
+from moeprof.demo.make import corpus, evaluation, train  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "data" / "demo_logits.npz"
 RECORD = json.loads((demo.PATH / "training.json").read_text())

@@ -11,18 +11,18 @@ from models import olmoe
 import moeprof
 from moeprof import demo
 from moeprof.cli import main
-from moeprof.decoding import cache_of, decode
-from moeprof.diagnosis import ablation as ab
-from moeprof.diagnosis import diagnose, plots
-from moeprof.diagnosis import statistics as st
-from moeprof.diagnosis.discoveries import DELTAS, FDP, discovery_rows
-from moeprof.diagnosis.pvalues import selection_rows
-from moeprof.diagnosis.rows import ALL
-from moeprof.diagnosis.seen import Seen, Selected, entropy
-from moeprof.diagnosis.views import views
-from moeprof.evaluation import bootstrap
-from moeprof.experiment.heldout import HeldOut, Window, heldout_windows
+from moeprof.measure import bootstrap
+from moeprof.models.decoding import cache_of, decode
 from moeprof.routers import BH, FixedP, TopK
+from moeprof.studies.diagnosis import ablation as ab
+from moeprof.studies.diagnosis import diagnose, plots
+from moeprof.studies.diagnosis import statistics as st
+from moeprof.studies.diagnosis.discoveries import DELTAS, FDP, discovery_rows
+from moeprof.studies.diagnosis.pvalues import selection_rows
+from moeprof.studies.diagnosis.rows import ALL
+from moeprof.studies.diagnosis.seen import Seen, Selected, entropy
+from moeprof.studies.diagnosis.views import views
+from moeprof.texts.windows import HeldOut, Window, heldout_windows
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import torch
 from models import assert_unchanged, gate_logits, olmoe, snapshot, token_ids
 
 import moeprof
-from moeprof.evaluation import Reference, bootstrap, collect
-from moeprof.experiment.heldout import HeldOut, Window
+from moeprof.measure import bootstrap
+from moeprof.measure.passes import Reference, collect
+from moeprof.texts.windows import HeldOut, Window
 
 
 def text(windows=((0, 9), (0, 7), (1, 5), (2, 12))):

@@ -12,7 +12,8 @@ from models import assert_unchanged, olmoe, snapshot
 
 import moeprof
 from moeprof import demo, files
-from moeprof.experiment import (
+from moeprof.measure.generate import greedy
+from moeprof.studies.sweep import (
     COLUMNS,
     Configuration,
     Experiment,
@@ -20,17 +21,16 @@ from moeprof.experiment import (
     configurations,
     dropped_max_ks,
     figure,
-    report,
     results_frame,
     sweep,
 )
-from moeprof.experiment import runner as runner_module
-from moeprof.experiment.advice import advice
-from moeprof.experiment.beside import budgets
-from moeprof.experiment.compared import compared, on_line
-from moeprof.experiment.heldout import WINDOW, heldout_windows, spread
-from moeprof.experiment.merged import merged, same_results
-from moeprof.experiment.runner import greedy
+from moeprof.studies.sweep import runner as runner_module
+from moeprof.studies.sweep.advice import advice
+from moeprof.studies.sweep.beside import budgets
+from moeprof.studies.sweep.compared import compared, on_line
+from moeprof.studies.sweep.merged import merged, same_results
+from moeprof.studies.sweep.report import report
+from moeprof.texts.windows import WINDOW, heldout_windows, spread
 
 PROMPTS = (("simple", "The list is"), (None, "And it came to pass"), ("complex", "def f(x):"))
 NEW_TOKENS = 6

@@ -13,7 +13,7 @@ from nulls import null_of
 from routing import random_logits
 
 from moeprof import files
-from moeprof.npz import read_npz
+from moeprof.files.npz import read_npz
 from moeprof.null import Null
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and links are POSIX's")
@@ -232,7 +232,7 @@ def test_no_console_passes_on_what_a_terminal_would_obey(capsys):
     """Neither as a line nor in a table; the console's own colours and new lines stay."""
     from rich.table import Table
 
-    from moeprof.console import make_console, text_console
+    from moeprof.show.console import make_console, text_console
 
     hostile = "a\x1b]0;title\x07b\u202ec\x9bd"
     table = Table("name")

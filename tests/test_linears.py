@@ -8,8 +8,9 @@ from models import assert_unchanged, blocks, olmoe, relative, snapshot, token_id
 from torch import nn
 
 import moeprof
-from moeprof import _C, linears
-from moeprof.experts import DTYPES, as_array, as_tensor
+from moeprof import _C
+from moeprof.backends.ops import DTYPES, as_array, as_tensor
+from moeprof.patching import linears
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 

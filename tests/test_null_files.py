@@ -11,9 +11,9 @@ from nulls import assert_same, null_of, random_logits
 
 from moeprof import files
 from moeprof import null as nulls
-from moeprof.calibration import Histograms
+from moeprof.models.identity import text_digest
 from moeprof.null import Null, storage
-from moeprof.null.identity import text_digest
+from moeprof.null.fitting import Histograms
 
 # ---------------------------------------------------------------- merging and files
 

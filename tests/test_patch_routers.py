@@ -127,7 +127,7 @@ def test_a_python_router_may_skip_tokens():
 
 def test_negative_weights_are_selected_and_unselected_slots_are_not():
     z = torch.tensor([[0.0, -1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    weights, experts = moeprof.callables.read_routing(z, torch.randn(2, 4), "layer")
+    weights, experts = moeprof.patching.callables.read_routing(z, torch.randn(2, 4), "layer")
     assert experts.tolist() == [[3, 1], [-1, -1]]
     assert weights[0].tolist() == [2.0, -1.0]
 
@@ -177,17 +177,19 @@ def test_weights_of_any_size_and_sign_that_are_not_the_logits():
         (best.values.softmax(-1), best.indices),
         (-torch.rand(6, 2), best.indices),
     ):
-        moeprof.callables.read_routing(output, z, "layer")
+        moeprof.patching.callables.read_routing(output, z, "layer")
     tied = torch.zeros(6, 8)
-    moeprof.callables.read_routing((torch.full((6, 2), 0.5), tied.topk(2).indices), tied, "layer")
+    moeprof.patching.callables.read_routing(
+        (torch.full((6, 2), 0.5), tied.topk(2).indices), tied, "layer"
+    )
 
 
 def test_a_relu_of_the_logits_is_a_routing():
     """Other logits that are exactly the weights are taken for a mistake."""
     z = 5 * torch.randn(40, 8)
-    moeprof.callables.read_routing(z.relu(), z, "layer")
+    moeprof.patching.callables.read_routing(z.relu(), z, "layer")
     with pytest.raises(ValueError, match="its logits, not weights"):
-        moeprof.callables.read_routing(z.topk(1), z, "layer")
+        moeprof.patching.callables.read_routing(z.topk(1), z, "layer")
 
 
 def test_a_few_signed_weights_may_look_shifted_by_chance():
@@ -195,12 +197,12 @@ def test_a_few_signed_weights_may_look_shifted_by_chance():
     weights = torch.tensor([[1.2, -0.2]])
     for seed in range(200):
         z = (8 * torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))).bfloat16()
-        moeprof.callables.read_routing((weights, z.topk(2).indices), z, "layer")
+        moeprof.patching.callables.read_routing((weights, z.topk(2).indices), z, "layer")
 
 
 def test_a_broken_models_nans_go_through():
     z = torch.full((6, 8), torch.nan)
-    moeprof.callables.read_routing(z.softmax(-1), z, "layer")
+    moeprof.patching.callables.read_routing(z.softmax(-1), z, "layer")
 
 
 def test_every_expert_of_every_token_may_be_selected():

@@ -9,8 +9,8 @@ from models import V5, blocks, choose, olmoe, token_ids, wrap_gates
 from torch import nn
 
 import moeprof
-from moeprof.profiler.entry import Entry
-from moeprof.profiler.phases import PHASES
+from moeprof.models.entry import Entry
+from moeprof.models.phases import PHASES
 
 E, K, NEW = 8, 2, 20
 ROUTERS = {

@@ -7,7 +7,7 @@ import transformers
 from models import V5, assert_unchanged, blocks, olmoe, snapshot
 
 from moeprof import demo
-from moeprof.profiler.ablation import COLUMNS, _frame, ablation_figure, layer_ablation
+from moeprof.studies.ablation import COLUMNS, _frame, ablation_figure, layer_ablation
 
 TEXTS = [document.text[:700] for document in demo.heldout_documents()[::16]]
 
@@ -109,7 +109,7 @@ def test_given_ks_win_and_the_own_k_changes_nothing(tokenizer):
 
 
 def test_default_ks(tokenizer):
-    from moeprof.profiler.ablation import _ks
+    from moeprof.studies.ablation import _ks
 
     assert _ks(None, 8, 64) == [7, 6, 4, 1] and _ks(None, 6, 64) == [5, 4, 2, 1]
     assert _ks(None, 2, 8) == [1] and _ks(None, 1, 8) == []

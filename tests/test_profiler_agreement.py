@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moeprof.profiler import agreement
-from moeprof.profiler.agreement import router_agreement
+from moeprof.profile import agreement
+from moeprof.profile.agreement import router_agreement
 from moeprof.profiler.records import RecordWriter, read_records
 
 

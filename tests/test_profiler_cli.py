@@ -19,9 +19,9 @@ from models import olmoe
 import moeprof
 from moeprof import cli, demo
 from moeprof.cli import profile as profile_arguments
-from moeprof.experiment import inputs
-from moeprof.profiler import run
+from moeprof.profile import run
 from moeprof.profiler.records import read_records
+from moeprof.texts import prompts as inputs
 
 SAVED = ["counts.npz", "glossary.csv", "index.html", "metrics.csv", "profile.json"]
 
@@ -70,7 +70,7 @@ def mixtral(folder, tokenizer):
 @pytest.fixture(autouse=True)
 def no_roofline(monkeypatch):
     """Seconds of measuring that these tests don't need."""
-    module = importlib.import_module("moeprof.profiler.roofline")
+    module = importlib.import_module("moeprof.measure.roofline")
     roof = module.Roofline(20.0, 900.0, "float32", 10**6, 0.0)
     monkeypatch.setattr(module, "roofline", lambda model: roof)
 

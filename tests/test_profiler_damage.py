@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from profiles import make_profile
 
-from moeprof.profiler.result import page
-from moeprof.profiler.result.profile import Profile
+from moeprof.profile import page
+from moeprof.profile.result import Profile
 
 VALUES = (None, True, 0, 10**400, -1, float("nan"), 1.5, "", "x", [], {}, [0])
 FACTS = {

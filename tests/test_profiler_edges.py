@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from profiles import FACTS, layer, make_profile
 
-from moeprof.profiler.phases import PHASES
-from moeprof.profiler.result import tables
-from moeprof.profiler.result.profile import Profile
-from moeprof.profiler.result.specialisation import most_by_domain
+from moeprof.models.phases import PHASES
+from moeprof.profile import tables
+from moeprof.profile.result import Profile
+from moeprof.profile.specialisation import most_by_domain
 from moeprof.profiler.tally import Counts
 
 HOSTILE = ("<script>alert(1)</script>", ":smile: [bold]x[/bold]", r"costs $1 $\frac{", "long " * 30)

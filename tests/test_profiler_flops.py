@@ -9,9 +9,9 @@ from models import V5
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeprof.profiler.finding import find_sites
+from moeprof.models.finding import find_sites
+from moeprof.models.reading import read_choice, read_experts_call
 from moeprof.profiler.flops import count_grouped_mm
-from moeprof.profiler.reading import read_choice, read_experts_call
 
 GROUPED = pytest.mark.skipif(
     not hasattr(torch.ops.aten, "_grouped_mm"), reason="this torch has no grouped_mm"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from profiles import make_profile
 
-from moeprof.profiler import ablation, run
-from moeprof.profiler.result import glossary, specialisation, tables
-from moeprof.profiler.result.metrics import LayerMetrics
+from moeprof.profile import glossary, run, specialisation, tables
+from moeprof.profile.metrics import LayerMetrics
+from moeprof.studies import ablation
 
 DOCS = Path(__file__).parent.parent / "docs" / "glossary.md"
 
@@ -64,7 +64,7 @@ def test_every_short_heading_is_explained():
 
 
 def test_the_documents_are_made_from_it(profile, tmp_path):
-    again = "python -m moeprof.profiler.result.glossary > docs/glossary.md writes it anew"
+    again = "python -m moeprof.profile.glossary > docs/glossary.md writes it anew"
     assert DOCS.read_text(encoding="utf-8") == glossary.as_markdown(), again
     profile.save(tmp_path)
     with open(tmp_path / "glossary.csv", encoding="utf-8", newline="") as file:

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moeprof
-from moeprof.profiler.finding import find_layers, find_sites
+from moeprof.models.finding import find_layers, find_sites
+from moeprof.profile.result import Profile
 from moeprof.profiler.flops import count_grouped_mm
-from moeprof.profiler.result.profile import Profile
 
 LISTS = pytest.mark.skipif(V5, reason="experts in a ModuleList: transformers 4")
 STACKED = pytest.mark.skipif(not V5, reason="stacked experts: transformers 5")

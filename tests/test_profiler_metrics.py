@@ -11,16 +11,9 @@ from profiles import ROOF, Step, World, add_step, layer, make_profile, one_hot, 
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moeprof import _C
-from moeprof.profiler.finding import Layer
-from moeprof.profiler.result.histograms import percentile
-from moeprof.profiler.result.metrics import (
-    SCALARS,
-    LayerMetrics,
-    entropy,
-    gini,
-    load_balance_loss,
-    z_loss,
-)
+from moeprof.models.finding import Layer
+from moeprof.profile.histograms import percentile
+from moeprof.profile.metrics import SCALARS, LayerMetrics, entropy, gini, load_balance_loss, z_loss
 from moeprof.profiler.tally import Counts, latency_edges
 
 E, K = 16, 3

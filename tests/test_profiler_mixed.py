@@ -8,7 +8,7 @@ import torch
 from models import blocks, olmoe
 
 import moeprof
-from moeprof.profiler.result.metrics import LayerMetrics
+from moeprof.profile.metrics import LayerMetrics
 
 
 def run_mixed(profiler, block, hidden, phases):

@@ -13,10 +13,10 @@ from torch import nn
 
 import moeprof
 from moeprof import demo
-from moeprof.names import layer_keys, layer_labels, layer_numbers, spans
-from moeprof.profiler.ablation import layer_ablation
+from moeprof.models.names import layer_keys, layer_labels, layer_numbers, spans
+from moeprof.profile.metrics import load_balance_loss
 from moeprof.profiler.records import read_records
-from moeprof.profiler.result.metrics import load_balance_loss
+from moeprof.studies.ablation import layer_ablation
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from profiles import make_profile
 
-from moeprof.profiler.result import page as pages
-from moeprof.profiler.result.page import divided
-from moeprof.profiler.result.tables import Table, layers
+from moeprof.profile import page as pages
+from moeprof.profile.page import divided
+from moeprof.profile.tables import Table, layers
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

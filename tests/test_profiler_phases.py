@@ -11,8 +11,8 @@ from models import blocks, olmoe, token_ids
 from torch import nn
 
 import moeprof
-from moeprof.profiler.entry import Entry
-from moeprof.profiler.phases import PHASES, packed_phases
+from moeprof.models.entry import Entry
+from moeprof.models.phases import PHASES, packed_phases
 
 V5 = int(__import__("transformers").__version__.split(".")[0]) >= 5
 GATE = "model.layers.0.mlp.gate"

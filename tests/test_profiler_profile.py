@@ -16,10 +16,10 @@ import pytest
 from profiles import ROOF, layer, make_profile
 
 from moeprof.files import printable, write_whole
-from moeprof.profiler.phases import PHASES
-from moeprof.profiler.result import tables
-from moeprof.profiler.result.metrics import SCALARS
-from moeprof.profiler.result.profile import Profile
+from moeprof.models.phases import PHASES
+from moeprof.profile import tables
+from moeprof.profile.metrics import SCALARS
+from moeprof.profile.result import Profile
 from moeprof.profiler.tally import Counts
 
 FIGURES = [
@@ -407,8 +407,8 @@ def test_over_an_older_profile_is_whole_or_the_older_one(profile, tmp_path, monk
         return counted
 
     with monkeypatch.context() as patched:
-        patched.setattr("moeprof.profiler.result.storage.write_whole", count(write_whole))
-        patched.setattr("moeprof.profiler.result.storage.os.replace", count(os.replace))
+        patched.setattr("moeprof.profile.storage.write_whole", count(write_whole))
+        patched.setattr("moeprof.profile.storage.os.replace", count(os.replace))
         for attempt in (newer, newest):
             done = 0
             with contextlib.suppress(KeyboardInterrupt):
@@ -432,7 +432,7 @@ def test_no_space_leaves_the_older_profile(profile, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr("moeprof.profiler.result.storage.write_whole", full)
+    monkeypatch.setattr("moeprof.profile.storage.write_whole", full)
     with pytest.raises(OSError, match="No space left"):
         make_profile(3, 12, 2, seed=9).save(tmp_path)
     assert Profile.load(tmp_path) == profile and not (tmp_path / "counts.next.npz").exists()

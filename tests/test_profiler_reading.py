@@ -9,10 +9,10 @@ from models import V5, Middleware
 from torch import nn
 from torch.nn import functional as F
 
+from moeprof.models.finding import Layer, find_sites
+from moeprof.models.reading import read_choice, read_experts_call, read_logits
+from moeprof.models.sizes import expert_slots, is_list
 from moeprof.profiler.check import ExpertRows
-from moeprof.profiler.finding import Layer, find_sites
-from moeprof.profiler.reading import read_choice, read_experts_call, read_logits
-from moeprof.profiler.sizes import expert_slots, is_list
 
 E, K, T = zoo.E, zoo.K, 10
 LAYER = Layer("m.gate", "m", E, K, 16, 0, 0, 0, 0, 0, 0)

@@ -10,9 +10,9 @@ import torch
 from models import assert_unchanged, olmoe, snapshot
 from torch import nn
 
-from moeprof.profiler.roofline import Roofline, known_roofline, roofline
+from moeprof.measure.roofline import Roofline, known_roofline, roofline
 
-module = import_module("moeprof.profiler.roofline")  # the function has the module's name
+module = import_module("moeprof.measure.roofline")  # the function has the module's name
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moeprof
-from moeprof.profiler.result.profile import Profile
+from moeprof.profile.result import Profile
 
 
 def said(profile):

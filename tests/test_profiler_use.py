@@ -17,8 +17,8 @@ from torch.utils import flop_counter
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import moeprof
+from moeprof.models.phases import PHASES
 from moeprof.profiler.hooks import OWN_IN_C, STOCK
-from moeprof.profiler.phases import PHASES
 
 
 @pytest.fixture

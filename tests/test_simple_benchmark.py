@@ -13,12 +13,13 @@ from scipy.stats import binom
 from torch import nn
 
 import moeprof
-from moeprof import cpu
-from moeprof.benchmark import SimpleBenchmark, measure, undo
-from moeprof.benchmark.measure import Prompt, Seen, Times
-from moeprof.benchmark.result import Comparison, Measurement, median_interval
-from moeprof.benchmark.undo import _sums, undoing
-from moeprof.profiler.words import words_of
+from moeprof.backends import cpu
+from moeprof.measure import snapshot as undo
+from moeprof.measure.bits import words_of
+from moeprof.measure.snapshot import _sums, undoing
+from moeprof.studies.benchmark import SimpleBenchmark, measure
+from moeprof.studies.benchmark.measure import Prompt, Seen, Times
+from moeprof.studies.benchmark.result import Comparison, Measurement, median_interval
 
 # ---- undo ----
 

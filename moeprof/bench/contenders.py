@@ -7,8 +7,8 @@ from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe import modeling_olmoe
 
-from ..experts import experts_forward
-from ..patching import patch
+from ..backends.ops import experts_forward
+from ..patching.patch import patch
 
 PACKED = hasattr(modeling_olmoe, "OlmoeExperts")  # transformers 5
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from .. import _C
-from ..arguments import DTYPES
-from ..experts import as_array
+from ..backends.ops import as_array
+from ..measure.limits import SIZE, limit_calls
+from ..measure.machine import cache_bytes
+from ..measure.timing import interleave, steps
+from ..show.tables import table
 from . import plots
-from .limits import SIZE, limit_calls
-from .machine import cache_bytes
-from .output import table
 from .router import fitted_null, random_logits
-from .timing import interleave, steps
+from .settings import DTYPES
 from .weights import random_tensors
 
 SUFFIX = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}

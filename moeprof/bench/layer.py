@@ -3,11 +3,11 @@
 import torch
 from torch.nn import functional as F
 
+from ..measure.limits import WORDS, limit_calls, rates, roof
+from ..measure.timing import interleave, ratio, steps
+from ..show.tables import milliseconds, table
 from . import plots
 from .contenders import contenders, usable
-from .limits import WORDS, limit_calls, rates, roof
-from .output import milliseconds, table
-from .timing import interleave, ratio, steps
 from .weights import Calls, layer_weights
 
 ERROR_TOKENS = 32  # float64 takes long beyond

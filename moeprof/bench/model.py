@@ -4,16 +4,15 @@ import torch
 from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM
 from transformers.utils import logging
 
-from ..profiler.profiler import MoEProfiler
-from ..patching import patch
-
 from .. import demo
-from ..decoding import decode
+from ..measure.limits import WORDS, limit_calls, rates, roof
+from ..measure.timing import interleave, ratio, steps
+from ..models.decoding import decode
+from ..patching.patch import patch
+from ..profile.profiler import MoEProfiler
+from ..show.tables import table
 from . import plots
 from .contenders import PACKED
-from .limits import WORDS, limit_calls, rates, roof
-from .output import table
-from .timing import interleave, ratio, steps
 from .weights import random_tensors
 
 LAYERS, VOCABULARY, HEAD = 4, 50304, 128

@@ -1,7 +1,7 @@
 """The figures of the benchmarks."""
 
-from ..figures import colours, line_styles, plain
-from .machine import in_one_line
+from ..measure.machine import in_one_line
+from ..show.figures import colours, line_styles, plain
 
 INTERVAL = "median of the rounds; bars: their quartiles"
 

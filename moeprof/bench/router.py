@@ -6,17 +6,17 @@ import numpy as np
 import torch
 
 from .. import _C
-from ..calibration import Histograms
-from ..cpu import get_num_threads
-from ..experts import as_array
+from ..backends.cpu import get_num_threads
+from ..backends.ops import as_array
+from ..measure.timing import interleave, steps
 from ..null import LayerNull
 from ..null.efron import efron_table, fit_efron
+from ..null.fitting import Histograms
 from ..null.tables import counted_table, pooled
 from ..routers import BH, REGISTRY, TopK, make_router
+from ..show.tables import milliseconds, table
 from . import plots, twins
 from .contenders import contenders
-from .output import milliseconds, table
-from .timing import interleave, steps
 from .weights import Calls, layer_weights
 
 ALPHA = 0.3

@@ -5,9 +5,9 @@ import io
 import json
 from pathlib import Path
 
-from ..console import WIDTH, make_console, progress
 from ..files import check_folder, write_whole
-from . import machine
+from ..measure import machine
+from ..show.console import WIDTH, make_console, progress
 
 
 def run(settings, json_file=None, plot_file=None):

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class Shape(NamedTuple):
     """The experts of a layer."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .machine import check_memory
+from ..measure.machine import check_memory
 
 _ALIGN = 64  # elements
 _NUMBERS = 2**20 - 3  # odd, so that no two experts are alike

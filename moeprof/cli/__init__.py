@@ -15,8 +15,8 @@ import sys
 import warnings
 from contextlib import contextmanager
 
+from .. import checks
 from ..version import __version__
-from moeprof import extra
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,13 +28,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser():
     # Imported here, so that `main` answers Ctrl-C while they are.
-    from ..bench.arguments import add_bench
-    from ..cli.calibrate import add_calibrate
-    from ..cli.cpu import add_cpu
-    from ..cli.diagnose import add_diagnose
-    from ..cli.profile import add_profile
-    from ..comparison.arguments import add_compare
-    from ..experiment.arguments import add_sweep
+    from .bench import add_bench
+    from .calibrate import add_calibrate
+    from .compare import add_compare
+    from .cpu import add_cpu
+    from .diagnose import add_diagnose
+    from .profile import add_profile
+    from .sweep import add_sweep
 
     parser = _Parser(prog="moeprof", description="Mixture-of-experts routing, on the CPU.")
     parser.add_argument("--version", action="version", version=f"moeprof {__version__}")
@@ -56,7 +56,7 @@ def main(argv=None):
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     try:
         arguments = _parser().parse_args(argv)
-        extra.check_installed(f"moeprof {arguments.command}", _needed(arguments))
+        checks.check_installed(f"moeprof {arguments.command}", _needed(arguments))
         with _plain_warnings():
             code = arguments.run(arguments) or 0
         sys.stdout.flush()  # a full disk or a closed pipe is told here, not at exit
@@ -70,7 +70,7 @@ def main(argv=None):
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("moeprof"):
             raise  # a file of moeprof itself
-        return _fail(extra.missing("this", error.name) if error.name else error)
+        return _fail(checks.missing("this", error.name) if error.name else error)
     except (ImportError, ValueError, TypeError, OSError) as error:
         return _fail(error)
 
@@ -97,10 +97,10 @@ def _needed(arguments):
     if arguments.command == "cpu" or getattr(arguments, "merge", None) is not None:
         return ()
     if arguments.command == "calibrate":
-        return extra.MODELS
+        return checks.MODELS
     if arguments.command == "bench":
-        return (*extra.MODELS, "rich", *(["matplotlib"] if arguments.plot else []))
-    return extra.ALL
+        return (*checks.MODELS, "rich", *(["matplotlib"] if arguments.plot else []))
+    return checks.ALL
 
 
 def _one_line(text):

@@ -3,14 +3,12 @@
 import sys
 from pathlib import Path
 
-from ..null import Null
-from ..calibration import fit_null
-
-from ..arguments import add_model, load
-from ..experiment.inputs import check_model
 from ..files import check_folder
-from ..null import KINDS, SCORES
-from ..textfiles import TextFiles
+from ..models.load import check_model
+from ..null import KINDS, SCORES, Null
+from ..null.fitting import fit_null
+from ..texts.streams import TextFiles
+from .arguments import add_model, load
 
 
 def add_calibrate(commands):

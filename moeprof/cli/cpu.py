@@ -2,9 +2,8 @@
 
 import textwrap
 
-from ..cpu import cpu_info
-
-from ..console import WIDTH
+from ..backends.cpu import cpu_info
+from ..show.console import WIDTH
 
 _THREADS = (
     "{} without torch; a model runs on as many as torch.get_num_threads() says (this command "

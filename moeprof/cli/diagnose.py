@@ -2,12 +2,12 @@
 
 import argparse
 
-from ..arguments import add_heldout_text, add_model, integer, level, load
-from ..console import make_console
-from ..experiment.heldout import HELDOUT_TOKENS
-from ..experiment.inputs import check_model
-from ..experiment.runner import default_null, experts_of
+from ..demo.defaults import default_null
 from ..files import check_folder
+from ..models.load import check_model
+from ..show.console import make_console
+from ..texts.windows import HELDOUT_TOKENS
+from .arguments import add_heldout_text, add_model, integer, level, load
 
 ALPHA, POSITIONS = 0.3, 1000
 
@@ -66,10 +66,11 @@ def _alpha(text):
 
 def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..comparison.splits import read_documents
-    from ..diagnosis import diagnose
+    from ..models.find import experts_of
     from ..null import resolve_null
     from ..routers import BH
+    from ..studies.diagnosis import diagnose
+    from ..texts.documents import read_documents
 
     null = None if arguments.null is None else resolve_null(arguments.null)
     documents = None if arguments.text is None else read_documents(arguments.text)

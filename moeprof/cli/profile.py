@@ -5,14 +5,15 @@ import ast
 from itertools import islice
 from pathlib import Path
 
-from ..arguments import add_model, integer, load
-from ..console import make_console
-from ..demo import Document, heldout_documents
-from ..experiment.inputs import check_model
-from ..experiment.runner import default_null, experts_of
+from ..demo import heldout_documents
+from ..demo.defaults import default_null
 from ..files import as_csv, check_folder, write_whole
+from ..models.load import check_model
 from ..routers import REGISTRY, make_router
-from ..textfiles import TextFiles
+from ..show.console import make_console
+from ..texts.documents import Document
+from ..texts.streams import TextFiles
+from .arguments import add_model, integer, load
 
 TOKENS, PROMPTS, NEW_TOKENS = 8192, 8, 32
 PIECES = 64  # of 65,536 characters at most, read of a text
@@ -125,6 +126,7 @@ def _value(text):
 
 def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..models.find import experts_of
     from ..null import resolve_null
     from ..profiler.records import check_records
 
@@ -171,8 +173,8 @@ def _patch(arguments, model, tokenizer, null):
 
 
 def _profile(arguments, model, tokenizer, documents, patch):
-    from ..profiler.roofline import roofline
-    from ..profiler.run import plan, profile_texts
+    from ..measure.roofline import roofline
+    from ..profile.run import plan, profile_texts
 
     console = make_console()
     planned = plan(
@@ -208,8 +210,8 @@ def _profile(arguments, model, tokenizer, documents, patch):
 
 
 def _agreement(model, planned, patch):
-    from ..profiler.result.page import Section
-    from ..profiler.run import agreement_by_layer
+    from ..profile.page import Section
+    from ..profile.run import agreement_by_layer
 
     note = (
         "The router beside the model's own top-k on the same text: mean of |E ∩ E'| / k, what it "
@@ -221,8 +223,8 @@ def _agreement(model, planned, patch):
 
 
 def _ablation(arguments, model, tokenizer, documents):
-    from ..profiler.ablation import ablation_figure, layer_ablation
-    from ..profiler.result.page import Section
+    from ..profile.page import Section
+    from ..studies.ablation import ablation_figure, layer_ablation
 
     frame = layer_ablation(
         model, tokenizer, documents, tokens=arguments.tokens, seed=arguments.seed

@@ -1,9 +1,9 @@
 """The demo model: a small OLMoE trained on real text, with text to calibrate and evaluate on.
 
 64 experts, top-8, 4 layers, 4.5 million parameters, in the hub's OLMoE format, so that transformers
-4.57 and 5.x load it like any other checkpoint. It was trained by moeprof.demo.train; curve and
+4.57 and 5.x load it like any other checkpoint. It was trained by moeprof.demo.make.train; curve and
 held-out results are in model/training.json, the licences of the text in data/LICENSES.md. Its two
-nulls were fitted by moeprof.demo.fit to the first of `calibration_halves()`.
+nulls were fitted by moeprof.demo.make.fit to the first of `calibration_halves()`.
 
     model, tokenizer = moeprof.demo.load()
     moeprof.patch(model, "bh", alpha=0.3, null=moeprof.demo.null())
@@ -11,7 +11,8 @@ nulls were fitted by moeprof.demo.fit to the first of `calibration_halves()`.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+
+from ..texts.documents import Document
 
 __all__ = [
     "PATH",
@@ -27,14 +28,6 @@ __all__ = [
 PATH = Path(__file__).parent / "model"
 _DATA = Path(__file__).parent / "data"
 NULL_PATHS = {kind: _DATA / f"null_{kind}.npz" for kind in ("trimmed", "efron")}
-
-
-class Document(NamedTuple):
-    """One document of one domain (bible, jargon, docs or code)."""
-
-    domain: str
-    name: str
-    text: str
 
 
 def load(dtype=None):

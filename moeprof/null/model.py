@@ -10,8 +10,16 @@ import numpy as np
 
 from ..checks import check_model, check_type
 from ..files import printable
+from ..late import late
+from ..models.identity import (
+    add_digests,
+    gate_weight,
+    gates_of,
+    model_name,
+    router_sample,
+    same_sample,
+)
 from .efron import efron_table, fit_efron
-from .identity import add_digests, gate_weight, gates_of, model_name, router_sample, same_sample
 from .layers import LayerNull
 from .scores import BINS, LARGEST, LOW, SCORES, check_choice, keep_largest
 from .storage import read_null, write_null
@@ -278,14 +286,12 @@ class Null:
     def diagnose(self, model, tokenizer, **options):
         """What this null and a router on it do to `model` on held-out text: a Diagnosis.
 
-        Options, returns and errors: `moeprof.diagnosis.diagnose`.
+        Options, returns and errors: `moeprof.studies.diagnosis.diagnose`.
 
         >>> found = null.diagnose(model, tokenizer, router=moeprof.BH(0.3))   # doctest: +SKIP
         >>> print(found.summary())                                            # doctest: +SKIP
         """
-        from ..diagnosis import diagnose
-
-        return diagnose(self, model, tokenizer, **options)
+        return late("diagnose")(self, model, tokenizer, **options)
 
     def save(self, path):
         """Write to `path` (.safetensors or .npz), as a whole or not at all.

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checks import check_type
 from ..files import write_whole
-from ..npz import read_npz
+from ..files.npz import read_npz
 from .scores import BINS, LARGEST
 
 FORMAT, VERSION = "moeprof-null", 2

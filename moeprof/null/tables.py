@@ -10,17 +10,7 @@ scores, descending, padded with -inf. p = (1 + #{scores >= s}) / (n + 1).
 
 import numpy as np
 
-from .scores import (
-    BINS,
-    BINS_PER_UNIT,
-    EDGES,
-    HIGH,
-    LARGEST,
-    LOW,
-    TINY,
-    bins_of,
-    keep_largest,
-)
+from .scores import BINS, BINS_PER_UNIT, EDGES, HIGH, LARGEST, LOW, TINY, bins_of, keep_largest
 
 __all__ = ["conformal_p", "conformal_table", "counted_table", "pooled", "table_p"]
 

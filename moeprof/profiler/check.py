@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .finding import Site
-from .reading import INTEGERS, Choice
-from .sizes import expert_slots, is_list
+from ..models.finding import Site
+from ..models.reading import INTEGERS, Choice
+from ..models.sizes import expert_slots, is_list
 
 
 class ExpertRows:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..watching import RoutingWatch
+from ..models.entry import Entry
+from ..models.finding import Layer, Site
+from ..models.reading import Choice, read_choice, read_experts_call, read_logits, without_empty
+from ..models.sizes import top_k_owner
+from ..patching.observers import RoutingWatch
 from .check import ExpertRows
-from .entry import Entry
-from .finding import Layer, Site
-from .reading import Choice, read_choice, read_experts_call, read_logits, without_empty
-from .sizes import top_k_owner
 from .step import Step
 
 STOCK, OWN_IN_C = "the model's own, not patched", "the model's own top-k, patched"

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..files import check_folder, write_whole
-from ..npz import read_npz
-from .phases import PHASES
+from ..files.npz import read_npz
+from ..models.phases import PHASES
 
 CHUNK = 1 << 16  # rows (a token in a layer) that are held before they are written
 COLUMNS = (

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
-from ..experts import DTYPES, as_array
-from ..names import layer_numbers
-from ..patching import Routing
-from ..watching import unwatch, watch
-from .entry import Entry, find_entries
-from .finding import Layer, Site, find_layers
+from ..backends.ops import DTYPES, as_array
+from ..models.entry import Entry, find_entries
+from ..models.finding import Layer, Site, find_layers
+from ..models.names import layer_numbers
+from ..models.phases import PHASES
+from ..models.reading import Choice
+from ..models.sizes import active_adapters, wrappers
+from ..patching.observers import unwatch, watch
+from ..patching.patch import Routing
 from .flops import count_grouped_mm
 from .hooks import EntryWatch, LayerWatch
-from .phases import PHASES
-from .reading import Choice
 from .records import RecordWriter
-from .sizes import active_adapters, wrappers
 from .step import Step
 from .tally import Counts
 from .vocabulary import Vocabulary

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from .phases import PHASES, UNKNOWN
+from ..models.phases import PHASES, UNKNOWN
 
 
 class Step:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import _C
-from ..cpu import get_num_threads
+from ..backends.cpu import get_num_threads
+from ..late import late
 
 REGISTRY: dict[str, type["Router"]] = {}
 UNIT = "(0, 1)"
@@ -236,9 +237,7 @@ class Router:
         ValueError, TypeError
             For arguments of another kind, or a router without a main parameter.
         """
-        from ..budget import with_budget
-
-        return with_budget(
+        router: Router = late("with_budget")(
             self,
             model,
             tokenizer,
@@ -251,6 +250,7 @@ class Router:
             tokens=tokens,
             progress=progress,
         )
+        return router
 
     def parameters(self, null=None) -> dict[str, float]:
         """The parameters of the C twin by name, in its order; words as their places."""

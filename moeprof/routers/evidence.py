@@ -10,17 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .base import (
-    ANY,
-    UNIT,
-    Router,
-    Tokens,
-    argmax,
-    last_rank,
-    local_fdr_of,
-    of_layer,
-    parameter,
-)
+from .base import ANY, UNIT, Router, Tokens, argmax, last_rank, local_fdr_of, of_layer, parameter
 
 
 def step_up(p: np.ndarray, alpha) -> np.ndarray:

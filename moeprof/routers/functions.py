@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _C
-from ..cpu import get_num_threads
+from ..backends.cpu import get_num_threads
 from .base import REGISTRY, UNIT, Router, check, warn_if_capped
 from .evidence import BH
 from .logits import TopK

@@ -1,0 +1,1 @@
+"""Where tensors meet the kernels: the C backend, its operators in torch, the tables it reads."""

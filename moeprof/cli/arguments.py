@@ -1,0 +1,86 @@
+"""Parts of the command line that several commands share."""
+
+import argparse
+
+from ..bench.settings import DTYPES
+
+DEMO = "the demo model of moeprof"
+MOST_THREADS = 1024  # far above the CPUs there are; torch would take memory for each
+
+
+def integer(low, high=10**6):
+    """A parser of integers from low to high."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        return value
+
+    return parse
+
+
+def integers(text):
+    """Those of "4,8", at least 1 each: ascending, each once."""
+    return tuple(sorted({integer(1)(part) for part in text.split(",")}))
+
+
+def level(text):
+    """A number in (0, 1), or None for a text that is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < 1 else None
+
+
+def add_heldout_text(parser):
+    """--text, files of documents in place of the shipped held-out ones."""
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="+",
+        help="your own held-out text in place of the shipped one; a .jsonl file has a document a "
+        'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
+    )
+
+
+def add_model(parser):
+    """--model, --trust-remote-code, --dtype and --threads, which `load` reads."""
+    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the model or its tokenizer, where it needs that; "
+        "never done otherwise",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    add_threads(parser)
+
+
+def add_threads(parser):
+    """--threads, None where it isn't given."""
+    parser.add_argument(
+        "--threads", type=integer(1, MOST_THREADS), metavar="N", help="default: as torch chooses"
+    )
+
+
+def load(arguments):
+    """(model, tokenizer) as the options of `add_model` say."""
+    import torch
+    from transformers.utils import logging
+
+    from .. import demo
+    from ..models.load import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.model is None:
+        return demo.load(dtype)
+    return load_model(arguments.model, dtype, arguments.trust_remote_code)

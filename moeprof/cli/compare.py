@@ -1,0 +1,200 @@
+"""The arguments of `moeprof compare`."""
+
+import sys
+
+from ..studies.comparison.plan import TABLES
+from ..studies.comparison.splits import BUDGET_TOKENS, TEST_TOKENS
+from ..texts.documents import EXPECTED
+from .arguments import DEMO, add_model, integer, integers, load
+
+
+def add_compare(commands):
+    """Add `compare` to the commands of `moeprof`."""
+    parser = commands.add_parser(
+        "compare", help="compare routers at an equal budget of experts, and with static top-k"
+    )
+    add_model(parser)
+    parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
+    parser.add_argument(
+        "--routers",
+        type=_names,
+        metavar="NAME,NAME,...",
+        help="of these only: bh, storey_bh, ..., or one contender as the tables name it",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=integers,
+        metavar="B,B,...",
+        help="experts per token; default: 2 to k - 1 (table reduction) and 2 to k (table wide)",
+    )
+    parser.add_argument(
+        "--tables",
+        type=_names,
+        default=TABLES,
+        metavar="NAME,NAME",
+        help="reduction (a token gets k experts at most), wide (2 k); default: both",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="+",
+        help="your own text in place of the shipped one, split by document into what fits the "
+        f"nulls, sets the budgets and tests; {EXPECTED.removeprefix('--text: ')}",
+    )
+    parser.add_argument(
+        "--test-tokens",
+        type=integer(256),
+        default=TEST_TOKENS,
+        metavar="N",
+        help="default: %(default)s, one window of 128 from each of the 128 documents",
+    )
+    parser.add_argument(
+        "--budget-tokens",
+        type=integer(256),
+        default=BUDGET_TOKENS,
+        metavar="N",
+        help="tokens that budgets are set on; default: %(default)s",
+    )
+    parser.add_argument(
+        "--null",
+        metavar="FILE",
+        help="a null of `moeprof calibrate` (efron, on logprob, one per layer: what the tables "
+        "call efron); it must not have seen the other texts; default: the demo model's own, else "
+        "fitted first",
+    )
+    parser.add_argument(
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        default=0,
+        help="of the windows, the controls and the bootstrap; default: 0",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _run(arguments):
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..models.load import check_model
+    from ..null import Null
+    from ..show.console import make_console
+    from ..studies.comparison.compare import compare
+    from ..studies.comparison.contenders import choose_contenders
+    from ..studies.comparison.splits import demo_documents, split_documents
+    from ..studies.comparison.store import Store
+    from ..texts.documents import read_documents
+
+    for name in arguments.tables:
+        if name not in TABLES:
+            raise ValueError(f"--tables: expected some of {', '.join(TABLES)}, got {name!r}")
+    contenders = choose_contenders(arguments.routers)
+    if arguments.text is None:
+        documents = demo_documents()
+    else:
+        documents = split_documents(read_documents(arguments.text))
+    null = None if arguments.null is None else _efron(Null.load(arguments.null))
+    if arguments.model is not None:
+        check_model(arguments.model)
+    store = Store(arguments.out)
+    model, tokenizer = load(arguments)
+    comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
+    console = make_console()
+    name = DEMO if arguments.model is None else arguments.model
+    compare(comparison, store, _facts(arguments, model, name), console)
+
+
+def _efron(null):
+    """The null, if it is what all tables and sentences say of it."""
+    if (null.kind, null.score, null.alpha_min) != ("efron", "logprob", None):
+        each = " per expert" if null.alpha_min is not None else ""
+        raise ValueError(
+            "--null: expected an efron null on logprob, one per layer, as the tables name it; "
+            f"got {null.kind} on {null.score}{each}"
+        )
+    return null
+
+
+def _comparison(arguments, model, tokenizer, contenders, documents, null):
+    from .. import demo
+    from ..models.find import experts_of
+    from ..models.tokens import prompt_ids
+    from ..studies.comparison.contenders import Nulls
+    from ..studies.comparison.plan import plan_tables
+    from ..studies.comparison.runner import Comparison
+    from ..studies.comparison.splits import make_splits
+
+    num_experts, top_k = experts_of(model)
+    plans = plan_tables(top_k, num_experts, arguments.tables, arguments.budgets)
+    splits = make_splits(
+        tokenizer,
+        documents,
+        budget_tokens=arguments.budget_tokens,
+        test_tokens=arguments.test_tokens,
+        seed=arguments.seed,
+    )
+    if null is None and arguments.model is None and arguments.text is None:
+        null = demo.null("efron")
+    if null is not None:
+        null.check(model)
+    nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())
+    prompts = [prompt_ids(tokenizer, text) for _, text in demo.prompts()]
+    # One of each kind: simple, medium, complex, technical.
+    return Comparison(model, splits, nulls, contenders, plans, prompts[::3], arguments.seed)
+
+
+def _facts(arguments, model, name):
+    """What the JSON says of machine, model and command."""
+    from ..measure import machine
+
+    config = model.config
+    sizes = (
+        "model_type",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "norm_topk_prob",
+    )
+    return {
+        "command": _command(arguments),
+        "machine": machine.describe(),
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_config": {size: getattr(config, size, None) for size in sizes},
+        "test_tokens": arguments.test_tokens,
+        "budget_tokens": arguments.budget_tokens,
+    }
+
+
+def _command(arguments):
+    """The command that makes the same again, but for where it writes."""
+    words = ["moeprof compare"]
+    defaults = {
+        "model": None,
+        "trust_remote_code": False,
+        "dtype": "float32",
+        "threads": None,
+        "routers": None,
+        "budgets": None,
+        "tables": TABLES,
+        "text": None,
+        "test_tokens": TEST_TOKENS,
+        "budget_tokens": BUDGET_TOKENS,
+        "null": None,
+        "seed": 0,
+    }
+    for name, default in defaults.items():
+        value = getattr(arguments, name)
+        if value != default:
+            join = " " if name == "text" else ","
+            text = join.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            option = f"--{name.replace('_', '-')}"
+            words.append(option if value is True else f"{option} {_quoted(text)}")
+    return " ".join(words)
+
+
+def _quoted(text):
+    return f"'{text}'" if " (" in text else text

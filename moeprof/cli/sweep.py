@@ -1,0 +1,193 @@
+"""The arguments of `moeprof sweep`, and the command itself."""
+
+import argparse
+import sys
+
+from .. import demo
+from ..demo.defaults import default_null, shipped_null
+from ..models.load import check_model
+from ..null import Null
+from ..null.fitting import fit_null
+from ..studies.sweep.grid import ALPHAS, MAX_KS
+from ..texts.documents import read_document, read_documents
+from ..texts.prompts import read_prompts
+from ..texts.windows import HELDOUT_TOKENS, heldout_windows
+from .arguments import DEMO, add_heldout_text, add_model, integer, integers, level, load
+
+NORMAL = (
+    "normal, each token's logits against their own median and spread, without calibration (on "
+    "pure noise at alpha 0.05 it rejects something for 11 % of the tokens with 64 experts)"
+)
+
+
+def add_sweep(commands):
+    """Add `sweep` to the commands of `moeprof`."""
+    parser = commands.add_parser(
+        "sweep", help="compare the model's own top-k with 20 settings of BH routing"
+    )
+    add_model(parser)
+    parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line, after a label (simple, medium, complex, technical) and a TAB or "
+        "not; default: twelve that ship with the demo model",
+    )
+    parser.add_argument(
+        "--null",
+        metavar="FILE",
+        help='a null of `moeprof calibrate`, or "normal" for one without calibration; default: '
+        "a trimmed null on logprob: the demo model's own, or fitted first",
+    )
+    parser.add_argument(
+        "--alphas",
+        type=_alphas,
+        default=ALPHAS,
+        metavar="A,A,...",
+        help="of BH, each in (0, 1); default: 0.01,0.05,0.1,0.2",
+    )
+    parser.add_argument(
+        "--max-k",
+        type=integers,
+        default=MAX_KS,
+        metavar="K,K,...",
+        dest="max_ks",
+        help="most experts that BH gives a token; default: 4,8,16,32,64, of which those above "
+        "the model's number of experts are left out",
+    )
+    parser.add_argument(
+        "--static",
+        type=integers,
+        metavar="K,K,...",
+        help="run static top-k with these k on the held-out text, the line that BH has to beat; "
+        "default: 1 to the model's own k",
+    )
+    add_heldout_text(parser)
+    parser.add_argument(
+        "--null-text",
+        metavar="FILE",
+        help="text to fit the default null to; default: the shipped calibration text",
+    )
+    parser.add_argument(
+        "--heldout-tokens",
+        type=integer(1),
+        metavar="N",
+        default=HELDOUT_TOKENS,
+        help="held-out tokens a configuration for perplexity, a matter of time for large "
+        "models; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        default=0,
+        help="chooses the passages of the shipped text, and the bootstrap draws; default: 0",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _alphas(text):
+    values = []
+    for part in text.split(","):
+        if (value := level(part)) is None:
+            raise argparse.ArgumentTypeError(f"expected numbers in (0, 1), got {part.strip()!r}")
+        values.append(value)
+    return tuple(sorted(set(values)))
+
+
+def _run(arguments):
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..models.find import experts_of
+    from ..studies.sweep import Experiment, Store, sweep
+
+    prompts = demo.prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
+    if arguments.null is not None and arguments.null_text is not None:
+        raise ValueError("--null-text is what a null is fitted to, and --null brings one already")
+    text = arguments.null_text
+    null_text = None if text is None else read_document(text, "null text")
+    null = _given_null(arguments.null)
+    documents = _heldout_documents(arguments.text)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    store = Store(arguments.out)
+    model, tokenizer = load(arguments)
+    seed = arguments.seed
+    _check_grid(arguments, experts_of(model)[0])  # raises where the model can't be patched
+    heldout = heldout_windows(tokenizer, documents, arguments.heldout_tokens, seed)
+    null, facts = _null_for(model, tokenizer, null, null_text, seed, store)
+    experiment = Experiment(
+        model,
+        tokenizer,
+        tuple(text for _, text in prompts),
+        tuple(complexity for complexity, _ in prompts),
+        heldout,
+        null,
+    )
+    facts |= {"model": DEMO if arguments.model is None else arguments.model, "seed": seed}
+    facts["heldout_source"] = "shipped" if arguments.text is None else arguments.text
+    facts["null_code"] = repr(arguments.null) if arguments.null else facts["null_code"]
+    sweep(
+        experiment,
+        store,
+        facts,
+        alphas=arguments.alphas,
+        max_ks=arguments.max_ks,
+        static=arguments.static,
+    )
+
+
+def _heldout_documents(paths):
+    """The documents of --text, the shipped ones without it."""
+    return demo.heldout_documents() if paths is None else read_documents(paths)
+
+
+def _check_grid(arguments, num_experts):
+    """What only the model can tell of the lists: said before a null is fitted."""
+    if min(arguments.max_ks) > num_experts:
+        raise ValueError(
+            f"--max-k: expected one of at most {num_experts}, the model's experts, "
+            f"got {', '.join(map(str, arguments.max_ks))}"
+        )
+    if arguments.static and max(arguments.static) > num_experts:
+        raise ValueError(
+            f"--static: expected at most {num_experts}, the model's experts, "
+            f"got {max(arguments.static)}"
+        )
+
+
+def _given_null(name):
+    """What --null names: a Null, "normal" or None."""
+    return name if name in (None, "normal") else Null.load(name)
+
+
+def _null_for(model, tokenizer, given, text, seed, store):
+    """(null, facts) for the sweep; a null that was fitted is written to the store.
+
+    facts: null, its description; null_source, where it is from; null_code, what to give to
+    `moeprof.patch` to have the same one.
+    """
+    if given == "normal":
+        return given, {"null": NORMAL, "null_source": "", "null_code": '"normal"'}
+    if given is not None:
+        given.check(model)
+        source = "It was read from a file."
+        return given, {"null": given.describe(), "null_source": source, "null_code": ""}
+    code = "moeprof.demo.null()"
+    if text is not None:
+        null = fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
+        source = "It was fitted to the text given with --null-text."
+    elif (null := shipped_null(model)) is not None:
+        source = (
+            "It ships with the demo model, fitted to half of the calibration documents; no "
+            "evaluation uses them."
+        )
+    else:
+        null = default_null(model, tokenizer, sys.stderr.isatty(), seed)
+        source = (
+            "It was fitted to passages of the calibration text that ships with moeprof, from "
+            "documents that no evaluation uses."
+        )
+    if text is not None or shipped_null(model) is None:
+        store.null.parent.mkdir(parents=True, exist_ok=True)
+        null.save(store.null)
+        code = repr(str(store.null))
+    return null, {"null": null.describe(), "null_source": source, "null_code": code}

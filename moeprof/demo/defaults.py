@@ -1,0 +1,43 @@
+"""What a run takes for the demo model where nothing is given: its own nulls, or a new fit."""
+
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+from .. import demo
+from ..null.fitting import fit_null
+from ..texts.windows import calibration_passages
+
+_default_nulls = WeakKeyDictionary()
+
+
+@lru_cache(maxsize=1)
+def load_once():
+    """The demo model, the same one for all that is run on it in one process."""
+    return demo.load()
+
+
+def shipped_null(model, kind="trimmed"):
+    """The null of this kind that ships with the demo model if `model` is that, else None."""
+    null = demo.null(kind)
+    try:
+        null.check(model)
+    except ValueError:
+        return None
+    return null
+
+
+def default_null(model, tokenizer, progress=True, seed=0, *, kind="trimmed"):
+    """The null of this kind on the score `logprob`: the demo model's, or fitted to `model`.
+
+    "trimmed" is the one to route by, "efron" the one for diagnoses and for the routers that need
+    it. It is fitted once a model, kind and seed, to the first half of the calibration text that
+    ships with the demo model; no budget is set and nothing is evaluated on that half.
+    """
+    nulls = _default_nulls.setdefault(model, {})
+    if (kind, seed) not in nulls:
+        null = shipped_null(model, kind)
+        if null is None:
+            passages = calibration_passages(demo.calibration_halves()[0], seed=seed)
+            null = fit_null(model, tokenizer, passages, kind=kind, progress=progress)
+        nulls[kind, seed] = null
+    return nulls[kind, seed]

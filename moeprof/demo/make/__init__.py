@@ -1,0 +1,1 @@
+"""How the demo was made: its text, its training, its nulls. Programs; not in the wheel."""

@@ -1,0 +1,1 @@
+"""What a model and a machine do, measured: loss, routing, times, limits."""

@@ -1,0 +1,23 @@
+"""Greedy generation, timed."""
+
+import time
+
+from ..models.decoding import cache_of, decode
+
+
+def greedy(model, ids, new_tokens):
+    """Generate exactly `new_tokens` tokens after ids (1, n): (their ids, decode seconds).
+
+    The first token comes from the prefill, which isn't timed; there is no stop at an end token.
+    """
+    import torch
+
+    with torch.no_grad():
+        out = model(input_ids=ids, use_cache=True)
+        tokens = [out.logits[:, -1:].argmax(dim=-1)]
+        start = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            out = decode(model, tokens[-1], cache_of(out))
+            tokens.append(out.logits[:, -1:].argmax(dim=-1))
+        seconds = time.perf_counter() - start
+    return torch.cat(tokens, dim=1)[0].tolist(), seconds

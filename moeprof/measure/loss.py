@@ -1,0 +1,28 @@
+"""How well a model predicts the next token of a text."""
+
+import math
+
+
+def nats(model, ids):
+    """−Σ ln P(token | those before it in the window) for token ids (1, n), without the first."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+
+
+def evaluate(model, heldout, step=lambda: None):
+    """Perplexity per predicted token and bits per byte; `step` is called after every window."""
+    by_document = [0.0] * len(heldout.documents)
+    for window in heldout.windows:
+        by_document[window.document] += nats(model, window.ids)
+        step()
+    total = sum(by_document)
+    predicted = sum(window.ids.shape[1] - 1 for window in heldout.windows)
+    num_bytes = sum(window.num_bytes for window in heldout.windows)
+    return {
+        "perplexity": math.exp(total / predicted),
+        "bits_per_byte": total / math.log(2) / num_bytes,
+        "nats_by_document": by_document,
+    }

@@ -1,0 +1,81 @@
+"""The machine and the software, named beside every number."""
+
+import platform
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ..backends.cpu import cpu_info
+from ..version import __version__
+
+
+def describe():
+    """A dict as in the JSON: CPU, features and kernels in use, threads, versions."""
+    names = ("torch", "transformers", "zentorch", "numpy")
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu_model(),
+        **cpu_info(),
+        "versions": {
+            "moeprof": __version__,
+            **{name: found for name in names if (found := _version(name))},
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_model():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def in_one_line(machine):
+    """The CPU, its features and the threads."""
+    features = ", ".join(machine["features"]) or "no SIMD"
+    threads = machine["threads"]
+    return f"{machine['cpu']} ({features}), {threads} thread{'s' if threads > 1 else ''}"
+
+
+def cache_bytes():
+    """The largest cache that one CPU sees; 32 MiB where Linux doesn't tell."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [int(size.read_text().strip().rstrip("K")) << 10 for size in sizes]
+    return max(found, default=32 << 20)
+
+
+def check_memory(needed):
+    """ValueError where `needed` bytes are more than what is available."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    if kib and needed > kib[0] << 10:
+        raise ValueError(
+            f"this shape needs {needed / 1e9:.1f} GB of memory, {kib[0] / 1e6:.1f} GB are available"
+        )
+
+
+@contextmanager
+def threads(number):
+    """torch, and with it moeprof, on so many threads; None: as they are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

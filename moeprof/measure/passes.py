@@ -1,0 +1,171 @@
+"""Texts through a patched model: what its routers saw and chose, and what it then predicts."""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..patching.patch import patch
+from ..texts.windows import HeldOut
+
+BATCH = 512  # tokens in a call of the model
+
+
+class Pass(NamedTuple):
+    """What the routers of a model did on a text of T tokens, in L layers.
+
+    logits : (L, T, E) float32, what each gate said
+    counts : (L, T) int32, experts of each token
+    rejections : (L, T) int32, before min_k and max_k
+    documents : (T,) int64, the index of each token's document
+    """
+
+    logits: np.ndarray
+    counts: np.ndarray
+    rejections: np.ndarray
+    documents: np.ndarray
+
+
+class Quality(NamedTuple):
+    """How a routed model predicts a text, summed by document (D documents).
+
+    predicted : (D,) int64, tokens that were predicted
+    kl : (D,) nats, the sum of KL(full model || routed model) over the predicted tokens
+    nats : (D,) the sum of -ln P(next token)
+    agree : (D,) int64, predictions whose most probable token is that of the full model
+    tokens : (D,) int64, tokens that were routed
+    counts : (L, T) int32, experts of each token by layer
+    experts : (D,) experts summed over the tokens, averaged over the layers
+    """
+
+    predicted: np.ndarray
+    kl: np.ndarray
+    nats: np.ndarray
+    agree: np.ndarray
+    tokens: np.ndarray
+    counts: np.ndarray
+    experts: np.ndarray
+
+    @property
+    def average_k(self) -> float:
+        """Experts per token, over all tokens and layers."""
+        return float(self.experts.sum() / self.tokens.sum())
+
+    @property
+    def mean_kl(self) -> float:
+        """KL(full model || routed model) in nats per predicted token."""
+        return float(self.kl.sum() / self.predicted.sum())
+
+
+def collect(model, text: HeldOut, router=None, *, null=None, norm="model", step=lambda: None):
+    """A Pass: the text through the model patched with `router` (arguments as `patch`).
+
+    text: HeldOut; step is called for each window. The model is afterwards as it was.
+    """
+    base = getattr(model, "base_model", model)  # the head is not needed
+    with patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
+        calls = [[] for _ in handle.layers]
+        handle.on_routing(lambda layer, routing: calls[layer].append(routing))
+        for windows in batches(text):
+            base(input_ids=_ids(windows), use_cache=False)
+            for _ in windows:
+                step()
+    if any(routing.logits is None for layer in calls for routing in layer):
+        raise ValueError("the model's gates give no logits, so no router can be set by them")
+
+    def joined(field):
+        return np.stack(
+            [
+                np.concatenate([getattr(routing, field).float().numpy() for routing in layer])
+                for layer in calls
+            ]
+        )
+
+    counts, rejections = joined("counts").astype(np.int32), joined("rejections").astype(np.int32)
+    return Pass(joined("logits"), counts, rejections, documents_of(text))
+
+
+@contextmanager
+def evaluating(model):
+    """The model in eval mode, for dropout would make each pass another; then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def documents_of(text: HeldOut) -> np.ndarray:
+    """(T,) the index of each token's document."""
+    sizes = [window.ids.shape[1] for window in text.windows]
+    return np.repeat([window.document for window in text.windows], sizes)
+
+
+class Reference:
+    """What the unchanged model predicts of a text: what routed models are measured against.
+
+    Keeps its log-probabilities, 4 bytes for each token and entry of the vocabulary.
+    """
+
+    def __init__(self, model, text: HeldOut, step=lambda: None):
+        self.model, self.text = model, text
+        self.log_probs = []
+        with patch(model), torch.inference_mode():  # its own top-k, on the same kernels
+            for windows in batches(text):
+                self.log_probs.append(_log_probs(model, _ids(windows)))
+                for _ in windows:
+                    step()
+
+    def measure(self, router=None, *, null=None, norm="model", step=lambda: None) -> Quality:
+        """The quality of the model patched with `router` (arguments as `patch`)."""
+        size, rows = len(self.text.documents), documents_of(self.text)
+        kl, nats = np.zeros(size), np.zeros(size)
+        agree, predicted = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        patched = patch(self.model, router, null=null, norm=norm)
+        with patched as handle, torch.inference_mode():
+            calls = [[] for _ in handle.layers]
+            handle.on_routing(lambda layer, routing: calls[layer].append(routing.counts))
+            for windows, full in zip(batches(self.text), self.log_probs, strict=True):
+                ids = _ids(windows)
+                routed = _log_probs(self.model, ids)
+                at = [window.document for window in windows]
+                difference = torch.where(full > -torch.inf, full - routed, 0)
+                parts = (full.exp() * difference).sum((1, 2), dtype=torch.float64)
+                np.add.at(kl, at, parts.numpy())
+                likely = routed.gather(2, ids[:, 1:, None]).sum((1, 2), dtype=torch.float64)
+                np.add.at(nats, at, -likely.numpy())
+                np.add.at(agree, at, (routed.argmax(2) == full.argmax(2)).sum(1).numpy())
+                np.add.at(predicted, at, ids.shape[1] - 1)
+                for _ in windows:
+                    step()
+        counts = np.stack([torch.cat(layer).numpy() for layer in calls])
+        experts = np.bincount(rows, counts.mean(axis=0), size)
+        tokens = np.bincount(rows, minlength=size)
+        return Quality(predicted, kl, nats, agree, tokens, counts, experts)
+
+
+def batches(text: HeldOut):
+    """Its windows in order, those of one length together up to `BATCH` tokens: short ones alone
+    leave the time to Python."""
+    batch = []
+    for window in text.windows:
+        size = window.ids.shape[1]
+        if batch and (batch[0].ids.shape[1] != size or (len(batch) + 1) * size > BATCH):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _ids(windows):
+    return torch.cat([window.ids for window in windows])
+
+
+def _log_probs(model, ids):
+    """(B, n - 1, V) float32 log-probabilities of the tokens (B, n) after the first."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return torch.log_softmax(logits, -1)

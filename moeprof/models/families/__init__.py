@@ -1,0 +1,1 @@
+"""The families of MoE blocks, one file each."""

@@ -1,0 +1,67 @@
+"""What a null says about where it is from: the model's routers, its name, the text."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+# bf16 keeps 8 bits, fp16 loses what lies under 2^-24: the same weights stay within this.
+_SAMPLE, _SAMPLE_RTOL, _SAMPLE_ATOL = 16, 2.0**-7, 1e-6
+
+
+def gates_of(model):
+    """[(qualified name, router)] in layer order; ValueError if the model has none."""
+    from .find import find_moe_blocks
+
+    return [(f"{name}.gate", block.gate) for name, block in find_moe_blocks(model)]
+
+
+def gate_weight(name, gate):
+    """A router's weight (E,H); of a user's router around another, the first matrix inside."""
+    weight = getattr(gate, "weight", None)
+    if weight is None:
+        weight = next((w for w in gate.parameters() if w.ndim == 2), None)
+    if weight is None:
+        raise ValueError(f"{name}: a router without a weight, so no null can be tied to it")
+    return weight
+
+
+def router_sample(gates):
+    """(L, at most 16) float32: the first weights of each router."""
+    weights = [gate_weight(name, gate)[0, :_SAMPLE] for name, gate in gates]
+    return np.stack([w.detach().float().cpu().numpy() for w in weights])
+
+
+def same_sample(a, b):
+    """Whether two samples are of the same routers, in whatever dtype they were loaded."""
+    return a.shape == b.shape and np.allclose(a, b, rtol=_SAMPLE_RTOL, atol=_SAMPLE_ATOL)
+
+
+def model_name(model):
+    """The model's name on the hub; of a local path the last component only."""
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    folder = (Path(name) / "config.json").is_file()
+    if folder or os.path.isabs(name) or name.startswith((".", "~")):
+        name = Path(name).resolve().name
+    return name
+
+
+def text_digest(texts):
+    """SHA-256 of each text, added modulo 2^256, as hex: the order of the texts doesn't matter.
+
+    So the digest of a merged null is that of the joined lists; of one text it is its SHA-256.
+    """
+    total = NO_TEXT
+    for text in texts:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        total = add_digests(total, digest)
+    return total
+
+
+NO_TEXT = f"{0:064x}"
+
+
+def add_digests(a, b):
+    """The digest of both texts."""
+    return f"{(int(a, 16) + int(b, 16)) % 2**256:064x}"

@@ -1,0 +1,132 @@
+"""Loading a model and its tokenizer: whatever is wrong with them is said in one line."""
+
+import re
+import warnings
+from pathlib import Path
+from textwrap import shorten
+
+from ..checks import check_token_ids
+from .tokens import prompt_ids
+
+WORDS = "The list is"  # which a model is tried on when it was loaded
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def check_model(name):
+    """Fail at once where `load_model` couldn't succeed: no such folder, or an unreachable id."""
+    if not name.strip():
+        raise ValueError("model: expected a folder or a hub id, got an empty name")
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.exists():
+        raise ValueError(f"model {name}: expected a folder or a hub id, got a file")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise FileNotFoundError(f"model {name}: no such folder")
+    else:
+        _check_hub(name)
+
+
+def _check_folder(folder):
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model {folder}: the folder has no config.json")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"model {folder}: the folder has no weights (*.safetensors, *.bin)")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"model {folder}: the folder has no tokenizer (tokenizer.json, …)")
+
+
+def _check_hub(name):
+    """One request without retries, for transformers repeats each of its own several times."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    missing = f"model {name}: neither a folder here nor in the Hugging Face cache"
+    if constants.HF_HUB_OFFLINE:
+        raise FileNotFoundError(f"{missing}, and HF_HUB_OFFLINE is set")
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # the client's classes differ by version, some aren't OSErrors
+        raise FileNotFoundError(
+            f"{missing}, and the hub doesn't give it ({_reason(error, 120)})"
+        ) from error
+
+
+def _reason(error, width=160):
+    """An exception in one line of at most `width` characters."""
+    return shorten(f"{type(error).__name__}: {error}", width, placeholder=" …")
+
+
+def load_model(name, dtype, trust_remote_code=False):
+    """(model in eval mode, tokenizer) from a folder or the hub; dtype: a torch.dtype.
+
+    trust_remote_code: whether Python code that comes with them may be run.
+
+    Raises ValueError or OSError in one line, also for a checkpoint that lacks some of the
+    weights: transformers would make them up and warn.
+    """
+    check_model(name)
+    try:
+        model, loading, tokenizer = _loaded(name, dtype, trust_remote_code)
+    except Exception as error:  # damaged files raise classes of several libraries
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name} needs Python code that comes with it: read that code, and give "
+                "--trust-remote-code if it may be run"
+            ) from error
+        raise ValueError(f"model {name} can't be loaded ({_reason(error)})") from error
+    # names, on transformers 5 each with both shapes
+    other = sorted(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
+    if other:
+        raise ValueError(
+            f"model {name}: the shape of {other[0]} is another one in the checkpoint than by the "
+            f"config, {tuple(model.state_dict()[other[0]].shape)}"
+        )
+    absent = sorted(map(str, loading["missing_keys"]))
+    if absent:
+        raise ValueError(
+            f"model {name}: the checkpoint lacks {len(absent)} of the model's weights, "
+            f"{absent[0]} among them"
+        )
+    model.eval()
+    _try(name, model, tokenizer)
+    return model, tokenizer
+
+
+def _loaded(name, dtype, trust_remote_code):
+    """(model, what of it was found, tokenizer) of transformers; its warnings are not shown."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # `load_model` says which, and stops
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return model, loading, tokenizer
+
+
+def _try(name, model, tokenizer):
+    """ValueError where the model and its tokenizer, as loaded, can't run a few words.
+
+    Files that contradict each other, such as a config with more experts a token than there are,
+    are loaded without an error.
+    """
+    import torch
+
+    ids = prompt_ids(tokenizer, WORDS)
+    if ids.shape[-1] < 1:
+        raise ValueError(f"model {name}: its tokenizer gives no tokens for {WORDS!r}")
+    check_token_ids(model, [ids])
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids.long(), use_cache=False)
+    except Exception as error:  # whatever class the model's code raises
+        raise ValueError(f"model {name} was loaded, but can't run ({_reason(error)})") from error

@@ -1,0 +1,280 @@
+"""What a router said: the experts of each token, their weights, the logits.
+
+T tokens, E experts, k of them a token. Leading dimensions may be (B, S) in place of T.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .families.base import describe_output
+from .finding import Layer
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_MASKS = (*INTEGERS, torch.bool)
+
+
+class Choice(NamedTuple):
+    """What a router chose for T tokens; None for what it did not say."""
+
+    experts: Tensor  # (T, k) integer; -1: no expert in this slot
+    weights: Tensor | None  # (T, k); of logits alone their softmax, as the block may rescale it
+    logits: Tensor | None  # (T, E); softmax(logits) are the router's probabilities
+
+
+def read_choice(output: Any, tokens: int, layer: Layer) -> Choice:
+    """Read what the router of `layer` returned for T tokens.
+
+    Accepted: logits or probabilities (T, E), of which the layer's top_k count; (logits, weights
+    (T, k), indices (T, k)); (scores (T, E) mostly zero or weights (T, k), indices) in either
+    order; (scores, logits); (mask (T, E) of zeros and ones, scores or weights[, logits]); the
+    five values by expert of transformers 4's Granite.
+
+    Raises
+    ------
+    ValueError
+        "Router output format unexpected: ...", with the layer and what came.
+    """
+    if type(output) is tuple and len(output) == 3:  # transformers 5: called for each step
+        logits, weights, experts = output
+        if _is_triple(logits, weights, experts, (tokens, layer.num_experts)):
+            return Choice(experts, weights, _as_logits(logits))
+    if choice := _read(output, tokens, layer):
+        return choice
+    missing = "" if layer.top_k else ", whose k neither router, block nor configuration says"
+    raise ValueError(
+        f"Router output format unexpected: {layer.name}: wanted logits "
+        f"({tokens}, {layer.num_experts}){missing}; (logits, weights (T, k), indices (T, k)); "
+        f"(scores (T, E) or weights, indices); got {describe_output(output)}"
+    )
+
+
+def read_logits(output: Any, tokens: int, layer: Layer) -> Tensor | None:
+    """The logits (T, E) of a router whose experts' call tells the choice; None if unclear."""
+    rows = _rows(output, tokens)
+    if rows is not None and len(rows) == 1 and _is_scores(rows[0], layer.num_experts):
+        return _as_logits(rows[0])
+    return None
+
+
+def read_experts_call(args: tuple, kwargs: dict, tokens: int, layer: Layer) -> Choice:
+    """Read the choice from what the forward of stacked experts got: (hidden, indices, weights).
+
+    The indices (T, k) are the only integers among its arguments, weights may be (T, k) or (T, E).
+
+    Raises
+    ------
+    ValueError
+        "Router output format unexpected: ...", with the layer and what came.
+    """
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    rows = [r for r in (_flat(value, tokens) for value in given[1:]) if r is not None]
+    indices = [r for r in rows if r.dtype in INTEGERS and r.shape[1] <= layer.num_experts]
+    if len(indices) != 1:
+        raise ValueError(
+            f"Router output format unexpected: {layer.name}: wanted (hidden, indices "
+            f"({tokens}, k), weights) in the call of the experts; got "
+            f"{describe_output((*args, *kwargs.values()))}"
+        )
+    experts = indices[0]
+    floating = [r for r in rows if r.is_floating_point()]
+    weights = next((w for w in floating if w.shape == experts.shape), None)
+    if weights is None and floating and floating[0].shape[1] == layer.num_experts:
+        weights = _at(floating[0], experts)
+    return Choice(experts, weights, None)
+
+
+def without_empty(choice: Choice, num_experts: int) -> tuple[Choice, bool]:
+    """The choice with -1 for the empty slots that transformers writes as E; were there any?"""
+    empty = choice.experts.numpy() == num_experts
+    if not empty.any():
+        return choice, False
+    return choice._replace(experts=choice.experts.masked_fill(torch.from_numpy(empty), -1)), True
+
+
+# ---- by what came ----
+
+
+def _is_triple(logits, weights, experts, shape: tuple[int, int]) -> bool:
+    return (
+        isinstance(logits, Tensor)
+        and isinstance(weights, Tensor)
+        and isinstance(experts, Tensor)
+        and logits.shape == shape
+        and logits.is_floating_point()
+        and experts.dtype in INTEGERS
+        and experts.dim() == 2
+        and experts.shape[0] == shape[0]
+        and weights.shape == experts.shape
+        and weights.is_floating_point()
+    )
+
+
+def _read(output: Any, tokens: int, layer: Layer) -> Choice | None:
+    if isinstance(output, tuple | list) and len(output) == 5:
+        return _by_expert(output, tokens, layer)
+    rows = _rows(output, tokens)
+    if rows is None:
+        return None
+    if len(rows) == 1:
+        return _of_logits(rows[0], layer)
+    numbers = [r for r in rows if r.dtype in _MASKS]
+    values = [r for r in rows if r.is_floating_point()]
+    if len(numbers) + len(values) != len(rows) or len(numbers) > 1 or not 1 <= len(values) <= 2:
+        return None
+    if not numbers:
+        return _of_scores(values, layer)
+    if _is_mask(numbers[0], layer):
+        return _of_mask(numbers[0], values, layer)
+    return _of_indices(numbers[0], values, layer) if numbers[0].dtype in INTEGERS else None
+
+
+def _rows(output: Any, tokens: int) -> list[Tensor] | None:
+    """The tensors that came as (T, .), or None if something else came."""
+    parts = [output] if isinstance(output, Tensor) else output
+    if not isinstance(parts, tuple | list) or not 1 <= len(parts) <= 4:
+        return None
+    # A fourth value, after the three of transformers 5, is none of the choice.
+    flat = [_flat(part, tokens) for part in parts[:3]]
+    return None if any(row is None for row in flat) else flat
+
+
+def _flat(part: Any, tokens: int) -> Tensor | None:
+    if not isinstance(part, Tensor) or part.dim() not in (2, 3):
+        return None
+    rows = part if part.dim() == 2 else part.reshape(-1, part.shape[-1])
+    return rows if len(rows) == tokens else None
+
+
+def _of_logits(logits: Tensor, layer: Layer) -> Choice | None:
+    if not _is_scores(logits, layer.num_experts) or layer.top_k is None:
+        return None
+    read = _as_logits(logits)
+    # In float32, as stock blocks do, so that ties fall the same way.
+    given = logits if read is not logits else logits.softmax(-1, dtype=torch.float32)
+    weights, experts = given.topk(layer.top_k, dim=-1)
+    return Choice(experts, weights, read)
+
+
+def _of_scores(values: list[Tensor], layer: Layer) -> Choice | None:
+    """Of (scores, logits), in either order: the scores are zero for all but the chosen."""
+    if len(values) != 2 or not all(_is_scores(v, layer.num_experts) for v in values):
+        return None
+    chosen = [_nonzero(v) for v in values]
+    if (chosen[0] is None) == (chosen[1] is None):
+        return None
+    of, logits = (0, 1) if chosen[0] is not None else (1, 0)
+    return Choice(*chosen[of], _as_logits(values[logits]))
+
+
+def _of_mask(mask: Tensor, values: list[Tensor], layer: Layer) -> Choice | None:
+    """Switch: a one for each chosen expert, none for a token over the expert's capacity."""
+    scores = [v for v in values if v.shape[1] == layer.num_experts]
+    weights = [v for v in values if v.shape[1] != layer.num_experts]
+    if len(values) == 2:  # (mask, weights or scores, logits)
+        logits, scores = values[1], scores[:-1]
+        if logits.shape[1] != layer.num_experts:
+            return None
+    else:
+        logits = None
+    if scores:  # NLLB: the mask shows the first expert only, the scores all
+        if (chosen := _nonzero(scores[0])) is None:
+            return None
+        experts, weight = chosen
+    else:
+        ones, indices = mask.float().topk(max(1, int(mask.sum(-1).max())), dim=-1)
+        experts = indices.masked_fill(ones == 0, -1)
+        weight = next((w for w in weights if w.shape == experts.shape), None)
+    return Choice(experts, weight, None if logits is None else _as_logits(logits))
+
+
+def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Choice | None:
+    size = layer.num_experts
+    if experts.shape[1] > size:
+        return None
+    if len(values) == 2:  # logits first, unless the shapes tell otherwise
+        first, second = values
+        logits, weights = (first, second) if first.shape[1] == size else (second, first)
+        if logits.shape[1] != size:
+            return None
+        if weights.shape != experts.shape:
+            weights = _at(weights, experts) if weights.shape[1] == size else None
+        return None if weights is None else Choice(experts, weights, _as_logits(logits))
+    scores = values[0]
+    if scores.shape == experts.shape:
+        return Choice(experts, scores, None)
+    if scores.shape[1] != size:
+        return None
+    if _nonzero(scores, experts.shape[1]) is not None:
+        return Choice(experts, _at(scores, experts), None)
+    logits = _as_logits(scores)
+    return Choice(experts, None if logits is scores else _at(scores, experts), logits)
+
+
+def _by_expert(output: tuple | list, tokens: int, layer: Layer) -> Choice | None:
+    """Granite of transformers 4: what sorts the T * k choices by expert, and the logits.
+
+    (order (T k,) of the choices by expert, token (T k,) and weight (T k,) of each in that order,
+    how many choices each expert has, logits (T, E)).
+    """
+    order, token, sorted_weights, sizes, logits = output
+    tensors = (order, token, sorted_weights, logits)
+    if not all(isinstance(t, Tensor) for t in tensors) or not isinstance(sizes, list | Tensor):
+        return None
+    count = order.numel()
+    if order.dtype not in INTEGERS or not (order.shape == token.shape == sorted_weights.shape):
+        return None
+    if logits.shape != (tokens, layer.num_experts) or not tokens or count % tokens:
+        return None
+    sizes = torch.as_tensor(sizes, device=order.device)
+    if sizes.shape != (layer.num_experts,) or int(sizes.sum()) != count:
+        return None
+    sorted_experts = torch.repeat_interleave(sizes)
+    experts = torch.empty_like(sorted_experts)
+    experts[order] = sorted_experts
+    weights = torch.empty_like(sorted_weights)
+    weights[order] = sorted_weights
+    return Choice(experts.view(tokens, -1), weights.view(tokens, -1), _as_logits(logits))
+
+
+# ---- values ----
+
+
+def _is_scores(values: Tensor, num_experts: int) -> bool:
+    return values.is_floating_point() and values.shape[1] == num_experts
+
+
+def _is_mask(numbers: Tensor, layer: Layer) -> bool:
+    """Zeros and ones over all experts; indices of all E experts hold other numbers."""
+    if numbers.shape[1] != layer.num_experts or layer.top_k == layer.num_experts:
+        return False
+    if numbers.dtype == torch.bool or not len(numbers):
+        return True
+    return int(numbers.min()) >= 0 and int(numbers.max()) <= 1
+
+
+def _as_logits(values: Tensor) -> Tensor:
+    """Logits (T, E) as they are, probabilities as their logarithm."""
+    if not len(values) or float(values.detach().min()) < 0:
+        return values
+    values_sum = values.detach().sum(-1, dtype=torch.float32)
+    # the sum of E roundings to bfloat16, each of at most 2^-9 of a probability
+    if float((values_sum - 1).abs().max()) < 4e-3:
+        return values.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+    return values
+
+
+def _nonzero(scores: Tensor, k: int | None = None) -> tuple[Tensor, Tensor] | None:
+    """(experts, weights) of the scores that are not zero; None if most are not, or above k."""
+    most = int((scores != 0).sum(-1).max()) if len(scores) else 0
+    if most > (scores.shape[1] - 1 if k is None else k):
+        return None
+    size, experts = scores.abs().topk(max(1, most), dim=-1)
+    experts = experts.masked_fill(size == 0, -1)
+    return experts, _at(scores, experts)
+
+
+def _at(scores: Tensor, experts: Tensor) -> Tensor:
+    """The scores (T, E) at these experts (T, k); where there is none, any."""
+    return scores.gather(1, experts.long().clamp(0, scores.shape[1] - 1))

@@ -1,0 +1,288 @@
+"""fit_null: run text through a model and count its router scores."""
+
+import hashlib
+import math
+import numbers
+import warnings
+
+import numpy as np
+
+from ..checks import check_model, check_token_ids, check_tokenizer
+from ..models.identity import NO_TEXT, add_digests, gate_weight, gates_of, model_name, router_sample
+from ..models.tokens import token_ids
+from .model import KINDS, Null, trim_padding
+from .scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
+
+# BH's first threshold is p <= alpha/E. Of n tokens' scores of E experts n * alpha lie beyond it:
+# at alpha 0.05 one with 20 tokens, and 100, which is what a tail known to 10 % takes, with 2,000.
+MIN_TOKENS, ENOUGH_TOKENS = 20, 2000
+_PENDING = 4096  # tokens of a layer that wait for being counted together
+
+
+class Histograms:
+    """Counts scores layer by layer, in memory that doesn't grow with the text.
+
+    score, r_high and r_low: as in Null. Logits wait until there are enough of them to be worth
+    a pass over the counts, which is (E,8192) numbers long whatever it adds.
+    """
+
+    def __init__(self, layers, experts, score, r_high=0, r_low=0):
+        self.score, self.r_high, self.r_low = score, r_high, r_low
+        self._counts = np.zeros((layers, experts, BINS), np.uint64)
+        self._largest = np.full((layers, experts, LARGEST), -np.inf, np.float32)
+        self._pending = [[] for _ in range(layers)]
+
+    @property
+    def counts(self):
+        """(L,E,8192) uint64."""
+        self._count_all()
+        return self._counts
+
+    @property
+    def largest(self):
+        """(L,E,at most 1024) float32, descending, padded with -inf."""
+        self._count_all()
+        return trim_padding(keep_largest(self._largest))
+
+    def add(self, layer, logits):
+        """Count a layer's float32 logits (T,E); of equal ones the lower id ranks higher."""
+        self._pending[layer].append(np.array(logits))  # a gate may use its memory again
+        if sum(map(len, self._pending[layer])) >= _PENDING:
+            self._count(layer)
+
+    def _count_all(self):
+        for layer, pending in enumerate(self._pending):
+            if pending:
+                self._count(layer)
+
+    def _count(self, layer):
+        logits = np.concatenate(self._pending[layer])
+        self._pending[layer].clear()
+        scores, experts = stored_scores(logits, self.score), logits.shape[1]
+        at = bins_of(scores) + BINS * np.arange(experts)
+        if self.r_high or self.r_low:
+            ranked = np.argsort(-logits, axis=1, kind="stable")
+            kept = np.zeros(scores.shape, bool)
+            middle = ranked[:, self.r_high : experts - self.r_low]
+            np.put_along_axis(kept, middle, True, axis=1)
+            at, scores = at[kept], np.where(kept, scores, np.float32(-np.inf))
+        found = np.bincount(at.ravel(), minlength=experts * BINS).reshape(experts, BINS)
+        self._counts[layer] += found.astype(np.uint64)
+        joined = np.concatenate([self._largest[layer], scores.T], axis=1)
+        # A partition only: `largest` sorts, once.
+        self._largest[layer] = np.partition(joined, -LARGEST, axis=1)[:, -LARGEST:]
+
+
+def _recorder(outputs, layer):
+    """Forward hook of a gate: keeps its last output under its layer's number.
+
+    A function of this module: `moeprof.patch` knows the hook by that.
+    """
+
+    def record(module, args, output):
+        outputs[layer] = output
+
+    return record
+
+
+def _windows(text, tokenizer, window):
+    """The token ids of a text, `window` at a time; a single last token tells nothing."""
+    ids = token_ids(tokenizer, text)
+    for start in range(0, len(ids), window):
+        if len(ids) - start >= 2:
+            yield ids[start : start + window], min(window, len(ids) - start) / len(ids)
+
+
+def _window_logits(name, output, tokens, experts):
+    """The logits in a gate's output for one window, float32 (T-1,E): the first token is left out.
+
+    Logits alone (4.57), or first of three (5.x); of two values the first are no logits.
+    """
+    logits = output[0] if isinstance(output, tuple) and len(output) == 3 else output
+    shape = tuple(getattr(logits, "shape", ()))
+    if math.prod(shape) != tokens * experts or shape[-1] != experts:
+        raise ValueError(
+            f"Router output format unexpected at {name}: expected logits ({tokens},{experts}), "
+            f"got {shape or type(logits).__name__}"
+        )
+    values = logits.detach().float().cpu().numpy().reshape(tokens, experts)
+    if not np.isfinite(values).all():
+        what = "NaN" if np.isnan(values).any() else "infinite values"
+        raise ValueError(f"the router logits of {name} contain {what}: no null can be fitted")
+    return values[1:]
+
+
+class _Texts:
+    """Goes through the texts once: what they are, how many, their digest and the progress.
+
+    total: their bytes, None where only the end will tell (an iterator).
+    """
+
+    def __init__(self, texts):
+        if isinstance(texts, (str, bytes)):
+            raise TypeError("texts: expected a list of strings or an iterator, got one text")
+        if not hasattr(texts, "__iter__"):
+            raise TypeError(
+                f"texts: expected a list of strings or an iterator, got {type(texts).__name__}"
+            )
+        if isinstance(texts, (list, tuple)):
+            for text in texts:  # before the model runs
+                _encoded(text)
+            self.total = sum(len(_encoded(text)) for text in texts)
+        else:
+            self.total = getattr(texts, "total_bytes", None)
+        self._texts, self.count, self.digest = iter(texts), 0, NO_TEXT
+
+    def __iter__(self):
+        """(text, its bytes) one after the other."""
+        for text in self._texts:
+            data = _encoded(text)
+            self.count += 1
+            self.digest = add_digests(self.digest, hashlib.sha256(data).hexdigest())
+            yield text, len(data)
+
+
+def _encoded(text):
+    if not isinstance(text, str):
+        raise TypeError(f"texts: expected a list of strings, got {type(text).__name__} among them")
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _run(model, gates, texts, tokenizer, window, histograms, progress):
+    """Feed the texts through the model and count; returns the number of tokens counted."""
+    import torch
+
+    base = getattr(model, "base_model", model)  # the head isn't needed
+    device = gate_weight(*gates[0]).device
+    outputs, tokens, experts = {}, 0, histograms.counts.shape[1]
+    training = [(module, module.training) for module in model.modules()]
+    handles = []
+    try:
+        model.eval()
+        for layer, (_, gate) in enumerate(gates):
+            handles.append(gate.register_forward_hook(_recorder(outputs, layer)))
+        with torch.inference_mode(), _bar(texts.total, progress) as bar:
+            for text, size in texts:
+                for ids, share in _windows(text, tokenizer, window):
+                    check_token_ids(model, [ids])
+                    outputs.clear()
+                    base(input_ids=torch.tensor([ids], device=device), use_cache=False)
+                    for layer, (name, _) in enumerate(gates):
+                        logits = _window_logits(name, outputs.get(layer), len(ids), experts)
+                        histograms.add(layer, logits)
+                    tokens += len(ids) - 1
+                    bar.update(_within(bar, share * size))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training:
+            module.training = mode
+    return tokens
+
+
+def _bar(total, progress):
+    from tqdm import tqdm
+
+    return tqdm(
+        desc="calibrating", total=total, unit="B", unit_scale=True, delay=2, disable=not progress
+    )
+
+
+def _within(bar, step):
+    """Rounding must not take the bar past its total."""
+    return step if bar.total is None else min(step, bar.total - bar.n)
+
+
+def _trimming(kind, r_high, r_low, model, experts):
+    """(r_high, r_low): none but for `trimmed`, there half the model's top-k each by default."""
+    if kind != "trimmed":
+        if r_high or r_low:
+            raise ValueError("r_high and r_low belong to kind='trimmed'")
+        return 0, 0
+    # Rounded up, so that a top-1 router's own choice is left out; a score at least stays.
+    half = min((model.config.num_experts_per_tok + 1) // 2, (experts - 1) // 2)
+    r_high, r_low = (half if r is None else r for r in (r_high, r_low))
+    if min(r_high, r_low) < 0 or r_high + r_low >= experts:
+        raise ValueError(
+            f"r_high and r_low: expected >= 0 and a sum below the {experts} experts, "
+            f"got {r_high} and {r_low}"
+        )
+    return r_high, r_low
+
+
+def _check_amount(tokens, texts):
+    """Refuse a null of too few tokens, and warn of one of few."""
+    if tokens < MIN_TOKENS:
+        raise ValueError(
+            f"texts: a null needs at least {MIN_TOKENS} tokens (better {ENOUGH_TOKENS:,}), got "
+            f"{tokens} from {texts} text(s), the first token of each window left out; give more "
+            "text"
+        )
+    if tokens < ENOUGH_TOKENS:
+        warnings.warn(
+            f"the null was fitted to {tokens:,} tokens, and its tail, which decides what is "
+            f"selected, is known to 10 % from {ENOUGH_TOKENS:,} on: give more text",
+            stacklevel=3,
+        )
+
+
+def fit_null(
+    model,
+    tokenizer,
+    texts,
+    *,
+    kind="trimmed",
+    score="logprob",
+    r_high=None,
+    r_low=None,
+    window=512,
+    progress=True,
+):
+    """Fit a null to the router scores of `model` on `texts`: strings, in any iterable.
+
+    An iterator is read as it goes, so that memory doesn't grow with the amount of text. Each
+    text is tokenised without special tokens and cut into windows of `window` tokens, which run
+    through the model one by one, without padding; the first token of each is left out.
+
+    `kind`: "efron", "all", "conformal", which count every score, or "trimmed", which leaves each
+    token's r_high highest and r_low lowest scores out (default k/2 each, rounded up, and never
+    so many that none is left). `score`: "logprob" (z - logsumexp(z)), "logit" (z)
+    or "centred" (z - mean(z)). The model is afterwards as it was. Returns a Null.
+
+    How far the tail of a null can be known is a matter of tokens: fewer than 20 are refused, as
+    not one score is then expected beyond BH's first threshold at alpha 0.05; for fewer than 2,000
+    (100 scores beyond it, so a tail known to 10 %) there is a warning. Counted are the tokens
+    that scores are taken of: the first of each window isn't.
+
+    Raises ValueError: kind, score, window, r_high or r_low out of range; fewer than 20 tokens;
+    logits that are not finite (the layer is named); a model without a router; a token id that
+    its embedding has no row for. TypeError: texts that are not strings; no model, no tokenizer.
+
+    >>> null = moeprof.fit_null(model, tokenizer, texts)        # doctest: +SKIP
+    >>> null.save("olmoe.safetensors")                          # doctest: +SKIP
+    """
+    check_model("fit_null", model)
+    check_tokenizer("fit_null", tokenizer)
+    check_choice("kind", kind, KINDS)
+    check_choice("score", score, SCORES)
+    if not isinstance(window, numbers.Integral) or window < 2:
+        raise ValueError(f"window: expected at least 2 tokens, got {window}")
+    texts = _Texts(texts)
+    gates = gates_of(model)
+    experts = gate_weight(*gates[0]).shape[0]
+    r_high, r_low = _trimming(kind, r_high, r_low, model, experts)
+    histograms = Histograms(len(gates), experts, score, r_high, r_low)
+    tokens = _run(model, gates, texts, tokenizer, window, histograms, progress)
+    _check_amount(tokens, texts.count)
+    return Null(
+        kind=kind,
+        score=score,
+        r_high=r_high,
+        r_low=r_low,
+        counts=histograms.counts,
+        largest=histograms.largest,
+        tokens=tokens,
+        model_name=model_name(model),
+        router_sample=router_sample(gates),
+        text_digest=texts.digest,
+    )

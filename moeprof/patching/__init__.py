@@ -1,0 +1,1 @@
+"""Changing how a model runs, and putting it back."""

@@ -1,0 +1,1 @@
+"""The result of profiling: metrics, tables, figures, pages, files."""

@@ -1,0 +1,224 @@
+"""The figures of a profile that are maps: experts by layers, experts by experts."""
+
+import numpy as np
+
+from ..show.figures import COLOURS, plain
+from .drawing import figure, ticks_for
+from .structure import clustered, move_structure, pair_structure, strongest
+from .wording import spans
+
+FOLD = 3  # the colours of a ratio reach from 2^-FOLD to 2^FOLD
+NEVER = "#4d4d4d"
+BARS = 12
+NAMES = 32  # experts named along a side of a square map
+LABEL = 32  # characters of a domain's above its map
+
+
+def _ratio_map(axis, table, labels, ticks=32):
+    """imshow of ratios (L, E) to an even choice: white 1, red more, blue less, grey never."""
+    from matplotlib import colormaps
+
+    colours = colormaps["RdBu_r"].with_extremes(bad=NEVER)
+    with np.errstate(divide="ignore"):
+        shown = np.ma.masked_where(table == 0, np.log2(table))
+    image = axis.imshow(
+        shown, cmap=colours, vmin=-FOLD, vmax=FOLD, aspect="auto", interpolation="none"
+    )
+    rows = ticks_for(table.shape[0])
+    axis.set_yticks(rows, [str(labels[row]) for row in rows])
+    axis.set_xticks(ticks_for(table.shape[1], ticks))
+    axis.set_xlabel("expert", size=11)
+    axis.set_ylabel("layer", size=11)
+    return image
+
+
+def _ratio_bar(fig, image, axes, label):
+    bar = fig.colorbar(
+        image, ax=axes, ticks=range(-FOLD, FOLD + 1), pad=0.02, extend="both", aspect=30
+    )
+    texts = [f"1/{2**-n}" if n < 0 else f"{2**n}" for n in range(-FOLD, FOLD + 1)]
+    bar.ax.set_yticklabels(texts)
+    bar.set_label(label, size=11)
+    bar.solids.set_rasterized(True)  # one small picture in an SVG, not 256 rectangles
+
+
+def _stack(rows, widths):
+    """A (L, E) table of rows that may differ in length; nan beyond."""
+    table = np.full((len(rows), max(widths)), np.nan)
+    for place, row in enumerate(rows):
+        table[place, : len(row)] = row
+    return table
+
+
+def _height(profile):
+    """Inches of a map with a row for each layer."""
+    return min(max(1.6, 0.16 * len(profile.layers)), 6.5)
+
+
+def load(profile):
+    """Which experts do the work?"""
+    phases = [p for p in profile.phases if any(m.tokens for m in profile.each(p))]
+    fig, axes = figure(
+        len(phases),
+        1,
+        "Load of the experts, relative to an even one",
+        width=12,
+        height=_height(profile) + 0.7,
+    )
+    axes = np.atleast_1d(axes)
+    for axis, phase in zip(axes, phases, strict=True):
+        ms = profile.each(phase)
+        rows = [np.array(m.expert_load) * m.layer.num_experts for m in ms]
+        table = _stack(rows, [layer.num_experts for layer in profile.layers])
+        image = _ratio_map(axis, table, profile.labels)
+        tokens = max(m.tokens for m in ms)
+        axis.set_title(
+            f"{phase}: {tokens:,} tokens a layer; grey: never selected", loc="left", size=11
+        )
+    _ratio_bar(fig, image, axes, "tokens of the expert / (tokens · k/E)")
+    return fig
+
+
+def domains(profile):
+    """Which experts belong to a domain?"""
+    labels = list(profile.domains)
+    columns = 2 if len(profile.layers) > 12 and len(labels) > 1 else 1
+    rows = -(-len(labels) // columns)
+    fig, axes = figure(
+        rows,
+        columns,
+        "Domain specialisation: share of a domain's tokens that select the expert, over k/E",
+        width=(12, 7)[columns - 1],
+        height=_height(profile) * 0.8 + 0.7,
+    )
+    axes = np.atleast_1d(axes).ravel()
+    frame = profile.domain_specialisation()
+    for axis, label in zip(axes, labels, strict=False):
+        of = frame[frame["domain"] == label]
+        table = of.pivot(index="layer", columns="expert", values="times")
+        image = _ratio_map(axis, table.loc[profile.labels].to_numpy(), profile.labels, 16)
+        tokens = f"{of['tokens'].max():,} tokens; grey: never selected"
+        axis.set_title(f"{plain(label, LABEL)}: {tokens}", loc="left", size=11)
+    for axis in axes[len(labels) :]:
+        axis.set_axis_off()
+    _ratio_bar(fig, image, axes, "share / (k/E)")
+    return fig
+
+
+def _chosen(profile, layer, structure, first=0):
+    """(index, how it was chosen); ValueError for a layer that has no such map."""
+    counts = profile.counts_of()
+    if layer is None:
+        index = strongest(counts, structure)
+        return index, "the layer with the strongest structure"
+    try:
+        index = profile.place_of(layer)
+    except (KeyError, TypeError):
+        index = -1
+    if index < first or isinstance(layer, bool):
+        raise ValueError(f"layer: expected {spans(profile.labels[first:])}, got {layer!r}")
+    return index, "as asked for"
+
+
+def coactivation(profile, layer=None):
+    """Which experts are selected together? Both phases; layer: its number or a name."""
+    index, how = _chosen(profile, layer, pair_structure)
+    metrics = profile.each()[index]
+    table = metrics.coactivation
+    order = clustered(table)
+    title = f"Experts selected together: layer {profile.labels[index]}, {how}"
+    fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
+    off = np.where(np.eye(len(table), dtype=bool), np.nan, table)
+    _square(fig, left, off[np.ix_(order, order)], order, "share of j's tokens that select i")
+    left.set_xlabel(f"expert j, those alike side by side{_named(order)}", size=11)
+    left.set_ylabel("expert i, in the same order", size=11)
+    left.set_title(
+        f"N_ij / N_j of {metrics.tokens:,} tokens; grey: diagonal, never selected",
+        loc="left",
+        size=11,
+    )
+    load = metrics.counts.load[0]
+    usual = np.broadcast_to((load / metrics.tokens)[:, None], table.shape)  # whatever j
+    _bars(right, _largest(off, usual, load, axis=1), off, usual, "{0}, of the tokens of {1}")
+    return fig
+
+
+def moves(profile, layer=None):
+    """Where do an expert's tokens go in the next MoE layer? layer: that next one."""
+    index, how = _chosen(profile, layer, move_structure, first=1)
+    metrics = profile.each()[index]
+    table, before = metrics.moves, profile.counts_of()[index - 1].load[0]
+    rows = clustered(table)
+    # Columns in the order in which the rows, as ordered, send to them.
+    weight = np.nan_to_num(table[rows]) ** 2
+    centre = (np.arange(len(rows))[:, None] * weight).sum(0) / np.maximum(weight.sum(0), 1e-12)
+    columns = np.argsort(centre, kind="stable")
+    last, own = profile.labels[index - 1], profile.labels[index]
+    title = f"From expert to expert: layer {last} to layer {own}, {how}"
+    fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
+    _square(
+        fig, left, table[np.ix_(rows, columns)], rows, "share of i's tokens that go to j", columns
+    )
+    left.set_xlabel(f"expert j of layer {own}{_named(columns)}", size=11)
+    left.set_ylabel(f"expert i of layer {last}, those alike side by side", size=11)
+    left.set_title(f"{metrics.tokens:,} tokens; grey: never selected", loc="left", size=11)
+    usual = np.broadcast_to(metrics.counts.load[0] / metrics.tokens, table.shape)
+    _bars(right, _largest(table, usual, before, axis=0), table, usual, "{0} to {1}")
+    return fig
+
+
+def _square(fig, axis, table, rows, label, columns=None):
+    """imshow of shares (E, E), the ticks named by the experts in the order of the map."""
+    from matplotlib import colormaps
+
+    top = np.nanquantile(table, 0.995) if np.isfinite(table).any() else 1
+    colours = colormaps["viridis"].with_extremes(bad=NEVER)
+    image = axis.imshow(
+        table,
+        cmap=colours,
+        vmin=0,
+        vmax=max(float(top), 1e-9),
+        aspect="equal",
+        interpolation="none",
+    )
+    columns = rows if columns is None else columns
+    for names, place, turn in ((columns, axis.set_xticks, 90), (rows, axis.set_yticks, 0)):
+        shown = ticks_for(len(names), NAMES)
+        place(shown, names[shown], size=9, rotation=turn)
+    bar = fig.colorbar(image, ax=axis, pad=0.02, shrink=0.85, extend="max")
+    bar.set_label(label, size=11)
+    bar.solids.set_rasterized(True)
+
+
+def _named(order):
+    """What the axis says of its numbers, where they are not all there."""
+    step = np.diff(ticks_for(len(order), NAMES)[:2])
+    return f"; every {step[0]}th is named" if step.size and step[0] > 1 else ""
+
+
+def _largest(table, usual, load, axis):
+    """The BARS pairs (i, j) with the largest share above the usual one.
+
+    Of experts with at least a quarter of the mean load, as a share of a few tokens says little;
+    axis: of the expert whose tokens the share is of.
+    """
+    often = load >= max(load.mean() / 4, 2)
+    above = np.where(often[None, :] if axis == 1 else often[:, None], table - usual, -1)
+    above = np.nan_to_num(above, nan=-1)
+    places = np.argsort(-above, axis=None, kind="stable")[:BARS]
+    pairs = [tuple(int(n) for n in np.unravel_index(place, above.shape)) for place in places]
+    return [pair for pair in pairs if above[pair] > 0]
+
+
+def _bars(axis, pairs, table, usual, name):
+    names = [name.format(i, j) for i, j in pairs]
+    at = np.arange(len(pairs))
+    axis.barh(at, [100 * table[pair] for pair in pairs], color=COLOURS[0])
+    axis.plot([100 * usual[pair] for pair in pairs], at, "|", color="black", markersize=18, mew=2)
+    axis.set_yticks(at, names)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 101)
+    axis.grid(axis="x", color="#e5e5e5")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("share of the tokens (%)", size=11)
+    axis.set_title("Most above the usual; bar across: share of all tokens", loc="left", size=11)

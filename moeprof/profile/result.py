@@ -1,0 +1,278 @@
+"""What a profiler counted, as one object: numbers, tables, figures, files."""
+
+import os
+from functools import cached_property, reduce
+from operator import add
+from pathlib import Path
+
+import numpy as np
+
+from ..checks import check_type
+from ..files import as_csv, as_json, check_folder, printable, write_whole
+from ..models.names import layer_keys, layer_labels
+from ..models.phases import PHASES
+from .frame import ALL
+from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
+
+
+class Profile:
+    """Counts of a model's MoE layers by phase, and what they were counted on.
+
+    layers : list of finding.Layer
+    counts : {phase: [Counts of each layer]} for each of PHASES
+    facts : dict of model, model_class, config, machine, router, not_counted, passed_over, steps,
+        steps_left_out, warmup_steps, sampling_rate, memory_peak_mb, notes, and of
+        `moeprof profile` decode_by_batch; kept as JSON would
+    joint : Counts of each layer, or None: of steps of several phases, what they did as a whole
+        less what counts in their phases; all phases together are the sum of the phases and this
+    domains : {label: (L, E + 1) int64}: selections of real tokens, and in the last column
+        their number, of all phases; or None
+    vocabulary : {"tokens": ids, "layers": indices, "counts": (layers, tokens, E), "seen":
+        (tokens,), "text": [str] or None}, or None
+    roofline : roofline.Roofline or None
+    events : [(layer index, phase, start ns, duration ns, tokens, distinct experts)] or None
+    """
+
+    def __init__(
+        self,
+        layers,
+        counts,
+        facts,
+        *,
+        joint=None,
+        domains=None,
+        vocabulary=None,
+        roofline=None,
+        events=None,
+    ):
+        self.layers, self.counts = list(layers), {name: list(counts[name]) for name in PHASES}
+        self.facts, self.joint = as_json(facts), joint
+        self.domains = {str(name): table for name, table in (domains or {}).items()} or None
+        self.vocabulary = vocabulary or None
+        self.roofline, self.events = roofline, None if events is None else list(map(tuple, events))
+
+    # ---- numbers ----
+
+    @cached_property
+    def labels(self) -> list[int | str]:
+        """What each layer is called: its own number in the model, see names.layer_labels."""
+        return layer_labels([layer.block for layer in self.layers])
+
+    def place_of(self, layer) -> int:
+        """Where in `layers` one stands that is called by its number or label, the name of its
+        block or of its gate. KeyError for another."""
+        blocks, gates = zip(*((layer.block, layer.name) for layer in self.layers), strict=True)
+        return layer_keys(blocks, gates)[layer]
+
+    @cached_property
+    def phases(self) -> list[str]:
+        """Those in which a step was counted."""
+        return [name for name in PHASES if any(c.steps for c in self.counts[name])]
+
+    @property
+    def decode_by_batch(self) -> list[dict]:
+        """Of `moeprof profile`: what the decode steps of each batch size did, see run._decode_row;
+        nan for what was not measured."""
+        rows = self.facts.get("decode_by_batch") or []
+        return [{n: float("nan") if v is None else v for n, v in row.items()} for row in rows]
+
+    @cached_property
+    def _totals(self):
+        joint = [] if self.joint is None else [self.joint]
+        by_layer = zip(*(self.counts[name] for name in PHASES), *joint, strict=True)
+        whole = [reduce(add, of_phases) for of_phases in by_layer]
+        return {**self.counts, ALL: whole}
+
+    def counts_of(self, phase=None) -> list:
+        """Counts of each layer in one of PHASES, or (None or "all") in all together.
+
+        Raises ValueError for another phase.
+        """
+        phase = phase or ALL
+        if phase not in self._totals:
+            known = ", ".join(map(repr, self._totals))
+            raise ValueError(f"phase: expected one of {known}, got {phase!r}")
+        return self._totals[phase]
+
+    def metrics(self, phase=None) -> dict[str, LayerMetrics]:
+        """{router's name: its LayerMetrics}, of a phase as in `counts_of`."""
+        return {layer.name: m for layer, m in zip(self.layers, self.each(phase), strict=True)}
+
+    def each(self, phase=None) -> list[LayerMetrics]:
+        """The metrics of each layer, in model order."""
+        counts = self.counts_of(phase)
+        return [
+            LayerMetrics(layer, own, roofline=self.roofline, before=before)
+            for layer, own, before in zip(self.layers, counts, [None, *counts], strict=False)
+        ]
+
+    def load_balance_loss(self, phase=None) -> float:
+        """E Σ f_e P_e, the tokens of all layers pooled, as transformers'
+        load_balancing_loss_func."""
+        return load_balance_loss(self.counts_of(phase))
+
+    def load_balance_loss_by_layer(self, phase=None) -> float:
+        """The mean of the layers' own load-balance losses, which pooling can hide."""
+        return load_balance_loss_by_layer(self.counts_of(phase))
+
+    def z_loss(self, phase=None) -> float:
+        """Mean of logsumexp(z)² over the tokens of all layers."""
+        return z_loss(self.counts_of(phase))
+
+    def domain_specialisation(self):
+        """A pandas table: which experts the tokens of a domain select; see specialisation.py.
+
+        ValueError where the texts had no domain labels.
+        """
+        from .specialisation import by_domain
+
+        return by_domain(self)
+
+    def vocabulary_specialisation(self, minimum=8, top=10):
+        """A pandas table: the input tokens an expert is selected by; see specialisation.py.
+
+        minimum : occurrences below which a token is left out; top : tokens of each expert.
+        ValueError where input tokens were not recorded.
+        """
+        from .specialisation import by_token
+
+        return by_token(self, minimum, top)
+
+    def to_frame(self):
+        """A tidy pandas table: layer, name, block, expert, phase, metric, value.
+
+        layer: the model's own number of the layer, see `labels`; name: its gate's, as in
+        `metrics`; <NA>: of the whole profile. expert is <NA> where a
+        number is not of one expert. A layer that could not be counted has one row, of the metric
+        "not_counted". phase: one of `phases`, "all", or where `moeprof profile` decoded with
+        several batch sizes "decode_batch_4" and so on, with layer <NA>.
+        """
+        from .frame import to_frame
+
+        return to_frame(self)
+
+    # ---- to look at ----
+
+    def summary(self) -> str:
+        """Findings and a table with a row for each layer, at most 100 columns wide."""
+        from .text import as_text
+
+        return as_text(self)
+
+    def print_summary(self) -> None:
+        from ..show.console import make_console
+
+        make_console().print(self.summary())
+
+    @property
+    def figures(self) -> list[str]:
+        """The names that `plot` takes: of what was measured."""
+        from .plots import available
+
+        return available(self)
+
+    def plot(self, name="load", **options):
+        """A matplotlib Figure, one of `figures`. "coactivation" and "moves" take a layer=, its
+        number, its block's name or its gate's.
+
+        Raises ValueError for a name that is not in `figures`, or a layer that is none.
+        """
+        from .plots import plot
+
+        return plot(self, name, **options)
+
+    def to_html(self, sections=()) -> str:
+        """A page with everything in it: no script, nothing loaded from elsewhere.
+
+        sections : page.Section each, to be shown behind what the profile itself has
+        """
+        from .page import page
+
+        return page(self, sections)
+
+    def _repr_html_(self) -> str:
+        from .page import fragment
+
+        return fragment(self)
+
+    def __repr__(self):
+        tokens = max((m.tokens for m in self.each()), default=0)
+        model = printable(str(self.facts.get("model")))
+        count = len(self.layers)
+        return f"<moeprof Profile of {model}: {count} MoE layers, {tokens:,} tokens>"
+
+    def compare(self, other):
+        """A Comparison of this profile, the first, with another of a model of the same shape.
+
+        Raises ValueError where the layers or their numbers of experts differ.
+        """
+        from .compare import Comparison
+
+        check_type("compare: other", other, Profile, "a Profile (Profile.load reads a folder)")
+        return Comparison(self, other)
+
+    # ---- files ----
+
+    def save(self, folder) -> list[Path]:
+        """Write profile.json, counts.npz and metrics.csv; their paths.
+
+        Beside them glossary.csv, which says what each number is and its unit, and, where input
+        tokens were recorded, vocabulary.csv: `vocabulary_specialisation` of every layer.
+        Over an older profile: whatever happens on the way, `load` gives the older one or this
+        one, whole. OSError where the folder can't be written.
+        """
+        from .storage import pack, write
+
+        folder = Path(folder)
+        check_folder(folder)
+        files = pack(self)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder, files)
+        return [folder / name for name in files]
+
+    @classmethod
+    def load(cls, folder) -> "Profile":
+        """The Profile that `save` wrote.
+
+        Raises FileNotFoundError where a file is missing, ValueError naming the folder where it
+        holds no profile, one of another format version, or files that don't belong together.
+        """
+        from .storage import unpack
+
+        check_type("Profile.load: folder", folder, (str, os.PathLike), "the path of a folder")
+        return unpack(cls, Path(folder))
+
+    def save_csv(self, path) -> None:
+        """`to_frame` as CSV, control characters in names replaced by "\ufffd" as in the summary;
+        OSError where it can't be written."""
+        write_whole(path, as_csv(self.to_frame()))
+
+    def save_trace(self, path) -> None:
+        """The layers' steps for chrome://tracing or ui.perfetto.dev.
+
+        ValueError unless the profiler recorded events.
+        """
+        from .trace import trace
+
+        write_whole(path, trace(self).encode())
+
+    def __eq__(self, other):
+        if not isinstance(other, Profile):
+            return NotImplemented
+        return (
+            (self.layers, self.counts, self.joint, self.facts, self.roofline, self.events)
+            == (other.layers, other.counts, other.joint, other.facts, other.roofline, other.events)
+            and _same(self.domains, other.domains)
+            and _same(self.vocabulary, other.vocabulary)
+        )
+
+    __hash__ = None
+
+
+def _same(first, second):
+    """Equality of dicts whose values are arrays or lists, or of None."""
+    if first is None or second is None:
+        return first is second
+    return first.keys() == second.keys() and all(
+        np.array_equal(first[key], second[key]) for key in first
+    )

@@ -1,0 +1,199 @@
+"""A model through texts and decode steps, profiled: what `moeprof profile` does."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..checks import check_token_ids
+from ..files import as_json
+from ..measure.passes import evaluating
+from ..models.decoding import cache_of, decode
+from ..models.find import find_moe_blocks
+from ..models.names import gate_name, layer_labels
+from ..patching.patch import patch
+from ..show.console import make_console, progress
+from ..texts.windows import HeldOut, heldout_windows
+from .agreement import router_agreement
+from .metrics import LayerMetrics
+from .profiler import MoEProfiler
+from .result import Profile
+
+PROMPT = 64  # tokens before the decode steps
+AGREEMENT = ("layer", "name", "block", "tokens", "agreement", "at_most", "same_experts")
+
+
+class Plan(NamedTuple):
+    """What a profile runs.
+
+    text : HeldOut, its windows run as prefills without a cache
+    prompts : how many windows are begun and continued, greedily
+    asked : how many that should have been; fewer are long enough
+    new_tokens : of each of them
+    batches : so many prompts at a time; each batch size has its own pass over the prompts
+    """
+
+    text: HeldOut
+    prompts: int
+    new_tokens: int
+    batches: tuple[int, ...]
+    asked: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Calls of the model, counted in windows and in decode steps."""
+        groups = sum(-(-self.prompts // batch) for batch in self.batches)
+        return len(self.text.windows) + groups * self.new_tokens
+
+
+def plan(tokenizer, documents, *, tokens, prompts, new_tokens, batches, seed=0) -> Plan:
+    """A Plan for documents with .domain, .name and .text: about `tokens` tokens of them."""
+    text = heldout_windows(tokenizer, documents, tokens, seed)
+    long = _long(text)
+    number = min(prompts, len(long))
+    # Batches that all prompts are less than would be the same one several times.
+    sizes = dict.fromkeys(min(batch, number) for batch in batches if number)
+    return Plan(text, number, new_tokens, tuple(sizes), prompts)
+
+
+def _long(text: HeldOut) -> list:
+    """The windows that can be continued."""
+    return [window for window in text.windows if window.ids.shape[1] >= PROMPT]
+
+
+def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) -> Profile:
+    """The Profile of a model that runs a Plan; the model is afterwards as it was.
+
+    patch : dict of arguments of `moeprof.patch`, or None for the model as it is
+    options : of MoEProfiler
+    """
+    check_token_ids(model, (window.ids for window in plan.text.windows))
+    console = make_console()
+    profiler = MoEProfiler(model, **options)
+    with evaluating(model), torch.inference_mode(), _patched(model, patch):
+        _prefill(model, plan.text.windows[0].ids)  # what is slow the first time isn't counted
+        with profiler, progress(console, plan.steps, "profile", still=True) as bar:
+            for window in plan.text.windows:
+                with profiler.domain(plan.text.documents[window.document]["domain"]):
+                    _prefill(model, window.ids)
+                bar.step()
+            results = [profiler.result()]
+            for batch in plan.batches:
+                _continue(model, plan, batch, profiler, bar)
+                results.append(profiler.result())
+    result = profiler.result(roofline=roofline)
+    result.facts["decode_by_batch"] = as_json(
+        [
+            _decode_row(batch, *pair)
+            for batch, *pair in zip(plan.batches, results, results[1:], strict=False)
+        ]
+    )
+    if not plan.prompts and plan.asked:
+        result.facts["notes"].append(
+            f"No decode steps were run: the text has no passage of {PROMPT} tokens to continue."
+        )
+    elif plan.prompts < plan.asked:
+        result.facts["notes"].append(
+            f"{plan.prompts} of {plan.asked} prompts were continued: no other passage has "
+            f"{PROMPT} tokens."
+        )
+    return result
+
+
+def _decode_row(batch: int, before: Profile, after: Profile) -> dict:
+    """What the decode steps of one batch size did: those that `after` has and `before` lacks.
+
+    k: experts per token; unique_experts: distinct experts of a layer and step; latency_ms: the
+    median of a step, summed over the layers; bytes: of the weights that a step reads.
+    """
+    pairs = zip(after.counts["decode"], before.counts["decode"], strict=True)
+    layers = [
+        LayerMetrics(layer, new - old)
+        for layer, (new, old) in zip(after.layers, pairs, strict=True)
+    ]
+    return {
+        "batch": batch,
+        "steps": max(m.steps for m in layers),
+        "k": float(np.mean([m.k_mean for m in layers])),
+        "unique_experts": float(np.mean([m.unique_experts_mean for m in layers])),
+        "latency_ms": float(sum(m.latency_ms_p50 for m in layers)),
+        "bytes": float(sum(m.bytes_per_step for m in layers)),
+    }
+
+
+def _patched(model, options):
+    """A context in which the model is patched, or as it is."""
+    return nullcontext() if options is None else patch(model, **options)
+
+
+def _prefill(model, ids) -> None:
+    model(input_ids=ids, use_cache=False)
+
+
+def _continue(model, plan, batch, profiler, bar) -> None:
+    """Greedy decode steps from the first tokens of windows, `batch` at a time.
+
+    Once for each batch size a step runs uncounted before: the first one is slower.
+    """
+    windows = _long(plan.text)[: plan.prompts]
+    domains = [plan.text.documents[window.document]["domain"] for window in windows]
+    for start in range(0, len(windows), batch):
+        ids = torch.cat([window.ids[:, :PROMPT] for window in windows[start : start + batch]])
+        profiler.pause()  # the prompts are prefills that were counted with their windows
+        if not start:
+            first_step = model(input_ids=ids, use_cache=True)
+            decode(model, ids[:, -1:], cache_of(first_step))
+        output = model(input_ids=ids, use_cache=True)
+        profiler.resume()
+        first, *others = set(domains[start : start + batch])
+        with nullcontext() if others else profiler.domain(first):  # a mixed batch is of none
+            for _ in range(plan.new_tokens):
+                token = output.logits[:, -1:].argmax(-1)
+                output = decode(model, token, cache_of(output))
+                bar.step()
+
+
+def agreement_by_layer(model, plan: Plan, patch: dict):
+    """A pandas table: how far a router agrees with the model's own top-k on the same text.
+
+    Columns: layer (its own number), name (its gate's), block, tokens, agreement (mean of
+    |E ∩ E'| / k, k the model's own), at_most (what it would be if the router only took experts
+    that the model's own takes too, mean of min(|E'|, k) / k), same_experts (share of the tokens).
+    Both run in the model, so that deeper layers also differ by what the layers before them did.
+    """
+    import pandas
+
+    with progress(make_console(), 2 * len(plan.text.windows), "agreement") as bar:
+        own, others = (_selections(model, plan, options, bar.step) for options in ({}, patch))
+    blocks, rows = find_moe_blocks(model), []
+    labels = layer_labels([name for name, _ in blocks])
+    for label, (name, _), first, second in zip(labels, blocks, own, others, strict=True):
+        pairs = list(zip(first, second, strict=True))
+        share = np.concatenate([router_agreement(*pair) for pair in pairs])
+        k, other = (np.concatenate([(e >= 0).sum(1) for e in side]) for side in (first, second))
+        at_most = float((np.minimum(k, other) / k).mean())
+        same = (share == 1) & (k == other)
+        rows.append(
+            (
+                label,
+                gate_name(name),
+                name,
+                len(share),
+                float(share.mean()),
+                at_most,
+                float(same.mean()),
+            )
+        )
+    return pandas.DataFrame(rows, columns=AGREEMENT)
+
+
+def _selections(model, plan, patch, step):
+    """For each layer the experts (T, k) of each window."""
+    with evaluating(model), torch.inference_mode(), _patched(model, patch) as handle:
+        found = [[] for _ in handle.layers]
+        handle.on_routing(lambda layer, routing: found[layer].append(routing.experts.numpy()))
+        for window in plan.text.windows:
+            _prefill(model, window.ids)
+            step()
+    return found

@@ -1,0 +1,64 @@
+"""A profile, and a comparison, as plain text of at most 100 columns."""
+
+import io
+import re
+import textwrap
+
+from ..files import printable
+from ..show.console import WIDTH, text_console
+from .findings import findings, heading
+from .tables import tables
+
+
+def as_text(profile, width=WIDTH) -> str:
+    """What was profiled, the findings, the tables."""
+    lines = [_wrapped(f"{what}: {text}", width) for what, text in heading(profile)]
+    lines += ["", *(_wrapped(f"- {line}", width) for line in findings(profile))]
+    for table in tables(profile):
+        lines += ["", *_of_table(table, width)]
+    return printable("\n".join(lines) + "\n")
+
+
+def comparison_as_text(comparison, width=WIDTH) -> str:
+    """The findings and the table of a Comparison."""
+    lines = [_wrapped(f"- {line}", width) for line in comparison.findings()]
+    table = comparison.table()
+    if table.rows:
+        lines += ["", *_of_table(table, width)]
+    return printable("\n".join(lines) + "\n")
+
+
+def _of_table(table, width):
+    return table.title, _wrapped(table.note, width), in_lines(table, width)
+
+
+def _wrapped(line, width):
+    return "\n".join(textwrap.wrap(line, width, subsequent_indent="  "))
+
+
+def in_lines(table, width=WIDTH) -> str:
+    """A Table by rich, the groups' names above it, without trailing blanks."""
+    from rich import box
+    from rich.table import Table
+
+    # The box itself has a blank between columns: enough for many narrow ones.
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, len(table.columns) < 12, 0, 0))
+    for _, name in table.columns:
+        made.add_column(name, justify="left" if name in table.words else "right", overflow="fold")
+    for row in table.rows:
+        made.add_row(*row)
+    out = io.StringIO()
+    text_console(out, width).print(made)
+    lines = [line.rstrip() for line in out.getvalue().split("\n") if line.strip()]
+    return "\n".join([*_groups(table.columns, lines[0]), *lines])
+
+
+def _groups(columns, head):
+    """A line with each group's name, and a rule, above its columns' heads."""
+    ends = [match.end() for match in re.finditer(r"\S+", head)]  # heads are aligned right
+    line = ""
+    for group in dict.fromkeys(group for group, _ in columns if group):
+        places = [i for i, (of, _) in enumerate(columns) if of == group]
+        start = ends[places[0] - 1] + 2
+        line = line.ljust(start) + f"── {group} ".ljust(ends[places[-1]] - start, "─")
+    return [line] if line else []

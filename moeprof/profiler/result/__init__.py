@@ -1,1 +1,0 @@
-"""What was counted, as numbers, tables, figures and files."""

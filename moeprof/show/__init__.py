@@ -1,0 +1,1 @@
+"""What people see: consoles, colours, tables."""

@@ -1,0 +1,1 @@
+"""Questions about a model that take many runs: sweep, comparison, diagnosis, budget."""

@@ -1,0 +1,247 @@
+"""What each layer's experts are worth: the loss with fewer of them in one layer at a time."""
+
+from contextlib import nullcontext
+from numbers import Integral
+
+import numpy as np
+import torch
+
+from ..checks import check_model, check_token_ids, check_tokenizer
+from ..measure import bootstrap
+from ..measure.passes import batches, evaluating
+from ..models.find import adapter_of, find_moe_blocks
+from ..models.names import gate_name, layer_keys, layer_labels, layer_numbers, spans
+from ..patching.patch import patch
+from ..routers import TopK
+from ..show.console import make_console
+from ..show.console import progress as progress_bar
+from ..show.figures import line_styles
+from ..texts.documents import read_texts
+from ..texts.windows import HeldOut, heldout_windows
+
+COLUMNS = ("layer", "name", "block", "k", "loss", "loss_change", "low", "high")
+
+
+def layer_ablation(
+    model, tokenizer, texts, *, layers=None, ks=None, tokens=8192, seed=0, draws=2000, progress=None
+):
+    """The change of the loss when one MoE layer uses fewer experts, layer by layer.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        One that `moeprof.patch` can patch. It runs in eval mode and is afterwards as it was.
+    tokenizer : callable
+        As transformers has them.
+    texts : list of str, or of objects with .text and .domain
+        Each is a document.
+    layers : list, optional
+        Those to try: by number, block's name or gate's name. All unless given.
+    ks : list of int, optional
+        Experts per token to try in each layer, from 1 to E. Unless given, k - 1, k - 2, k - 4, …
+        and 1, where k is the layer's own.
+    tokens : int
+        About how many of the texts' tokens are used, spread over them, in windows of 512. The
+        model reads them once, and once for each layer and k.
+    seed : int
+        Of the choice of windows and of the bootstrap.
+    draws : int
+        Of the bootstrap.
+    progress : bool, optional
+        True and None show a bar where a terminal is; False shows none.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per layer and k: layer (the model's own number), name (its gate's,
+        "model.layers.0.mlp.gate", as the profiler's), block ("model.layers.0.mlp"), k, loss
+        in nats per predicted token, loss_change (positive: worse than the model's own k), low and
+        high of its 95 % interval (bootstrap over documents, paired; nan for a single document).
+        ``frame.attrs``: loss (with every layer at its own k), own_k (one per layer), tokens,
+        documents, seed.
+
+    Raises
+    ------
+    ValueError
+        "No routers found …", or a layer that can't be patched; layers that are none; ks out of
+        range; nothing to try
+        (a top-1 model without ks); no text of two tokens.
+    TypeError
+        Texts that are none.
+
+    Example
+    -------
+    >>> frame = layer_ablation(model, tokenizer, texts)         # doctest: +SKIP
+    >>> ablation_figure(frame).savefig("ablation.png")          # doctest: +SKIP
+    """
+    check_model("layer_ablation", model)
+    check_tokenizer("layer_ablation", tokenizer)
+    with patch(model) as handle:  # raises where it can't
+        names, blocks = [layer.name for layer in handle.layers], find_moe_blocks(model)
+    own = [adapter_of(block).settings(block)[0] for _, block in blocks]
+    chosen = _places(layers, names)
+    plan = [
+        (layer, k)
+        for layer, (_, block) in enumerate(blocks)
+        if layer in chosen
+        for k in _ks(ks, own[layer], adapter_of(block).num_experts(block))
+    ]
+    if not plan:
+        raise ValueError("ks: the model takes one expert per token, so there is none to take away")
+    text = heldout_windows(tokenizer, read_texts(texts, "texts"), tokens, seed)
+    check_token_ids(model, (window.ids for window in text.windows))
+    total = (1 + sum(k != own[layer] for layer, k in plan)) * len(text.windows)
+    bar = nullcontext()
+    if progress is not False:
+        bar = progress_bar(make_console(), total, "layer ablation")
+    with evaluating(model), torch.inference_mode(), bar as shown:
+        step = shown.step if shown else lambda: None
+        whole = _nats(model, text, {}, step)
+        changed = np.stack(
+            [
+                whole if k == own[layer] else _nats(model, text, {names[layer]: TopK(k)}, step)
+                for layer, k in plan
+            ]
+        )
+    frame = _frame(plan, names, changed, whole, _predicted(text), seed, draws)
+    frame.attrs |= {
+        "loss": float(whole.sum() / _predicted(text).sum()),
+        "own_k": own,
+        "tokens": text.tokens,
+        "documents": len(text.documents),
+        "seed": seed,
+    }
+    return frame
+
+
+def _places(layers, names) -> set[int]:
+    """Where in `names`, of the blocks, the layers stand that a user names; None: all."""
+    if layers is None:
+        return set(range(len(names)))
+    keys = layer_keys(names, [gate_name(name) for name in names])
+    if unknown := [layer for layer in layers if layer not in keys]:
+        raise ValueError(
+            f"layers: expected {spans(layer_labels(names))} or the names of blocks or gates, got "
+            f"{unknown}"
+        )
+    return {keys[layer] for layer in layers}
+
+
+def _ks(ks, own, num_experts) -> list[int]:
+    """The numbers of experts to try in a layer of its own `own`, the most first."""
+    if ks is None:
+        fewer = {own - 2**n for n in range(own.bit_length())} | {1}
+        return sorted((k for k in fewer if 1 <= k < own), reverse=True)
+    ks = list(ks)
+    for k in ks:
+        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= num_experts:
+            raise ValueError(f"ks: expected integers from 1 to {num_experts}, got {k!r}")
+    if not ks:
+        raise ValueError("ks: expected at least one number of experts, got none")
+    return sorted({int(k) for k in ks}, reverse=True)
+
+
+def _nats(model, text: HeldOut, router, step) -> np.ndarray:
+    """(D,) the sum of -ln P(token) over each document, patched with `router`."""
+    nats = np.zeros(len(text.documents))
+    with patch(model, router):
+        for windows in batches(text):
+            ids = torch.cat([window.ids for window in windows])
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), ids[:, 1:], reduction="none"
+            ).sum(1, dtype=torch.float64)
+            np.add.at(nats, [window.document for window in windows], loss.numpy())
+            for _ in windows:
+                step()
+    return nats
+
+
+def _predicted(text: HeldOut) -> np.ndarray:
+    """(D,) tokens of each document that are predicted: not the first of a window."""
+    counts = np.zeros(len(text.documents))
+    for window in text.windows:
+        counts[window.document] += window.ids.shape[1] - 1
+    return counts
+
+
+def _frame(plan, names, changed, whole, predicted, seed, draws):
+    import pandas
+
+    def change(weights):
+        return weights @ (changed - whole).T / (weights @ predicted)[:, None]
+
+    found = bootstrap(change, len(whole), draws=draws, seed=seed)
+    known = len(whole) > 1
+    low, high = (ends if known else np.full(len(plan), np.nan) for ends in (found.low, found.high))
+    layers, ks = zip(*plan, strict=True)
+    labels, blocks = layer_numbers(names), [names[layer] for layer in layers]
+    columns = (
+        [labels[layer] for layer in layers],
+        [gate_name(b) for b in blocks],
+        blocks,
+        ks,
+        changed.sum(1) / predicted.sum(),
+        found.estimate,
+        low,
+        high,
+    )
+    return pandas.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+
+
+def ablation_figure(frame):
+    """A matplotlib Figure of what `layer_ablation` returned: loss change by layer, a line per k.
+
+    Bars are the 95 % intervals. The user's matplotlib backend and state are not touched.
+    """
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(10, 5.5), dpi=100, layout="constrained")
+    axis = fig.subplots()
+    # Logarithmic but near 0: one expert less changes hundreds of times less than all but one.
+    axis.set_yscale("symlog", linthresh=max(frame["loss_change"].abs().max() / 100, 1e-6))
+    ks = sorted(frame["k"].unique(), reverse=True)
+    styles = line_styles(len(ks))
+    for number, (k, off) in enumerate(zip(ks, np.linspace(-0.2, 0.2, len(ks)), strict=True)):
+        rows = frame[frame["k"] == k].sort_values("layer")
+        change = rows["loss_change"].to_numpy()
+        ends = np.abs(np.stack([change - rows["low"], rows["high"] - change]))
+        axis.errorbar(
+            rows["layer"] + off,
+            change,
+            yerr=np.nan_to_num(ends),
+            capsize=2,
+            linewidth=1.4,
+            label=f"top-{k}",
+            **styles[number],
+        )
+    axis.axhline(0, color="black", linewidth=1, linestyle="--")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(color="#e5e5e5")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("MoE layer that uses fewer experts", size=12)
+    axis.set_ylabel("change of the loss (nats per token)", size=12)
+    axis.set_title(
+        "What a layer's experts are worth: the loss with fewer of them",
+        loc="left",
+        size=13,
+        weight="bold",
+        pad=24,
+    )
+    axis.annotate(
+        _about(frame), (0, 1), (0, 7), "axes fraction", "offset points", size=10, color="#444444"
+    )
+    fig.legend(frameon=False, fontsize=11, ncols=min(len(ks), 6), loc="outside lower center")
+    return fig
+
+
+def _about(frame) -> str:
+    facts = frame.attrs
+    if not facts:
+        return "bars: 95 % intervals over documents"
+    own = ", ".join(str(k) for k in dict.fromkeys(facts["own_k"]))
+    return (
+        f"0: all layers at top-{own}, {facts['loss']:.3f} nats; {facts['tokens']:,} tokens of "
+        f"{facts['documents']} documents; bars: 95 % intervals over documents"
+    )

@@ -1,0 +1,315 @@
+"""Router.with_budget, and what it reports."""
+
+import html
+import math
+import textwrap
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ...checks import check_model, check_token_ids, check_tokenizer
+from ...measure import bootstrap
+from ...measure.passes import collect, evaluating
+from ...measure.routing import model_norm
+from ...models.find import adapter_of, find_moe_blocks
+from ...routers import Router, TopK
+from ...show.console import WIDTH
+from ...texts.documents import Document, read_texts
+from ...texts.windows import HELDOUT_TOKENS, HeldOut, heldout_windows
+from .layers import sensitivity, shortened, split
+from .setting import (
+    MAX_PASSES,
+    Trial,
+    check,
+    check_reach,
+    check_target,
+    check_whole,
+    find,
+    main_of,
+    reach,
+    resolve,
+)
+
+FIFTH = 5  # one document of so many is set aside to check the setting on
+SENSITIVITY_TOKENS = 8192  # of the text: they are run L * max_k times
+SEED = 0  # of which documents those are
+
+
+class Measured(NamedTuple):
+    """Experts per token that the patched model takes on a text.
+
+    average_k : over all tokens and layers
+    error : its standard error by a bootstrap over documents; NaN for a single document
+    by_layer : (L,)
+    tokens, documents : of the text
+    """
+
+    average_k: float
+    error: float
+    by_layer: np.ndarray
+    tokens: int
+    documents: int
+
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.error) else f" ± {self.error:.2g}"
+        of = f"{self.documents} document{'s' * (self.documents != 1)}"
+        return f"{self.average_k:.4g}{error} ({self.tokens:,} tokens of {of})"
+
+
+@dataclass(eq=False, repr=False)
+class BudgetReport:
+    """How a router's main parameter was set; `router.budget` of what `with_budget` returns.
+
+    router : repr of the router
+    name : of its main parameter;  parameter : what it is now, one for all layers or a tuple
+    average_k : what was asked for;  targets : (L,) where it was split over the layers, or None
+    reach : (L, 2) smallest and largest averages on the calibration text's stock logits
+    passes : a budget.Trial for each pass of the calibration text
+    calibration, heldout : Measured, in the patched model
+    sensitivity : (L, len(ks)) KL in nats per token with one layer at top-k, or None;  ks
+    norm : of the weights;  seconds : all of it
+    note : "" or what it falls short by
+    """
+
+    router: str
+    name: str
+    parameter: float | int | tuple
+    average_k: float
+    targets: np.ndarray | None
+    reach: np.ndarray
+    passes: list[Trial]
+    calibration: Measured
+    heldout: Measured
+    sensitivity: np.ndarray | None
+    ks: tuple[int, ...]
+    norm: str
+    seconds: float
+    note: str
+
+    def __repr__(self) -> str:
+        tables = [_plain(*table) for table in self._tables()]
+        return "\n".join([*(textwrap.fill(line, WIDTH) for line in self._lines()), *tables])
+
+    def _repr_html_(self) -> str:
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())
+        return lines + "".join(_html(*table) for table in self._tables())
+
+    def print(self, console=None) -> None:
+        """The report as tables on a rich console; stdout unless given."""
+        from rich.table import Table
+
+        from ...show.console import make_console
+
+        console = make_console() if console is None else console
+        for line in self._lines():
+            console.print(line)
+        for title, header, rows in self._tables():
+            table = Table(title=title, title_justify="left")
+            for column in header:
+                table.add_column(column, justify="right")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+
+    def _lines(self) -> list[str]:
+        low, high = self.reach.mean(axis=0)
+        return [
+            f"{self.router}: {self.average_k:g} experts per token asked for, within a reach of "
+            f"{low:.4g} to {high:.4g}",
+            f"calibration text: {self.calibration}",
+            f"held-out text: {self.heldout}",
+            f"weights: norm={self.norm!r}; {self.seconds:.1f} s",
+            *([self.note] if self.note else []),
+        ]
+
+    def _tables(self):
+        """(title, header, rows of strings) of the passes and of the layers."""
+        count = len(self.reach)
+        passes = []
+        for number, trial in enumerate(self.passes, 1):
+            predicted, found = trial.predicted.mean(), trial.found.mean()
+            # One parameter a layer is in the table of the layers.
+            value = "by layer" if isinstance(trial.parameter, tuple) else f"{trial.parameter:.6g}"
+            off = f"{found / self.average_k - 1:+.2%}"
+            passes.append([str(number), value, f"{predicted:.4g}", f"{found:.4g}", off])
+        yield (
+            "Passes of the calibration text",
+            ["pass", self.name, "predicted", "found", "off"],
+            passes,
+        )
+        parameters = self.parameter
+        if not isinstance(parameters, tuple):
+            parameters = (parameters,) * count
+        targets = ["" if self.targets is None else f"{t:.4g}" for t in self._targets()]
+        layers = [
+            [
+                str(i),
+                f"{low:.4g} to {high:.4g}",
+                targets[i],
+                f"{parameters[i]:.6g}",
+                f"{self.calibration.by_layer[i]:.4g}",
+                f"{self.heldout.by_layer[i]:.4g}",
+            ]
+            for i, (low, high) in enumerate(self.reach)
+        ]
+        header = ["layer", "reach", "target", self.name, "calibration", "held-out"]
+        yield "Experts per token by layer", header, layers
+
+    def _targets(self):
+        return [0.0] * len(self.reach) if self.targets is None else self.targets
+
+
+def _plain(title, header, rows) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in (header, *rows)]
+    return "\n".join([title, *lines])
+
+
+def _html(title, header, rows) -> str:
+    def cells(tag, row):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    body = "".join(cells("td", row) for row in rows)
+    caption = f"<caption>{html.escape(title)}</caption>"
+    return f"<table>{caption}{cells('th', header)}{body}</table>"
+
+
+def with_budget(
+    router: Router,
+    model,
+    tokenizer,
+    texts,
+    average_k=6.0,
+    per_layer=False,
+    *,
+    null=None,
+    heldout=None,
+    norm="model",
+    tokens=HELDOUT_TOKENS,
+    progress=True,
+) -> Router:
+    """What `Router.with_budget` does; its docstring is there."""
+    begun = time.perf_counter()
+    main_of(router)
+    check_model("with_budget", model)
+    check_tokenizer("with_budget", tokenizer)
+    average_k = check_target(average_k)
+    if np.ndim(average_k):
+        raise TypeError("average_k: expected a number; the split over layers is per_layer=True")
+    if null is not None and not router.wants_null:
+        raise ValueError("null: given, but the router does not work on p-values")
+    texts, heldout = _texts(texts, heldout)
+    null = resolve(router, null, stacklevel=5)
+    check(router, model, null, norm)
+    if isinstance(router, TopK):
+        check_whole(average_k, len(find_moe_blocks(model)), per_layer=per_layer)
+    text = _windows(tokenizer, texts, tokens, "texts")
+    held = _windows(tokenizer, heldout, tokens, "heldout")
+    check_token_ids(model, (window.ids for part in (text, held) for window in part.windows))
+    ks = _candidates(router, model, average_k) if per_layer else ()
+    with _bar(_steps(text, held, ks, model), progress) as bar, evaluating(model):
+        bar.set_description("stock model", refresh=False)
+        passed = collect(model, text, step=bar.update)
+        reached = reach(router, passed, null)
+        check_reach(router, average_k, reached, passed.logits.shape[2])
+        target, cost = average_k, None
+        if per_layer:
+            bar.set_description("sensitivity", refresh=False)
+            few = shortened(text, SENSITIVITY_TOKENS)
+            cost = sensitivity(model, few, ks, norm=norm, step=bar.update)
+            target = split(cost, ks, reached, average_k, whole=isinstance(router, TopK))
+        bar.set_description(f"setting {router.name}", refresh=False)
+        setting, short = find(
+            router, model, text, target, null, passed=passed, norm=norm, step=bar.update
+        )
+        bar.set_description("held-out text", refresh=False)
+        checked = collect(model, held, setting.router, null=null, norm=norm, step=bar.update)
+    if short:
+        warnings.warn(short, stacklevel=3)
+    result = setting.router
+    report = BudgetReport(
+        repr(result),
+        main_of(router)[0],
+        setting.parameter,
+        average_k,
+        setting.target if per_layer else None,
+        reached,
+        setting.passes,
+        _measured(setting.passed, text),
+        _measured(checked, held),
+        cost,
+        tuple(ks),
+        norm,
+        time.perf_counter() - begun,
+        short,
+    )
+    object.__setattr__(result, "budget", report)  # no field: equality and hash are as before
+    return result
+
+
+def _texts(texts, heldout) -> tuple[list[Document], list[Document]]:
+    """The texts to calibrate and to check on; a fifth of the former is set aside if need be."""
+    texts = read_texts(texts, "texts")
+    if heldout is not None:
+        return texts, read_texts(heldout, "heldout")
+    if len(texts) < 2:
+        raise ValueError(
+            "texts: expected two texts or more, one to check the setting on; or give heldout="
+        )
+    order = np.random.default_rng(SEED).permutation(len(texts))
+    order = sorted(order, key=lambda i: texts[i].domain)  # each domain gives its share
+    aside = set(order[FIFTH - 1 :: FIFTH] or order[-1:])
+    kept = [text for i, text in enumerate(texts) if i not in aside]
+    return kept, [text for i, text in enumerate(texts) if i in aside]
+
+
+def _windows(tokenizer, texts: list[Document], tokens: int, argument: str) -> HeldOut:
+    try:
+        return heldout_windows(tokenizer, texts, tokens)
+    except ValueError as error:
+        raise ValueError(f"{argument}: no text of two tokens or more") from error
+
+
+def _candidates(router: Router, model, average_k: float) -> range:
+    """1 to the largest number of experts that the split may give to a layer."""
+    blocks = find_moe_blocks(model)
+    num_experts = adapter_of(blocks[0][1]).num_experts(blocks[0][1])
+    most = router.at(0, len(blocks)).limits(num_experts)[1]
+    if isinstance(router, TopK):
+        most = max(most, model_norm(model)[1], math.ceil(average_k))
+    return range(1, min(most, num_experts) + 1)
+
+
+def _steps(text: HeldOut, held: HeldOut, ks, model) -> int:
+    """Windows to run if every pass is needed."""
+    own = model_norm(model)[1]
+    runs = 1 + len(find_moe_blocks(model)) * sum(k != own for k in ks) if ks else 0
+    windows = len(text.windows) * (1 + MAX_PASSES) + len(held.windows)
+    return windows + runs * len(shortened(text, SENSITIVITY_TOKENS).windows)
+
+
+@contextmanager
+def _bar(total: int, progress: bool):
+    """A bar for whatever takes more than 2 seconds."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="window", delay=2, leave=False, disable=not progress) as bar:
+        yield bar
+
+
+def _measured(passed, text: HeldOut) -> Measured:
+    count = len(text.documents)
+    experts = np.bincount(passed.documents, passed.counts.mean(axis=0), count)
+    sizes = np.bincount(passed.documents, minlength=count)
+    domains = [document["domain"] for document in text.documents]
+    groups = np.unique(domains, return_inverse=True)[1]
+    if np.bincount(groups).min() < 2:
+        groups = None  # a domain of one document would seem not to vary
+    found = bootstrap(lambda w: (w @ experts / (w @ sizes))[:, None], count, groups=groups)
+    error = float(found.error[0]) if count > 1 else math.nan
+    average = float(passed.counts.mean())
+    return Measured(average, error, passed.counts.mean(axis=1), int(sizes.sum()), count)

@@ -1,0 +1,124 @@
+"""The routers that are compared, each with the null that it works on."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ...routers import REGISTRY, make_router
+
+PRIMARY = "bh"  # BH on logprob under the fitted null: fixed before anything was run
+THRESHOLDS = ("fixed_p", "local_fdr")  # with a parameter per layer one rule, if lfdr is monotone
+LEFT_OUT = "BY is not run: it is BH at alpha/c(E), so at an equal budget it makes the same choices."
+
+
+class Contender(NamedTuple):
+    """A router by its name in the tables.
+
+    null : "efron", "efron on logit", "trimmed" (see `Nulls`), or None for one without p-values
+    parameters : of the router, besides the main one and max_k
+    """
+
+    name: str
+    router: str
+    null: str | None = None
+    parameters: dict = {}  # never changed
+
+    def make(self, max_k, weights):
+        """The router, its main parameter still to be set. weights: (L, E) for weighted_bh."""
+        parameters = dict(self.parameters)
+        if self.router == "weighted_bh":
+            parameters["u"] = tuple(tuple(row) for row in weights.tolist())
+        return make_router(self.router, max_k=max_k, **parameters)
+
+
+EFRON, LOGIT, TRIMMED = "efron", "efron on logit", "trimmed"
+CONTENDERS = (
+    Contender("bh", "bh", EFRON),
+    Contender("bh (logit)", "bh", LOGIT),
+    Contender("bh (trimmed)", "bh", TRIMMED),
+    Contender("storey_bh", "storey_bh", EFRON),
+    Contender("weighted_bh", "weighted_bh", EFRON),
+    Contender("ebh (lr)", "ebh", EFRON, {"e": "lr"}),
+    Contender("ebh (calibrator)", "ebh", EFRON, {"e": "calibrator"}),
+    Contender("local_fdr", "local_fdr", EFRON),
+    Contender("fixed_p", "fixed_p", EFRON),
+    Contender("hc (rank)", "higher_criticism", EFRON, {"denominator": "rank"}),
+    Contender("hc (p)", "higher_criticism", EFRON, {"denominator": "p"}),
+    Contender("top_p", "top_p"),
+    Contender("min_p", "min_p"),
+    Contender("entropy", "entropy"),
+    Contender("kneedle (prob)", "kneedle", None, {"on": "prob"}),
+    Contender("kneedle (log)", "kneedle", None, {"on": "log"}),
+    Contender("gap_ratio", "gap_ratio"),
+    Contender("expert_threshold", "expert_threshold", EFRON),
+)
+
+
+def choose_contenders(names=None):
+    """The contenders of these names, in the order of the tables; all of them for None.
+
+    A router's own name stands for all of its contenders. ValueError for an unknown name and
+    for no name.
+    """
+    known = [c for c in CONTENDERS if c.router in REGISTRY]
+    if names is None:
+        return known
+    if not names:
+        raise ValueError(f"router: expected some of {[c.name for c in known]}, got none")
+    for name in names:
+        if not any(name in (c.name, c.router) for c in known):
+            raise ValueError(f"router: expected one of {[c.name for c in known]}, got {name!r}")
+    return [c for c in known if c.name in names or c.router in names]
+
+
+@dataclass
+class Nulls:
+    """The nulls of a comparison, fitted to the null split when they are first asked for.
+
+    given: the Null that stands for "efron", or None.
+    """
+
+    model: object
+    tokenizer: object
+    documents: list
+    given: object = None
+    progress: bool = False
+    fitted: dict = field(default_factory=dict)
+
+    def get(self, name):
+        """What `patch` takes as null= for a contender's null; None for None."""
+        if name is None:
+            return None
+        if name not in self.fitted:
+            fit = name != EFRON or self.given is None
+            self.fitted[name] = self._fit(name) if fit else self.given
+        return self.fitted[name]
+
+    def _fit(self, name):
+        from ...null.fitting import fit_null
+
+        texts = [document.text for document in self.documents]
+        kind, score = {
+            EFRON: ("efron", "logprob"),
+            LOGIT: ("efron", "logit"),
+            TRIMMED: ("trimmed", "logprob"),
+        }[name]
+        return fit_null(
+            self.model, self.tokenizer, texts, kind=kind, score=score, progress=self.progress
+        )
+
+    def describe(self):
+        """{name: in words} of those in use."""
+        return {name: null.describe() for name, null in self.fitted.items()}
+
+
+def popularity(passed, top_k):
+    """(L, E) weights of mean 1 in each layer: how often the model's own top-k takes each expert.
+
+    passed: a Pass of the unchanged model over the budget text.
+    """
+    layers, tokens, experts = passed.logits.shape
+    chosen = np.argpartition(-passed.logits, top_k - 1, axis=2)[:, :, :top_k]
+    counts = np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in chosen])
+    return counts * (experts / (tokens * top_k))

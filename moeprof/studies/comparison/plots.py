@@ -1,0 +1,229 @@
+"""The figure: KL and effects against experts, and every router's effect at one budget."""
+
+import numpy as np
+
+from ...show.figures import COLOURS, line_styles
+from .contenders import PRIMARY
+from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, adaptive, verdict
+from .findings import View
+
+GREY, DARK = "#bbbbbb", "#555555"
+LINEAR, TICKS = 5, (5, 10, 30, 100, 300, 1000)  # of the axes, in nats/1000
+SHOWN = 4  # routers in colour, besides BH: the best of the table and the worst
+LINE = 0.034  # of the panel's height: from one name beside a line to the next
+CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs)")}
+
+
+def figure(run):
+    """A matplotlib Figure of a run (a dict as in the JSON), 1,600 px wide when saved.
+
+    A row a table: effects against experts with bands, and all routers at one budget. The user's
+    matplotlib backend and its state are not touched.
+    """
+    from matplotlib.figure import Figure
+
+    view = View(run)
+    tables = [name for name in view.tables if view.cells(table=name)]
+    fig = Figure(figsize=(16, 7.2 * max(len(tables), 1)), dpi=100, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.15, h_pad=0.35)  # room for the titles
+    if not tables:
+        fig.text(0.5, 0.5, "no router has finished", ha="center", size=14)
+        return fig
+    axes = fig.subplots(len(tables), 2, squeeze=False, width_ratios=(10, 8))
+    coloured = _highlighted(view, tables[0])  # the same in every row
+    for row, table in zip(axes, tables, strict=True):
+        _curves(row[0], view, table, coloured)
+        _forest(row[1], view, table)
+    return fig
+
+
+def _title(axis, headline, detail):
+    pad = 26 + 16 * detail.count("\n")
+    axis.set_title(headline, loc="left", size=15, weight="bold", pad=pad).set_in_layout(False)
+    # Long lines must not make the axes narrower.
+    text = axis.text(0, 1.015, detail, transform=axis.transAxes, size=12, color="#444444")
+    text.set_in_layout(False)
+
+
+def _line(view, table, role, contender):
+    """(experts, effect, band low, band high), of the budgets in every layer; (0,) if none."""
+    cells = view.cells(table=table, allocation="equal", role=role, contender=contender)
+    cells.sort(key=lambda cell: cell["average_k"])
+    effects = [cell["effect"]["kl"] for cell in cells]
+    ends = ([effect[end] for effect in effects] for end in ("estimate", "band_low", "band_high"))
+    return (np.array([cell["average_k"] for cell in cells]), *map(np.array, ends))
+
+
+def _highlighted(view, table):
+    """Names in colour: BH, then those with the lowest effects, then that with the highest.
+
+    By the mean of KL over static's, so that small budgets don't decide alone; only routers that
+    reach every budget that some router reaches.
+    """
+    lines = {name: _line(view, table, ROUTER, name) for name in view.contenders}
+    most = max(len(experts) for experts, *_ in lines.values())
+    score = {
+        name: float(np.mean(effect / np.maximum(np.interp(experts, *_static(view)), 1e-3)))
+        for name, (experts, effect, _, _) in lines.items()
+        if len(experts) == most and most
+    }
+    order = sorted((name for name in score if name != PRIMARY), key=score.get)
+    chosen = order if len(order) <= SHOWN else [*order[: SHOWN - 1], order[-1]]
+    own = [PRIMARY] if len(lines.get(PRIMARY, ((),))[0]) else []
+    return own + chosen
+
+
+def _static(view):
+    curve = view.run["static"]
+    return [cell["budget"] for cell in curve], [cell["kl"] for cell in curve]
+
+
+def _curves(axis, view, table, coloured):
+    """Effects against experts: static top-k is the line at 0."""
+    for name in (name for name in view.contenders if name not in coloured):
+        experts, effect, _, _ = _line(view, table, ROUTER, name)
+        axis.plot(experts, 1e3 * effect, color=GREY, linewidth=1, zorder=1, label=name)
+    for name, style in zip(coloured, line_styles(len(coloured)), strict=True):
+        experts, effect, low, high = _line(view, table, ROUTER, name)
+        axis.fill_between(experts, 1e3 * low, 1e3 * high, color=style["color"], alpha=0.15, lw=0)
+        primary = name == PRIMARY
+        axis.plot(
+            experts,
+            1e3 * effect,
+            markersize=7,
+            linewidth=2.6 if primary else 1.8,
+            label=name,
+            zorder=3 + primary,
+            **style,
+        )
+    for role, (dashes, label) in CONTROLS.items():
+        name = {RANDOM: "random R", ORACLE: "oracle"}[role]
+        experts, effect, _, _ = _line(view, table, role, name)
+        axis.plot(experts, 1e3 * effect, dashes, color=DARK, linewidth=1.6, label=label, zorder=2)
+    axis.axhline(0, color="black", linewidth=1.6, zorder=3)
+    _scale(axis, "y", np.concatenate([line.get_ydata() for line in axis.lines]).astype(float))
+    axis.annotate(
+        "static top-k", (0, 0), (4, 4), axis.get_yaxis_transform(), "offset points", size=11
+    )
+    _name_lines(axis)
+    axis.set_xticks(view.tables[table]["budgets"])
+    axis.grid(color="#e4e4e4")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("experts per token on the test text", size=13)
+    axis.set_ylabel("KL to the full model less static's, nats/1000", size=13)
+    most = view.tables[table]["max_k"]
+    _title(
+        axis,
+        _headline(view, table),
+        f"table {table}: at most {most} experts a token; below 0 is better; shaded: bands",
+    )
+
+
+def _scale(axis, name, values):
+    """Linear around 0, logarithmic beyond: effects at many and at few experts are both seen."""
+    getattr(axis, f"set_{name}scale")("symlog", linthresh=LINEAR, linscale=0.6)
+    reached = np.abs(values).max(initial=LINEAR)
+    ticks = [tick for tick in TICKS if tick <= 1.5 * reached]
+    low, high = np.min(values, initial=0.0), np.max(values, initial=0.0)
+    ticks = [-t for t in ticks if low < -0.7 * t] + [0] + [t for t in ticks if high > 0.7 * t]
+    getattr(axis, f"set_{name}ticks")(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    getattr(axis, f"set_{name}ticks")([], minor=True)
+
+
+def _headline(view, table):
+    cells = view.cells(table=table, allocation="equal", role=ROUTER)
+    won = {cell["contender"] for cell in cells if verdict(cell["effect"]["kl"]) == BETTER}
+    everywhere = [
+        name
+        for name in won
+        if all(verdict(c["effect"]["kl"]) == BETTER for c in cells if c["contender"] == name)
+    ]
+    if not won:
+        return f"None of {len(view.contenders)} routers beats static top-k at any budget"
+    counted = f"{len(won)} of {len(view.contenders)} routers"
+    return f"{counted} beat static top-k somewhere, {len(everywhere)} always"
+
+
+def _name_lines(axis):
+    """Each line's name at its right end, moved up or down where names would overlap."""
+    lines = [line for line in axis.lines if len(line.get_xdata()) and line.get_label()[0] != "_"]
+    place = axis.transData + axis.transAxes.inverted()
+    ends = [place.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
+    order = np.argsort([y for _, y in ends], kind="stable")
+    heights = _apart(np.array([ends[i][1] for i in order]), LINE)
+    for i, height in zip(order, heights, strict=True):
+        line, colour = lines[i], lines[i].get_color()
+        axis.annotate(
+            line.get_label(),
+            ends[i],
+            (1.04, height),
+            "axes fraction",
+            "axes fraction",
+            size=11,
+            va="center",
+            color="#666666" if colour == GREY else colour,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "shrinkA": 0,
+                "shrinkB": 2,
+            },
+        )
+
+
+def _apart(heights, least):
+    """Ascending heights (N,), moved as little as a few passes can to be `least` apart."""
+    made = heights.astype(float).copy()
+    for _ in range(200):
+        close = np.flatnonzero(np.diff(made) < least - 1e-9)
+        if not len(close):
+            break
+        for i in close:
+            push = (least - (made[i + 1] - made[i])) / 2
+            if push > 0:
+                made[i], made[i + 1] = made[i] - push, made[i + 1] + push
+    return made
+
+
+def _forest(axis, view, table):
+    """Every router's effect at one budget, with band and interval, best first."""
+    budget = view.budgets(table)[0]
+    cells = [
+        cell
+        for role in (ROUTER, RANDOM, ORACLE)
+        for cell in view.cells(table=table, allocation="equal", role=role, budget=budget)
+    ]
+    free = view.cell(table=table, allocation="free", role=STATIC, budget=budget)
+    cells = sorted(cells + [free] * bool(free), key=lambda c: c["effect"]["kl"]["estimate"])
+    labels = []
+    for place, cell in enumerate(cells):
+        effect = {name: 1e3 * value for name, value in cell["effect"]["kl"].items()}
+        colour = COLOURS[0] if cell["contender"] == PRIMARY else "black"
+        if cell["role"] != ROUTER:
+            colour = DARK
+        axis.plot([effect["band_low"], effect["band_high"]], [place] * 2, color=colour, lw=1.2)
+        axis.plot([effect["low"], effect["high"]], [place] * 2, color=colour, lw=4)
+        silent = adaptive(cell) is False
+        axis.plot(
+            effect["estimate"],
+            place,
+            "o",
+            color=colour,
+            markersize=8,
+            markerfacecolor="white" if silent else colour,
+        )
+        labels.append("top-k, split over layers" if cell["role"] == STATIC else cell["contender"])
+    axis.axvline(0, color="black", linewidth=1.6, zorder=0)
+    _scale(axis, "x", np.concatenate([line.get_xdata() for line in axis.lines]).astype(float))
+    axis.set_yticks(range(len(cells)), labels, size=11)
+    axis.invert_yaxis()
+    axis.grid(axis="x", color="#e4e4e4")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
+    reached = view.count([cell for cell in cells if cell["role"] == ROUTER])
+    detail = (
+        f"{reached} reach it; thick: 95 % interval; thin: band\n"
+        "hollow: the band against shuffled-k reaches 0"
+    )
+    _title(axis, f"At a budget of {budget} experts in every layer", detail)

@@ -1,0 +1,243 @@
+"""The report in Markdown, and the tables on the console; `findings` writes the sentences."""
+
+from ...measure.machine import in_one_line
+from .contenders import LEFT_OUT
+from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, WORSE, adaptive, verdict
+from .findings import INTERVALS, NO_ADAPTIVITY, View, findings
+
+FIGURE = "comparison.png"
+ALLOCATION = {
+    "equal": "the budget in every layer",
+    "free": "the budget split over the layers by sensitivity",
+    "shared": "one parameter for all layers",
+}
+LEGEND = (
+    "In thousandths of a nat of KL to the full model per token, against static top-k with the "
+    "same number of experts in every layer: below 0 is better than static. `*` the whole band "
+    "(95 %, over all cells of the table together) is below 0; `+` it is above; `~` "
+    f"{NO_ADAPTIVITY} (the band against shuffled-k contains 0) or, `!`, worse than shuffled-k; "
+    "`-` out of reach."
+)
+
+
+def report(run):
+    """Markdown of a run (a dict as in the JSON) whose cells have their effects."""
+    view = View(run)
+    parts = ["# Routers at an equal budget of experts", *_status(run)]
+    if run["cells"]:
+        parts += ["## What the results say", _bullets(findings(run)), f"![Effects]({FIGURE})"]
+    parts += ["## What was measured", _bullets(_protocol(run))]
+    for table, plan in view.tables.items():
+        parts.append(f"## Table {table}: at most {plan['max_k']} experts a token")
+        for allocation in plan["allocations"]:
+            if rows := effect_rows(view, table, allocation):
+                parts += [f"### {ALLOCATION[allocation].capitalize()}", _markdown(*rows)]
+        parts.append(LEGEND)
+        for budget in view.budgets(table):
+            if rows := detail_rows(view, table, budget):
+                parts += [f"### All measures at {budget} experts in every layer", _markdown(*rows)]
+    parts += _outside(view)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _bullets(lines):
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _markdown(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _status(run):
+    done, planned = len(run["static"]) + len(run["cells"]), run["planned_cells"]
+    yield f"`{run['command']}`"
+    if done < planned:
+        yield f"**Interrupted: {done} of {planned} cells were finished.**"
+
+
+def _protocol(run):
+    size, splits = run["model_config"], run["splits"]
+    test = splits["test"]
+    domains = sorted({document["domain"] for document in test})
+    tokens = {part: sum(d["tokens"] for d in splits[part]) for part in ("budget", "test")}
+    versions = ", ".join(f"{name} {number}" for name, number in run["machine"]["versions"].items())
+    yield (
+        f"Model: {run['model']}, {run['dtype']}; {size['num_hidden_layers']} layers, "
+        f"{size['num_experts']} experts a layer, its own router takes "
+        f"{size['num_experts_per_tok']}; weights of the selected experts as the model has them "
+        f"(norm_topk_prob {str(size['norm_topk_prob']).lower()})."
+    )
+    yield (
+        f"Three texts without a common document, of the domains {', '.join(domains)}: nulls on "
+        f"{len(splits['null'])} documents, parameters and the split over the layers on "
+        f"{tokens['budget']:,} tokens of {len(splits['budget'])}, the test on {tokens['test']:,} "
+        f"tokens of {len(test)}, read once for each cell."
+    )
+    for name, text in run["nulls"].items():
+        yield f"Null {name}: {text}."
+    yield (
+        "Effect: mean KL(full model || router) less that of static top-k, k = 1, 2, ... joined by "
+        "straight lines, at the router's own average on the test text. Primary, "
+        "fixed before the run: BH on logprob under the efron null, the budget in every "
+        "layer, against static at 4 and 6."
+    )
+    yield (
+        "Controls: shuffled-k deals a router's own numbers of experts to other tokens of the "
+        "layer; random R draws 1 + Binomial; the oracle keeps those of the model's own top-k "
+        "whose output is large, which no router can know."
+    )
+    yield (
+        f"{INTERVALS} By 2,000 draws of documents within their domains, bands by max-|t| over "
+        "every effect and comparison of a table."
+    )
+    yield LEFT_OUT
+    yield (
+        f"Machine: {in_one_line(run['machine'])}; seed {run['seed']}; {versions}; started "
+        f"{run['machine']['started']}; {run['seconds'] / 60:.0f} min."
+    )
+
+
+# ---- rows of tables ----
+
+
+def effect_rows(view, table, allocation):
+    """(head, rows): a row a router, a column a budget; None without a measured cell."""
+    plan = view.tables[table]
+    names = [("top-k", STATIC)] if allocation == "free" else []
+    names += [(name, ROUTER) for name in view.contenders]
+    if allocation != "shared":
+        names += [("random R", RANDOM), ("oracle", ORACLE)]
+    rows = []
+    for name, role in names:
+        cells = [
+            view.cell(table=table, allocation=allocation, contender=name, role=role, budget=budget)
+            for budget in plan["budgets"]
+        ]
+        if any(cells) or role == ROUTER and _was_tried(view, table, allocation, name):
+            rows.append([name, *map(_effect, cells)])
+    if not rows:
+        return None
+    return ["router", *(f"{budget}" for budget in plan["budgets"])], rows
+
+
+def _was_tried(view, table, allocation, name):
+    wanted = table, allocation, name
+    return any((c["table"], c["allocation"], c["contender"]) == wanted for c in view.outside)
+
+
+def _effect(cell):
+    if cell is None:
+        return "-"
+    effect = cell["effect"]["kl"]
+    mark = {BETTER: "*", WORSE: "+"}.get(verdict(effect), "")
+    if adaptive(cell) is False:
+        mark += "!" if verdict(cell["against"]["shuffled"]) == WORSE else "~"
+    return f"{1e3 * effect['estimate']:+.1f}{mark}"
+
+
+def detail_rows(view, table, budget):
+    """(head, rows) of all measures at one budget in every layer, the best effect first."""
+    cells = [
+        cell
+        for role in (ROUTER, RANDOM, ORACLE)
+        for cell in view.cells(table=table, allocation="equal", role=role, budget=budget)
+    ]
+    if not cells:
+        return None
+    head = [
+        "router",
+        "experts",
+        "KL",
+        "effect",
+        "band",
+        "against shuffled-k",
+        "Δ nats",
+        "perplexity",
+        "agreement",
+        "tokens/s",
+    ]
+    static = next(cell for cell in view.run["static"] if cell["budget"] == budget)
+    rows = [
+        [
+            f"static top-{budget}",
+            f"{budget:.2f}",
+            f"{static['kl']:.4f}",
+            "0",
+            "",
+            "",
+            "0",
+            f"{static['perplexity']:.2f}",
+            f"{static['agreement']:.3f}",
+            _speed(static),
+        ]
+    ]
+    for cell in sorted(cells, key=lambda cell: cell["effect"]["kl"]["estimate"]):
+        effect, nats = cell["effect"]["kl"], cell["effect"]["nats"]
+        against = cell.get("against", {}).get("shuffled")
+        rows.append(
+            [
+                cell["contender"],
+                f"{cell['average_k']:.2f}",
+                f"{cell['kl']:.4f}",
+                f"{effect['estimate']:+.4f}",
+                f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}",
+                _against(against),
+                f"{nats['estimate']:+.4f}",
+                f"{cell['perplexity']:.2f}",
+                f"{cell['agreement']:.3f}",
+                _speed(cell),
+            ]
+        )
+    return head, rows
+
+
+def _against(against):
+    if against is None:
+        return ""
+    ends = f"{against['band_low']:+.4f} to {against['band_high']:+.4f}"
+    text = f"{against['estimate']:+.4f} (band {ends})"
+    silent = against["band_low"] <= 0 <= against["band_high"]
+    return f"{text}: {NO_ADAPTIVITY}" if silent else text
+
+
+def _speed(cell):
+    speed = cell.get("tokens_per_s")
+    return "" if speed is None else f"{speed:.0f}"
+
+
+def _outside(view):
+    if not view.outside:
+        return
+    lines = [
+        f"{cell['contender']} ({cell['table']}, {cell['allocation']}, budget {cell['budget']}): "
+        f"{cell['reason']}"
+        for cell in view.outside
+    ]
+    yield "## Out of reach"
+    yield _bullets(lines)
+
+
+# ---- on the console ----
+
+
+def console_tables(run):
+    """Titles and rich tables of at most 100 columns: the effects, then what was fixed before."""
+    from rich import box
+    from rich.table import Table
+
+    view = View(run)
+    for table, plan in view.tables.items():
+        for allocation in plan["allocations"]:
+            found = effect_rows(view, table, allocation)
+            if found is None:
+                continue
+            head, rows = found
+            yield f"{table}, at most {plan['max_k']} experts a token; {ALLOCATION[allocation]}"
+            made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+            for number, name in enumerate(head):
+                made.add_column(name, justify="right" if number else "left", no_wrap=True)
+            for row in rows:
+                made.add_row(*row)
+            yield made
+    yield LEGEND.replace("`", "")

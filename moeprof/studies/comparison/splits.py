@@ -1,0 +1,73 @@
+"""Three texts that share no document: for the null, for the budgets, for the test."""
+
+from typing import NamedTuple
+
+from ... import demo
+from ...texts.documents import EXPECTED
+from ...texts.windows import HeldOut, heldout_windows
+
+WINDOW = 128  # tokens: one window of each document, so that many documents have their say
+BUDGET_TOKENS, TEST_TOKENS = 8192, 16384  # on the demo's text: every document of both
+TURNS = ("null", "budget", "test", "test")  # of a domain's documents, where a user brings them
+
+
+class Splits(NamedTuple):
+    """What the comparison reads.
+
+    null : documents (objects with .domain, .name, .text) that nulls are fitted to
+    budget : HeldOut, sets parameters, weights and the split over the layers
+    test : HeldOut, read once with every cell and never before
+    """
+
+    null: list
+    budget: HeldOut
+    test: HeldOut
+
+    @property
+    def domains(self):
+        """(D,) the domain of each test document."""
+        return [document["domain"] for document in self.test.documents]
+
+
+def split_documents(documents):
+    """{"null", "budget", "test": documents}: a quarter, a quarter and half of every domain.
+
+    Of documents with the same text the first one counts: a copy could be in two parts.
+    Raises ValueError, saying what is expected, where a domain has fewer than four documents.
+    """
+    parts, seen = {"null": [], "budget": [], "test": []}, {}
+    different = {}
+    for document in documents:
+        different.setdefault(document.text, document)
+    for document in different.values():
+        place = seen.setdefault(document.domain, 0)
+        parts[TURNS[place % len(TURNS)]].append(document)
+        seen[document.domain] += 1
+    for domain, count in seen.items():
+        if count < len(TURNS):
+            raise ValueError(
+                f"--text: domain {domain!r} has {count} different document(s), expected at least "
+                f"{len(TURNS)}; {EXPECTED}"
+            )
+    return parts
+
+
+def demo_documents():
+    """The same of the text that ships: calibration documents in halves, all held-out ones."""
+    null, budget = demo.calibration_halves()
+    return {"null": null, "budget": budget, "test": demo.heldout_documents()}
+
+
+def make_splits(
+    tokenizer, documents, *, budget_tokens=BUDGET_TOKENS, test_tokens=TEST_TOKENS, seed=0
+):
+    """Splits of what `split_documents` or `demo_documents` gave; windows of 128 tokens.
+
+    One window of each document before a second of any, domains in turns; `seed` chooses them.
+    """
+
+    def windows(part, tokens):
+        return heldout_windows(tokenizer, documents[part], tokens, seed, window=WINDOW, whole=True)
+
+    budget, test = windows("budget", budget_tokens), windows("test", test_tokens)
+    return Splits(documents["null"], budget, test)

@@ -1,0 +1,103 @@
+"""The files of a comparison; each appears whole or not at all."""
+
+import io
+import json
+import time
+from pathlib import Path
+
+from ...files import as_csv, check_folder, finite, write_whole
+
+EVERY = 15  # seconds between two writes of the raw results
+DIGITS = 6  # of sums over a document's tokens in the JSON
+COLUMNS = (
+    "table",
+    "role",
+    "contender",
+    "allocation",
+    "budget",
+    "status",
+    "reason",
+    "note",
+    "parameter",
+    "set_k",
+    "average_k",
+    "at_floor",
+    "at_ceiling",
+    "kl",
+    "nats",
+    "perplexity",
+    "agreement",
+    "tokens_per_s",
+)
+INTERVAL = ("estimate", "low", "high", "band_low", "band_high")
+
+
+class Store:
+    """The folder that the files are written to; made with the first of them.
+
+    OSError, before anything is run, when it can't be made or written to.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        self.folder = folder
+        self.json = folder / "comparison.json"
+        self.csv = folder / "comparison.csv"
+        self.report = folder / "comparison_report.md"
+        self.figure = folder / "comparison.png"
+        check_folder(folder)
+        self._written = time.monotonic()
+
+    @property
+    def files(self):
+        return self.json, self.csv, self.report, self.figure
+
+    def save_now_and_then(self, run):
+        """`save`, unless it was just done. run: a function that gives the run."""
+        if time.monotonic() - self._written >= EVERY:
+            self.save(run())
+
+    def save(self, run):
+        """Write JSON and CSV of a run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(finite(rounded(run)), ensure_ascii=False, allow_nan=False)
+        write_whole(self.json, text.replace('{"table"', '\n{"table"').encode() + b"\n")
+        write_whole(self.csv, as_csv(frame(run)))
+        self._written = time.monotonic()
+
+    def save_report(self, text, figure):
+        """Write the report (Markdown) and the figure (matplotlib) as a PNG."""
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+        write_whole(self.figure, image.getvalue())
+        write_whole(self.report, text.encode())
+
+
+def rounded(run):
+    """The run with the sums by document to six digits: they are most of the file."""
+
+    def cell(values):
+        if "by_document" not in values:
+            return values
+        sums = {
+            name: [round(value, DIGITS) for value in column]
+            for name, column in values["by_document"].items()
+        }
+        return values | {"by_document": sums}
+
+    return run | {name: [cell(values) for values in run[name]] for name in ("static", "cells")}
+
+
+def frame(run):
+    """A pandas table with a row for each cell, the intervals of the effects in columns."""
+    import pandas
+
+    rows = []
+    for cell in [*run["static"], *run["cells"]]:
+        row = {name: cell.get(name) for name in COLUMNS}
+        effects = {f"effect_{name}": value for name, value in cell.get("effect", {}).items()}
+        effects |= {f"kl_against_{name}": v for name, v in cell.get("against", {}).items()}
+        for name, value in effects.items():
+            row |= {f"{name}_{end}" if end != "estimate" else name: value[end] for end in INTERVAL}
+        rows.append(row)
+    return pandas.DataFrame(rows)

@@ -1,0 +1,260 @@
+"""What each expert did for the next token: the model run again without it.
+
+All copies of a position (one without a change, one for each change) are queries of one forward
+pass over one KV cache: each sees the tokens before its position and itself, by the attention
+mask. So a document is prefilled once, nothing of the cache is copied, and positions of a
+document share a pass. A change acts on one layer; the deeper layers route what then reaches
+them, as they do in use.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ...measure.routing import by_layer, choose, model_norm
+from ...models.decoding import cache_of, decode
+from ...patching.patch import patch
+from ...texts.windows import HeldOut
+
+SINGLE, JOINT, ADDED = 0, 1, 2  # kinds of change
+ROWS = 512  # copies in one pass: the mask has ROWS x (window + ROWS) entries
+
+
+class Ablation(NamedTuple):
+    """Changes of the next-token loss; P positions, L layers, N changes.
+
+    documents : (P,) the index of each position's document
+    loss : (P,) nats, the next-token loss with nothing changed
+    counts, rejections : (P, L) experts that ran, and the router's count before min_k and max_k
+    position, kind, layer, slot : (N,) what was changed. SINGLE: that slot emptied (0 is the best
+        expert); JOINT: that slot and all after it; ADDED: a random unselected expert added
+        (slot 0)
+    delta : (N,) nats, the loss after the change minus `loss`; above 0 the change hurt
+    """
+
+    documents: np.ndarray
+    loss: np.ndarray
+    counts: np.ndarray
+    rejections: np.ndarray
+    position: np.ndarray
+    kind: np.ndarray
+    layer: np.ndarray
+    slot: np.ndarray
+    delta: np.ndarray
+
+
+def sample_positions(text: HeldOut, count: int, seed: int = 0) -> list[np.ndarray]:
+    """For each window the sampled positions, ascending: `count` in all, even over documents.
+
+    A position has a token before it (the first of a window is left out, as in the fit of a
+    null) and one after it, whose loss is measured. ValueError if the text has too few.
+    """
+    sizes = [max(window.ids.shape[1] - 2, 0) for window in text.windows]
+    window = np.repeat(np.arange(len(sizes)), sizes)
+    place = np.concatenate([np.arange(1, size + 1) for size in sizes])
+    if count > len(place):
+        raise ValueError(f"positions: {count} asked for, the held-out text has {len(place)}")
+    order = np.random.default_rng(seed).permutation(len(place))
+    window, place = window[order], place[order]
+    document = np.array([w.document for w in text.windows])[window]
+    by_document = np.argsort(document, kind="stable")
+    starts = np.searchsorted(document[by_document], document[by_document])
+    turn = np.empty(len(place), int)  # the how-manieth of its document
+    turn[by_document] = np.arange(len(place)) - starts
+    chosen = np.argsort(turn, kind="stable")[:count]
+    return [np.sort(place[chosen][window[chosen] == w]) for w in range(len(sizes))]
+
+
+class Changes(NamedTuple):
+    """Copies of positions, one a row (N,): which position, and what is changed in which layer.
+
+    place : position in the window; layer : -1 for none
+    first, last : slots first <= slot < last of that layer are emptied
+    extra : expert that is added to that layer, or -1
+    """
+
+    place: np.ndarray
+    layer: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    extra: np.ndarray
+
+    def cut(self, start: int, stop: int) -> "Changes":
+        return Changes(*(field[start:stop] for field in self))
+
+
+class ChangedRouter:
+    """A layer's router as a callable for `patch`: it routes, then applies `changes`, if any.
+
+    seen : what it last routed without changes: (experts (T, k), counts (T,), rejections (T,))
+    """
+
+    def __init__(self, layer: int, router, null, norm: str, norm_k: int):
+        self.layer, self.router, self.null = layer, router, null
+        self.norm, self.norm_k = norm, norm_k
+        self.changes: Changes | None = None
+        self.seen = None
+
+    def __call__(self, logits):
+        weights, experts, counts, rejections = choose(
+            self.router, logits, self.null, self.norm, self.norm_k
+        )
+        if self.changes is None:
+            self.seen = experts.numpy(), counts.numpy(), rejections.numpy()
+            return weights, experts
+        return self._changed(logits, weights, experts)
+
+    def _changed(self, logits, weights, experts):
+        mine = torch.from_numpy(self.changes.layer == self.layer)[:, None]
+        slot = torch.arange(experts.shape[1])
+        first, last, extra = (
+            torch.from_numpy(getattr(self.changes, name))[:, None]
+            for name in ("first", "last", "extra")
+        )
+        emptied = mine & (slot >= first) & (slot < last)
+        # An added expert weighs its softmax times what the norm makes of the selected ones'.
+        softmax = torch.softmax(logits.float() / self.router.temperature, -1)
+        own = softmax.gather(1, experts.long().clamp(min=0)) * (experts >= 0)
+        scale = weights.sum(1, keepdim=True) / own.sum(1, keepdim=True)
+        extra = torch.where(mine, extra, -1)
+        added = torch.where(extra >= 0, softmax.gather(1, extra.clamp(min=0)) * scale, 0)
+        experts = torch.where(emptied, -1, experts)
+        return torch.cat([weights, added], 1), torch.cat([experts, extra.to(experts.dtype)], 1)
+
+
+def ablate(
+    model, text: HeldOut, router, *, positions, null=None, norm="model", seed=0, step=lambda: None
+) -> Ablation:
+    """Measure what each selected expert did at the sampled positions.
+
+    Parameters
+    ----------
+    router : Router
+        Also routes the tokens before each position. null, norm : as for `patch`.
+    positions : for each window of `text` the positions, as `sample_positions` returns them
+    seed : chooses the experts that are added
+    step : called after each window
+
+    Returns
+    -------
+    Ablation
+        The model is afterwards as it was.
+    """
+    routers = changed_routers(model, router, null, norm)
+    rng, parts, count = np.random.default_rng(seed), [], 0
+    with patch(model, routers), torch.inference_mode():
+        for window, places in zip(text.windows, positions, strict=True):
+            if len(places):
+                part = _ablate_window(model, window, places, routers, rng)
+                parts.append(part._replace(position=part.position + count))
+                count += len(places)
+            step()
+    return Ablation(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def changed_routers(model, router, null, norm="model") -> list[ChangedRouter]:
+    """One for each layer; null: a Null or None."""
+    own_norm, norm_k = model_norm(model)
+    norm = own_norm if norm == "model" else norm
+    with patch(model) as handle:
+        count = len(handle.layers)
+    layers = enumerate(by_layer(router, null, count))
+    return [ChangedRouter(i, scalar, own, norm, norm_k) for i, (scalar, own) in layers]
+
+
+def _ablate_window(model, window, places, routers, rng) -> Ablation:
+    """The Ablation of the positions of one window."""
+    ids = window.ids[:, : places[-1] + 2]
+    cache = prefill(model, ids[:, :-1], routers)
+    seen = [tuple(part[places] for part in router.seen) for router in routers]
+    counts, rejections = (np.stack([s[i] for s in seen], axis=1) for i in (1, 2))
+    experts = [_unselected(s[0], len_experts(model), rng) for s in seen]
+    rows, label = plan(places, counts, np.stack(experts, axis=1))
+    loss = changed_losses(model, ids, cache, rows, routers)
+    before = loss[: len(places)]
+    position, kind, layer, slot = (column[len(places) :] for column in label)
+    return Ablation(
+        np.full(len(places), window.document),
+        before,
+        counts,
+        rejections,
+        position,
+        kind,
+        layer,
+        slot,
+        loss[len(places) :] - before[position],
+    )
+
+
+def len_experts(model) -> int:
+    return model.config.num_experts
+
+
+def _unselected(experts, num_experts, rng):
+    """(P,) a random expert that is not among experts (P, k), -1 where all are."""
+    key = rng.random((len(experts), num_experts + 1))
+    np.put_along_axis(key, np.where(experts >= 0, experts, num_experts), -1.0, axis=1)
+    key[:, num_experts] = -1.0  # where the padding went
+    best = key.argmax(axis=1)
+    return np.where(key.max(axis=1) >= 0, best, -1)
+
+
+def plan(places, counts, unselected):
+    """(Changes, (position, kind, layer, slot)) for positions with counts (P, L) of experts.
+
+    The first P rows have no change (kind -1). Emptying the slots from the last one on is that
+    slot's SINGLE, so JOINT stops before it. unselected (P, L): the experts to add.
+    """
+    rows, label = [], []
+    for p, place in enumerate(places):
+        rows.append((place, -1, 0, 0, -1))
+        label.append((p, -1, -1, 0))
+    for p, place in enumerate(places):
+        for layer, count in enumerate(counts[p]):
+            for slot in range(count):
+                rows.append((place, layer, slot, slot + 1, -1))
+                label.append((p, SINGLE, layer, slot))
+            for slot in range(count - 1):
+                rows.append((place, layer, slot, count, -1))
+                label.append((p, JOINT, layer, slot))
+            if unselected[p, layer] >= 0:
+                rows.append((place, layer, 0, 0, unselected[p, layer]))
+                label.append((p, ADDED, layer, 0))
+    return Changes(*np.array(rows, np.int64).T.copy()), np.array(label, np.int64).T
+
+
+def prefill(model, ids, routers):
+    """The KV cache of ids (1, n); the routers remember what they chose."""
+    for router in routers:
+        router.changes = None
+    return cache_of(model(input_ids=ids, use_cache=True))
+
+
+def changed_losses(model, ids, cache, rows: Changes, routers) -> np.ndarray:
+    """(N,) nats: the loss of the token after each row's position, with the row's change.
+
+    cache: of ids[:, :-1]; it is afterwards as it was.
+    """
+    cached, losses = ids.shape[1] - 1, []
+    columns = np.arange(cached)
+    for start in range(0, len(rows.place), ROWS):
+        part = rows.cut(start, start + ROWS)
+        size = len(part.place)
+        for router in routers:
+            router.changes = part
+        # A row sees the tokens before its position and, of the queries, itself only.
+        sees = np.concatenate([columns < part.place[:, None], np.eye(size, dtype=bool)], axis=1)
+        mask = torch.zeros(sees.shape, dtype=model.dtype)
+        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(model.dtype).min)
+        place = torch.from_numpy(part.place)[None]
+        out = decode(
+            model, ids[:, place[0]], cache, attention_mask=mask[None, None], position_ids=place
+        )
+        cache.crop(-size)  # tokens to remove, in 4.57 as in 5
+        target = ids[0, place[0] + 1]
+        logits = out.logits[0].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    for router in routers:
+        router.changes = None
+    return torch.cat(losses).double().numpy()

@@ -1,0 +1,36 @@
+"""What a diagnosis was made of: everything in its JSON but the numbers."""
+
+from importlib.metadata import version
+
+from ...measure import machine
+from ...models.identity import model_name
+
+
+def describe(model, null, router, text) -> dict:
+    import scipy
+    import statsmodels
+
+    facts = machine.describe()
+    facts["versions"] |= {"scipy": scipy.__version__, "statsmodels": statsmodels.__version__}
+    facts["versions"] |= {name: version(name) for name in ("pandas",)}
+    limits = router.limits(model.config.num_experts)
+    return {
+        "started": facts.pop("started"),
+        "model": model_name(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "null": describe_null(null),
+        "router": repr(router),
+        "alpha": getattr(router, "alpha", None),
+        "min_k": limits[0],
+        "max_k": limits[1],
+        "machine": facts,
+        "heldout_tokens": text.tokens,
+        "heldout_documents": text.documents,
+    }
+
+
+def describe_null(null) -> str:
+    """One line, also of a null without a fit."""
+    if hasattr(null, "describe"):
+        return null.describe()
+    return f"{null.form}: each token's own logits, without a fit"

@@ -1,0 +1,348 @@
+"""Figures of a diagnosis: each panel answers one question, with axes, units and intervals."""
+
+from textwrap import wrap
+
+import numpy as np
+
+from ...show.figures import COLOURS, plain
+from .discoveries import DOCUMENTS
+from .rows import ALL, PATCHED, STOCK
+from .statistics import BINS
+
+DOMAIN = 16  # characters of a domain's name beside its row
+MOST = 6  # layers in one figure; of more, evenly spaced ones
+GREY = "#777777"
+_OF = {STOCK: COLOURS[0], PATCHED: COLOURS[5]}
+_MARK = {STOCK: "o", PATCHED: "s"}
+
+
+def _figure(rows, columns, title, note="", height=4.1, width=4.0):
+    """title: what came out; note: what the letters in the panels mean."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(
+        figsize=(max(width * columns, 12), height * rows + 0.9), dpi=100, layout="constrained"
+    )
+    fig.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
+    fig.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
+    if note:
+        fig.supxlabel(
+            "\n".join(wrap(note, 11 * round(fig.get_figwidth()))),
+            x=0.01,
+            ha="left",
+            size=11,
+            color="#444444",
+        )
+    return fig, fig.subplots(rows, columns, squeeze=False)
+
+
+def _shown(frame):
+    """The layers that are drawn: all, or MOST evenly spaced ones."""
+    layers = sorted(set(frame["layer"]) - {ALL})
+    place = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), MOST)).round().astype(int))
+    return [layers[i] for i in place]
+
+
+def _columns(rows, *names):
+    return (rows[name].to_numpy(dtype=float) for name in names)
+
+
+def _style(axis, x, y, title):
+    axis.set_xlabel(x, size=11)
+    axis.set_ylabel(y, size=11)
+    axis.set_title(title, loc="left", size=12)
+    axis.grid(color="#e5e5e5")
+    axis.set_axisbelow(True)
+
+
+def uniform_verdict(pi0) -> str:
+    """Whether π̂0 at the middle λ is told from 1, of each model's logits; from its table."""
+    at = pi0["at"].astype(float)
+    middle = pi0[at == sorted(set(at))[len(set(at)) // 2]]
+    parts = []
+    for routing in (STOCK, PATCHED):
+        rows = middle[(middle["routing"] == routing) & (middle["layer"] != ALL)]
+        inside = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum())
+        parts.append(f"{routing} {inside} of {len(rows)}")
+    where = f"λ {float(middle['at'].iloc[0]):g}"
+    return f"Layers where π̂0 at {where} is as uniform p-values give, 1: {', '.join(parts)}"
+
+
+def clamp_verdict(selection, facts) -> str:
+    """What decides the number of experts most often, on the patched model."""
+    frame = selection[(selection["layer"] == ALL) & (selection["routing"] == PATCHED)]
+    frame = frame.set_index("quantity")["estimate"]
+    floor, ceiling = frame["P(R < min_k)"], frame["P(R > max_k)"]
+    shares = {
+        f"min_k = {facts['min_k']} decides for {100 * floor:.0f} % of the tokens": floor,
+        f"max_k = {facts['max_k']} decides for {100 * ceiling:.0f} % of the tokens": ceiling,
+        f"R itself decides for {100 * (1 - floor - ceiling):.0f} % of the tokens": 1
+        - floor
+        - ceiling,
+    }
+    return max(shares, key=shares.get)
+
+
+def fdp_verdict(fdp, facts) -> str:
+    """FDP at δ0 over all layers of the first router, beside its alpha where it has one."""
+    router = next(iter(facts["compared"]))
+    rows = fdp[(fdp["routing"] == router) & (fdp["layer"] == ALL)]
+    row = rows[rows["quantity"] == "FDP(delta0)"].iloc[0]
+    ends = f"{row['estimate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    alpha = facts["alpha"]
+    if not isinstance(alpha, float):
+        return plain(f"{router}: FDP at δ0 is {ends}")
+    side = "above" if row["low"] > alpha else "below" if row["high"] < alpha else "not told from"
+    return plain(f"{router}: FDP at δ0 is {ends}, {side} alpha = {alpha:g}")
+
+
+def p_values(diagnosis):
+    """Are the p-values of unneeded experts uniform? Histogram and QQ curve of each layer."""
+    histogram, cdf = diagnosis.to_frame("histogram"), diagnosis.to_frame("cdf")
+    layers = _shown(histogram)
+    note = "Held-out text; uniform p-values would follow the dashed lines; shaded: 95 % intervals."
+    fig, axes = _figure(2, len(layers), uniform_verdict(diagnosis.to_frame("pi0")), note)
+    for column, layer in enumerate(layers):
+        for routing in (STOCK, PATCHED):
+            rows = histogram[(histogram["layer"] == layer) & (histogram["routing"] == routing)]
+            _steps(axes[0, column], rows, routing)
+            rows = cdf[(cdf["layer"] == layer) & (cdf["routing"] == routing)]
+            _qq(axes[1, column], rows, routing)
+        axes[0, column].axhline(1, color="black", linestyle="--", linewidth=1)
+        end = max(axes[1, column].get_xlim()[1], 1)
+        axes[1, column].plot([0, end], [0, end], color="black", linestyle="--", linewidth=1)
+        axes[0, column].set_ylim(bottom=0)
+        _style(axes[0, column], "p", "density (uniform = 1)", f"layer {layer}")
+        _style(axes[1, column], "−log10 of the uniform quantile", "−log10 of p", "")
+    axes[0, 0].legend(frameon=False, fontsize=11)
+    return fig
+
+
+def _steps(axis, rows, routing):
+    estimate, low, high = _columns(rows, "estimate", "low", "high")
+    edges = np.arange(BINS + 1) / BINS
+    axis.stairs(estimate, edges, color=_OF[routing], linewidth=1.8, label=f"{routing} router")
+    axis.stairs(high, edges, baseline=low, fill=True, color=_OF[routing], alpha=0.25)
+
+
+def _qq(axis, rows, routing):
+    """Observed p against the uniform quantile, which is the share of p-values up to it."""
+    p, share, low, high = _columns(rows, "at", "estimate", "low", "high")
+    seen = share > 0
+    p, share, low, high = p[seen], share[seen], low[seen], high[seen]
+    axis.plot(-np.log10(share), -np.log10(p), color=_OF[routing], linewidth=1.8)
+    ends = (-np.log10(np.maximum(x, share.min() / 2)) for x in (high, low))
+    axis.fill_betweenx(-np.log10(p), *ends, color=_OF[routing], alpha=0.25, linewidth=0)
+
+
+def selection(diagnosis):
+    """What decides R, and does a null travel between domains?"""
+    facts = diagnosis.facts
+    note = (
+        "R: how many p-values the router rejects for a token, before min_k and max_k. λ, π̂0: "
+        "#{p > λ} / ((1 − λ) n), the share of experts that the null explains. KS distance: the "
+        "largest difference of two distribution functions. Bars and brackets: 95 % intervals."
+    )
+    title = f"{facts['router']}: {clamp_verdict(diagnosis.to_frame('selection'), facts)}"
+    between = "transfer" in diagnosis.tables  # texts of one domain have none
+    fig, axes = _figure(1 + between, 3, plain(title), note, 4.4, 5.6)
+    _pi0(axes[0, 0], diagnosis.to_frame("pi0"))
+    frame = diagnosis.to_frame("selection")
+    _bars(axes[0, 1], frame, ("P(R < min_k)", "P(R > max_k)"), ("floor", "ceiling"), 100)
+    _style(axes[0, 1], "layer", "% of tokens", "How often min_k or max_k decides")
+    axes[0, 1].set_ylim(bottom=0)
+    _bars(
+        axes[0, 2],
+        frame,
+        ("Spearman(R, entropy)", "Spearman(R, loss)"),
+        ("with entropy", "with loss"),
+        1,
+    )
+    axes[0, 2].axhline(0, color="black", linewidth=1)
+    _style(axes[0, 2], "layer", "Spearman's correlation", "Does R follow entropy and loss?")
+    if not between:
+        return fig
+    frame = diagnosis.to_frame("transfer")
+    frame = frame[frame["layer"] == ALL]
+    for axis, quantity, form, title in (
+        (axes[1, 0], "experts", ".2f", "Experts per token"),
+        (axes[1, 1], "P(R >= 1)", ".2f", "P(R ≥ 1)"),
+        (axes[1, 2], "KS distance", ".3f", "KS distance of the p-values"),
+    ):
+        _matrix(axis, frame[frame["quantity"] == quantity], form, title)
+    return fig
+
+
+def _pi0(axis, frame):
+    """The mean of the layers, thick; each layer, thin."""
+    for routing in (STOCK, PATCHED):
+        of = frame[frame["routing"] == routing]
+        for _, rows in of.groupby("layer"):
+            at, estimate, low, high = _columns(rows, "at", "estimate", "low", "high")
+            axis.plot(at, estimate, color=_OF[routing], linewidth=1)
+            axis.fill_between(at, low, high, color=_OF[routing], alpha=0.15, linewidth=0)
+        mean = of.assign(at=of["at"].astype(float)).groupby("at")["estimate"].mean()
+        axis.plot(
+            mean.index,
+            mean,
+            color=_OF[routing],
+            linewidth=3,
+            marker=_MARK[routing],
+            label=f"{routing} router",
+        )
+    axis.axhline(1, color="black", linestyle="--", linewidth=1)
+    axis.legend(frameon=False, fontsize=10)
+    _style(axis, "λ", "π̂0 (can exceed 1)", "Share of nulls by λ; thick: mean of layers")
+
+
+def _bars(axis, frame, quantities, names, factor):
+    """Points with intervals: colour says the model, filling the quantity."""
+    layers = sorted(set(frame["layer"]) - {ALL})
+    shift = iter(np.linspace(-0.27, 0.27, 4))
+    for quantity, name in zip(quantities, names, strict=True):
+        for routing in (STOCK, PATCHED):
+            rows = frame[(frame["routing"] == routing) & (frame["quantity"] == quantity)]
+            rows = rows[rows["layer"] != ALL].sort_values("layer")
+            y, low, high = (factor * x for x in _columns(rows, "estimate", "low", "high"))
+            off = next(shift)
+            fill = _OF[routing] if quantity == quantities[0] else "white"
+            axis.errorbar(
+                np.array(layers) + off,
+                y,
+                yerr=np.abs([y - low, high - y]),
+                capsize=2,
+                fmt=_MARK[routing],
+                color=_OF[routing],
+                markerfacecolor=fill,
+                label=f"{name}, {routing}",
+            )
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.margins(y=0.3)
+    axis.legend(frameon=False, fontsize=10, ncols=2, loc="upper center")
+
+
+def _matrix(axis, frame, form, title):
+    """Fitted on (down) by checked on (across); each cell with its 95 % interval."""
+    down, across = (list(dict.fromkeys(frame[name])) for name in ("routing", "at"))
+    shown = np.full((len(down), len(across)), np.nan)
+    values = frame["estimate"].to_numpy(dtype=float)
+    low, high = values.min(), values.max()
+    for row in frame.to_dict("records"):
+        shown[down.index(row["routing"]), across.index(row["at"])] = row["estimate"]
+    axis.imshow(shown, cmap="Blues", aspect="auto", vmin=low, vmax=high)
+    for row in frame.to_dict("records"):
+        place = across.index(row["at"]), down.index(row["routing"])
+        dark = (row["estimate"] - low) > 0.6 * (high - low) > 0
+        ends = f"{row['estimate']:{form}}\n[{row['low']:{form}}, {row['high']:{form}}]"
+        axis.text(
+            *place, ends, ha="center", va="center", size=9, color="white" if dark else "black"
+        )
+    turn = 30 if len(across) > 4 else 0
+    axis.set_xticks(range(len(across)), [plain(name, DOMAIN) for name in across], rotation=turn)
+    axis.set_yticks(range(len(down)), [plain(name, DOMAIN) for name in down])
+    axis.tick_params(length=0)
+    axis.set_xlabel("checked on held-out text of", size=11)
+    axis.set_ylabel("null fitted on", size=11)
+    axis.set_title(f"{title}, mean of layers", loc="left", size=12)
+
+
+def ablation(diagnosis):
+    """How many selected experts did nothing for the next token? By delta, and taken together."""
+    fdp, curve = diagnosis.to_frame("fdp"), diagnosis.to_frame("fdp curve")
+    layers = _shown(curve)
+    note = (
+        f"{diagnosis.facts['positions']:,} positions. FDP: of the experts that the router selects "
+        "at a position, the share without which the next token's loss rises by less than δ nats; "
+        "mean over positions. δ0 (the dots): 95 % of random experts that were not selected change "
+        "the loss by less when they are added. r: rank of an expert by its weight; all of rank "
+        "above r are removed. Shaded and bars: 95 % intervals."
+    )
+    fig, axes = _figure(2, len(layers), fdp_verdict(fdp, diagnosis.facts), note)
+    routers = list(dict.fromkeys(curve["routing"]))
+    colours = dict(zip(routers, (COLOURS[5], COLOURS[2], COLOURS[0]), strict=False))
+    alpha = diagnosis.facts["alpha"]
+    for column, layer in enumerate(layers):
+        axis = axes[0, column]
+        for router in routers:
+            rows = curve[(curve["layer"] == layer) & (curve["routing"] == router)]
+            at, estimate, low, high = _columns(rows, "at", "estimate", "low", "high")
+            axis.plot(at, estimate, color=colours[router], linewidth=1.8, label=router)
+            axis.fill_between(at, low, high, color=colours[router], alpha=0.2, linewidth=0)
+            known = fdp[(fdp["layer"] == layer) & (fdp["routing"] == router)]
+            known = known.set_index("quantity")["estimate"]
+            axis.plot(
+                known["delta0"],
+                known["FDP(delta0)"],
+                "o",
+                color=colours[router],
+                markersize=8,
+                markeredgecolor="black",
+            )
+        if alpha is not None:
+            own = alpha if isinstance(alpha, float) else alpha[layer]
+            axis.axhline(own, color="black", linestyle="--", linewidth=1, label="alpha")
+        axis.set_xscale("log")
+        axis.set_ylim(0, 1)
+        _style(
+            axis,
+            "δ (nats of next-token loss)",
+            "FDP (share, 0 to 1)",
+            f"layer {layer}; dots: at δ0",
+        )
+        _together(axes[1, column], diagnosis, layer, routers[0], colours[routers[0]])
+    axes[0, 0].legend(frameon=False, fontsize=10, loc="upper left")
+    if axes[1, 0].get_legend_handles_labels()[0]:
+        axes[1, 0].legend(frameon=False, fontsize=10)
+    return fig
+
+
+def _together(axis, diagnosis, layer, router, colour):
+    """What removing all ranks > r costs, beside the sum of the single costs."""
+    _style(
+        axis,
+        "r (experts kept; all of rank > r emptied)",
+        "change of loss (nats)",
+        f"{router}: together and one by one",
+    )
+    frame = diagnosis.to_frame()
+    joint = frame[(frame["table"] == "joint") & (frame["layer"] == layer)]
+    joint = joint[joint["routing"] == router]
+    if not len(joint):
+        why = (
+            f"Not known: fewer than {DOCUMENTS} documents have a position here. More positions "
+            "and documents are needed."
+        )
+        axis.text(
+            0.5,
+            0.5,
+            "\n".join(wrap(why, 34)),
+            transform=axis.transAxes,
+            size=11,
+            color="#444444",
+            ha="center",
+            va="center",
+        )
+        axis.set_xticks([])
+        axis.set_yticks([])
+        return
+    drawn = (
+        ("joint change", "all at once", colour, "o"),
+        ("sum of single changes", "sum of one at a time", GREY, "s"),
+    )
+    for off, (quantity, name, shade, mark) in zip((-0.08, 0.08), drawn, strict=True):
+        at, y, low, high = _columns(
+            joint[joint["quantity"] == quantity], "at", "estimate", "low", "high"
+        )
+        axis.errorbar(
+            at + off,
+            y,
+            yerr=np.abs([y - low, high - y]),
+            fmt=f"{mark}-",
+            capsize=2,
+            color=shade,
+            label=name,
+        )
+    axis.axhline(0, color="black", linewidth=1)
+    ranks = sorted(set(joint["at"].astype(int)))
+    axis.set_xticks(ranks)
+    axis.set_xlim(min(ranks, default=0) - 0.5, max(ranks, default=0) + 0.5)

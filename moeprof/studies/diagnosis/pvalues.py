@@ -1,0 +1,94 @@
+"""p-values and selections of a pass, layer by layer, with intervals over documents."""
+
+import numpy as np
+
+from ...measure.bootstrap import bootstrap
+from .rows import ALL, rows
+from .seen import entropy
+from .statistics import (
+    BINS,
+    EDGES,
+    LAMBDAS,
+    PROBABILITIES,
+    cdf_statistic,
+    count_p,
+    histogram,
+    joined,
+    mean_statistic,
+    pi0,
+    quantiles,
+    spearman_statistic,
+)
+
+QQ = np.flatnonzero(EDGES <= 1)[::4]  # the points of the QQ curve
+
+
+def p_value_rows(seen, null, routing, groups, draws):
+    """Rows of the histogram, the QQ curve, the quantiles and pi0 of each layer of a pass.
+
+    null: the Null whose p-values are meant; groups (D,): each document's domain, within which
+    documents are drawn.
+    """
+    for layer, logits in enumerate(seen.logits):
+        counts = count_p(null.layer(layer).p_values(logits), seen.documents, seen.size)
+        cdf = cdf_statistic(counts)
+
+        def statistic(weights, cdf=cdf):
+            below = cdf(weights)
+            parts = histogram(below), pi0(below), quantiles(below), below[:, QQ]
+            return np.concatenate(parts, axis=1)
+
+        found = bootstrap(statistic, seen.size, groups=groups, draws=draws)
+        pieces = (
+            ("histogram", "density", np.arange(BINS) / BINS),
+            ("pi0", "pi0", LAMBDAS),
+            ("quantiles", "quantile", PROBABILITIES),
+            ("cdf", "share at most", EDGES[QQ]),
+        )
+        start = 0
+        for table, quantity, at in pieces:
+            part = type(found)(*(field[start : start + len(at)] for field in found))
+            yield from rows(table, routing, layer, quantity, np.asarray(at), part)
+            start += len(at)
+
+
+SELECTION = ("experts", "rejections", "P(R >= 1)", "P(R < min_k)", "P(R > max_k)")
+CORRELATIONS = ("Spearman(R, entropy)", "Spearman(R, loss)")
+
+
+def selection_rows(seen, selected, limits, routing, groups, draws):
+    """Rows of R of each layer and of all: means, floor and ceiling shares, Spearman correlations.
+
+    limits: (min_k, max_k). R is the count before these clamp it.
+    """
+    statistics = []
+    known = np.isfinite(seen.loss)
+    for layer, logits in enumerate(seen.logits):
+        r = selected.rejections[layer]
+        values = np.stack([selected.counts[layer], r, r >= 1, r < limits[0], r > limits[1]], 1)
+        # Both correlations over the tokens that have a next one.
+        ys = np.stack([entropy(logits)[known], seen.loss[known]])
+        statistics.append(
+            joined(
+                mean_statistic(values.astype(float), seen.documents, seen.size),
+                spearman_statistic(r[known], ys, seen.documents[known], seen.size),
+            )
+        )
+    names = (*SELECTION, *CORRELATIONS)
+    layers = len(statistics)
+
+    def statistic(weights):
+        each = np.stack([one(weights) for one in statistics], axis=1)  # (B, L, M)
+        return np.concatenate([each, each.mean(axis=1, keepdims=True)], axis=1).reshape(
+            len(weights), -1
+        )
+
+    found = bootstrap(statistic, seen.size, groups=groups, draws=draws)
+    yield from rows(
+        "selection",
+        routing,
+        np.repeat([*range(layers), ALL], len(names)),
+        np.tile(names, layers + 1),
+        None,
+        found,
+    )

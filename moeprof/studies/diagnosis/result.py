@@ -1,0 +1,113 @@
+"""A diagnosis as it is handed over: numbers, tables in words, figures, files."""
+
+import html
+import io
+import json
+from pathlib import Path
+
+from ...files import as_csv, check_folder, finite, printable, write_whole
+from .rows import COLUMNS
+
+NAME = "diagnosis"
+
+
+class Diagnosis:
+    """What `diagnose` measured.
+
+    facts : dict of model, null, router, machine, versions and text
+    """
+
+    def __init__(self, rows, facts):
+        self._rows, self.facts = list(rows), facts
+
+    def to_frame(self, table=None):
+        """A pandas table with a row for each number and its interval.
+
+        Columns
+        -------
+        table: "histogram", "pi0", "quantiles", "cdf", "selection", "transfer", "fdp",
+            "fdp curve", "joint"; routing: "stock", "patched", for transfer the domain of the
+            null, for fdp and joint the router; layer: -1 is the mean of all; quantity; at: the
+            bin's left edge, lambda, probability, p, domain, delta or rank; estimate; error: of
+            the bootstrap; low, high: pointwise 95 % interval; band_low, band_high: max-|t| band
+            over the table's layer, for "selection", "fdp" and "fdp curve" over all layers.
+
+        table: only that table's rows. ValueError if there is no such.
+        """
+        import pandas
+
+        frame = pandas.DataFrame(self._rows, columns=list(COLUMNS))
+        if table is None:
+            return frame
+        if table not in set(frame["table"]):
+            raise ValueError(f"table: expected one of {sorted(set(frame['table']))}, got {table!r}")
+        return frame[frame["table"] == table].drop(columns="table").reset_index(drop=True)
+
+    @property
+    def tables(self):
+        """The names that `to_frame` takes."""
+        return list(dict.fromkeys(row["table"] for row in self._rows))
+
+    @property
+    def figures(self):
+        """The names that `figure` takes."""
+        return ["p_values", "selection", *(["ablation"] if "fdp" in self.tables else [])]
+
+    def figure(self, name="p_values"):
+        """A matplotlib Figure: "p_values", "selection" or "ablation". ValueError otherwise."""
+        from . import plots
+
+        if name not in self.figures:
+            raise ValueError(f"figure: expected one of {', '.join(self.figures)}, got {name!r}")
+        return getattr(plots, name)(self)
+
+    def summary(self):
+        """The tables and the findings as text, at most 100 columns wide."""
+        from .views import as_text
+
+        return as_text(self)
+
+    def __repr__(self):
+        return f"<moeprof Diagnosis: {self.facts['router']} on {printable(self.facts['model'])}>"
+
+    def _repr_html_(self):
+        from .views import findings, views
+
+        parts = [f"<p>{html.escape(line)}</p>" for line in findings(self)]
+        for view in views(self):
+            parts.append(f"<h4>{html.escape(view.title)}</h4><p>{html.escape(view.note)}</p>")
+            parts.append(view.frame.to_html(index=False))
+        return "\n".join(parts)
+
+    def save(self, folder):
+        """Write diagnosis.json, .csv, .md and a PNG for each figure; returns their paths.
+
+        Each appears whole or not at all. OSError where the folder can't be written.
+        """
+        from .views import as_markdown
+
+        folder = Path(folder)
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = {}
+        numbers = {"facts": self.facts, "rows": self._rows}
+        text = json.dumps(finite(_plain(numbers)), indent=1, ensure_ascii=False, allow_nan=False)
+        written[f"{NAME}.json"] = text.encode() + b"\n"
+        written[f"{NAME}.csv"] = as_csv(self.to_frame())
+        written[f"{NAME}.md"] = as_markdown(self).encode()
+        for name in self.figures:
+            image = io.BytesIO()
+            self.figure(name).savefig(image, format="png")
+            written[f"{NAME}_{name}.png"] = image.getvalue()
+        for name, data in written.items():
+            write_whole(folder / name, data)
+        return [folder / name for name in written]
+
+
+def _plain(value):
+    """NumPy scalars as Python's own, which JSON knows."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if hasattr(value, "item") else value

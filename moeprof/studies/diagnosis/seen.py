@@ -1,0 +1,66 @@
+"""One pass of a text through a model: gate logits, selections, and how it predicted."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ...measure.passes import documents_of
+from ...measure.routing import by_layer, choose
+from ...patching.patch import patch
+from ...texts.windows import HeldOut
+
+
+class Seen(NamedTuple):
+    """T tokens, L layers, E experts; the first token of each window is left out.
+
+    logits : (L, T, E) float32, what the gates said
+    loss : (T,) nats, the loss of the token after; NaN for the last of a window
+    documents : (T,) the index of each token's document; size : how many documents there are
+    """
+
+    logits: np.ndarray
+    loss: np.ndarray
+    documents: np.ndarray
+    size: int
+
+
+class Selected(NamedTuple):
+    """What a router selects on logits (L, T, E): counts, rejections (L, T) int32."""
+
+    counts: np.ndarray
+    rejections: np.ndarray
+
+
+def see(model, text: HeldOut, router=None, *, null=None, norm="model", step=lambda: None) -> Seen:
+    """The text through the model patched with `router` (None: its own top-k)."""
+    losses = []
+    with patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
+        calls = [[] for _ in handle.layers]
+        handle.on_routing(lambda layer, routing: calls[layer].append(routing.logits))
+        for window in text.windows:
+            logits = model(input_ids=window.ids, use_cache=False).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, window.ids[0, 1:], reduction="none")
+            losses.append(np.append(loss.numpy(), np.nan)[1:])
+            step()
+    if any(logits is None for layer in calls for logits in layer):
+        raise ValueError("the model's gates give no logits, so there is nothing to diagnose")
+    logits = np.stack([torch.cat([z.float()[1:] for z in layer]).numpy() for layer in calls])
+    sizes = np.array([window.ids.shape[1] for window in text.windows])
+    later = np.ones(sizes.sum(), bool)
+    later[np.cumsum(sizes) - sizes] = False
+    return Seen(logits, np.concatenate(losses), documents_of(text)[later], len(text.documents))
+
+
+def select(router, logits, null) -> Selected:
+    """The router on logits (L, T, E), through C; null: a Null, or None for `normal`."""
+    layers = zip(by_layer(router, null, len(logits)), logits, strict=True)
+    found = [choose(scalar, torch.from_numpy(z), own, "none", 1)[2:] for (scalar, own), z in layers]
+    return Selected(*(np.stack([f[i].numpy() for f in found]) for i in range(2)))
+
+
+def entropy(logits):
+    """(T,) nats: the entropy of the softmax of logits (T, E)."""
+    z = torch.from_numpy(logits).double()
+    log_p = torch.log_softmax(z, -1)
+    return -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0)).sum(-1).numpy()

@@ -1,0 +1,348 @@
+"""A diagnosis in tables of at most 100 columns and in sentences, all from its numbers."""
+
+import io
+from typing import NamedTuple
+
+from ...show.console import WIDTH, text_console
+from .rows import ALL, PATCHED, STOCK
+
+RANKS = (0, 1, 2, 4)
+SHOWN_DELTAS = (1e-2,)
+
+
+class View(NamedTuple):
+    """A table of texts: a pandas frame, what it shows and how to read it."""
+
+    title: str
+    note: str
+    frame: object
+
+
+def _value(row, form):
+    """ "0.61 [0.58, 0.64]"."""
+    estimate, low, high = (format(row[name], form) for name in ("estimate", "low", "high"))
+    return estimate if estimate == "nan" else f"{estimate} [{low}, {high}]"
+
+
+def _layer(layer):
+    return "all" if layer == ALL else str(layer)
+
+
+def _cells(frame, keys, columns, cell, rename):
+    """A frame of texts: a row for each of `keys`, a column for each value of `columns`."""
+    import pandas
+
+    made = []
+    for labels, group in frame.groupby(list(keys), sort=False):
+        row = dict(zip(keys.values(), labels, strict=True))
+        values = {one[columns]: cell(one) for one in group.to_dict("records")}
+        row |= {title: values.get(name, "") for name, title in rename.items()}
+        made.append(row)
+    frame = pandas.DataFrame(made)
+    if "layer" in frame:
+        frame["layer"] = frame["layer"].map(_layer)
+    return frame
+
+
+_BY_LAYER = {"routing": "model", "layer": "layer"}
+_BY_ROUTER = {"routing": "router", "layer": "layer"}
+
+
+def views(diagnosis) -> list[View]:
+    """All tables, in the order in which they are printed."""
+    made = [*_of_p_values(diagnosis), *_of_selection(diagnosis)]
+    if "transfer" in diagnosis.tables:
+        made += _of_transfer(diagnosis)
+    if "fdp" in diagnosis.tables:
+        made += _of_ablation(diagnosis)
+    return made
+
+
+def _of_p_values(diagnosis):
+    def short(row):
+        return format(row["estimate"], ".2f")
+
+    frame = diagnosis.to_frame("pi0")
+    frame = frame.assign(at=frame["at"].astype(float))
+    widest = ((frame["high"] - frame["low"]) / 2).max()
+    yield View(
+        "Storey's π̂0 by λ",
+        "#{p > λ} / ((1 − λ) n) of a layer's held-out p-values; 1 at every λ where they are "
+        f"uniform. 95 % intervals: at most ± {widest:.2f}.",
+        _cells(frame, _BY_LAYER, "at", short, {x: f"λ {x:g}" for x in sorted(set(frame["at"]))}),
+    )
+    frame = diagnosis.to_frame("quantiles")
+    shown = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)
+    yield View(
+        "Quantiles of the p-values",
+        "Each column's heading is what the quantile would be if they were uniform. Intervals, "
+        "and the whole curve: in the CSV and in the figure.",
+        _cells(
+            frame,
+            _BY_LAYER,
+            "at",
+            lambda row: format(row["estimate"], ".2g"),
+            {x: f"{x:g}" for x in shown},
+        ),
+    )
+
+
+def _of_selection(diagnosis):
+    facts = diagnosis.facts
+    frame = diagnosis.to_frame("selection")
+    yield View(
+        f"R of {facts['router']}",
+        "R: the router's count before clamping; on the stock model it is what the router would "
+        f"select on that model's logits. Floor: R < min_k = {facts['min_k']}; ceiling: R > "
+        f"max_k = {facts['max_k']}; both in % of tokens. [95 % intervals]",
+        _cells(
+            frame,
+            _BY_LAYER,
+            "quantity",
+            _of_quantity,
+            {
+                "experts": "experts",
+                "rejections": "R",
+                "P(R >= 1)": "R ≥ 1 %",
+                "P(R < min_k)": "floor %",
+                "P(R > max_k)": "ceiling %",
+            },
+        ),
+    )
+    yield View(
+        "R against the router's entropy and the token's loss",
+        "Spearman's correlation over tokens; loss: of the next token. [95 % intervals]",
+        _cells(
+            frame,
+            _BY_LAYER,
+            "quantity",
+            lambda row: _value(row, "+.2f"),
+            {
+                "Spearman(R, entropy)": "R and entropy",
+                "Spearman(R, loss)": "R and loss",
+            },
+        ),
+    )
+
+
+def _of_quantity(row):
+    if row["quantity"] == "experts":
+        return format(row["estimate"], ".2f")
+    if row["quantity"].startswith("P("):
+        row = row | {name: 100 * row[name] for name in ("estimate", "low", "high")}
+        return _value(row, ".1f")
+    return _value(row, ".2f")
+
+
+def _of_transfer(diagnosis):
+    frame = diagnosis.to_frame("transfer")
+    frame = frame[frame["layer"] == ALL]
+    domains = {name: f"on {name}" for name in dict.fromkeys(frame["at"])}
+    notes = {
+        "P(R >= 1)": "Share of tokens in which anything is rejected",
+        "experts": "Experts per token at the same alpha",
+        "KS distance": "Largest distance between the p-values' distribution on the text that the "
+        "null was fitted to and on held-out text of the domain",
+    }
+    for quantity, note in notes.items():
+        form = ".3f" if quantity == "KS distance" else ".2f"
+        yield View(
+            f"Null fitted on one domain, checked on another: {quantity}",
+            f"{note}; mean over layers. Rows: what the null was fitted on. [95 % intervals]",
+            _cells(
+                frame[frame["quantity"] == quantity],
+                {"routing": "fitted on"},
+                "at",
+                lambda row, form=form: _value(row, form),
+                domains,
+            ),
+        )
+
+
+def _of_ablation(diagnosis):
+    alpha = diagnosis.facts["alpha"]
+    frame = diagnosis.to_frame("fdp")
+    table = _cells(
+        frame,
+        _BY_ROUTER,
+        "quantity",
+        lambda row: _value(row, ".2f"),
+        {
+            "FDP(delta0)": "FDP(δ0)",
+            "FDP(0)": "FDP(0)",
+        },
+    )
+    short = _cells(
+        frame,
+        _BY_ROUTER,
+        "quantity",
+        lambda row: format(row["estimate"], ".2f"),
+        {
+            "experts": "experts",
+            "delta0": "δ0",
+            "false of all": "V/R pooled",
+        },
+    )
+    curve = diagnosis.to_frame("fdp curve")
+    table.insert(2, "experts", short["experts"])
+    table.insert(3, "alpha", [_alpha(alpha, layer) for layer in table["layer"]])
+    table.loc[table["router"] != frame["routing"].iloc[0], "alpha"] = ""
+    table.insert(4, "δ0", short["δ0"])
+    table["ΣV/ΣR"] = short["V/R pooled"]
+    for delta in SHOWN_DELTAS:
+        near = curve.assign(off=(curve["at"].astype(float) / delta).map(_distance))
+        best = near.loc[near.groupby(["routing", "layer"], sort=False)["off"].idxmin()]
+        table[f"δ {best['at'].iloc[0]:.2g}"] = [format(x, ".2f") for x in best["estimate"]]
+    yield View(
+        "False discoveries by ablation, beside alpha",
+        "An expert is false at δ if the next token's loss rises by less than δ nats without it "
+        "(also if it falls). FDP: mean over positions of V / max(R, 1), 0 where R = 0; ΣV/ΣR at "
+        "δ0 has no zeros for positions without discoveries. δ0: 95 % of random unselected "
+        "experts, added with their own weight, change the loss by less. An "
+        "operational definition; alpha makes no promise about it. [95 % intervals]",
+        table,
+    )
+    yield from _joint(diagnosis)
+
+
+def _alpha(alpha, layer):
+    """The alpha of a row, where a router has one for each layer that layer's."""
+    if not isinstance(alpha, tuple | list):
+        return "" if alpha is None else f"{alpha:g}"
+    return "" if layer == "all" else f"{alpha[int(layer)]:.3g}"
+
+
+def _distance(ratio):
+    return max(ratio, 1 / ratio)
+
+
+def _joint(diagnosis):
+    joint = diagnosis.to_frame("joint") if "joint" in diagnosis.tables else None
+    if joint is None:
+        return
+    by = {"joint change": {}, "sum of single changes": {}, "share below delta0": {}}
+    for _, row in joint.iterrows():
+        by[row["quantity"]][row["routing"], row["layer"], row["at"]] = row["estimate"]
+
+    def cell(row):
+        key = row["routing"], row["layer"], row["at"]
+        alone, share = by["sum of single changes"][key], by["share below delta0"][key]
+        return f"{row['estimate']:+.2f} {alone:+.2f} {100 * share:.0f}%"
+
+    frame = joint[joint["quantity"] == "joint change"]
+    ranks = [r for r in RANKS if r in set(frame["at"])]
+    yield View(
+        "All experts of rank > r emptied at once",
+        "Mean change of the next token's loss in nats at positions with more than r experts; the "
+        "sum of what emptying each alone does there; the share of these positions at which the "
+        "joint change is below δ0. Where the first exceeds the second the experts stand in for "
+        "each other. Intervals: in the CSV.",
+        _cells(frame, _BY_ROUTER, "at", cell, {r: f"r = {r}" for r in ranks}),
+    )
+
+
+def findings(diagnosis) -> list[str]:
+    """What was measured, what it was measured against, and what came out, in sentences."""
+    facts = diagnosis.facts
+    documents = facts["heldout_documents"]
+    domains = len({d["domain"] for d in documents})
+    found = [
+        f"{facts['router']} on {facts['model']} ({facts['dtype']}).",
+        f"Null: {facts['null']}.",
+        f"Held-out text: {facts['heldout_tokens']:,} tokens of {len(documents)} documents in "
+        f"{domains} domain{'s' * (domains != 1)}; all intervals are 95 % ones by bootstrap over "
+        "documents.",
+        "A false discovery rate is a statement against that null, for p-values that are valid "
+        "under it and independent or positively dependent; that was not shown for this model.",
+        *_floors(diagnosis),
+    ]
+    if "fdp" in diagnosis.tables:
+        found += _ablation_findings(diagnosis)
+    return found
+
+
+def _floors(diagnosis):
+    frame = diagnosis.to_frame("selection")
+    frame = frame[frame["layer"] == ALL].set_index(["routing", "quantity"])["estimate"]
+    for routing in (STOCK, PATCHED):
+        yield (
+            f"On the {routing} model's logits min_k decides for "
+            f"{100 * frame[routing, 'P(R < min_k)']:.1f} % of the tokens in a layer (R < "
+            f"{diagnosis.facts['min_k']}), max_k for "
+            f"{100 * frame[routing, 'P(R > max_k)']:.1f} % (R > {diagnosis.facts['max_k']})."
+        )
+
+
+def _ablation_findings(diagnosis):
+    facts, alpha = diagnosis.facts, diagnosis.facts["alpha"]
+    by_layer = isinstance(alpha, tuple | list)
+    frame = diagnosis.to_frame("fdp").set_index(["routing", "layer", "quantity"])
+    used = facts["ablated_documents"]
+    yield (
+        f"Ablation: {facts['positions']:,} positions in {used} document{'s' * (used != 1)}, the "
+        "same for all."
+    )
+    if facts["positions"] < 1000 or used < 40:
+        yield "That is fewer than the 1,000 positions and 40 documents that the report asks for."
+    for name in facts["compared"]:
+        row = frame.loc[(name, ALL, "FDP(delta0)")]
+        hurt = frame.loc[(name, ALL, "FDP(0)")]
+        pooled = frame.loc[(name, ALL, "false of all")]
+        experts = frame.loc[(name, ALL, "experts")]["estimate"]
+        line = (
+            f"{name} ({experts:.2f} experts): of a position's discoveries in a layer "
+            f"{_value(row, '.2f')} are false at δ0, {_value(hurt, '.2f')} hurt (a position without "
+            f"discoveries counts as 0); of all discoveries together {_value(pooled, '.2f')} are"
+        )
+        if name == next(iter(facts["compared"])) and alpha is not None and not by_layer:
+            where = "inside" if row["low"] <= alpha <= row["high"] else "outside"
+            line += (
+                f"; alpha is {alpha:g}, {where} that interval, and FDP(δ0) is "
+                f"{row['estimate'] / alpha:.1f} times alpha"
+            )
+        yield line + "."
+
+
+def as_text(diagnosis, width=WIDTH) -> str:
+    """Findings and tables, plain text of at most `width` columns."""
+    import textwrap
+
+    out = io.StringIO()
+    console = text_console(out, width)
+    for line in findings(diagnosis):
+        console.print("\n".join(textwrap.wrap(line, width)))
+    for view in views(diagnosis):
+        console.print(f"\n{view.title}")
+        console.print("\n".join(textwrap.wrap(view.note, width)))
+        console.print(_rich(view.frame))
+    return "\n".join(line.rstrip() for line in out.getvalue().split("\n"))
+
+
+def _rich(frame):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    left = {"model", "router", "fitted on"}
+    for name in frame.columns:
+        table.add_column(str(name), justify="left" if name in left else "right", overflow="fold")
+    first = None
+    for row in frame.itertuples(index=False):
+        cells = list(map(str, row))
+        if cells[0] == first and frame.columns[0] in left:
+            cells[0] = ""  # said once
+        else:
+            first = cells[0]
+        table.add_row(*cells)
+    return table
+
+
+def as_markdown(diagnosis) -> str:
+    parts = [f"# Diagnosis of {diagnosis.facts['router']}"]
+    parts.append("\n".join(f"- {line}" for line in findings(diagnosis)))
+    for view in views(diagnosis):
+        names = list(map(str, view.frame.columns))
+        lines = [names, ["---"] * len(names), *view.frame.astype(str).to_numpy().tolist()]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"## {view.title}\n\n{view.note}\n\n{table}")
+    return "\n\n".join(parts) + "\n"

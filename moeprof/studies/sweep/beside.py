@@ -1,0 +1,101 @@
+"""What the grid is set against: static top-k, and routers whose parameter a budget sets."""
+
+import time
+from fractions import Fraction
+
+from ... import demo
+from ...routers import BH, FixedP, TopK
+from ...texts.windows import heldout_windows
+
+BUDGET_TOKENS = 8192  # of the shipped calibration text, which no evaluation uses
+DIGITS = 5  # of the parameter that is found, run and shown
+
+
+def budgets(top_k):
+    """The experts per token that a run gives advice for: half and three quarters of top_k."""
+    return [float(top_k * share) for share in (Fraction(1, 2), Fraction(3, 4)) if top_k > 1]
+
+
+def budget_text(tokenizer, seed=0):
+    """HeldOut: the text that budgets are set on, of the second half of the calibration text."""
+    return heldout_windows(tokenizer, demo.calibration_halves()[1], BUDGET_TOKENS, seed)
+
+
+def routers_by_budget(top_k):
+    """The routers that a budget is set for; a token gets the model's own top_k at most."""
+    return [FixedP(max_k=top_k), BH(max_k=top_k)]
+
+
+def run_static(experiment, k, step=lambda: None):
+    """Top-k with another k on the held-out text: a dict of plain values."""
+    begun = time.perf_counter()
+    measured = experiment.quality(TopK(k), step)
+    return {"config": f"topk_{k}", "k": k, **measured, "seconds": time.perf_counter() - begun}
+
+
+class Budgets:
+    """Sets routers to budgets on `text`; the stock model's pass over it is made once.
+
+    experiment: Experiment; text: HeldOut. `steps` is how often a `run` calls `step` at most.
+    """
+
+    def __init__(self, experiment, text, top_k):
+        from ..budget.setting import MAX_PASSES
+
+        self.experiment, self.text, self.top_k, self._passed = experiment, text, top_k, None
+        self.most = MAX_PASSES * len(text.windows) + len(experiment.heldout.windows)
+
+    @property
+    def steps(self):
+        """Of all of them together, with the pass of the stock model."""
+        runs = len(budgets(self.top_k)) * len(routers_by_budget(self.top_k))
+        return runs * self.most + (len(self.text.windows) if runs else 0)
+
+    def run(self, router, budget, step=lambda: None):
+        """The router at a budget, on the held-out text: a dict of plain values.
+
+        Where the budget is out of the router's reach, the dict says so as "error". The parameter
+        is rounded before it is evaluated, so that what is shown is what was run.
+        """
+        from ..budget.setting import BudgetError, find, main_of, resolve, with_main
+
+        begun, model = time.perf_counter(), self.experiment.model
+        calls, name = 0, main_of(router)[0]
+
+        def counted():
+            nonlocal calls
+            calls += 1
+            step()
+
+        result = {
+            "config": f"{router.name} set to {budget:g}",
+            "router": router.name,
+            "class": type(router).__name__,
+            "budget": budget,
+            "parameter": name,
+            "value": None,
+            "max_k": router.max_k,
+            "error": None,
+        }
+        null = resolve(router, self.experiment.null)
+        try:
+            setting, short = find(
+                router, model, self.text, budget, null, passed=self._stock(step), step=counted
+            )
+        except BudgetError as error:
+            result["error"] = str(error).removeprefix("average_k: ")
+        else:
+            value = float(f"{setting.parameter:.{DIGITS}g}")
+            result |= {"value": value, "note": short, "avg_experts_calibration": setting.average_k}
+            result |= self.experiment.quality(with_main(router, value), counted)
+        for _ in range(calls, self.most):  # a search that needs fewer passes
+            step()
+        return result | {"seconds": time.perf_counter() - begun}
+
+    def _stock(self, step):
+        if self._passed is None:
+            from ...measure.passes import collect, evaluating
+
+            with evaluating(self.experiment.model):
+                self._passed = collect(self.experiment.model, self.text, step=step)
+        return self._passed

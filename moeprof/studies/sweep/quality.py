@@ -1,0 +1,177 @@
+"""The panels that answer what to use: quality by experts, and beside static top-k."""
+
+import numpy as np
+
+from ...show.figures import MARKERS
+from .advice import best_for, is_below
+from .beside import budgets
+from .drawing import blank, label, shades, title
+from .merged import merged
+
+STATIC = "black"
+# Okabe & Ito: told apart with every kind of colour vision, and from the shades of alpha.
+BY_BUDGET = {"fixed_p": ("#D55E00", "*"), "bh": ("#CC79A7", "p")}
+
+
+def quality(use, beside, bh, baseline, run):
+    """Draw both panels. bh, baseline: rows of results; run: as `compared` gives it, or {}."""
+    if baseline is None:
+        for axis in (use, beside):
+            blank(axis, "without the baseline there is nothing to compare with")
+        return
+    static = sorted(run.get("static", ()), key=lambda row: row["k"])
+    found = [row for row in run.get("budgets", ()) if "nats_by_document" in row]
+    points = _points(bh, baseline)
+    marks = budgets(int(baseline["max_k"]))
+    _use(use, points, baseline, static, found, marks, run)
+    _beside(beside, points, found, marks)
+
+
+def _points(bh, baseline):
+    """A dict for each BH result, equal ones once: where it lies, its colour, marker and name."""
+    alphas, caps = sorted(bh["alpha"].unique()), sorted(bh["max_k"].unique())
+    colours = dict(zip(alphas, shades(len(alphas)), strict=True))
+    points = []
+    for _, group in merged(bh.to_dict("records")):
+        # The table has nan for None in a column of numbers.
+        row = {n: None if isinstance(v, float) and np.isnan(v) else v for n, v in group[0].items()}
+        points.append(
+            row
+            | {
+                "bits_above_own": row.get(
+                    "bits_above_own", row["bits_per_byte"] - baseline["bits_per_byte"]
+                ),
+                "colour": colours[row["alpha"]],
+                "marker": MARKERS[caps.index(row["max_k"]) % len(MARKERS)],
+                "caps": tuple(int(other["max_k"]) for other in group),
+            }
+        )
+    return points
+
+
+def _use(axis, points, baseline, static, found, marks, run):
+    line = [*static, {"k": baseline["max_k"], "bits_above_own": 0.0}]
+    line = sorted(line, key=lambda row: row["k"])
+    top = max(p["avg_experts_heldout"] for p in points) if points else 0
+    if static:
+        ks = [row["k"] for row in line]
+        bits = [row["bits_above_own"] for row in line]
+        axis.plot(
+            ks,
+            bits,
+            "-",
+            marker="|",
+            markersize=12,
+            color=STATIC,
+            linewidth=1.8,
+            label="static top-k",
+        )
+        ends = [
+            [
+                value if (value := row.get(f"bits_above_own_{end}")) is not None else at
+                for row, at in zip(line, bits, strict=True)
+            ]
+            for end in ("low", "high")
+        ]
+        axis.fill_between(ks, *ends, color=STATIC, alpha=0.15, linewidth=0)
+    axis.plot(
+        baseline["avg_experts_heldout"],
+        0,
+        "o",
+        color=STATIC,
+        markersize=9,
+        label=f"the model's own top-{baseline['max_k']:g}",
+    )
+    for point in points:
+        _point(axis, point, "bits_above_own", point["colour"], point["marker"], 9)
+    _by_budget(axis, found, "bits_above_own")
+    _marks(axis, marks)
+    _legend(axis, points)
+    axis.set_xlim(0.7, max(baseline["max_k"], top) + 0.3)
+    values = [p["bits_above_own"] for p in [*points, *static, *found]]
+    if values and min(values) > 0:  # logarithmic down to the smallest, straight from there to 0
+        axis.set_yscale("symlog", linthresh=min(values))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(-0.2 * min(values), None)
+    label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
+    detail = "down is better; bars and band: 95 %; equal results share a point"
+    title(axis, _headline(points, found, marks, run), detail)
+
+
+def _headline(points, found, marks, run):
+    if not run.get("static") or not marks:
+        return "Quality by experts per token"
+    answers = []
+    for budget in marks:
+        at = [row for row in found if row["budget"] == budget]
+        best = best_for(budget, [*points, *at], run)
+        name = "static" if best is None else best["router"] if "budget" in best else best["config"]
+        answers.append(f"at {budget:g}: {name}")
+    return "What to use " + ", ".join(answers)
+
+
+def _beside(axis, points, found, marks):
+    shown = [p for p in [*points, *found] if p.get("bits_above_static") is not None]
+    if not shown:
+        blank(axis, "static top-k wasn't run")
+        return
+    axis.axhline(0, color=STATIC, linewidth=1.8)
+    for point in points:
+        if point.get("bits_above_static") is not None:
+            _point(axis, point, "bits_above_static", point["colour"], point["marker"], 9)
+    _by_budget(axis, found, "bits_above_static")
+    _marks(axis, marks)
+    label(
+        axis,
+        "experts per token, held-out text",
+        "bits per byte beside static top-k\nat the same experts",
+    )
+    below = sum(map(is_below, shown))
+    title(
+        axis,
+        f"{below} of {len(shown)} settings are better than static top-k",
+        "below the line is better; bars: 95 %, paired by document",
+    )
+
+
+def _point(axis, point, field, colour, marker, size):
+    y, low, high = (point.get(field + end) for end in ("", "_low", "_high"))
+    x = point["avg_experts_heldout"]
+    if low is not None and not np.isnan(low):
+        axis.plot([x, x], [low, high], color=colour, linewidth=1.5)
+    axis.plot(x, y, marker, color=colour, markersize=size, markeredgecolor="white")
+
+
+def _by_budget(axis, found, field):
+    for row in found:
+        colour, marker = BY_BUDGET[row["router"]]
+        if row.get(field) is not None:
+            _point(axis, row, field, colour, marker, 18)
+
+
+def _marks(axis, marks):
+    for budget in marks:
+        axis.axvline(budget, color="#999999", linestyle=":", linewidth=1.5, zorder=0)
+    axis.grid(color="#eeeeee")
+    axis.set_axisbelow(True)
+
+
+def _legend(axis, points):
+    for alpha, colour in {p["alpha"]: p["colour"] for p in points}.items():
+        axis.plot([], [], "-", color=colour, linewidth=5, label=f"BH alpha {alpha:g}")
+    shapes = {}
+    for point in points:
+        shapes.setdefault(point["marker"], set()).update(point["caps"])
+    for marker, caps in shapes.items():
+        axis.plot([], [], marker, color="#777777", markersize=9, label=f"max_k {min(caps)}")
+    for name, (colour, marker) in BY_BUDGET.items():
+        axis.plot(
+            [],
+            [],
+            marker,
+            color=colour,
+            markersize=14,
+            markeredgecolor="white",
+            label=f"{name} set by budget",
+        )
+    axis.legend(fontsize=11, frameon=False, ncols=2)

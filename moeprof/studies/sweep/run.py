@@ -1,0 +1,193 @@
+"""The sweep: every configuration in turn, with what is finished kept on disk."""
+
+import platform
+import textwrap
+from datetime import datetime, timezone
+from importlib.metadata import version
+
+from ...backends.cpu import cpu_info
+from ...checks import check_type
+from ...models.find import experts_of
+from ...show.console import WIDTH, make_console, progress
+from ...version import __version__
+from .advice import advice
+from .beside import Budgets, budget_text, budgets, routers_by_budget, run_static
+from .compared import compared
+from .grid import ALPHAS, MAX_KS, configurations, dropped_max_ks
+from .merged import merged, same_results
+from .plots import figure
+from .report import report
+from .runner import Experiment
+from .store import Store
+
+
+def sweep(
+    experiment,
+    store,
+    facts,
+    console=None,
+    *,
+    alphas=ALPHAS,
+    max_ks=MAX_KS,
+    static=None,
+    calibration=None,
+):
+    """Run all configurations that fit the model and write the files of `Store`.
+
+    experiment: Experiment; store: Store, or the path of a folder; facts: a dict that goes into
+    the JSON as it is: model, seed, null, null_source (both in words) and null_code (what to give
+    to `moeprof.patch`); console: a rich Console; alphas, max_ks: the grid; static: the values of
+    k that static top-k is run with, 1 to the model's own when not given; calibration: HeldOut,
+    the text that budgets are set on, shipped calibration text when not given.
+    Returns the run: a dict as in the JSON. When it is interrupted, what is finished stays on
+    disk, and KeyboardInterrupt goes on to the caller. The model is unpatched in every case.
+    ValueError for a k that the model hasn't as many experts for, or a grid without BH.
+    """
+    check_type("sweep: experiment", experiment, Experiment, "an Experiment")
+    store = store if isinstance(store, Store) else Store(store)
+    console = console or make_console()
+    num_experts, top_k = experts_of(experiment.model)
+    planned = configurations(num_experts, top_k, alphas, max_ks)
+    static = _static(static, num_experts, top_k)
+    if calibration is None:
+        calibration = budget_text(experiment.tokenizer, facts["seed"])
+    run = describe(experiment, planned, dropped_max_ks(num_experts, max_ks)) | facts
+    run["dropped_configurations"] = len(run["dropped_max_k"]) * len(alphas)
+    run |= {"budget_tokens": calibration.tokens, "finished": False}
+    run |= {"results": [], "static": [], "budgets": []}
+    console.print(f"Total configurations: {len(planned)}")
+    for max_k in run["dropped_max_k"]:
+        console.print(f"Left out: max_k {max_k}, the model has {num_experts} experts")
+    setter = Budgets(experiment, calibration, top_k)
+    windows = len(experiment.heldout.windows)
+    steps = len(planned) * experiment.steps + len(static) * windows + setter.steps
+    try:
+        with progress(console, steps, "sweep") as bar:
+            _grid(run, planned, experiment, store, console, bar)
+            _beside(run, static, setter, experiment, top_k, bar)
+            run["finished"] = True
+    except KeyboardInterrupt:
+        console.print(f"Interrupted: {len(run['results'])} of {len(planned)} are finished")
+        if run["results"]:
+            _finish(run, store, console)  # saves too: it may be saving that was interrupted
+        raise
+    console.print("ALL EXPERIMENTS COMPLETE!")
+    return _finish(run, store, console)
+
+
+def _static(ks, num_experts, top_k):
+    """Ascending; the model's own k is the baseline already, so it isn't run again."""
+    ks = range(1, top_k + 1) if ks is None else ks
+    for k in ks:
+        if not 1 <= k <= num_experts:
+            raise ValueError(f"static: expected k from 1 to the {num_experts} experts, got {k}")
+    return sorted(set(ks) - {top_k})
+
+
+def _grid(run, planned, experiment, store, console, bar):
+    for number, configuration in enumerate(planned, start=1):
+        bar.note(configuration.name)
+        console.print(f"[{number}/{len(planned)}] Running: {configuration.name}")
+        baseline = run["results"][0] if run["results"] else None
+        result = experiment.run(configuration, baseline, bar.step)
+        run["results"].append(result)
+        store.save_results(run)
+        console.print(f"Completed in {result['seconds']:.1f}s")
+        console.print(f"Avg experts: {result['avg_experts']:.2f}")
+
+
+def _beside(run, static, setter, experiment, top_k, bar):
+    """Static top-k, and what budgets set: quality alone, so there is a line for each in the bar."""
+    for k in static:
+        bar.note(f"static top-{k}")
+        run["static"].append(run_static(experiment, k, bar.step))
+    for budget in budgets(top_k):
+        for router in routers_by_budget(top_k):
+            bar.note(f"{router.name} for {budget:g} experts")
+            run["budgets"].append(setter.run(router, budget, bar.step))
+
+
+def _finish(run, store, console):
+    """Intervals, advice, report and figure from what is there, and the tables on the console."""
+    run = compared(run)
+    run = run | {"advice": advice(run)}
+    store.save_results(run)
+    store.save_report(report(run), figure(run["results"], run))
+    for item in run["advice"]:
+        console.print("")
+        console.print(textwrap.fill(item["head"], WIDTH))
+        if item["code"]:
+            console.print(f"    {item['code']}")
+        for other in item["others"]:
+            first, rest = "  - ", "    "
+            console.print(textwrap.fill(other, WIDTH, initial_indent=first, subsequent_indent=rest))
+    console.print("")
+    if len(run["heldout_documents"]) == 1:
+        console.print("The held-out text is one document, so nothing above has an interval.")
+    groups = merged(run["results"])
+    console.print(_table(groups), width=min(WIDTH, console.width))
+    for line in same_results(groups):
+        console.print(textwrap.fill(line, WIDTH))
+    for path in (store.json, store.csv, store.quality, store.report, store.figure):
+        console.print(f"Written: {path}")
+    return run
+
+
+def _table(groups):
+    """The main columns as a rich table of at most 100 columns; equal results share a row."""
+    from rich import box
+    from rich.table import Table
+
+    columns = {
+        "experts": ("avg_experts_heldout", "{:.2f}"),
+        "prompts": ("avg_experts", "{:.2f}"),
+        "perpl.": ("perplexity", "{:.2f}"),
+        "Δ perpl.": ("delta_perplexity", "{:+.2f}"),
+        "bits/B": ("bits_per_byte", "{:.4f}"),
+        "Δ static": ("bits_above_static", "{:+.4f}"),
+        "agree": ("token_agreement", "{:.2f}"),
+        "tok/s": ("tokens_per_s", "{:.1f}"),
+    }
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("config", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, group in groups:
+        cells = ((form, group[0][field]) for field, form in columns.values())
+        table.add_row(name, *("" if value is None else form.format(value) for form, value in cells))
+    return table
+
+
+def describe(experiment, planned, dropped):
+    """What was run, on what and how: everything in the JSON but the results."""
+    import torch
+
+    model, config = experiment.model, experiment.model.config
+    packages = ("torch", "transformers", "numpy")
+    prompts = zip(experiment.complexities, experiment.prompts, strict=True)
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "planned": [configuration.name for configuration in planned],
+        "dropped_max_k": dropped,
+        "versions": {
+            "moeprof": __version__,
+            **{name: version(name) for name in packages},
+            "python": platform.python_version(),
+        },
+        "model_config": {
+            "model_type": config.model_type,
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "norm_topk_prob": config.norm_topk_prob,
+        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "cpu": cpu_info(),
+        "threads": torch.get_num_threads(),
+        "new_tokens": experiment.new_tokens,
+        "prompts": [{"complexity": label, "text": text} for label, text in prompts],
+        "heldout_tokens": experiment.heldout.tokens,
+        "heldout_documents": experiment.heldout.documents,
+    }

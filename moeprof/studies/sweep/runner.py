@@ -1,0 +1,271 @@
+"""Runs one configuration: generate on the prompts, count experts, evaluate on held-out text."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ... import demo
+from ...checks import check_model, check_token_ids, check_tokenizer, check_type
+from ...demo.defaults import default_null, load_once
+from ...measure.generate import greedy
+from ...measure.loss import evaluate
+from ...models.find import experts_of
+from ...models.tokens import prompt_ids
+from ...patching.patch import patch
+from ...texts.prompts import COMPLEXITIES
+from ...texts.windows import heldout_windows
+from .grid import as_configuration
+
+NEW_TOKENS = 20
+
+
+class Tally:
+    """A routing callback that counts how many experts the tokens were given, layer by layer."""
+
+    def __init__(self, num_layers, num_experts):
+        self.histogram = np.zeros((num_layers, num_experts + 1), dtype=np.int64)
+        self.unrejected = 0  # tokens x layers in which no expert was significant before min_k
+        self.by_call = [[] for _ in range(num_layers)]  # experts of all tokens of each forward
+        self._calls = []
+
+    def __call__(self, layer, routing):
+        # Counting waits for `settle`, so that the timed decode loop pays for an append only.
+        self._calls.append((layer, routing.counts, routing.rejections))
+
+    def settle(self):
+        """Count what was kept; call it outside of timed regions."""
+        for layer, counts, rejections in self._calls:
+            found = np.bincount(counts.numpy(), minlength=self.histogram.shape[1])
+            self.histogram[layer] += found
+            self.by_call[layer].append(int(counts.sum()))
+            self.unrejected += int((rejections == 0).sum())
+        self._calls.clear()
+        return self
+
+    @staticmethod
+    def mean(tallies):
+        """Experts per token over all layers and tokens of several tallies; None without tokens."""
+        histogram = sum(tally.histogram for tally in tallies)
+        return _means(histogram.sum(axis=0)) if tallies else None
+
+
+def _means(histogram):
+    """Mean number of experts from token counts (..., E+1) by number of experts."""
+    return (histogram @ np.arange(histogram.shape[-1]) / histogram.sum(axis=-1)).tolist()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all configurations share.
+
+    prompts, complexities: texts, and for each one of `COMPLEXITIES` or None.
+    heldout: HeldOut; null: the null distributions that BH measures against.
+    """
+
+    model: object
+    tokenizer: object
+    prompts: tuple
+    complexities: tuple
+    heldout: object
+    null: object
+    new_tokens: int = NEW_TOKENS
+
+    def __post_init__(self):
+        check_model("Experiment", self.model)
+        check_tokenizer("Experiment", self.tokenizer)
+        if isinstance(self.prompts, str):
+            raise TypeError("prompts: expected a list of texts, got one text")
+        if not self.prompts:
+            raise ValueError("prompts: expected at least one, got none")
+        if len(self.prompts) != len(self.complexities):
+            raise ValueError(
+                f"prompt_complexities: expected one for each of the {len(self.prompts)} prompts, "
+                f"got {len(self.complexities)}"
+            )
+        unknown = set(self.complexities) - {*COMPLEXITIES, None}
+        if unknown:
+            raise ValueError(
+                f"prompt_complexities: expected {', '.join(COMPLEXITIES)} or None, "
+                f"got {', '.join(sorted(map(repr, unknown)))}"
+            )
+        if not all(isinstance(text, str) and text for text in self.prompts):
+            raise ValueError("prompts: expected texts that aren't empty")
+        if not isinstance(self.new_tokens, int) or self.new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens: expected an integer of at least 1, got {self.new_tokens!r}"
+            )
+        check_token_ids(self.model, (window.ids for window in self.heldout.windows))
+        check_token_ids(self.model, self._prompt_ids())
+
+    @property
+    def steps(self):
+        """How often `run` calls `step`."""
+        return len(self.prompts) + len(self.heldout.windows)
+
+    def run(self, configuration, baseline=None, step=lambda: None):
+        """Run one configuration and return what was measured, as a dict of plain values.
+
+        baseline: the baseline's dict, which the others are compared with; without it
+        `delta_perplexity` and `token_agreement` are None. The model is unpatched afterwards.
+        """
+        start = time.perf_counter()
+        with configuration.patch(self.model, self.null) as handle:
+            generated = self._generate(handle, step)
+            measured = self._evaluate(handle, step)
+        result = {
+            "config": configuration.name,
+            "routing_type": configuration.routing_type,
+            "alpha": configuration.alpha,
+            "max_k": configuration.max_k,
+            **generated,
+            **measured,
+            "seconds": time.perf_counter() - start,
+        }
+        top_k = self.model.config.num_experts_per_tok
+        baseline = result if configuration.is_baseline(top_k) else baseline
+        return result | _compare(result, baseline, top_k)
+
+    def quality(self, router, step=lambda: None):
+        """How a router does on the held-out text alone: the fields of `run` that are of that."""
+        null = self.null if router.wants_null else None
+        with patch(self.model, router, null=null) as handle:
+            return self._evaluate(handle, step)
+
+    def _evaluate(self, handle, step):
+        tally = self._tally(handle)
+        handle.on_routing(tally)
+        measured = evaluate(self.model, self.heldout, step)
+        tally.settle()
+        by_document = [0.0] * len(self.heldout.documents)
+        by_window = np.mean(tally.by_call, axis=0)  # a window is one forward
+        for window, experts in zip(self.heldout.windows, by_window, strict=True):
+            by_document[window.document] += float(experts)
+        return {
+            **measured,
+            "avg_experts_heldout": Tally.mean([tally]),
+            "experts_by_document": by_document,
+        }
+
+    def _tally(self, handle):
+        return Tally(len(handle.layers), handle.layers[0].num_experts)
+
+    def _generate(self, handle, step):
+        """Greedy generation on all prompts, batch 1: experts, tokens per second, tokens, texts."""
+        prompts = self._prompt_ids()
+        greedy(self.model, prompts[0], 2)  # uncounted: the first calls pay for page faults
+        tallies, tokens, seconds = [], [], 0.0
+        for ids in prompts:
+            tally = self._tally(handle)
+            handle.on_routing(tally)
+            new, decode_seconds = greedy(self.model, ids, self.new_tokens)
+            tallies.append(tally.settle())
+            tokens.append(new)
+            seconds += decode_seconds
+            step()
+        handle.on_routing(None)
+        decoded = len(prompts) * (self.new_tokens - 1)
+        histogram = sum(tally.histogram for tally in tallies)
+        return {
+            "avg_experts": Tally.mean(tallies),
+            **self._by_complexity(tallies),
+            "tokens_per_s": decoded / seconds if decoded else None,
+            "experts_by_layer": _means(histogram),
+            "tokens_by_number_of_experts": histogram.sum(axis=0).tolist(),
+            "share_without_rejection": sum(t.unrejected for t in tallies) / int(histogram.sum()),
+            "generated_tokens": tokens,
+            "generated_texts": [self.tokenizer.decode(new) for new in tokens],
+        }
+
+    def _prompt_ids(self):
+        """(1, n) token ids of each prompt."""
+        return [prompt_ids(self.tokenizer, text) for text in self.prompts]
+
+    def _by_complexity(self, tallies):
+        means = {}
+        for label in COMPLEXITIES:
+            of_label = [t for t, c in zip(tallies, self.complexities, strict=True) if c == label]
+            means[f"avg_experts_{label}"] = Tally.mean(of_label)
+        return means
+
+
+def _compare(result, baseline, top_k):
+    """The columns that set a result against the baseline's, of which the experts are top_k."""
+    compared = {
+        "reduction_pct": 100 * (1 - result["avg_experts"] / top_k),
+        "delta_perplexity": None,
+        "token_agreement": None,
+    }
+    if baseline is not None:
+        same = np.equal(result["generated_tokens"], baseline["generated_tokens"])
+        compared["delta_perplexity"] = result["perplexity"] - baseline["perplexity"]
+        compared["token_agreement"] = float(same.mean())
+    return compared
+
+
+def run_configuration(
+    config,
+    prompts,
+    prompt_complexities,
+    max_new_tokens=NEW_TOKENS,
+    *,
+    model=None,
+    tokenizer=None,
+    null=None,
+    baseline=None,
+    heldout_documents=None,
+):
+    """Run one configuration of the experiment, for notebooks; the sweep does the same 21 times.
+
+    Parameters
+    ----------
+    config : a name such as "bh_k8_a005", a Configuration, or a Configuration's fields as a dict
+    prompts, prompt_complexities : texts, and "simple", "medium", "complex", "technical" or None
+        for each of them
+    max_new_tokens : tokens to generate after every prompt, greedy and without an early stop
+    model, tokenizer : the demo model when not given; on a patched model the configuration runs on
+        top of that patch
+    null : for BH a Null, a path or "normal"; when not given, the `trimmed` null on the score
+        `logprob` that ships with the demo model; for another model one is fitted to the shipped
+        calibration text, once
+    baseline : the dict of the baseline's run; without it delta_perplexity and token_agreement
+        are None (but the baseline's own)
+    heldout_documents : objects with .domain, .name and .text; the shipped ones when not given
+
+    Returns
+    -------
+    dict with the columns of the sweep's CSV, and more: experts_by_layer, generated_texts, …
+
+    Raises
+    ------
+    ValueError: an unknown configuration, no prompts, lists of different lengths, a model that
+        can't be patched, a tokenizer of another model. TypeError: no model, no tokenizer.
+
+    Example
+    -------
+    >>> result = run_configuration("bh_k8_a005", ["The list is"], ["simple"])  # doctest: +SKIP
+    >>> result["avg_experts"], result["perplexity"]                            # doctest: +SKIP
+    """
+    if (model is None) != (tokenizer is None):
+        raise ValueError("run_configuration: give both model and tokenizer, or none of them")
+    if model is None:
+        model, tokenizer = load_once()
+    check_model("run_configuration", model)
+    check_tokenizer("run_configuration", tokenizer)
+    for name, texts in (("prompts", prompts), ("prompt_complexities", prompt_complexities)):
+        check_type(f"run_configuration: {name}", texts, Iterable, "a list of texts")
+    configuration = as_configuration(config, *experts_of(model))
+    if null is None and configuration.routing_type == "bh":
+        null = default_null(model, tokenizer)
+    documents = heldout_documents or demo.heldout_documents()
+    experiment = Experiment(
+        model,
+        tokenizer,
+        prompts if isinstance(prompts, str) else tuple(prompts),
+        tuple(prompt_complexities),
+        heldout_windows(tokenizer, documents),
+        null,
+        max_new_tokens,
+    )
+    return experiment.run(configuration, baseline)

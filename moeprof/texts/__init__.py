@@ -1,0 +1,1 @@
+"""The texts that runs read: documents, prompts, windows."""

@@ -1,0 +1,119 @@
+"""Held-out text in windows, and how well a model predicts it."""
+
+from itertools import zip_longest
+from typing import NamedTuple
+
+import numpy as np
+
+from ..models.tokens import token_ids
+
+WINDOW = 512  # tokens; the stride is the same, so every token is read once
+HELDOUT_TOKENS = 32768
+PASSAGE = 1500  # characters, hardly more than a window
+CALIBRATION_CHARACTERS = 150_000  # about 45,000 tokens of the demo model
+
+
+class Window(NamedTuple):
+    """Up to `window` (512) consecutive tokens of one document."""
+
+    document: int  # index into HeldOut.documents
+    ids: object  # token ids (1, n), int64
+    num_bytes: int  # of the predicted tokens' text: all but the first
+
+
+class HeldOut(NamedTuple):
+    """The windows to evaluate on, and the documents that they are from."""
+
+    windows: list
+    documents: list  # of {domain, name, tokens, bytes}, counting what the windows use
+
+    @property
+    def tokens(self):
+        """Tokens that are read (the first of each window isn't predicted)."""
+        return sum(document["tokens"] for document in self.documents)
+
+
+def heldout_windows(
+    tokenizer, documents, tokens=HELDOUT_TOKENS, seed=0, *, window=WINDOW, whole=False
+):
+    """About `tokens` tokens of `documents` in windows, spread evenly over domains and documents.
+
+    documents: objects with .domain, .name and .text. A document is cut into windows of `window`
+    tokens from its first token on; `seed` decides which of the windows are taken. whole: a
+    shorter one at a document's end is left out, unless the document has no other.
+    """
+    documents = list(documents)
+    pieces = {}
+    for index, document in enumerate(documents):
+        windows = _cut(tokenizer, index, document.text, window)
+        if whole and len(windows) > 1 and windows[-1].ids.shape[1] < window:
+            windows.pop()
+        pieces.setdefault(document.domain, []).append(windows)
+    chosen = spread(pieces, lambda piece: piece.ids.shape[1], tokens, seed)
+    if not chosen:
+        raise ValueError("held-out text: no document has two tokens")
+    used = sorted({piece.document for piece in chosen})
+    place = {index: position for position, index in enumerate(used)}
+    chosen = [piece._replace(document=place[piece.document]) for piece in chosen]
+    described = [
+        {
+            "domain": documents[index].domain,
+            "name": documents[index].name,
+            "tokens": sum(w.ids.shape[1] for w in chosen if w.document == place[index]),
+            "bytes": sum(w.num_bytes for w in chosen if w.document == place[index]),
+        }
+        for index in used
+    ]
+    return HeldOut(chosen, described)
+
+
+def _cut(tokenizer, index, text, window):
+    """The document's windows; one of a single token predicts nothing and is left out."""
+    import torch
+
+    ids = token_ids(tokenizer, text)
+    windows = []
+    for start in range(0, len(ids) - 1, window):
+        piece = ids[start : start + window]
+        predicted = tokenizer.decode(piece[1:], clean_up_tokenization_spaces=False)
+        windows.append(Window(index, torch.tensor([piece]), len(predicted.encode())))
+    return windows
+
+
+def calibration_passages(documents, characters=CALIBRATION_CHARACTERS, seed=0):
+    """About `characters` of `documents` in passages of 1,500, spread like the held-out windows."""
+    pieces = {}
+    for document in documents:
+        text = document.text
+        cut = [text[start : start + PASSAGE] for start in range(0, len(text), PASSAGE)]
+        pieces.setdefault(document.domain, []).append(cut)
+    return spread(pieces, len, characters, seed)
+
+
+def spread(pieces, size, budget, seed=0):
+    """Pieces in turns, one of each domain, until their sizes reach `budget`.
+
+    pieces: {domain: one list of pieces a document}. A domain gives a piece of each of its
+    documents before it gives a second one of any; `seed` decides the order.
+    """
+    rng = np.random.default_rng(seed)
+    by_domain = []
+    for documents in pieces.values():
+        shuffled = [_shuffled(documents[i], rng) for i in rng.permutation(len(documents))]
+        by_domain.append(list(_in_turns(shuffled)))
+    chosen, total = [], 0
+    for piece in _in_turns(by_domain):
+        if total >= budget:
+            break
+        chosen.append(piece)
+        total += size(piece)
+    return chosen
+
+
+def _shuffled(items, rng):
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def _in_turns(lists):
+    """The first of each list, then the second of each, …"""
+    return (item for turn in zip_longest(*lists) for item in turn if item is not None)
