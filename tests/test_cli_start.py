@@ -171,7 +171,9 @@ def test_a_disk_that_is_full():
     assert ended.stderr == "moeprof: error: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("name", ["patch", "fit_null", "MoEProfiler", "budget", "profiler"])
+@pytest.mark.parametrize(
+    "name", ["patch", "fit_null", "MoEProfiler", "BudgetError", "SimpleBenchmark"]
+)
 def test_attributes_that_need_the_extra(name):
     program = f"""
 import sys

@@ -11,7 +11,7 @@ from models import olmoe
 import moeprof
 from moeprof import demo
 from moeprof.cli import main
-from moeprof.measure import bootstrap
+from moeprof.measure.bootstrap import bootstrap
 from moeprof.models.decoding import cache_of, decode
 from moeprof.routers import BH, FixedP, TopK
 from moeprof.studies.diagnosis import ablation as ab

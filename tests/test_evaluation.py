@@ -6,7 +6,7 @@ import torch
 from models import assert_unchanged, gate_logits, olmoe, snapshot, token_ids
 
 import moeprof
-from moeprof.measure import bootstrap
+from moeprof.measure.bootstrap import bootstrap
 from moeprof.measure.passes import Reference, collect
 from moeprof.texts.windows import HeldOut, Window
 

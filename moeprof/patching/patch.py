@@ -427,7 +427,7 @@ def _warn_nested(left: list[PatchedLayer]) -> None:
     Not moeprof's own code, which patches in ``with`` blocks and leaves what the user has done.
     """
     caller = sys._getframe(2).f_globals.get("__name__", "")
-    if caller.partition(".")[0] == __package__:
+    if caller.partition(".")[0] == __name__.partition(".")[0]:
         return
     warnings.warn(
         f"patch: the model is patched already ({_in_words(left)}): this patch runs until it is "

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..checks import check_model, check_token_ids, check_tokenizer
-from ..measure import bootstrap
+from ..measure.bootstrap import bootstrap
 from ..measure.passes import batches, evaluating
 from ..models.find import adapter_of, find_moe_blocks
 from ..models.names import gate_name, layer_keys, layer_labels, layer_numbers, spans

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...checks import check_model, check_token_ids, check_tokenizer
-from ...measure import bootstrap
+from ...measure.bootstrap import bootstrap
 from ...measure.passes import collect, evaluating
 from ...measure.routing import model_norm
 from ...models.find import adapter_of, find_moe_blocks

@@ -5,7 +5,7 @@ A cell is a dict as in the JSON (see `runner`); its sums by document are in "by_
 
 import numpy as np
 
-from ...measure import bootstrap
+from ...measure.bootstrap import bootstrap
 
 STATIC, ROUTER, SHUFFLED, RANDOM, ORACLE = "static", "router", "shuffled", "random", "oracle"
 CONTRASTS = (("bh", "fixed_p"), ("bh", "bh (logit)"), ("bh", "bh (trimmed)"))

@@ -35,7 +35,7 @@ def compared(run):
 
 def _fields(rows, own, line, documents, seed):
     """The added fields, a dict for each row."""
-    from ...measure import bootstrap
+    from ...measure.bootstrap import bootstrap
 
     sizes = np.array([document["bytes"] for document in documents], float)
     tokens = np.array([document["tokens"] for document in documents], float)
