@@ -52,14 +52,14 @@ bind("diagnose", "moeprof.studies.diagnosis")
 # all this is in __init__.pyi.
 _LAZY = {
     "BudgetError": "studies.budget",
-    "Handle": "patching.patch",
+    "Handle": "patching.handle",
     "MoEProfiler": "profile.profiler",
     "Null": "null",
     "OLMoERouterPatcher": "patching.patch",
     "Profile": "profile.result",
-    "Routing": "patching.patch",
+    "Routing": "models.routing",
     "SimpleBenchmark": "studies.benchmark",
-    "experts_forward": "backends.ops",
+    "experts_forward": "patching.experts_forward",
     "fit_null": "null.fitting",
     "layer_ablation": "studies.ablation",
     "patch": "patching.patch",

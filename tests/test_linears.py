@@ -9,7 +9,7 @@ from torch import nn
 
 import moeprof
 from moeprof import _C
-from moeprof.backends.ops import DTYPES, as_array, as_tensor
+from moeprof.backends.tables import DTYPES, as_array, as_tensor
 from moeprof.patching import linears
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}

@@ -9,7 +9,7 @@ from models import V5
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeprof.models.finding import find_sites
+from moeprof.models.find import find_sites
 from moeprof.models.reading import read_choice, read_experts_call
 from moeprof.profiler.flops import count_grouped_mm
 

@@ -9,7 +9,7 @@ from models import V5, Middleware
 from torch import nn
 from torch.nn import functional as F
 
-from moeprof.models.finding import Layer, find_sites
+from moeprof.models.find import Layer, find_sites
 from moeprof.models.reading import read_choice, read_experts_call, read_logits
 from moeprof.models.sizes import expert_slots, is_list
 from moeprof.profiler.check import ExpertRows

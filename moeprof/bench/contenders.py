@@ -7,7 +7,7 @@ from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe import modeling_olmoe
 
-from ..backends.ops import experts_forward
+from ..patching.experts_forward import experts_forward
 from ..patching.patch import patch
 
 PACKED = hasattr(modeling_olmoe, "OlmoeExperts")  # transformers 5

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .. import _C
-from ..backends.ops import as_array
+from ..backends.tables import as_array
 from ..measure.limits import SIZE, limit_calls
 from ..measure.machine import cache_bytes
 from ..measure.timing import interleave, steps

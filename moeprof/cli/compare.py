@@ -118,7 +118,7 @@ def _efron(null):
 
 def _comparison(arguments, model, tokenizer, contenders, documents, null):
     from .. import demo
-    from ..models.find import experts_of
+    from ..models.blocks import experts_of
     from ..models.tokens import prompt_ids
     from ..studies.comparison.contenders import Nulls
     from ..studies.comparison.plan import plan_tables

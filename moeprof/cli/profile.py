@@ -126,7 +126,7 @@ def _value(text):
 
 def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.find import experts_of
+    from ..models.blocks import experts_of
     from ..null import resolve_null
     from ..profiler.records import check_records
 

@@ -96,7 +96,7 @@ def _alphas(text):
 
 def _run(arguments):
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.find import experts_of
+    from ..models.blocks import experts_of
     from ..studies.sweep import Experiment, Store, sweep
 
     prompts = demo.prompts() if arguments.prompts is None else read_prompts(arguments.prompts)

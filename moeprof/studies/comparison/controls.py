@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from ...backends.ops import run_experts
+from ...backends.tables import WeightTable
 from ...measure.passes import collect
-from ...measure.routing import by_layer, choose, model_norm
-from ...models.find import adapter_of, find_moe_blocks
+from ...measure.routing import by_layer, choose
+from ...models.blocks import find_blocks, model_norm
 from ...routers import TopK
 
 ORACLE_PASSES = 4
@@ -93,14 +94,14 @@ class Oracle:
         self.model = model
         own, self.top_k = model_norm(model)
         self.norm, self.own_norm = own if norm == "model" else norm, own
-        self.blocks = [block for _, block in find_moe_blocks(model)]
+        self.blocks = find_blocks(model)
         self.sizes = [[] for _ in self.blocks]  # of the slots' outputs, (T, k) a call
         self._hidden, self._hooks = [None] * len(self.blocks), []
 
     def __enter__(self):
         for index, block in enumerate(self.blocks):
             hook = self._keep(index)
-            self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exception):
@@ -134,9 +135,10 @@ class Oracle:
     def _sizes(self, layer, experts, weights):
         """(T, k) norms of what each slot adds to the block's output."""
         block, x = self.blocks[layer], self._hidden[layer]
-        matrices, _ = adapter_of(block).readable(block)
+        matrices, _ = block.family.readable(block.module)
+        table = WeightTable(matrices)
         slots = [
-            run_experts(x, experts[:, [slot]], weights[:, [slot]].to(x.dtype), matrices, "oracle")
+            run_experts(x, experts[:, [slot]], weights[:, [slot]].to(x.dtype), table, "oracle")
             for slot in range(self.top_k)
         ]
         return torch.stack([slot.float().norm(dim=1) for slot in slots], dim=1)

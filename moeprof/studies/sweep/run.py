@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from ...backends.cpu import cpu_info
 from ...checks import check_type
-from ...models.find import experts_of
+from ...models.blocks import experts_of
 from ...show.console import WIDTH, make_console, progress
 from ...version import __version__
 from .advice import advice
