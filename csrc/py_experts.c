@@ -12,9 +12,9 @@ PyDoc_STRVAR(experts_doc,
 
 /* The weights (T,k) as float32, which they are or which 16-bit ones become. New
  * reference. */
-static PyArrayObject *weights_view(PyObject *object, mp_dtype dtype)
+static PyArrayObject *weights_view(PyObject *object, mp_float dtype)
 {
-    if (dtype == MP_F32 || !PyArray_Check(object)
+    if (dtype == MP_FLOAT32 || !PyArray_Check(object)
         || PyArray_TYPE((PyArrayObject *)object) != NPY_UINT16) {
         PyArrayObject *weights = mp_array(object, "weights", NPY_FLOAT32, 2);
         return (PyArrayObject *)Py_XNewRef((PyObject *)weights);
@@ -35,16 +35,17 @@ static PyObject *experts(PyObject *module, PyObject *args)
     const char *dtype_name;
     Py_ssize_t intermediate_size;
     int threads, error;
-    mp_dtype dtype;
+    mp_format format;
+    mp_float dtype;
     mp_layer layer;
     (void)module;
 
     if (!PyArg_ParseTuple(args, "OOOsOni:experts", &hidden, &indices, &weights,
                           &dtype_name, &pointers, &intermediate_size, &threads)
-        || mp_parse_dtype(dtype_name, &dtype)
+        || mp_parse_dtype(dtype_name, &dtype) || mp_parse_format(dtype_name, &format)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || mp_check_threads(threads)
-        || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
+        || mp_parse_layer(pointers, format, PyArray_DIM(x, 1), intermediate_size, &layer)
         || !(idx = mp_ids(indices, "experts", 2)) || !(w = weights_view(weights, dtype)))
         goto done;
     const npy_intp T = PyArray_DIM(x, 0), slots = PyArray_DIM(idx, 1);
@@ -76,11 +77,11 @@ PyDoc_STRVAR(moe_doc,
 "the dtype of hidden, or float32; the weights are rounded to that of hidden.");
 
 /* Logits of the dtype of the hidden states, or float32. */
-static PyArrayObject *logits_view(PyObject *logits, mp_dtype hidden, mp_dtype *dtype)
+static PyArrayObject *logits_view(PyObject *logits, mp_float hidden, mp_float *dtype)
 {
     int wide = PyArray_Check(logits)
             && PyArray_TYPE((PyArrayObject *)logits) == NPY_FLOAT32;
-    *dtype = wide ? MP_F32 : hidden;
+    *dtype = wide ? MP_FLOAT32 : hidden;
     return mp_array(logits, "router_logits", mp_carrier(*dtype), 2);
 }
 
@@ -92,7 +93,8 @@ static PyObject *moe(PyObject *module, PyObject *args)
     const char *dtype_name;
     Py_ssize_t intermediate_size;
     int threads, error = MP_OK;
-    mp_dtype dtype, logits_dtype;
+    mp_format format;
+    mp_float dtype, logits_dtype;
     mp_layer layer;
     mp_spec_parts parts;
     const mp_route_spec *spec = &parts.spec;
@@ -102,10 +104,11 @@ static PyObject *moe(PyObject *module, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "OOsOnOi:moe", &hidden, &logits, &dtype_name, &pointers,
                           &intermediate_size, &spec_tuple, &threads)
-        || mp_parse_dtype(dtype_name, &dtype) || mp_parse_spec(spec_tuple, dtype, &parts)
+        || mp_parse_dtype(dtype_name, &dtype) || mp_parse_format(dtype_name, &format)
+        || mp_parse_spec(spec_tuple, dtype, &parts)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || !(z = logits_view(logits, dtype, &logits_dtype))
-        || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
+        || mp_parse_layer(pointers, format, PyArray_DIM(x, 1), intermediate_size, &layer)
         || mp_check_threads(threads) || mp_fit_spec(&parts, PyArray_DIM(z, 1)))
         return NULL;
     const npy_intp T = PyArray_DIM(x, 0);
@@ -123,7 +126,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
     bad_row = mp_route(spec, logits_data, logits_dtype, T, layer.num_experts, threads,
                        &routing, NULL);
     if (bad_row == MP_ROUTED)
-        error = mp_experts(&layer, data, T, routing.experts, routing.weights,
+        error = mp_experts(&layer, data, T, routing.expert_ids, routing.routing_weights,
                            spec->max_k, threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row) || mp_check_experts(error))
@@ -137,24 +140,26 @@ done:
 }
 
 PyDoc_STRVAR(dense_doc,
-"dense(x, weight, features, bias, dtype, threads)\n--\n\n"
+"dense(x, weight, features, bias, format, threads)\n--\n\n"
 "x (M,K) times the transpose of the weight (features,K), plus the bias -> (M,features).\n"
-"weight and bias are addresses, bias 0 for none; their dtype is that of x.");
+"weight and bias are addresses, bias 0 for none. format is the weight's; x, bias and the\n"
+"result are of the dtype that goes with it.");
 
 static PyObject *dense(PyObject *module, PyObject *args)
 {
     PyObject *x_object, *out;
     PyArrayObject *x;
-    const char *dtype_name;
+    const char *format_name;
     unsigned long long weight, bias;
     Py_ssize_t features;
     int threads, error;
-    mp_dtype dtype;
+    mp_format format;
     (void)module;
     if (!PyArg_ParseTuple(args, "OKnKsi:dense", &x_object, &weight, &features, &bias,
-                          &dtype_name, &threads)
-        || mp_parse_dtype(dtype_name, &dtype)
-        || !(x = mp_array(x_object, "x", mp_carrier(dtype), 2)) || mp_check_threads(threads))
+                          &format_name, &threads)
+        || mp_parse_format(format_name, &format)
+        || !(x = mp_array(x_object, "x", mp_carrier(mp_formats[format].hidden), 2))
+        || mp_check_threads(threads))
         return NULL;
     if (features < 0 || (!weight && features > 0))
         return PyErr_Format(PyExc_ValueError,
@@ -165,12 +170,12 @@ static PyObject *dense(PyObject *module, PyObject *args)
     npy_intp shape[2] = {PyArray_DIM(x, 0), features};
     const npy_intp K = PyArray_DIM(x, 1);
     const void *data = PyArray_DATA(x);
-    if (!(out = PyArray_SimpleNew(2, shape, mp_carrier(dtype))))
+    const mp_matrix w = mp_matrix_of(format, (const void *)(uintptr_t)weight, NULL, K);
+    if (!(out = PyArray_SimpleNew(2, shape, PyArray_TYPE(x))))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    error = mp_dense(data, shape[0], (const void *)(uintptr_t)weight, features, K,
-                     (const void *)(uintptr_t)bias, dtype, threads,
-                     PyArray_DATA((PyArrayObject *)out));
+    error = mp_dense(data, shape[0], &w, features, K, (const void *)(uintptr_t)bias,
+                     threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
     if (error) {
         Py_DECREF(out);

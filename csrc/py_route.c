@@ -12,7 +12,7 @@ static PyObject *route(PyObject *module, PyObject *args)
     PyArrayObject *view;
     const char *dtype_name;
     int threads, want_p;
-    mp_dtype dtype;
+    mp_float dtype;
     mp_spec_parts parts;
     mp_routing routing;
     ptrdiff_t bad_row;

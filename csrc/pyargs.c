@@ -52,12 +52,16 @@ PyArrayObject *mp_ids(PyObject *object, const char *argument, int ndim)
     return ids;
 }
 
-int mp_parse_dtype(const char *name, mp_dtype *dtype)
+int mp_parse_dtype(const char *name, mp_float *dtype)
 {
-    static const char *const names[MP_DTYPES] = {"float32", "bfloat16", "float16"};
-    for (int i = 0; i < MP_DTYPES; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *dtype = (mp_dtype)i;
+    static const struct {
+        const char *name;
+        mp_float dtype;
+    } known[] = {
+        {"float32", MP_FLOAT32}, {"bfloat16", MP_BFLOAT16}, {"float16", MP_FLOAT16}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strcmp(name, known[i].name) == 0) {
+            *dtype = known[i].dtype;
             return 0;
         }
     PyErr_Format(PyExc_TypeError,
@@ -65,9 +69,29 @@ int mp_parse_dtype(const char *name, mp_dtype *dtype)
     return -1;
 }
 
-int mp_carrier(mp_dtype dtype)
+int mp_parse_format(const char *name, mp_format *format)
 {
-    return dtype == MP_F32 ? NPY_FLOAT32 : NPY_UINT16;
+    for (int i = 0; i < mp_num_formats; i++)
+        if (strcmp(name, mp_formats[i].text) == 0) {
+            *format = (mp_format)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_TypeError, "format: expected one of"
+#define FORMAT(name, text, ...) " " text
+#include "formats.def"
+#undef FORMAT
+                 ", got %s", name);
+    return -1;
+}
+
+int mp_carrier(mp_float dtype)
+{
+    switch (dtype) {
+    case MP_FLOAT32: return NPY_FLOAT32;
+    case MP_BFLOAT16: return NPY_UINT16;
+    case MP_FLOAT16: return NPY_UINT16;
+    }
+    MP_NEVER();
 }
 
 static int parse_router(const char *name, PyObject *parameters, mp_route_spec *spec)
@@ -228,7 +252,7 @@ static int check_range(const mp_route_spec *s, npy_intp num_experts)
     return 0;
 }
 
-int mp_parse_spec(PyObject *object, mp_dtype dtype, mp_spec_parts *parts)
+int mp_parse_spec(PyObject *object, mp_float dtype, mp_spec_parts *parts)
 {
     static const char *const norms[] = {"none", "sum", "mass"};
     const char *router, *norm_name;
@@ -260,7 +284,7 @@ int mp_fit_spec(mp_spec_parts *parts, npy_intp num_experts)
     return parse_table(parts->table, num_experts, spec);
 }
 
-int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
+int mp_parse_layer(PyObject *pointers, mp_format format, npy_intp hidden_size,
                    Py_ssize_t intermediate_size, mp_layer *layer)
 {
     _Static_assert(sizeof(void *) == sizeof(npy_uint64), "addresses are 64-bit");
@@ -284,8 +308,8 @@ int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
             PyErr_SetString(PyExc_ValueError, "pointers: weights without memory");
             return -1;
         }
-    *layer = (mp_layer){dtype, E, hidden_size, intermediate_size,
-                        at, at + E, at + 2 * E};
+    *layer = (mp_layer){format, mp_formats[format].hidden, E, hidden_size,
+                        intermediate_size, at, at + E, at + 2 * E};
     return 0;
 }
 
@@ -300,8 +324,8 @@ int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
     for (int i = 0; i < 4; i++)
         if (!arrays[i])
             return -1;
-    routing->weights = PyArray_DATA((PyArrayObject *)arrays[0]);
-    routing->experts = PyArray_DATA((PyArrayObject *)arrays[1]);
+    routing->routing_weights = PyArray_DATA((PyArrayObject *)arrays[0]);
+    routing->expert_ids = PyArray_DATA((PyArrayObject *)arrays[1]);
     routing->counts = PyArray_DATA((PyArrayObject *)arrays[2]);
     routing->rejections = PyArray_DATA((PyArrayObject *)arrays[3]);
     return 0;

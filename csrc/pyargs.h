@@ -25,10 +25,13 @@ PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int nd
 PyArrayObject *mp_ids(PyObject *object, const char *argument, int ndim);
 
 /* "float32", "bfloat16", "float16". */
-int mp_parse_dtype(const char *name, mp_dtype *dtype);
+int mp_parse_dtype(const char *name, mp_float *dtype);
+
+/* A name of formats.def. */
+int mp_parse_format(const char *name, mp_format *format);
 
 /* The NumPy type that carries a dtype: 16-bit floats travel as uint16. */
-int mp_carrier(mp_dtype dtype);
+int mp_carrier(mp_float dtype);
 
 /* The tuple of moeprof/routers/ (Router.spec): (router, parameters, min_k, max_k,
  * temperature, norm, norm_k, null, table or None), the table what the router wants
@@ -43,7 +46,7 @@ typedef struct {
     PyObject *null, *table;
 } mp_spec_parts;
 
-int mp_parse_spec(PyObject *object, mp_dtype dtype, mp_spec_parts *parts);
+int mp_parse_spec(PyObject *object, mp_float dtype, mp_spec_parts *parts);
 int mp_fit_spec(mp_spec_parts *parts, npy_intp num_experts);
 
 /* A tuple (form, score, p_table): p_table is None for normal and softmax, else (N,) for
@@ -51,7 +54,7 @@ int mp_fit_spec(mp_spec_parts *parts, npy_intp num_experts);
 int mp_parse_null(PyObject *tuple, npy_intp num_experts, mp_null *null);
 
 /* pointers: (3,E) uint64, the addresses of gate, up and down of each expert. */
-int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
+int mp_parse_layer(PyObject *pointers, mp_format format, npy_intp hidden_size,
                    Py_ssize_t intermediate_size, mp_layer *layer);
 
 /* New arrays for a routing of (T,max_k): weights, experts, counts, rejections. On
