@@ -3,6 +3,48 @@
 
 #include "convert.h"
 #include "dense.h"
+#include "py_spec.h"
+
+/* pointers: (3,E) uint64, the addresses of gate, up and down of each expert. */
+static int parse_layer(PyObject *pointers, mp_format format, npy_intp hidden_size,
+                       Py_ssize_t intermediate_size, mp_layer *layer)
+{
+    _Static_assert(sizeof(void *) == sizeof(npy_uint64), "addresses are 64-bit");
+    PyArrayObject *array = mp_array(pointers, "pointers", NPY_UINT64, 2);
+    if (!array)
+        return -1;
+    const npy_intp E = PyArray_DIM(array, 1);
+    if (PyArray_DIM(array, 0) != 3 || E < 1) {
+        PyErr_SetString(PyExc_ValueError, "pointers: expected (3, num_experts)");
+        return -1;
+    }
+    if (intermediate_size < 1 || hidden_size < 1) {
+        PyErr_Format(PyExc_ValueError,
+                     "hidden, intermediate_size: expected sizes of at least 1, got %zd, "
+                     "%zd", (Py_ssize_t)hidden_size, intermediate_size);
+        return -1;
+    }
+    const void *const *at = PyArray_DATA(array);
+    for (npy_intp i = 0; i < 3 * E; i++)
+        if (!at[i]) {
+            PyErr_SetString(PyExc_ValueError, "pointers: weights without memory");
+            return -1;
+        }
+    *layer = (mp_layer){format, mp_formats[format].hidden, E, hidden_size,
+                        intermediate_size, at, at + E, at + 2 * E};
+    return 0;
+}
+
+/* ValueError or MemoryError for what mp_experts returns; -1 unless all is well. */
+static int check_experts(int error)
+{
+    if (error == MP_NO_MEMORY)
+        PyErr_NoMemory();
+    else if (error == MP_BAD_EXPERT)
+        PyErr_SetString(PyExc_ValueError,
+                        "experts: an index is outside [-1, num_experts]");
+    return error ? -1 : 0;
+}
 
 PyDoc_STRVAR(experts_doc,
 "experts(hidden, experts, weights, dtype, pointers, intermediate_size, threads)\n--\n\n"
@@ -45,7 +87,7 @@ static PyObject *experts(PyObject *module, PyObject *args)
         || mp_parse_dtype(dtype_name, &dtype) || mp_parse_format(dtype_name, &format)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || mp_check_threads(threads)
-        || mp_parse_layer(pointers, format, PyArray_DIM(x, 1), intermediate_size, &layer)
+        || parse_layer(pointers, format, PyArray_DIM(x, 1), intermediate_size, &layer)
         || !(idx = mp_ids(indices, "experts", 2)) || !(w = weights_view(weights, dtype)))
         goto done;
     const npy_intp T = PyArray_DIM(x, 0), slots = PyArray_DIM(idx, 1);
@@ -63,7 +105,7 @@ static PyObject *experts(PyObject *module, PyObject *args)
     error = mp_experts(&layer, data, T, PyArray_DATA(idx), routing_weights, slots, threads,
                        PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
-    if (mp_check_experts(error))
+    if (check_experts(error))
         Py_CLEAR(out);
 done:
     Py_XDECREF(idx);
@@ -108,7 +150,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
         || mp_parse_spec(spec_tuple, dtype, &parts)
         || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
         || !(z = logits_view(logits, dtype, &logits_dtype))
-        || mp_parse_layer(pointers, format, PyArray_DIM(x, 1), intermediate_size, &layer)
+        || parse_layer(pointers, format, PyArray_DIM(x, 1), intermediate_size, &layer)
         || mp_check_threads(threads) || mp_fit_spec(&parts, PyArray_DIM(z, 1)))
         return NULL;
     const npy_intp T = PyArray_DIM(x, 0);
@@ -129,7 +171,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
         error = mp_experts(&layer, data, T, routing.expert_ids, routing.routing_weights,
                            spec->max_k, threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
-    if (mp_check_row(bad_row) || mp_check_experts(error))
+    if (mp_check_row(bad_row) || check_experts(error))
         goto done;
     result = Py_BuildValue("OOOOO", out, arrays[0], arrays[1], arrays[2], arrays[3]);
 done:

@@ -1,6 +1,8 @@
-/* Bindings: single kernels, so that each variant can be held to the scalar one, and
- * the multiple test by itself. */
+/* Bindings of moeprof._kernels: single kernels, so that each variant can be held to the
+ * scalar one and timed. */
 #include "pyargs.h"
+
+#include "kernels.h"
 
 #include <stdlib.h>
 
@@ -230,42 +232,28 @@ static PyObject *order(PyObject *module, PyObject *args)
     return out;
 }
 
-/* A total order, NaN last: qsort may leave its array where a comparison contradicts
- * itself. */
-static int ascending(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y) + (x != x) - (y != y);
-}
+PyDoc_STRVAR(formats_doc,
+"formats()\n--\n\n"
+"The lines of formats.def: {format: (name of its kernels, elements of a block, bytes of a\n"
+"block)}.");
 
-PyDoc_STRVAR(step_up_doc,
-"step_up(p, alpha)\n--\n\n"
-"p (T,E) float64 -> (T,) int64: max{r : p_(r) E <= alpha r} of each row, or 0.");
-
-static PyObject *step_up(PyObject *module, PyObject *args)
+static PyObject *formats(PyObject *module, PyObject *unused)
 {
-    PyObject *p_object, *out = NULL;
-    PyArrayObject *p;
-    double alpha, *sorted;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "Od:step_up", &p_object, &alpha)
-        || !(p = mp_array(p_object, "p", NPY_FLOAT64, 2)))
-        return NULL;
-    const npy_intp E = PyArray_DIM(p, 1);
-    const size_t bytes = (size_t)E * sizeof *sorted;
-    if (!E)
-        return PyArray_ZEROS(1, PyArray_DIMS(p), NPY_INT64, 0);
-    if (!(sorted = malloc(bytes)))
-        return PyErr_NoMemory();
-    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(p), NPY_INT64)))
-        for (npy_intp t = 0; t < PyArray_DIM(p, 0); t++) {
-            memcpy(sorted, (double *)PyArray_DATA(p) + t * E, bytes);
-            qsort(sorted, (size_t)E, sizeof *sorted, ascending);
-            ((int64_t *)PyArray_DATA((PyArrayObject *)out))[t] =
-                mp_ops.step_up(sorted, E, alpha);
-        }
-    free(sorted);
-    return out;
+    static const char *const names[] = {
+#define FORMAT(name, ...) #name,
+#include "formats.def"
+#undef FORMAT
+    };
+    PyObject *all = PyDict_New();
+    (void)module, (void)unused;
+    for (int i = 0; all && i < mp_num_formats; i++) {
+        const mp_format_info *info = &mp_formats[i];
+        PyObject *line = Py_BuildValue("snn", names[i], info->block, info->bytes);
+        if (!line || PyDict_SetItemString(all, info->text, line))
+            Py_CLEAR(all);
+        Py_XDECREF(line);
+    }
+    return all;
 }
 
 PyMethodDef mp_kernel_methods[] = {
@@ -275,6 +263,6 @@ PyMethodDef mp_kernel_methods[] = {
     {"softmax", softmax, METH_VARARGS, softmax_doc},
     {"logprob", logprob, METH_O, logprob_doc},
     {"order", order, METH_VARARGS, order_doc},
-    {"step_up", step_up, METH_VARARGS, step_up_doc},
+    {"formats", formats, METH_NOARGS, formats_doc},
     {NULL, NULL, 0, NULL},
 };

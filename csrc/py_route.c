@@ -1,5 +1,41 @@
-/* Bindings: routers and p-values. */
+/* Bindings: routers, p-values, the multiple test. */
 #include "pyargs.h"
+
+#include "py_spec.h"
+
+#include <stdlib.h>
+
+int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
+                   mp_routing *routing)
+{
+    npy_intp slots[2] = {tokens, max_k};
+    arrays[0] = PyArray_SimpleNew(2, slots, NPY_FLOAT32);
+    arrays[1] = PyArray_SimpleNew(2, slots, NPY_INT32);
+    arrays[2] = PyArray_SimpleNew(1, slots, NPY_INT32);
+    arrays[3] = PyArray_SimpleNew(1, slots, NPY_INT32);
+    for (int i = 0; i < 4; i++)
+        if (!arrays[i])
+            return -1;
+    routing->routing_weights = PyArray_DATA((PyArrayObject *)arrays[0]);
+    routing->expert_ids = PyArray_DATA((PyArrayObject *)arrays[1]);
+    routing->counts = PyArray_DATA((PyArrayObject *)arrays[2]);
+    routing->rejections = PyArray_DATA((PyArrayObject *)arrays[3]);
+    return 0;
+}
+
+int mp_check_row(ptrdiff_t bad_row)
+{
+    if (bad_row == MP_ROUTED)
+        return 0;
+    if (bad_row == MP_ROUTE_NO_MEMORY) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    PyErr_Format(PyExc_ValueError,
+                 "router_logits: row %zd has a NaN or no entry above -inf",
+                 (Py_ssize_t)bad_row);
+    return -1;
+}
 
 PyDoc_STRVAR(route_doc,
 "route(logits, dtype, spec, threads, want_p)\n--\n\n"
@@ -82,8 +118,47 @@ static PyObject *p_values(PyObject *module, PyObject *args)
     return p;
 }
 
+/* A total order, NaN last: qsort may leave its array where a comparison contradicts
+ * itself. */
+static int ascending(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y) + (x != x) - (y != y);
+}
+
+PyDoc_STRVAR(step_up_doc,
+"step_up(p, alpha)\n--\n\n"
+"p (T,E) float64 -> (T,) int64: max{r : p_(r) E <= alpha r} of each row, or 0.");
+
+static PyObject *step_up(PyObject *module, PyObject *args)
+{
+    PyObject *p_object, *out = NULL;
+    PyArrayObject *p;
+    double alpha, *sorted;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Od:step_up", &p_object, &alpha)
+        || !(p = mp_array(p_object, "p", NPY_FLOAT64, 2)))
+        return NULL;
+    const npy_intp E = PyArray_DIM(p, 1);
+    const size_t bytes = (size_t)E * sizeof *sorted;
+    if (!E)
+        return PyArray_ZEROS(1, PyArray_DIMS(p), NPY_INT64, 0);
+    if (!(sorted = malloc(bytes)))
+        return PyErr_NoMemory();
+    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(p), NPY_INT64)))
+        for (npy_intp t = 0; t < PyArray_DIM(p, 0); t++) {
+            memcpy(sorted, (double *)PyArray_DATA(p) + t * E, bytes);
+            qsort(sorted, (size_t)E, sizeof *sorted, ascending);
+            ((int64_t *)PyArray_DATA((PyArrayObject *)out))[t] =
+                mp_ops.step_up(sorted, E, alpha);
+        }
+    free(sorted);
+    return out;
+}
+
 PyMethodDef mp_route_methods[] = {
     {"route", route, METH_VARARGS, route_doc},
     {"p_values", p_values, METH_VARARGS, p_values_doc},
+    {"step_up", step_up, METH_VARARGS, step_up_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -1,6 +1,7 @@
 /* Bindings: counting what a layer's router chose. */
 #include "pyargs.h"
 
+#include "routers.h"
 #include "tally.h"
 
 PyDoc_STRVAR(tally_layout_doc,

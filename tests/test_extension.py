@@ -1,4 +1,4 @@
-"""The extension as a Python module: what it says of itself, what it loads, leaks, bad arguments."""
+"""The extensions as Python modules: what it says of itself, what it loads, leaks, bad arguments."""
 
 import ast
 import ctypes
@@ -15,9 +15,17 @@ import pytest
 import util
 
 import moeprof
-from moeprof import _C
+from moeprof import _C, _kernels
 
-PUBLIC = sorted(name for name in vars(_C) if not name.startswith("_"))
+PUBLIC = {
+    module: sorted(name for name in vars(module) if not name.startswith("_"))
+    for module in (_C, _kernels)
+}
+BINDINGS = [(module, name) for module, names in PUBLIC.items() for name in names]
+every_module = pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+every_binding = pytest.mark.parametrize(
+    ("module", "name"), BINDINGS, ids=lambda value: getattr(value, "__name__", value)
+)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 
 # ---- the CPU ----
@@ -61,22 +69,39 @@ def test_every_feature_is_known_here():
 # ---- what it says of itself ----
 
 
-def stub():
-    """{name: its arguments} of moeprof/_C.pyi."""
-    tree = ast.parse(Path(moeprof.__file__).with_name("_C.pyi").read_text())
+def stub(module):
+    """{name: its arguments} of the module's .pyi."""
+    file = module.__name__.removeprefix("moeprof.") + ".pyi"
+    tree = ast.parse(Path(moeprof.__file__).with_name(file).read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     return {f.name: [a.arg for a in (*f.args.posonlyargs, *f.args.args)] for f in functions}
 
 
-def test_the_stub_names_what_there_is():
-    assert sorted(stub()) == PUBLIC
+@every_module
+def test_the_stub_names_what_there_is(module):
+    assert sorted(stub(module)) == PUBLIC[module]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_docstrings_open_with_the_signature_of_the_stub(name):
-    function = getattr(_C, name)
+@every_binding
+def test_docstrings_open_with_the_signature_of_the_stub(module, name):
+    function = getattr(module, name)
     assert function.__text_signature__ and len(function.__doc__) > 20
-    assert list(inspect.signature(function).parameters) == stub()[name]
+    assert list(inspect.signature(function).parameters) == stub(module)[name]
+
+
+def test_both_have_the_same_kernels_and_nothing_else_in_common():
+    assert _C.variants() == _kernels.variants()
+    both = set(PUBLIC[_C]) & set(PUBLIC[_kernels])
+    assert both == {"limit_cpu", "cpu_features", "variants"}
+
+
+def test_moeprof_cpu_holds_in_both():
+    code = """if True:
+        from moeprof import _C, _kernels
+        for module in (_C, _kernels):
+            print({variant for _, variant, _, used in module.variants() if used})"""
+    assert util.run_python(code, MOEPROF_CPU="scalar").stdout.split() == ["{'scalar'}"] * 2
+    assert util.run_python(code, MOEPROF_CPU="").stdout == util.run_python(code).stdout
 
 
 def test_all_is_sorted_and_resolves():
@@ -120,13 +145,17 @@ def test_a_second_module_object_works():
     """Multi-phase init: importing anew gives functions that work, beside the first."""
     code = """if True:
         import sys, numpy as np, moeprof
-        first = sys.modules.pop("moeprof._C")
-        import importlib
-        second = importlib.import_module("moeprof._C")
+        import importlib, moeprof._kernels
         z = np.ones((1, 4), np.float32)
-        assert second is not first
-        assert (second.softmax(z, 1.0) == first.softmax(z, 1.0)).all()
-        assert second.variants() == first.variants()"""
+        for name, call in [
+            ("moeprof._C", lambda module: module.p_values(z, ("normal", "logit", None))),
+            ("moeprof._kernels", lambda module: module.softmax(z, 1.0)),
+        ]:
+            first = sys.modules.pop(name)
+            second = importlib.import_module(name)
+            assert second is not first
+            assert (call(second) == call(first)).all()
+            assert second.variants() == first.variants()"""
     util.run_python(code)
 
 
@@ -136,7 +165,7 @@ LEAKS = """
 import gc, os, sys
 import numpy as np
 import util
-from moeprof import _C
+from moeprof import _C, _kernels
 
 f32 = np.float32
 x, w, index = np.ones((40, 32), f32), np.ones((24, 32), f32), np.arange(40, dtype=np.int32)
@@ -190,6 +219,7 @@ CALLS = {
     "limit_cpu": [(None,), ("scalar",), (None,), ("nope",), (3,)],
     "cpu_features": [(), (1,)],
     "variants": [(), (1,)],
+    "formats": [(), (1,)],
     "routers": [(), (1,)],
     "threads": [(), (1,)],
     "find_openmp": [(), (1,)],
@@ -202,10 +232,10 @@ CALLS = {
               None, 5, True), (counts[:7], *tallied[1:], None, None, 5, True), ()],
 }
 
-def call(name, arguments, times):
+def call(function, arguments, times):
     for _ in range(times):
         try:
-            getattr(_C, name)(*arguments)
+            function(*arguments)
         except (TypeError, ValueError):
             pass
 
@@ -219,13 +249,15 @@ def references(arguments):
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-assert sorted(CALLS) == sorted(n for n in vars(_C) if n[0] != "_"), "a binding without calls here"
-for name, argument_lists in CALLS.items():
-    for i, arguments in enumerate(argument_lists):
-        call(name, arguments, 100)
+bindings = [(module, name) for module in (_C, _kernels) for name in vars(module) if name[0] != "_"]
+assert set(CALLS) == {name for _, name in bindings}, "a binding without calls here"
+for module, name in bindings:
+    function = getattr(module, name)
+    for i, arguments in enumerate(CALLS[name]):
+        call(function, arguments, 100)
         gc.collect()
         before = references(arguments), sys.getallocatedblocks(), resident()
-        call(name, arguments, 1000)
+        call(function, arguments, 1000)
         gc.collect()
         after = references(arguments), sys.getallocatedblocks(), resident()
         assert after[0][0] == before[0][0], f"{name} {i}: {before[0]} -> {after[0]}"
@@ -343,28 +375,52 @@ BAD = [
     (lambda: experts(pointers=POINTERS * 0), ValueError, "pointers: weights without memory"),
     (lambda: experts(inner=0), ValueError, "intermediate_size"),
     (lambda: _C.dense(F32[:, :0].copy(), 1, 4, 0, "float32", 1), ValueError, "x: expected"),
-    (lambda: _C.linear(F32[:, :0].copy(), INDEX, F32[:, :0].copy(), "float32"), ValueError, "K"),
+    (
+        lambda: _kernels.linear(F32[:, :0].copy(), INDEX, F32[:, :0].copy(), "float32"),
+        ValueError,
+        "K",
+    ),
     (lambda: experts(F32[:, :0].copy()), ValueError, "hidden"),
     (lambda: moe(logits=F32), ValueError, r"router_logits: expected shape \(2, 2\), got \(2, 4\)"),
     (lambda: moe(logits=F32[:1, :2]), ValueError, r"expected shape \(2, 2\), got \(1, 2\)"),
     (lambda: moe(logits=U16), TypeError, "router_logits: expected dtype float32, got uint16"),
     (lambda: moe(U16, logits=F64, dtype="float16"), TypeError, "router_logits: expected dtype u"),
-    (lambda: _C.linear(F64, INDEX, F32, "float32"), TypeError, "x: expected dtype float32, got fl"),
-    (lambda: _C.linear(F32, I32, F32, "float32"), ValueError, "index: expected 1 dimensions, got"),
-    (lambda: _C.linear(F32, INDEX + 2, F32, "float32"), ValueError, "index: outside the rows of x"),
-    (lambda: _C.linear(F32, INDEX - 1, F32, "float32"), ValueError, "index: outside the rows of x"),
-    (lambda: _C.linear(F32, INDEX, F64, "float32"), TypeError, "w: expected .* weights"),
-    (lambda: _C.linear(F32, INDEX, BIG, "float32"), (TypeError, ValueError), "w: expected"),
-    (lambda: _C.linear(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected the same K"),
-    (lambda: _C.gemm(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected"),
-    (lambda: _C.gemm(F32, INDEX, U16, "float32"), TypeError, "w: expected"),
-    (lambda: _C.gemm(F32, INDEX, F32.T, "float32"), TypeError, "w: expected contiguous"),
-    (lambda: _C.swiglu(ONES[0], F32[0], "float32"), ValueError, "g and u: expected the same"),
-    (lambda: _C.swiglu(ONES, ONES, "float32"), ValueError, "g: expected 1 dimensions"),
-    (lambda: _C.softmax(F64, 1.0), TypeError, "z: expected dtype float32, got float64"),
-    (lambda: _C.logprob(F32[0]), ValueError, "z: expected 2 dimensions, got 1"),
-    (lambda: _C.order(F32, F32), TypeError, "p: expected dtype float64, got float32"),
-    (lambda: _C.order(F64[:1], F32), ValueError, "p and z: expected the same shape"),
+    (
+        lambda: _kernels.linear(F64, INDEX, F32, "float32"),
+        TypeError,
+        "x: expected dtype float32, got fl",
+    ),
+    (
+        lambda: _kernels.linear(F32, I32, F32, "float32"),
+        ValueError,
+        "index: expected 1 dimensions, got",
+    ),
+    (
+        lambda: _kernels.linear(F32, INDEX + 2, F32, "float32"),
+        ValueError,
+        "index: outside the rows of x",
+    ),
+    (
+        lambda: _kernels.linear(F32, INDEX - 1, F32, "float32"),
+        ValueError,
+        "index: outside the rows of x",
+    ),
+    (lambda: _kernels.linear(F32, INDEX, F64, "float32"), TypeError, "w: expected .* weights"),
+    (lambda: _kernels.linear(F32, INDEX, BIG, "float32"), (TypeError, ValueError), "w: expected"),
+    (
+        lambda: _kernels.linear(F32, INDEX, ONES, "float32"),
+        ValueError,
+        "x and w: expected the same K",
+    ),
+    (lambda: _kernels.gemm(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected"),
+    (lambda: _kernels.gemm(F32, INDEX, U16, "float32"), TypeError, "w: expected"),
+    (lambda: _kernels.gemm(F32, INDEX, F32.T, "float32"), TypeError, "w: expected contiguous"),
+    (lambda: _kernels.swiglu(ONES[0], F32[0], "float32"), ValueError, "g and u: expected the same"),
+    (lambda: _kernels.swiglu(ONES, ONES, "float32"), ValueError, "g: expected 1 dimensions"),
+    (lambda: _kernels.softmax(F64, 1.0), TypeError, "z: expected dtype float32, got float64"),
+    (lambda: _kernels.logprob(F32[0]), ValueError, "z: expected 2 dimensions, got 1"),
+    (lambda: _kernels.order(F32, F32), TypeError, "p: expected dtype float64, got float32"),
+    (lambda: _kernels.order(F64[:1], F32), ValueError, "p and z: expected the same shape"),
     (lambda: _C.step_up(F32, 0.1), TypeError, "p: expected dtype float64, got float32"),
     (lambda: _C.step_up(F64[:, ::2], 0.1), ValueError, f"p: expected a {SWAPPED}"),
     (lambda: _C.tally_layout(1025, True), ValueError, "num_experts: expected 1 to 1024, got 1025"),
@@ -390,19 +446,23 @@ def test_bad_arguments_are_named(i):
         run()
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_a_wrong_number_of_arguments(name):
+@every_binding
+def test_a_wrong_number_of_arguments(module, name):
     with pytest.raises(TypeError, match="argument"):
-        getattr(_C, name)(*[None] * 20)
+        getattr(module, name)(*[None] * 20)
 
 
 @pytest.mark.parametrize("width", (0, 1))
 def test_kernels_take_no_rows_and_one_expert(width):
     empty, one = np.zeros((0, 4), np.float32), np.full((3, width), 2, np.float32)
-    for kernel in (lambda z: _C.softmax(z, 1.0), _C.logprob, lambda z: _C.order(None, z)):
+    for kernel in (
+        lambda z: _kernels.softmax(z, 1.0),
+        _kernels.logprob,
+        lambda z: _kernels.order(None, z),
+    ):
         assert kernel(empty).shape == (0, 4) and kernel(one).shape == (3, width)
     assert _C.step_up(np.zeros((3, width)), 0.5).tolist() == [width] * 3
     assert _C.step_up(empty.astype(float), 0.5).shape == (0,)
     x, none = np.zeros((2, 4), np.float32), np.zeros(0, np.int32)
-    assert _C.linear(x, none, x, "float32").shape == (0, 2)
-    assert _C.linear(x, none, x[:0], "float32").shape == (0, 0)
+    assert _kernels.linear(x, none, x, "float32").shape == (0, 2)
+    assert _kernels.linear(x, none, x[:0], "float32").shape == (0, 0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import util
 
-from moeprof import _C
+from moeprof import _C, _kernels
 
 NORMAL = ("normal", "logit", None)
 
@@ -156,7 +156,7 @@ def test_a_spec_is_read_before_the_arrays(place):
 CALLBACKS = """
 import numpy as np
 import util
-from moeprof import _C
+from moeprof import _C, _kernels
 
 E, made = 1024, []
 
@@ -227,7 +227,7 @@ for place in range(3):
     number = Number(1, arrays[place])
     refused(lambda: _C.experts(*arrays, "float32", layer.pointers, 16, number))
 z = np.ones((20_000, E), "f4")
-assert _C.softmax(z, Number(1, z)).shape == (1, 1)
+assert _kernels.softmax(z, Number(1, z)).shape == (1, 1)
 p = np.ones((20_000, E))
 assert _C.step_up(p, Number(0.5, p)).shape == (1,)
 x, w = np.ones((200, 64), "f4"), np.ones((4, 64), "f4")
@@ -248,13 +248,13 @@ for field in range(3):
 
 MANY = 2**40
 EMPTY = {
-    "order": f"_C.order(None, none(({MANY}, 0)))",
-    "order with p": f"_C.order(none(({MANY}, 0), float), none(({MANY}, 0)))",
-    "softmax": f"_C.softmax(none(({MANY}, 0)), 1.0)",
-    "logprob": f"_C.logprob(none(({MANY}, 0)))",
+    "order": f"_kernels.order(None, none(({MANY}, 0)))",
+    "order with p": f"_kernels.order(none(({MANY}, 0), float), none(({MANY}, 0)))",
+    "softmax": f"_kernels.softmax(none(({MANY}, 0)), 1.0)",
+    "logprob": f"_kernels.logprob(none(({MANY}, 0)))",
     "step_up": f"_C.step_up(none(({MANY}, 0), float), 0.1)",
     "step_up, memory that is there": "_C.step_up(none((2**28, 0), float), 0.1)",
-    "linear": f"_C.linear(none(({MANY}, 0)), none(0, 'i'), none((3, 0)), 'float32')",
+    "linear": f"_kernels.linear(none(({MANY}, 0)), none(0, 'i'), none((3, 0)), 'float32')",
     "dense": f"_C.dense(none((0, 4)), 64, {MANY}, 0, 'float32', 2)",
     "route": f"_C.route(none((0, {MANY})), 'float32', SPEC, 2, True)",
     "route without experts": f"_C.route(none(({MANY}, 0)), 'float32', SPEC, 2, True)",
@@ -271,7 +271,7 @@ EMPTY = {
 def test_what_has_no_elements_takes_no_time(what):
     code = f"""
 import numpy as np, moeprof, util
-from moeprof import _C
+from moeprof import _C, _kernels
 SPEC = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, ("normal", "logit", None), None)
 layer, none = util.Layer(4, 16, 16), lambda shape, dtype="f4": np.empty(shape, dtype)
 counts, sums = (np.zeros(sum(r * c for _, r, c in part.values()), t)
@@ -363,17 +363,16 @@ def test_threads_share_no_scratch():
     assert not wrong
 
 
-# ---- the built file ----
-
-ELF = Path(_C.__file__)
+# ---- the built files ----
 
 
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.architecture()[0] != "64bit", reason="reads 64-bit ELF"
 )
-def test_the_file_is_hardened():
+@pytest.mark.parametrize("module", (_C, _kernels), ids=lambda module: module.__name__)
+def test_the_file_is_hardened(module):
     """Full RELRO and a stack protector."""
-    data = ELF.read_bytes()
+    data = Path(module.__file__).read_bytes()
     if b"__asan_init" in data:
         pytest.skip("built with MOEPROF_SANITIZE, which brings checks of its own")
     (offset,), (size, count) = (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeprof import _C
+from moeprof import _C, _kernels
 
 EPS32, TINY32 = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
 EPS64 = float(np.finfo(np.float64).eps)
@@ -62,8 +62,15 @@ def in_use():
     return {kernel: variant for kernel, variant, _, used in _C.variants() if used}
 
 
+def limit_cpu(level):
+    """In both extensions."""
+    _C.limit_cpu(level)
+    _kernels.limit_cpu(level)
+    assert _C.variants() == _kernels.variants()
+
+
 def restore_cpu():
-    _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
+    limit_cpu(os.environ.get("MOEPROF_CPU") or None)
 
 
 def force(kernel, variant):
@@ -74,7 +81,7 @@ def force(kernel, variant):
     if not usable:
         pytest.skip(f"{kernel}: this CPU lacks {variant} (it has {_C.cpu_features()})")
     for level in level_names():
-        _C.limit_cpu(level)
+        limit_cpu(level)
         if in_use()[kernel] == variant:
             return
     pytest.fail(f"{kernel}: no level of MOEPROF_CPU selects {variant}, which this CPU has")
@@ -86,7 +93,7 @@ def force_level(level):
 
     if level not in ("scalar", "openblas", *_C.cpu_features()):
         pytest.skip(f"this CPU lacks {level} (it has {_C.cpu_features()})")
-    _C.limit_cpu(level)
+    limit_cpu(level)
 
 
 # ---- 16-bit floats, which travel as uint16 ----
