@@ -1,9 +1,8 @@
 /* moeprof._C: the module definition, its routers and threads. */
 #define MP_IMPORTS_NUMPY
-#include "pyargs.h"
+#include "py_objects.h"
 
 #include "pool.h"
-#include "routers.h"
 
 PyDoc_STRVAR(routers_doc,
 "routers()\n--\n\nThe lines of routers.def: {name: (names of its parameters)}.");
@@ -53,16 +52,49 @@ static PyMethodDef module_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* A new type, also in the module under its name; NULL with an error. */
+static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec)
+{
+    PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    if (type && PyModule_AddType(module, type))
+        Py_CLEAR(type);
+    return type;
+}
+
 static int exec(PyObject *module)
 {
+    mp_state *state = PyModule_GetState(module);
     import_array1(-1);
     mp_pool_init();
     if (mp_init_kernels() || PyModule_AddFunctions(module, mp_cpu_methods)
         || PyModule_AddFunctions(module, mp_route_methods)
         || PyModule_AddFunctions(module, mp_experts_methods)
-        || PyModule_AddFunctions(module, mp_tally_methods))
+        || PyModule_AddFunctions(module, mp_tally_methods)
+        || !(state->route_spec = add_type(module, &mp_route_spec_type))
+        || !(state->layer = add_type(module, &mp_layer_type)))
         return -1;
     return 0;
+}
+
+static int traverse(PyObject *module, visitproc visit, void *arg)
+{
+    const mp_state *state = PyModule_GetState(module);
+    Py_VISIT(state->route_spec);
+    Py_VISIT(state->layer);
+    return 0;
+}
+
+static int clear(PyObject *module)
+{
+    mp_state *state = PyModule_GetState(module);
+    Py_CLEAR(state->route_spec);
+    Py_CLEAR(state->layer);
+    return 0;
+}
+
+static void release(void *module)
+{
+    clear(module);
 }
 
 static PyModuleDef_Slot slots[] = {
@@ -77,8 +109,12 @@ static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "moeprof._C",
     .m_doc = "Routing and experts of mixture-of-experts layers, in C.",
+    .m_size = sizeof(mp_state),
     .m_methods = module_methods,
     .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = release,
 };
 
 PyMODINIT_FUNC PyInit__C(void)

@@ -1,7 +1,5 @@
 /* Bindings: routers, p-values, the multiple test. */
-#include "pyargs.h"
-
-#include "py_spec.h"
+#include "py_objects.h"
 
 #include <stdlib.h>
 
@@ -38,39 +36,38 @@ int mp_check_row(ptrdiff_t bad_row)
 }
 
 PyDoc_STRVAR(route_doc,
-"route(logits, dtype, spec, threads, want_p)\n--\n\n"
-"logits (T,E) -> weights (T,max_k) float32, experts (T,max_k) int32 padded with -1,\n"
-"counts (T,) int32, rejections (T,) int32, p (T,E) float64 or None.");
+"route(logits, spec, threads, want_p)\n--\n\n"
+"logits (T,E) of the dtype of the RouteSpec -> routing_weights (T,max_k) float32,\n"
+"expert_ids (T,max_k) int32 padded with -1, counts (T,) int32, rejections (T,) int32,\n"
+"p (T,E) float64 or None.");
 
 static PyObject *route(PyObject *module, PyObject *args)
 {
-    PyObject *logits, *spec_tuple, *arrays[4] = {NULL}, *p = NULL, *result = NULL;
+    PyObject *logits, *spec_object, *arrays[4] = {NULL}, *p = NULL, *result = NULL;
     PyArrayObject *view;
-    const char *dtype_name;
     int threads, want_p;
-    mp_float dtype;
-    mp_spec_parts parts;
+    const mp_route_spec_object *s;
     mp_routing routing;
     ptrdiff_t bad_row;
-    (void)module;
 
-    if (!PyArg_ParseTuple(args, "OsOip:route", &logits, &dtype_name, &spec_tuple,
-                          &threads, &want_p)
-        || mp_check_threads(threads) || mp_parse_dtype(dtype_name, &dtype)
-        || mp_parse_spec(spec_tuple, dtype, &parts)
-        || !(view = mp_array(logits, "router_logits", mp_carrier(dtype), 2))
-        || mp_fit_spec(&parts, PyArray_DIM(view, 1)))
+    if (!PyArg_ParseTuple(args, "OOip:route", &logits, &spec_object, &threads, &want_p)
+        || mp_check_threads(threads) || !(s = mp_spec_of(module, spec_object))
+        || !(view = mp_array(logits, "router_logits", mp_carrier(s->spec.round_to), 2)))
         return NULL;
     npy_intp shape[2] = {PyArray_DIM(view, 0), PyArray_DIM(view, 1)};
     const void *z = PyArray_DATA(view);
+    if (shape[1] != s->num_experts)
+        return PyErr_Format(PyExc_ValueError,
+                            "router_logits: expected %zd experts, as the RouteSpec has, got "
+                            "%zd", (Py_ssize_t)s->num_experts, (Py_ssize_t)shape[1]);
     if (want_p && !(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
         goto done;
-    if (mp_new_routing(shape[0], parts.spec.max_k, arrays, &routing))
+    if (mp_new_routing(shape[0], s->spec.max_k, arrays, &routing))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(&parts.spec, z, dtype, shape[0], shape[1], threads, &routing,
-                       p ? PyArray_DATA((PyArrayObject *)p) : NULL);
+    bad_row = mp_route(&s->spec, z, s->spec.round_to, shape[0], shape[1], threads,
+                       &routing, p ? PyArray_DATA((PyArrayObject *)p) : NULL);
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row))
         goto done;

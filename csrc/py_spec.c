@@ -1,7 +1,5 @@
-/* What a router is told: the tuples of moeprof/routers/ as C has them. */
-#include "pyargs.h"
-
-#include "py_spec.h"
+/* RouteSpec: what a router is told, the tuples of moeprof/routers/ as C has them. */
+#include "py_objects.h"
 
 #include <string.h>
 
@@ -163,7 +161,20 @@ static int check_range(const mp_route_spec *s, npy_intp num_experts)
     return 0;
 }
 
-int mp_parse_spec(PyObject *object, mp_float dtype, mp_spec_parts *parts)
+/* The tuple of moeprof/routers/ (Router.spec): (router, parameters, min_k, max_k,
+ * temperature, norm, norm_k, null, table or None), the table what the router wants
+ * besides.
+ *
+ * Two steps, because its numbers may be objects whose __float__ or __index__ is Python
+ * code, which may reshape any array: parse_spec reads them and comes before the first
+ * view of an array; fit_spec, which runs no Python code, checks the rest against the
+ * number of experts. null and table are borrowed. */
+typedef struct {
+    mp_route_spec spec;
+    PyObject *null, *table;
+} spec_parts;
+
+static int parse_spec(PyObject *object, mp_float dtype, spec_parts *parts)
 {
     static const char *const norms[] = {"none", "sum", "mass"};
     const char *router, *norm_name;
@@ -186,11 +197,84 @@ int mp_parse_spec(PyObject *object, mp_float dtype, mp_spec_parts *parts)
     return parse_router(router, parameters, spec);
 }
 
-int mp_fit_spec(mp_spec_parts *parts, npy_intp num_experts)
+static int fit_spec(spec_parts *parts, npy_intp num_experts)
 {
     mp_route_spec *spec = &parts->spec;
     if (mp_parse_null(parts->null, num_experts, &spec->null)
         || check_range(spec, num_experts))
         return -1;
     return parse_table(parts->table, num_experts, spec);
+}
+
+PyDoc_STRVAR(route_spec_doc,
+"RouteSpec(spec, dtype, num_experts, /)\n--\n\n"
+"What route() and moe() need to know of a router: the tuple of Router.spec(), the dtype of\n"
+"the logits of route() and of the hidden states of moe(), to which routing weights are\n"
+"rounded, and the number of experts. All is checked here, once. The arrays in the tuple are\n"
+"kept, not copied: they must not change any more.");
+
+static PyObject *route_spec_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"", "", "", NULL};
+    PyObject *tuple;
+    const char *dtype_name;
+    Py_ssize_t num_experts;
+    mp_float dtype;
+    spec_parts parts;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Osn:RouteSpec", names, &tuple,
+                                     &dtype_name, &num_experts)
+        || mp_parse_dtype(dtype_name, &dtype) || parse_spec(tuple, dtype, &parts))
+        return NULL;
+    mp_route_spec_object *self = (mp_route_spec_object *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    if (fit_spec(&parts, num_experts)) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    self->spec = parts.spec;
+    self->num_experts = num_experts;
+    self->tuple = Py_NewRef(tuple);
+    return (PyObject *)self;
+}
+
+static int route_spec_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(((mp_route_spec_object *)self)->tuple);
+    return 0;
+}
+
+static void route_spec_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    Py_XDECREF(((mp_route_spec_object *)self)->tuple);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot route_spec_slots[] = {
+    {Py_tp_doc, (void *)route_spec_doc},
+    {Py_tp_new, route_spec_new},
+    {Py_tp_traverse, route_spec_traverse},
+    {Py_tp_dealloc, route_spec_dealloc},
+    {0, NULL},
+};
+
+PyType_Spec mp_route_spec_type = {
+    .name = "moeprof._C.RouteSpec",
+    .basicsize = sizeof(mp_route_spec_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = route_spec_slots,
+};
+
+const mp_route_spec_object *mp_spec_of(PyObject *module, PyObject *object)
+{
+    const mp_state *state = PyModule_GetState(module);
+    if (Py_IS_TYPE(object, state->route_spec))
+        return (const mp_route_spec_object *)object;
+    PyErr_Format(PyExc_TypeError, "spec: expected a moeprof._C.RouteSpec, got %s",
+                 Py_TYPE(object)->tp_name);
+    return NULL;
 }

@@ -52,16 +52,22 @@ PyArrayObject *mp_ids(PyObject *object, const char *argument, int ndim)
     return ids;
 }
 
+const char *mp_dtype_name(mp_float dtype)
+{
+    switch (dtype) {
+    case MP_FLOAT32: return "float32";
+    case MP_BFLOAT16: return "bfloat16";
+    case MP_FLOAT16: return "float16";
+    }
+    MP_NEVER();
+}
+
 int mp_parse_dtype(const char *name, mp_float *dtype)
 {
-    static const struct {
-        const char *name;
-        mp_float dtype;
-    } known[] = {
-        {"float32", MP_FLOAT32}, {"bfloat16", MP_BFLOAT16}, {"float16", MP_FLOAT16}};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strcmp(name, known[i].name) == 0) {
-            *dtype = known[i].dtype;
+    static const mp_float all[] = {MP_FLOAT32, MP_BFLOAT16, MP_FLOAT16};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (strcmp(name, mp_dtype_name(all[i])) == 0) {
+            *dtype = all[i];
             return 0;
         }
     PyErr_Format(PyExc_TypeError,

@@ -26,6 +26,8 @@ PyArrayObject *mp_ids(PyObject *object, const char *argument, int ndim);
 /* "float32", "bfloat16", "float16". */
 int mp_parse_dtype(const char *name, mp_float *dtype);
 
+const char *mp_dtype_name(mp_float dtype);
+
 /* A name of formats.def. */
 int mp_parse_format(const char *name, mp_format *format);
 

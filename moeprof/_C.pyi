@@ -9,9 +9,23 @@ _Null = tuple[str, str, NDArray[float64] | None]
 # (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table)
 _Spec = tuple[str, tuple[float, ...], int, int, float, str, int, _Null, NDArray[float64] | None]
 
-# routing
+# what a call is told besides its arrays; read and checked once, immutable
+class RouteSpec:
+    def __new__(cls, spec: _Spec, dtype: str, num_experts: int, /) -> RouteSpec: ...
+
+class Layer:
+    def __new__(
+        cls,
+        pointers: NDArray[uint64],
+        format: str,
+        hidden_size: int,
+        intermediate_size: int,
+        /,
+    ) -> Layer: ...
+
+# routing: (routing_weights, expert_ids, counts, rejections), and p
 def route(
-    logits: _Bits, dtype: str, spec: _Spec, threads: int, want_p: bool, /
+    logits: _Bits, spec: RouteSpec, threads: int, want_p: bool, /
 ) -> tuple[
     NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32], NDArray[float64] | None
 ]: ...
@@ -21,23 +35,14 @@ def step_up(p: NDArray[float64], alpha: float, /) -> NDArray[int64]: ...
 # experts
 def experts(
     hidden: _Bits,
-    experts: NDArray[int32],
-    weights: NDArray[float32],
-    dtype: str,
-    pointers: NDArray[uint64],
-    intermediate_size: int,
+    expert_ids: NDArray[int32] | NDArray[int64],
+    routing_weights: _Bits,
+    layer: Layer,
     threads: int,
     /,
 ) -> _Bits: ...
 def moe(
-    hidden: _Bits,
-    logits: _Bits,
-    dtype: str,
-    pointers: NDArray[uint64],
-    intermediate_size: int,
-    spec: _Spec,
-    threads: int,
-    /,
+    hidden: _Bits, logits: _Bits, layer: Layer, spec: RouteSpec, threads: int, /
 ) -> tuple[_Bits, NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32]]: ...
 
 # linear layers

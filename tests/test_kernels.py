@@ -486,7 +486,7 @@ def test_mass_is_of_the_largest_logits_where_p_goes_another_way():
     table[3:] = np.linspace(0.01, 1, 8193)
     z = np.random.default_rng(0).permuted(np.tile(np.arange(32) / 8, (20, 1)), axis=1)
     spec = ("bh", (0.05,), 3, 3, 1.0, "mass", 4, ("table", "logit", table), None)
-    weights, experts, *_ = _C.route(z.astype(np.float32), "float32", spec, 1, False)
+    weights, experts, *_ = util.route(z.astype(np.float32), "float32", spec, 1, False)
     np.testing.assert_array_equal(experts, np.argsort(z, axis=1)[:, :3])
     top = np.sort(util.softmax(z), axis=1)[:, -4:].sum(axis=1)
     np.testing.assert_allclose(weights.sum(axis=1), top, rtol=1e-5)

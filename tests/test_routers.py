@@ -339,7 +339,7 @@ def test_weights_of_experts_and_layers():
     spec = list(WeightedBH(0.2, (4.0, 4.0, 0, 0, 0, 0, 0, 0), min_k=2).spec(8, norm="sum"))
     spec[2] = 3  # and C itself refuses it
     with pytest.raises(ValueError, match="min_k: expected at most the 2 experts of positive"):
-        _C.route(np.zeros((1, 8), np.float32), "float32", tuple(spec), 1, False)
+        util.route(np.zeros((1, 8), np.float32), "float32", tuple(spec), 1, False)
 
 
 def test_what_only_an_efron_null_has_is_asked_for():
@@ -369,7 +369,7 @@ def test_higher_criticism_looks_at_no_more_than_the_experts():
     z = random_logits(20, 64)
     name, _, *rest = moeprof.HigherCriticism(max_k=64).spec(64, norm="sum")
     got = [
-        _C.route(z, "float32", (name, (beta, 0.0, 0.0), *rest), 1, False)[3]
+        util.route(z, "float32", (name, (beta, 0.0, 0.0), *rest), 1, False)[3]
         for beta in (1.0, 20.0, 1e300, np.inf)
     ]
     for rejections in got[1:]:
