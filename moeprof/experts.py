@@ -33,38 +33,34 @@ def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array).view(dtype)
 
 
-def pointer_table(weights: Sequence[Tensor]) -> tuple[np.ndarray, int]:
-    """Where the matrices of each expert lie.
+def layer_of(weights: Sequence[Tensor]) -> _C.Layer:
+    """Where the matrices of each expert lie. It holds as long as the tensors do.
 
     Parameters
     ----------
     weights
         Either the packed pair ``[gate_up (E, 2I, H), down (E, H, I)]`` of transformers 5, or
         the list ``[gate_0, up_0, down_0, gate_1, ...]`` of transformers 4. Contiguous.
-
-    Returns
-    -------
-    pointers : (3, E) uint64
-        Addresses of gate, up and down. They hold as long as the tensors do.
-    intermediate_size : int
     """
+    format = DTYPES[weights[0].dtype]
     if weights[0].dim() == 2:
         addresses = np.array([w.data_ptr() for w in weights], dtype=np.uint64)
-        return np.ascontiguousarray(addresses.reshape(-1, 3).T), weights[0].shape[0]
+        intermediate_size, hidden_size = weights[0].shape
+        pointers = np.ascontiguousarray(addresses.reshape(-1, 3).T)
+        return _C.Layer(pointers, format, hidden_size, intermediate_size)
     gate_up, down = weights
-    num_experts, hidden_size, intermediate_size = down.shape
-    half = intermediate_size * hidden_size * down.element_size()
-    at = _packed_pointers(gate_up.data_ptr(), down.data_ptr(), num_experts, half)
-    return at, intermediate_size
+    return _packed_layer(gate_up.data_ptr(), down.data_ptr(), format, *down.shape)
 
 
 @lru_cache(maxsize=1024)  # of the layers in use; a pure function of the addresses
-def _packed_pointers(gate_up: int, down: int, num_experts: int, matrix_bytes: int) -> np.ndarray:
+def _packed_layer(
+    gate_up: int, down: int, format: str, num_experts: int, hidden_size: int, intermediate_size: int
+) -> _C.Layer:
+    matrix_bytes = intermediate_size * hidden_size * (4 if format == "float32" else 2)
     experts = np.arange(num_experts, dtype=np.uint64) * np.uint64(matrix_bytes)
     gate = 2 * experts + np.uint64(gate_up)
     pointers = np.stack([gate, gate + np.uint64(matrix_bytes), experts + np.uint64(down)])
-    pointers.setflags(write=False)
-    return pointers
+    return _C.Layer(pointers, format, hidden_size, intermediate_size)
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -93,7 +89,7 @@ def unobserved(*tensors: Tensor) -> bool:
 def _experts(
     hidden: Tensor, experts: Tensor, routing_weights: Tensor, weights: list[Tensor], name: str
 ) -> Tensor:
-    pointers, intermediate_size = pointer_table(weights)
+    layer = layer_of(weights)
     if experts.dtype not in (torch.int32, torch.int64):
         experts = experts.to(torch.int64)
     if routing_weights.dtype not in (torch.float32, hidden.dtype):
@@ -103,9 +99,7 @@ def _experts(
             as_array(hidden),
             as_array(experts),
             as_array(routing_weights),
-            DTYPES[hidden.dtype],
-            pointers,
-            intermediate_size,
+            layer,
             get_num_threads(),
         )
     except ValueError as error:
@@ -138,7 +132,7 @@ def _moe(
     table: Tensor | None,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pointers, intermediate_size = pointer_table(weights)
+    layer = layer_of(weights)
     p_array, array = (None if t is None else t.numpy() for t in (p_table, table))
     spec = (
         router,
@@ -152,15 +146,8 @@ def _moe(
         array,
     )
     try:
-        out, *routing = _C.moe(
-            as_array(hidden),
-            as_array(logits),
-            DTYPES[hidden.dtype],
-            pointers,
-            intermediate_size,
-            spec,
-            get_num_threads(),
-        )
+        spec = _C.RouteSpec(spec, DTYPES[hidden.dtype], logits.shape[1])
+        out, *routing = _C.moe(as_array(hidden), as_array(logits), layer, spec, get_num_threads())
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return (as_tensor(out, hidden.dtype), *map(torch.from_numpy, routing))

@@ -43,7 +43,7 @@ class Adapter:
 
     @classmethod
     def read_experts(cls, block: nn.Module) -> tuple[list[Tensor], str | None]:
-        """(the expert weights as `pointer_table` takes them, None), or ([], why not).
+        """(the expert weights as `layer_of` takes them, None), or ([], why not).
 
         Not where the modules, a hook or a forward among them are others than the stock ones.
         """

@@ -68,7 +68,10 @@ def measure(settings, bar):
             shape.experts, norm="none", norm_k=shape.top_k, null=fitted_null(shape)
         ),
     }
-    calls = {name: _route(spec, settings.dtype) for name, spec in specs.items()}
+    calls = {
+        name: _route(_C.RouteSpec(spec, settings.dtype, shape.experts))
+        for name, spec in specs.items()
+    }
     calls["layer"] = layer
     with torch.inference_mode():
         rows = [_row(settings, calls, tokens, bar) for tokens in settings.tokens]
@@ -86,7 +89,8 @@ def _all_routers(settings, rows, bar):
         own = {"k": shape.top_k} if name == "topk" else {}
         router = make_router(name, max_k=shape.top_k, **own)
         spec = router.spec(shape.experts, norm="sum", null=null)
-        calls[name, "C"] = partial(_C.route, z, "float32", spec, get_num_threads(), False)
+        spec = _C.RouteSpec(spec, "float32", shape.experts)
+        calls[name, "C"] = partial(_C.route, z, spec, get_num_threads(), False)
         calls[name, "torch"] = partial(twins.route, router, tensor, null)
     times = interleave(calls, settings.rounds(tokens), lambda name: (), bar)
     layer = next(row["times"]["layer"]["median_ms"] for row in rows if row["tokens"] == tokens)
@@ -104,9 +108,9 @@ def _of_router(name, times, layer):
     }
 
 
-def _route(spec, dtype):
+def _route(spec):
     def call(x, logits, idx, w):
-        return _C.route(as_array(logits), dtype, spec, get_num_threads(), False)
+        return _C.route(as_array(logits), spec, get_num_threads(), False)
 
     return call
 

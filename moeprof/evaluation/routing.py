@@ -35,5 +35,6 @@ def choose(router, logits: Tensor, null, norm: str, norm_k: int) -> tuple[Tensor
     """
     spec = router.spec(logits.shape[1], norm=norm, norm_k=norm_k, null=null)
     rows = as_array(logits.float())
-    *routing, _ = _C.route(rows, "float32", spec, get_num_threads(), False)
+    spec = _C.RouteSpec(spec, "float32", logits.shape[1])
+    *routing, _ = _C.route(rows, spec, get_num_threads(), False)
     return tuple(map(torch.from_numpy, routing))

@@ -288,7 +288,8 @@ class Router:
         By the C path, of (T, E) float32 logits; ``null`` as in :meth:`spec`.
         """
         spec = self.spec(router_logits.shape[1], norm="none", null=null)
-        routing = _C.route(router_logits, "float32", spec, get_num_threads(), False)
+        spec = _C.RouteSpec(spec, "float32", router_logits.shape[1])
+        routing = _C.route(router_logits, spec, get_num_threads(), False)
         return routing[2], routing[3]
 
     # ---- the reference ----

@@ -164,9 +164,8 @@ def _route(router: Router, router_logits, null, return_stats: bool):
     spec = router.spec(num_experts, norm="sum", null=_layer_null(router, null, return_stats))
     native = np.require(array, array.dtype.newbyteorder("="), "CA")
     rows = native.reshape(math.prod(lead), num_experts).view(carrier)
-    weights, experts, counts, found, p = _C.route(
-        rows, dtype, spec, get_num_threads(), return_stats
-    )
+    spec = _C.RouteSpec(spec, dtype, num_experts)
+    weights, experts, counts, found, p = _C.route(rows, spec, get_num_threads(), return_stats)
     if cap := router.silent_cap(num_experts):
         warn_if_capped(int((found > cap).sum()), len(found), num_experts, stacklevel=4)
 
