@@ -253,7 +253,7 @@ def test_norm(router, norm, model_norm):
         handle.on_routing(lambda index, routing: seen.append(routing))
         out = run(model.mlp, x)[0]
         p = gate_logits(model.mlp, x[0]).double().softmax(-1)
-    experts = seen[0].experts
+    experts = seen[0].expert_ids
     selected = p.gather(1, experts.clamp(min=0).long()) * (experts >= 0)
     rule = ("sum" if model_norm else "none") if norm == "model" else norm
     factor = {
@@ -381,7 +381,7 @@ def test_float32_logits_of_a_bfloat16_model():
     z = block.gate(x[0])
     free = gap(z, 2) > 1e-5
     assert free.sum() >= 10
-    ours, expected = (t.sort(1).values for t in (seen[0].experts, z.topk(2).indices))
+    ours, expected = (t.sort(1).values for t in (seen[0].expert_ids, z.topk(2).indices))
     assert ours[free].tolist() == expected[free].tolist()
 
 
@@ -397,7 +397,7 @@ def test_experts_that_are_not_selected_are_not_read(router, dtype):
     with moeprof.patch(model, router, null=null) as handle:
         seen = routings_of(handle)
         expected = run(model.mlp, x)
-        selected = set(seen[0][0].experts.flatten().tolist())
+        selected = set(seen[0][0].expert_ids.flatten().tolist())
         assert 1 < len(selected) <= 9
         for expert in set(range(64)) - selected:
             for weight in expert_weights(model.mlp, expert):

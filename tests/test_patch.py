@@ -487,17 +487,17 @@ def test_on_routing(model, router):
         logits(model)
         assert [index for index, _ in seen] == [0, 1]
         for _, routing in seen:
-            assert routing.weights.shape == routing.experts.shape == (22, k_max)
+            assert routing.weights.shape == routing.expert_ids.shape == (22, k_max)
             assert routing.counts.shape == routing.rejections.shape == (22,)
             assert routing.weights.dtype == torch.float32
             assert {t.dtype for t in routing[1:4]} == {torch.int32}
             slots = torch.arange(k_max) < routing.counts[:, None]  # -1 and 0 behind the last
-            assert torch.equal(routing.experts >= 0, slots)
+            assert torch.equal(routing.expert_ids >= 0, slots)
             assert torch.equal(routing.weights > 0, slots)
             assert torch.equal(routing.counts, routing.rejections.clamp(1, k_max))
             assert all(
                 len(set(row[row >= 0].tolist())) == n
-                for row, n in zip(routing.experts, routing.counts.tolist(), strict=True)
+                for row, n in zip(routing.expert_ids, routing.counts.tolist(), strict=True)
             )
         handle.on_routing(None)
         logits(model)

@@ -359,7 +359,7 @@ def recorded(model, configure, texts, new_tokens):
     """{(category, phase): mean experts per token}, from a callback of a patched model."""
     means, found = {}, []
     handle = configure(model)
-    handle.on_routing(lambda layer, routing: found.append((routing.experts >= 0).sum(1)))
+    handle.on_routing(lambda layer, routing: found.append((routing.expert_ids >= 0).sum(1)))
     for category, members in texts.items():
         for text in members:
             ids = Tokenizer()(text, return_tensors="pt")["input_ids"]

@@ -41,7 +41,7 @@ class RouteSpec:
         *,
         num_experts: int,
     ):
-        self._arguments = (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table)
+        self.arguments = (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table)
         self.max_k, self.num_experts = max_k, num_experts
         self._in_c: dict[str, Any] = {}
 
@@ -49,12 +49,12 @@ class RouteSpec:
         """The `_C.RouteSpec` for logits, or hidden states, of this dtype."""
         found = self._in_c.get(dtype)
         if found is None:
-            found = self._in_c[dtype] = _C.RouteSpec(self._arguments, dtype, self.num_experts)
+            found = self._in_c[dtype] = _C.RouteSpec(self.arguments, dtype, self.num_experts)
         return found
 
     def operands(self) -> tuple[str, Any, Any]:
         """The same for an operator of torch, which takes texts and arrays: see `from_operands`."""
-        *plain, (form, score, p_table), table = self._arguments
+        *plain, (form, score, p_table), table = self.arguments
         return json.dumps([*plain, form, score, self.num_experts]), p_table, table
 
     @classmethod

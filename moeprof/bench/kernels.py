@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .. import _C
+from .. import _C, _kernels
 from ..backends.tables import as_array
 from ..measure.limits import SIZE, limit_calls
 from ..measure.machine import cache_bytes
@@ -24,7 +24,7 @@ GEMM_WEIGHTS = 256  # rows; they stay in L2, so that the FMA units are the limit
 ROUTED = 512  # tokens
 SWIGLU = 2**16  # numbers
 WORDS = (
-    "One call through moeprof._C, the allocation of its result included, in gemm_* pack_*, in "
+    "One call of a binding, the allocation of its result included, in gemm_* pack_*, in "
     "step_up the sorting. "
     "Limits, of one thread: for linear_* reading the same weights, which are larger than the "
     f"caches; for gemm_* the best rate seen of torch's dense {SIZE}^3 GEMM and of the kernels "
@@ -69,11 +69,17 @@ def measure(settings, bar):
 # ---- variants ----
 
 
+def _limit_cpu(level):
+    """In both extensions, which have their own tables of kernels."""
+    _C.limit_cpu(level)
+    _kernels.limit_cpu(level)
+
+
 def _levels(kernel):
     """{variant: the poorest level of MOEPROF_CPU that selects it}, scalar first."""
     found = {}
     for level in ("scalar", "openblas", *_C.cpu_features()):
-        _C.limit_cpu(level)
+        _limit_cpu(level)
         for name, variant, _, used in _C.variants():
             if name == kernel and used:
                 found.setdefault(variant, level)
@@ -88,12 +94,12 @@ def _rows(case, repeats, bar):
         calls |= dict.fromkeys(levels, case.call)
 
         def prepare(name):
-            _C.limit_cpu(levels.get(name))
+            _limit_cpu(levels.get(name))
             return ()
 
         times = interleave(calls, repeats, prepare, bar)
     finally:
-        _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
+        _limit_cpu(os.environ.get("MOEPROF_CPU") or None)
     return [
         {
             "kernel": case.kernel,
@@ -146,7 +152,7 @@ def _cases(settings):
 
 
 def _operands(rows, out, inner, dtype):
-    """(x, index, w, dtype) of _C.linear and _C.gemm, and w's words."""
+    """(x, index, w, dtype) of _kernels.linear and _kernels.gemm, and w's words."""
     torch_dtype = getattr(torch, dtype)
     words, tensors = random_tensors({"w": (out, inner)}, torch_dtype)
     x = torch.randn(rows, inner).to(torch_dtype if dtype == "bfloat16" else torch.float32)
@@ -160,7 +166,7 @@ def _linear(shape, dtype):
     nbytes = out * shape.hidden * itemsize
     limit = Limit("GB/s", nbytes, words.max, words.nbytes)
     what = f"1 row, {nbytes / 1e6:.0f} MB"
-    return Case(f"linear_{SUFFIX[dtype]}", what, partial(_C.linear, *operands), limit)
+    return Case(f"linear_{SUFFIX[dtype]}", what, partial(_kernels.linear, *operands), limit)
 
 
 def _gemm(shape, dtype, rows):
@@ -170,12 +176,12 @@ def _gemm(shape, dtype, rows):
     peak = "bfloat16" if dtype == "bfloat16" else "float32"
     limit = Limit("GFLOP/s", flop, dense, 2 * SIZE**3, peak)
     what = f"{rows} rows, ({GEMM_WEIGHTS}, {shape.hidden})"
-    return Case(f"gemm_{SUFFIX[dtype]}", what, partial(_C.gemm, *operands), limit)
+    return Case(f"gemm_{SUFFIX[dtype]}", what, partial(_kernels.gemm, *operands), limit)
 
 
 def _swiglu(dtype):
     gate, up = (torch.randn(SWIGLU).numpy() for _ in range(2))
-    call = partial(_C.swiglu, gate, up, dtype)
+    call = partial(_kernels.swiglu, gate, up, dtype)
     return Case(f"swiglu_{SUFFIX[dtype]}", f"{SWIGLU} numbers", call)
 
 
@@ -184,11 +190,11 @@ def _routing(shape, kernel):
     p = _C.p_values(z, null.spec)
     sorting = ", sorted" if kernel == "step_up" else ""
     call = {
-        "softmax": partial(_C.softmax, z, 1.0),
-        "logprob": partial(_C.logprob, z),
+        "softmax": partial(_kernels.softmax, z, 1.0),
+        "logprob": partial(_kernels.logprob, z),
         "p_table": partial(_C.p_values, z, ("table", "logit", null.table)),
         "p_normal": partial(_C.p_values, z, ("normal", "logit", None)),
-        "order": partial(_C.order, p, z),
+        "order": partial(_kernels.order, p, z),
         "step_up": partial(_C.step_up, p, 0.3),
     }[kernel]
     return Case(kernel, f"{ROUTED} rows of {shape.experts}{sorting}", call)
