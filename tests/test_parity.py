@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moeprof
 from moeprof import demo
+from moeprof.backends.ops import operands_of
 
 TIE = 1e-5  # selections are compared where the k-th lies further than this above the next
 
@@ -217,7 +218,7 @@ def test_bh_of_8_selects_what_topk_selects(loaded, null):
         got = model(ids).logits
     for layer, logits in enumerate(router_logits):
         free = gap(logits, 8) > TIE
-        ours, theirs = (r[layer][0].experts.sort(dim=1).values[free] for r in (bh, topk))
+        ours, theirs = (r[layer][0].expert_ids.sort(dim=1).values[free] for r in (bh, topk))
         assert free.sum() > 100 and torch.equal(ours, theirs)
         stock = logits.topk(8).indices.sort(dim=1).values[free]
         assert torch.equal(theirs.long(), stock)
@@ -478,8 +479,8 @@ def test_operators_keep_what_they_declare(tokens):
     x = random_hidden(1, tokens, 32)[0]
     weights = [p for p in block.experts.parameters()]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    routing = ("bh", [0.5], 1, 5, 1.0, "none", 2, "normal", "logit", None, None, "mlp")
-    moe = (x, gate_logits(block, x), weights, *routing)
+    spec = moeprof.BH(0.5, max_k=5).spec(8, norm="none", norm_k=2)
+    moe = (x, gate_logits(block, x), weights, *operands_of(spec), "mlp")
     torch.library.opcheck(torch.ops.moeprof.moe.default, moe, test_utils=checks)
     experts = (x, torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3), weights, "mlp")
     torch.library.opcheck(torch.ops.moeprof.experts.default, experts, test_utils=checks)

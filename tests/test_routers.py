@@ -274,7 +274,7 @@ def test_c_and_python_parameters_are_the_same():
 @every_router
 def test_each_router_is_documented_and_exported(name):
     cls = REGISTRY[name]
-    assert "Source:" in cls.__doc__ and cls.__name__ in moeprof.__all__
+    assert "Source:" in cls.__doc__ and cls.__name__ in moeprof.routers.__all__
     assert f"{name}_routing" in moeprof.__all__
     for f in fields(cls):
         assert f.name in cls.__doc__ or f.name in Router.__doc__, f.name

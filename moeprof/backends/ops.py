@@ -152,6 +152,11 @@ def run_moe(
     return MoEOutput(*moe_op(hidden, logits, matrices, *operands, name))
 
 
+def table_of(matrices: list[Tensor]) -> Matrices:
+    """A table of these matrices, or they themselves while a compiler traces."""
+    return matrices if torch.compiler.is_compiling() else WeightTable(matrices)
+
+
 def operands_of(spec: RouteSpec) -> tuple[str, Tensor | None, Tensor | None]:
     """What `moe_op` is given of a spec."""
     text, *arrays = spec.operands()

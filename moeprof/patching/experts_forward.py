@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..backends.ops import BY_ITSELF, run_experts
-from ..backends.tables import WeightTable, routing_obstacle, tensor_obstacle
+from ..backends.ops import BY_ITSELF, run_experts, table_of
+from ..backends.tables import routing_obstacle, tensor_obstacle
 from ..models.families.packed import read_packed
 
 
@@ -61,4 +61,4 @@ def experts_forward(
         )
     if reason := tensor_obstacle([*matrices, hidden]) or routing_obstacle(idx, weights):
         raise ValueError(f"{name}: {reason}")
-    return run_experts(hidden, idx, weights, WeightTable(matrices), name)
+    return run_experts(hidden, idx, weights, table_of(matrices), name)

@@ -127,7 +127,7 @@ class Handle:
         if self.active:
             under = any(vars(m).get(STATE) is not s for m, s in patched if s in chain(m))
             return "patched, but a later patch is the one that runs" if under else "patched"
-        before = {id(earlier) for _, s in patched for earlier in earlier(s)}
+        before = {id(below) for _, s in patched for below in earlier(s)}
         others = {id(s): s for module, _ in patched for s in chain(module)}
         if not others:
             return "not patched"
