@@ -1,5 +1,9 @@
 """Routing in Python by way of C: for passes that change a routing before it runs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -8,15 +12,24 @@ from ..backends.cpu import get_num_threads
 from ..backends.ops import as_array
 from ..models.find import adapter_of, find_moe_blocks
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def model_norm(model) -> tuple[str, int]:
+    from ..null.layers import LayerNull, TokenNull
+    from ..null.resolve import AnyNull
+    from ..routers.base import Router
+
+
+def model_norm(model: nn.Module) -> tuple[str, int]:
     """(norm, top_k): how the model weighs its experts ("sum" or "none"), and how many it takes."""
     _, block = find_moe_blocks(model)[0]
     top_k, norm_topk_prob = adapter_of(block).settings(block)
     return ("sum" if norm_topk_prob else "none"), top_k
 
 
-def by_layer(router, null, num_layers: int) -> list[tuple]:
+def by_layer(
+    router: Router, null: AnyNull | None, num_layers: int
+) -> list[tuple[Router, LayerNull | TokenNull | None]]:
     """[(the router with scalar parameters, its LayerNull)] of each layer, as `patch` has them.
 
     null: a Null (or one by token); None, or a router that works on none, gives None.
@@ -28,7 +41,9 @@ def by_layer(router, null, num_layers: int) -> list[tuple]:
     ]
 
 
-def choose(router, logits: Tensor, null, norm: str, norm_k: int) -> tuple[Tensor, ...]:
+def choose(
+    router: Router, logits: Tensor, null: LayerNull | TokenNull | None, norm: str, norm_k: int
+) -> tuple[Tensor, ...]:
     """(weights (T, k), experts (T, k), counts (T,), rejections (T,)) as a patched layer has them.
 
     router: a Router with scalar parameters; logits (T, E); null: its LayerNull, or None.
