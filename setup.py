@@ -1,4 +1,4 @@
-"""Builds moeprof._C. Everything else is in pyproject.toml.
+"""Builds moeprof._C, and moeprof._kernels for tests. Everything else is in pyproject.toml.
 
 MOEPROF_BLAS=system     link pkg-config's openblas in place of the scipy-openblas32 wheel's
 MOEPROF_WERROR=1        warnings are errors (CI)
@@ -8,6 +8,7 @@ Where compiler and linker have them: a stack protector, _FORTIFY_SOURCE, and ful
 a fault in C ends the process instead of letting it go on with damaged memory.
 """
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -26,6 +27,11 @@ HARDENING = [
     (["-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"], []),  # some compilers define it themselves
     ([], ["-Wl,-z,relro,-z,now"]),  # macOS's linker has no -z
 ]
+
+# moeprof._kernels: the kernels, what they and their bindings need, and what it has alone
+KERNEL_FOLDERS = ["scalar", "x86", "blas"]
+FOR_KERNELS = ["cpu", "formats", "ops", "py_cpu", "pyargs"]
+OF_KERNELS = ["kernels_module", "py_kernels"]
 
 
 def wheel_openblas() -> dict:
@@ -58,7 +64,11 @@ def system_openblas() -> dict:
     return {"extra_compile_args": flags("--cflags"), "extra_link_args": flags("--libs")}
 
 
-def extension() -> Extension:
+def extensions() -> list[Extension]:
+    """moeprof._C, and moeprof._kernels, which has single kernels for tests and benchmarks.
+
+    Each has its own bindings and module file; what both have is compiled once (BuildExt).
+    """
     system = os.environ.get("MOEPROF_BLAS") == "system"
     options = system_openblas() if system else wheel_openblas()
     compile_args = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
@@ -72,16 +82,23 @@ def extension() -> Extension:
     options["include_dirs"] = [*options.get("include_dirs", []), numpy.get_include()]
     options["extra_compile_args"] = compile_args + options.get("extra_compile_args", [])
     options["extra_link_args"] = link_args + options.get("extra_link_args", [])
-    return Extension(
-        "moeprof._C",
-        sources=sorted(glob("csrc/**/*.c", recursive=True)),
-        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/*.def")),
-        **options,
-    )
+    depends = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/*.def"))
+    everything = set(glob("csrc/**/*.c", recursive=True))
+    kernels = {source for folder in KERNEL_FOLDERS for source in glob(f"csrc/{folder}/*.c")}
+    kernels |= {f"csrc/{name}.c" for name in [*FOR_KERNELS, *OF_KERNELS]}
+    parts = {
+        "moeprof._C": everything - {f"csrc/{name}.c" for name in OF_KERNELS},
+        "moeprof._kernels": kernels,
+    }
+    return [
+        Extension(name, sorted(sources), depends=depends, **copy.deepcopy(options))
+        for name, sources in parts.items()
+    ]
 
 
 class BuildExt(build_ext):
-    """Hardens what is built, and says in one line what is missing without a C compiler."""
+    """Hardens what is built, compiles each file once, and says in one line what is missing
+    without a C compiler."""
 
     def accepts(self, compile_args: list[str], link_args: list[str]) -> bool:
         """Whether an empty function can be built into a library with these arguments."""
@@ -99,14 +116,16 @@ class BuildExt(build_ext):
                 return False
         return True
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         if not os.environ.get("MOEPROF_SANITIZE"):  # which brings checks of its own
             for compile_args, link_args in HARDENING:
                 if self.accepts(compile_args, link_args):
-                    ext.extra_compile_args += compile_args
-                    ext.extra_link_args += link_args
+                    for ext in self.extensions:
+                        ext.extra_compile_args += compile_args
+                        ext.extra_link_args += link_args
+        self.compile_once()
         try:
-            super().build_extension(ext)
+            super().build_extensions()
         except CompileError as error:
             compiler = self.compiler.compiler[0]
             raise CompileError(
@@ -115,5 +134,17 @@ class BuildExt(build_ext):
                 "macOS: xcode-select --install) and try again."
             ) from error
 
+    def compile_once(self) -> None:
+        """The second extension takes the objects of the first: their arguments are the same."""
+        compile_all, objects = self.compiler.compile, {}
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExt})
+        def compile_new(sources, **options):
+            for source in sources:
+                if source not in objects:
+                    objects[source] = compile_all([source], **options)
+            return [path for source in sources for path in objects[source]]
+
+        self.compiler.compile = compile_new
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})

@@ -5,9 +5,10 @@
 #include "kernels.h"
 
 /* out = x W^T + bias, summed in fp32 and rounded once: x (M,K), w (N,K), bias (N,) or
- * NULL, out (M,N), all of `dtype` and contiguous, K >= 1; w and bias at any alignment. The
- * scratch grows with M. Returns 0, or -1 without memory, then `out` is undefined. */
-int mp_dense(const void *x, ptrdiff_t m, const void *w, ptrdiff_t n, ptrdiff_t k,
-             const void *bias, mp_dtype dtype, int threads, void *out);
+ * NULL, out (M,N), K >= 1; x, bias and out of the float type that goes with the weights'
+ * format, x and out contiguous, bias at any alignment. The scratch grows with M. Returns 0,
+ * or -1 without memory, then `out` is undefined. */
+int mp_dense(const void *x, ptrdiff_t m, const mp_matrix *w, ptrdiff_t n, ptrdiff_t k,
+             const void *bias, int threads, void *out);
 
 #endif

@@ -27,16 +27,16 @@ typedef struct {
 typedef struct {
     const mp_layer *layer;
     ptrdiff_t tokens;
-    const void *hidden; /* (T,H): float, or bf16 for bf16 weights */
+    const void *hidden; /* (T,H) of the activations' type */
     int32_t *first;     /* (E+1): expert e has pairs first[e]..first[e+1]-1 */
     int32_t *active;    /* the experts that have pairs, ascending */
     ptrdiff_t num_active;
-    int32_t *token; /* (pairs,): a pair is one token at one of its experts */
-    float *weight;  /* (pairs,) */
+    int32_t *token;        /* (pairs,): a pair is one token at one of its experts */
+    float *routing_weight; /* (pairs,) */
     char *act;      /* each expert's activations: rows if they are few, else panels */
     ptrdiff_t *act_at; /* (E,): where in act, by number of the active expert */
     void *out;         /* (T,H) of the layer's dtype */
-    float *wide;       /* (T,H): f16 hidden states, widened */
+    float *wide;       /* (T,H): hidden states that are not of the activations' type */
     worker_state *workers;
     ptrdiff_t block_m; /* rows packed at a time, a multiple of 16 */
 } chunk;
@@ -56,26 +56,37 @@ static ptrdiff_t blocks(ptrdiff_t rows, ptrdiff_t block)
     return (rows + block - 1) / block;
 }
 
+static mp_act act_of(const mp_layer *l)
+{
+    return mp_format_act(l->format);
+}
+
+/* Whether hidden states have to be widened to become activations (formats.c). */
+static int widens(const mp_layer *l)
+{
+    return l->dtype != mp_act_float(act_of(l));
+}
+
 /* ---- memory ---- */
 
 /* Bytes of the activations of a pair. */
 static size_t act_row(const mp_layer *l)
 {
-    return (size_t)(mp_panel_width(l->intermediate_size) * mp_act_size(l->dtype));
+    return (size_t)(mp_panel_width(l->intermediate_size) * mp_act_size(act_of(l)));
 }
 
 /* Rows that are packed at a time: multiples of three panels of 16, as gemm works. An
  * expert with more is packed anew in each task. */
 static ptrdiff_t block_m(const mp_layer *l)
 {
-    const size_t row = (size_t)(mp_panel_width(l->hidden_size) * mp_act_size(l->dtype));
+    const size_t row = (size_t)(mp_panel_width(l->hidden_size) * mp_act_size(act_of(l)));
     return clamp((ptrdiff_t)(PANEL_BYTES / row) / 48 * 48, 48, 384);
 }
 
 static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
 {
     const mp_layer *l = c->layer;
-    const ptrdiff_t size = mp_act_size(l->dtype);
+    const ptrdiff_t size = mp_act_size(act_of(l));
     const ptrdiff_t widest = l->hidden_size > l->intermediate_size
                            ? l->hidden_size : l->intermediate_size;
     const size_t tile = (size_t)c->block_m * MP_BLOCK_N;
@@ -105,9 +116,9 @@ static size_t lay_out(chunk *c, char *base, ptrdiff_t slots, int threads)
     c->active = mp_carve(base, &used, E * sizeof *c->active);
     c->act_at = mp_carve(base, &used, E * sizeof *c->act_at);
     c->token = mp_carve(base, &used, pairs * sizeof *c->token);
-    c->weight = mp_carve(base, &used, pairs * sizeof *c->weight);
+    c->routing_weight = mp_carve(base, &used, pairs * sizeof *c->routing_weight);
     c->act = mp_carve(base, &used, (pairs + 15 * panels) * act_row(l));
-    if (l->dtype == MP_F16)
+    if (widens(l))
         c->wide = mp_carve(base, &used,
                         (size_t)(c->tokens * l->hidden_size) * sizeof(float));
     return used;
@@ -116,7 +127,7 @@ static size_t lay_out(chunk *c, char *base, ptrdiff_t slots, int threads)
 /* Tokens of a chunk: all, or equal parts. */
 static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slots)
 {
-    const size_t wide = l->dtype == MP_F16 ? (size_t)l->hidden_size * sizeof(float) : 0;
+    const size_t wide = widens(l) ? (size_t)l->hidden_size * sizeof(float) : 0;
     const size_t token = (size_t)slots * (act_row(l) + 8) + wide + 1;
     const ptrdiff_t most = clamp((ptrdiff_t)(CHUNK_BYTES / token), 1, tokens);
     return blocks(tokens, blocks(tokens, most));
@@ -152,17 +163,18 @@ static int is_expert(int32_t id, ptrdiff_t num_experts)
 }
 
 /* Sorts the pairs by expert; within one they stay in the order of the tokens. */
-static int group(chunk *c, const int32_t *experts, const float *weights,
+static int group(chunk *c, const int32_t *expert_ids, const float *routing_weights,
                  ptrdiff_t slots)
 {
     const ptrdiff_t E = c->layer->num_experts, all = c->tokens * slots;
     int32_t *first = c->first;
     memset(first, 0, (size_t)(E + 1) * sizeof *first);
     for (ptrdiff_t s = 0; s < all; s++) {
-        if (experts[s] < -1 || experts[s] > E)
+        const int32_t id = expert_ids[s];
+        if (id < -1 || id > E)
             return MP_BAD_EXPERT;
-        if (is_expert(experts[s], E))
-            first[experts[s] + 1]++;
+        if (is_expert(id, E))
+            first[id + 1]++;
     }
     c->num_active = 0;
     for (ptrdiff_t e = 0; e < E; e++) {
@@ -173,11 +185,11 @@ static int group(chunk *c, const int32_t *experts, const float *weights,
     /* first[e] is the next free place of expert e while they fill, which leaves it
      * at the start of expert e + 1: shifted back afterwards. */
     for (ptrdiff_t s = 0; s < all; s++) {
-        if (!is_expert(experts[s], E))
+        if (!is_expert(expert_ids[s], E))
             continue;
-        int32_t pair = first[experts[s]]++;
+        int32_t pair = first[expert_ids[s]]++;
         c->token[pair] = (int32_t)(s / slots);
-        c->weight[pair] = weights[s];
+        c->routing_weight[pair] = routing_weights[s];
     }
     memmove(first + 1, first, (size_t)E * sizeof *first);
     first[0] = 0;
@@ -191,16 +203,18 @@ static int group(chunk *c, const int32_t *experts, const float *weights,
 
 /* ---- the two regions ---- */
 
-static const char *weight_row(const mp_layer *l, const void *matrix, ptrdiff_t row,
-                              ptrdiff_t k)
+/* The rows from `row` on of a matrix of an expert, (N,K). */
+static mp_matrix rows_from(const mp_layer *l, const void *matrix, ptrdiff_t row,
+                           ptrdiff_t k)
 {
-    return (const char *)matrix + row * k * mp_weight_size(l->dtype);
+    return mp_rows_from(mp_matrix_of(l->format, matrix, NULL, k), row);
 }
 
 /* A task of the first region: rows i..i+n-1 of gate and of up of one expert. */
 typedef struct {
     ptrdiff_t a, i, n; /* number of the active expert, rows */
-    const char *gate, *up, *next; /* next: what the next task starts with */
+    mp_matrix gate, up;
+    const void *next; /* what the next task starts with */
 } gate_up_block;
 
 static gate_up_block gate_up_of(const chunk *c, ptrdiff_t task)
@@ -210,11 +224,12 @@ static gate_up_block gate_up_of(const chunk *c, ptrdiff_t task)
     const ptrdiff_t count = blocks(I, MP_BLOCK_N), a = task / count;
     const ptrdiff_t i = task % count * MP_BLOCK_N;
     const int32_t e = c->active[a];
-    const char *next = i + MP_BLOCK_N < I ? weight_row(l, l->gate[e], i + MP_BLOCK_N, H)
+    const void *next = i + MP_BLOCK_N < I
+                     ? rows_from(l, l->gate[e], i + MP_BLOCK_N, H).data
                      : a + 1 < c->num_active ? l->gate[c->active[a + 1]] : NULL;
     return (gate_up_block){a, i, smaller(MP_BLOCK_N, I - i),
-                           weight_row(l, l->gate[e], i, H),
-                           weight_row(l, l->up[e], i, H), next};
+                           rows_from(l, l->gate[e], i, H),
+                           rows_from(l, l->up[e], i, H), next};
 }
 
 /* act rows = silu(x G^T) * (x U^T), for few rows. */
@@ -222,14 +237,15 @@ static void gate_up_few(const chunk *c, const gate_up_block *b, worker_state *w)
 {
     const mp_layer *l = c->layer;
     const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
-    const ptrdiff_t size = mp_act_size(l->dtype), first = c->first[c->active[b->a]];
+    const ptrdiff_t size = mp_act_size(act_of(l)), first = c->first[c->active[b->a]];
     const mp_rows x = {c->hidden, H, c->token + first, pairs_of(c, b->a)};
-    mp_linear(l->dtype)(&x, b->gate, b->n, H, b->up, w->gate, b->n, w->scratch);
-    mp_linear(l->dtype)(&x, b->up, b->n, H, b->next, w->up, b->n, w->scratch);
+    mp_linear_fn *const linear = mp_linear(l->format);
+    linear(&x, &b->gate, b->n, H, b->up.data, w->gate, b->n, w->scratch);
+    linear(&x, &b->up, b->n, H, b->next, w->up, b->n, w->scratch);
     char *act = c->act + c->act_at[b->a] + b->i * size;
     for (ptrdiff_t r = 0; r < x.count; r++)
-        mp_swiglu(l->dtype)(w->gate + r * b->n, w->up + r * b->n, b->n,
-                            act + r * I * size);
+        mp_swiglu(act_of(l))(w->gate + r * b->n, w->up + r * b->n, b->n,
+                             act + r * I * size);
 }
 
 /* The hidden states of the pairs from `pair` on as panels; those of the task before, if
@@ -241,7 +257,7 @@ static void pack_hidden(const chunk *c, ptrdiff_t pair, ptrdiff_t count,
     const mp_rows x = {c->hidden, l->hidden_size, c->token + pair, count};
     if (w->packed == x.index)
         return;
-    mp_pack(l->dtype)(&x, l->hidden_size, 0, l->hidden_size, w->panels);
+    mp_pack(act_of(l))(&x, l->hidden_size, 0, l->hidden_size, w->panels);
     w->packed = x.index;
 }
 
@@ -251,17 +267,18 @@ static void gate_up_many(const chunk *c, const gate_up_block *b, worker_state *w
     const mp_layer *l = c->layer;
     const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
     const ptrdiff_t first = c->first[c->active[b->a]], pairs = pairs_of(c, b->a);
+    mp_gemm_fn *const gemm = mp_gemm(l->format);
     for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
         const ptrdiff_t m = smaller(c->block_m, pairs - r);
         pack_hidden(c, first + r, m, w);
-        mp_gemm(l->dtype)(w->panels, m, b->gate, b->n, H, b->up, w->panels, w->gate,
-                          b->n, w->scratch);
-        mp_gemm(l->dtype)(w->panels, m, b->up, b->n, H, b->next, w->panels, w->up,
-                          b->n, w->scratch);
-        mp_swiglu(l->dtype)(w->gate, w->up, m * b->n, w->act);
+        gemm(w->panels, m, &b->gate, b->n, H, b->up.data, w->panels, w->gate, b->n,
+             w->scratch);
+        gemm(w->panels, m, &b->up, b->n, H, b->next, w->panels, w->up, b->n,
+             w->scratch);
+        mp_swiglu(act_of(l))(w->gate, w->up, m * b->n, w->act);
         const mp_rows act = {w->act, b->n, NULL, m};
-        mp_pack(l->dtype)(&act, b->n, b->i, I,
-                          c->act + c->act_at[b->a] + r * (ptrdiff_t)act_row(l));
+        mp_pack(act_of(l))(&act, b->n, b->i, I,
+                           c->act + c->act_at[b->a] + r * (ptrdiff_t)act_row(l));
     }
 }
 
@@ -272,13 +289,13 @@ static void gate_up_task(void *context, ptrdiff_t task, int worker)
     (are_few(c, b.a) ? gate_up_few : gate_up_many)(c, &b, c->workers + worker);
 }
 
-/* sum[token] += weight * y for the rows y (m,n) of the pairs from `pair` on. */
+/* sum[token] += routing_weight * y for the rows y (m,n) of the pairs from `pair` on. */
 static void combine(const chunk *c, const float *y, ptrdiff_t pair, ptrdiff_t m,
                     ptrdiff_t n, float *restrict sum)
 {
     for (ptrdiff_t r = 0; r < m; r++) {
         float *restrict to = sum + c->token[pair + r] * n;
-        const float weight = c->weight[pair + r];
+        const float weight = c->routing_weight[pair + r];
         for (ptrdiff_t j = 0; j < n; j++)
             to[j] += weight * y[r * n + j];
     }
@@ -287,7 +304,7 @@ static void combine(const chunk *c, const float *y, ptrdiff_t pair, ptrdiff_t m,
 /* Columns h..h+n-1 of `out`: the sums, rounded to its dtype. */
 static void round_columns(const chunk *c, const float *sum, ptrdiff_t h, ptrdiff_t n)
 {
-    const ptrdiff_t H = c->layer->hidden_size, size = mp_weight_size(c->layer->dtype);
+    const ptrdiff_t H = c->layer->hidden_size, size = mp_float_size(c->layer->dtype);
     for (ptrdiff_t t = 0; t < c->tokens; t++, sum += n)
         mp_narrow((char *)c->out + (t * H + h) * size, sum, n, c->layer->dtype);
 }
@@ -299,11 +316,11 @@ static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
     const mp_layer *l = c->layer;
     const ptrdiff_t I = l->intermediate_size, pairs = pairs_of(c, a);
     const ptrdiff_t first = c->first[c->active[a]];
-    const char *weights = weight_row(l, l->down[c->active[a]], h, I);
+    const mp_matrix down = rows_from(l, l->down[c->active[a]], h, I);
     const char *act = c->act + c->act_at[a];
     if (are_few(c, a)) {
         const mp_rows x = {act, I, NULL, pairs};
-        mp_linear(l->dtype)(&x, weights, n, I, next, w->gate, n, w->scratch);
+        mp_linear(l->format)(&x, &down, n, I, next, w->gate, n, w->scratch);
         combine(c, w->gate, first, pairs, n, w->sum);
         return;
     }
@@ -311,13 +328,13 @@ static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
         const ptrdiff_t m = smaller(c->block_m, pairs - r);
         const char *panels = act + r * (ptrdiff_t)act_row(l);
         const char *behind = panels + mp_panel_rows(m) * (ptrdiff_t)act_row(l);
-        mp_gemm(l->dtype)(panels, m, weights, n, I, next, behind, w->gate, n,
-                          w->scratch);
+        mp_gemm(l->format)(panels, m, &down, n, I, next, behind, w->gate, n,
+                           w->scratch);
         combine(c, w->gate, first + r, m, n, w->sum);
     }
 }
 
-/* out = sum_e weight_e * (act_e D_e^T), for one block of the columns of `out`. The
+/* out = sum_e routing_weight_e * (act_e D_e^T), for one block of the columns of `out`. The
  * task goes through all experts in ascending order: no other task writes these
  * columns, and the order of the sum is the same whatever the threads do. */
 static void down_task(void *context, ptrdiff_t task, int worker)
@@ -332,7 +349,7 @@ static void down_task(void *context, ptrdiff_t task, int worker)
         const ptrdiff_t next_h = last ? h + n : h;
         const void *next_down = l->down[c->active[last ? 0 : a + 1]];
         const void *next = next_h < l->hidden_size
-                         ? weight_row(l, next_down, next_h, l->intermediate_size) : NULL;
+                         ? rows_from(l, next_down, next_h, l->intermediate_size).data : NULL;
         down_expert(c, a, h, n, next, w);
     }
     round_columns(c, w->sum, h, n);
@@ -340,11 +357,11 @@ static void down_task(void *context, ptrdiff_t task, int worker)
 
 /* ---- a call ---- */
 
-static int run_chunk(chunk *c, const int32_t *experts, const float *weights,
+static int run_chunk(chunk *c, const int32_t *expert_ids, const float *routing_weights,
                      ptrdiff_t slots, int threads)
 {
     const mp_layer *l = c->layer;
-    int error = group(c, experts, weights, slots);
+    int error = group(c, expert_ids, routing_weights, slots);
     if (error)
         return error;
     for (int i = 0; i < threads; i++)
@@ -355,21 +372,21 @@ static int run_chunk(chunk *c, const int32_t *experts, const float *weights,
     return MP_OK;
 }
 
-/* The hidden states of the chunk; f16 is widened, the other dtypes stay. */
+/* The hidden states of the chunk as activations. */
 static void set_hidden(chunk *c, const void *hidden)
 {
     c->hidden = hidden;
-    if (c->layer->dtype != MP_F16)
+    if (!widens(c->layer))
         return;
-    mp_widen(c->wide, hidden, c->tokens * c->layer->hidden_size, MP_F16);
+    mp_widen(c->wide, hidden, c->tokens * c->layer->hidden_size, c->layer->dtype);
     c->hidden = c->wide;
 }
 
 int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
-               const int32_t *experts, const float *weights, ptrdiff_t slots,
+               const int32_t *expert_ids, const float *routing_weights, ptrdiff_t slots,
                int threads, void *out)
 {
-    const ptrdiff_t row = layer->hidden_size * mp_weight_size(layer->dtype);
+    const ptrdiff_t row = layer->hidden_size * mp_float_size(layer->dtype);
     if (tokens == 0)
         return MP_OK;
     threads = useful_threads(layer, tokens * slots, threads);
@@ -384,7 +401,8 @@ int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
         c.tokens = smaller(step, tokens - t);
         set_hidden(&c, (const char *)hidden + t * row);
         c.out = (char *)out + t * row;
-        error = run_chunk(&c, experts + t * slots, weights + t * slots, slots, threads);
+        error = run_chunk(&c, expert_ids + t * slots, routing_weights + t * slots, slots,
+                          threads);
     }
     mp_give_scratch_back(memory);
     return error;

@@ -10,12 +10,10 @@
 #ifndef MP_KERNELS_H
 #define MP_KERNELS_H
 
+#include "formats.h"
+
 #include <stddef.h>
 #include <stdint.h>
-
-/* The dtypes of weights; `act` is the type of the activations that go with them:
- * float for f32 and f16 weights, bf16 for bf16. */
-typedef enum { MP_F32, MP_BF16, MP_F16, MP_DTYPES } mp_dtype;
 
 /* M rows of activations, gathered: row r starts at data + index[r] * stride.
  * index == NULL means rows 0..M-1. stride counts elements. */
@@ -54,17 +52,17 @@ static inline size_t mp_scratch_floats(ptrdiff_t k)
 /* out[r, n] = sum_k x[r, k] * w[n, k]: (M,K) x (N,K) -> (M,N) float, N <=
  * MP_BLOCK_N, K >= 1, row stride ldout. fp32 accumulation in an order that depends on K
  * alone (with OpenBLAS, on M and N too): |error| <= eps32 * K * sum|x w|. Instructions
- * for bf16 may take subnormal numbers for 0, in the operands and in the sums. w: any
- * alignment, rows K apart. next: the weights that will be wanted after these, a hint; or
+ * for bf16 may take subnormal numbers for 0, in the operands and in the sums. w: of
+ * the kernel's format, the first N rows. next: the weights that will be wanted after these, a hint; or
  * NULL. */
-typedef void mp_linear_fn(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
-                          const void *next, float *out, ptrdiff_t ldout,
+typedef void mp_linear_fn(const mp_rows *x, const mp_matrix *w, ptrdiff_t n,
+                          ptrdiff_t k, const void *next, float *out, ptrdiff_t ldout,
                           float *scratch);
 
 /* Rows as `gemm` of the same level wants them: panels of 1, 8 or 16 rows, of an opaque
  * order. `width` is the K of the gemm; columns at..at+k-1 of it are written, from
  * x[:, 0..k-1]. `at` is even. Each call writes whole panels of its level, so that M is the
- * same in the calls that fill them. The dtype is the activations' (f32, bf16). */
+ * same in the calls that fill them. There is one for each type of activations. */
 typedef void mp_pack_fn(const mp_rows *x, ptrdiff_t k, ptrdiff_t at, ptrdiff_t width,
                         void *panels);
 
@@ -86,9 +84,10 @@ static inline ptrdiff_t mp_panel_size(ptrdiff_t m, ptrdiff_t width)
 
 /* As mp_linear_fn, of M rows in panels. panels: aligned to 64 bytes; next_panels: as
  * `next`, for panels. */
-typedef void mp_gemm_fn(const void *panels, ptrdiff_t m, const void *w, ptrdiff_t n,
-                        ptrdiff_t k, const void *next, const void *next_panels,
-                        float *out, ptrdiff_t ldout, float *scratch);
+typedef void mp_gemm_fn(const void *panels, ptrdiff_t m, const mp_matrix *w,
+                        ptrdiff_t n, ptrdiff_t k, const void *next,
+                        const void *next_panels, float *out, ptrdiff_t ldout,
+                        float *scratch);
 
 /* act[i] = silu(g[i]) * u[i], silu(g) = g / (1 + exp(-g)), in fp32, then rounded once
  * to the activations' type. |error of silu| <= 4 eps32 |silu| + 2^-121, since exp(-g) is
@@ -127,16 +126,11 @@ typedef void mp_order_fn(const double *p, const float *z, ptrdiff_t num_experts,
  * exactly (not in rounded products). p ascending. */
 typedef ptrdiff_t mp_step_up_fn(const double *p, ptrdiff_t num_experts, double alpha);
 
-/* X(kernel, contract): every entry of the table of function pointers. */
+/* X(kernel, contract): every entry of the table of function pointers, besides
+ * linear_<name> and gemm_<name> of each format of weights. */
 #define MP_KERNELS(X)                                                                  \
-    X(linear_f32, linear)                                                              \
-    X(linear_bf16, linear)                                                             \
-    X(linear_f16, linear)                                                              \
     X(pack_f32, pack)                                                                  \
     X(pack_bf16, pack)                                                                 \
-    X(gemm_f32, gemm)                                                                  \
-    X(gemm_bf16, gemm)                                                                 \
-    X(gemm_f16, gemm)                                                                  \
     X(swiglu_f32, swiglu)                                                              \
     X(swiglu_bf16, swiglu)                                                             \
     X(softmax, softmax)                                                                \
@@ -147,50 +141,62 @@ typedef ptrdiff_t mp_step_up_fn(const double *p, ptrdiff_t num_experts, double a
     X(step_up, step_up)
 
 #define X(kernel, contract) typedef mp_##contract##_fn mp_##kernel##_fn;
+#define FORMAT(name, ...) X(linear_##name, linear) X(gemm_##name, gemm)
 MP_KERNELS(X)
+#include "formats.def"
 #undef X
 
 typedef struct {
 #define X(kernel, contract) mp_##kernel##_fn *kernel;
     MP_KERNELS(X)
+#include "formats.def"
 #undef X
+#undef FORMAT
 } mp_ops_table;
 
 /* The variants in use. Written by mp_ops_select only. */
 extern mp_ops_table mp_ops;
 
-/* The experts kernels by dtype of the weights. */
-static inline mp_linear_fn *mp_linear(mp_dtype dtype)
+/* The kernels that read a format of weights. */
+static inline mp_linear_fn *mp_linear(mp_format format)
 {
-    return dtype == MP_F32 ? mp_ops.linear_f32
-         : dtype == MP_BF16 ? mp_ops.linear_bf16 : mp_ops.linear_f16;
+    switch (format) {
+#define FORMAT(name, ...)                                                              \
+    case MP_FORMAT_##name: return mp_ops.linear_##name;
+#include "formats.def"
+#undef FORMAT
+    }
+    MP_NEVER();
 }
 
-static inline mp_gemm_fn *mp_gemm(mp_dtype dtype)
+static inline mp_gemm_fn *mp_gemm(mp_format format)
 {
-    return dtype == MP_F32 ? mp_ops.gemm_f32
-         : dtype == MP_BF16 ? mp_ops.gemm_bf16 : mp_ops.gemm_f16;
+    switch (format) {
+#define FORMAT(name, ...)                                                              \
+    case MP_FORMAT_##name: return mp_ops.gemm_##name;
+#include "formats.def"
+#undef FORMAT
+    }
+    MP_NEVER();
 }
 
-static inline mp_pack_fn *mp_pack(mp_dtype dtype)
+/* The kernels of a type of activations. */
+static inline mp_pack_fn *mp_pack(mp_act act)
 {
-    return dtype == MP_BF16 ? mp_ops.pack_bf16 : mp_ops.pack_f32;
+    switch (act) {
+    case MP_ACT_f32: return mp_ops.pack_f32;
+    case MP_ACT_bf16: return mp_ops.pack_bf16;
+    }
+    MP_NEVER();
 }
 
-static inline mp_swiglu_fn *mp_swiglu(mp_dtype dtype)
+static inline mp_swiglu_fn *mp_swiglu(mp_act act)
 {
-    return dtype == MP_BF16 ? mp_ops.swiglu_bf16 : mp_ops.swiglu_f32;
-}
-
-/* Bytes of an element of the weights, and of the activations that go with them. */
-static inline ptrdiff_t mp_weight_size(mp_dtype dtype)
-{
-    return dtype == MP_F32 ? 4 : 2;
-}
-
-static inline ptrdiff_t mp_act_size(mp_dtype dtype)
-{
-    return dtype == MP_BF16 ? 2 : 4;
+    switch (act) {
+    case MP_ACT_f32: return mp_ops.swiglu_f32;
+    case MP_ACT_bf16: return mp_ops.swiglu_bf16;
+    }
+    MP_NEVER();
 }
 
 #endif

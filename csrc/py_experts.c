@@ -1,25 +1,35 @@
 /* Bindings: a layer's experts, alone and behind a router; a linear layer. */
-#include "pyargs.h"
+#include "py_objects.h"
 
 #include "convert.h"
 #include "dense.h"
 
-PyDoc_STRVAR(experts_doc,
-"experts(hidden, experts, weights, dtype, pointers, intermediate_size, threads)\n--\n\n"
-"hidden (T,H), experts (T,k) int32 or int64, -1 or E for none, weights (T,k) float32 or of\n"
-"the dtype of hidden -> (T,H). pointers (3,E) uint64: the addresses of gate, up (I,H) and\n"
-"down (H,I) of each expert.");
-
-/* The weights (T,k) as float32, which they are or which 16-bit ones become. New
- * reference. */
-static PyArrayObject *weights_view(PyObject *object, mp_dtype dtype)
+/* ValueError or MemoryError for what mp_experts returns; -1 unless all is well. */
+static int check_experts(int error)
 {
-    if (dtype == MP_F32 || !PyArray_Check(object)
-        || PyArray_TYPE((PyArrayObject *)object) != NPY_UINT16) {
-        PyArrayObject *weights = mp_array(object, "weights", NPY_FLOAT32, 2);
-        return (PyArrayObject *)Py_XNewRef((PyObject *)weights);
-    }
-    PyArrayObject *narrow = mp_array(object, "weights", NPY_UINT16, 2), *weights;
+    if (error == MP_NO_MEMORY)
+        PyErr_NoMemory();
+    else if (error == MP_BAD_EXPERT)
+        PyErr_SetString(PyExc_ValueError,
+                        "experts: an index is outside [-1, num_experts]");
+    return error ? -1 : 0;
+}
+
+PyDoc_STRVAR(experts_doc,
+"experts(hidden, expert_ids, routing_weights, layer, threads)\n--\n\n"
+"hidden (T,H), expert_ids (T,k) int32 or int64, -1 or E for none, routing_weights (T,k)\n"
+"float32 or of the dtype of hidden, which is that of the Layer -> (T,H).");
+
+/* The routing weights (T,k) as float32, which they are or which 16-bit ones become. New
+ * reference. */
+static PyArrayObject *weights_view(PyObject *object, mp_float dtype)
+{
+    static const char *const argument = "routing_weights";
+    if (dtype == MP_FLOAT32 || !PyArray_Check(object)
+        || PyArray_TYPE((PyArrayObject *)object) != NPY_UINT16)
+        return (PyArrayObject *)Py_XNewRef(
+            (PyObject *)mp_array(object, argument, NPY_FLOAT32, 2));
+    PyArrayObject *narrow = mp_array(object, argument, NPY_UINT16, 2), *weights;
     if (!narrow
         || !(weights = (PyArrayObject *)PyArray_SimpleNew(2, PyArray_DIMS(narrow),
                                                           NPY_FLOAT32)))
@@ -28,105 +38,122 @@ static PyArrayObject *weights_view(PyObject *object, mp_dtype dtype)
     return weights;
 }
 
+/* The hidden states of a call. Borrowed. */
+static PyArrayObject *hidden_view(PyObject *hidden, const mp_layer *layer)
+{
+    PyArrayObject *x = mp_array(hidden, "hidden", mp_carrier(layer->dtype), 2);
+    if (!x || PyArray_DIM(x, 1) == layer->hidden_size)
+        return x;
+    PyErr_Format(PyExc_ValueError, "hidden: expected (T, %zd), as the Layer has, got "
+                 "(%zd, %zd)", (Py_ssize_t)layer->hidden_size,
+                 (Py_ssize_t)PyArray_DIM(x, 0), (Py_ssize_t)PyArray_DIM(x, 1));
+    return NULL;
+}
+
 static PyObject *experts(PyObject *module, PyObject *args)
 {
-    PyObject *hidden, *indices, *weights, *pointers, *out = NULL;
-    PyArrayObject *x, *idx = NULL, *w = NULL;
-    const char *dtype_name;
-    Py_ssize_t intermediate_size;
+    PyObject *hidden, *ids_object, *weights_object, *layer_object, *out = NULL;
+    PyArrayObject *x, *expert_ids = NULL, *weights = NULL;
+    const mp_layer *layer;
     int threads, error;
-    mp_dtype dtype;
-    mp_layer layer;
-    (void)module;
 
-    if (!PyArg_ParseTuple(args, "OOOsOni:experts", &hidden, &indices, &weights,
-                          &dtype_name, &pointers, &intermediate_size, &threads)
-        || mp_parse_dtype(dtype_name, &dtype)
-        || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
-        || mp_check_threads(threads)
-        || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
-        || !(idx = mp_ids(indices, "experts", 2)) || !(w = weights_view(weights, dtype)))
+    if (!PyArg_ParseTuple(args, "OOOOi:experts", &hidden, &ids_object, &weights_object,
+                          &layer_object, &threads)
+        || !(layer = mp_layer_of(module, layer_object)) || !(x = hidden_view(hidden, layer))
+        || mp_check_threads(threads) || !(expert_ids = mp_ids(ids_object, "expert_ids", 2))
+        || !(weights = weights_view(weights_object, layer->dtype)))
         goto done;
-    const npy_intp T = PyArray_DIM(x, 0), slots = PyArray_DIM(idx, 1);
+    const npy_intp T = PyArray_DIM(x, 0), slots = PyArray_DIM(expert_ids, 1);
     const void *data = PyArray_DATA(x);
-    const float *routing_weights = PyArray_DATA(w);
-    if (PyArray_DIM(idx, 0) != T || !PyArray_SAMESHAPE(idx, w)) {
-        PyErr_Format(PyExc_ValueError, "experts and weights: expected (%zd, k) both",
+    const float *routing_weights = PyArray_DATA(weights);
+    if (PyArray_DIM(expert_ids, 0) != T || !PyArray_SAMESHAPE(expert_ids, weights)) {
+        PyErr_Format(PyExc_ValueError,
+                     "expert_ids and routing_weights: expected (%zd, k) both",
                      (Py_ssize_t)T);
         goto done;
     }
-    if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), mp_carrier(dtype))))
+    if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), PyArray_TYPE(x))))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    error = mp_experts(&layer, data, T, PyArray_DATA(idx), routing_weights, slots, threads,
-                       PyArray_DATA((PyArrayObject *)out));
+    error = mp_experts(layer, data, T, PyArray_DATA(expert_ids), routing_weights, slots,
+                       threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
-    if (mp_check_experts(error))
+    if (check_experts(error))
         Py_CLEAR(out);
 done:
-    Py_XDECREF(idx);
-    Py_XDECREF(w);
+    Py_XDECREF(expert_ids);
+    Py_XDECREF(weights);
     return out;
 }
 
 PyDoc_STRVAR(moe_doc,
-"moe(hidden, logits, dtype, pointers, intermediate_size, spec, threads)\n--\n\n"
-"hidden (T,H), logits (T,E) -> out (T,H) and the routing as in route(). The logits are of\n"
-"the dtype of hidden, or float32; the weights are rounded to that of hidden.");
+"moe(hidden, logits, layer, spec, threads)\n--\n\n"
+"hidden (T,H), logits (T,E) -> out (T,H) and the routing as in route(). The RouteSpec is of\n"
+"the dtype of hidden, which is that of the Layer; the logits are of it too, or float32.");
 
 /* Logits of the dtype of the hidden states, or float32. */
-static PyArrayObject *logits_view(PyObject *logits, mp_dtype hidden, mp_dtype *dtype)
+static PyArrayObject *logits_view(PyObject *logits, mp_float hidden, mp_float *dtype)
 {
     int wide = PyArray_Check(logits)
             && PyArray_TYPE((PyArrayObject *)logits) == NPY_FLOAT32;
-    *dtype = wide ? MP_F32 : hidden;
+    *dtype = wide ? MP_FLOAT32 : hidden;
     return mp_array(logits, "router_logits", mp_carrier(*dtype), 2);
+}
+
+/* Whether layer, router and logits are made for each other; -1 with an error if not. */
+static int check_moe(const mp_layer *layer, const mp_route_spec_object *s, npy_intp tokens,
+                     PyArrayObject *logits)
+{
+    const Py_ssize_t E = layer->num_experts;
+    if (PyArray_DIM(logits, 0) != tokens || PyArray_DIM(logits, 1) != E) {
+        PyErr_Format(PyExc_ValueError,
+                     "router_logits: expected shape (%zd, %zd), got (%zd, %zd)",
+                     (Py_ssize_t)tokens, E, (Py_ssize_t)PyArray_DIM(logits, 0),
+                     (Py_ssize_t)PyArray_DIM(logits, 1));
+        return -1;
+    }
+    if (s->num_experts == E && s->spec.round_to == layer->dtype)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "spec: expected a RouteSpec of %zd experts and %s, as the "
+                 "Layer has, got one of %zd and %s", E, mp_dtype_name(layer->dtype),
+                 (Py_ssize_t)s->num_experts, mp_dtype_name(s->spec.round_to));
+    return -1;
 }
 
 static PyObject *moe(PyObject *module, PyObject *args)
 {
-    PyObject *hidden, *logits, *pointers, *spec_tuple, *out = NULL, *result = NULL;
+    PyObject *hidden, *logits, *layer_object, *spec_object, *out = NULL, *result = NULL;
     PyObject *arrays[4] = {NULL};
     PyArrayObject *x, *z;
-    const char *dtype_name;
-    Py_ssize_t intermediate_size;
-    int threads, error = MP_OK;
-    mp_dtype dtype, logits_dtype;
-    mp_layer layer;
-    mp_spec_parts parts;
-    const mp_route_spec *spec = &parts.spec;
+    const mp_layer *layer;
+    const mp_route_spec_object *s;
+    mp_float logits_dtype;
     mp_routing routing;
     ptrdiff_t bad_row;
-    (void)module;
+    int threads, error = MP_OK;
 
-    if (!PyArg_ParseTuple(args, "OOsOnOi:moe", &hidden, &logits, &dtype_name, &pointers,
-                          &intermediate_size, &spec_tuple, &threads)
-        || mp_parse_dtype(dtype_name, &dtype) || mp_parse_spec(spec_tuple, dtype, &parts)
-        || !(x = mp_array(hidden, "hidden", mp_carrier(dtype), 2))
-        || !(z = logits_view(logits, dtype, &logits_dtype))
-        || mp_parse_layer(pointers, dtype, PyArray_DIM(x, 1), intermediate_size, &layer)
-        || mp_check_threads(threads) || mp_fit_spec(&parts, PyArray_DIM(z, 1)))
+    if (!PyArg_ParseTuple(args, "OOOOi:moe", &hidden, &logits, &layer_object, &spec_object,
+                          &threads)
+        || !(layer = mp_layer_of(module, layer_object))
+        || !(s = mp_spec_of(module, spec_object)) || !(x = hidden_view(hidden, layer))
+        || !(z = logits_view(logits, layer->dtype, &logits_dtype))
+        || mp_check_threads(threads) || check_moe(layer, s, PyArray_DIM(x, 0), z))
         return NULL;
     const npy_intp T = PyArray_DIM(x, 0);
     const void *data = PyArray_DATA(x), *logits_data = PyArray_DATA(z);
-    if (PyArray_DIM(z, 0) != T || PyArray_DIM(z, 1) != layer.num_experts)
-        return PyErr_Format(PyExc_ValueError,
-                            "router_logits: expected shape (%zd, %zd), got (%zd, %zd)",
-                            (Py_ssize_t)T, (Py_ssize_t)layer.num_experts,
-                            (Py_ssize_t)PyArray_DIM(z, 0), (Py_ssize_t)PyArray_DIM(z, 1));
-    if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), mp_carrier(dtype)))
-        || mp_new_routing(T, spec->max_k, arrays, &routing))
+    if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), PyArray_TYPE(x)))
+        || mp_new_routing(T, s->spec.max_k, arrays, &routing))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(spec, logits_data, logits_dtype, T, layer.num_experts, threads,
+    bad_row = mp_route(&s->spec, logits_data, logits_dtype, T, layer->num_experts, threads,
                        &routing, NULL);
     if (bad_row == MP_ROUTED)
-        error = mp_experts(&layer, data, T, routing.experts, routing.weights,
-                           spec->max_k, threads, PyArray_DATA((PyArrayObject *)out));
+        error = mp_experts(layer, data, T, routing.expert_ids, routing.routing_weights,
+                           s->spec.max_k, threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
-    if (mp_check_row(bad_row) || mp_check_experts(error))
+    if (mp_check_row(bad_row) || check_experts(error))
         goto done;
     result = Py_BuildValue("OOOOO", out, arrays[0], arrays[1], arrays[2], arrays[3]);
 done:
@@ -137,24 +164,26 @@ done:
 }
 
 PyDoc_STRVAR(dense_doc,
-"dense(x, weight, features, bias, dtype, threads)\n--\n\n"
+"dense(x, weight, features, bias, format, threads)\n--\n\n"
 "x (M,K) times the transpose of the weight (features,K), plus the bias -> (M,features).\n"
-"weight and bias are addresses, bias 0 for none; their dtype is that of x.");
+"weight and bias are addresses, bias 0 for none. format is the weight's; x, bias and the\n"
+"result are of the dtype that goes with it.");
 
 static PyObject *dense(PyObject *module, PyObject *args)
 {
     PyObject *x_object, *out;
     PyArrayObject *x;
-    const char *dtype_name;
+    const char *format_name;
     unsigned long long weight, bias;
     Py_ssize_t features;
     int threads, error;
-    mp_dtype dtype;
+    mp_format format;
     (void)module;
     if (!PyArg_ParseTuple(args, "OKnKsi:dense", &x_object, &weight, &features, &bias,
-                          &dtype_name, &threads)
-        || mp_parse_dtype(dtype_name, &dtype)
-        || !(x = mp_array(x_object, "x", mp_carrier(dtype), 2)) || mp_check_threads(threads))
+                          &format_name, &threads)
+        || mp_parse_format(format_name, &format)
+        || !(x = mp_array(x_object, "x", mp_carrier(mp_formats[format].hidden), 2))
+        || mp_check_threads(threads))
         return NULL;
     if (features < 0 || (!weight && features > 0))
         return PyErr_Format(PyExc_ValueError,
@@ -165,12 +194,12 @@ static PyObject *dense(PyObject *module, PyObject *args)
     npy_intp shape[2] = {PyArray_DIM(x, 0), features};
     const npy_intp K = PyArray_DIM(x, 1);
     const void *data = PyArray_DATA(x);
-    if (!(out = PyArray_SimpleNew(2, shape, mp_carrier(dtype))))
+    const mp_matrix w = mp_matrix_of(format, (const void *)(uintptr_t)weight, NULL, K);
+    if (!(out = PyArray_SimpleNew(2, shape, PyArray_TYPE(x))))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    error = mp_dense(data, shape[0], (const void *)(uintptr_t)weight, features, K,
-                     (const void *)(uintptr_t)bias, dtype, threads,
-                     PyArray_DATA((PyArrayObject *)out));
+    error = mp_dense(data, shape[0], &w, features, K, (const void *)(uintptr_t)bias,
+                     threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
     if (error) {
         Py_DECREF(out);

@@ -1,15 +1,26 @@
-/* Bindings: single kernels, so that each variant can be held to the scalar one, and
- * the multiple test by itself. */
+/* Bindings of moeprof._kernels: single kernels, so that each variant can be held to the
+ * scalar one and timed. */
 #include "pyargs.h"
+
+#include "kernels.h"
 
 #include <stdlib.h>
 
+/* The NumPy type of the array that holds weights: of elements of 4 or 2 bytes, else of the
+ * bytes of a row. */
+static int weights_type(mp_format format)
+{
+    const mp_format_info *info = &mp_formats[format];
+    return info->block > 1 ? NPY_UINT8 : info->bytes == 4 ? NPY_FLOAT32
+         : info->bytes == 2 ? NPY_UINT16 : NPY_UINT8;
+}
+
 static PyArrayObject *weights_view(PyObject *object, const char *argument,
-                                   mp_dtype dtype)
+                                   mp_format format)
 {
     /* Kernels take weights at any alignment, mp_array insists on it. */
     if (!PyArray_Check(object)
-        || PyArray_TYPE((PyArrayObject *)object) != mp_carrier(dtype)
+        || PyArray_TYPE((PyArrayObject *)object) != weights_type(format)
         || PyArray_ISBYTESWAPPED((PyArrayObject *)object)
         || PyArray_NDIM((PyArrayObject *)object) != 2
         || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)object)) {
@@ -19,9 +30,9 @@ static PyArrayObject *weights_view(PyObject *object, const char *argument,
     return (PyArrayObject *)object;
 }
 
-static int activations_type(mp_dtype dtype)
+static int activations_type(mp_format format)
 {
-    return dtype == MP_BF16 ? NPY_UINT16 : NPY_FLOAT32;
+    return mp_carrier(mp_act_float(mp_format_act(format)));
 }
 
 static int check_index(PyArrayObject *index, npy_intp rows)
@@ -38,32 +49,33 @@ static int check_index(PyArrayObject *index, npy_intp rows)
 /* What linear and gemm take: x[index] (M,K), w (N,K). index: a copy that is owned. */
 typedef struct {
     PyArrayObject *index;
-    mp_dtype dtype;
     mp_rows x;
-    const char *w;
+    mp_matrix w;
     npy_intp shape[2], k; /* M,N; K */
 } product;
 
-static int parse_product(PyObject *args, const char *format, product *p)
+static int parse_product(PyObject *args, const char *arguments, product *p)
 {
     PyObject *x_object, *index_object, *w_object;
     PyArrayObject *x, *w;
-    const char *dtype_name;
-    if (!PyArg_ParseTuple(args, format, &x_object, &index_object, &w_object, &dtype_name)
-        || mp_parse_dtype(dtype_name, &p->dtype)
-        || !(x = mp_array(x_object, "x", activations_type(p->dtype), 2))
-        || !(w = weights_view(w_object, "w", p->dtype))
+    const char *format_name;
+    mp_format format;
+    if (!PyArg_ParseTuple(args, arguments, &x_object, &index_object, &w_object,
+                          &format_name)
+        || mp_parse_format(format_name, &format)
+        || !(x = mp_array(x_object, "x", activations_type(format), 2))
+        || !(w = weights_view(w_object, "w", format))
         || !(p->index = mp_ids(index_object, "index", 1))
         || check_index(p->index, PyArray_DIM(x, 0)))
         return -1;
-    p->k = PyArray_DIM(w, 1);
-    if (PyArray_DIM(x, 1) != p->k || p->k < 1) {
+    p->k = PyArray_DIM(x, 1);
+    p->w = mp_matrix_of(format, PyArray_DATA(w), NULL, p->k);
+    if (PyArray_DIM(w, 1) * PyArray_ITEMSIZE(w) != p->w.row_bytes || p->k < 1) {
         PyErr_SetString(PyExc_ValueError, "x and w: expected the same K of at least 1");
         return -1;
     }
     p->x = (mp_rows){PyArray_DATA(x), p->k, PyArray_DATA(p->index),
                      PyArray_DIM(p->index, 0)};
-    p->w = PyArray_DATA(w);
     p->shape[0] = p->x.count;
     p->shape[1] = PyArray_DIM(w, 0);
     return 0;
@@ -73,29 +85,30 @@ static int parse_product(PyObject *args, const char *format, product *p)
  * `linear`, else what `pack` made of x. */
 static void multiply(const product *p, const void *panels, float *out, float *scratch)
 {
-    const npy_intp M = p->shape[0], N = p->shape[1], size = mp_weight_size(p->dtype);
+    const npy_intp M = p->shape[0], N = p->shape[1];
     for (npy_intp n = 0; n < N && M; n += MP_BLOCK_N) {
-        const char *w = p->w + n * p->k * size;
+        const mp_matrix w = mp_rows_from(p->w, n);
         const npy_intp count = N - n < MP_BLOCK_N ? N - n : MP_BLOCK_N;
         if (panels)
-            mp_gemm(p->dtype)(panels, M, w, count, p->k, NULL, NULL, out + n, N, scratch);
+            mp_gemm(w.format)(panels, M, &w, count, p->k, NULL, NULL, out + n, N, scratch);
         else
-            mp_linear(p->dtype)(&p->x, w, count, p->k, NULL, out + n, N, scratch);
+            mp_linear(w.format)(&p->x, &w, count, p->k, NULL, out + n, N, scratch);
     }
 }
 
 static PyObject *product_of(const product *given, int with_panels)
 {
     const product p = *given;
+    const mp_act act = mp_format_act(p.w.format);
     PyObject *out = NULL;
-    const size_t size = (size_t)(mp_panel_size(p.x.count, p.k) * mp_act_size(p.dtype));
+    const size_t size = (size_t)(mp_panel_size(p.x.count, p.k) * mp_act_size(act));
     void *panels = with_panels ? aligned_alloc(64, size + 64 - size % 64) : NULL;
     float *scratch = malloc(mp_scratch_floats(p.k) * sizeof *scratch);
     if (!scratch || (with_panels && !panels))
         PyErr_NoMemory();
     else if ((out = PyArray_SimpleNew(2, p.shape, NPY_FLOAT32))) {
         if (panels)
-            mp_pack(p.dtype)(&p.x, p.k, 0, p.k, panels);
+            mp_pack(act)(&p.x, p.k, 0, p.k, panels);
         multiply(&p, panels, PyArray_DATA((PyArrayObject *)out), scratch);
     }
     free(scratch);
@@ -103,18 +116,18 @@ static PyObject *product_of(const product *given, int with_panels)
     return out;
 }
 
-static PyObject *multiplied(PyObject *args, const char *format, int with_panels)
+static PyObject *multiplied(PyObject *args, const char *arguments, int with_panels)
 {
     product p = {0};
-    PyObject *out = parse_product(args, format, &p) ? NULL : product_of(&p, with_panels);
+    PyObject *out = parse_product(args, arguments, &p) ? NULL : product_of(&p, with_panels);
     Py_XDECREF(p.index);
     return out;
 }
 
 PyDoc_STRVAR(linear_doc,
-"linear(x, index, w, dtype)\n--\n\n"
-"x[index] (M,K), w (N,K) -> (M,N) float32. x is float32, or bfloat16 bits with\n"
-"bfloat16 weights; index is int32.");
+"linear(x, index, w, format)\n--\n\n"
+"x[index] (M,K), w (N,K) of the format -> (M,N) float32. x is of the format's activations,\n"
+"float32 or bfloat16 bits; index is int32.");
 
 static PyObject *linear(PyObject *module, PyObject *args)
 {
@@ -123,7 +136,7 @@ static PyObject *linear(PyObject *module, PyObject *args)
 }
 
 PyDoc_STRVAR(gemm_doc,
-"gemm(x, index, w, dtype)\n--\n\n"
+"gemm(x, index, w, format)\n--\n\n"
 "As linear(), by the kernels for many rows: x[index] is packed first.");
 
 static PyObject *gemm(PyObject *module, PyObject *args)
@@ -133,27 +146,27 @@ static PyObject *gemm(PyObject *module, PyObject *args)
 }
 
 PyDoc_STRVAR(swiglu_doc,
-"swiglu(g, u, dtype)\n--\n\n"
-"silu(g) * u, (N,) float32 both -> (N,), bfloat16 bits for bfloat16 weights, else\n"
-"float32.");
+"swiglu(g, u, format)\n--\n\n"
+"silu(g) * u, (N,) float32 both -> (N,) of the activations of this format of weights,\n"
+"float32 or bfloat16 bits.");
 
 static PyObject *swiglu(PyObject *module, PyObject *args)
 {
     PyObject *g_object, *u_object, *out;
     PyArrayObject *g, *u;
-    const char *dtype_name;
-    mp_dtype dtype;
+    const char *format_name;
+    mp_format format;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOs:swiglu", &g_object, &u_object, &dtype_name)
-        || mp_parse_dtype(dtype_name, &dtype)
+    if (!PyArg_ParseTuple(args, "OOs:swiglu", &g_object, &u_object, &format_name)
+        || mp_parse_format(format_name, &format)
         || !(g = mp_array(g_object, "g", NPY_FLOAT32, 1))
         || !(u = mp_array(u_object, "u", NPY_FLOAT32, 1)))
         return NULL;
     if (!PyArray_SAMESHAPE(g, u))
         return PyErr_Format(PyExc_ValueError, "g and u: expected the same shape");
-    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(g), activations_type(dtype))))
-        mp_swiglu(dtype)(PyArray_DATA(g), PyArray_DATA(u), PyArray_DIM(g, 0),
-                         PyArray_DATA((PyArrayObject *)out));
+    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(g), activations_type(format))))
+        mp_swiglu(mp_format_act(format))(PyArray_DATA(g), PyArray_DATA(u), PyArray_DIM(g, 0),
+                                         PyArray_DATA((PyArrayObject *)out));
     return out;
 }
 
@@ -219,42 +232,28 @@ static PyObject *order(PyObject *module, PyObject *args)
     return out;
 }
 
-/* A total order, NaN last: qsort may leave its array where a comparison contradicts
- * itself. */
-static int ascending(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y) + (x != x) - (y != y);
-}
+PyDoc_STRVAR(formats_doc,
+"formats()\n--\n\n"
+"The lines of formats.def: {format: (name of its kernels, elements of a block, bytes of a\n"
+"block)}.");
 
-PyDoc_STRVAR(step_up_doc,
-"step_up(p, alpha)\n--\n\n"
-"p (T,E) float64 -> (T,) int64: max{r : p_(r) E <= alpha r} of each row, or 0.");
-
-static PyObject *step_up(PyObject *module, PyObject *args)
+static PyObject *formats(PyObject *module, PyObject *unused)
 {
-    PyObject *p_object, *out = NULL;
-    PyArrayObject *p;
-    double alpha, *sorted;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "Od:step_up", &p_object, &alpha)
-        || !(p = mp_array(p_object, "p", NPY_FLOAT64, 2)))
-        return NULL;
-    const npy_intp E = PyArray_DIM(p, 1);
-    const size_t bytes = (size_t)E * sizeof *sorted;
-    if (!E)
-        return PyArray_ZEROS(1, PyArray_DIMS(p), NPY_INT64, 0);
-    if (!(sorted = malloc(bytes)))
-        return PyErr_NoMemory();
-    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(p), NPY_INT64)))
-        for (npy_intp t = 0; t < PyArray_DIM(p, 0); t++) {
-            memcpy(sorted, (double *)PyArray_DATA(p) + t * E, bytes);
-            qsort(sorted, (size_t)E, sizeof *sorted, ascending);
-            ((int64_t *)PyArray_DATA((PyArrayObject *)out))[t] =
-                mp_ops.step_up(sorted, E, alpha);
-        }
-    free(sorted);
-    return out;
+    static const char *const names[] = {
+#define FORMAT(name, ...) #name,
+#include "formats.def"
+#undef FORMAT
+    };
+    PyObject *all = PyDict_New();
+    (void)module, (void)unused;
+    for (int i = 0; all && i < mp_num_formats; i++) {
+        const mp_format_info *info = &mp_formats[i];
+        PyObject *line = Py_BuildValue("snn", names[i], info->block, info->bytes);
+        if (!line || PyDict_SetItemString(all, info->text, line))
+            Py_CLEAR(all);
+        Py_XDECREF(line);
+    }
+    return all;
 }
 
 PyMethodDef mp_kernel_methods[] = {
@@ -264,6 +263,6 @@ PyMethodDef mp_kernel_methods[] = {
     {"softmax", softmax, METH_VARARGS, softmax_doc},
     {"logprob", logprob, METH_O, logprob_doc},
     {"order", order, METH_VARARGS, order_doc},
-    {"step_up", step_up, METH_VARARGS, step_up_doc},
+    {"formats", formats, METH_NOARGS, formats_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -1,40 +1,73 @@
-/* Bindings: routers and p-values. */
-#include "pyargs.h"
+/* Bindings: routers, p-values, the multiple test. */
+#include "py_objects.h"
+
+#include <stdlib.h>
+
+int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
+                   mp_routing *routing)
+{
+    npy_intp slots[2] = {tokens, max_k};
+    arrays[0] = PyArray_SimpleNew(2, slots, NPY_FLOAT32);
+    arrays[1] = PyArray_SimpleNew(2, slots, NPY_INT32);
+    arrays[2] = PyArray_SimpleNew(1, slots, NPY_INT32);
+    arrays[3] = PyArray_SimpleNew(1, slots, NPY_INT32);
+    for (int i = 0; i < 4; i++)
+        if (!arrays[i])
+            return -1;
+    routing->routing_weights = PyArray_DATA((PyArrayObject *)arrays[0]);
+    routing->expert_ids = PyArray_DATA((PyArrayObject *)arrays[1]);
+    routing->counts = PyArray_DATA((PyArrayObject *)arrays[2]);
+    routing->rejections = PyArray_DATA((PyArrayObject *)arrays[3]);
+    return 0;
+}
+
+int mp_check_row(ptrdiff_t bad_row)
+{
+    if (bad_row == MP_ROUTED)
+        return 0;
+    if (bad_row == MP_ROUTE_NO_MEMORY) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    PyErr_Format(PyExc_ValueError,
+                 "router_logits: row %zd has a NaN or no entry above -inf",
+                 (Py_ssize_t)bad_row);
+    return -1;
+}
 
 PyDoc_STRVAR(route_doc,
-"route(logits, dtype, spec, threads, want_p)\n--\n\n"
-"logits (T,E) -> weights (T,max_k) float32, experts (T,max_k) int32 padded with -1,\n"
-"counts (T,) int32, rejections (T,) int32, p (T,E) float64 or None.");
+"route(logits, spec, threads, want_p)\n--\n\n"
+"logits (T,E) of the dtype of the RouteSpec -> routing_weights (T,max_k) float32,\n"
+"expert_ids (T,max_k) int32 padded with -1, counts (T,) int32, rejections (T,) int32,\n"
+"p (T,E) float64 or None.");
 
 static PyObject *route(PyObject *module, PyObject *args)
 {
-    PyObject *logits, *spec_tuple, *arrays[4] = {NULL}, *p = NULL, *result = NULL;
+    PyObject *logits, *spec_object, *arrays[4] = {NULL}, *p = NULL, *result = NULL;
     PyArrayObject *view;
-    const char *dtype_name;
     int threads, want_p;
-    mp_dtype dtype;
-    mp_spec_parts parts;
+    const mp_route_spec_object *s;
     mp_routing routing;
     ptrdiff_t bad_row;
-    (void)module;
 
-    if (!PyArg_ParseTuple(args, "OsOip:route", &logits, &dtype_name, &spec_tuple,
-                          &threads, &want_p)
-        || mp_check_threads(threads) || mp_parse_dtype(dtype_name, &dtype)
-        || mp_parse_spec(spec_tuple, dtype, &parts)
-        || !(view = mp_array(logits, "router_logits", mp_carrier(dtype), 2))
-        || mp_fit_spec(&parts, PyArray_DIM(view, 1)))
+    if (!PyArg_ParseTuple(args, "OOip:route", &logits, &spec_object, &threads, &want_p)
+        || mp_check_threads(threads) || !(s = mp_spec_of(module, spec_object))
+        || !(view = mp_array(logits, "router_logits", mp_carrier(s->spec.round_to), 2)))
         return NULL;
     npy_intp shape[2] = {PyArray_DIM(view, 0), PyArray_DIM(view, 1)};
     const void *z = PyArray_DATA(view);
+    if (shape[1] != s->num_experts)
+        return PyErr_Format(PyExc_ValueError,
+                            "router_logits: expected %zd experts, as the RouteSpec has, got "
+                            "%zd", (Py_ssize_t)s->num_experts, (Py_ssize_t)shape[1]);
     if (want_p && !(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
         goto done;
-    if (mp_new_routing(shape[0], parts.spec.max_k, arrays, &routing))
+    if (mp_new_routing(shape[0], s->spec.max_k, arrays, &routing))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(&parts.spec, z, dtype, shape[0], shape[1], threads, &routing,
-                       p ? PyArray_DATA((PyArrayObject *)p) : NULL);
+    bad_row = mp_route(&s->spec, z, s->spec.round_to, shape[0], shape[1], threads,
+                       &routing, p ? PyArray_DATA((PyArrayObject *)p) : NULL);
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row))
         goto done;
@@ -82,8 +115,47 @@ static PyObject *p_values(PyObject *module, PyObject *args)
     return p;
 }
 
+/* A total order, NaN last: qsort may leave its array where a comparison contradicts
+ * itself. */
+static int ascending(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y) + (x != x) - (y != y);
+}
+
+PyDoc_STRVAR(step_up_doc,
+"step_up(p, alpha)\n--\n\n"
+"p (T,E) float64 -> (T,) int64: max{r : p_(r) E <= alpha r} of each row, or 0.");
+
+static PyObject *step_up(PyObject *module, PyObject *args)
+{
+    PyObject *p_object, *out = NULL;
+    PyArrayObject *p;
+    double alpha, *sorted;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Od:step_up", &p_object, &alpha)
+        || !(p = mp_array(p_object, "p", NPY_FLOAT64, 2)))
+        return NULL;
+    const npy_intp E = PyArray_DIM(p, 1);
+    const size_t bytes = (size_t)E * sizeof *sorted;
+    if (!E)
+        return PyArray_ZEROS(1, PyArray_DIMS(p), NPY_INT64, 0);
+    if (!(sorted = malloc(bytes)))
+        return PyErr_NoMemory();
+    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(p), NPY_INT64)))
+        for (npy_intp t = 0; t < PyArray_DIM(p, 0); t++) {
+            memcpy(sorted, (double *)PyArray_DATA(p) + t * E, bytes);
+            qsort(sorted, (size_t)E, sizeof *sorted, ascending);
+            ((int64_t *)PyArray_DATA((PyArrayObject *)out))[t] =
+                mp_ops.step_up(sorted, E, alpha);
+        }
+    free(sorted);
+    return out;
+}
+
 PyMethodDef mp_route_methods[] = {
     {"route", route, METH_VARARGS, route_doc},
     {"p_values", p_values, METH_VARARGS, p_values_doc},
+    {"step_up", step_up, METH_VARARGS, step_up_doc},
     {NULL, NULL, 0, NULL},
 };

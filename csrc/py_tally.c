@@ -1,6 +1,7 @@
 /* Bindings: counting what a layer's router chose. */
 #include "pyargs.h"
 
+#include "routers.h"
 #include "tally.h"
 
 PyDoc_STRVAR(tally_layout_doc,
@@ -54,10 +55,10 @@ static PyObject *tally_layout(PyObject *module, PyObject *args)
 }
 
 PyDoc_STRVAR(tally_doc,
-"tally(counts, sums, recency, experts, logits, dtype, real, previous, nanoseconds, skips)\n"
-"--\n\n"
+"tally(counts, sums, recency, expert_ids, logits, dtype, real, previous, nanoseconds,\n"
+"skips)\n--\n\n"
 "Add one step of a layer to its counts and sums (see tally_layout; E is the length of\n"
-"recency, the LRU list, int32, -1 at first). experts (T,k) int32 or int64, -1 for none;\n"
+"recency, the LRU list, int32, -1 at first). expert_ids (T,k) int32 or int64, -1 for none;\n"
 "logits (T,E) of dtype, or None; real (T,) bool, False for padding, or None for all real;\n"
 "previous (T,j) int32, the experts in the MoE layer before, or None; skips: a slot of -1\n"
 "was left out by a user's router. Returns the number of distinct experts of the step.");
@@ -154,7 +155,7 @@ static PyArrayObject *parse_ids(PyObject *object, const char *argument,
 
 static PyObject *tally(PyObject *module, PyObject *args)
 {
-    PyObject *counts, *sums, *recency, *experts, *logits, *real, *previous, *result = NULL;
+    PyObject *counts, *sums, *recency, *expert_ids, *logits, *real, *previous, *result = NULL;
     const char *dtype_name;
     long long nanoseconds;
     int skips;
@@ -164,16 +165,16 @@ static PyObject *tally(PyObject *module, PyObject *args)
     double *row = NULL;
     (void)module;
 
-    if (!PyArg_ParseTuple(args, "OOOOOsOOLp:tally", &counts, &sums, &recency, &experts,
+    if (!PyArg_ParseTuple(args, "OOOOOsOOLp:tally", &counts, &sums, &recency, &expert_ids,
                           &logits, &dtype_name, &real, &previous, &nanoseconds, &skips)
         || mp_parse_dtype(dtype_name, &step.dtype)
         || parse_tally(counts, sums, recency, &state)
-        || !(ids = parse_ids(experts, "experts", state.num_experts)))
+        || !(ids = parse_ids(expert_ids, "expert_ids", state.num_experts)))
         return NULL;
     const npy_intp E = state.num_experts;
     step.tokens = PyArray_DIM(ids, 0);
     step.slots = PyArray_DIM(ids, 1);
-    step.experts = PyArray_DATA(ids);
+    step.expert_ids = PyArray_DATA(ids);
     step.nanoseconds = nanoseconds;
     step.skips = skips;
     if (parse_rest(logits, real, E, &step))

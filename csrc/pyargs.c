@@ -52,12 +52,22 @@ PyArrayObject *mp_ids(PyObject *object, const char *argument, int ndim)
     return ids;
 }
 
-int mp_parse_dtype(const char *name, mp_dtype *dtype)
+const char *mp_dtype_name(mp_float dtype)
 {
-    static const char *const names[MP_DTYPES] = {"float32", "bfloat16", "float16"};
-    for (int i = 0; i < MP_DTYPES; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *dtype = (mp_dtype)i;
+    switch (dtype) {
+    case MP_FLOAT32: return "float32";
+    case MP_BFLOAT16: return "bfloat16";
+    case MP_FLOAT16: return "float16";
+    }
+    MP_NEVER();
+}
+
+int mp_parse_dtype(const char *name, mp_float *dtype)
+{
+    static const mp_float all[] = {MP_FLOAT32, MP_BFLOAT16, MP_FLOAT16};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (strcmp(name, mp_dtype_name(all[i])) == 0) {
+            *dtype = all[i];
             return 0;
         }
     PyErr_Format(PyExc_TypeError,
@@ -65,246 +75,29 @@ int mp_parse_dtype(const char *name, mp_dtype *dtype)
     return -1;
 }
 
-int mp_carrier(mp_dtype dtype)
+int mp_parse_format(const char *name, mp_format *format)
 {
-    return dtype == MP_F32 ? NPY_FLOAT32 : NPY_UINT16;
-}
-
-static int parse_router(const char *name, PyObject *parameters, mp_route_spec *spec)
-{
-    for (int i = 0; i < mp_num_routers; i++) {
-        const mp_router *router = mp_routers[i];
-        if (strcmp(router->name, name) != 0)
-            continue;
-        spec->router = router;
-        Py_ssize_t count = 0;
-        while (router->parameters[count])
-            count++;
-        if (PyTuple_GET_SIZE(parameters) != count) {
-            PyErr_Format(PyExc_ValueError, "router %s: expected %zd parameters, got %zd",
-                         name, count, PyTuple_GET_SIZE(parameters));
-            return -1;
+    for (int i = 0; i < mp_num_formats; i++)
+        if (strcmp(name, mp_formats[i].text) == 0) {
+            *format = (mp_format)i;
+            return 0;
         }
-        for (Py_ssize_t j = 0; j < count; j++) {
-            PyObject *value = PyTuple_GET_ITEM(parameters, j);
-            spec->parameters[j] = PyFloat_AsDouble(value);
-            if (PyErr_Occurred())
-                return -1;
-        }
-        return 0;
-    }
-    PyErr_Format(PyExc_ValueError, "router: no router is named %s", name);
+    PyErr_Format(PyExc_TypeError, "format: expected one of"
+#define FORMAT(name, text, ...) " " text
+#include "formats.def"
+#undef FORMAT
+                 ", got %s", name);
     return -1;
 }
 
-/* The place of a name in a list, or -1 with an error that says what was expected. */
-static int choice(const char *argument, const char *name, const char *const *names,
-                  int count, const char *expected)
+int mp_carrier(mp_float dtype)
 {
-    for (int i = 0; i < count; i++)
-        if (strcmp(name, names[i]) == 0)
-            return i;
-    PyErr_Format(PyExc_ValueError, "%s: expected %s, got %s", argument, expected, name);
-    return -1;
-}
-
-static int check_experts(npy_intp num_experts)
-{
-    if (num_experts >= 1 && num_experts <= MP_MAX_EXPERTS)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "router_logits: expected 1 to %d experts, got %zd",
-                 (int)MP_MAX_EXPERTS, (Py_ssize_t)num_experts);
-    return -1;
-}
-
-/* The tables of a form that has them. */
-static int parse_tables(PyObject *object, npy_intp num_experts, mp_null *null)
-{
-    const int ndim = PyArray_Check(object)
-                  && PyArray_NDIM((PyArrayObject *)object) == 2 ? 2 : 1;
-    const npy_intp length = null->form == MP_NULL_TABLE ? MP_TABLE_LENGTH
-                                                        : MP_CONFORMAL_LENGTH;
-    PyArrayObject *array = mp_array(object, "p_table", NPY_FLOAT64, ndim);
-    if (!array)
-        return -1;
-    if (PyArray_DIM(array, ndim - 1) != length) {
-        PyErr_Format(PyExc_ValueError, "p_table: expected %zd values, got %zd",
-                     (Py_ssize_t)length, (Py_ssize_t)PyArray_DIM(array, ndim - 1));
-        return -1;
+    switch (dtype) {
+    case MP_FLOAT32: return NPY_FLOAT32;
+    case MP_BFLOAT16: return NPY_UINT16;
+    case MP_FLOAT16: return NPY_UINT16;
     }
-    if (ndim == 2 && PyArray_DIM(array, 0) != num_experts) {
-        PyErr_Format(PyExc_ValueError, "p_table: expected one for each of %zd experts, "
-                     "got %zd", (Py_ssize_t)num_experts,
-                     (Py_ssize_t)PyArray_DIM(array, 0));
-        return -1;
-    }
-    null->tables = PyArray_DATA(array);
-    null->stride = ndim == 2 ? length : 0;
-    return 0;
-}
-
-int mp_parse_null(PyObject *tuple, npy_intp num_experts, mp_null *null)
-{
-    static const char *const forms[] = {"normal", "softmax", "table", "conformal"};
-    static const char *const scores[] = {"logprob", "logit", "centred"};
-    const char *form_name, *score_name;
-    PyObject *tables;
-    if (!PyTuple_Check(tuple)) {
-        PyErr_SetString(PyExc_TypeError, "null: expected a tuple");
-        return -1;
-    }
-    if (!PyArg_ParseTuple(tuple, "ssO;null", &form_name, &score_name, &tables)
-        || check_experts(num_experts))
-        return -1;
-    const int form = choice("null", form_name, forms, MP_NULL_FORMS,
-                            "normal, softmax, table or conformal");
-    const int score = form < 0 ? -1 : choice("score", score_name, scores, MP_SCORES,
-                                             "logprob, logit or centred");
-    if (score < 0)
-        return -1;
-    *null = (mp_null){(mp_null_form)form, (mp_score)score, NULL, 0};
-    if (form == MP_NULL_TABLE || form == MP_NULL_CONFORMAL)
-        return parse_tables(tables, num_experts, null);
-    if (tables == Py_None)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "p_table: expected None for the null %s", form_name);
-    return -1;
-}
-
-/* Weights of experts: at least 0, and no expert of weight 0 may have to be chosen. */
-static int check_weights(const mp_route_spec *spec, npy_intp num_experts)
-{
-    Py_ssize_t positive = 0;
-    for (npy_intp e = 0; e < num_experts; e++) {
-        if (!(spec->table[e] >= 0)) {
-            PyErr_SetString(PyExc_ValueError, "table: expected weights >= 0");
-            return -1;
-        }
-        positive += spec->table[e] > 0;
-    }
-    if (spec->min_k <= positive)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "min_k: expected at most the %zd experts of positive "
-                 "weight, got %zd", positive, (Py_ssize_t)spec->min_k);
-    return -1;
-}
-
-/* What the router wants besides. */
-static int parse_table(PyObject *table, npy_intp num_experts, mp_route_spec *spec)
-{
-    const unsigned wants = spec->router->wants;
-    const npy_intp length = wants & MP_WANTS_WEIGHTS ? num_experts
-                          : wants & MP_WANTS_LFDR    ? MP_EDGES : 0;
-    const int optional = !length || (wants & MP_WANTS_LFDR && wants & MP_WANTS_P);
-    if (table == Py_None && optional)
-        return 0;
-    if (!length) {
-        PyErr_Format(PyExc_ValueError, "table: expected None for the router %s",
-                     spec->router->name);
-        return -1;
-    }
-    PyArrayObject *array = mp_array(table, "table", NPY_FLOAT64, 1);
-    if (!array)
-        return -1;
-    if (PyArray_DIM(array, 0) != length) {
-        PyErr_Format(PyExc_ValueError, "table: expected %zd values, got %zd",
-                     (Py_ssize_t)length, (Py_ssize_t)PyArray_DIM(array, 0));
-        return -1;
-    }
-    spec->table = PyArray_DATA(array);
-    return wants & MP_WANTS_WEIGHTS ? check_weights(spec, num_experts) : 0;
-}
-
-static int check_range(const mp_route_spec *s, npy_intp num_experts)
-{
-    if (s->min_k < 1 || s->min_k > s->max_k || s->max_k > num_experts
-        || s->norm_k < 1 || s->norm_k > num_experts) {
-        PyErr_Format(PyExc_ValueError,
-                     "expected 1 <= min_k <= max_k <= %zd, got min_k=%zd, max_k=%zd "
-                     "(norm over %zd)", (Py_ssize_t)num_experts, (Py_ssize_t)s->min_k,
-                     (Py_ssize_t)s->max_k, (Py_ssize_t)s->norm_k);
-        return -1;
-    }
-    return 0;
-}
-
-int mp_parse_spec(PyObject *object, mp_dtype dtype, mp_spec_parts *parts)
-{
-    static const char *const norms[] = {"none", "sum", "mass"};
-    const char *router, *norm_name;
-    PyObject *parameters;
-    mp_route_spec *spec = &parts->spec;
-    if (!PyTuple_Check(object)) {
-        PyErr_SetString(PyExc_TypeError, "spec: expected a tuple");
-        return -1;
-    }
-    memset(parts, 0, sizeof *parts);
-    if (!PyArg_ParseTuple(object, "sO!nndsnOO;spec", &router, &PyTuple_Type, &parameters,
-                          &spec->min_k, &spec->max_k, &spec->temperature, &norm_name,
-                          &spec->norm_k, &parts->null, &parts->table))
-        return -1;
-    spec->round_to = dtype;
-    const int norm = choice("norm", norm_name, norms, 3, "none, sum or mass");
-    if (norm < 0)
-        return -1;
-    spec->norm = (mp_norm)norm;
-    return parse_router(router, parameters, spec);
-}
-
-int mp_fit_spec(mp_spec_parts *parts, npy_intp num_experts)
-{
-    mp_route_spec *spec = &parts->spec;
-    if (mp_parse_null(parts->null, num_experts, &spec->null)
-        || check_range(spec, num_experts))
-        return -1;
-    return parse_table(parts->table, num_experts, spec);
-}
-
-int mp_parse_layer(PyObject *pointers, mp_dtype dtype, npy_intp hidden_size,
-                   Py_ssize_t intermediate_size, mp_layer *layer)
-{
-    _Static_assert(sizeof(void *) == sizeof(npy_uint64), "addresses are 64-bit");
-    PyArrayObject *array = mp_array(pointers, "pointers", NPY_UINT64, 2);
-    if (!array)
-        return -1;
-    const npy_intp E = PyArray_DIM(array, 1);
-    if (PyArray_DIM(array, 0) != 3 || E < 1) {
-        PyErr_SetString(PyExc_ValueError, "pointers: expected (3, num_experts)");
-        return -1;
-    }
-    if (intermediate_size < 1 || hidden_size < 1) {
-        PyErr_Format(PyExc_ValueError,
-                     "hidden, intermediate_size: expected sizes of at least 1, got %zd, "
-                     "%zd", (Py_ssize_t)hidden_size, intermediate_size);
-        return -1;
-    }
-    const void *const *at = PyArray_DATA(array);
-    for (npy_intp i = 0; i < 3 * E; i++)
-        if (!at[i]) {
-            PyErr_SetString(PyExc_ValueError, "pointers: weights without memory");
-            return -1;
-        }
-    *layer = (mp_layer){dtype, E, hidden_size, intermediate_size,
-                        at, at + E, at + 2 * E};
-    return 0;
-}
-
-int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
-                   mp_routing *routing)
-{
-    npy_intp slots[2] = {tokens, max_k};
-    arrays[0] = PyArray_SimpleNew(2, slots, NPY_FLOAT32);
-    arrays[1] = PyArray_SimpleNew(2, slots, NPY_INT32);
-    arrays[2] = PyArray_SimpleNew(1, slots, NPY_INT32);
-    arrays[3] = PyArray_SimpleNew(1, slots, NPY_INT32);
-    for (int i = 0; i < 4; i++)
-        if (!arrays[i])
-            return -1;
-    routing->weights = PyArray_DATA((PyArrayObject *)arrays[0]);
-    routing->experts = PyArray_DATA((PyArrayObject *)arrays[1]);
-    routing->counts = PyArray_DATA((PyArrayObject *)arrays[2]);
-    routing->rejections = PyArray_DATA((PyArrayObject *)arrays[3]);
-    return 0;
+    MP_NEVER();
 }
 
 int mp_check_threads(int threads)
@@ -313,28 +106,4 @@ int mp_check_threads(int threads)
         return 0;
     PyErr_Format(PyExc_ValueError, "threads: expected at least 1, got %d", threads);
     return -1;
-}
-
-int mp_check_row(ptrdiff_t bad_row)
-{
-    if (bad_row == MP_ROUTED)
-        return 0;
-    if (bad_row == MP_ROUTE_NO_MEMORY) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    PyErr_Format(PyExc_ValueError,
-                 "router_logits: row %zd has a NaN or no entry above -inf",
-                 (Py_ssize_t)bad_row);
-    return -1;
-}
-
-int mp_check_experts(int error)
-{
-    if (error == MP_NO_MEMORY)
-        PyErr_NoMemory();
-    else if (error == MP_BAD_EXPERT)
-        PyErr_SetString(PyExc_ValueError,
-                        "experts: an index is outside [-1, num_experts]");
-    return error ? -1 : 0;
 }

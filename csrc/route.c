@@ -28,7 +28,7 @@ typedef struct {
     const mp_route_spec *spec; /* NULL: p-values only */
     const mp_null *null;
     const void *logits;
-    mp_dtype dtype;
+    mp_float dtype;
     ptrdiff_t tokens, num_experts;
     mp_routing *routing;
     double *p;
@@ -51,7 +51,7 @@ static size_t lay_out(buffers *b, char *base, ptrdiff_t num_experts)
  * the logits meanwhile. */
 static void copy_row(const job *j, ptrdiff_t row, float *z)
 {
-    const ptrdiff_t at = row * j->num_experts * mp_weight_size(j->dtype);
+    const ptrdiff_t at = row * j->num_experts * mp_float_size(j->dtype);
     mp_widen(z, (const char *)j->logits + at, j->num_experts, j->dtype);
 }
 
@@ -71,13 +71,6 @@ static void note_bad_row(job *j, ptrdiff_t row)
     ptrdiff_t seen = atomic_load(&j->bad_row);
     while (row < seen && !atomic_compare_exchange_weak(&j->bad_row, &seen, row)) {
     }
-}
-
-static float rounded(float value, mp_dtype dtype)
-{
-    return dtype == MP_F32  ? value
-         : dtype == MP_BF16 ? mp_f32_from_bf16(mp_bf16_from_f32(value))
-                            : mp_f32_from_f16(mp_f16_from_f32(value));
 }
 
 /* In double: the weights are to be right to 1e-6 where 256 experts share. */
@@ -118,7 +111,7 @@ static void shares_of_selected(const mp_route_spec *spec, const float *z,
 
 /* The weights of the first `count` experts in b->order. */
 static void weigh(const mp_route_spec *spec, const float *z, ptrdiff_t num_experts,
-                  const buffers *b, ptrdiff_t count, float *weights)
+                  const buffers *b, ptrdiff_t count, float *routing_weights)
 {
     const double enough = 0x1p-100; /* fp32 is still exact to 24 bits far below */
     const int32_t *order = b->order;
@@ -133,7 +126,7 @@ static void weigh(const mp_route_spec *spec, const float *z, ptrdiff_t num_exper
         shares_of_selected(spec, z, order, count, b->below, b->shares);
     for (ptrdiff_t i = 0; i < count; i++) {
         const double share = lost ? b->shares[i] : b->prob[order[i]] / divisor;
-        weights[i] = rounded((float)(share * factor), spec->round_to);
+        routing_weights[i] = mp_rounded((float)(share * factor), spec->round_to);
     }
 }
 
@@ -187,13 +180,13 @@ static void select_experts(job *j, ptrdiff_t row, const float *z, const double *
     const ptrdiff_t count = rejections < spec->min_k ? spec->min_k
                           : rejections > max_k       ? max_k : rejections;
 
-    float *weights = j->routing->weights + row * max_k;
-    int32_t *experts = j->routing->experts + row * max_k;
-    weigh(spec, z, j->num_experts, b, count, weights);
+    float *routing_weights = j->routing->routing_weights + row * max_k;
+    int32_t *expert_ids = j->routing->expert_ids + row * max_k;
+    weigh(spec, z, j->num_experts, b, count, routing_weights);
     for (ptrdiff_t i = 0; i < max_k; i++) {
-        experts[i] = i < count ? b->order[i] : -1;
+        expert_ids[i] = i < count ? b->order[i] : -1;
         if (i >= count)
-            weights[i] = 0;
+            routing_weights[i] = 0;
     }
     j->routing->counts[row] = (int32_t)count;
     j->routing->rejections[row] = (int32_t)rejections;
@@ -239,7 +232,7 @@ static ptrdiff_t run(job *j, int threads)
     return bad < j->tokens ? bad : MP_ROUTED;
 }
 
-ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_dtype dtype,
+ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_float dtype,
                    ptrdiff_t tokens, ptrdiff_t num_experts, int threads,
                    mp_routing *routing, double *p)
 {
@@ -251,7 +244,7 @@ ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_dtype dtype
 ptrdiff_t mp_p_values(const mp_null *null, const float *logits, ptrdiff_t tokens,
                       ptrdiff_t num_experts, int threads, double *p)
 {
-    job j = {.null = null, .logits = logits, .dtype = MP_F32, .tokens = tokens,
+    job j = {.null = null, .logits = logits, .dtype = MP_FLOAT32, .tokens = tokens,
              .num_experts = num_experts, .p = p};
     return run(&j, threads);
 }

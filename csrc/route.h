@@ -20,17 +20,17 @@ typedef struct {
     double temperature;     /* acts on the weights only */
     mp_norm norm;
     ptrdiff_t norm_k;  /* for MP_NORM_MASS */
-    mp_dtype round_to; /* the weights are rounded to this dtype, kept as float */
+    mp_float round_to; /* the weights are rounded to this dtype, kept as float */
     mp_null null;
     const double *table; /* what the router wants besides (MP_WANTS_...), or NULL */
 } mp_route_spec;
 
-/* One routing. weights and experts are (T, max_k), best first, experts padded with
- * -1 and weights with 0; counts and rejections are (T,): R after and before the
+/* One routing. routing_weights and expert_ids are (T, max_k), best first, expert_ids
+ * padded with -1 and routing_weights with 0; counts and rejections are (T,): R after and before the
  * clamping to min_k..max_k. */
 typedef struct {
-    float *weights;
-    int32_t *experts, *counts, *rejections;
+    float *routing_weights;
+    int32_t *expert_ids, *counts, *rejections;
 } mp_routing;
 
 enum { MP_ROUTED = -1, MP_ROUTE_NO_MEMORY = -2 };
@@ -38,7 +38,7 @@ enum { MP_ROUTED = -1, MP_ROUTE_NO_MEMORY = -2 };
 /* logits: (T,E) of `dtype`, C-contiguous. p: (T,E) float64 in expert order, or
  * NULL when not asked for. Returns MP_ROUTED, or MP_ROUTE_NO_MEMORY, or the first row
  * that has a NaN or nothing above -inf; of both the routing is undefined. */
-ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_dtype dtype,
+ptrdiff_t mp_route(const mp_route_spec *spec, const void *logits, mp_float dtype,
                    ptrdiff_t tokens, ptrdiff_t num_experts, int threads,
                    mp_routing *routing, double *p);
 

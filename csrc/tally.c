@@ -67,8 +67,8 @@ static ptrdiff_t add_unique(mp_tally *t, const mp_step *s, uint8_t *seen)
     ptrdiff_t unique = 0;
     memset(seen, 0, (size_t)t->num_experts);
     for (ptrdiff_t i = 0; i < s->tokens * s->slots; i++)
-        if (s->experts[i] >= 0)
-            seen[s->experts[i]] = 1;
+        if (s->expert_ids[i] >= 0)
+            seen[s->expert_ids[i]] = 1;
     for (ptrdiff_t e = 0; e < t->num_experts; e++)
         if (seen[e]) {
             touch(t, (int32_t)e);
@@ -100,11 +100,11 @@ static void add_pairs(int64_t *table, ptrdiff_t num_experts, const int32_t *from
 static void add_choice(mp_tally *t, const mp_step *s, ptrdiff_t token, int padding)
 {
     const ptrdiff_t E = t->num_experts;
-    const int32_t *experts = s->experts + token * s->slots;
+    const int32_t *expert_ids = s->expert_ids + token * s->slots;
     ptrdiff_t count = 0;
     for (ptrdiff_t i = 0; i < s->slots; i++)
-        if (experts[i] >= 0) {
-            t->load[padding * E + experts[i]]++;
+        if (expert_ids[i] >= 0) {
+            t->load[padding * E + expert_ids[i]]++;
             count++;
         }
     t->k[padding * (E + 1) + smaller(count, E)]++;
@@ -112,10 +112,10 @@ static void add_choice(mp_tally *t, const mp_step *s, ptrdiff_t token, int paddi
         t->skipped[padding] += s->slots - count;
     if (padding || !t->has_pairs)
         return;
-    add_pairs(t->pairs, E, experts, s->slots, experts, s->slots);
+    add_pairs(t->pairs, E, expert_ids, s->slots, expert_ids, s->slots);
     if (s->previous)
         add_pairs(t->moves, E, s->previous + token * s->previous_slots,
-                  s->previous_slots, experts, s->slots);
+                  s->previous_slots, expert_ids, s->slots);
 }
 
 static ptrdiff_t unit_bin(double value)
@@ -216,7 +216,7 @@ ptrdiff_t mp_tally_add(mp_tally *t, const mp_step *s, double *row)
         add_choice(t, s, token, padding);
         if (padding || !s->logits)
             continue;
-        const char *from = (const char *)s->logits + token * E * mp_weight_size(s->dtype);
+        const char *from = (const char *)s->logits + token * E * mp_float_size(s->dtype);
         mp_widen(z, from, E, s->dtype);
         add_logits(t, z, most, row, p);
     }

@@ -55,9 +55,9 @@ void mp_tally_open(mp_tally *tally, int64_t *counts, double *sums);
 /* One step of a layer: T tokens with k slots each. */
 typedef struct {
     ptrdiff_t tokens, slots;
-    const int32_t *experts;  /* (T,k), -1 for none, else 0..E-1 */
+    const int32_t *expert_ids; /* (T,k), -1 for none, else 0..E-1 */
     const void *logits;      /* (T,E) of `dtype`, or NULL */
-    mp_dtype dtype;
+    mp_float dtype;
     const uint8_t *real;     /* (T,) 0 for padding; NULL: all are real */
     const int32_t *previous; /* (T,previous_slots) of the MoE layer before, or NULL */
     ptrdiff_t previous_slots;

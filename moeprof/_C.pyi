@@ -9,49 +9,46 @@ _Null = tuple[str, str, NDArray[float64] | None]
 # (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table)
 _Spec = tuple[str, tuple[float, ...], int, int, float, str, int, _Null, NDArray[float64] | None]
 
-# routing
+# what a call is told besides its arrays; read and checked once, immutable
+class RouteSpec:
+    def __new__(cls, spec: _Spec, dtype: str, num_experts: int, /) -> RouteSpec: ...
+
+class Layer:
+    def __new__(
+        cls,
+        pointers: NDArray[uint64],
+        format: str,
+        hidden_size: int,
+        intermediate_size: int,
+        /,
+    ) -> Layer: ...
+
+# routing: (routing_weights, expert_ids, counts, rejections), and p
 def route(
-    logits: _Bits, dtype: str, spec: _Spec, threads: int, want_p: bool, /
+    logits: _Bits, spec: RouteSpec, threads: int, want_p: bool, /
 ) -> tuple[
     NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32], NDArray[float64] | None
 ]: ...
 def p_values(logits: NDArray[float32], null: _Null, threads: int = 1, /) -> NDArray[float64]: ...
+def step_up(p: NDArray[float64], alpha: float, /) -> NDArray[int64]: ...
 
 # experts
 def experts(
     hidden: _Bits,
-    experts: NDArray[int32],
-    weights: NDArray[float32],
-    dtype: str,
-    pointers: NDArray[uint64],
-    intermediate_size: int,
+    expert_ids: NDArray[int32] | NDArray[int64],
+    routing_weights: _Bits,
+    layer: Layer,
     threads: int,
     /,
 ) -> _Bits: ...
 def moe(
-    hidden: _Bits,
-    logits: _Bits,
-    dtype: str,
-    pointers: NDArray[uint64],
-    intermediate_size: int,
-    spec: _Spec,
-    threads: int,
-    /,
+    hidden: _Bits, logits: _Bits, layer: Layer, spec: RouteSpec, threads: int, /
 ) -> tuple[_Bits, NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32]]: ...
 
 # linear layers
 def dense(
-    x: _Bits, weight: int, features: int, bias: int, dtype: str, threads: int, /
+    x: _Bits, weight: int, features: int, bias: int, format: str, threads: int, /
 ) -> _Bits: ...
-
-# single kernels
-def linear(x: _Bits, index: NDArray[int32], w: _Bits, dtype: str, /) -> NDArray[float32]: ...
-def gemm(x: _Bits, index: NDArray[int32], w: _Bits, dtype: str, /) -> NDArray[float32]: ...
-def swiglu(g: NDArray[float32], u: NDArray[float32], dtype: str, /) -> _Bits: ...
-def softmax(z: NDArray[float32], temperature: float, /) -> NDArray[float32]: ...
-def logprob(z: NDArray[float32], /) -> NDArray[float64]: ...
-def order(p: NDArray[float64] | None, z: NDArray[float32], /) -> NDArray[int32]: ...
-def step_up(p: NDArray[float64], alpha: float, /) -> NDArray[int64]: ...
 
 # counting
 _Places = dict[str, tuple[int, int, int]]
@@ -61,7 +58,7 @@ def tally(
     counts: NDArray[int64],
     sums: NDArray[float64],
     recency: NDArray[int32],
-    experts: NDArray[int32] | NDArray[int64],
+    expert_ids: NDArray[int32] | NDArray[int64],
     logits: _Bits | None,
     dtype: str,
     real: NDArray[bool_] | None,

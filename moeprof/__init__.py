@@ -6,7 +6,6 @@ model (``moeprof.patch`` ...) is imported on first use, and with it torch and tr
 
 import ctypes
 import importlib.util
-import os
 from pathlib import Path
 
 import numpy  # noqa: F401  # before _C, which would hide what stops it, such as Ctrl-C
@@ -27,7 +26,7 @@ def _load_openblas() -> None:
 _load_openblas()
 
 try:
-    from . import _C
+    from . import _C  # noqa: F401  # its import chooses the kernels, by MOEPROF_CPU
 except ImportError as error:
     raise ImportError(
         f"moeprof's C extension can't be loaded ({error}). In a source checkout, build it with "
@@ -43,7 +42,6 @@ from .routers import Router, benjamini_hochberg  # noqa: E402
 from .version import __version__  # noqa: E402
 
 globals().update(_ROUTERS)  # the classes, and the functions <name>_routing
-_C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
 register_experts_implementation()
 bind("with_budget", "moeprof.studies.budget")
 bind("diagnose", "moeprof.studies.diagnosis")
@@ -52,14 +50,14 @@ bind("diagnose", "moeprof.studies.diagnosis")
 # all this is in __init__.pyi.
 _LAZY = {
     "BudgetError": "studies.budget",
-    "Handle": "patching.patch",
+    "Handle": "patching.handle",
     "MoEProfiler": "profile.profiler",
     "Null": "null",
     "OLMoERouterPatcher": "patching.patch",
     "Profile": "profile.result",
-    "Routing": "patching.patch",
+    "Routing": "models.routing",
     "SimpleBenchmark": "studies.benchmark",
-    "experts_forward": "backends.ops",
+    "experts_forward": "patching.experts_forward",
     "fit_null": "null.fitting",
     "layer_ablation": "studies.ablation",
     "patch": "patching.patch",

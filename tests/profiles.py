@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeprof.measure.roofline import Roofline
-from moeprof.models.finding import Layer
+from moeprof.models.find import Layer
 from moeprof.models.phases import PHASES
 from moeprof.profile.result import Profile
 from moeprof.profiler.tally import Counts, latency_edges

@@ -9,7 +9,6 @@ import util
 from nulls import random_logits
 from util import narrow, widen
 
-from moeprof import _C
 from moeprof.null import normal_reference
 from moeprof.routers import REGISTRY, make_router
 
@@ -179,7 +178,7 @@ def logits_of(tokens, experts, seed=5):
 def route(router, z, dtype="float32", *, null=None, norm="sum", norm_k=1, threads=1):
     """_C.route of float32 logits, rounded to the dtype."""
     spec = router.spec(z.shape[1], norm=norm, norm_k=norm_k, null=null)
-    return Routed(*_C.route(narrow(z, dtype), dtype, spec, threads, True))
+    return Routed(*util.route(narrow(z, dtype), dtype, spec.arguments, threads, True))
 
 
 def evidence(router, z, null):

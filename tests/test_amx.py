@@ -39,6 +39,17 @@ class Rows(ctypes.Structure):
     ]
 
 
+class Matrix(ctypes.Structure):
+    """mp_matrix; the kernel asks for no more than the address."""
+
+    _fields_ = [
+        ("format", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_ssize_t),
+    ]
+
+
 @pytest.fixture(scope="module")
 def amx(tmp_path_factory):
     """The kernel, pack_bf16 and the emulated instructions as a library."""
@@ -77,8 +88,17 @@ def gemm(amx, panels, m, w, next_w=None, next_panels=None):
     n, k = w.shape
     out, scratch = np.full((m + 1, n + 3), CANARY), np.full((k + 32) * 128, np.nan, np.float32)
     following = [None if a is None else a.ctypes for a in (next_w, next_panels)]
+    matrix = Matrix(0, w.ctypes.data, None, 2 * k)
     amx.mp_gemm_bf16_amx(
-        panels.ctypes, m, w.ctypes, n, k, *following, out.ctypes, n + 3, scratch.ctypes
+        panels.ctypes,
+        m,
+        ctypes.addressof(matrix),
+        n,
+        k,
+        *following,
+        out.ctypes,
+        n + 3,
+        scratch.ctypes,
     )
     assert amx.amx_fault() is None
     assert not amx.amx_is_configured()

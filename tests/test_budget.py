@@ -19,7 +19,7 @@ from nulls import null_of, random_logits  # noqa: E402
 
 from moeprof import demo  # noqa: E402
 from moeprof.measure.passes import collect  # noqa: E402
-from moeprof.measure.routing import model_norm  # noqa: E402
+from moeprof.models.blocks import model_norm  # noqa: E402
 from moeprof.routers import BH, REGISTRY, Router, TopK  # noqa: E402
 from moeprof.studies import budget  # noqa: E402
 from moeprof.studies.budget import search, setting  # noqa: E402

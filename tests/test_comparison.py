@@ -207,7 +207,7 @@ def test_the_oracle_keeps_the_slots_with_large_outputs_and_meets_its_budget():
     np.testing.assert_allclose(by_layer, [2.5, 3.0], rtol=0.01)
     assert sizes.shape == (2, 1200, 4)
     # The first layer's sizes, from the model's own weights.
-    block, found = model.model.layers[0].mlp, torch.cat([r.experts for r in routing[0]])
+    block, found = model.model.layers[0].mlp, torch.cat([r.expert_ids for r in routing[0]])
     seen = []
     hook = block.register_forward_pre_hook(lambda m, x: seen.append(x[0].reshape(-1, 32)))
     with torch.no_grad():

@@ -207,7 +207,7 @@ def test_moe_is_route_and_experts(dtype, logits_dtype):
     z = narrow(logits, logits_dtype)
     spec = ("bh", (0.4,), 1, 5, 1.0, "sum", 8, ("normal", "logit", None), None)
     out, weights, ids, counts, rejections = layer.moe(hidden, z, spec, 2)
-    routed = _C.route(z, logits_dtype, spec, 1, False)
+    routed = util.route(z, logits_dtype, spec, 1, False)
     rounded = widen(narrow(routed[0], dtype), dtype)
     np.testing.assert_array_equal(weights, rounded)
     for got, expected in zip((ids, counts, rejections), routed[1:4], strict=True):

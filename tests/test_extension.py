@@ -1,13 +1,16 @@
-"""The extension as a Python module: what it says of itself, what it loads, leaks, bad arguments."""
+"""The extensions as Python modules: what it says of itself, what it loads, leaks, bad arguments."""
 
 import ast
 import ctypes
+import gc
 import importlib.util
 import inspect
 import os
+import pickle
 import platform
 import re
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,17 @@ import pytest
 import util
 
 import moeprof
-from moeprof import _C
+from moeprof import _C, _kernels
 
-PUBLIC = sorted(name for name in vars(_C) if not name.startswith("_"))
+PUBLIC = {
+    module: sorted(name for name in vars(module) if not name.startswith("_"))
+    for module in (_C, _kernels)
+}
+BINDINGS = [(module, name) for module, names in PUBLIC.items() for name in names]
+every_module = pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+every_binding = pytest.mark.parametrize(
+    ("module", "name"), BINDINGS, ids=lambda value: getattr(value, "__name__", value)
+)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 
 # ---- the CPU ----
@@ -61,22 +72,42 @@ def test_every_feature_is_known_here():
 # ---- what it says of itself ----
 
 
-def stub():
-    """{name: its arguments} of moeprof/_C.pyi."""
-    tree = ast.parse(Path(moeprof.__file__).with_name("_C.pyi").read_text())
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {f.name: [a.arg for a in (*f.args.posonlyargs, *f.args.args)] for f in functions}
+def stub(module):
+    """{name: its arguments} of the module's .pyi."""
+    file = module.__name__.removeprefix("moeprof.") + ".pyi"
+    tree = ast.parse(Path(moeprof.__file__).with_name(file).read_text())
+    found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    types = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found |= {node.name: node.body[0] for node in types}  # __new__
+    arguments = {name: [*f.args.posonlyargs, *f.args.args] for name, f in found.items()}
+    return {name: [a.arg for a in args if a.arg != "cls"] for name, args in arguments.items()}
 
 
-def test_the_stub_names_what_there_is():
-    assert sorted(stub()) == PUBLIC
+@every_module
+def test_the_stub_names_what_there_is(module):
+    assert sorted(stub(module)) == PUBLIC[module]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_docstrings_open_with_the_signature_of_the_stub(name):
-    function = getattr(_C, name)
+@every_binding
+def test_docstrings_open_with_the_signature_of_the_stub(module, name):
+    function = getattr(module, name)
     assert function.__text_signature__ and len(function.__doc__) > 20
-    assert list(inspect.signature(function).parameters) == stub()[name]
+    assert list(inspect.signature(function).parameters) == stub(module)[name]
+
+
+def test_both_have_the_same_kernels_and_nothing_else_in_common():
+    assert _C.variants() == _kernels.variants()
+    both = set(PUBLIC[_C]) & set(PUBLIC[_kernels])
+    assert both == {"limit_cpu", "cpu_features", "variants"}
+
+
+def test_moeprof_cpu_holds_in_both():
+    code = """if True:
+        from moeprof import _C, _kernels
+        for module in (_C, _kernels):
+            print({variant for _, variant, _, used in module.variants() if used})"""
+    assert util.run_python(code, MOEPROF_CPU="scalar").stdout.split() == ["{'scalar'}"] * 2
+    assert util.run_python(code, MOEPROF_CPU="").stdout == util.run_python(code).stdout
 
 
 def test_all_is_sorted_and_resolves():
@@ -120,13 +151,17 @@ def test_a_second_module_object_works():
     """Multi-phase init: importing anew gives functions that work, beside the first."""
     code = """if True:
         import sys, numpy as np, moeprof
-        first = sys.modules.pop("moeprof._C")
-        import importlib
-        second = importlib.import_module("moeprof._C")
+        import importlib, moeprof._kernels
         z = np.ones((1, 4), np.float32)
-        assert second is not first
-        assert (second.softmax(z, 1.0) == first.softmax(z, 1.0)).all()
-        assert second.variants() == first.variants()"""
+        for name, call in [
+            ("moeprof._C", lambda module: module.p_values(z, ("normal", "logit", None))),
+            ("moeprof._kernels", lambda module: module.softmax(z, 1.0)),
+        ]:
+            first = sys.modules.pop(name)
+            second = importlib.import_module(name)
+            assert second is not first
+            assert (call(second) == call(first)).all()
+            assert second.variants() == first.variants()"""
     util.run_python(code)
 
 
@@ -136,7 +171,7 @@ LEAKS = """
 import gc, os, sys
 import numpy as np
 import util
-from moeprof import _C
+from moeprof import _C, _kernels
 
 f32 = np.float32
 x, w, index = np.ones((40, 32), f32), np.ones((24, 32), f32), np.arange(40, dtype=np.int32)
@@ -151,10 +186,10 @@ bad_specs = [("nope", *spec[1:]), ("bh", (0.1, 0.2), *spec[2:]), ("bh", ("x",), 
              (*spec[:8], np.ones(3)), (*spec[:7], ("nope", "logit", table), None), (*spec[:7],
              ("table", "logit", each[:3]), None), (*spec[:7], None, None)]
 layer = util.Layer(16, 32, 24)
-pointers, hidden = layer.pointers, layer.hidden(40)
+pointers, hidden, layer = layer.pointers, layer.hidden(40), layer.layer
+made = _C.RouteSpec(spec, "float32", 16)
 ids, weights = util.random_slots(40, 3, 16)
 bad_ids = np.full_like(ids, 99)
-layer_arguments = ("float32", pointers, 24)
 places = _C.tally_layout(16, True)
 counts, sums = (np.zeros(max(o + r * c for o, r, c in part.values()), t)
                 for part, t in zip(places, (np.int64, float), strict=True))
@@ -162,19 +197,21 @@ recency, real = np.full(16, -1, "i"), np.ones(40, bool)
 tallied = (counts, sums, recency, ids, z, "float32")
 
 CALLS = {
-    "route": [(z, "float32", spec, 2, True), (z, "float32", spec, 2, False),
-              (bad_row, "float32", spec, 1, True), (z, "nope", spec, 1, True), (p, "float32", spec,
-              1, True), (z,), *[(z, "float32", bad, 1, True) for bad in bad_specs]],
+    "RouteSpec": [(spec, "float32", 16), (spec, "nope", 16), (spec, "float32", 3), (spec,),
+                  *[(bad, "float32", 16) for bad in bad_specs]],
+    "Layer": [(pointers, "float32", 32, 24), (pointers, "nope", 32, 24), (pointers, "float32", 0,
+              24), (pointers * 0, "float32", 32, 24), (p, "float32", 32, 24), (pointers,)],
+    "route": [(z, made, 2, True), (z, made, 2, False), (bad_row, made, 1, True), (z, spec, 1,
+              True), (p, made, 1, True), (short, made, 1, True), (z,)],
     "p_values": [(z, null), (z, normal), (bad_row, normal), (z, ("table", "centred", each)),
                  (z, ("nope", "logit", None)), (z, ("table", "logit", p)), (p, normal), ()],
-    "experts": [(hidden, ids, weights, *layer_arguments, 2), (hidden, ids.astype(np.int64), weights,
-                *layer_arguments, 1), (hidden, ids, ids, *layer_arguments, 1), (hidden, bad_ids,
-                weights, *layer_arguments, 1), (hidden, ids, short, *layer_arguments, 1),
-                (hidden, ids, weights, "float32", p, 24, 1), (hidden, ids, weights, "bfloat16",
-                pointers, 24, 1), ()],
-    "moe": [(hidden, z, *layer_arguments, spec, 2), (hidden, bad_row, *layer_arguments, spec, 1),
-            (hidden, short, *layer_arguments, spec, 1), (hidden, p, *layer_arguments, spec, 1), (),
-            *[(hidden, z, *layer_arguments, bad, 1) for bad in bad_specs]],
+    "experts": [(hidden, ids, weights, layer, 2), (hidden, ids.astype(np.int64), weights, layer,
+                1), (hidden, ids, ids, layer, 1), (hidden, bad_ids, weights, layer, 1),
+                (hidden, ids, short, layer, 1), (hidden, ids, weights, pointers, 1),
+                (z, ids, weights, layer, 1), ()],
+    "moe": [(hidden, z, layer, made, 2), (hidden, bad_row, layer, made, 1), (hidden, short, layer,
+            made, 1), (hidden, p, layer, made, 1), (hidden, z, layer, spec, 1), (hidden, z, made,
+            layer, 1), (hidden, z, layer, _C.RouteSpec(spec, "float16", 16), 1), ()],
     "linear": [(x, index, w, "float32"), (x, index + 99, w, "float32"), (x, index, short,
                "float32"), (x, index, w, "nope"), (x, p, w, "float32"), (x,)],
     "dense": [(x, w.ctypes.data, 24, 0, "float32", 2), (x, 0, 24, 0, "float32", 2),
@@ -190,6 +227,7 @@ CALLS = {
     "limit_cpu": [(None,), ("scalar",), (None,), ("nope",), (3,)],
     "cpu_features": [(), (1,)],
     "variants": [(), (1,)],
+    "formats": [(), (1,)],
     "routers": [(), (1,)],
     "threads": [(), (1,)],
     "find_openmp": [(), (1,)],
@@ -202,30 +240,33 @@ CALLS = {
               None, 5, True), (counts[:7], *tallied[1:], None, None, 5, True), ()],
 }
 
-def call(name, arguments, times):
+def call(function, arguments, times):
     for _ in range(times):
         try:
-            getattr(_C, name)(*arguments)
+            function(*arguments)
         except (TypeError, ValueError):
             pass
 
 def references(arguments):
     # arrays and tuples exactly; numbers, strings and None are in other hands too
     inner = [item for a in arguments if isinstance(a, tuple) for item in a]
-    kept = [a for a in (*arguments, *inner) if isinstance(a, (np.ndarray, tuple)) and len(a)]
+    kept = [a for a in (*arguments, *inner) if isinstance(a, (_C.RouteSpec, _C.Layer))
+            or (isinstance(a, (np.ndarray, tuple)) and len(a))]
     shared = [*arguments, *inner, None, True, False, 1, 2, *map(np.dtype, "fdiIHQ")]
     return [sys.getrefcount(a) for a in kept], [sys.getrefcount(a) for a in shared]
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-assert sorted(CALLS) == sorted(n for n in vars(_C) if n[0] != "_"), "a binding without calls here"
-for name, argument_lists in CALLS.items():
-    for i, arguments in enumerate(argument_lists):
-        call(name, arguments, 100)
+bindings = [(module, name) for module in (_C, _kernels) for name in vars(module) if name[0] != "_"]
+assert set(CALLS) == {name for _, name in bindings}, "a binding without calls here"
+for module, name in bindings:
+    function = getattr(module, name)
+    for i, arguments in enumerate(CALLS[name]):
+        call(function, arguments, 100)
         gc.collect()
         before = references(arguments), sys.getallocatedblocks(), resident()
-        call(name, arguments, 1000)
+        call(function, arguments, 1000)
         gc.collect()
         after = references(arguments), sys.getallocatedblocks(), resident()
         assert after[0][0] == before[0][0], f"{name} {i}: {before[0]} -> {after[0]}"
@@ -240,6 +281,87 @@ def test_1000_calls_of_each_binding_leave_nothing_behind():
     util.run_python(LEAKS)
 
 
+# ---- RouteSpec and Layer ----
+
+
+class Table(np.ndarray):
+    """An array that can refer to other objects."""
+
+
+def held():
+    """{type: an object of it}"""
+    return {"RouteSpec": _C.RouteSpec(SPEC, "float32", 4), "Layer": layer()}
+
+
+@pytest.mark.parametrize("name", ("RouteSpec", "Layer"))
+def test_an_object_of_ours_is_immutable_and_has_no_copy(name):
+    made = held()[name]
+    assert type(made) is getattr(_C, name) and gc.is_tracked(made)
+    with pytest.raises(AttributeError):
+        made.num_experts = 3
+    with pytest.raises(TypeError):
+        type(made).extra = 3
+    with pytest.raises(TypeError, match="cannot pickle"):
+        pickle.dumps(made)
+    with pytest.raises(TypeError, match="not an acceptable base type"):
+        type("Own", (type(made),), {})
+
+
+def test_a_layer_keeps_its_addresses():
+    """It has copied them: what becomes of the array is nothing to it."""
+    random = util.Layer(4, 16, 8)
+    ids, weights = util.random_slots(20, 2, 4)
+    expected = random(random.hidden(20), ids, weights)
+    random.pointers[:] = 0
+    np.testing.assert_array_equal(random(random.hidden(20), ids, weights), expected)
+
+
+def test_a_route_spec_keeps_its_tables():
+    z = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
+
+    def made():
+        null = ("table", "logit", util.table_of(3.5))
+        return _C.RouteSpec(("bh", (0.3,), 1, 4, 1.0, "sum", 1, null, None), "float32", 8)
+
+    spec = made()
+    filled = [util.table_of(float(i)) for i in range(100)]  # where the table lay, if it went
+    for got, expected in zip(_C.route(z, spec, 1, True), _C.route(z, made(), 1, True), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert len(filled) == 100
+
+
+def test_a_cycle_through_a_route_spec_is_collected():
+    table = util.table_of(3.5).view(Table)
+    null = ("table", "logit", table)
+    table.spec = _C.RouteSpec(("bh", (0.3,), 1, 4, 1.0, "sum", 1, null, None), "float32", 8)
+    gone = weakref.ref(table)
+    del table, null
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_types_of_a_second_module_object_are_its_own():
+    code = """if True:
+        import gc, sys, weakref, importlib, numpy as np, moeprof
+        first = sys.modules.pop("moeprof._C")
+        second = importlib.import_module("moeprof._C")
+        spec = ("topk", (2.0,), 1, 2, 1.0, "sum", 1, ("normal", "logit", None), None)
+        z = np.ones((1, 4), np.float32)
+        made = second.RouteSpec(spec, "float32", 4)
+        second.route(z, made, 1, False)
+        try:
+            first.route(z, made, 1, False)
+        except TypeError as error:
+            print(error)
+        gone = weakref.ref(second.RouteSpec)
+        del second, made
+        sys.modules["moeprof._C"] = moeprof._C = first
+        gc.collect()
+        print(gone() is None)"""
+    message, gone = util.run_python(code).stdout.splitlines()
+    assert message.startswith("spec: expected a moeprof._C.RouteSpec") and gone == "True"
+
+
 # ---- bad arguments ----
 
 F32, F64 = np.ones((2, 4), np.float32), np.ones((2, 4))
@@ -248,11 +370,12 @@ INDEX, ONES = np.zeros(2, np.int32), np.ones((2, 1), np.float32)
 NORMAL, SURVIVAL = ("normal", "logit", None), np.ones(8196)
 SPEC = ("bh", (0.05,), 1, 2, 1.0, "sum", 1, NORMAL, None)
 POINTERS = np.array([[F32.ctypes.data] * 2] * 3, np.uint64)  # of 8 floats each
+MADE = _C.RouteSpec(SPEC, "float32", 4)
 BIG, TWO = F32.astype(">f4"), F32[:, :2].copy()
 SWAPPED = "C-contiguous, aligned array of native byte order"
 
 
-def route(logits=F32, dtype="float32", spec=SPEC, **changes):
+def route(logits=F32, dtype="float32", spec=SPEC, num_experts=4, **changes):
     names = (
         "router",
         "parameters",
@@ -265,19 +388,24 @@ def route(logits=F32, dtype="float32", spec=SPEC, **changes):
         "table",
     )
     spec = tuple(changes.get(n, v) for n, v in zip(names, spec, strict=True)) if changes else spec
-    return _C.route(logits, dtype, spec, 1, False)
+    return _C.route(logits, _C.RouteSpec(spec, dtype, num_experts), 1, False)
 
 
 def p_of(null):
     return _C.p_values(F32, null)
 
 
-def experts(hidden=F32, ids=I32, weights=ONES, dtype="float32", pointers=POINTERS, inner=2):
-    return _C.experts(hidden, ids, weights, dtype, pointers, inner, 1)
+def layer(dtype="float32", pointers=POINTERS, size=4, inner=2):
+    return _C.Layer(pointers, dtype, size, inner)
 
 
-def moe(hidden=F32, logits=TWO, dtype="float32", pointers=POINTERS, inner=2):
-    return _C.moe(hidden, logits, dtype, pointers, inner, SPEC, 1)
+def experts(hidden=F32, ids=I32, weights=ONES, dtype="float32"):
+    return _C.experts(hidden, ids, weights, layer(dtype), 1)
+
+
+def moe(hidden=F32, logits=TWO, dtype="float32", spec=SPEC, num_experts=2, spec_dtype=None):
+    made = _C.RouteSpec(spec, spec_dtype or dtype, num_experts)
+    return _C.moe(hidden, logits, layer(dtype), made, 1)
 
 
 def tally(
@@ -298,6 +426,36 @@ READ_ONLY.setflags(write=False)
 
 BAD = [
     (lambda: route([[1.0]]), TypeError, "router_logits: expected a NumPy array, got list"),
+    (lambda: _C.route(F32, SPEC, 1, False), TypeError, "spec: expected a .*RouteSpec, got tuple"),
+    (
+        lambda: _C.route(TWO, MADE, 1, False),
+        ValueError,
+        "router_logits: expected 4 experts.* got 2",
+    ),
+    (
+        lambda: _C.moe(F32, TWO, POINTERS, MADE, 1),
+        TypeError,
+        "layer: expected a .*Layer, got numpy",
+    ),
+    (
+        lambda: _C.moe(F32, TWO, layer(), SPEC, 1),
+        TypeError,
+        "spec: expected a .*RouteSpec, got tup",
+    ),
+    (lambda: moe(num_experts=4), ValueError, "RouteSpec of 2 experts and float32.* 4 and float32"),
+    (
+        lambda: moe(spec_dtype="float16"),
+        ValueError,
+        "2 experts and float32.* got one of 2 and float16",
+    ),
+    (lambda: moe(F32[:, :2].copy()), ValueError, r"hidden: expected \(T, 4\).* got \(2, 2\)"),
+    (lambda: _C.experts(F32, I32, ONES, MADE, 1), TypeError, "layer: expected .*Layer, got .*Spec"),
+    (
+        lambda: layer("int4"),
+        TypeError,
+        "format: expected one of float32 bfloat16 float16, got int4",
+    ),
+    (lambda: layer(size=0), ValueError, "hidden_size, intermediate_size: expected .* got 0, 2"),
     (lambda: route(F64), TypeError, "router_logits: expected dtype float32, got float64"),
     (lambda: route(F32, "float16"), TypeError, "router_logits: expected dtype uint16, got float32"),
     (lambda: route(F32[0]), ValueError, "router_logits: expected 2 dimensions, got 1"),
@@ -325,46 +483,82 @@ BAD = [
     (lambda: route(min_k=0), ValueError, "1 <= min_k <= max_k <= 4, got min_k=0, max_k=2"),
     (lambda: route(max_k=5), ValueError, "1 <= min_k <= max_k <= 4, got min_k=1, max_k=5"),
     (lambda: route(norm_k=5), ValueError, r"\(norm over 5\)"),
-    (lambda: route(np.ones((1, 1025), "f4")), ValueError, "expected 1 to 1024 experts, got 1025"),
-    (lambda: route(np.ones((1, 0), "f4")), ValueError, "expected 1 to 1024 experts, got 0"),
+    (lambda: route(num_experts=1025), ValueError, "expected 1 to 1024 experts, got 1025"),
+    (lambda: route(num_experts=0), ValueError, "expected 1 to 1024 experts, got 0"),
     (lambda: _C.p_values(F64, NORMAL), TypeError, "router_logits: expected dtype float32"),
     (lambda: _C.p_values(F32[:, :0], NORMAL), ValueError, "router_logits: expected 1 to"),
     (lambda: experts(F64), TypeError, "hidden: expected dtype float32, got float64"),
     (lambda: experts(F32, dtype="bfloat16"), TypeError, "hidden: expected dtype uint16"),
-    (lambda: experts(ids=I32.astype(np.int16)), TypeError, "experts: expected dtype int32, got in"),
+    (lambda: experts(ids=I32.astype(np.int16)), TypeError, "expert_ids: expected dtype int32, got"),
     (lambda: experts(ids=I32.astype(np.int64)[:1]), ValueError, r"expected \(2, k\) both"),
-    (lambda: experts(weights=U16), TypeError, "weights: expected dtype float32, got uint16"),
-    (lambda: experts(weights=F64), TypeError, "weights: expected dtype float32, got float64"),
-    (lambda: experts(weights=F32), ValueError, r"experts and weights: expected \(2, k\) both"),
+    (
+        lambda: experts(weights=U16),
+        TypeError,
+        "routing_weights: expected dtype float32, got uint16",
+    ),
+    (
+        lambda: experts(weights=F64),
+        TypeError,
+        "routing_weights: expected dtype float32, got float64",
+    ),
+    (
+        lambda: experts(weights=F32),
+        ValueError,
+        r"expert_ids and routing_weights: expected \(2, k\)",
+    ),
     (lambda: experts(ids=I32[:1], weights=ONES[:1]), ValueError, r"expected \(2, k\) both"),
-    (lambda: experts(pointers=F64), TypeError, "pointers: expected dtype uint64, got float64"),
-    (lambda: experts(pointers=POINTERS[:2]), ValueError, r"pointers: expected \(3, num_experts\)"),
-    (lambda: experts(pointers=POINTERS[:, :0].copy()), ValueError, r"pointers: expected \(3, num"),
-    (lambda: experts(pointers=POINTERS * 0), ValueError, "pointers: weights without memory"),
-    (lambda: experts(inner=0), ValueError, "intermediate_size"),
+    (lambda: layer(pointers=F64), TypeError, "pointers: expected dtype uint64, got float64"),
+    (lambda: layer(pointers=POINTERS[:2]), ValueError, r"pointers: expected \(3, num_experts\)"),
+    (lambda: layer(pointers=POINTERS[:, :0].copy()), ValueError, r"pointers: expected \(3, num"),
+    (lambda: layer(pointers=POINTERS * 0), ValueError, "pointers: weights without memory"),
+    (lambda: layer(inner=0), ValueError, "intermediate_size"),
     (lambda: _C.dense(F32[:, :0].copy(), 1, 4, 0, "float32", 1), ValueError, "x: expected"),
-    (lambda: _C.linear(F32[:, :0].copy(), INDEX, F32[:, :0].copy(), "float32"), ValueError, "K"),
+    (
+        lambda: _kernels.linear(F32[:, :0].copy(), INDEX, F32[:, :0].copy(), "float32"),
+        ValueError,
+        "K",
+    ),
     (lambda: experts(F32[:, :0].copy()), ValueError, "hidden"),
     (lambda: moe(logits=F32), ValueError, r"router_logits: expected shape \(2, 2\), got \(2, 4\)"),
     (lambda: moe(logits=F32[:1, :2]), ValueError, r"expected shape \(2, 2\), got \(1, 2\)"),
     (lambda: moe(logits=U16), TypeError, "router_logits: expected dtype float32, got uint16"),
     (lambda: moe(U16, logits=F64, dtype="float16"), TypeError, "router_logits: expected dtype u"),
-    (lambda: _C.linear(F64, INDEX, F32, "float32"), TypeError, "x: expected dtype float32, got fl"),
-    (lambda: _C.linear(F32, I32, F32, "float32"), ValueError, "index: expected 1 dimensions, got"),
-    (lambda: _C.linear(F32, INDEX + 2, F32, "float32"), ValueError, "index: outside the rows of x"),
-    (lambda: _C.linear(F32, INDEX - 1, F32, "float32"), ValueError, "index: outside the rows of x"),
-    (lambda: _C.linear(F32, INDEX, F64, "float32"), TypeError, "w: expected .* weights"),
-    (lambda: _C.linear(F32, INDEX, BIG, "float32"), (TypeError, ValueError), "w: expected"),
-    (lambda: _C.linear(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected the same K"),
-    (lambda: _C.gemm(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected"),
-    (lambda: _C.gemm(F32, INDEX, U16, "float32"), TypeError, "w: expected"),
-    (lambda: _C.gemm(F32, INDEX, F32.T, "float32"), TypeError, "w: expected contiguous"),
-    (lambda: _C.swiglu(ONES[0], F32[0], "float32"), ValueError, "g and u: expected the same"),
-    (lambda: _C.swiglu(ONES, ONES, "float32"), ValueError, "g: expected 1 dimensions"),
-    (lambda: _C.softmax(F64, 1.0), TypeError, "z: expected dtype float32, got float64"),
-    (lambda: _C.logprob(F32[0]), ValueError, "z: expected 2 dimensions, got 1"),
-    (lambda: _C.order(F32, F32), TypeError, "p: expected dtype float64, got float32"),
-    (lambda: _C.order(F64[:1], F32), ValueError, "p and z: expected the same shape"),
+    (
+        lambda: _kernels.linear(F64, INDEX, F32, "float32"),
+        TypeError,
+        "x: expected dtype float32, got fl",
+    ),
+    (
+        lambda: _kernels.linear(F32, I32, F32, "float32"),
+        ValueError,
+        "index: expected 1 dimensions, got",
+    ),
+    (
+        lambda: _kernels.linear(F32, INDEX + 2, F32, "float32"),
+        ValueError,
+        "index: outside the rows of x",
+    ),
+    (
+        lambda: _kernels.linear(F32, INDEX - 1, F32, "float32"),
+        ValueError,
+        "index: outside the rows of x",
+    ),
+    (lambda: _kernels.linear(F32, INDEX, F64, "float32"), TypeError, "w: expected .* weights"),
+    (lambda: _kernels.linear(F32, INDEX, BIG, "float32"), (TypeError, ValueError), "w: expected"),
+    (
+        lambda: _kernels.linear(F32, INDEX, ONES, "float32"),
+        ValueError,
+        "x and w: expected the same K",
+    ),
+    (lambda: _kernels.gemm(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected"),
+    (lambda: _kernels.gemm(F32, INDEX, U16, "float32"), TypeError, "w: expected"),
+    (lambda: _kernels.gemm(F32, INDEX, F32.T, "float32"), TypeError, "w: expected contiguous"),
+    (lambda: _kernels.swiglu(ONES[0], F32[0], "float32"), ValueError, "g and u: expected the same"),
+    (lambda: _kernels.swiglu(ONES, ONES, "float32"), ValueError, "g: expected 1 dimensions"),
+    (lambda: _kernels.softmax(F64, 1.0), TypeError, "z: expected dtype float32, got float64"),
+    (lambda: _kernels.logprob(F32[0]), ValueError, "z: expected 2 dimensions, got 1"),
+    (lambda: _kernels.order(F32, F32), TypeError, "p: expected dtype float64, got float32"),
+    (lambda: _kernels.order(F64[:1], F32), ValueError, "p and z: expected the same shape"),
     (lambda: _C.step_up(F32, 0.1), TypeError, "p: expected dtype float64, got float32"),
     (lambda: _C.step_up(F64[:, ::2], 0.1), ValueError, f"p: expected a {SWAPPED}"),
     (lambda: _C.tally_layout(1025, True), ValueError, "num_experts: expected 1 to 1024, got 1025"),
@@ -373,8 +567,8 @@ BAD = [
     (lambda: tally(sums=F64[0]), ValueError, r"lengths of tally_layout\(2\)"),
     (lambda: tally(recency=INDEX[:0]), ValueError, "num_experts: expected 1 to 1024, got 0"),
     (lambda: tally(recency=READ_ONLY), ValueError, "recency: expected an array that can be writ"),
-    (lambda: tally(experts=ONES), TypeError, "experts: expected dtype int32, got float32"),
-    (lambda: tally(experts=I32 + 2), ValueError, r"experts: an index is outside"),
+    (lambda: tally(experts=ONES), TypeError, "expert_ids: expected dtype int32, got float32"),
+    (lambda: tally(experts=I32 + 2), ValueError, r"expert_ids: an index is outside"),
     (lambda: tally(logits=F32), ValueError, "logits: expected 2 tokens of 2 experts, got 2 of 4"),
     (lambda: tally(real=np.ones(3, bool)), ValueError, "real: expected 2 tokens, got 3"),
     (lambda: tally(real=INDEX), TypeError, "real: expected dtype bool, got int32"),
@@ -390,19 +584,23 @@ def test_bad_arguments_are_named(i):
         run()
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_a_wrong_number_of_arguments(name):
+@every_binding
+def test_a_wrong_number_of_arguments(module, name):
     with pytest.raises(TypeError, match="argument"):
-        getattr(_C, name)(*[None] * 20)
+        getattr(module, name)(*[None] * 20)
 
 
 @pytest.mark.parametrize("width", (0, 1))
 def test_kernels_take_no_rows_and_one_expert(width):
     empty, one = np.zeros((0, 4), np.float32), np.full((3, width), 2, np.float32)
-    for kernel in (lambda z: _C.softmax(z, 1.0), _C.logprob, lambda z: _C.order(None, z)):
+    for kernel in (
+        lambda z: _kernels.softmax(z, 1.0),
+        _kernels.logprob,
+        lambda z: _kernels.order(None, z),
+    ):
         assert kernel(empty).shape == (0, 4) and kernel(one).shape == (3, width)
     assert _C.step_up(np.zeros((3, width)), 0.5).tolist() == [width] * 3
     assert _C.step_up(empty.astype(float), 0.5).shape == (0,)
     x, none = np.zeros((2, 4), np.float32), np.zeros(0, np.int32)
-    assert _C.linear(x, none, x, "float32").shape == (0, 2)
-    assert _C.linear(x, none, x[:0], "float32").shape == (0, 0)
+    assert _kernels.linear(x, none, x, "float32").shape == (0, 2)
+    assert _kernels.linear(x, none, x[:0], "float32").shape == (0, 0)

@@ -14,12 +14,12 @@ import pytest
 import util
 from util import EPS32, EPS64, TINY32, narrow, widen
 
-from moeprof import _C
+from moeprof import _C, _kernels
 from moeprof.null import normal_reference
 
 VARIANTS = [(kernel, variant) for kernel, variant, _, _ in _C.variants()]
 KERNELS = list(dict.fromkeys(kernel for kernel, _ in VARIANTS))
-DTYPE = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+DTYPE = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}  # of the weights
 MATRIX_VARIANTS = [kv for kv in VARIANTS if kv[0].startswith(("linear_", "pack_", "gemm_"))]
 all_variants = pytest.mark.parametrize(("kernel", "variant"), VARIANTS)
 matrix_variants = pytest.mark.parametrize(("kernel", "variant"), MATRIX_VARIANTS)
@@ -74,7 +74,7 @@ def matrix_case(kernel, x, index, w, what=""):
     contract, _, suffix = kernel.rpartition("_")
     dtype = DTYPE[suffix]
     rows = widen(x, act_type(dtype))[index].astype(np.float64)
-    run = partial(_C.linear if contract == "linear" else _C.gemm, x, index, w, dtype)
+    run = partial(_kernels.linear if contract == "linear" else _kernels.gemm, x, index, w, dtype)
     with np.errstate(invalid="ignore", over="ignore"):
         return Case(what, run, *util.matmul(rows, widen(w, dtype)))
 
@@ -170,7 +170,7 @@ def test_a_row_alone_is_a_row_in_a_batch(kernel, variant):
     """Bit for bit: what is summed in which order depends on K alone."""
     x, index, w = matrices(kernel, 80, 19, 100)
     util.force(kernel, variant)
-    product = _C.linear if kernel.startswith("linear_") else _C.gemm
+    product = _kernels.linear if kernel.startswith("linear_") else _kernels.gemm
     dtype = DTYPE[kernel.rpartition("_")[2]]
     together = product(x, index, w, dtype)
     for rows in (1, 2, 5, 8, 9, 17, 24, 33, 48, 63):
@@ -186,7 +186,7 @@ def test_a_row_alone_is_a_row_in_a_batch(kernel, variant):
 )
 def test_each_16_bit_pattern_is_widened_as_it_is(kernel, variant):
     contract, _, suffix = kernel.rpartition("_")
-    dtype, product = DTYPE[suffix], _C.linear if contract == "linear" else _C.gemm
+    dtype, product = DTYPE[suffix], _kernels.linear if contract == "linear" else _kernels.gemm
     every = np.arange(65536, dtype=np.uint16)[:, None]
     one = narrow(np.ones((1, 1)), act_type(dtype))
     exact = 0.0 if variant == "scalar" or dtype == "float16" else TINY32  # see util.matmul
@@ -217,7 +217,7 @@ def swiglu_cases(kernel):
             ref = silu * u
             tol = 4 * EPS32 * np.abs(ref) + 2.0**-121 * np.abs(u) + TINY32
             rounding = util.HALF_ULP["bfloat16"] * (np.abs(ref) + tol)
-        run = partial(_C.swiglu, g, u, dtype)
+        run = partial(_kernels.swiglu, g, u, dtype)
         tol = np.nan_to_num(tol + rounding if dtype == "bfloat16" else tol, posinf=0)
         yield Case(what, lambda run=run: widen(run(), dtype), ref, tol)
 
@@ -238,7 +238,7 @@ def test_act_is_rounded_once_to_nearest_even(variant):
     util.force("swiglu_bf16", variant)
     with np.errstate(over="ignore"):
         expected = narrow(128 * u, "bfloat16")
-    np.testing.assert_array_equal(_C.swiglu(g, u, "bfloat16"), expected)
+    np.testing.assert_array_equal(_kernels.swiglu(g, u, "bfloat16"), expected)
 
 
 # ---- softmax, logprob, p-values, order, step_up ----
@@ -254,7 +254,7 @@ def softmax_cases():
             ref = util.softmax(below)
             # two roundings of the argument, one of exp, E of the sum
             tol = ref * EPS32 * (experts + 8 + 2 * np.abs(np.maximum(below, -200))) + 2 * TINY32
-            run = partial(_C.softmax, z, temperature)
+            run = partial(_kernels.softmax, z, temperature)
             yield Case(f"E={experts} temperature={temperature}", run, ref, tol)
 
 
@@ -266,7 +266,7 @@ def logprob_cases():
     for experts in WIDTHS:
         z = util.nasty_rows(experts, experts)
         ref = util.logprob(z)
-        yield Case(f"E={experts}", partial(_C.logprob, z), ref, logprob_tol(ref, experts))
+        yield Case(f"E={experts}", partial(_kernels.logprob, z), ref, logprob_tol(ref, experts))
 
 
 def p_table_cases():
@@ -310,7 +310,7 @@ def order_cases():
         by_logit, ties = np.zeros(z.shape), rng.integers(0, 4, z.shape) / 4
         for what, p in (("no p", None), ("ties", ties), ("p", rng.random(z.shape))):
             ref = np.lexsort((ids, -z, by_logit if p is None else p), axis=1)
-            yield Case(f"E={experts} {what}", partial(_C.order, p, z), ref)
+            yield Case(f"E={experts} {what}", partial(_kernels.order, p, z), ref)
 
 
 def step_up_rows(experts, alpha, rng):
@@ -375,7 +375,7 @@ def test_order_of_any_number_of_experts(kernel, variant):
         ids = np.broadcast_to(np.arange(experts), z.shape)
         for p_or_none, first in ((None, np.zeros(z.shape)), (p, p)):
             expected = np.lexsort((ids, -z, first), axis=1)
-            np.testing.assert_array_equal(_C.order(p_or_none, z), expected, f"E={experts}")
+            np.testing.assert_array_equal(_kernels.order(p_or_none, z), expected, f"E={experts}")
 
 
 @posix
@@ -385,11 +385,11 @@ def test_nothing_is_read_beyond_the_rows(kernel, variant, side):
     util.force(kernel, variant)
     place = partial(util.guarded, side=side)
     run = {
-        "softmax": lambda z, p: _C.softmax(z, 1.0),
-        "logprob": lambda z, p: _C.logprob(z),
+        "softmax": lambda z, p: _kernels.softmax(z, 1.0),
+        "logprob": lambda z, p: _kernels.logprob(z),
         "p_table": lambda z, p: _C.p_values(z, ("table", "logit", place(util.table_of(32.0)))),
         "p_normal": lambda z, p: _C.p_values(z, ("normal", "logit", None)),
-        "order": lambda z, p: _C.order(p, z),
+        "order": lambda z, p: _kernels.order(p, z),
         "step_up": lambda z, p: _C.step_up(p, 0.5),
     }[kernel]
     for experts in (*LANES, 64, 65, 257):
@@ -421,19 +421,30 @@ def test_the_checker_sees_one_wrong_value(change):
 # ---- which variant runs ----
 
 
+def test_every_format_has_its_kernels():
+    """linear and gemm, scalar first: else a pointer in the table of kernels would be empty."""
+    names = [name for name, _, _ in _kernels.formats().values()]
+    assert dict(zip(names, _kernels.formats(), strict=True)) == DTYPE
+    for name in names:
+        for kernel in (f"linear_{name}", f"gemm_{name}"):
+            assert util.variants_of(kernel)[0] == "scalar", kernel
+    matrix_kernels = {k for k in KERNELS if k.startswith(("linear_", "gemm_"))}
+    assert matrix_kernels == {f"{kind}_{name}" for kind in ("linear", "gemm") for name in names}
+
+
 def test_levels_only_ever_add_variants():
     """Each level chooses one variant of each kernel, no worse than the level below did."""
     at = [-1] * len(KERNELS)
     for level in util.level_names():
-        _C.limit_cpu(level)
+        util.limit_cpu(level)
         chosen = [[line for line in _C.variants() if line[0] == k and line[3]] for k in KERNELS]
         assert all(len(lines) == 1 and lines[0][2] for lines in chosen), level
         now = [util.variants_of(lines[0][0]).index(lines[0][1]) for lines in chosen]
         assert all(b >= a for a, b in zip(at, now, strict=True)), level
         at = now
-    _C.limit_cpu("scalar")
+    util.limit_cpu("scalar")
     assert set(util.in_use().values()) == {"scalar"}
-    _C.limit_cpu(None)
+    util.limit_cpu(None)
     for kernel, variant in util.in_use().items():
         assert variant == [v for k, v, usable, _ in _C.variants() if k == kernel and usable][-1]
 
@@ -448,7 +459,7 @@ def test_levels_are_the_features_in_order():
 def test_moeprof_cpu_caps_at_import(level):
     code = "import moeprof; print(sorted(moeprof.cpu_info()['kernels'].items()))"
     printed = util.run_python(code, MOEPROF_CPU=level).stdout
-    _C.limit_cpu(level)
+    util.limit_cpu(level)
     assert printed.strip() == str(sorted(util.in_use().items()))
 
 
@@ -475,7 +486,7 @@ def test_mass_is_of_the_largest_logits_where_p_goes_another_way():
     table[3:] = np.linspace(0.01, 1, 8193)
     z = np.random.default_rng(0).permuted(np.tile(np.arange(32) / 8, (20, 1)), axis=1)
     spec = ("bh", (0.05,), 3, 3, 1.0, "mass", 4, ("table", "logit", table), None)
-    weights, experts, *_ = _C.route(z.astype(np.float32), "float32", spec, 1, False)
+    weights, experts, *_ = util.route(z.astype(np.float32), "float32", spec, 1, False)
     np.testing.assert_array_equal(experts, np.argsort(z, axis=1)[:, :3])
     top = np.sort(util.softmax(z), axis=1)[:, -4:].sum(axis=1)
     np.testing.assert_allclose(weights.sum(axis=1), top, rtol=1e-5)

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moeprof
 from moeprof import demo
+from moeprof.backends.ops import operands_of
 
 TIE = 1e-5  # selections are compared where the k-th lies further than this above the next
 
@@ -217,7 +218,7 @@ def test_bh_of_8_selects_what_topk_selects(loaded, null):
         got = model(ids).logits
     for layer, logits in enumerate(router_logits):
         free = gap(logits, 8) > TIE
-        ours, theirs = (r[layer][0].experts.sort(dim=1).values[free] for r in (bh, topk))
+        ours, theirs = (r[layer][0].expert_ids.sort(dim=1).values[free] for r in (bh, topk))
         assert free.sum() > 100 and torch.equal(ours, theirs)
         stock = logits.topk(8).indices.sort(dim=1).values[free]
         assert torch.equal(theirs.long(), stock)
@@ -253,7 +254,7 @@ def test_norm(router, norm, model_norm):
         handle.on_routing(lambda index, routing: seen.append(routing))
         out = run(model.mlp, x)[0]
         p = gate_logits(model.mlp, x[0]).double().softmax(-1)
-    experts = seen[0].experts
+    experts = seen[0].expert_ids
     selected = p.gather(1, experts.clamp(min=0).long()) * (experts >= 0)
     rule = ("sum" if model_norm else "none") if norm == "model" else norm
     factor = {
@@ -381,7 +382,7 @@ def test_float32_logits_of_a_bfloat16_model():
     z = block.gate(x[0])
     free = gap(z, 2) > 1e-5
     assert free.sum() >= 10
-    ours, expected = (t.sort(1).values for t in (seen[0].experts, z.topk(2).indices))
+    ours, expected = (t.sort(1).values for t in (seen[0].expert_ids, z.topk(2).indices))
     assert ours[free].tolist() == expected[free].tolist()
 
 
@@ -397,7 +398,7 @@ def test_experts_that_are_not_selected_are_not_read(router, dtype):
     with moeprof.patch(model, router, null=null) as handle:
         seen = routings_of(handle)
         expected = run(model.mlp, x)
-        selected = set(seen[0][0].experts.flatten().tolist())
+        selected = set(seen[0][0].expert_ids.flatten().tolist())
         assert 1 < len(selected) <= 9
         for expert in set(range(64)) - selected:
             for weight in expert_weights(model.mlp, expert):
@@ -478,8 +479,8 @@ def test_operators_keep_what_they_declare(tokens):
     x = random_hidden(1, tokens, 32)[0]
     weights = [p for p in block.experts.parameters()]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    routing = ("bh", [0.5], 1, 5, 1.0, "none", 2, "normal", "logit", None, None, "mlp")
-    moe = (x, gate_logits(block, x), weights, *routing)
+    spec = moeprof.BH(0.5, max_k=5).spec(8, norm="none", norm_k=2)
+    moe = (x, gate_logits(block, x), weights, *operands_of(spec), "mlp")
     torch.library.opcheck(torch.ops.moeprof.moe.default, moe, test_utils=checks)
     experts = (x, torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3), weights, "mlp")
     torch.library.opcheck(torch.ops.moeprof.experts.default, experts, test_utils=checks)

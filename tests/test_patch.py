@@ -111,10 +111,10 @@ def leave_after_exception(model):
     """The exception passes by, the patch stays in place and works, then it goes."""
     handle = moeprof.patch(model, ONE)
     patched = logits(model)
-    handle.on_routing(stop)
+    stopping = handle.on_routing(stop)
     with pytest.raises(Stop):
         logits(model)
-    handle.on_routing(None)
+    stopping.remove()
     assert torch.equal(logits(model), patched)
     handle.unpatch()
 
@@ -483,25 +483,47 @@ def test_on_routing(model, router):
     null = "normal" if router and router.wants_null else None
     k_max = 2 if router is None else router.limits(8)[1]
     with moeprof.patch(model, router, null=null) as handle:
-        handle.on_routing(lambda *call: seen.append(call))
+        seeing = handle.on_routing(lambda *call: seen.append(call))
         logits(model)
         assert [index for index, _ in seen] == [0, 1]
         for _, routing in seen:
-            assert routing.weights.shape == routing.experts.shape == (22, k_max)
+            assert routing.weights.shape == routing.expert_ids.shape == (22, k_max)
             assert routing.counts.shape == routing.rejections.shape == (22,)
             assert routing.weights.dtype == torch.float32
             assert {t.dtype for t in routing[1:4]} == {torch.int32}
             slots = torch.arange(k_max) < routing.counts[:, None]  # -1 and 0 behind the last
-            assert torch.equal(routing.experts >= 0, slots)
+            assert torch.equal(routing.expert_ids >= 0, slots)
             assert torch.equal(routing.weights > 0, slots)
             assert torch.equal(routing.counts, routing.rejections.clamp(1, k_max))
             assert all(
                 len(set(row[row >= 0].tolist())) == n
-                for row, n in zip(routing.experts, routing.counts.tolist(), strict=True)
+                for row, n in zip(routing.expert_ids, routing.counts.tolist(), strict=True)
             )
-        handle.on_routing(None)
+        seeing.remove()
         logits(model)
     assert len(seen) == 2
+
+
+def test_several_callbacks_at_once(model):
+    """Each is called, in the order that they came, until its own handle takes it away."""
+    seen = []
+
+    def note(index, routing):
+        seen.append(("first", index))
+
+    with moeprof.patch(model) as handle:
+        first, again = handle.on_routing(note), handle.on_routing(note)
+        with handle.on_routing(lambda index, routing: seen.append(("second", index))):
+            logits(model)
+            assert seen == [(n, i) for i in (0, 1) for n in ("first", "first", "second")]
+        first.remove()
+        first.remove()  # does no harm
+        seen.clear()
+        logits(model)
+        assert seen == [("first", 0), ("first", 1)]
+        again.remove()
+        logits(model)
+        assert len(seen) == 2
 
 
 def test_two_threads_at_once(model):

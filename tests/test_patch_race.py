@@ -24,16 +24,15 @@ THREADS, SECONDS = 8, 3.0
 
 def unpatched_when_read(layer, model):
     """The patch goes while the layer's forward reads its block, as another thread may do it."""
-    readable = layer.adapter.readable
+    family = layer.family
 
-    class Adapter(layer.adapter):
-        @classmethod
-        def readable(cls, block):
-            answer = readable(block)
+    class Reading(type(family)):
+        def obstacle(self, block):
+            answer = super().obstacle(block)
             moeprof.unpatch(model)
             return answer
 
-    layer.adapter = Adapter
+    layer.family = Reading(family.family)
 
 
 def in_threads(call, meanwhile) -> tuple[list, list]:

@@ -251,4 +251,4 @@ def test_routing_carries_the_logits_of_the_gate():
         for routing in seen.values():
             assert routing.logits.shape == (22, 8)
             best = routing.logits.argmax(1).to(torch.int32)
-            assert torch.equal(best, routing.experts[:, 0])
+            assert torch.equal(best, routing.expert_ids[:, 0])

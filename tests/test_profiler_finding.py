@@ -13,7 +13,7 @@ from models import V5, Middleware, moe_block, olmoe, wrap_gates
 from torch import nn
 
 import moeprof
-from moeprof.models.finding import find_sites
+from moeprof.models.find import find_sites
 from moeprof.models.sizes import is_list, parameter_bytes
 
 E, H, INTERMEDIATE, K = zoo.E, zoo.H, zoo.INTERMEDIATE, zoo.K

@@ -150,7 +150,7 @@ def test_under_bh_flops_are_those_of_the_recorded_selections():
     model, ids, selections = olmoe(), token_ids(2, 30), [0, 0]
 
     def record(layer, routing):
-        selections[layer] += int((routing.experts >= 0).sum())
+        selections[layer] += int((routing.expert_ids >= 0).sum())
 
     with moeprof.patch(model, "bh", alpha=0.4, max_k=4, null="normal") as handle:
         handle.on_routing(record)

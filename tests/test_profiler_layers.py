@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moeprof
-from moeprof.models.finding import find_layers, find_sites
+from moeprof.models.find import find_layers, find_sites
 from moeprof.profile.result import Profile
 from moeprof.profiler.flops import count_grouped_mm
 

@@ -11,7 +11,7 @@ from profiles import ROOF, Step, World, add_step, layer, make_profile, one_hot, 
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moeprof import _C
-from moeprof.models.finding import Layer
+from moeprof.models.find import Layer
 from moeprof.profile.histograms import percentile
 from moeprof.profile.metrics import SCALARS, LayerMetrics, entropy, gini, load_balance_loss, z_loss
 from moeprof.profiler.tally import Counts, latency_edges

@@ -9,7 +9,7 @@ from models import V5, Middleware
 from torch import nn
 from torch.nn import functional as F
 
-from moeprof.models.finding import Layer, find_sites
+from moeprof.models.find import Layer, find_sites
 from moeprof.models.reading import read_choice, read_experts_call, read_logits
 from moeprof.models.sizes import expert_slots, is_list
 from moeprof.profiler.check import ExpertRows
@@ -131,7 +131,7 @@ def test_the_read_choice_is_what_the_experts_got(name):
     watched, checks = watch(name, zoo.build(name))
     for each, check in zip(watched, checks, strict=True):
         choice = read(each)
-        assert torch.equal(selected(choice.experts), each.truth())
+        assert torch.equal(selected(choice.expert_ids), each.truth())
         check.verify(choice)
         if each.call is None:
             assert check.left_out(choice) is None
@@ -182,10 +182,10 @@ def test_read_weights_are_those_that_stacked_experts_got(name):
         assert any(
             torch.equal(
                 choice.weights,
-                v if v.shape == choice.experts.shape else v.gather(1, choice.experts),
+                v if v.shape == choice.expert_ids.shape else v.gather(1, choice.expert_ids),
             )
             for v in given
-            if v.is_floating_point() and len(v) == len(choice.experts)
+            if v.is_floating_point() and len(v) == len(choice.expert_ids)
         )
 
 
@@ -206,7 +206,7 @@ def test_rows_with_fewer_scores_than_others_have_empty_slots():
     dense[1] = 0
     dense[2, dense[2].argmax()] = 0
     for output in ((dense, logits()), (logits(), dense)):
-        chosen = read_choice(output, T, LAYER).experts
+        chosen = read_choice(output, T, LAYER).expert_ids
         assert (chosen >= 0).sum(1).tolist() == [K, 0, K - 1, *[K] * (T - 3)]
         assert torch.equal(selected(chosen), dense != 0)
 
@@ -227,7 +227,7 @@ def scatter(z, k=K):
 
 def assert_read(output, *, experts, weights=None, logits=None, layer=LAYER):
     choice = read_choice(output, T, layer)
-    assert torch.equal(choice.experts, experts)
+    assert torch.equal(choice.expert_ids, experts)
     for got, expected in ((choice.weights, weights), (choice.logits, logits)):
         assert (got is None) == (expected is None)
         assert got is None or torch.allclose(got, expected)
@@ -285,8 +285,8 @@ def test_scores_beside_logits():
     experts = top(z)[1]
     for pair in ((scores, z), (z, scores)):
         choice = read_choice(pair, T, LAYER)
-        assert torch.equal(selected(choice.experts), selected(experts))
-        assert torch.equal(choice.weights, torch.sigmoid(z).gather(1, choice.experts))
+        assert torch.equal(selected(choice.expert_ids), selected(experts))
+        assert torch.equal(choice.weights, torch.sigmoid(z).gather(1, choice.expert_ids))
         assert choice.logits is z
 
 
@@ -335,7 +335,7 @@ def test_a_mask_over_all_experts():
         )
     scores = scatter(z, 2)
     choice = read_choice((mask.long(), scores), T, WITHOUT_K)
-    assert torch.equal(selected(choice.experts), scores > 0)
+    assert torch.equal(selected(choice.expert_ids), scores > 0)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_no_tokens():
     z = logits(tokens=0)
     weights, experts = z.softmax(-1).topk(K)
     for output in (z, (z, weights, experts), (weights, experts), (scatter(z), experts)):
-        assert read_choice(output, 0, LAYER).experts.shape == (0, K)
+        assert read_choice(output, 0, LAYER).expert_ids.shape == (0, K)
 
 
 # ---- the call of the experts ----
@@ -391,7 +391,7 @@ def test_the_experts_call():
         ((hidden, scatter(logits()), experts), {}),
     ]:
         choice = read_experts_call(args, kwargs, T, LAYER)
-        assert torch.equal(choice.experts, experts)
+        assert torch.equal(choice.expert_ids, experts)
         assert torch.equal(choice.weights, weights)
         assert choice.logits is None
 
@@ -464,5 +464,5 @@ def test_middleware_around_the_stock_gate():
     watched, checks = watch("olmoe", model)
     for each, check in zip(watched, checks, strict=True):
         choice = read(each)
-        assert torch.equal(selected(choice.experts), each.truth())
+        assert torch.equal(selected(choice.expert_ids), each.truth())
         check.verify(choice)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import util
 
-from moeprof import _C
+from moeprof import _C, _kernels
 
 NORMAL = ("normal", "logit", None)
 
@@ -79,7 +79,7 @@ spec = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, ("{form}", "logit", table), None)
 bad = np.uint16(0x7fff) if logits.dtype == np.uint16 else np.nan
 _C.limit_cpu("scalar")
 first = logits[:, 0]
-during(first, first.copy(), bad, lambda: _C.route(logits, "{dtype}", spec, 2, True), 40)
+during(first, first.copy(), bad, lambda: util.route(logits, "{dtype}", spec, 2, True), 40)
 """
     util.run_python(FLIPPING + code)
 
@@ -103,7 +103,7 @@ def test_ids_are_those_of_one_moment():
         thread = threading.Thread(target=change)
         thread.start()
         going.wait()
-        out = _C.experts(x, ids, w, "float32", pointers, H, 1)
+        out = _C.experts(x, ids, w, _C.Layer(pointers, "float32", H, H), 1)
         going.clear()
         thread.join()
         assert (out[0] == out[-1]).all()
@@ -126,29 +126,38 @@ class Meddling:
 
 @pytest.mark.filterwarnings("ignore:Setting the shape")
 @pytest.mark.parametrize("place", ("parameter", "temperature", "max_k"))
-def test_a_spec_is_read_before_the_arrays(place):
+def test_a_spec_is_read_before_its_tables(place):
     """Whatever a number in it does to the arrays is done before their shapes are taken."""
+    tables = np.tile(util.table_of(3.5), (4, 1))
+    number = Meddling(tables, 2 if place == "max_k" else 0.5)
+    given = list(spec(**{{"parameter": "alpha"}.get(place, place): number}))
+    given[7] = ("table", "logit", tables)
+    with pytest.raises(ValueError, match="p_table: expected 8196 values, got 32784"):
+        _C.RouteSpec(tuple(given), "float32", 4)
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape")
+def test_a_number_of_threads_is_read_before_the_arrays():
     T, E, H = 8, 4, 16
     weights = np.zeros((3, E, H, H), np.float32)
     pointers = np.array([[m.ctypes.data for m in kind] for kind in weights], np.uint64)
+    layer = _C.Layer(pointers, "float32", H, H)
+    few, many = (_C.RouteSpec(spec(), "float32", experts) for experts in (E, T * E))
 
-    def given(array, value):
-        number = Meddling(array, value)
-        return spec(**{{"parameter": "alpha"}.get(place, place): number})
+    def logits():
+        return np.zeros((T, E), np.float32)
 
-    value = 2 if place == "max_k" else 0.5
-    logits = np.zeros((T, E), np.float32)
-    routed = _C.route(logits, "float32", given(logits, value), 1, True)
+    z, x = logits(), np.zeros((T, H), np.float32)
+    routed = _C.route(z, many, Meddling(z, 1), True)
     assert routed[2].shape == (1,) and routed[4].shape == (1, T * E)
-    logits = np.zeros((64, 64), np.float32)  # 4,096 experts then, more than there is room for
-    with pytest.raises(ValueError, match="router_logits: expected 1 to 1024 experts, got 4096"):
-        _C.route(logits, "float32", given(logits, value), 1, False)
-    logits, x = np.zeros((T, E), np.float32), np.zeros((T, H), np.float32)
+    z = logits()
+    with pytest.raises(ValueError, match="router_logits: expected 4 experts.* got 32"):
+        _C.route(z, few, Meddling(z, 1), False)
+    z = logits()
     with pytest.raises(ValueError, match="router_logits: expected shape"):
-        _C.moe(x, logits, "float32", pointers, H, given(logits, value), 1)
-    with pytest.raises(ValueError, match="router_logits: expected shape"):
-        logits = np.zeros((T, E), np.float32)
-        _C.moe(x, logits, "float32", pointers, H, given(x, value), 1)
+        _C.moe(x, z, layer, few, Meddling(z, 1))
+    with pytest.raises(ValueError, match="hidden: expected"):
+        _C.moe(x, logits(), layer, few, Meddling(x, 1))
 
 
 # ---- Python that a call itself runs ----
@@ -156,7 +165,7 @@ def test_a_spec_is_read_before_the_arrays(place):
 CALLBACKS = """
 import numpy as np
 import util
-from moeprof import _C
+from moeprof import _C, _kernels
 
 E, made = 1024, []
 
@@ -201,7 +210,7 @@ def test_a_number_of_the_spec_may_change_arrays(place):
     code = f"""
 for threads in (1, 2):
     z = np.ones((20_000, E), "f4")
-    refused(lambda: _C.route(z, "float32", spec_with({place}, z), threads, True))
+    refused(lambda: util.route(z, "float32", spec_with({place}, z), threads, True))
     assert z.shape == (1, 1)
     layer = util.Layer(4, 16, 16)
     hidden, z = layer.hidden(20_000), np.ones((20_000, 4), "f4")
@@ -209,11 +218,10 @@ for threads in (1, 2):
     hidden, z = layer.hidden(20_000), np.ones((20_000, 4), "f4")
     refused(lambda: layer.moe(hidden, z, spec_with({place}, hidden), threads))
     hidden, pointers = layer.hidden(20), layer.pointers.copy()
-    refused(lambda: _C.moe(hidden, z[:20], "float32", pointers, 16,
-                           spec_with({place}, pointers), threads))
+    refused(lambda: _C.Layer(pointers, "float32", Number(16, pointers), 16))
     z, table = np.ones((20_000, 64), "f4"), np.tile(util.table_of(3.5), (64, 1))
     null = "table", "logit", table
-    refused(lambda: _C.route(z, "float32", spec_with({place}, table, null=null), threads, True))
+    refused(lambda: util.route(z, "float32", spec_with({place}, table, null=null), threads, True))
 """
     util.run_python(CALLBACKS + code)
 
@@ -225,9 +233,9 @@ ids, weights = util.random_slots(20_000, 2, 4)
 for place in range(3):
     arrays = [layer.hidden(20_000), ids.copy(), weights.copy()]
     number = Number(1, arrays[place])
-    refused(lambda: _C.experts(*arrays, "float32", layer.pointers, 16, number))
+    refused(lambda: _C.experts(*arrays, layer.layer, number))
 z = np.ones((20_000, E), "f4")
-assert _C.softmax(z, Number(1, z)).shape == (1, 1)
+assert _kernels.softmax(z, Number(1, z)).shape == (1, 1)
 p = np.ones((20_000, E))
 assert _C.step_up(p, Number(0.5, p)).shape == (1,)
 x, w = np.ones((200, 64), "f4"), np.ones((4, 64), "f4")
@@ -248,16 +256,16 @@ for field in range(3):
 
 MANY = 2**40
 EMPTY = {
-    "order": f"_C.order(None, none(({MANY}, 0)))",
-    "order with p": f"_C.order(none(({MANY}, 0), float), none(({MANY}, 0)))",
-    "softmax": f"_C.softmax(none(({MANY}, 0)), 1.0)",
-    "logprob": f"_C.logprob(none(({MANY}, 0)))",
+    "order": f"_kernels.order(None, none(({MANY}, 0)))",
+    "order with p": f"_kernels.order(none(({MANY}, 0), float), none(({MANY}, 0)))",
+    "softmax": f"_kernels.softmax(none(({MANY}, 0)), 1.0)",
+    "logprob": f"_kernels.logprob(none(({MANY}, 0)))",
     "step_up": f"_C.step_up(none(({MANY}, 0), float), 0.1)",
     "step_up, memory that is there": "_C.step_up(none((2**28, 0), float), 0.1)",
-    "linear": f"_C.linear(none(({MANY}, 0)), none(0, 'i'), none((3, 0)), 'float32')",
+    "linear": f"_kernels.linear(none(({MANY}, 0)), none(0, 'i'), none((3, 0)), 'float32')",
     "dense": f"_C.dense(none((0, 4)), 64, {MANY}, 0, 'float32', 2)",
-    "route": f"_C.route(none((0, {MANY})), 'float32', SPEC, 2, True)",
-    "route without experts": f"_C.route(none(({MANY}, 0)), 'float32', SPEC, 2, True)",
+    "route": f"util.route(none((0, {MANY})), 'float32', SPEC, 2, True)",
+    "route without experts": f"util.route(none(({MANY}, 0)), 'float32', SPEC, 2, True)",
     "p_values": f"_C.p_values(none(({MANY}, 0)), SPEC[7], 2)",
     "experts": f"layer(none((0, 16)), none((0, {MANY}), 'i'), none((0, {MANY})), 2)",
     "moe": "layer.moe(none((0, 16)), none((0, 4)), SPEC, 2)",
@@ -271,7 +279,7 @@ EMPTY = {
 def test_what_has_no_elements_takes_no_time(what):
     code = f"""
 import numpy as np, moeprof, util
-from moeprof import _C
+from moeprof import _C, _kernels
 SPEC = ("bh", (0.3,), 1, 4, 1.0, "sum", 1, ("normal", "logit", None), None)
 layer, none = util.Layer(4, 16, 16), lambda shape, dtype="f4": np.empty(shape, dtype)
 counts, sums = (np.zeros(sum(r * c for _, r, c in part.values()), t)
@@ -324,7 +332,7 @@ def work():
         for null in nulls:
             spec = (name, (0.5,) * len(parameters), 1, 16, 1.0, "mass", 4, null, tables.get(name))
             for threads in (1, 3):
-                _C.route(z, "float32", spec, threads, True)
+                util.route(z, "float32", spec, threads, True)
                 done.append(name)
     layer(layer.hidden(70), ids, weights, 3)
     layer.moe(layer.hidden(70), z[:, :4].copy(), (*spec[:3], 2, *spec[4:7], nulls[0], None), 3)
@@ -346,12 +354,12 @@ def test_threads_share_no_scratch():
     """Routings of several threads at once are those of one alone."""
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(300, 64)).astype(np.float32) for _ in range(4)]
-    alone = [_C.route(z, "float32", spec(), 1, True) for z in inputs]
+    alone = [util.route(z, "float32", spec(), 1, True) for z in inputs]
     wrong = []
 
     def run(z, expected):
         for _ in range(30):
-            found = _C.route(z, "float32", spec(), 2, True)
+            found = util.route(z, "float32", spec(), 2, True)
             if not all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)):
                 wrong.append(z)
 
@@ -363,17 +371,16 @@ def test_threads_share_no_scratch():
     assert not wrong
 
 
-# ---- the built file ----
-
-ELF = Path(_C.__file__)
+# ---- the built files ----
 
 
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.architecture()[0] != "64bit", reason="reads 64-bit ELF"
 )
-def test_the_file_is_hardened():
+@pytest.mark.parametrize("module", (_C, _kernels), ids=lambda module: module.__name__)
+def test_the_file_is_hardened(module):
     """Full RELRO and a stack protector."""
-    data = ELF.read_bytes()
+    data = Path(module.__file__).read_bytes()
     if b"__asan_init" in data:
         pytest.skip("built with MOEPROF_SANITIZE, which brings checks of its own")
     (offset,), (size, count) = (

@@ -274,7 +274,7 @@ def test_c_and_python_parameters_are_the_same():
 @every_router
 def test_each_router_is_documented_and_exported(name):
     cls = REGISTRY[name]
-    assert "Source:" in cls.__doc__ and cls.__name__ in moeprof.__all__
+    assert "Source:" in cls.__doc__ and cls.__name__ in moeprof.routers.__all__
     assert f"{name}_routing" in moeprof.__all__
     for f in fields(cls):
         assert f.name in cls.__doc__ or f.name in Router.__doc__, f.name
@@ -336,10 +336,12 @@ def test_weights_of_experts_and_layers():
     few = WeightedBH(0.2, (4.0, 4.0, 0, 0, 0, 0, 0, 0), min_k=3)
     with pytest.raises(ValueError, match=r"min_k: expected at most 2 \(experts of positive"):
         few.spec(8, norm="sum")
-    spec = list(WeightedBH(0.2, (4.0, 4.0, 0, 0, 0, 0, 0, 0), min_k=2).spec(8, norm="sum"))
+    spec = list(
+        WeightedBH(0.2, (4.0, 4.0, 0, 0, 0, 0, 0, 0), min_k=2).spec(8, norm="sum").arguments
+    )
     spec[2] = 3  # and C itself refuses it
     with pytest.raises(ValueError, match="min_k: expected at most the 2 experts of positive"):
-        _C.route(np.zeros((1, 8), np.float32), "float32", tuple(spec), 1, False)
+        util.route(np.zeros((1, 8), np.float32), "float32", tuple(spec), 1, False)
 
 
 def test_what_only_an_efron_null_has_is_asked_for():
@@ -367,9 +369,9 @@ def test_expert_threshold_works_with_each_experts_own_scores():
 def test_higher_criticism_looks_at_no_more_than_the_experts():
     """A beta above 1, which only C can be given, is 1; it read past the arrays."""
     z = random_logits(20, 64)
-    name, _, *rest = moeprof.HigherCriticism(max_k=64).spec(64, norm="sum")
+    name, _, *rest = moeprof.HigherCriticism(max_k=64).spec(64, norm="sum").arguments
     got = [
-        _C.route(z, "float32", (name, (beta, 0.0, 0.0), *rest), 1, False)[3]
+        util.route(z, "float32", (name, (beta, 0.0, 0.0), *rest), 1, False)[3]
         for beta in (1.0, 20.0, 1e300, np.inf)
     ]
     for rejections in got[1:]:

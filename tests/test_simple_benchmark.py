@@ -225,14 +225,14 @@ def test_an_earlier_patch_stays(memory):
     model = olmoe()
     with moeprof.patch(model, "topk", k=1) as handle:
         before, seen = capture(model), []
-        handle.on_routing(lambda *call: seen.append(call))
+        seeing = handle.on_routing(lambda *call: seen.append(call))
         with undoing(model):
-            handle.on_routing(None)
+            seeing.remove()
             moeprof.unpatch(model)
             moeprof.patch(model, "topk", k=2)
         capture(model)
         assert handle.active and len(seen) == 2
-        handle.on_routing(None)
+        seeing.remove()
         assert_as_before(model, before)
 
 
@@ -359,7 +359,7 @@ def recorded(model, configure, texts, new_tokens):
     """{(category, phase): mean experts per token}, from a callback of a patched model."""
     means, found = {}, []
     handle = configure(model)
-    handle.on_routing(lambda layer, routing: found.append((routing.experts >= 0).sum(1)))
+    handle.on_routing(lambda layer, routing: found.append((routing.expert_ids >= 0).sum(1)))
     for category, members in texts.items():
         for text in members:
             ids = Tokenizer()(text, return_tensors="pt")["input_ids"]

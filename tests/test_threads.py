@@ -33,7 +33,7 @@ hidden, (ids, weights) = layer.hidden(500), util.random_slots(500, 3, 8)
 def run(threads, seed=0):
     return [layer(np.roll(hidden, seed), ids, weights, threads),
             *layer.moe(np.roll(hidden, seed), logits, spec, threads),
-            *_C.route(logits, "float32", spec, threads, True),
+            *util.route(logits, "float32", spec, threads, True),
             _C.p_values(logits, ("table", "logprob", util.table_of(3.5)), threads)]
 
 def digest(arrays):
@@ -219,7 +219,7 @@ def test_fork_while_another_thread_calculates(pool):
 stop = threading.Event()
 def calculate():
     few = logits[:64].copy()
-    while not stop.is_set(): _C.route(few, "float32", spec, 2, False)
+    while not stop.is_set(): util.route(few, "float32", spec, 2, False)
 busy = threading.Thread(target=calculate); busy.start()"""
     code = FORK.format(before=before, children=25, after="stop.set(); busy.join()")
     assert in_pool(pool, code) == ["{0}", "True", name_and_digests(pool)[0]]

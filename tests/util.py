@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeprof import _C
+from moeprof import _C, _kernels
 
 EPS32, TINY32 = float(np.finfo(np.float32).eps), float(np.finfo(np.float32).tiny)
 EPS64 = float(np.finfo(np.float64).eps)
@@ -62,8 +62,15 @@ def in_use():
     return {kernel: variant for kernel, variant, _, used in _C.variants() if used}
 
 
+def limit_cpu(level):
+    """In both extensions."""
+    _C.limit_cpu(level)
+    _kernels.limit_cpu(level)
+    assert _C.variants() == _kernels.variants()
+
+
 def restore_cpu():
-    _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
+    limit_cpu(os.environ.get("MOEPROF_CPU") or None)
 
 
 def force(kernel, variant):
@@ -74,7 +81,7 @@ def force(kernel, variant):
     if not usable:
         pytest.skip(f"{kernel}: this CPU lacks {variant} (it has {_C.cpu_features()})")
     for level in level_names():
-        _C.limit_cpu(level)
+        limit_cpu(level)
         if in_use()[kernel] == variant:
             return
     pytest.fail(f"{kernel}: no level of MOEPROF_CPU selects {variant}, which this CPU has")
@@ -86,7 +93,7 @@ def force_level(level):
 
     if level not in ("scalar", "openblas", *_C.cpu_features()):
         pytest.skip(f"this CPU lacks {level} (it has {_C.cpu_features()})")
-    _C.limit_cpu(level)
+    limit_cpu(level)
 
 
 # ---- 16-bit floats, which travel as uint16 ----
@@ -234,18 +241,17 @@ class Layer:
         self.pointers = np.array(
             [[m.ctypes.data for m in kind] for kind in self.matrices], np.uint64
         ).reshape(3, experts)
+        self.layer = _C.Layer(self.pointers, dtype, hidden, inner)
 
     def hidden(self, tokens, seed=1):
         values = np.random.default_rng(seed).standard_normal((tokens, self.shape[1]))
         return narrow(values, self.dtype)
 
     def __call__(self, hidden, experts, weights, threads=1):
-        return _C.experts(
-            hidden, experts, weights, self.dtype, self.pointers, self.shape[2], threads
-        )
+        return _C.experts(hidden, experts, weights, self.layer, threads)
 
     def moe(self, hidden, logits, spec, threads=1):
-        return _C.moe(hidden, logits, self.dtype, self.pointers, self.shape[2], spec, threads)
+        return moe(hidden, logits, self.layer, spec, threads, self.dtype)
 
     def reference(self, hidden, experts, weights):
         """The output in float64, and how far fp32 sums and one rounding may be from it."""
@@ -262,6 +268,17 @@ class Layer:
             np.add.at(tol, rows, np.abs(w) * y_tol + margin)
         rounding = HALF_ULP[self.dtype] * (np.abs(out) + tol)
         return out, tol + rounding + (2.0**-25 if self.dtype == "float16" else TINY32)
+
+
+def route(logits, dtype, spec, threads, want_p):
+    """_C.route of the tuple that Router.spec() gives, for as many experts as the logits have."""
+    return _C.route(logits, _C.RouteSpec(spec, dtype, logits.shape[1]), threads, want_p)
+
+
+def moe(hidden, logits, layer, spec, threads, dtype="float32"):
+    """_C.moe of such a tuple."""
+    spec = _C.RouteSpec(spec, dtype, logits.shape[1])
+    return _C.moe(hidden, logits, layer, spec, threads)
 
 
 def matmul(x, w, x_tol=0.0):

@@ -11,24 +11,23 @@
 
 /* The rows of x, gathered and widened: (M,K) float, contiguous. Rows that are
  * already so stay where they are. */
-static const float *gather(const mp_rows *x, ptrdiff_t k, mp_dtype dtype, float *to)
+static const float *gather(const mp_rows *x, ptrdiff_t k, mp_float dtype, float *to)
 {
-    if (dtype != MP_BF16 && (!x->index || x->count == 1) && x->stride == k)
+    if (dtype == MP_FLOAT32 && (!x->index || x->count == 1) && x->stride == k)
         return (const float *)x->data + mp_row(x, 0);
-    size_t size = dtype == MP_BF16 ? 2 : 4;
     for (ptrdiff_t r = 0; r < x->count; r++)
-        mp_widen(to + r * k, (const char *)x->data + (size_t)mp_row(x, r) * size, k,
-              dtype == MP_BF16 ? MP_BF16 : MP_F32);
+        mp_widen(to + r * k, (const char *)x->data + mp_row(x, r) * mp_float_size(dtype),
+                 k, dtype);
     return to;
 }
 
-/* out = x W^T for rows x that `gather` has laid out; w_wide: n * k floats. */
+/* out = x W^T for rows x that `gather` has laid out, w of `dtype`; w_wide: n * k floats. */
 static void product(const float *x, ptrdiff_t m, const void *w, ptrdiff_t n,
-                    ptrdiff_t k, mp_dtype dtype, float *w_wide, float *out,
+                    ptrdiff_t k, mp_float dtype, float *w_wide, float *out,
                     ptrdiff_t ldout)
 {
     const float *w_f32 = w;
-    if (dtype != MP_F32 || (uintptr_t)w % sizeof(float)) {
+    if (dtype != MP_FLOAT32 || (uintptr_t)w % sizeof(float)) {
         mp_widen(w_wide, w, n * k, dtype);
         w_f32 = w_wide;
     }
@@ -40,44 +39,45 @@ static void product(const float *x, ptrdiff_t m, const void *w, ptrdiff_t n,
  * many of both. */
 enum { WIDENED = MP_BLOCK_N / 2 };
 
-static void linear(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
-                   mp_dtype dtype, float *out, ptrdiff_t ldout, float *scratch)
+/* The weights of `w_dtype`, the activations of `x_dtype`. */
+static void linear(const mp_rows *x, mp_float x_dtype, const mp_matrix *w,
+                   mp_float w_dtype, ptrdiff_t n, ptrdiff_t k, float *out,
+                   ptrdiff_t ldout, float *scratch)
 {
-    const ptrdiff_t size = mp_act_size(dtype), row = k * mp_weight_size(dtype);
     for (ptrdiff_t r = 0; r < x->count; r += WIDENED) {
         mp_rows block = *x;
         block.count = x->count - r < WIDENED ? x->count - r : WIDENED;
         if (x->index)
             block.index += r;
         else
-            block.data = (const char *)x->data + r * x->stride * size;
-        const float *rows = gather(&block, k, dtype, scratch);
+            block.data = (const char *)x->data + r * x->stride * mp_float_size(x_dtype);
+        const float *rows = gather(&block, k, x_dtype, scratch);
         for (ptrdiff_t j = 0; j < n; j += WIDENED)
-            product(rows, block.count, (const char *)w + j * row,
-                    n - j < WIDENED ? n - j : WIDENED, k, dtype, scratch + WIDENED * k,
-                    out + r * ldout + j, ldout);
+            product(rows, block.count, (const char *)w->data + j * w->row_bytes,
+                    n - j < WIDENED ? n - j : WIDENED, k, w_dtype,
+                    scratch + WIDENED * k, out + r * ldout + j, ldout);
     }
 }
 
 /* The panels are those of scalar/gemm_scalar.c: rows. */
-#define DEFINE(name, dtype)                                                            \
-    void mp_linear_##name##_openblas(const mp_rows *x, const void *w, ptrdiff_t n,     \
+#define DEFINE(name, x_dtype, w_dtype)                                                 \
+    void mp_linear_##name##_openblas(const mp_rows *x, const mp_matrix *w, ptrdiff_t n,\
                                      ptrdiff_t k, const void *next, float *out,        \
                                      ptrdiff_t ldout, float *scratch)                  \
     {                                                                                  \
         (void)next;                                                                    \
-        linear(x, w, n, k, dtype, out, ldout, scratch);                                \
+        linear(x, x_dtype, w, w_dtype, n, k, out, ldout, scratch);                     \
     }                                                                                  \
-    void mp_gemm_##name##_openblas(const void *panels, ptrdiff_t m, const void *w,     \
+    void mp_gemm_##name##_openblas(const void *panels, ptrdiff_t m, const mp_matrix *w,\
                                    ptrdiff_t n, ptrdiff_t k, const void *next,         \
                                    const void *next_panels, float *out,                \
                                    ptrdiff_t ldout, float *scratch)                    \
     {                                                                                  \
         const mp_rows x = {panels, k, NULL, m};                                        \
         (void)next, (void)next_panels;                                                 \
-        linear(&x, w, n, k, dtype, out, ldout, scratch);                               \
+        linear(&x, x_dtype, w, w_dtype, n, k, out, ldout, scratch);                    \
     }
 
-DEFINE(f32, MP_F32)
-DEFINE(bf16, MP_BF16)
-DEFINE(f16, MP_F16)
+DEFINE(f32, MP_FLOAT32, MP_FLOAT32)
+DEFINE(bf16, MP_BFLOAT16, MP_BFLOAT16)
+DEFINE(f16, MP_FLOAT32, MP_FLOAT16)

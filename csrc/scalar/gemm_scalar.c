@@ -7,20 +7,20 @@
                                   ptrdiff_t width, void *panels)                       \
     {                                                                                  \
         for (ptrdiff_t r = 0; r < x->count; r++)                                       \
-            memcpy((TYPE *)panels + r * width + at, (const TYPE *)x->data + mp_row(x, r), \
+            memcpy((TYPE *)panels + r * width + at, (const TYPE *)x->data + mp_row(x, r),\
                    (size_t)k * sizeof(TYPE));                                          \
     }
 
-#define DEFINE_GEMM(dtype)                                                             \
-    mp_linear_##dtype##_fn mp_linear_##dtype##_scalar;                                 \
-    void mp_gemm_##dtype##_scalar(const void *panels, ptrdiff_t m, const void *w,      \
+#define DEFINE_GEMM(name)                                                              \
+    mp_linear_##name##_fn mp_linear_##name##_scalar;                                   \
+    void mp_gemm_##name##_scalar(const void *panels, ptrdiff_t m, const mp_matrix *w,  \
                                   ptrdiff_t n, ptrdiff_t k, const void *next,          \
                                   const void *next_panels, float *out,                 \
                                   ptrdiff_t ldout, float *scratch)                     \
     {                                                                                  \
         (void)next_panels;                                                             \
         const mp_rows x = {panels, k, NULL, m};                                        \
-        mp_linear_##dtype##_scalar(&x, w, n, k, next, out, ldout, scratch);            \
+        mp_linear_##name##_scalar(&x, w, n, k, next, out, ldout, scratch);             \
     }
 
 DEFINE_PACK(f32, float)

@@ -180,7 +180,7 @@ static MP_TARGET void columns(place p, const char *w, ptrdiff_t n, int first,
     }
 }
 
-MP_TARGET void mp_gemm_bf16_amx(const void *panels, ptrdiff_t m, const void *w,
+MP_TARGET void mp_gemm_bf16_amx(const void *panels, ptrdiff_t m, const mp_matrix *w,
                                 ptrdiff_t n, ptrdiff_t k, const void *next,
                                 const void *next_panels, float *out, ptrdiff_t ldout,
                                 float *scratch)
@@ -195,7 +195,7 @@ MP_TARGET void mp_gemm_bf16_amx(const void *panels, ptrdiff_t m, const void *w,
     };
     configure(p.rows);
     if (p.has_tail)
-        copy_w_tail(w, n, k, w_tail);
+        copy_w_tail(w->data, n, k, w_tail);
     for (ptrdiff_t r = 0; r < m; r += 2 * TILE) {
         const int V = m - r > TILE ? 2 : 1;
         const char *behind = p.panels + V * p.panel_bytes;
@@ -204,7 +204,7 @@ MP_TARGET void mp_gemm_bf16_amx(const void *panels, ptrdiff_t m, const void *w,
         p.tokens = m - r < 2 * TILE ? m - r : 2 * TILE;
         p.next_panels = r + 2 * TILE < m ? behind : next_panels;
         p.out = out + r * ldout;
-        columns(p, w, n, r == 0, next);
+        columns(p, w->data, n, r == 0, next);
         p.panels = behind;
     }
     TILE_RELEASE();

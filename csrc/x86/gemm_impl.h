@@ -226,9 +226,10 @@ static MP_TARGET void NAME(columns)(NAME(place) p, ptrdiff_t panels, int half,
     }
 }
 
-MP_TARGET void NAME(gemm)(const void *panels, ptrdiff_t m, const void *w, ptrdiff_t n,
-                          ptrdiff_t k, const void *next, const void *next_panels,
-                          float *out, ptrdiff_t ldout, float *scratch)
+MP_TARGET void NAME(gemm)(const void *panels, ptrdiff_t m, const mp_matrix *w,
+                          ptrdiff_t n, ptrdiff_t k, const void *next,
+                          const void *next_panels, float *out, ptrdiff_t ldout,
+                          float *scratch)
 {
     const ptrdiff_t units = PAIRS ? (k + 1) / 2 : k;
     NAME(place) p = {
@@ -242,7 +243,7 @@ MP_TARGET void NAME(gemm)(const void *panels, ptrdiff_t m, const void *w, ptrdif
         const char *behind = p.panels + count * p.panel_bytes;
         p.next_panels = (count + half) * LANES < p.rows ? behind : next_panels;
         p.out = out + r * ldout;
-        NAME(columns)(p, count, half, w, n, k, r == 0, next, scratch);
+        NAME(columns)(p, count, half, w->data, n, k, r == 0, next, scratch);
         p.panels = behind;
         count += half;
     }

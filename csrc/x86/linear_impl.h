@@ -96,10 +96,11 @@ static const char *NAME(ahead)(const char *w, const char *next, ptrdiff_t j, ptr
     return next ? next + beyond : w + j * row;
 }
 
-MP_TARGET void NAME(linear)(const mp_rows *x, const void *w, ptrdiff_t n, ptrdiff_t k,
-                            const void *next, float *out, ptrdiff_t ldout,
+MP_TARGET void NAME(linear)(const mp_rows *x, const mp_matrix *matrix, ptrdiff_t n,
+                            ptrdiff_t k, const void *next, float *out, ptrdiff_t ldout,
                             float *scratch)
 {
+    const char *w = matrix->data;
     const ptrdiff_t row = k * W_SIZE, passes = (x->count + TILE_M - 1) / TILE_M;
     (void)scratch;
     for (ptrdiff_t pass = 0; pass < passes; pass++) {
@@ -111,7 +112,7 @@ MP_TARGET void NAME(linear)(const mp_rows *x, const void *w, ptrdiff_t n, ptrdif
         for (ptrdiff_t j = 0, step; j < n; j += step) {
             step = n - j >= TILE_R ? TILE_R : 1;
             (step == 1 ? NAME(row) : NAME(rows))(
-                m, rows, (const char *)w + j * row, k,
+                m, rows, w + j * row, k,
                 NAME(ahead)(w, next, j, n, row, pass, passes), out + first * ldout + j,
                 ldout);
         }

@@ -5,66 +5,16 @@ Two operators, both opaque to torch.compile and counted by torch's FlopCounterMo
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import _C
-from .cpu import get_num_threads
-
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-# ---- torch memory as the kernels see it ----
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """A NumPy view of a CPU tensor, 16-bit floats as uint16; a copy only of one that is not
-    contiguous, or whose sign is still to be turned (torch's negative bit)."""
-    tensor = tensor.detach().resolve_neg().contiguous()
-    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
-
-
-def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """What the kernels wrote, uint16 for 16-bit floats, as a tensor on the same memory."""
-    return torch.from_numpy(array).view(dtype)
-
-
-def pointer_table(weights: Sequence[Tensor]) -> tuple[np.ndarray, int]:
-    """Where the matrices of each expert lie.
-
-    Parameters
-    ----------
-    weights
-        Either the packed pair ``[gate_up (E, 2I, H), down (E, H, I)]`` of transformers 5, or
-        the list ``[gate_0, up_0, down_0, gate_1, ...]`` of transformers 4. Contiguous.
-
-    Returns
-    -------
-    pointers : (3, E) uint64
-        Addresses of gate, up and down. They hold as long as the tensors do.
-    intermediate_size : int
-    """
-    if weights[0].dim() == 2:
-        addresses = np.array([w.data_ptr() for w in weights], dtype=np.uint64)
-        return np.ascontiguousarray(addresses.reshape(-1, 3).T), weights[0].shape[0]
-    gate_up, down = weights
-    num_experts, hidden_size, intermediate_size = down.shape
-    half = intermediate_size * hidden_size * down.element_size()
-    at = _packed_pointers(gate_up.data_ptr(), down.data_ptr(), num_experts, half)
-    return at, intermediate_size
-
-
-@lru_cache(maxsize=1024)  # of the layers in use; a pure function of the addresses
-def _packed_pointers(gate_up: int, down: int, num_experts: int, matrix_bytes: int) -> np.ndarray:
-    experts = np.arange(num_experts, dtype=np.uint64) * np.uint64(matrix_bytes)
-    gate = 2 * experts + np.uint64(gate_up)
-    pointers = np.stack([gate, gate + np.uint64(matrix_bytes), experts + np.uint64(down)])
-    pointers.setflags(write=False)
-    return pointers
+from .base import MoEOutput
+from .c import C
+from .spec import RouteSpec, max_k_of
+from .tables import WeightTable
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -87,106 +37,78 @@ def unobserved(*tensors: Tensor) -> bool:
     )
 
 
-# ---- the operators ----
+# ---- the operators: on tensors, since a dispatcher knows no tables ----
 
 
 def _experts(
-    hidden: Tensor, experts: Tensor, routing_weights: Tensor, weights: list[Tensor], name: str
+    hidden: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    matrices: list[Tensor],
+    name: str,
 ) -> Tensor:
-    pointers, intermediate_size = pointer_table(weights)
-    if experts.dtype not in (torch.int32, torch.int64):
-        experts = experts.to(torch.int64)
-    if routing_weights.dtype not in (torch.float32, hidden.dtype):
-        routing_weights = routing_weights.to(torch.float32)
-    try:
-        out = _C.experts(
-            as_array(hidden),
-            as_array(experts),
-            as_array(routing_weights),
-            DTYPES[hidden.dtype],
-            pointers,
-            intermediate_size,
-            get_num_threads(),
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return as_tensor(out, hidden.dtype)
+    return _run_experts(hidden, expert_ids, routing_weights, WeightTable(matrices), name)
 
 
 experts_op = torch.library.custom_op("moeprof::experts", _experts, mutates_args=())
 
 
 @experts_op.register_fake
-def _(hidden, experts, routing_weights, weights, name):
+def _(hidden, expert_ids, routing_weights, matrices, name):
     return torch.empty_like(hidden)
 
 
 def _moe(
     hidden: Tensor,
     logits: Tensor,
-    weights: list[Tensor],
-    router: str,
-    parameters: list[float],
-    min_k: int,
-    max_k: int,
-    temperature: float,
-    norm: str,
-    norm_k: int,
-    null: str,
-    score: str,
+    matrices: list[Tensor],
+    spec: str,
     p_table: Tensor | None,
     table: Tensor | None,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pointers, intermediate_size = pointer_table(weights)
-    p_array, array = (None if t is None else t.numpy() for t in (p_table, table))
-    spec = (
-        router,
-        tuple(parameters),
-        min_k,
-        max_k,
-        temperature,
-        norm,
-        norm_k,
-        (null, score, p_array),
-        array,
-    )
-    try:
-        out, *routing = _C.moe(
-            as_array(hidden),
-            as_array(logits),
-            DTYPES[hidden.dtype],
-            pointers,
-            intermediate_size,
-            spec,
-            get_num_threads(),
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return (as_tensor(out, hidden.dtype), *map(torch.from_numpy, routing))
+    arrays = (None if t is None else t.numpy() for t in (p_table, table))
+    given = RouteSpec.from_operands(spec, *arrays)
+    return tuple(_run_moe(hidden, logits, WeightTable(matrices), given, name))
 
 
 moe_op = torch.library.custom_op("moeprof::moe", _moe, mutates_args=())
 
 
 @moe_op.register_fake
-def _(hidden, logits, weights, router, parameters, min_k, max_k, *rest):
+def _(hidden, logits, matrices, spec, *rest):
     tokens = hidden.shape[0]
-    slots = hidden.new_empty((tokens, max_k), dtype=torch.int32)
+    slots = hidden.new_empty((tokens, max_k_of(spec)), dtype=torch.int32)
     counts = hidden.new_empty((tokens,), dtype=torch.int32)
     return (torch.empty_like(hidden), slots.float(), slots, counts, torch.empty_like(counts))
+
+
+def _run_experts(
+    hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Any, name: str
+) -> Tensor:
+    try:
+        return C.experts(hidden, expert_ids, routing_weights, table)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _run_moe(hidden: Tensor, logits: Tensor, table: Any, spec: RouteSpec, name: str) -> MoEOutput:
+    try:
+        return C.moe(hidden, logits, table, spec)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 # ---- gradients: refused, never dropped ----
 
 
 # What stands before the name of a class of experts that were called by themselves.
-_BY_ITSELF = "experts_forward: "
+BY_ITSELF = "experts_forward: "
 
 
 def _instead(name: str) -> str:
     """What a user does who wants gradients from the experts of this name."""
-    if name.startswith(_BY_ITSELF):
+    if name.startswith(BY_ITSELF):
         return 'choose other experts for that, model.set_experts_implementation("grouped_mm")'
     return "unpatch the model for that"
 
@@ -204,20 +126,42 @@ experts_op.register_autograd(_refuse, setup_context=_remember_name)
 moe_op.register_autograd(_refuse, setup_context=_remember_name)
 
 
-def run_experts(hidden, experts, routing_weights, weights, name) -> Tensor:
+# While a compiler traces there is no memory to make a table of: then the matrices themselves.
+Matrices = WeightTable | list[Tensor]
+
+
+def run_experts(
+    hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Matrices, name: str
+) -> Tensor:
     """`experts_op`, around the dispatcher where nobody looks."""
-    if unobserved(hidden, routing_weights, *weights):
-        return _experts(hidden, experts, routing_weights, weights, name)
-    _refuse_tangents(name, hidden, routing_weights, *weights)
-    return experts_op(hidden, experts, routing_weights, weights, name)
+    matrices = [*table.matrices] if isinstance(table, WeightTable) else table
+    if unobserved(hidden, routing_weights, *matrices):
+        return _run_experts(hidden, expert_ids, routing_weights, table, name)
+    _refuse_tangents(name, hidden, routing_weights, *matrices)
+    return experts_op(hidden, expert_ids, routing_weights, matrices, name)
 
 
-def run_moe(hidden, logits, weights, *spec) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`moe_op`, around the dispatcher where nobody looks."""
-    if unobserved(hidden, logits, *weights):
-        return _moe(hidden, logits, weights, *spec)
-    _refuse_tangents(spec[-1], hidden, logits, *weights)
-    return moe_op(hidden, logits, weights, *spec)
+def run_moe(
+    hidden: Tensor, logits: Tensor, table: Matrices, spec: RouteSpec, operands: Any, name: str
+) -> MoEOutput:
+    """`moe_op`, around the dispatcher where nobody looks; operands: `operands_of(spec)`."""
+    matrices = [*table.matrices] if isinstance(table, WeightTable) else table
+    if unobserved(hidden, logits, *matrices):
+        return _run_moe(hidden, logits, table, spec, name)
+    _refuse_tangents(name, hidden, logits, *matrices)
+    return MoEOutput(*moe_op(hidden, logits, matrices, *operands, name))
+
+
+def table_of(matrices: list[Tensor]) -> Matrices:
+    """A table of these matrices, or they themselves while a compiler traces."""
+    return matrices if torch.compiler.is_compiling() else WeightTable(matrices)
+
+
+def operands_of(spec: RouteSpec) -> tuple[str, Tensor | None, Tensor | None]:
+    """What `moe_op` is given of a spec."""
+    text, *arrays = spec.operands()
+    p_table, table = (None if a is None else torch.from_numpy(a) for a in arrays)
+    return text, p_table, table
 
 
 def _refuse_tangents(name: str, *tensors: Tensor) -> None:
@@ -231,8 +175,8 @@ def _refuse_tangents(name: str, *tensors: Tensor) -> None:
 # ---- FLOPs: 6 H I for each expert that a token was sent to ----
 
 
-def _expert_flops(weights: Sequence[Tensor]) -> int:
-    down = weights[-1]  # (E, H, I) or (H, I)
+def _expert_flops(matrices: Sequence[Tensor]) -> int:
+    down = matrices[-1]  # (E, H, I) or (H, I)
     return 6 * down.shape[-1] * down.shape[-2]
 
 
@@ -243,140 +187,13 @@ def _total(counts: Tensor, upper_bound: int) -> int:
 
 
 @register_flop_formula(torch.ops.moeprof.experts, get_raw=True)
-def _(hidden, experts, routing_weights, weights, name, *, out_val=None, **kwargs) -> int:
-    num_experts = len(weights[-1]) if weights[-1].dim() == 3 else len(weights) // 3
-    ran = (experts >= 0) & (experts < num_experts)
-    return _expert_flops(weights) * _total(ran, experts.numel())
+def _(hidden, expert_ids, routing_weights, matrices, name, *, out_val=None, **kwargs) -> int:
+    num_experts = len(matrices[-1]) if matrices[-1].dim() == 3 else len(matrices) // 3
+    ran = (expert_ids >= 0) & (expert_ids < num_experts)
+    return _expert_flops(matrices) * _total(ran, expert_ids.numel())
 
 
 @register_flop_formula(torch.ops.moeprof.moe, get_raw=True)
-def _(hidden, logits, weights, *spec, out_val=None, **kwargs) -> int:
-    _, _, experts, counts, _ = out_val
-    return _expert_flops(weights) * _total(counts, experts.numel())
-
-
-# ---- one layer's experts, on request ----
-
-
-def experts_forward(
-    experts: torch.nn.Module, hidden: Tensor, idx: Tensor, weights: Tensor
-) -> Tensor:
-    """Run the experts that a routing names, skipping the others and every empty slot.
-
-    On transformers 5 this is also the experts implementation "moeprof":
-    ``model.set_experts_implementation("moeprof")``, for every class on that interface with
-    SwiGLU experts without bias.
-
-    Parameters
-    ----------
-    experts : torch.nn.Module
-        Holds ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I), float32, bfloat16 or
-        float16, on the CPU.
-    hidden : (T, H), dtype of the weights
-    idx : (T, k) integer, expert ids; -1, or E as transformers writes it, for an empty slot
-    weights : (T, k) floating point
-
-    Returns
-    -------
-    (T, H) tensor, dtype of hidden
-
-    Raises
-    ------
-    ValueError
-        If the experts, or the shapes, are not of that form; it names what was expected.
-    TypeError
-        If experts is no module, or another argument no tensor.
-    """
-    if not isinstance(experts, torch.nn.Module):
-        kind = type(experts).__name__
-        raise TypeError(f"experts_forward: experts: expected a torch.nn.Module, got {kind}")
-    for argument, value in (("hidden", hidden), ("idx", idx), ("weights", weights)):
-        if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise TypeError(f"experts_forward: {argument}: expected a torch.Tensor, got {kind}")
-    name = _BY_ITSELF + type(experts).__name__
-    matrices, reason = read_packed(experts)
-    if reason:
-        raise ValueError(f"{name}: not on moeprof's path: {reason}")
-    if hidden.dim() != 2 or hidden.shape[1] != matrices[1].shape[1]:
-        raise ValueError(
-            f"{name}: hidden: expected (T, {matrices[1].shape[1]}), got {tuple(hidden.shape)}"
-        )
-    if idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool:
-        raise ValueError(f"{name}: idx: expected integers, got {idx.dtype}")
-    if idx.dim() != 2 or idx.shape != weights.shape or len(idx) != len(hidden):
-        raise ValueError(
-            f"{name}: idx and weights: expected ({len(hidden)}, k) both, "
-            f"got {tuple(idx.shape)} and {tuple(weights.shape)}"
-        )
-    if reason := tensor_obstacle([*matrices, hidden]) or routing_obstacle(idx, weights):
-        raise ValueError(f"{name}: {reason}")
-    return run_experts(hidden, idx, weights, matrices, name)
-
-
-def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
-    """Why the kernels can't read these tensors as one layer's, or None."""
-    dtype = tensors[0].dtype
-    if dtype not in DTYPES:
-        return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
-    # A tracer's tensors have a class of their own and no memory: what it makes of the operator
-    # is asked again when that runs.
-    traced = torch.compiler.is_compiling()
-    for tensor in tensors:
-        if not traced and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            return f"a tensor of class {type(tensor).__name__}"
-        if tensor.device.type != "cpu":
-            return f"a tensor on device {tensor.device} (only cpu is supported)"
-        if tensor.layout is not torch.strided or (not traced and tensor.is_neg()):
-            return "a tensor that is not plain memory (its layout, or a lazy sign)"
-        if tensor.dtype != dtype:
-            return f"dtypes {dtype} and {tensor.dtype} in one layer"
-    return None
-
-
-def routing_obstacle(experts: Tensor, routing_weights: Tensor) -> str | None:
-    """Why a routing that is given can't be read, or None."""
-    for tensor in (experts, routing_weights):
-        if tensor.device.type != "cpu":
-            return f"a routing on device {tensor.device} (only cpu is supported)"
-    return None
-
-
-def is_silu(activation) -> bool:
-    """True for torch's and transformers' SiLU."""
-    return type(activation).__name__ in ("SiLU", "SiLUActivation")
-
-
-def read_packed(experts: torch.nn.Module) -> tuple[list[Tensor], str | None]:
-    """([gate_up_proj, down_proj], None) of packed experts of transformers 5, or ([], why not)."""
-    own, kind = vars(experts), type(experts)
-
-    def flag(name: str, default: bool) -> bool:
-        # Not getattr: on a module, what is not there costs ten times what is.
-        return own.get(name, getattr(kind, name, default))
-
-    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
-        return [], "no tensors gate_up_proj and down_proj"
-    if flag("has_bias", False):
-        return [], "experts with a bias"
-    if flag("is_transposed", False) or not flag("is_concatenated", True):
-        return [], "transposed or interleaved expert weights"
-    if flag("has_post_expert_norm", False):
-        return [], "a norm after each expert"
-    if flag("_is_expert_parallel", False):
-        return [], "expert parallelism"
-    apply_gate = getattr(kind, "_apply_gate", None)
-    if apply_gate is not None and apply_gate.__name__ != "_default_apply_gate":
-        return [], "a gating of its own (_apply_gate)"
-    activation = getattr(experts, "act_fn", None)
-    if not is_silu(activation):
-        return [], f"activation {activation!r} (SiLU is supported)"
-    if down.dim() != 3:
-        return [], f"down_proj of shape {tuple(down.shape)} (expected (E, H, I))"
-    num_experts, hidden_size, intermediate_size = down.shape
-    if gate_up.shape != (num_experts, 2 * intermediate_size, hidden_size):
-        return [], f"gate_up_proj {tuple(gate_up.shape)} beside down_proj {tuple(down.shape)}"
-    if not (gate_up.is_contiguous() and down.is_contiguous()):
-        return [], "expert weights that are not contiguous"
-    return [gate_up, down], None
+def _(hidden, logits, matrices, *spec, out_val=None, **kwargs) -> int:
+    _, _, expert_ids, counts, _ = out_val
+    return _expert_flops(matrices) * _total(counts, expert_ids.numel())

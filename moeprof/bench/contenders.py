@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe import modeling_olmoe
 
-from ..backends.ops import experts_forward
+from ..patching.experts_forward import experts_forward
 from ..patching.patch import patch
 
 if TYPE_CHECKING:

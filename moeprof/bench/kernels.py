@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from .. import _C
-from ..backends.ops import as_array
+from .. import _C, _kernels
+from ..backends.tables import as_array
 from ..measure.limits import SIZE, limit_calls
 from ..measure.machine import cache_bytes
 from ..measure.timing import interleave, steps
@@ -36,7 +36,7 @@ GEMM_WEIGHTS = 256  # rows; they stay in L2, so that the FMA units are the limit
 ROUTED = 512  # tokens
 SWIGLU = 2**16  # numbers
 WORDS = (
-    "One call through moeprof._C, the allocation of its result included, in gemm_* pack_*, in "
+    "One call of a binding, the allocation of its result included, in gemm_* pack_*, in "
     "step_up the sorting. "
     "Limits, of one thread: for linear_* reading the same weights, which are larger than the "
     f"caches; for gemm_* the best rate seen of torch's dense {SIZE}^3 GEMM and of the kernels "
@@ -81,11 +81,17 @@ def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
 # ---- variants ----
 
 
+def _limit_cpu(level: str | None) -> None:
+    """In both extensions, which have their own tables of kernels."""
+    _C.limit_cpu(level)
+    _kernels.limit_cpu(level)
+
+
 def _levels(kernel: str) -> dict[str, str]:
     """{variant: the poorest level of MOEPROF_CPU that selects it}, scalar first."""
     found: dict[str, str] = {}
     for level in ("scalar", "openblas", *_C.cpu_features()):
-        _C.limit_cpu(level)
+        _limit_cpu(level)
         for name, variant, _, used in _C.variants():
             if name == kernel and used:
                 found.setdefault(variant, level)
@@ -100,12 +106,12 @@ def _rows(case: Case, repeats: int, bar: Bar) -> list[dict[str, Any]]:
         calls |= dict.fromkeys(levels, case.call)
 
         def prepare(name: str) -> tuple[()]:
-            _C.limit_cpu(levels.get(name))
+            _limit_cpu(levels.get(name))
             return ()
 
         times = interleave(calls, repeats, prepare, bar)
     finally:
-        _C.limit_cpu(os.environ.get("MOEPROF_CPU") or None)
+        _limit_cpu(os.environ.get("MOEPROF_CPU") or None)
     return [
         {
             "kernel": case.kernel,
@@ -160,7 +166,7 @@ def _cases(settings: Settings) -> list[Callable[[], Case]]:
 def _operands(
     rows: int, out: int, inner: int, dtype: str
 ) -> tuple[tuple[NDArray[Any], NDArray[np.int32], NDArray[Any], str], Tensor]:
-    """(x, index, w, dtype) of _C.linear and _C.gemm, and w's words."""
+    """(x, index, w, dtype) of _kernels.linear and _kernels.gemm, and w's words."""
     torch_dtype = getattr(torch, dtype)
     words, tensors = random_tensors({"w": (out, inner)}, torch_dtype)
     x = torch.randn(rows, inner).to(torch_dtype if dtype == "bfloat16" else torch.float32)
@@ -174,7 +180,7 @@ def _linear(shape: Shape, dtype: str) -> Case:
     nbytes = out * shape.hidden * itemsize
     limit = Limit("GB/s", nbytes, words.max, words.nbytes)
     what = f"1 row, {nbytes / 1e6:.0f} MB"
-    return Case(f"linear_{SUFFIX[dtype]}", what, partial(_C.linear, *operands), limit)
+    return Case(f"linear_{SUFFIX[dtype]}", what, partial(_kernels.linear, *operands), limit)
 
 
 def _gemm(shape: Shape, dtype: str, rows: int) -> Case:
@@ -184,12 +190,12 @@ def _gemm(shape: Shape, dtype: str, rows: int) -> Case:
     peak = "bfloat16" if dtype == "bfloat16" else "float32"
     limit = Limit("GFLOP/s", flop, dense, 2 * SIZE**3, peak)
     what = f"{rows} rows, ({GEMM_WEIGHTS}, {shape.hidden})"
-    return Case(f"gemm_{SUFFIX[dtype]}", what, partial(_C.gemm, *operands), limit)
+    return Case(f"gemm_{SUFFIX[dtype]}", what, partial(_kernels.gemm, *operands), limit)
 
 
 def _swiglu(dtype: str) -> Case:
     gate, up = (torch.randn(SWIGLU).numpy() for _ in range(2))
-    call = partial(_C.swiglu, gate, up, dtype)
+    call = partial(_kernels.swiglu, gate, up, dtype)
     return Case(f"swiglu_{SUFFIX[dtype]}", f"{SWIGLU} numbers", call)
 
 
@@ -198,11 +204,11 @@ def _routing(shape: Shape, kernel: str) -> Case:
     p = _C.p_values(z, null.spec)
     sorting = ", sorted" if kernel == "step_up" else ""
     calls: dict[str, Callable[..., object]] = {
-        "softmax": partial(_C.softmax, z, 1.0),
-        "logprob": partial(_C.logprob, z),
+        "softmax": partial(_kernels.softmax, z, 1.0),
+        "logprob": partial(_kernels.logprob, z),
         "p_table": partial(_C.p_values, z, ("table", "logit", null.table)),
         "p_normal": partial(_C.p_values, z, ("normal", "logit", None)),
-        "order": partial(_C.order, p, z),
+        "order": partial(_kernels.order, p, z),
         "step_up": partial(_C.step_up, p, 0.3),
     }
     return Case(kernel, f"{ROUTED} rows of {shape.experts}{sorting}", calls[kernel])

@@ -11,7 +11,7 @@ import torch
 
 from .. import _C
 from ..backends.cpu import get_num_threads
-from ..backends.ops import as_array
+from ..backends.tables import as_array
 from ..measure.timing import interleave, steps
 from ..null import LayerNull
 from ..null.efron import efron_table, fit_efron
@@ -81,7 +81,9 @@ def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
             shape.experts, norm="none", norm_k=shape.top_k, null=fitted_null(shape)
         ),
     }
-    calls = {name: _route(spec, settings.one_dtype) for name, spec in specs.items()}
+    calls: dict[str, Callable[..., object]] = {
+        name: _route(spec.in_c(settings.one_dtype)) for name, spec in specs.items()
+    }
     calls["layer"] = layer
     with torch.inference_mode():
         rows = [_row(settings, calls, tokens, bar) for tokens in settings.tokens]
@@ -100,7 +102,7 @@ def _all_routers(settings: Settings, rows: list[dict[str, Any]], bar: Bar) -> di
         own = {"k": shape.top_k} if name == "topk" else {}
         router = make_router(name, max_k=shape.top_k, **own)
         spec = router.spec(shape.experts, norm="sum", null=null)
-        calls[name, "C"] = partial(_C.route, z, "float32", spec, get_num_threads(), False)
+        calls[name, "C"] = partial(_C.route, z, spec.in_c("float32"), get_num_threads(), False)
         calls[name, "torch"] = partial(twins.route, router, tensor, null)
     times = interleave(calls, settings.rounds(tokens), lambda name: (), bar)
     layer = next(row["times"]["layer"]["median_ms"] for row in rows if row["tokens"] == tokens)
@@ -118,9 +120,9 @@ def _of_router(name: str, times: Mapping[Any, Mapping[str, float]], layer: float
     }
 
 
-def _route(spec: Any, dtype: str) -> Callable[..., object]:
+def _route(spec: _C.RouteSpec) -> Callable[..., object]:
     def call(x: torch.Tensor, logits: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> object:
-        return _C.route(as_array(logits), dtype, spec, get_num_threads(), False)
+        return _C.route(as_array(logits), spec, get_num_threads(), False)
 
     return call
 

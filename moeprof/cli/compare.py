@@ -138,7 +138,7 @@ def _comparison(
     null: Null | None,
 ) -> Comparison:
     from .. import demo
-    from ..models.find import experts_of
+    from ..models.blocks import experts_of
     from ..models.tokens import prompt_ids
     from ..studies.comparison.contenders import Nulls
     from ..studies.comparison.plan import plan_tables

@@ -73,7 +73,7 @@ def _alpha(text: str) -> float:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.find import experts_of
+    from ..models.blocks import experts_of
     from ..null import resolve_null
     from ..routers import BH
     from ..studies.diagnosis import diagnose

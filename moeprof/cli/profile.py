@@ -139,7 +139,7 @@ def _value(text: str) -> Any:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.find import experts_of
+    from ..models.blocks import experts_of
     from ..null import resolve_null
     from ..profiler.records import check_records
 

@@ -105,7 +105,7 @@ def _alphas(text: str) -> tuple[float, ...]:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.find import experts_of
+    from ..models.blocks import experts_of
     from ..studies.sweep import Experiment, Store, sweep
 
     prompts = demo.prompts() if arguments.prompts is None else read_prompts(arguments.prompts)

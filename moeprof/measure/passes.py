@@ -159,7 +159,7 @@ class Reference:
         agree, predicted = np.zeros(size, np.int64), np.zeros(size, np.int64)
         patched = patch(self.model, router, null=null, norm=norm)
         with patched as handle, torch.inference_mode():
-            calls: list[list[Tensor]] = [[] for _ in handle.layers]
+            calls: list[list[Any]] = [[] for _ in handle.layers]
             handle.on_routing(lambda layer, routing: calls[layer].append(routing.counts))
             for windows, full in zip(batches(self.text), self.log_probs, strict=True):
                 ids = _ids(windows)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_model
-from ..models.finding import find_sites
+from ..models.find import find_sites
 from .bits import words_of
 from .limits import SIZE
 from .machine import cache_bytes

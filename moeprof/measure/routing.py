@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from .. import _C
-from ..backends.cpu import get_num_threads
-from ..backends.ops import as_array
-from ..models.find import adapter_of, find_moe_blocks
+from ..backends.c import C
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..null.layers import LayerNull, TokenNull
     from ..null.resolve import AnyNull
     from ..routers.base import Router
-
-
-def model_norm(model: nn.Module) -> tuple[str, int]:
-    """(norm, top_k): how the model weighs its experts ("sum" or "none"), and how many it takes."""
-    _, block = find_moe_blocks(model)[0]
-    top_k, norm_topk_prob = adapter_of(block).settings(block)
-    return ("sum" if norm_topk_prob else "none"), top_k
 
 
 def by_layer(
@@ -44,11 +31,9 @@ def by_layer(
 def choose(
     router: Router, logits: Tensor, null: LayerNull | TokenNull | None, norm: str, norm_k: int
 ) -> tuple[Tensor, ...]:
-    """(weights (T, k), experts (T, k), counts (T,), rejections (T,)) as a patched layer has them.
+    """(weights (T, k), expert_ids (T, k), counts, rejections (T,)), as a patched layer has them.
 
     router: a Router with scalar parameters; logits (T, E); null: its LayerNull, or None.
     """
     spec = router.spec(logits.shape[1], norm=norm, norm_k=norm_k, null=null)
-    rows = as_array(logits.float())
-    *routing, _ = _C.route(rows, "float32", spec, get_num_threads(), False)
-    return tuple(map(torch.from_numpy, routing))
+    return C.route(logits.float(), spec)

@@ -1,11 +1,14 @@
-"""Other libraries that change a model's modules: recognised, and named in errors.
+"""What others have changed in a model: recognised, and named in errors.
 
 What the C path reads is plain memory, and what it does not call is left out. Where a library
 has put its own classes, hooks or tensors into a layer, the error says which one and what to do.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from operator import is_
+from typing import Any
 
+import torch
 from torch import nn
 
 _QUANTISED = (
@@ -68,3 +71,98 @@ def _origin(thing) -> Iterator[str]:
     function = getattr(thing, "func", thing)
     yield getattr(function, "__module__", None) or ""
     yield type(function).__module__
+
+
+# ---- hooks and forwards that would be skipped ----
+
+# Hooks that may sit on a gate or on all modules, since they change no output: transformers'
+# recorder of router logits, torch's own (FlopCounterMode tracks modules) and moeprof's.
+_KNOWN_HOOKS = ("transformers.utils.output_capturing", "torch.utils.", "moeprof.")
+
+
+def full_name(module: nn.Module) -> str:
+    """The class with the Python module that it is from: several libraries have a Linear."""
+    return f"{type(module).__name__} ({type(module).__module__})"
+
+
+def hooked(module: nn.Module) -> str | None:
+    """What of this module, which the C path does not call, would be left out, or None."""
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    if hooks and all(getattr(h, "__module__", "").startswith("moeprof.") for h in _hooks(module)):
+        hooks = None  # the profiler's, which the C path tells by itself what it ran
+    if hooks or "forward" in own:
+        return f"a hook or a forward of its own on {type(module).__name__} in the experts"
+    return None
+
+
+def gate_obstacle(gate: nn.Module, stock: type[nn.Module], patched: Any) -> str | None:
+    """What stands before the experts of a block and would be passed by, or None.
+
+    stock: the class of gates whose own choice the C path passes by; patched: the forward that
+    `moeprof.patch` gives such a gate.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        return "CPU autocast is active"
+    everywhere = nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        if foreign := [h for h in _global_hooks() if not _is_known(h)]:
+            return f"a hook on all modules: {foreign[0]!r}"
+    if type(gate) is not stock:
+        return None
+    own = vars(gate)
+    forward = own.get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not patched:
+        return "the gate has a forward of its own"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        if foreign := [h for h in _hooks(gate) if not _is_known(h)]:
+            return f"a hook on the gate: {foreign[0]!r}"
+    return None
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def _global_hooks() -> list[Any]:
+    module = nn.modules.module
+    return [*module._global_forward_hooks.values(), *module._global_forward_pre_hooks.values()]
+
+
+def _is_known(hook: Any) -> bool:
+    return (getattr(hook, "__module__", "") or "").startswith(_KNOWN_HOOKS)
+
+
+class Unchanged:
+    """Is a module still what it was when it was read? Its parts, parameters, hooks and flags.
+
+    To read the experts of a layer takes a look at hundreds of modules; this takes one at their
+    dictionaries, in C loops, and runs in every step.
+    """
+
+    def __init__(self, root: nn.Module, flags: Iterable[str]):
+        self._modules = [*root.modules()]
+        self._classes = [type(module) for module in self._modules]
+        self._hooks: list[dict[int, Any]] = []
+        self._parts: list[dict[str, Any]] = []
+        places: list[tuple[dict[str, Any], str]] = []
+        for module in self._modules:
+            own = vars(module)
+            self._hooks += (own["_forward_hooks"], own["_forward_pre_hooks"])
+            places += [(own, name) for name in ("forward", *flags)]
+            for table in (own["_modules"], own["_parameters"], own["_buffers"]):
+                self._parts.append(table)
+                places += [(table, name) for name in table]
+        self._sizes = [*map(len, self._parts)]
+        self._tables = [table for table, _ in places]
+        self._names = [name for _, name in places]
+        self._values = [table.get(name) for table, name in places]
+
+    def __bool__(self) -> bool:
+        """False after a change, and where there is a hook, also a known one."""
+        return (
+            not any(self._hooks)
+            and [*map(len, self._parts)] == self._sizes
+            and all(map(is_, map(dict.get, self._tables, self._names), self._values))
+            and all(map(is_, map(type, self._modules), self._classes))
+        )

@@ -12,9 +12,9 @@ _SAMPLE, _SAMPLE_RTOL, _SAMPLE_ATOL = 16, 2.0**-7, 1e-6
 
 def gates_of(model):
     """[(qualified name, router)] in layer order; ValueError if the model has none."""
-    from .find import find_moe_blocks
+    from .blocks import find_blocks  # with torch, which `import moeprof` has no use for
 
-    return [(f"{name}.gate", block.gate) for name, block in find_moe_blocks(model)]
+    return [(block.gate_name, block.family.gate_of(block.module)) for block in find_blocks(model)]
 
 
 def gate_weight(name, gate):

@@ -3,27 +3,19 @@
 T tokens, E experts, k of them a token. Leading dimensions may be (B, S) in place of T.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .families.base import describe_output
-from .finding import Layer
+from .layer import Layer
+from .routing import Routing
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _MASKS = (*INTEGERS, torch.bool)
 
 
-class Choice(NamedTuple):
-    """What a router chose for T tokens; None for what it did not say."""
-
-    experts: Tensor  # (T, k) integer; -1: no expert in this slot
-    weights: Tensor | None  # (T, k); of logits alone their softmax, as the block may rescale it
-    logits: Tensor | None  # (T, E); softmax(logits) are the router's probabilities
-
-
-def read_choice(output: Any, tokens: int, layer: Layer) -> Choice:
+def read_choice(output: Any, tokens: int, layer: Layer) -> Routing:
     """Read what the router of `layer` returned for T tokens.
 
     Accepted: logits or probabilities (T, E), of which the layer's top_k count; (logits, weights
@@ -39,7 +31,7 @@ def read_choice(output: Any, tokens: int, layer: Layer) -> Choice:
     if type(output) is tuple and len(output) == 3:  # transformers 5: called for each step
         logits, weights, experts = output
         if _is_triple(logits, weights, experts, (tokens, layer.num_experts)):
-            return Choice(experts, weights, _as_logits(logits))
+            return Routing(weights, experts, logits=_as_logits(logits))
     if choice := _read(output, tokens, layer):
         return choice
     missing = "" if layer.top_k else ", whose k neither router, block nor configuration says"
@@ -58,7 +50,7 @@ def read_logits(output: Any, tokens: int, layer: Layer) -> Tensor | None:
     return None
 
 
-def read_experts_call(args: tuple, kwargs: dict, tokens: int, layer: Layer) -> Choice:
+def read_experts_call(args: tuple, kwargs: dict, tokens: int, layer: Layer) -> Routing:
     """Read the choice from what the forward of stacked experts got: (hidden, indices, weights).
 
     The indices (T, k) are the only integers among its arguments, weights may be (T, k) or (T, E).
@@ -82,15 +74,66 @@ def read_experts_call(args: tuple, kwargs: dict, tokens: int, layer: Layer) -> C
     weights = next((w for w in floating if w.shape == experts.shape), None)
     if weights is None and floating and floating[0].shape[1] == layer.num_experts:
         weights = _at(floating[0], experts)
-    return Choice(experts, weights, None)
+    return Routing(weights, experts)
 
 
-def without_empty(choice: Choice, num_experts: int) -> tuple[Choice, bool]:
+def without_empty(choice: Routing, num_experts: int) -> tuple[Routing, bool]:
     """The choice with -1 for the empty slots that transformers writes as E; were there any?"""
-    empty = choice.experts.numpy() == num_experts
+    empty = choice.expert_ids.numpy() == num_experts
     if not empty.any():
         return choice, False
-    return choice._replace(experts=choice.experts.masked_fill(torch.from_numpy(empty), -1)), True
+    return choice._replace(
+        expert_ids=choice.expert_ids.masked_fill(torch.from_numpy(empty), -1)
+    ), True
+
+
+# ---- of a gate whose block is patched ----
+
+
+def read_gate(output: Any, tokens: int, num_experts: int, name: str) -> Routing:
+    """Read what the gate of a patched block `name` returned; of logits alone nothing is chosen.
+
+    Accepted: logits (T, E); (logits (T, E), weights (T, k), indices (T, k)); (weights (T, k) or
+    scores (T, E), indices (T, k)). Leading dimensions may be (B, S) in place of T.
+
+    Raises
+    ------
+    ValueError
+        "Router output format unexpected ...", with what came.
+    """
+    parts = [output] if isinstance(output, Tensor) else output
+    if isinstance(parts, tuple | list) and parts and all(isinstance(p, Tensor) for p in parts):
+        rows = [p.reshape(-1, p.shape[-1]) for p in parts if p.dim() in (2, 3)]
+        if len(rows) == len(parts) and all(len(r) == tokens for r in rows):
+            if read := _by_shape(rows, num_experts):
+                return read
+    raise ValueError(
+        f"Router output format unexpected: {name}: wanted logits ({tokens}, {num_experts}), or "
+        "(logits, weights (T, k), indices (T, k)), or (weights, indices); got "
+        f"{describe_output(output)}"
+    )
+
+
+def _by_shape(rows: list[Tensor], num_experts: int) -> Routing | None:
+    *values, last = rows
+    if not values:
+        is_logits = last.is_floating_point() and last.shape[1] == num_experts
+        return Routing(None, None, logits=last) if is_logits else None
+    if not all(v.is_floating_point() for v in values):
+        return None
+    if last.is_floating_point() or last.dtype == torch.bool:  # a mask is no index
+        return None
+    weights = values[-1]
+    if weights.shape != last.shape and weights.shape[1] == num_experts:  # scores over all E
+        inside = last.clamp(0, num_experts - 1).long()  # what lies outside is refused later
+        weights = weights.gather(1, inside)
+    if weights.shape != last.shape:
+        return None
+    if len(values) == 1:
+        return Routing(weights, last)
+    if len(values) == 2 and values[0].shape[1] == num_experts:
+        return Routing(weights, last, logits=values[0])
+    return None
 
 
 # ---- by what came ----
@@ -111,7 +154,7 @@ def _is_triple(logits, weights, experts, shape: tuple[int, int]) -> bool:
     )
 
 
-def _read(output: Any, tokens: int, layer: Layer) -> Choice | None:
+def _read(output: Any, tokens: int, layer: Layer) -> Routing | None:
     if isinstance(output, tuple | list) and len(output) == 5:
         return _by_expert(output, tokens, layer)
     rows = _rows(output, tokens)
@@ -147,17 +190,17 @@ def _flat(part: Any, tokens: int) -> Tensor | None:
     return rows if len(rows) == tokens else None
 
 
-def _of_logits(logits: Tensor, layer: Layer) -> Choice | None:
+def _of_logits(logits: Tensor, layer: Layer) -> Routing | None:
     if not _is_scores(logits, layer.num_experts) or layer.top_k is None:
         return None
     read = _as_logits(logits)
     # In float32, as stock blocks do, so that ties fall the same way.
     given = logits if read is not logits else logits.softmax(-1, dtype=torch.float32)
     weights, experts = given.topk(layer.top_k, dim=-1)
-    return Choice(experts, weights, read)
+    return Routing(weights, experts, logits=read)
 
 
-def _of_scores(values: list[Tensor], layer: Layer) -> Choice | None:
+def _of_scores(values: list[Tensor], layer: Layer) -> Routing | None:
     """Of (scores, logits), in either order: the scores are zero for all but the chosen."""
     if len(values) != 2 or not all(_is_scores(v, layer.num_experts) for v in values):
         return None
@@ -165,10 +208,10 @@ def _of_scores(values: list[Tensor], layer: Layer) -> Choice | None:
     if (chosen[0] is None) == (chosen[1] is None):
         return None
     of, logits = (0, 1) if chosen[0] is not None else (1, 0)
-    return Choice(*chosen[of], _as_logits(values[logits]))
+    return Routing(*reversed(chosen[of]), logits=_as_logits(values[logits]))
 
 
-def _of_mask(mask: Tensor, values: list[Tensor], layer: Layer) -> Choice | None:
+def _of_mask(mask: Tensor, values: list[Tensor], layer: Layer) -> Routing | None:
     """Switch: a one for each chosen expert, none for a token over the expert's capacity."""
     scores = [v for v in values if v.shape[1] == layer.num_experts]
     weights = [v for v in values if v.shape[1] != layer.num_experts]
@@ -186,10 +229,10 @@ def _of_mask(mask: Tensor, values: list[Tensor], layer: Layer) -> Choice | None:
         ones, indices = mask.float().topk(max(1, int(mask.sum(-1).max())), dim=-1)
         experts = indices.masked_fill(ones == 0, -1)
         weight = next((w for w in weights if w.shape == experts.shape), None)
-    return Choice(experts, weight, None if logits is None else _as_logits(logits))
+    return Routing(weight, experts, logits=None if logits is None else _as_logits(logits))
 
 
-def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Choice | None:
+def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Routing | None:
     size = layer.num_experts
     if experts.shape[1] > size:
         return None
@@ -200,19 +243,19 @@ def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Choice |
             return None
         if weights.shape != experts.shape:
             weights = _at(weights, experts) if weights.shape[1] == size else None
-        return None if weights is None else Choice(experts, weights, _as_logits(logits))
+        return None if weights is None else Routing(weights, experts, logits=_as_logits(logits))
     scores = values[0]
     if scores.shape == experts.shape:
-        return Choice(experts, scores, None)
+        return Routing(scores, experts)
     if scores.shape[1] != size:
         return None
     if _nonzero(scores, experts.shape[1]) is not None:
-        return Choice(experts, _at(scores, experts), None)
+        return Routing(_at(scores, experts), experts)
     logits = _as_logits(scores)
-    return Choice(experts, None if logits is scores else _at(scores, experts), logits)
+    return Routing(None if logits is scores else _at(scores, experts), experts, logits=logits)
 
 
-def _by_expert(output: tuple | list, tokens: int, layer: Layer) -> Choice | None:
+def _by_expert(output: tuple | list, tokens: int, layer: Layer) -> Routing | None:
     """Granite of transformers 4: what sorts the T * k choices by expert, and the logits.
 
     (order (T k,) of the choices by expert, token (T k,) and weight (T k,) of each in that order,
@@ -235,7 +278,7 @@ def _by_expert(output: tuple | list, tokens: int, layer: Layer) -> Choice | None
     experts[order] = sorted_experts
     weights = torch.empty_like(sorted_weights)
     weights[order] = sorted_weights
-    return Choice(experts.view(tokens, -1), weights.view(tokens, -1), _as_logits(logits))
+    return Routing(weights.view(tokens, -1), experts.view(tokens, -1), logits=_as_logits(logits))
 
 
 # ---- values ----
@@ -278,3 +321,11 @@ def _nonzero(scores: Tensor, k: int | None = None) -> tuple[Tensor, Tensor] | No
 def _at(scores: Tensor, experts: Tensor) -> Tensor:
     """The scores (T, E) at these experts (T, k); where there is none, any."""
     return scores.gather(1, experts.long().clamp(0, scores.shape[1] - 1))
+
+
+def describe_output(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
+    if isinstance(output, tuple | list):
+        return f"{type(output).__name__} of ({', '.join(map(describe_output, output))})"
+    return type(output).__name__

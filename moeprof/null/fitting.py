@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -112,12 +111,13 @@ def _window_logits(name: str, output: Any, tokens: int, experts: int) -> NDArray
 
     Logits alone (4.57), or first of three (5.x); of two values the first are no logits.
     """
-    logits = output[0] if isinstance(output, tuple) and len(output) == 3 else output
-    shape = tuple(getattr(logits, "shape", ()))
-    if math.prod(shape) != tokens * experts or shape[-1] != experts:
+    from ..models.reading import describe_output, read_gate
+
+    logits = read_gate(output, tokens, experts, name).logits
+    if logits is None:
         raise ValueError(
-            f"Router output format unexpected at {name}: expected logits ({tokens},{experts}), "
-            f"got {shape or type(logits).__name__}"
+            f"Router output format unexpected: {name}: a null is fitted to logits "
+            f"({tokens}, {experts}), got {describe_output(output)}"
         )
     values = logits.detach().float().cpu().numpy().reshape(tokens, experts)
     if not np.isfinite(values).all():

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.families.base import describe_output, read_router_output
+from ..models.reading import describe_output, read_gate
 from ..routers import RoutingResult, RoutingStats
 
 
@@ -28,8 +28,8 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
     if isinstance(output, Tensor) and output.shape == logits.shape and output.is_floating_point():
         weights, experts = _slots(output)
     elif isinstance(output, tuple | list) and len(output) == 2:
-        read = read_router_output(output, *logits.shape, name)
-        weights, experts = read.weights, read.experts
+        read = read_gate(output, *logits.shape, name)
+        weights, experts = read.weights, read.expert_ids
     else:
         raise ValueError(
             f"Router output format unexpected: {name}: wanted of a router in Python weights "

@@ -13,7 +13,7 @@ _MODULE = "transformers.integrations.moe"
 
 
 def _experts_forward(experts, hidden_states, top_k_index, top_k_weights):
-    from ..backends.ops import experts_forward
+    from .experts_forward import experts_forward
 
     return experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 

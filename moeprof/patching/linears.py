@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _C
-from ..backends.cpu import get_num_threads
-from ..backends.ops import DTYPES, as_array, as_tensor, tensor_obstacle, unobserved
+from ..backends.c import C
+from ..backends.ops import unobserved
+from ..backends.tables import tensor_obstacle
 from .state import Patched
 
 # Measured against torch 2.13 (AMD Zen 4, 2 threads, K = N = 2048, weights from memory): 1 row
@@ -54,15 +54,8 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     weight, bias = self.weight, self.bias
     if _runs_in_c(input, weight, bias):
         rows = input.reshape(-1, weight.shape[1])
-        out = _C.dense(
-            as_array(rows),
-            weight.data_ptr(),
-            weight.shape[0],
-            0 if bias is None else bias.data_ptr(),
-            DTYPES[weight.dtype],
-            get_num_threads(),
-        )
-        return as_tensor(out, weight.dtype).view(*input.shape[:-1], weight.shape[0])
+        out = C.linear(rows, weight, bias)
+        return out.view(*input.shape[:-1], weight.shape[0])
     return F.linear(input, weight, bias)
 
 

@@ -1,17 +1,40 @@
 """Seeing what blocks route, whether they are patched or not."""
 
 import threading
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .state import Patched, is_patched
+from ..models.routing import Routing
+from .state import is_patched
 
-_WATCHES = "_moeprof_watches"  # the instance attribute by which a block knows who watches it
+_OBSERVERS = "_moeprof_observers"  # the instance attribute by which a block knows who observes it
 _LOCK = threading.RLock()  # two profilers of one block may start and stop in two threads
 
+STOCK = "the model's own, not patched"  # the `router` of a block that is not patched
 
-class RoutingWatch:
-    """Sees what one block routes, between `watch` and `unwatch`.
+
+class Routed(NamedTuple):
+    """One call of a block.
+
+    router : the router, None for the model's own top-k in C, STOCK for a block not patched
+    hidden : what the block was given
+    routing : what ran of it
+    skips : a slot of -1 was left out by a user's gate, it is no mere padding
+    start, end : perf_counter_ns
+    """
+
+    router: Any
+    hidden: Tensor
+    routing: Routing
+    skips: bool
+    start: int
+    end: int
+
+
+class Observer:
+    """Sees what one block routes, between `observe` and `disregard`.
 
     On a block that is not patched it has hooks. A patched one calls it from its forward: hooks
     of torch cost some 15 us a layer and step, which is 3 % of a decode step of a small model.
@@ -21,45 +44,40 @@ class RoutingWatch:
         """Put the hooks in or take them out; without effect where that is done."""
         raise NotImplementedError  # abstract
 
-    def routed(
-        self, layer: Patched, hidden: Tensor, routing, skips: bool, start: int, end: int
-    ) -> None:
-        """After a call of the patched block from `start` to `end` (perf_counter_ns).
-
-        routing: a patching.Routing; skips: a slot of -1 was left out by a user's gate, it is no
-        mere padding.
-        """
+    def routed(self, event: Routed) -> None:
+        """After a call of the block."""
         raise NotImplementedError  # abstract
 
-    def stock(self, hidden: Tensor):
+    def stock(self, hidden: Tensor) -> AbstractContextManager[None]:
         """A context manager around the model's own forward, where a patched block falls back."""
         raise NotImplementedError  # abstract
 
 
-def watch(block: nn.Module, by: RoutingWatch) -> None:
+def observe(block: nn.Module, by: Observer) -> None:
     """Let `by` see what this block routes, however often it is patched and unpatched."""
     with _LOCK:
-        vars(block).setdefault(_WATCHES, []).append(by)
+        vars(block).setdefault(_OBSERVERS, []).append(by)
         by.hook(not is_patched(block))
 
 
-def unwatch(block: nn.Module, by: RoutingWatch) -> None:
-    """Undo `watch`: the block is as before; also if something else put it back meanwhile."""
+def disregard(block: nn.Module, by: Observer) -> None:
+    """Undo `observe`: the block is as before; also if something else put it back meanwhile."""
     with _LOCK:
         by.hook(False)
-        watches = vars(block).get(_WATCHES, [])
-        if by in watches:
-            watches.remove(by)
-        if not watches:
-            vars(block).pop(_WATCHES, None)
+        observers = vars(block).get(_OBSERVERS, [])
+        if by in observers:
+            observers.remove(by)
+        if not observers:
+            vars(block).pop(_OBSERVERS, None)
 
 
-def watches_of(block: nn.Module) -> tuple | list:
-    return vars(block).get(_WATCHES, ())
+def observers_of(block: nn.Module) -> tuple[Observer, ...] | list[Observer]:
+    found: tuple[Observer, ...] | list[Observer] = vars(block).get(_OBSERVERS, ())
+    return found
 
 
 def rehook(module: nn.Module) -> None:
     """To be called after a patch has come or gone."""
     with _LOCK:
-        for by in watches_of(module):
+        for by in observers_of(module):
             by.hook(not is_patched(module))

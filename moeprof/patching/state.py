@@ -2,11 +2,15 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 STATE = "_moeprof"  # the instance attribute by which a patched module knows its Patched
+
+
+class Absent:
+    """Stands for "there was no such attribute"; a class, so that copies keep its identity."""
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -22,21 +26,39 @@ class Patched:
     patched module first.
     """
 
+    made_anew: ClassVar[tuple[str, ...]] = ()  # by a copy, for its own model
+
     name: str
     ends_by_itself: bool = field(default=False, kw_only=True, repr=False)  # in a `with` block
     saved: list[tuple[nn.Module, dict[str, Any]]] = field(
         default_factory=list, kw_only=True, repr=False
     )
 
-    def __deepcopy__(self, memo: dict) -> "Patched":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Patched":
         copied = object.__new__(type(self))
         memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        own = {k: None if k in self.made_anew else v for k, v in vars(self).items()}
+        vars(copied).update(copy.deepcopy(own, memo))
         return copied
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         # The bound methods of a patch could be written but not be read again.
         raise RuntimeError(
             f"{self.name}: a patched model can't be pickled (torch.save): unpatch it first, or "
             "use save_pretrained or state_dict"
         )
+
+
+def chain(module: nn.Module) -> list[Any]:
+    """The patches of a module, the last one first."""
+    state = vars(module).get(STATE)
+    return [] if state is None else earlier(state)
+
+
+def earlier(state: Any) -> list[Any]:
+    """A patch and those that it was put upon, itself first."""
+    states = []
+    while state is not Absent:
+        states.append(state)
+        state = state.saved[0][1][STATE]
+    return states

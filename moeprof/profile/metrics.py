@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from ..measure.roofline import Roofline
-    from ..models.finding import Layer
+    from ..models.layer import Layer
     from ..profiler.tally import Counts
 
 

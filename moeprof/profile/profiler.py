@@ -28,7 +28,7 @@ from .wording import counted
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..models.finding import Site
+    from ..models.layer import Site
 
 
 class MoEProfiler:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..measure.roofline import Roofline
-    from ..models.finding import Layer
+    from ..models.layer import Layer
     from ..profiler.tally import Counts
     from .compare import Comparison
     from .page import Section

@@ -12,9 +12,9 @@ import torch
 from ..checks import check_token_ids
 from ..files import as_json
 from ..measure.passes import evaluating
+from ..models.blocks import find_blocks
 from ..models.decoding import cache_of, decode
-from ..models.find import find_moe_blocks
-from ..models.names import gate_name, layer_labels
+from ..models.names import layer_labels
 from ..patching.patch import patch
 from ..show.console import make_console, progress
 from ..texts.windows import HeldOut, heldout_windows
@@ -197,9 +197,9 @@ def agreement_by_layer(model: nn.Module, plan: Plan, patch: dict[str, Any]) -> p
 
     with progress(make_console(), 2 * len(plan.text.windows), "agreement") as bar:
         own, others = (_selections(model, plan, options, bar.step) for options in ({}, patch))
-    blocks, rows = find_moe_blocks(model), []
-    labels = layer_labels([name for name, _ in blocks])
-    for label, (name, _), first, second in zip(labels, blocks, own, others, strict=True):
+    blocks, rows = find_blocks(model), []
+    labels = layer_labels([block.name for block in blocks])
+    for label, block, first, second in zip(labels, blocks, own, others, strict=True):
         pairs = list(zip(first, second, strict=True))
         share = np.concatenate([router_agreement(*pair) for pair in pairs])
         k, other = (np.concatenate([(e >= 0).sum(1) for e in side]) for side in (first, second))
@@ -208,8 +208,8 @@ def agreement_by_layer(model: nn.Module, plan: Plan, patch: dict[str, Any]) -> p
         rows.append(
             (
                 label,
-                gate_name(name),
-                name,
+                block.gate_name,
+                block.name,
                 len(share),
                 float(share.mean()),
                 at_most,
@@ -225,7 +225,7 @@ def _selections(
     """For each layer the experts (T, k) of each window."""
     with evaluating(model), torch.inference_mode(), _patched(model, patch) as handle:
         found: list[list[NDArray[np.int32]]] = [[] for _ in handle.layers]
-        handle.on_routing(lambda layer, routing: found[layer].append(routing.experts.numpy()))
+        handle.on_routing(lambda layer, routing: found[layer].append(routing.expert_ids.numpy()))
         for window in plan.text.windows:
             _prefill(model, window.ids)
             step()

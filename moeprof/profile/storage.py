@@ -20,7 +20,7 @@ import numpy as np
 from ..files import as_csv, as_json, write_whole
 from ..files.npz import read_npz
 from ..measure.roofline import Roofline
-from ..models.finding import Layer
+from ..models.layer import Layer
 from ..models.phases import PHASES
 from ..profiler.tally import Counts
 from . import glossary

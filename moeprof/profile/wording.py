@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..models.names import layer_labels, listed, spans
 
 if TYPE_CHECKING:
-    from ..models.finding import Layer
+    from ..models.layer import Layer
 
 
 __all__ = ["counted", "layer_names", "listed", "number", "percent", "scaled", "short", "spans"]

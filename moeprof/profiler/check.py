@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.finding import Site
-from ..models.reading import INTEGERS, Choice
+from ..models.find import Site
+from ..models.reading import INTEGERS
+from ..models.routing import Routing
 from ..models.sizes import expert_slots, is_list
 
 
@@ -47,7 +48,7 @@ class ExpertRows:
                 f"which its block adds {bias} before it chooses: the choice can't be read"
             )
 
-    def left_out(self, rows: list[int], choice: Choice) -> np.ndarray | None:
+    def left_out(self, rows: list[int], choice: Routing) -> np.ndarray | None:
         """(E + 1,): selections of each expert less the rows (E,) that it got; None: no difference.
 
         Negative where it got more rows than were selected.
@@ -55,40 +56,40 @@ class ExpertRows:
         difference = self._chosen(choice) - np.array(rows)
         return np.append(difference, 0) if difference.any() else None
 
-    def left_out_of_call(self, args: tuple, kwargs: dict, choice: Choice) -> np.ndarray | None:
+    def left_out_of_call(self, args: tuple, kwargs: dict, choice: Routing) -> np.ndarray | None:
         """The same of what stacked experts got; [E]: of experts that are not known."""
         hidden, *others = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)] or [None]
-        if hidden is None or any(value is choice.experts for value in others):
+        if hidden is None or any(value is choice.expert_ids for value in others):
             return None
-        tokens = len(choice.experts)
+        tokens = len(choice.expert_ids)
         for value in others:
             if value.dtype in INTEGERS and value.dim() > 1 and value[..., 0].numel() == tokens:
                 return self._other_indices(value.reshape(tokens, -1), choice)
         rows = hidden.shape[:-1].numel()
-        selections = int((choice.experts >= 0).sum())
+        selections = int((choice.expert_ids >= 0).sum())
         if rows in (tokens, selections):  # each token once: what runs of it can't be seen
             return None
         if hidden.dim() == 3 and len(hidden) == self._size:  # (E, capacity, H)
             return np.append(self._chosen(choice) - hidden.shape[1], 0)
         return np.append(np.zeros(self._size, np.int64), selections - rows)
 
-    def _other_indices(self, indices: Tensor, choice: Choice) -> np.ndarray | None:
-        chosen = choice.experts
+    def _other_indices(self, indices: Tensor, choice: Routing) -> np.ndarray | None:
+        chosen = choice.expert_ids
         if indices.shape == chosen.shape and torch.equal(indices.long(), chosen.long()):
             return None
         flat = indices.detach().reshape(-1).cpu().numpy()
         got = np.bincount(flat[(flat >= 0) & (flat < self._size)], minlength=self._size)
         return np.append(self._chosen(choice) - got, 0)
 
-    def _chosen(self, choice: Choice) -> np.ndarray:
+    def _chosen(self, choice: Routing) -> np.ndarray:
         """(E,) selections, those of a module in several slots at its first one."""
-        experts = choice.experts.detach().reshape(-1).cpu().numpy()
+        experts = choice.expert_ids.detach().reshape(-1).cpu().numpy()
         experts = experts[(experts >= 0) & (experts < self._size)]
         if self._owner is not None:
             experts = self._owner[experts]
         return np.bincount(experts, minlength=self._size)
 
-    def verify(self, rows: list[int], choice: Choice, filled: list[int] | None = None) -> None:
+    def verify(self, rows: list[int], choice: Routing, filled: list[int] | None = None) -> None:
         """Compare the rows (E,) of the first call, expert by expert.
 
         They may be the choice; the choice up to one capacity; all tokens for every expert. filled
@@ -104,7 +105,7 @@ class ExpertRows:
         if not self._all_here or any(np.array_equal(r, up_to) for r in (rows, filled or rows)):
             return
         used = np.array([slot for _, slot in self.modules])
-        if (got[used] == len(choice.experts)).all():
+        if (got[used] == len(choice.expert_ids)).all():
             return
         wrong = int((read != got).nonzero()[0][0])
         raise ValueError(

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..models.entry import Entry
-from ..models.finding import Layer, Site
-from ..models.reading import Choice, read_choice, read_experts_call, read_logits, without_empty
+from ..models.find import Layer, Site
+from ..models.reading import read_choice, read_experts_call, read_logits, without_empty
+from ..models.routing import Routing
 from ..models.sizes import top_k_owner
-from ..patching.observers import RoutingWatch
+from ..patching.observers import STOCK, Observer, Routed
 from .check import ExpertRows
 from .step import Step
 
-STOCK, OWN_IN_C = "the model's own, not patched", "the model's own top-k, patched"
+OWN_IN_C = "the model's own top-k, patched"
 
 # What torch.compile leaves to Python: it would trace the counting, and count what it traced.
 _uncompiled = torch.compiler.disable
@@ -85,7 +86,7 @@ class ExpertWatch(_Watch):
                 step.filled[self.slot] += int((given.detach() != 0).any(-1).sum())
 
 
-class LayerWatch(_Watch, RoutingWatch):
+class LayerWatch(_Watch, Observer):
     """Of one block: its time, and what its router chose."""
 
     def __init__(self, session, index: int, site: Site):
@@ -101,18 +102,23 @@ class LayerWatch(_Watch, RoutingWatch):
     # ---- a patched block ----
 
     @_uncompiled
-    def routed(self, layer, hidden, routing, skips, start, end) -> None:
+    def routed(self, event: Routed) -> None:
         step = None if self.session is None else self.session.step
         if step is None or not step.entered:
-            step = self._step(hidden)
+            step = self._step(event.hidden)
         if step is None or not step.counted:
             return
-        if layer.router is not self.session.last_router[self.index]:
-            name = OWN_IN_C if layer.router is None else repr(layer.router)
-            self._name(layer.router, name)
-        self.session.add(self.index, step, routing, start, end, skips)
+        self._count(step, event)
         if not step.entered:
             self.session.end()
+
+    def _count(self, step: Step, event: Routed) -> None:
+        """Of a block that is patched, and of one that is not."""
+        router = event.router
+        if router is not self.session.last_router[self.index]:
+            name = OWN_IN_C if router is None else router if router is STOCK else repr(router)
+            self._name(router, name)
+        self.session.add(self.index, step, event)
 
     @contextmanager
     def stock(self, hidden):
@@ -169,7 +175,7 @@ class LayerWatch(_Watch, RoutingWatch):
             with self.session.lock:
                 if self._hooked is not None:  # else another thread has stopped it
                     self.hook(True)
-        step.tokens = hidden.numel() // hidden.shape[-1]
+        step.hidden, step.tokens = hidden, hidden.numel() // hidden.shape[-1]
         if not self._bias_looked_for:
             self._rows.refuse_bias()
             self._bias_looked_for = True
@@ -214,19 +220,17 @@ class LayerWatch(_Watch, RoutingWatch):
         if step.hooked is None or step.hooked is not self._hooked:
             step.end_layer()
             return
-        if self.session.last_router[self.index] is not STOCK:
-            self._name(STOCK, STOCK)
         choice, skips = without_empty(self._choice(step), self.site.layer.num_experts)
         skips = skips or self._may_skip()
         left_out = self._left_out(step, choice)
-        start = step.start
+        start, hidden = step.start, step.hidden
         step.end_layer()
-        self.session.add(self.index, step, choice, start, end, skips)
+        self._count(step, Routed(STOCK, hidden, choice, skips, start, end))
         self.session.add_left_out(self.index, step, left_out)
         if not step.entered:
             self.session.end()
 
-    def _left_out(self, step: Step, choice: Choice) -> np.ndarray | None:
+    def _left_out(self, step: Step, choice: Routing) -> np.ndarray | None:
         """The selections (E + 1,) of each expert that did not run; None: all ran."""
         seen = self.session.rows_seen
         if step.rows is None:
@@ -256,7 +260,7 @@ class LayerWatch(_Watch, RoutingWatch):
             step = session.begin(entered=False)
         return step if step is not None and step.counted else None
 
-    def _choice(self, step: Step) -> Choice:
+    def _choice(self, step: Step) -> Routing:
         layer = self._layer()
         if step.call is not None and self.site.chooses == "experts":
             choice = read_experts_call(*step.call, step.tokens, layer)

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
-from ..backends.ops import DTYPES, as_array
+from ..backends.tables import DTYPES, as_array
 from ..models.entry import Entry, find_entries
-from ..models.finding import Layer, Site, find_layers
+from ..models.find import Layer, Site, find_layers
 from ..models.names import layer_numbers
 from ..models.phases import PHASES
-from ..models.reading import Choice
 from ..models.sizes import active_adapters, wrappers
-from ..patching.observers import unwatch, watch
-from ..patching.patch import Routing
+from ..patching.observers import Routed, disregard, observe
 from .flops import count_grouped_mm
 from .hooks import EntryWatch, LayerWatch
 from .records import RecordWriter
@@ -158,8 +156,8 @@ class Session:
                 self._undo.append(register(hook, **options).remove)
         for index, site in enumerate(self.sites):
             layer = LayerWatch(self, index, site)
-            self._undo.append(partial(unwatch, site.block, layer))
-            watch(site.block, layer)
+            self._undo.append(partial(disregard, site.block, layer))
+            observe(site.block, layer)
 
     def _entered(self) -> list[nn.Module]:
         """The modules where a step begins; in a block alone each call is a step."""
@@ -225,11 +223,10 @@ class Session:
 
     # ---- what a layer did ----
 
-    def add(
-        self, index: int, step: Step, choice: Choice | Routing, start: int, end: int, skips: bool
-    ) -> None:
-        """Count one call of layer `index`; start, end: perf_counter_ns."""
-        experts = choice.experts.numpy()
+    def add(self, index: int, step: Step, event: Routed) -> None:
+        """Count one call of layer `index`."""
+        choice, elapsed, skips = event.routing, event.end - event.start, event.skips
+        experts = choice.expert_ids.numpy()
         if experts.dtype not in (np.int32, np.int64) or not experts.flags.c_contiguous:
             experts = np.ascontiguousarray(experts, np.int64)
         logits, dtype = choice.logits, "float32"
@@ -250,9 +247,9 @@ class Session:
         arrays = experts, logits, real, previous
         if isinstance(step.phases, str):
             counts, recency = self.counts[step.phases][index], self.recency[index]
-            unique = self._tally(index, counts, recency, arrays, dtype, end - start, skips)
+            unique = self._tally(index, counts, recency, arrays, dtype, elapsed, skips)
         else:
-            unique = self._tally_phases(index, step, arrays, dtype, end - start, skips)
+            unique = self._tally_phases(index, step, arrays, dtype, elapsed, skips)
         experts = experts.astype(np.int32, copy=False)  # each of them is in range
         step.previous = index, experts
         step.calls[index] = calls = step.calls.get(index, 0) + 1
@@ -262,7 +259,7 @@ class Session:
         else:
             self.broken_weights[index] += _broken(choice.weights, real)
         if self.options.extras:
-            times = start, end - start, tokens, unique
+            times = event.start, elapsed, tokens, unique
             self._add_extras(index, step, choice, experts, times)
 
     def _tally_phases(self, index, step, arrays, dtype, nanoseconds, skips) -> int:

@@ -18,7 +18,7 @@ class Step:
     previous: tuple[int, np.ndarray] | None = None  # the layer that ran last, its experts
     # of one layer, between its hooks:
     start = tokens = 0
-    output = call = None
+    hidden = output = call = None
     hooked: object = None  # the LayerWatch's hooks that were in when the layer began
     rows: list[int] | None = None  # that the experts of a list got
     filled: list[int] | None = None  # those of them that are not all zero, in the first call
@@ -29,7 +29,8 @@ class Step:
 
     def end_layer(self) -> None:
         """Forget what passed between the hooks of one layer."""
-        self.start, self.output, self.call, self.rows, self.filled = 0, None, None, None, None
+        self.start, self.hidden, self.output, self.call = 0, None, None, None
+        self.rows, self.filled = None, None
 
     @property
     def phase(self) -> str:

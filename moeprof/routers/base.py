@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import _C
 from ..backends.cpu import get_num_threads
+from ..backends.spec import RouteSpec
 from ..late import late
 
 REGISTRY: dict[str, type["Router"]] = {}
@@ -266,11 +267,11 @@ class Router:
         """What the C twin reads besides parameters and null, float64."""
         return None
 
-    def spec(self, num_experts: int, *, norm: str, norm_k: int = 1, null=None) -> tuple:
-        """The argument ``spec`` of the C functions; ``null`` None is the `normal` null."""
+    def spec(self, num_experts: int, *, norm: str, norm_k: int = 1, null: Any = None) -> RouteSpec:
+        """What a backend is told of this router at a layer; null: its LayerNull or TokenNull,
+        None for the `normal` null."""
         min_k, max_k = self.limits(num_experts)
-        triple = ("normal", "logit", None) if null is None else null.spec
-        return (
+        return RouteSpec(
             self.name,
             tuple(self.parameters(null).values()),
             min_k,
@@ -278,8 +279,9 @@ class Router:
             float(self.temperature),
             norm,
             norm_k,
-            triple,
+            ("normal", "logit", None) if null is None else null.spec,
             self.table(num_experts, null),
+            num_experts=num_experts,
         )
 
     def count_tokens(self, router_logits: np.ndarray, null=None) -> tuple[np.ndarray, np.ndarray]:
@@ -288,7 +290,7 @@ class Router:
         By the C path, of (T, E) float32 logits; ``null`` as in :meth:`spec`.
         """
         spec = self.spec(router_logits.shape[1], norm="none", null=null)
-        routing = _C.route(router_logits, "float32", spec, get_num_threads(), False)
+        routing = _C.route(router_logits, spec.in_c("float32"), get_num_threads(), False)
         return routing[2], routing[3]
 
     # ---- the reference ----

@@ -165,7 +165,7 @@ def _route(router: Router, router_logits, null, return_stats: bool):
     native = np.require(array, array.dtype.newbyteorder("="), "CA")
     rows = native.reshape(math.prod(lead), num_experts).view(carrier)
     weights, experts, counts, found, p = _C.route(
-        rows, dtype, spec, get_num_threads(), return_stats
+        rows, spec.in_c(dtype), get_num_threads(), return_stats
     )
     if cap := router.silent_cap(num_experts):
         warn_if_capped(int((found > cap).sum()), len(found), num_experts, stacklevel=4)

@@ -13,7 +13,7 @@ import torch
 from ..checks import check_model, check_token_ids, check_tokenizer
 from ..measure.bootstrap import bootstrap
 from ..measure.passes import batches, evaluating
-from ..models.find import adapter_of, find_moe_blocks
+from ..models.blocks import runnable_blocks
 from ..models.names import gate_name, layer_keys, layer_labels, layer_numbers, spans
 from ..patching.patch import patch
 from ..routers import TopK
@@ -98,15 +98,15 @@ def layer_ablation(
     """
     check_model("layer_ablation", model)
     check_tokenizer("layer_ablation", tokenizer)
-    with patch(model) as handle:  # raises where it can't
-        names, blocks = [layer.name for layer in handle.layers], find_moe_blocks(model)
-    own = [adapter_of(block).settings(block)[0] for _, block in blocks]
+    blocks = runnable_blocks(model)
+    names = [block.name for block in blocks]
+    own = [block.family.settings(block.module)[0] for block in blocks]
     chosen = _places(layers, names)
     plan = [
         (layer, k)
-        for layer, (_, block) in enumerate(blocks)
+        for layer, block in enumerate(blocks)
         if layer in chosen
-        for k in _ks(ks, own[layer], adapter_of(block).num_experts(block))
+        for k in _ks(ks, own[layer], block.family.num_experts(block.module))
     ]
     if not plan:
         raise ValueError("ks: the model takes one expert per token, so there is none to take away")

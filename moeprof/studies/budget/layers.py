@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...measure.passes import Reference, evaluating
-from ...measure.routing import model_norm
-from ...models.find import find_moe_blocks
+from ...models.blocks import find_blocks, model_norm
 from ...routers import TopK
 from ...texts.windows import HeldOut
 
@@ -35,7 +34,7 @@ def sensitivity(
     0 at the model's own k. ks: integers from 1 to E. step is called after each window of the
     1 + L * len(ks) passes (those at the model's own k are left out).
     """
-    layers, own = len(find_moe_blocks(model)), model_norm(model)[1]
+    layers, own = len(find_blocks(model)), model_norm(model)[1]
     result = np.zeros((layers, len(ks)))
     with evaluating(model):
         reference = Reference(model, text, step)

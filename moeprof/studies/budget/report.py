@@ -18,8 +18,7 @@ import numpy as np
 from ...checks import check_model, check_token_ids, check_tokenizer
 from ...measure.bootstrap import bootstrap
 from ...measure.passes import collect, evaluating
-from ...measure.routing import model_norm
-from ...models.find import adapter_of, find_moe_blocks
+from ...models.blocks import find_blocks, model_norm
 from ...routers import Router, TopK
 from ...show.console import WIDTH
 from ...texts.documents import Document, read_texts
@@ -222,7 +221,7 @@ def with_budget(
     null = resolve(router, null, stacklevel=5)
     check(router, model, null, norm)
     if isinstance(router, TopK):
-        check_whole(average_k, len(find_moe_blocks(model)), per_layer=per_layer)
+        check_whole(average_k, len(find_blocks(model)), per_layer=per_layer)
     text = _windows(tokenizer, texts, tokens, "texts")
     held = _windows(tokenizer, heldout, tokens, "heldout")
     check_token_ids(model, (window.ids for part in (text, held) for window in part.windows))
@@ -295,8 +294,8 @@ def _windows(tokenizer: Tokenizer, texts: list[Document], tokens: int, argument:
 
 def _candidates(router: Router, model: nn.Module, average_k: float) -> range:
     """1 to the largest number of experts that the split may give to a layer."""
-    blocks = find_moe_blocks(model)
-    num_experts = adapter_of(blocks[0][1]).num_experts(blocks[0][1])
+    blocks = find_blocks(model)
+    num_experts = blocks[0].family.num_experts(blocks[0].module)
     most = router.at(0, len(blocks)).limits(num_experts)[1]
     if isinstance(router, TopK):
         most = max(most, model_norm(model)[1], math.ceil(average_k))
@@ -306,7 +305,7 @@ def _candidates(router: Router, model: nn.Module, average_k: float) -> range:
 def _steps(text: HeldOut, held: HeldOut, ks: Sequence[int], model: nn.Module) -> int:
     """Windows to run if every pass is needed."""
     own = model_norm(model)[1]
-    runs = 1 + len(find_moe_blocks(model)) * sum(k != own for k in ks) if ks else 0
+    runs = 1 + len(find_blocks(model)) * sum(k != own for k in ks) if ks else 0
     windows = len(text.windows) * (1 + MAX_PASSES) + len(held.windows)
     return windows + runs * len(shortened(text, SENSITIVITY_TOKENS).windows)
 

@@ -16,7 +16,7 @@ import numpy as np
 from ...measure.passes import Pass, collect, evaluating
 from ...measure.routing import by_layer
 from ...null import LayerNull, resolve_null
-from ...patching.patch import patch
+from ...patching.patch import plan_patch
 from ...routers import Router, TopK
 from .search import Root, Scale, solve
 
@@ -372,8 +372,7 @@ def find(
 def check(router: Router, model: nn.Module, null: Null | TokenNull | None, norm: str) -> None:
     """Raise what `moeprof.patch` and `main_of` would, before any text is run."""
     main_of(router)
-    with patch(model, router, null=null, norm=norm):
-        pass
+    plan_patch(model, router, null=null, norm=norm)
 
 
 def _solve(

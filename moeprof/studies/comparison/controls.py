@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ...backends.ops import run_experts
+from ...backends.tables import WeightTable
 from ...measure.passes import collect
-from ...measure.routing import by_layer, choose, model_norm
-from ...models.find import adapter_of, find_moe_blocks
+from ...measure.routing import by_layer, choose
+from ...models.blocks import find_blocks, model_norm
 from ...routers import TopK
 
 if TYPE_CHECKING:
@@ -114,17 +115,16 @@ class Oracle:
         self.model = model
         own, self.top_k = model_norm(model)
         self.norm, self.own_norm = own if norm == "model" else norm, own
-        self.blocks = [block for _, block in find_moe_blocks(model)]
-        self.sizes: list[list[Tensor]] = [
-            [] for _ in self.blocks
-        ]  # of the slots' outputs, (T, k) a call
+        self.blocks = find_blocks(model)
+        # Of the slots' outputs, (T, k) a call.
+        self.sizes: list[list[Tensor]] = [[] for _ in self.blocks]
         self._hidden: list[Any] = [None] * len(self.blocks)
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Oracle:
         for index, block in enumerate(self.blocks):
             hook = self._keep(index)
-            self._hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+            self._hooks.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -158,9 +158,10 @@ class Oracle:
     def _sizes(self, layer: int, experts: Tensor, weights: Tensor) -> Tensor:
         """(T, k) norms of what each slot adds to the block's output."""
         block, x = self.blocks[layer], self._hidden[layer]
-        matrices, _ = adapter_of(block).readable(block)
+        matrices, _ = block.family.readable(block.module)
+        table = WeightTable(matrices)
         slots = [
-            run_experts(x, experts[:, [slot]], weights[:, [slot]].to(x.dtype), matrices, "oracle")
+            run_experts(x, experts[:, [slot]], weights[:, [slot]].to(x.dtype), table, "oracle")
             for slot in range(self.top_k)
         ]
         return torch.stack([slot.float().norm(dim=1) for slot in slots], dim=1)

@@ -25,7 +25,7 @@ import numpy as np
 
 from ...checks import check_token_ids
 from ...measure.passes import Reference, collect
-from ...measure.routing import model_norm
+from ...models.blocks import model_norm
 from ...routers import TopK
 from ...version import __version__
 from ..budget import BudgetError, allocate, sensitivity

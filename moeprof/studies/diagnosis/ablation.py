@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from ...measure.routing import by_layer, choose, model_norm
+from ...measure.routing import by_layer, choose
+from ...models.blocks import experts_of, find_blocks, model_norm
 from ...models.decoding import cache_of, decode
 from ...patching.patch import patch
 from ...texts.windows import HeldOut
@@ -182,9 +183,7 @@ def changed_routers(
     """One for each layer; null: a Null or None."""
     own_norm, norm_k = model_norm(model)
     norm = own_norm if norm == "model" else norm
-    with patch(model) as handle:
-        count = len(handle.layers)
-    layers = enumerate(by_layer(router, null, count))
+    layers = enumerate(by_layer(router, null, len(find_blocks(model))))
     return [ChangedRouter(i, scalar, own, norm, norm_k) for i, (scalar, own) in layers]
 
 
@@ -200,7 +199,7 @@ def _ablate_window(
     cache = prefill(model, ids[:, :-1], routers)
     seen = [tuple(part[places] for part in router.seen or ()) for router in routers]
     counts, rejections = (np.stack([s[i] for s in seen], axis=1) for i in (1, 2))
-    experts = [_unselected(s[0], len_experts(model), rng) for s in seen]
+    experts = [_unselected(s[0], experts_of(model)[0], rng) for s in seen]
     rows, label = plan(places, counts, np.stack(experts, axis=1))
     loss = changed_losses(model, ids, cache, rows, routers)
     before = loss[: len(places)]
@@ -216,11 +215,6 @@ def _ablate_window(
         slot,
         loss[len(places) :] - before[position],
     )
-
-
-def len_experts(model: nn.Module) -> int:
-    config: Any = model.config
-    return config.num_experts
 
 
 def _unselected(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...null.resolve import AnyNull
-    from ...patching.patch import Handle
+    from ...patching.handle import Handle
 
 
 ALPHAS = (0.01, 0.05, 0.10, 0.20)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...backends.cpu import cpu_info
 from ...checks import check_type
-from ...models.find import experts_of
+from ...models.blocks import experts_of
 from ...show.console import WIDTH, make_console, progress
 from ...version import __version__
 from .advice import advice

@@ -15,7 +15,7 @@ from ...checks import check_model, check_token_ids, check_tokenizer, check_type
 from ...demo.defaults import default_null, load_once
 from ...measure.generate import greedy
 from ...measure.loss import evaluate
-from ...models.find import experts_of
+from ...models.blocks import experts_of
 from ...models.tokens import prompt_ids
 from ...patching.patch import patch
 from ...texts.prompts import COMPLEXITIES
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ...checks import Tokenizer
     from ...null.resolve import AnyNull
-    from ...patching.patch import Handle
+    from ...patching.handle import Handle
     from ...routers.base import Router
     from ...texts.documents import Text
     from ...texts.windows import HeldOut
@@ -168,8 +168,8 @@ class Experiment:
 
     def _evaluate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
         tally = self._tally(handle)
-        handle.on_routing(tally)
-        measured = evaluate(self.model, self.heldout, step)
+        with handle.on_routing(tally):
+            measured = evaluate(self.model, self.heldout, step)
         tally.settle()
         by_document = [0.0] * len(self.heldout.documents)
         by_window = np.mean(tally.by_call, axis=0)  # a window is one forward
@@ -191,13 +191,12 @@ class Experiment:
         tallies, tokens, seconds = [], [], 0.0
         for ids in prompts:
             tally = self._tally(handle)
-            handle.on_routing(tally)
-            new, decode_seconds = greedy(self.model, ids, self.new_tokens)
+            with handle.on_routing(tally):
+                new, decode_seconds = greedy(self.model, ids, self.new_tokens)
             tallies.append(tally.settle())
             tokens.append(new)
             seconds += decode_seconds
             step()
-        handle.on_routing(None)
         decoded = len(prompts) * (self.new_tokens - 1)
         histogram = _histogram(tallies)
         return {

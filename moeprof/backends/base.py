@@ -1,0 +1,48 @@
+"""What a backend is: who runs routing and experts. `c` is the one that there is."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .spec import RouteSpec
+from .tables import WeightTable
+
+
+class MoEOutput(NamedTuple):
+    """What a layer gave for T tokens, H wide, with up to k_max experts each."""
+
+    hidden: Tensor  # (T, H)
+    weights: Tensor  # (T, k_max) float32
+    expert_ids: Tensor  # (T, k_max) int32, best first, padded with -1
+    counts: Tensor  # (T,) int32, experts of each token
+    rejections: Tensor  # (T,) int32, the router's count before min_k and max_k
+
+
+class Backend(Protocol):
+    """Runs the layers whose tensors it can read.
+
+    Errors: ValueError for a routing or for logits that can't be; the caller names the layer.
+    """
+
+    def obstacle(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why it can't read these tensors as one layer's, or None."""
+        ...
+
+    def moe(self, hidden: Tensor, logits: Tensor, table: WeightTable, spec: RouteSpec) -> MoEOutput:
+        """Route hidden (T, H) by logits (T, E) and run the experts that were selected."""
+        ...
+
+    def experts(
+        self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: WeightTable
+    ) -> Tensor:
+        """(T, H): run a routing that is given, (T, k); -1 or E is no expert."""
+        ...
+
+    def route(self, logits: Tensor, spec: RouteSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The routing of logits (T, E) alone, as `MoEOutput` has it."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(M, N): x (M, K) times the transpose of the weight (N, K), plus the bias (N,)."""
+        ...

@@ -1,0 +1,66 @@
+"""The backend in C: tensors in the CPU's memory, read where they lie."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .base import MoEOutput
+from .cpu import get_num_threads
+from .spec import RouteSpec
+from .tables import DTYPES, WeightTable, as_array, as_tensor, tensor_obstacle
+
+
+class CBackend:
+    """See `Backend`."""
+
+    def obstacle(self, tensors: Sequence[Tensor]) -> str | None:
+        return tensor_obstacle(tensors)
+
+    def moe(self, hidden: Tensor, logits: Tensor, table: WeightTable, spec: RouteSpec) -> MoEOutput:
+        dtype = hidden.dtype
+        out, *routing = _C.moe(
+            as_array(hidden),
+            as_array(logits),
+            table.layer,
+            spec.in_c(DTYPES[dtype]),
+            get_num_threads(),
+        )
+        return MoEOutput(as_tensor(out, dtype), *map(torch.from_numpy, routing))
+
+    def experts(
+        self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: WeightTable
+    ) -> Tensor:
+        if expert_ids.dtype not in (torch.int32, torch.int64):
+            expert_ids = expert_ids.to(torch.int64)
+        if routing_weights.dtype not in (torch.float32, hidden.dtype):
+            routing_weights = routing_weights.to(torch.float32)
+        out = _C.experts(
+            as_array(hidden),
+            as_array(expert_ids),
+            as_array(routing_weights),
+            table.layer,
+            get_num_threads(),
+        )
+        return as_tensor(out, hidden.dtype)
+
+    def route(self, logits: Tensor, spec: RouteSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype = DTYPES[logits.dtype]
+        routing = _C.route(as_array(logits), spec.in_c(dtype), get_num_threads(), False)
+        weights, expert_ids, counts, rejections = map(torch.from_numpy, routing[:4])
+        return weights, expert_ids, counts, rejections
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = _C.dense(
+            as_array(x),
+            weight.data_ptr(),
+            weight.shape[0],
+            0 if bias is None else bias.data_ptr(),
+            DTYPES[weight.dtype],
+            get_num_threads(),
+        )
+        return as_tensor(out, weight.dtype)
+
+
+C = CBackend()

@@ -1,0 +1,114 @@
+"""Torch's memory as the kernels see it: arrays, and where a layer's matrices lie."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _C
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A NumPy view of a CPU tensor, 16-bit floats as uint16; a copy only of one that is not
+    contiguous, or whose sign is still to be turned (torch's negative bit)."""
+    tensor = tensor.detach().resolve_neg().contiguous()
+    array: np.ndarray[Any, Any]
+    array = (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
+    return array
+
+
+def as_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    """What the kernels wrote, uint16 for 16-bit floats, as a tensor on the same memory."""
+    return torch.from_numpy(array).view(dtype)
+
+
+class WeightTable:
+    """Where the matrices of a layer's experts lie, for the kernels.
+
+    It owns the tensors, so that they are not freed while it is there; they are read where they
+    lie, so that what is written into them counts from the next call on. After `param.data = ...`
+    they lie elsewhere, see `is_current`.
+
+    Parameters
+    ----------
+    matrices
+        Either the packed pair ``[gate_up (E, 2I, H), down (E, H, I)]`` of transformers 5, or
+        the list ``[gate_0, up_0, down_0, gate_1, ...]`` of transformers 4. Contiguous, of one
+        dtype, on the CPU; see `tensor_obstacle`.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor]):
+        self.matrices = tuple(matrices)
+        self.dtype = matrices[0].dtype
+        self._addresses = tuple(map(Tensor.data_ptr, self.matrices))
+        *sizes, self.hidden_size, intermediate_size = matrices[-1].shape
+        packed = bool(sizes)
+        self.num_experts: int = sizes[0] if packed else len(matrices) // 3
+        half = intermediate_size * self.hidden_size * matrices[-1].element_size() if packed else 0
+        self.layer = _layer(
+            self._addresses,
+            self.num_experts,
+            half,
+            DTYPES[self.dtype],
+            self.hidden_size,
+            intermediate_size,
+        )  # what the functions of _C take
+
+    def is_current(self) -> bool:
+        """Are the tensors where they were?"""
+        return tuple(map(Tensor.data_ptr, self.matrices)) == self._addresses
+
+
+@lru_cache(maxsize=1024)  # of the layers in use; a pure function of the addresses
+def _layer(
+    addresses: tuple[int, ...],
+    num_experts: int,
+    matrix_bytes: int,
+    dtype: str,
+    hidden_size: int,
+    intermediate_size: int,
+) -> Any:
+    """The `_C.Layer` of these addresses; matrix_bytes: of one matrix in packed tensors, or 0."""
+    if matrix_bytes:
+        gate_up, down = addresses
+        experts = np.arange(num_experts, dtype=np.uint64) * np.uint64(matrix_bytes)
+        gate = 2 * experts + np.uint64(gate_up)
+        pointers = np.stack([gate, gate + np.uint64(matrix_bytes), experts + np.uint64(down)])
+    else:
+        at = np.array(addresses, dtype=np.uint64)
+        pointers = np.ascontiguousarray(at.reshape(-1, 3).T)
+    pointers.setflags(write=False)
+    return _C.Layer(pointers, dtype, hidden_size, intermediate_size)
+
+
+def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    """Why the kernels can't read these tensors as one layer's, or None."""
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES:
+        return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
+    # A tracer's tensors have a class of their own and no memory: what it makes of the operator
+    # is asked again when that runs.
+    traced = torch.compiler.is_compiling()
+    for tensor in tensors:
+        if not traced and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return f"a tensor of class {type(tensor).__name__}"
+        if tensor.device.type != "cpu":
+            return f"a tensor on device {tensor.device} (only cpu is supported)"
+        if tensor.layout is not torch.strided or (not traced and tensor.is_neg()):
+            return "a tensor that is not plain memory (its layout, or a lazy sign)"
+        if tensor.dtype != dtype:
+            return f"dtypes {dtype} and {tensor.dtype} in one layer"
+    return None
+
+
+def routing_obstacle(expert_ids: Tensor, routing_weights: Tensor) -> str | None:
+    """Why a routing that is given can't be read, or None."""
+    for tensor in (expert_ids, routing_weights):
+        if tensor.device.type != "cpu":
+            return f"a routing on device {tensor.device} (only cpu is supported)"
+    return None

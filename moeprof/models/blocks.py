@@ -1,0 +1,124 @@
+"""The MoE blocks of a model that `moeprof.patch` knows, each with its family."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from ..backends.tables import tensor_obstacle
+from .families import FAMILIES, Layout, family_of
+from .families.packed import read_packed
+from .find import find_sites
+from .guards import explained
+
+
+class Block(NamedTuple):
+    """A block of a known family."""
+
+    name: str  # "model.layers.0.mlp"; "" where the model itself is the block
+    module: nn.Module
+    family: Layout
+
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return self.name or type(self.module).__name__
+
+    @property
+    def gate_name(self) -> str:
+        """The qualified name of its gate."""
+        return f"{self.name}.{self.family.family.gate_at}".lstrip(".")
+
+    def readable(self) -> str | None:
+        """Why it can't run on the C path now, and what of that the user can change; or None."""
+        reason = self.family.readable(self.module)[1]
+        return explained(reason, self.module) if reason else None
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The MoE blocks of known families, in the order of the layers.
+
+    Raises
+    ------
+    ValueError
+        "No routers found ...", with what was looked for and what was found.
+    """
+    modules = ((name, m, family_of(m)) for name, m in model.named_modules())
+    blocks = [Block(name, m, family) for name, m, family in modules if family is not None]
+    if blocks:
+        return blocks
+    raise ValueError(_no_routers(model))
+
+
+def runnable_blocks(model: nn.Module) -> list[Block]:
+    """The same; ValueError also for a block that can't run on the C path, as `moeprof.patch`."""
+    blocks = find_blocks(model)
+    for block in blocks:
+        if reason := block.readable():
+            raise ValueError(not_runnable(block.title, reason))
+    return blocks
+
+
+def not_runnable(name: str, reason: str) -> str:
+    """What is said of a block that can't run on the C path."""
+    return f"{name}: can't run on moeprof's path: {reason}"
+
+
+def experts_of(model: nn.Module) -> tuple[int, int]:
+    """(experts of a layer, experts that the model's own router takes).
+
+    Raises ValueError, as moeprof.patch does, for a model that can't be patched.
+    """
+    _, module, family = runnable_blocks(model)[0]
+    return family.num_experts(module), family.settings(module)[0]
+
+
+def model_norm(model: nn.Module) -> tuple[str, int]:
+    """(norm, top_k): how the model weighs its experts ("sum" or "none"), and how many it takes."""
+    _, module, family = find_blocks(model)[0]
+    top_k, renormalises = family.settings(module)
+    return ("sum" if renormalises else "none"), top_k
+
+
+def _no_routers(model: nn.Module) -> str:
+    """What was looked for and found, and what of moeprof works on such a model."""
+    classes = {type(m).__name__ for m in model.modules()}
+    alike = sorted(c for c in classes if any(s in c.lower() for s in ("moe", "router", "expert")))
+    text = (
+        f"No routers found in {type(model).__name__}: looked for the blocks that moeprof.patch "
+        f"knows, {', '.join(family.block for family in FAMILIES)}, with a gate and experts; found "
+        f"{len(classes)} classes of modules, of a mixture of experts: {', '.join(alike) or 'none'}"
+    )
+    if _profiler_reads(model):
+        text += ". moeprof.MoEProfiler(model) reads this model as it is"
+    if has_interface(model):
+        text += (
+            '. model.set_experts_implementation("moeprof") runs its experts in C, with the '
+            "model's own router"
+        )
+    return text
+
+
+def _profiler_reads(model: nn.Module) -> bool:
+    try:
+        return bool(find_sites(model))
+    except ValueError:  # it has nothing to read either
+        return False
+
+
+def has_interface(model: nn.Module) -> bool:
+    """Do all its experts lie behind transformers' interface, in a form that the C path reads?"""
+    if not hasattr(model, "set_experts_implementation"):  # transformers 4 has no such interface
+        return False
+    behind = [m for m in model.modules() if is_behind_interface(m)]
+    return bool(behind) and not any(map(interface_obstacle, behind))
+
+
+def is_behind_interface(experts: nn.Module) -> bool:
+    """Are these experts called through transformers' interface? Its decorator sets the flag."""
+    return "is_concatenated" in vars(experts)
+
+
+def interface_obstacle(experts: nn.Module) -> str | None:
+    """Why the experts implementation "moeprof" can't run these, or None."""
+    matrices, reason = read_packed(experts)
+    return reason or tensor_obstacle(matrices)

@@ -1,0 +1,64 @@
+"""One layer's experts in C, on request: also the experts implementation of transformers 5."""
+
+import torch
+from torch import Tensor
+
+from ..backends.ops import BY_ITSELF, run_experts, table_of
+from ..backends.tables import routing_obstacle, tensor_obstacle
+from ..models.families.packed import read_packed
+
+
+def experts_forward(
+    experts: torch.nn.Module, hidden: Tensor, idx: Tensor, weights: Tensor
+) -> Tensor:
+    """Run the experts that a routing names, skipping the others and every empty slot.
+
+    On transformers 5 this is also the experts implementation "moeprof":
+    ``model.set_experts_implementation("moeprof")``, for every class on that interface with
+    SwiGLU experts without bias.
+
+    Parameters
+    ----------
+    experts : torch.nn.Module
+        Holds ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I), float32, bfloat16 or
+        float16, on the CPU.
+    hidden : (T, H), dtype of the weights
+    idx : (T, k) integer, expert ids; -1, or E as transformers writes it, for an empty slot
+    weights : (T, k) floating point
+
+    Returns
+    -------
+    (T, H) tensor, dtype of hidden
+
+    Raises
+    ------
+    ValueError
+        If the experts, or the shapes, are not of that form; it names what was expected.
+    TypeError
+        If experts is no module, or another argument no tensor.
+    """
+    if not isinstance(experts, torch.nn.Module):
+        kind = type(experts).__name__
+        raise TypeError(f"experts_forward: experts: expected a torch.nn.Module, got {kind}")
+    for argument, value in (("hidden", hidden), ("idx", idx), ("weights", weights)):
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"experts_forward: {argument}: expected a torch.Tensor, got {kind}")
+    name = BY_ITSELF + type(experts).__name__
+    matrices, reason = read_packed(experts)
+    if reason:
+        raise ValueError(f"{name}: not on moeprof's path: {reason}")
+    if hidden.dim() != 2 or hidden.shape[1] != matrices[1].shape[1]:
+        raise ValueError(
+            f"{name}: hidden: expected (T, {matrices[1].shape[1]}), got {tuple(hidden.shape)}"
+        )
+    if idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool:
+        raise ValueError(f"{name}: idx: expected integers, got {idx.dtype}")
+    if idx.dim() != 2 or idx.shape != weights.shape or len(idx) != len(hidden):
+        raise ValueError(
+            f"{name}: idx and weights: expected ({len(hidden)}, k) both, "
+            f"got {tuple(idx.shape)} and {tuple(weights.shape)}"
+        )
+    if reason := tensor_obstacle([*matrices, hidden]) or routing_obstacle(idx, weights):
+        raise ValueError(f"{name}: {reason}")
+    return run_experts(hidden, idx, weights, table_of(matrices), name)

@@ -1,0 +1,118 @@
+"""What runs in place of a patched block's forward."""
+
+import types
+import warnings
+from contextlib import ExitStack
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.ops import Matrices, run_experts, run_moe
+from ..backends.tables import WeightTable, routing_obstacle, tensor_obstacle
+from ..models.blocks import not_runnable
+from ..models.guards import explained
+from ..models.routing import Routing
+from ..routers import Router
+from .callables import read_routing
+from .layer import PatchedLayer
+from .observers import Routed, observers_of
+from .state import STATE, Absent, earlier
+
+
+def block_forward(self: Any, hidden_states: Tensor) -> Any:
+    """The forward of a patched block; bound to the block, so that a copy uses its own weights."""
+    layer: PatchedLayer | None = vars(self).get(STATE)
+    if layer is None:  # another thread unpatched the block since it looked this forward up
+        return self.forward(hidden_states)
+    observers = observers_of(self)
+    start = perf_counter_ns() if observers else 0
+    family = layer.family
+    table, reason = layer.table(self)
+    if reason := reason or _input_obstacle(table, hidden_states):
+        return _own_forward(self, layer, reason, hidden_states)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    said = family.route(self, x, layer.name)
+    out, routing = _run(self, layer, x, said, table)
+    end = perf_counter_ns() if observers else 0
+    for callback in layer.callbacks:
+        callback(layer.index, routing)
+    if observers:
+        skips = layer.router is None and said.expert_ids is not None
+        event = Routed(layer.router, hidden_states, routing, skips, start, end)
+        for observer in observers:
+            observer.routed(event)
+    return family.output(out.reshape(hidden_states.shape), said)
+
+
+def _run(
+    block: nn.Module, layer: PatchedLayer, x: Tensor, said: Routing, table: Matrices
+) -> tuple[Tensor, Routing]:
+    """(the output (T, H), the routing that ran) of x (T, H), after what the gate said of it."""
+    router, logits = layer.router, said.logits
+    if router is None and said.expert_ids is not None:  # a user's gate has chosen
+        return _run_chosen(layer, x, said.weights, said.expert_ids, table, logits)
+    if logits is None:
+        raise ValueError(
+            f"Router output format unexpected: {layer.name}: the router {router!r} works on "
+            "logits, and the gate returned weights and indices only"
+        )
+    if router is not None and not isinstance(router, Router):
+        chosen = read_routing(router(logits), logits, layer.name)
+        return _run_chosen(layer, x, *chosen, table, logits)
+    spec, operands = layer.spec(layer.family.settings(block))
+    given = logits if logits.dtype == x.dtype else logits.float()
+    out, *routing = run_moe(x, given, table, spec, operands, layer.name)
+    if layer.cap is not None:
+        layer.cap.see(routing[3])
+    return out, Routing(*routing, logits)
+
+
+def _run_chosen(
+    layer: PatchedLayer,
+    x: Tensor,
+    routing_weights: Any,
+    expert_ids: Tensor,
+    table: Matrices,
+    logits: Tensor | None,
+) -> tuple[Tensor, Routing]:
+    if reason := routing_obstacle(expert_ids, routing_weights):
+        raise ValueError(f"{layer.name}: {reason}")
+    out = run_experts(x, expert_ids, routing_weights, table, layer.name)
+    ids = expert_ids.to(dtype=torch.int32)
+    ids = ids.masked_fill(ids == layer.num_experts, -1)  # an empty slot too
+    counts = (ids >= 0).sum(1, dtype=torch.int32)
+    return out, Routing(routing_weights.float(), ids, counts, counts, logits)
+
+
+def _input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
+    first = table.matrices[0] if isinstance(table, WeightTable) else table[0]
+    reason = tensor_obstacle([first, hidden_states])
+    hidden_size = first.shape[-1]  # gate (I, H) or gate_up (E, 2I, H)
+    if not reason and hidden_states.shape[-1] != hidden_size:
+        reason = f"{hidden_states.shape[-1]} columns, the experts have {hidden_size}"
+    return f"the hidden states: {reason}" if reason else None
+
+
+def _own_forward(block: nn.Module, layer: PatchedLayer, reason: str, hidden_states: Tensor) -> Any:
+    """The forward that the model had before any patch, or an error where that is asked for."""
+    if layer.strict:
+        raise RuntimeError(not_runnable(layer.name, explained(reason, block)))
+    if layer.fallback is None:
+        reason = explained(reason, block)
+        warn_fallback(layer.name, reason)
+        layer.fallback = reason
+    # From the layer on, not from the block: another thread may have unpatched that.
+    forward = earlier(layer)[-1].saved[0][1]["forward"]
+    if forward is Absent:
+        forward = types.MethodType(type(block).forward, block)
+    with ExitStack() as observed:
+        for observer in observers_of(block):
+            observed.enter_context(observer.stock(hidden_states))
+        return forward(hidden_states)
+
+
+def warn_fallback(name: str, reason: str) -> None:
+    """Say that a layer does not run in C."""
+    warnings.warn(f"moeprof: {name} runs the model's own forward: {reason}", stacklevel=3)

@@ -1,0 +1,39 @@
+"""Putting a patch into a module's own attributes, and taking it out."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .observers import rehook
+from .state import STATE, Absent, Patched
+
+
+def install(
+    patched: nn.Module, state: Patched, changes: list[tuple[nn.Module, Callable[..., Any]]]
+) -> None:
+    """Put `state` on a module, and on the modules of `changes` the forwards beside them.
+
+    The first of these modules is `patched` itself.
+    """
+    attributes: list[dict[str, Any]]
+    attributes = [{"forward": types.MethodType(forward, module)} for module, forward in changes]
+    attributes[0][STATE] = state
+    for (module, _), own in zip(changes, attributes, strict=True):
+        state.saved.append((module, {n: vars(module).get(n, Absent) for n in own}))
+    # The block comes last, since another thread may run it from then on.
+    for (module, _), own in reversed([*zip(changes, attributes, strict=True)]):
+        vars(module).update(own)
+    rehook(patched)
+
+
+def restore(patched: nn.Module) -> None:
+    """Undo the last patch of a module."""
+    for module, attributes in vars(patched)[STATE].saved:
+        for name, value in attributes.items():
+            if value is Absent:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = value
+    rehook(patched)

@@ -1,0 +1,110 @@
+"""A patched layer: what it routes by, and what it has read of its block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..backends.ops import Matrices, operands_of
+from ..backends.spec import RouteSpec
+from ..backends.tables import WeightTable
+from ..models.families import Layout
+from ..models.guards import Unchanged
+from ..models.routing import Routing
+from ..null import LayerNull
+from ..routers import Router, TopK
+from ..routers.base import warn_if_capped
+from .state import Patched
+
+Callback = Callable[[int, Routing], None]
+
+
+@dataclass(eq=False)
+class PatchedLayer(Patched):
+    """What a patched block carries: "model.layers.0.mlp"."""
+
+    made_anew: ClassVar[tuple[str, ...]] = ("_spec", "_read")
+
+    index: int  # among the model's MoE blocks
+    num_experts: int
+    family: Layout
+    router: Router | Callable[..., Any] | None  # None: the model's own top-k
+    null: LayerNull | None
+    norm: str
+    strict: bool
+    callbacks: tuple[Callback, ...] = ()  # of `Handle.on_routing`, in the order that they came
+    fallback: str | None = None  # why the model's own forward runs, once it does
+    cap: "CapWatch | None" = None  # of a router on a null whose max_k is None
+    # The model's settings, and what was made of them; the block's experts, as they were read.
+    _spec: tuple[tuple[int, bool], RouteSpec, Any] | None = None
+    _read: tuple[nn.Module, Unchanged, WeightTable] | None = None
+
+    def spec(self, settings: tuple[int, bool]) -> tuple[RouteSpec, Any]:
+        """(what the router is told, the same as operands of `moe_op`).
+
+        settings: (top_k, norm_topk_prob) of the model. They are read in every call, and the spec
+        made anew when they have changed.
+        """
+        if self._spec is None or self._spec[0] != settings:
+            spec = self._make_spec(*settings)
+            self._spec = settings, spec, operands_of(spec)
+        return self._spec[1:]
+
+    def _make_spec(self, top_k: int, renormalises: bool) -> RouteSpec:
+        router = TopK(top_k) if self.router is None else self.router
+        norm = self.norm
+        if norm == "model":
+            norm = "sum" if renormalises else "none"
+        assert isinstance(router, Router)
+        return router.spec(self.num_experts, norm=norm, norm_k=top_k, null=self.null)
+
+    def table(self, block: nn.Module) -> tuple[Matrices, str | None]:
+        """(where the matrices of the block's experts lie, None), or ([], why it can't run in C).
+
+        The experts are read once, and again when anything about them has changed.
+        """
+        if torch.compiler.is_compiling():  # a tracer's tensors lie nowhere
+            return self.family.readable(block)
+        if reason := self.family.obstacle(block):
+            return [], reason
+        if self._read is not None:
+            experts, unchanged, table = self._read
+            if self.family.experts_of(block) is experts and unchanged and table.is_current():
+                return table, None
+        matrices, reason = self.family.readable(block)
+        if reason:
+            return [], reason
+        experts, unchanged = self.family.experts_of(block), self.family.unchanged(block)
+        table = WeightTable(matrices)
+        self._read = experts, unchanged, table
+        return table, None
+
+
+@dataclass(eq=False)
+class CapWatch:
+    """Of all layers of one patch: how often the cap that max_k=None is cut a token's experts."""
+
+    cap: int
+    num_experts: int
+    tokens: int = 0
+    capped: int = 0
+    warned: bool = False
+
+    def see(self, rejections: Tensor) -> None:
+        """Count the tokens of one call, rejections (T,); warn once in the life of the patch."""
+        if self.warned or torch.compiler.is_compiling() or type(rejections) is not Tensor:
+            return
+        self.tokens += len(rejections)
+        capped = np.count_nonzero(rejections.numpy() > self.cap)
+        if capped:  # rarely; a decode step goes by in some microseconds
+            self.capped += capped
+            self.warned = warn_if_capped(
+                self.capped,
+                self.tokens,
+                self.num_experts,
+                unit="tokens of all layers so far",
+                stacklevel=3,
+            )
