@@ -28,7 +28,7 @@ from .wording import counted
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..models.layer import Site
+    from ..models.find import Site
 
 
 class MoEProfiler:
@@ -121,8 +121,8 @@ class MoEProfiler:
         if records is not None:
             options.records = RecordWriter(records)
         self._started_here: list[bool] = []
-        self._domains: list[tuple[str, np.ndarray]] = []
-        self._by_domain: dict[str, np.ndarray] = {}
+        self._domains: list[tuple[str, NDArray[np.int64]]] = []
+        self._by_domain: dict[str, NDArray[np.int64]] = {}
         self._finalizer = weakref.finalize(self, _detach, self._session, options)
 
     # ---- running ----
