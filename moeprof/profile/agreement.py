@@ -14,14 +14,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Experts (T,k) of one routing, or records of them: a path or a frame.
-Routing = Any
-
 _AT_ONCE = 1 << 24  # comparisons held in memory
 
 
 def router_agreement(
-    first: Routing, second: Routing, *, k: int | None = None, num_experts: int | None = None
+    first: Any, second: Any, *, k: int | None = None, num_experts: int | None = None
 ) -> Any:
     """The share of one routing's experts that another chose too: |E ∩ E'| / k of each token.
 

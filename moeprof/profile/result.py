@@ -28,10 +28,7 @@ if TYPE_CHECKING:
     from ..profiler.tally import Counts
     from .compare import Comparison
     from .page import Section
-    from .types import Event
-
-
-Label = int | str  # what a layer is called, see models.names
+    from .types import Event, Label
 
 
 class Profile:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 Label = int | str  # what a layer is called, see models.names
 Event = tuple[int, str, int, int, int, int]
-Cell = str | float | int | None  # of a table
 
 
 class Profiled(Protocol):
