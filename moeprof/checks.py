@@ -1,20 +1,38 @@
 """Whether arguments are what they should be: TypeError and ValueError that name the argument."""
 
+from __future__ import annotations
+
 import importlib.util
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 # The packages of `moeprof[hf]`, which whatever works on models needs.
 MODELS = ("torch", "transformers", "safetensors", "tqdm")
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer: transformers' have it."""
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
+
+    def decode(self, token_ids: Any, **options: Any) -> str: ...
+
+
 ALL = (*MODELS, "scipy", "statsmodels", "pandas", "matplotlib", "rich")
 
 
-def check_type(name, value, kinds, expected):
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
     """TypeError unless value is one of `kinds`; expected: those, in words."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name}: expected {expected}, got {described(value)}")
 
 
-def check_model(who, model):
+def check_model(who: str, model: object) -> None:
     """TypeError unless `model` is a torch.nn.Module; who: the function that was called."""
     if sys.modules.get("torch") is None:
         check_installed(f"moeprof.{who}", MODELS)
@@ -32,7 +50,7 @@ def check_model(who, model):
     raise TypeError(f"{who}: model: expected a torch.nn.Module, got {described(model)}{hint}")
 
 
-def check_tokenizer(who, tokenizer):
+def check_tokenizer(who: str, tokenizer: object) -> None:
     """TypeError unless `tokenizer` can be one: it is called with a text, and is no model."""
     from torch import nn
 
@@ -44,7 +62,7 @@ def check_tokenizer(who, tokenizer):
         )
 
 
-def check_token_ids(model, windows):
+def check_token_ids(model: nn.Module, windows: Iterable[Any]) -> None:
     """ValueError if the model's embedding has no row for one of the token ids.
 
     windows: tensors or lists of ids. Torch itself would raise an IndexError without a number.
@@ -63,7 +81,7 @@ def check_token_ids(model, windows):
             )
 
 
-def _embedding_rows(model):
+def _embedding_rows(model: Any) -> int | None:
     """How many token ids the model knows; None where that can't be told."""
     try:
         embedding = model.get_input_embeddings()
@@ -71,12 +89,12 @@ def _embedding_rows(model):
         return None
     rows = getattr(embedding, "num_embeddings", None)
     if rows is None:
-        shape = getattr(getattr(embedding, "weight", None), "shape", ())
+        shape: Any = getattr(getattr(embedding, "weight", None), "shape", ())
         rows = shape[0] if len(shape) == 2 else None
     return rows
 
 
-def described(value):
+def described(value: object) -> str:
     """What was given instead, short: a class by its name, else the value's class."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -85,7 +103,7 @@ def described(value):
     return type(value).__name__
 
 
-def check_installed(who, packages):
+def check_installed(who: str, packages: Iterable[str]) -> None:
     """ImportError naming the first of `packages` that isn't installed; imports none of them.
 
     who: what needs them, as a user calls it.
@@ -95,12 +113,12 @@ def check_installed(who, packages):
             raise ImportError(missing(who, name))
 
 
-def missing(who, name):
+def missing(who: str, name: str) -> str:
     """What is said where a package is missing."""
     return f"{who} needs {name}, which isn't installed: pip install 'moeprof[hf]'"
 
 
-def _is_installed(name):
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):  # hidden by an import hook; a module made by hand

@@ -1,9 +1,11 @@
 """Every variant of every kernel that the CPU has, on one thread, against scalar and its limit."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,16 @@ from . import plots
 from .router import fitted_null, random_logits
 from .settings import DTYPES
 from .weights import random_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from ..measure.timing import Times
+    from ..show.console import Bar
+    from .settings import Settings, Shape
+
 
 SUFFIX = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 GEMM_WEIGHTS = 256  # rows; they stay in L2, so that the FMA units are the limit
@@ -37,7 +49,7 @@ class Limit(NamedTuple):
 
     unit: str  # "GB/s" or "GFLOP/s"
     work: int  # of the kernel's call: bytes or FLOP
-    call: Callable  # shows the limit
+    call: Callable[..., object]  # shows the limit
     call_work: int
     peak: str = ""  # cases of one name share the best rate seen, their own included
 
@@ -47,15 +59,15 @@ class Case(NamedTuple):
 
     kernel: str
     what: str
-    call: Callable
+    call: Callable[..., object]
     limit: Limit | None = None
 
 
-def rounds(settings):
+def rounds(settings: Settings) -> int:
     return steps([settings.repeats] * len(_cases(settings)))
 
 
-def measure(settings, bar):
+def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
     rows = []
     with torch.inference_mode():
         for make in _cases(settings):
@@ -69,15 +81,15 @@ def measure(settings, bar):
 # ---- variants ----
 
 
-def _limit_cpu(level):
+def _limit_cpu(level: str | None) -> None:
     """In both extensions, which have their own tables of kernels."""
     _C.limit_cpu(level)
     _kernels.limit_cpu(level)
 
 
-def _levels(kernel):
+def _levels(kernel: str) -> dict[str, str]:
     """{variant: the poorest level of MOEPROF_CPU that selects it}, scalar first."""
-    found = {}
+    found: dict[str, str] = {}
     for level in ("scalar", "openblas", *_C.cpu_features()):
         _limit_cpu(level)
         for name, variant, _, used in _C.variants():
@@ -86,14 +98,14 @@ def _levels(kernel):
     return found
 
 
-def _rows(case, repeats, bar):
+def _rows(case: Case, repeats: int, bar: Bar) -> list[dict[str, Any]]:
     """A row for each variant; all of them, and the limit, in turn."""
     try:
         levels = _levels(case.kernel)
         calls = {"limit": case.limit.call} if case.limit else {}
         calls |= dict.fromkeys(levels, case.call)
 
-        def prepare(name):
+        def prepare(name: str) -> tuple[()]:
             _limit_cpu(levels.get(name))
             return ()
 
@@ -113,7 +125,7 @@ def _rows(case, repeats, bar):
     ]
 
 
-def _against(limit, times, variant):
+def _against(limit: Limit, times: Times, variant: str) -> dict[str, Any]:
     own = times[variant]
     return {
         "unit": limit.unit,
@@ -124,10 +136,10 @@ def _against(limit, times, variant):
     }
 
 
-def _share_peaks(rows):
+def _share_peaks(rows: list[dict[str, Any]]) -> None:
     """Rows of one peak get its best rate as their limit, and all their share of the limit."""
     limited = [row for row in rows if "rate" in row]
-    peaks = {}
+    peaks: dict[str, float] = {}
     for row in limited:
         best = max(row["best_rate"], row["limit_rate"])
         peaks[row["peak"]] = max(best, peaks.get(row["peak"], 0))
@@ -140,7 +152,7 @@ def _share_peaks(rows):
 # ---- the calls ----
 
 
-def _cases(settings):
+def _cases(settings: Settings) -> list[Callable[[], Case]]:
     """Functions that make a Case each."""
     dtypes = DTYPES if settings.dtype is None else (settings.dtype,)
     shape = settings.shape
@@ -151,7 +163,9 @@ def _cases(settings):
     return made + [partial(_routing, shape, kernel) for kernel in kernels]
 
 
-def _operands(rows, out, inner, dtype):
+def _operands(
+    rows: int, out: int, inner: int, dtype: str
+) -> tuple[tuple[NDArray[Any], NDArray[np.int32], NDArray[Any], str], Tensor]:
     """(x, index, w, dtype) of _kernels.linear and _kernels.gemm, and w's words."""
     torch_dtype = getattr(torch, dtype)
     words, tensors = random_tensors({"w": (out, inner)}, torch_dtype)
@@ -159,7 +173,7 @@ def _operands(rows, out, inner, dtype):
     return (as_array(x), np.arange(rows, dtype=np.int32), as_array(tensors["w"]), dtype), words
 
 
-def _linear(shape, dtype):
+def _linear(shape: Shape, dtype: str) -> Case:
     itemsize = getattr(torch, dtype).itemsize
     out = -(-4 * cache_bytes() // (shape.hidden * itemsize))
     operands, words = _operands(1, out, shape.hidden, dtype)
@@ -169,7 +183,7 @@ def _linear(shape, dtype):
     return Case(f"linear_{SUFFIX[dtype]}", what, partial(_kernels.linear, *operands), limit)
 
 
-def _gemm(shape, dtype, rows):
+def _gemm(shape: Shape, dtype: str, rows: int) -> Case:
     operands, words = _operands(rows, GEMM_WEIGHTS, shape.hidden, dtype)
     flop = 2 * rows * GEMM_WEIGHTS * shape.hidden
     dense = limit_calls(words, getattr(torch, dtype))["gemm"]
@@ -179,31 +193,31 @@ def _gemm(shape, dtype, rows):
     return Case(f"gemm_{SUFFIX[dtype]}", what, partial(_kernels.gemm, *operands), limit)
 
 
-def _swiglu(dtype):
+def _swiglu(dtype: str) -> Case:
     gate, up = (torch.randn(SWIGLU).numpy() for _ in range(2))
     call = partial(_kernels.swiglu, gate, up, dtype)
     return Case(f"swiglu_{SUFFIX[dtype]}", f"{SWIGLU} numbers", call)
 
 
-def _routing(shape, kernel):
+def _routing(shape: Shape, kernel: str) -> Case:
     z, null = random_logits(ROUTED, shape.experts), fitted_null(shape)
     p = _C.p_values(z, null.spec)
     sorting = ", sorted" if kernel == "step_up" else ""
-    call = {
+    calls: dict[str, Callable[..., object]] = {
         "softmax": partial(_kernels.softmax, z, 1.0),
         "logprob": partial(_kernels.logprob, z),
         "p_table": partial(_C.p_values, z, ("table", "logit", null.table)),
         "p_normal": partial(_C.p_values, z, ("normal", "logit", None)),
         "order": partial(_kernels.order, p, z),
         "step_up": partial(_C.step_up, p, 0.3),
-    }[kernel]
-    return Case(kernel, f"{ROUTED} rows of {shape.experts}{sorting}", call)
+    }
+    return Case(kernel, f"{ROUTED} rows of {shape.experts}{sorting}", calls[kernel])
 
 
 # ---- what is shown ----
 
 
-def tables(result):
+def tables(result: dict[str, Any]) -> Iterator[Any]:
     columns = {
         "kernel": "{}",
         "call": "{}",
@@ -227,7 +241,7 @@ def tables(result):
     yield WORDS
 
 
-def figure(result):
+def figure(result: dict[str, Any]) -> Figure:
     rows = result["rows"]
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
     entries = []

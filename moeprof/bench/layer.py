@@ -1,5 +1,10 @@
 """A layer's experts: moeprof beside the other implementations, and the roof over them all."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch.nn import functional as F
 
@@ -10,17 +15,27 @@ from . import plots
 from .contenders import contenders, usable
 from .weights import Calls, layer_weights
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from ..show.console import Bar
+    from .contenders import Contender
+    from .settings import Settings
+    from .weights import Call, LayerWeights
+
+
 ERROR_TOKENS = 32  # float64 takes long beyond
 HEADERS = {"grouped_mm": "grouped\nmm", "zentorch": "zen-\ntorch"}  # as the table has room
 TARGET = 0.055  # above the limit: what a decode step with fewer experts may take more
 
 
-def rounds(settings):
+def rounds(settings: Settings) -> int:
     return steps([*map(settings.rounds, settings.tokens), settings.rounds(1)])
 
 
-def measure(settings, bar):
-    shape, dtype = settings.shape, getattr(torch, settings.dtype)
+def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
+    shape, dtype = settings.shape, getattr(torch, settings.one_dtype)
     bar.note("layer: random weights")
     weights = layer_weights(shape, dtype)
     calls = contenders(shape, weights, settings.peers)
@@ -31,7 +46,9 @@ def measure(settings, bar):
     return {"contenders": [*calls], "missing": missing, "rows": rows, "skipping": skipping}
 
 
-def _row(settings, weights, calls, tokens, bar):
+def _row(
+    settings: Settings, weights: LayerWeights, calls: dict[str, Contender], tokens: int, bar: Bar
+) -> dict[str, Any]:
     bar.note(f"layer: {tokens} tokens")
     shape, dtype = settings.shape, weights.down.dtype
     draws = Calls(shape, dtype, tokens)
@@ -55,7 +72,7 @@ def _row(settings, weights, calls, tokens, bar):
 # ---- error ----
 
 
-def _errors(weights, calls, call):
+def _errors(weights: LayerWeights, calls: dict[str, Contender], call: Call) -> dict[str, float]:
     reference = _reference(weights, call)
     size = reference.norm()
     return {
@@ -64,7 +81,7 @@ def _errors(weights, calls, call):
     }
 
 
-def _reference(weights, call):
+def _reference(weights: LayerWeights, call: Call) -> Tensor:
     """sum_e w_e down_e(silu(gate_e x) * up_e x) in float64."""
     x, out = call.x.double(), torch.zeros(call.x.shape, dtype=torch.float64)
     for expert in call.idx.unique().tolist():
@@ -78,14 +95,14 @@ def _reference(weights, call):
 # ---- fewer experts ----
 
 
-def _skipping(settings, ours, bar):
+def _skipping(settings: Settings, ours: Contender, bar: Bar) -> dict[str, Any]:
     """A decode step at 5/8 of the experts, the others -1, against one at all of them."""
     bar.note("layer: skipping experts")
     shape = settings.shape
     kept = max(1, shape.top_k * 5 // 8)
-    draws = Calls(shape, getattr(torch, settings.dtype), 1)
+    draws = Calls(shape, getattr(torch, settings.one_dtype), 1)
 
-    def prepare(name):
+    def prepare(name: str) -> Call:
         call = draws.next()
         if name == "kept":
             call.idx[:, kept:] = -1
@@ -106,7 +123,7 @@ def _skipping(settings, ours, bar):
 # ---- what is shown ----
 
 
-def tables(result):
+def tables(result: dict[str, Any]) -> Iterator[Any]:
     names, rows = result["contenders"], result["rows"]
     columns = {"T": "{:d}", "hit": "{:d}"}
     columns |= {f"{HEADERS.get(name, name)}\nms": "{:.2f}" for name in names}
@@ -134,7 +151,7 @@ def tables(result):
         yield f"left out: {name}: {reason}"
 
 
-def _cells(row, names):
+def _cells(row: Mapping[str, Any], names: list[str]) -> list[Any]:
     times, ours = row["times"], row["times"]["moeprof"]["median_ms"]
     others = [times[name]["median_ms"] for name in names if name != "moeprof"]
     return [
@@ -150,6 +167,6 @@ def _cells(row, names):
     ]
 
 
-def figure(result):
+def figure(result: dict[str, Any]) -> Figure:
     labels = {name: name for name in result["contenders"]}
     return plots.against_tokens(result, labels, "time of a layer's experts")

@@ -1,5 +1,10 @@
 """A whole model: decode steps and prefills, as it is and patched, and what a callback costs."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
 import torch
 from transformers import DynamicCache, OlmoeConfig, OlmoeForCausalLM
 from transformers.utils import logging
@@ -15,6 +20,14 @@ from . import plots
 from .contenders import PACKED
 from .weights import random_tensors
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..measure.timing import Times
+    from ..show.console import Bar
+    from .settings import Settings, Shape
+
+
 LAYERS, VOCABULARY, HEAD = 4, 50304, 128
 CACHED = 64  # tokens before a decode step
 OVERHEAD, OF_BANDWIDTH = 1.5, 0.95  # ms; the target of a decode step
@@ -26,13 +39,13 @@ PROFILED = {name + PROFILER: name for name in (STOCK, PATCHED)}
 CONTENDERS = [*IMPLEMENTATIONS, PATCHED, LINEARS, CALLBACK, *PROFILED]
 
 
-def rounds(settings):
+def rounds(settings: Settings) -> int:
     return steps([*map(settings.rounds, settings.tokens), settings.rounds(1)])
 
 
-def measure(settings, bar):
+def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
     bar.note("model: random weights")
-    words, model = random_model(settings.shape, getattr(torch, settings.dtype))
+    words, model = random_model(settings.shape, getattr(torch, settings.one_dtype))
     with torch.inference_mode():
         rows = [_row(settings, words, model, tokens, bar) for tokens in settings.tokens]
         del words, model
@@ -48,7 +61,7 @@ def measure(settings, bar):
     }
 
 
-def random_model(shape, dtype):
+def random_model(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
     """(words of all its weights, an OLMoE of four layers of that shape)."""
     heads = shape.hidden // HEAD if shape.hidden % HEAD == 0 else 1
     if shape.hidden % 2:
@@ -83,24 +96,27 @@ class _Contenders:
     the first after a change of the model is slower. More tokens are a prefill.
     """
 
-    def __init__(self, model, tokens):
-        self.model, self.seen = model, []
+    def __init__(self, model: Any, tokens: int) -> None:
+        self.model = model
+        self.seen: list[Any] = []
         self._profiler = MoEProfiler(model)
-        self._ids, self._handle, self._cache = self._random_ids(tokens), None, None
+        self._ids = self._random_ids(tokens)
+        self._handle: Any = None
+        self._cache: Any = None
         if tokens == 1:
             self._cache = DynamicCache()
             self.call(self._random_ids(CACHED), self._cache)
 
-    def call(self, ids, cache):
+    def call(self, ids: torch.Tensor, cache: Any) -> Any:
         if cache is None:
             return self.model(input_ids=ids, use_cache=False)
         return decode(self.model, ids, cache)
 
-    def _random_ids(self, count):
+    def _random_ids(self, count: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(count)
         return torch.randint(2, self.model.config.vocab_size, (1, count), generator=draw)
 
-    def prepare(self, name):
+    def prepare(self, name: str) -> tuple[torch.Tensor, Any]:
         """(ids, cache) for the next call, of `name`."""
         self.restore()
         if name in PROFILED:
@@ -109,8 +125,7 @@ class _Contenders:
         if name in IMPLEMENTATIONS:
             self.model.config._experts_implementation = name
         elif name.startswith(PATCHED):
-            options = {"linears": True} if name == LINEARS else {}
-            self._handle = patch(self.model, **options)
+            self._handle = patch(self.model, linears=name == LINEARS)
         if name == CALLBACK:
             self._handle.on_routing(lambda layer, routing: self.seen.append(routing))
         if self._cache is not None:
@@ -119,17 +134,19 @@ class _Contenders:
         self.seen.clear()
         return self._ids, self._cache
 
-    def restore(self):
+    def restore(self) -> None:
         self._profiler.stop()
         if self._handle is not None:
             self._handle.unpatch()
             self._handle = None
 
 
-def _times(model, tokens, count, limits, bar):
+def _times(
+    model: Any, tokens: int, count: int, limits: Mapping[str, Callable[..., object]], bar: Bar
+) -> tuple[dict[str, dict[str, float]], list[int]]:
     """(times of all contenders and limits, experts that a call hits in each layer)."""
     contenders = _Contenders(model, tokens)
-    calls = limits | dict.fromkeys(CONTENDERS, contenders.call)
+    calls = {**limits} | dict.fromkeys(CONTENDERS, contenders.call)
     try:
         times = interleave(calls, count, contenders.prepare, bar)
         contenders.call(*contenders.prepare(CALLBACK))
@@ -139,19 +156,27 @@ def _times(model, tokens, count, limits, bar):
     return times, hit
 
 
-def _row(settings, words, model, tokens, bar):
+def _row(
+    settings: Settings, words: torch.Tensor, model: Any, tokens: int, bar: Bar
+) -> dict[str, Any]:
     bar.note(f"model: {'a decode step' if tokens == 1 else f'{tokens} tokens'}")
     limits = limit_calls(words, model.dtype)
     times, hit = _times(model, tokens, settings.rounds(tokens), limits, bar)
     measured, read = rates(times, words), _bytes_read(model, settings.shape, sum(hit))
-    row = {"tokens": tokens, "experts_hit": hit, "bytes": read, "rates": measured, "times": times}
+    row: dict[str, Any] = {
+        "tokens": tokens,
+        "experts_hit": hit,
+        "bytes": read,
+        "rates": measured,
+        "times": times,
+    }
     row["roof"] = roof(sum(read.values()), _flop(model, settings.shape, tokens), measured)
     if tokens == 1:
         row["target_ms"] = row["roof"]["read_ms"] / OF_BANDWIDTH + OVERHEAD
     return row
 
 
-def _bytes_read(model, shape, experts):
+def _bytes_read(model: Any, shape: Shape, experts: int) -> dict[str, int]:
     """{part: bytes} that a call reads of the weights, `experts` of them; not the embedding."""
     read = {"experts": experts * shape.size * model.dtype.itemsize}
     read |= {"attention": 0, "lm_head": 0, "gates and norms": 0}
@@ -162,14 +187,14 @@ def _bytes_read(model, shape, experts):
     return read
 
 
-def _dense(model):
+def _dense(model: Any) -> list[tuple[str, torch.Tensor]]:
     """Names and parameters that every token goes through."""
     left_out = (".experts.", "embed_tokens")
     parameters = model.named_parameters()
     return [(n, p) for n, p in parameters if not any(part in n for part in left_out)]
 
 
-def _flop(model, shape, tokens):
+def _flop(model: Any, shape: Shape, tokens: int) -> int:
     """Of the products with the weights, and of attention between the tokens of the call."""
     dense = 2 * tokens * sum(p.numel() for _, p in _dense(model) if p.dim() > 1)
     experts = tokens * LAYERS * shape.top_k * shape.flop
@@ -179,7 +204,7 @@ def _flop(model, shape, tokens):
 # ---- what is shown ----
 
 
-def tables(result):
+def tables(result: dict[str, Any]) -> Iterator[Any]:
     names = result["contenders"]
     columns = {
         "model": "{}",
@@ -191,7 +216,7 @@ def tables(result):
         "roof\nms": "{:.2f}",
         "experts\nof a layer": "{}",
     }
-    cells = []
+    cells: list[list[Any]] = []
     for row in result["rows"]:
         hit, limit = row["experts_hit"], row["roof"]["roof_ms"]
         few = f"{min(hit)}-{max(hit)}" if min(hit) < max(hit) else f"{hit[0]}"
@@ -211,18 +236,20 @@ def tables(result):
         yield ", ".join(_costs(row["times"])) + f" of a {call}{whose}"
 
 
-def _costs(times):
+def _costs(times: Times) -> Iterator[str]:
     """What looking on costs, of each kind that was measured."""
     for name, plain in {CALLBACK: PATCHED, **PROFILED}.items():
         if name in times:
             yield f"{name}: {ratio(times, name, plain) - 1:+.2%}"
 
 
-def _cells(model, row, names, limit, hit):
+def _cells(
+    model: str, row: Mapping[str, Any], names: list[str], limit: float | None, hit: str | None
+) -> Iterator[list[Any]]:
     """The rows of one measurement; what they share is said once."""
     times = row["times"]
     best = min(times[name]["median_ms"] for name in IMPLEMENTATIONS if name in times)
-    shared = model, row["tokens"]
+    shared: tuple[Any, Any] = model, row["tokens"]
     for name in names:
         own = times[name]
         speed = best / own["median_ms"]
@@ -230,7 +257,7 @@ def _cells(model, row, names, limit, hit):
         shared, limit, hit = (None, None), None, None
 
 
-def _decode_words(row):
+def _decode_words(row: Mapping[str, Any]) -> str:
     read, bandwidth = row["bytes"], row["rates"]["read_gbs"]
     parts = ", ".join(f"{part} {nbytes / 1e6:.1f}" for part, nbytes in read.items())
     return (
@@ -240,6 +267,6 @@ def _decode_words(row):
     )
 
 
-def figure(result):
+def figure(result: dict[str, Any]) -> Figure:
     what = f"time of a model of {result['layers']} layers"
     return plots.against_tokens(result, {name: name for name in result["contenders"]}, what)

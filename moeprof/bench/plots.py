@@ -1,12 +1,22 @@
 """The figures of the benchmarks."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 from ..measure.machine import in_one_line
 from ..show.figures import colours, line_styles, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 INTERVAL = "median of the rounds; bars: their quartiles"
 
 
-def against_tokens(result, labels, what):
+def against_tokens(result: dict[str, Any], labels: Mapping[str, str], what: str) -> Figure:
     """A matplotlib Figure, log-log: the times of `labels` {contender: label} against T.
 
     Where the rows have a roof it is drawn, with the two limits that it is the larger of.
@@ -17,7 +27,7 @@ def against_tokens(result, labels, what):
     if all("roof" in row for row in rows):
         limits = {key: [row["roof"][key] for row in rows] for key in rows[0]["roof"]}
         axis.plot(tokens, limits["roof_ms"], color="black", linewidth=2, label="roof")
-        grey = {"color": "#777777", "linewidth": 1.3, "zorder": 1}
+        grey: dict[str, Any] = {"color": "#777777", "linewidth": 1.3, "zorder": 1}
         axis.plot(tokens, limits["read_ms"], "--", label="limit: reading the weights", **grey)
         axis.plot(tokens, limits["gemm_ms"], "-.", label="limit: dense GEMM rate", **grey)
     for style, (name, label) in zip(line_styles(len(labels)), labels.items(), strict=True):
@@ -48,7 +58,12 @@ def against_tokens(result, labels, what):
     return fig
 
 
-def bars(result, entries, what, axis_label):
+def bars(
+    result: dict[str, Any],
+    entries: Sequence[tuple[str, float, str, int]],
+    what: str,
+    axis_label: str,
+) -> Figure:
     """Horizontal bars, log scale: entries (label, value, text beside the bar, colour's number)."""
     fig, axis = _figure(result, what, "")
     fig.set_size_inches(10, 2 + 0.24 * len(entries))
@@ -66,7 +81,7 @@ def bars(result, entries, what, axis_label):
     return fig
 
 
-def _figure(result, what, note):
+def _figure(result: dict[str, Any], what: str, note: str) -> tuple[Figure, Axes]:
     """(figure, axes) with a title that names shape, dtype and machine."""
     from matplotlib.figure import Figure
 

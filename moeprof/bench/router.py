@@ -1,6 +1,10 @@
 """What routing costs: beside the experts of the layer that it chooses for, beside torch."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,17 +23,26 @@ from . import plots, twins
 from .contenders import contenders
 from .weights import Calls, layer_weights
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from ..show.console import Bar
+    from .settings import Settings, Shape
+    from .weights import Call
+
+
 ALPHA = 0.3
 FITTED = 4096  # tokens
 TARGETS = {"topk_share": 0.02, "bh_share": 0.02, "bh_over_topk_share": 0.01}
 
 
-def random_logits(tokens, experts):
+def random_logits(tokens: int, experts: int) -> NDArray[np.float32]:
     """(T, E) float32, normal, with the spread that OLMoE's have."""
     return (2 * np.random.default_rng(0).standard_normal((tokens, experts))).astype(np.float32)
 
 
-def fitted_null(shape):
+def fitted_null(shape: Shape) -> LayerNull:
     """A trimmed null on logprob, fitted to random logits as `fit_null` would."""
     high = min(shape.top_k, shape.experts - 1)
     histograms = Histograms(1, shape.experts, "logprob", high, 0)
@@ -37,7 +50,7 @@ def fitted_null(shape):
     return LayerNull("logprob", counted_table(*pooled(histograms.counts[0], histograms.largest[0])))
 
 
-def nulls_of_all(shape):
+def nulls_of_all(shape: Shape) -> dict[str, LayerNull | None]:
     """{router: null}: of each expert for ExpertThreshold, efron's for all others on a null."""
     z = random_logits(FITTED, shape.experts)
     z[np.random.default_rng(1).random(z.shape) < 0.1] += 4  # what stands out
@@ -54,13 +67,13 @@ def nulls_of_all(shape):
     return nulls | {"expert_threshold": LayerNull("logprob", np.stack(own))}
 
 
-def rounds(settings):
+def rounds(settings: Settings) -> int:
     return steps(map(settings.rounds, (*settings.tokens, max(settings.tokens))))
 
 
-def measure(settings, bar):
+def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
     bar.note("router: random weights")
-    shape, dtype = settings.shape, getattr(torch, settings.dtype)
+    shape, dtype = settings.shape, getattr(torch, settings.one_dtype)
     layer = contenders(shape, layer_weights(shape, dtype), False)["moeprof"]
     specs = {
         "topk": TopK(shape.top_k).spec(shape.experts, norm="none", norm_k=shape.top_k),
@@ -68,7 +81,9 @@ def measure(settings, bar):
             shape.experts, norm="none", norm_k=shape.top_k, null=fitted_null(shape)
         ),
     }
-    calls = {name: _route(spec.in_c(settings.dtype)) for name, spec in specs.items()}
+    calls: dict[str, Callable[..., object]] = {
+        name: _route(spec.in_c(settings.one_dtype)) for name, spec in specs.items()
+    }
     calls["layer"] = layer
     with torch.inference_mode():
         rows = [_row(settings, calls, tokens, bar) for tokens in settings.tokens]
@@ -76,12 +91,13 @@ def measure(settings, bar):
     return {"contenders": [*calls], "targets": TARGETS, "rows": rows, "routers": all_routers}
 
 
-def _all_routers(settings, rows, bar):
+def _all_routers(settings: Settings, rows: list[dict[str, Any]], bar: Bar) -> dict[str, Any]:
     """Every router of the registry at the most tokens: C, its torch twin, share of the layer."""
     tokens, shape = max(settings.tokens), settings.shape
     bar.note(f"router: all of them, {tokens} tokens")
     z = random_logits(tokens, shape.experts)
-    tensor, calls = torch.from_numpy(z), {}
+    tensor = torch.from_numpy(z)
+    calls: dict[Any, Callable[..., object]] = {}
     for name, null in nulls_of_all(shape).items():
         own = {"k": shape.top_k} if name == "topk" else {}
         router = make_router(name, max_k=shape.top_k, **own)
@@ -93,7 +109,7 @@ def _all_routers(settings, rows, bar):
     return {"tokens": tokens, "rows": [_of_router(name, times, layer) for name in REGISTRY]}
 
 
-def _of_router(name, times, layer):
+def _of_router(name: str, times: Mapping[Any, Mapping[str, float]], layer: float) -> dict[str, Any]:
     ours, twin = times[name, "C"], times[name, "torch"]
     return {
         "router": name,
@@ -104,18 +120,20 @@ def _of_router(name, times, layer):
     }
 
 
-def _route(spec):
-    def call(x, logits, idx, w):
+def _route(spec: _C.RouteSpec) -> Callable[..., object]:
+    def call(x: torch.Tensor, logits: torch.Tensor, idx: torch.Tensor, w: torch.Tensor) -> object:
         return _C.route(as_array(logits), spec, get_num_threads(), False)
 
     return call
 
 
-def _row(settings, calls, tokens, bar):
+def _row(
+    settings: Settings, calls: Mapping[str, Callable[..., object]], tokens: int, bar: Bar
+) -> dict[str, Any]:
     bar.note(f"router: {tokens} tokens")
-    draws = Calls(settings.shape, getattr(torch, settings.dtype), tokens)
+    draws = Calls(settings.shape, getattr(torch, settings.one_dtype), tokens)
 
-    def prepare(name):
+    def prepare(name: str) -> Call:
         calls["layer"](*draws.next())  # the caches as a layer leaves them
         return draws.next()
 
@@ -133,7 +151,7 @@ def _row(settings, calls, tokens, bar):
 # ---- what is shown ----
 
 
-def tables(result):
+def tables(result: dict[str, Any]) -> Iterator[Any]:
     columns = {
         "T": "{:d}",
         "top-k ms": "{:.4f}",
@@ -177,11 +195,11 @@ def tables(result):
     )
 
 
-def _cells(row):
+def _cells(row: Mapping[str, Any]) -> list[Any]:
     times = [milliseconds(row["times"], name) for name in ("topk", "bh", "layer")]
     return [row["tokens"], *times, *(row[share] for share in TARGETS)]
 
 
-def figure(result):
+def figure(result: dict[str, Any]) -> Figure:
     labels = {"topk": "top-k", "bh": f"BH, alpha {ALPHA}", "layer": "the layer's experts"}
     return plots.against_tokens(result, labels, "time of routing beside the experts")

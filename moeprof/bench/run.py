@@ -1,16 +1,23 @@
 """One benchmark: measured, printed, and written where that is asked for."""
 
+from __future__ import annotations
+
 import importlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..files import check_folder, write_whole
 from ..measure import machine
 from ..show.console import WIDTH, make_console, progress
 
+if TYPE_CHECKING:
+    from .settings import Settings
 
-def run(settings, json_file=None, plot_file=None):
+
+def run(settings: Settings, json_file: str | None = None, plot_file: str | None = None) -> None:
     """Run the benchmark that the settings name.
 
     Raises
@@ -24,7 +31,7 @@ def run(settings, json_file=None, plot_file=None):
     module = importlib.import_module(f".{settings.benchmark}", __package__)
     console = make_console()
     with machine.threads(settings.threads):
-        result = {
+        result: dict[str, Any] = {
             "benchmark": settings.benchmark,
             "machine": machine.describe(),
             "settings": settings._asdict() | {"shape": settings.shape._asdict()},
@@ -45,10 +52,10 @@ def run(settings, json_file=None, plot_file=None):
         console.print(f"Written: {plot_file}")
 
 
-def _check_file(path, suffix=""):
-    if path is None:
+def _check_file(name: str | None, suffix: str = "") -> None:
+    if name is None:
         return
-    path = Path(path)
+    path = Path(name)
     if not path.name.endswith(suffix):
         raise ValueError(f"{path}: a plot ends in {suffix}")
     if not path.absolute().parent.is_dir():
@@ -58,7 +65,7 @@ def _check_file(path, suffix=""):
     check_folder(path.parent)
 
 
-def _header(settings, facts):
+def _header(settings: Settings, facts: dict[str, Any]) -> Iterator[str]:
     versions = facts["versions"]
     software = ("moeprof", "torch", "transformers")
     yield f"{settings.benchmark}: {machine.in_one_line(facts)}"

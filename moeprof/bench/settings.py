@@ -1,5 +1,7 @@
 """What to measure."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -15,16 +17,16 @@ class Shape(NamedTuple):
     top_k: int
 
     @property
-    def flop(self):
+    def flop(self) -> int:
         """Of one token in one expert: three products."""
         return 6 * self.hidden * self.intermediate
 
     @property
-    def size(self):
+    def size(self) -> int:
         """Weights of one expert."""
         return 3 * self.hidden * self.intermediate
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = f"E {self.experts}, H {self.hidden}, I {self.intermediate}, top-{self.top_k}"
         return f"{self.name} ({text})" if self.name in SHAPES else text
 
@@ -50,6 +52,12 @@ class Settings(NamedTuple):
     threads: int | None  # None: as torch chooses
     peers: bool
 
-    def rounds(self, tokens):
+    @property
+    def one_dtype(self) -> str:
+        """Of a benchmark that measures in one."""
+        assert self.dtype is not None  # its argument has a default
+        return self.dtype
+
+    def rounds(self, tokens: int) -> int:
         """Above 128 tokens a call is long, and its time steady."""
         return self.repeats if tokens <= 128 else -(-self.repeats // 3)

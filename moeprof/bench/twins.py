@@ -4,15 +4,23 @@
 float32 logits (T, E) under a table null. What the C path has to be faster than.
 """
 
-import math
+from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..routers import Router
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def route(router: Router, logits: Tensor, null) -> Tensor:
+
+def route(router: Router, logits: Tensor, null: Any) -> Tensor:
     """(T, E) float32 weights, zero where not selected, by a router of the registry."""
     experts, table = logits.shape[1], router.table(logits.shape[1], null)
     ranks = torch.arange(1, experts + 1)
@@ -39,7 +47,7 @@ def route(router: Router, logits: Tensor, null) -> Tensor:
 # ---- scores and p-values ----
 
 
-def tables_of(array) -> Tensor:
+def tables_of(array: NDArray[np.float64]) -> Tensor:
     """(1, N) of a layer's table, (E, N) of those of its experts."""
     return torch.from_numpy(array).reshape(-1, array.shape[-1])
 
@@ -73,11 +81,11 @@ def last(holds: Tensor, ranks: Tensor) -> Tensor:
     return (holds * ranks).amax(dim=1)
 
 
-def step_up(p: Tensor, alpha, ranks: Tensor) -> Tensor:
+def step_up(p: Tensor, alpha: float | Tensor, ranks: Tensor) -> Tensor:
     return last(p * len(ranks) <= alpha * ranks, ranks)
 
 
-def storey(router, p, ranks, null):
+def storey(router: Any, p: Tensor, ranks: Tensor, null: Any) -> Tensor:
     if router.pi0 is not None:
         return step_up(p, router.alpha / router.pi0, ranks)
     low = p <= router.lam
@@ -85,7 +93,7 @@ def storey(router, p, ranks, null):
     return step_up(p.where(low, math.inf), router.alpha / pi0, ranks)
 
 
-def ebh(router, seen, ranks, null):
+def ebh(router: Any, seen: Tensor, ranks: Tensor, null: Any) -> Tensor:
     if router.e == "lr":
         odds = null.pi0 / (1 - null.pi0) if null.pi0 < 1 else 0.0
         e = (1 / seen - 1) * odds
@@ -94,7 +102,7 @@ def ebh(router, seen, ranks, null):
     return last(e * (router.alpha * ranks) >= len(ranks), ranks)
 
 
-def higher_criticism(router, p, ranks, null):
+def higher_criticism(router: Any, p: Tensor, ranks: Tensor, null: Any) -> Tensor:
     p, share = p.clamp(2.0**-53, 1 - 2.0**-53), ranks / len(ranks)
     h = math.sqrt(len(ranks)) * (share - p) / torch.sqrt(share * (1 - share))
     h[:, -1] = -math.inf  # its variance is 0
@@ -102,29 +110,29 @@ def higher_criticism(router, p, ranks, null):
     return R * (h > 0).any(dim=1)
 
 
-def entropy(router, z, ranks, null):
+def entropy(router: Any, z: Tensor, ranks: Tensor, null: Any) -> Tensor:
     logprob = torch.log_softmax(z, dim=1)
     H = -(logprob.exp() * logprob).sum(dim=1)
     return torch.ceil(router.c * torch.exp(H)).long()
 
 
-def top_p(router, z, ranks, null):
+def top_p(router: Any, z: Tensor, ranks: Tensor, null: Any) -> Tensor:
     return 1 + (torch.softmax(z, dim=1).cumsum(dim=1)[:, :-1] < router.P).sum(dim=1)
 
 
-def kneedle(router, z, ranks, null):
+def kneedle(router: Any, z: Tensor, ranks: Tensor, null: Any) -> Tensor:
     y = torch.softmax(z, dim=1)
     share = (y[:, :1] - y) / (y[:, :1] - y[:, -1:])
     return (share - (ranks - 1) / (len(ranks) - 1) + router.c * ranks).argmax(dim=1) + 1
 
 
-def gap_ratio(router, z, ranks, null):
+def gap_ratio(router: Any, z: Tensor, ranks: Tensor, null: Any) -> Tensor:
     min_k, max_k = router.limits(len(ranks))
     h = (z[:, :-1] - z[:, 1:])[:, min_k - 1 : max_k]
     return (h + router.c * ranks[min_k - 1 : max_k][: h.shape[1]]).argmax(dim=1) + min_k
 
 
-COUNTS = {
+COUNTS: dict[str, Callable[[Any, Tensor, Tensor, Any], Tensor]] = {
     "topk": lambda router, z, ranks, null: torch.full((len(z),), router.k),
     "bh": lambda router, p, ranks, null: step_up(p, router.alpha, ranks),
     "by": lambda router, p, ranks, null: step_up(p, router.alpha / (1 / ranks).sum(), ranks),

@@ -1,17 +1,26 @@
 """Random weights, all of one module in one block of memory, and routings to run them with."""
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..measure.machine import check_memory
 
+if TYPE_CHECKING:
+    from .settings import Shape
+
+
 _ALIGN = 64  # elements
 _NUMBERS = 2**20 - 3  # odd, so that no two experts are alike
 
 
-def random_tensors(shapes, dtype):
+def random_tensors(
+    shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(words, {name: tensor}) for {name: shape}: normal, std 0.02, vectors 1.
 
     The tensors share one block of memory; `words`, int32, is all of it, for reading. A long
@@ -44,12 +53,12 @@ class LayerWeights(NamedTuple):
     gate_up: torch.Tensor
     down: torch.Tensor
 
-    def matrices(self, expert):
+    def matrices(self, expert: int) -> tuple[torch.Tensor, ...]:
         """(gate, up, down) of one expert."""
         return *self.gate_up[expert].chunk(2), self.down[expert]
 
 
-def layer_weights(shape, dtype):
+def layer_weights(shape: Shape, dtype: torch.dtype) -> LayerWeights:
     E, H, I = shape.experts, shape.hidden, shape.intermediate  # noqa: E741, as in the docs
     words, tensors = random_tensors({"gate_up": (E, 2 * I, H), "down": (E, H, I)}, dtype)
     return LayerWeights(words, tensors["gate_up"], tensors["down"])
@@ -70,13 +79,13 @@ class Calls:
     Where caches are large, a contender would else find the experts of the one before it there.
     """
 
-    def __init__(self, shape, dtype, tokens):
+    def __init__(self, shape: Shape, dtype: torch.dtype, tokens: int) -> None:
         generator = torch.Generator().manual_seed(tokens)
         self._x = torch.randn(tokens, shape.hidden, generator=generator).to(dtype)
         self._logits = torch.randn(tokens, shape.experts, generator=generator).to(dtype)
         self._top_k, self._shift = shape.top_k, 0
 
-    def next(self):
+    def next(self) -> Call:
         """The next Call; top-k by softmax, as OLMoE routes."""
         self._shift += self._top_k
         logits = self._logits.roll(self._shift, 1)
@@ -84,5 +93,5 @@ class Calls:
         return Call(self._x, logits, idx, weights.to(logits.dtype))
 
     @property
-    def experts_hit(self):
+    def experts_hit(self) -> int:
         return self.next().idx.unique().numel()

@@ -9,11 +9,15 @@ A command's arguments are declared beside its code, or here where that imports t
 them imports nothing that is slow to import. A command imports what it needs when it runs.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from .. import checks
 from ..version import __version__
@@ -22,11 +26,11 @@ from ..version import __version__
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with the arguments, without the usage around it."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"moeprof: error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     # Imported here, so that `main` answers Ctrl-C while they are.
     from .bench import add_bench
     from .calibrate import add_calibrate
@@ -52,7 +56,7 @@ def _parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     try:
         arguments = _parser().parse_args(argv)
@@ -76,11 +80,17 @@ def main(argv=None):
 
 
 @contextmanager
-def _plain_warnings():
+def _plain_warnings() -> Iterator[None]:
     """Warnings in one line as errors are: where in the source they arise helps no user here."""
     usual = warnings.formatwarning
 
-    def plain(message, category, filename, lineno, line=None):
+    def plain(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
         if category is not UserWarning:
             return usual(message, category, filename, lineno, line)
         return f"moeprof: warning: {_one_line(message)}\n"
@@ -92,7 +102,7 @@ def _plain_warnings():
         warnings.formatwarning = usual
 
 
-def _needed(arguments):
+def _needed(arguments: argparse.Namespace) -> Sequence[str]:
     """The packages that the command will import, asked for before it does anything."""
     if arguments.command == "cpu" or getattr(arguments, "merge", None) is not None:
         return ()
@@ -103,13 +113,13 @@ def _needed(arguments):
     return checks.ALL
 
 
-def _one_line(text):
+def _one_line(text: object) -> str:
     from ..files import printable
 
     return printable(" ".join(str(text).split()))
 
 
-def _fail(error):
+def _fail(error: object) -> int:
     """One line on stderr."""
     if isinstance(error, OSError):
         _drop_stdout()
@@ -117,7 +127,7 @@ def _fail(error):
     return 2
 
 
-def _drop_stdout():
+def _drop_stdout() -> None:
     """What couldn't be written to stdout isn't tried again when Python ends."""
     try:
         sys.stdout.flush()

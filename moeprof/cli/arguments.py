@@ -1,17 +1,24 @@
 """Parts of the command line that several commands share."""
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 from ..bench.settings import DTYPES
+
+# What `add_subparsers` returns: argparse has no public name for it.
+Commands = Any
 
 DEMO = "the demo model of moeprof"
 MOST_THREADS = 1024  # far above the CPUs there are; torch would take memory for each
 
 
-def integer(low, high=10**6):
+def integer(low: int, high: int = 10**6) -> Callable[[str], int]:
     """A parser of integers from low to high."""
 
-    def parse(text):
+    def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
@@ -23,12 +30,12 @@ def integer(low, high=10**6):
     return parse
 
 
-def integers(text):
+def integers(text: str) -> tuple[int, ...]:
     """Those of "4,8", at least 1 each: ascending, each once."""
     return tuple(sorted({integer(1)(part) for part in text.split(",")}))
 
 
-def level(text):
+def level(text: str) -> float | None:
     """A number in (0, 1), or None for a text that is none."""
     try:
         value = float(text)
@@ -37,7 +44,7 @@ def level(text):
     return value if 0 < value < 1 else None
 
 
-def add_heldout_text(parser):
+def add_heldout_text(parser: argparse.ArgumentParser) -> None:
     """--text, files of documents in place of the shipped held-out ones."""
     parser.add_argument(
         "--text",
@@ -48,7 +55,7 @@ def add_heldout_text(parser):
     )
 
 
-def add_model(parser):
+def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --trust-remote-code, --dtype and --threads, which `load` reads."""
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
     parser.add_argument(
@@ -61,14 +68,14 @@ def add_model(parser):
     add_threads(parser)
 
 
-def add_threads(parser):
+def add_threads(parser: argparse.ArgumentParser) -> None:
     """--threads, None where it isn't given."""
     parser.add_argument(
         "--threads", type=integer(1, MOST_THREADS), metavar="N", help="default: as torch chooses"
     )
 
 
-def load(arguments):
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) as the options of `add_model` say."""
     import torch
     from transformers.utils import logging

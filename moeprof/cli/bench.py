@@ -1,14 +1,21 @@
 """The arguments of `moeprof bench`."""
 
-import argparse
+from __future__ import annotations
 
-from ..bench.settings import SHAPES, Settings, Shape
-from .arguments import DTYPES, add_threads, integer
+import argparse
+from typing import TYPE_CHECKING
+
+from ..bench.settings import DTYPES, SHAPES, Settings, Shape
+from .arguments import add_threads, integer
+
+if TYPE_CHECKING:
+    from .arguments import Commands
+
 
 _MOST = 10**6
 
 
-def add_bench(commands):
+def add_bench(commands: Commands) -> None:
     """Add `bench` and its four benchmarks to the commands of `moeprof`."""
     bench = commands.add_parser("bench", help="time kernels, layers, routers and models")
     names = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
@@ -35,7 +42,7 @@ def add_bench(commands):
     _add_dtype_and_threads(model)
 
 
-def _add_common(parser, tokens, what):
+def _add_common(parser: argparse.ArgumentParser, tokens: tuple[int, ...], what: str) -> None:
     parser.add_argument(
         "--shape",
         type=_shape,
@@ -63,17 +70,17 @@ def _add_common(parser, tokens, what):
     parser.set_defaults(run=_run, threads=None, peers=False)
 
 
-def _add_dtype_and_threads(parser):
+def _add_dtype_and_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add_threads(parser)
 
 
-def _numbers(text):
+def _numbers(text: str) -> tuple[int, ...]:
     """ "1,4,32" as ascending numbers."""
     return tuple(sorted({integer(1, _MOST)(part) for part in text.split(",")}))
 
 
-def _shape(text):
+def _shape(text: str) -> Shape:
     if text in SHAPES:
         return SHAPES[text]
     numbers = [integer(1, _MOST)(part) for part in text.split(",")]
@@ -87,7 +94,7 @@ def _shape(text):
     return shape
 
 
-def _run(arguments):
+def _run(arguments: argparse.Namespace) -> None:
     from ..bench.run import run
 
     settings = Settings(

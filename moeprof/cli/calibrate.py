@@ -1,7 +1,11 @@
 """The arguments of `moeprof calibrate`, and the command itself."""
 
+from __future__ import annotations
+
+import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import check_folder
 from ..models.load import check_model
@@ -10,8 +14,11 @@ from ..null.fitting import fit_null
 from ..texts.streams import TextFiles
 from .arguments import add_model, load
 
+if TYPE_CHECKING:
+    from .arguments import Commands
 
-def add_calibrate(commands):
+
+def add_calibrate(commands: Commands) -> None:
     """Add `calibrate` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "calibrate",
@@ -48,7 +55,7 @@ def add_calibrate(commands):
     parser.set_defaults(run=_run)
 
 
-def _run(arguments):
+def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     out = Path(arguments.out)
     if out.suffix not in (".safetensors", ".npz"):
@@ -64,7 +71,7 @@ def _run(arguments):
     print(f"Written: {out}")
 
 
-def _fitted(arguments):
+def _fitted(arguments: argparse.Namespace) -> Null:
     texts = TextFiles(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
@@ -79,13 +86,14 @@ def _fitted(arguments):
     )
 
 
-def _merged(arguments):
+def _merged(arguments: argparse.Namespace) -> Null:
     for name in ("model", "threads", "kind", "score"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--merge adds up fitted nulls: it takes no --{name}")
     if len(arguments.merge) < 2:
         raise ValueError("--merge: expected at least two nulls, got one")
-    total, seen = None, {}
+    total: Null | None = None
+    seen: dict[str, str] = {}
     for path in arguments.merge:
         null = Null.load(path)
         if null.text_digest in seen:
@@ -98,4 +106,5 @@ def _merged(arguments):
             total = null if total is None else total.merge(null)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    assert total is not None  # there are two at least
     return total

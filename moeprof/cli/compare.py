@@ -1,14 +1,26 @@
 """The arguments of `moeprof compare`."""
 
+from __future__ import annotations
+
+import argparse
 import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..studies.comparison.plan import TABLES
 from ..studies.comparison.splits import BUDGET_TOKENS, TEST_TOKENS
 from ..texts.documents import EXPECTED
 from .arguments import DEMO, add_model, integer, integers, load
 
+if TYPE_CHECKING:
+    from ..null.model import Null
+    from ..studies.comparison.contenders import Contender
+    from ..studies.comparison.runner import Comparison
+    from ..texts.documents import Text
+    from .arguments import Commands
 
-def add_compare(commands):
+
+def add_compare(commands: Commands) -> None:
     """Add `compare` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "compare", help="compare routers at an equal budget of experts, and with static top-k"
@@ -71,11 +83,11 @@ def add_compare(commands):
     parser.set_defaults(run=_run)
 
 
-def _names(text):
+def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _run(arguments):
+def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..models.load import check_model
     from ..null import Null
@@ -90,6 +102,7 @@ def _run(arguments):
         if name not in TABLES:
             raise ValueError(f"--tables: expected some of {', '.join(TABLES)}, got {name!r}")
     contenders = choose_contenders(arguments.routers)
+    documents: Mapping[str, Sequence[Text]]
     if arguments.text is None:
         documents = demo_documents()
     else:
@@ -105,7 +118,7 @@ def _run(arguments):
     compare(comparison, store, _facts(arguments, model, name), console)
 
 
-def _efron(null):
+def _efron(null: Null) -> Null:
     """The null, if it is what all tables and sentences say of it."""
     if (null.kind, null.score, null.alpha_min) != ("efron", "logprob", None):
         each = " per expert" if null.alpha_min is not None else ""
@@ -116,7 +129,14 @@ def _efron(null):
     return null
 
 
-def _comparison(arguments, model, tokenizer, contenders, documents, null):
+def _comparison(
+    arguments: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    contenders: list[Contender],
+    documents: Mapping[str, Sequence[Text]],
+    null: Null | None,
+) -> Comparison:
     from .. import demo
     from ..models.blocks import experts_of
     from ..models.tokens import prompt_ids
@@ -144,7 +164,7 @@ def _comparison(arguments, model, tokenizer, contenders, documents, null):
     return Comparison(model, splits, nulls, contenders, plans, prompts[::3], arguments.seed)
 
 
-def _facts(arguments, model, name):
+def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, Any]:
     """What the JSON says of machine, model and command."""
     from ..measure import machine
 
@@ -169,7 +189,7 @@ def _facts(arguments, model, name):
     }
 
 
-def _command(arguments):
+def _command(arguments: argparse.Namespace) -> str:
     """The command that makes the same again, but for where it writes."""
     words = ["moeprof compare"]
     defaults = {
@@ -196,5 +216,5 @@ def _command(arguments):
     return " ".join(words)
 
 
-def _quoted(text):
+def _quoted(text: str) -> str:
     return f"'{text}'" if " (" in text else text

@@ -1,9 +1,18 @@
 """The command `moeprof cpu`: the CPU's features and the chosen kernels."""
 
+from __future__ import annotations
+
+import argparse
 import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..backends.cpu import cpu_info
 from ..show.console import WIDTH
+
+if TYPE_CHECKING:
+    from .arguments import Commands
+
 
 _THREADS = (
     "{} without torch; a model runs on as many as torch.get_num_threads() says (this command "
@@ -12,18 +21,18 @@ _THREADS = (
 _POOL = "{} without torch; a model runs on torch's OpenMP where it can be used"
 
 
-def add_cpu(commands):
+def add_cpu(commands: Commands) -> None:
     """Add `cpu` to the commands of `moeprof`."""
     parser = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
     parser.set_defaults(run=_run)
 
 
-def _run(arguments):
+def _run(arguments: argparse.Namespace) -> None:
     for line in _lines(cpu_info()):
         print(line)
 
 
-def _lines(info):
+def _lines(info: dict[str, Any]) -> Iterator[str]:
     """Three columns: what is told, a kernel's name, and the value, in lines of 100 columns."""
     info = info | {"threads": _THREADS.format(info["threads"]), "pool": _POOL.format(info["pool"])}
     rows = []

@@ -1,6 +1,9 @@
 """The arguments of `moeprof diagnose`, and the command itself."""
 
+from __future__ import annotations
+
 import argparse
+from typing import TYPE_CHECKING
 
 from ..demo.defaults import default_null
 from ..files import check_folder
@@ -9,10 +12,14 @@ from ..show.console import make_console
 from ..texts.windows import HELDOUT_TOKENS
 from .arguments import add_heldout_text, add_model, integer, level, load
 
+if TYPE_CHECKING:
+    from .arguments import Commands
+
+
 ALPHA, POSITIONS = 0.3, 1000
 
 
-def add_diagnose(commands):
+def add_diagnose(commands: Commands) -> None:
     """Add `diagnose` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "diagnose", help="what a null and BH routing on it do to a model, on held-out text"
@@ -58,13 +65,13 @@ def add_diagnose(commands):
     parser.set_defaults(run=_run)
 
 
-def _alpha(text):
+def _alpha(text: str) -> float:
     if (value := level(text)) is None:
         raise argparse.ArgumentTypeError(f"expected a number in (0, 1), got {text}")
     return value
 
 
-def _run(arguments):
+def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..models.blocks import experts_of
     from ..null import resolve_null

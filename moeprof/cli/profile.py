@@ -1,9 +1,13 @@
 """The arguments of `moeprof profile`, and the command itself."""
 
+from __future__ import annotations
+
 import argparse
 import ast
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..demo import heldout_documents
 from ..demo.defaults import default_null
@@ -15,11 +19,20 @@ from ..texts.documents import Document
 from ..texts.streams import TextFiles
 from .arguments import add_model, integer, load
 
+if TYPE_CHECKING:
+    from ..null.resolve import AnyNull
+    from ..profile.page import Section
+    from ..profile.result import Profile
+    from ..profile.run import Plan
+    from ..routers.base import Router
+    from .arguments import Commands
+
+
 TOKENS, PROMPTS, NEW_TOKENS = 8192, 8, 32
 PIECES = 64  # of 65,536 characters at most, read of a text
 
 
-def add_profile(commands):
+def add_profile(commands: Commands) -> None:
     """Add `profile` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "profile",
@@ -102,7 +115,7 @@ def add_profile(commands):
     parser.set_defaults(run=_run)
 
 
-def _router(text):
+def _router(text: str) -> Router:
     """(name, {parameter: value}) of "bh:alpha=0.3,max_k=8"; checked by making it."""
     name, _, rest = text.partition(":")
     parameters = {}
@@ -117,14 +130,14 @@ def _router(text):
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _value(text):
+def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
 
 
-def _run(arguments):
+def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..models.blocks import experts_of
     from ..null import resolve_null
@@ -150,9 +163,9 @@ def _run(arguments):
     _profile(arguments, model, tokenizer, documents, patch)
 
 
-def _documents(paths):
+def _documents(names: Iterable[str]) -> list[Document]:
     """The beginnings of files, each file a domain: its name, its path where names are alike."""
-    paths = list(dict.fromkeys(map(Path, paths)))
+    paths = list(dict.fromkeys(map(Path, names)))
     stems = [path.stem for path in paths]
     found = []
     for path, stem in zip(paths, stems, strict=True):
@@ -162,7 +175,9 @@ def _documents(paths):
     return found
 
 
-def _patch(arguments, model, tokenizer, null):
+def _patch(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, null: AnyNull | None
+) -> dict[str, Any] | None:
     """The arguments of `moeprof.patch`, or None for the model as it is."""
     router = arguments.router
     if router is None:
@@ -172,7 +187,13 @@ def _patch(arguments, model, tokenizer, null):
     return {"router": router, "null": null}
 
 
-def _profile(arguments, model, tokenizer, documents, patch):
+def _profile(
+    arguments: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    documents: list[Document],
+    patch: dict[str, Any] | None,
+) -> None:
     from ..measure.roofline import roofline
     from ..profile.run import plan, profile_texts
 
@@ -202,14 +223,14 @@ def _profile(arguments, model, tokenizer, documents, patch):
     paths = _save(result, folder, arguments.trace)  # before what takes long and is interrupted
     sections = {}
     if arguments.router is not None:
-        sections["agreement"] = _agreement(model, planned, patch)
+        sections["agreement"] = _agreement(model, planned, patch or {})
     if arguments.ablation:
         sections["ablation"] = _ablation(arguments, model, tokenizer, documents)
     for path in [*_show(result, folder, sections), *paths]:
         console.print(f"Written: {path}")
 
 
-def _agreement(model, planned, patch):
+def _agreement(model: Any, planned: Plan, patch: dict[str, Any]) -> Section:
     from ..profile.page import Section
     from ..profile.run import agreement_by_layer
 
@@ -222,7 +243,9 @@ def _agreement(model, planned, patch):
     return Section("Agreement with the model's own router", note, frame)
 
 
-def _ablation(arguments, model, tokenizer, documents):
+def _ablation(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, documents: list[Document]
+) -> Section:
     from ..profile.page import Section
     from ..studies.ablation import ablation_figure, layer_ablation
 
@@ -236,7 +259,7 @@ def _ablation(arguments, model, tokenizer, documents):
     return Section("What a layer's experts are worth", note, frame, ablation_figure(frame))
 
 
-def _save(result, folder, trace):
+def _save(result: Profile, folder: Path, trace: bool) -> list[Path]:
     """What was measured; the files' paths. What an earlier profile left there goes."""
     if (folder / "profile.json").exists():
         for name in ("index.html", "trace.json", "agreement.csv", "ablation.csv", "vocabulary.csv"):
@@ -248,7 +271,7 @@ def _save(result, folder, trace):
     return paths
 
 
-def _show(result, folder, sections):
+def _show(result: Profile, folder: Path, sections: dict[str, Section]) -> list[Path]:
     """index.html, and the sections' tables; the files' paths."""
     files = {"index.html": result.to_html(sections.values()).encode()}
     for name, section in sections.items():

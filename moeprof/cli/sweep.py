@@ -1,7 +1,10 @@
 """The arguments of `moeprof sweep`, and the command itself."""
 
+from __future__ import annotations
+
 import argparse
 import sys
+from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..demo.defaults import default_null, shipped_null
@@ -14,13 +17,19 @@ from ..texts.prompts import read_prompts
 from ..texts.windows import HELDOUT_TOKENS, heldout_windows
 from .arguments import DEMO, add_heldout_text, add_model, integer, integers, level, load
 
+if TYPE_CHECKING:
+    from ..studies.sweep.store import Store
+    from ..texts.documents import Document
+    from .arguments import Commands
+
+
 NORMAL = (
     "normal, each token's logits against their own median and spread, without calibration (on "
     "pure noise at alpha 0.05 it rejects something for 11 % of the tokens with 64 experts)"
 )
 
 
-def add_sweep(commands):
+def add_sweep(commands: Commands) -> None:
     """Add `sweep` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "sweep", help="compare the model's own top-k with 20 settings of BH routing"
@@ -85,7 +94,7 @@ def add_sweep(commands):
     parser.set_defaults(run=_run)
 
 
-def _alphas(text):
+def _alphas(text: str) -> tuple[float, ...]:
     values = []
     for part in text.split(","):
         if (value := level(part)) is None:
@@ -94,7 +103,7 @@ def _alphas(text):
     return tuple(sorted(set(values)))
 
 
-def _run(arguments):
+def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..models.blocks import experts_of
     from ..studies.sweep import Experiment, Store, sweep
@@ -135,12 +144,12 @@ def _run(arguments):
     )
 
 
-def _heldout_documents(paths):
+def _heldout_documents(paths: list[str] | None) -> list[Document]:
     """The documents of --text, the shipped ones without it."""
     return demo.heldout_documents() if paths is None else read_documents(paths)
 
 
-def _check_grid(arguments, num_experts):
+def _check_grid(arguments: argparse.Namespace, num_experts: int) -> None:
     """What only the model can tell of the lists: said before a null is fitted."""
     if min(arguments.max_ks) > num_experts:
         raise ValueError(
@@ -154,12 +163,14 @@ def _check_grid(arguments, num_experts):
         )
 
 
-def _given_null(name):
+def _given_null(name: str | None) -> Null | str | None:
     """What --null names: a Null, "normal" or None."""
     return name if name in (None, "normal") else Null.load(name)
 
 
-def _null_for(model, tokenizer, given, text, seed, store):
+def _null_for(
+    model: Any, tokenizer: Any, given: Any, text: str | None, seed: int, store: Store
+) -> tuple[Null | str, dict[str, Any]]:
     """(null, facts) for the sweep; a null that was fitted is written to the store.
 
     facts: null, its description; null_source, where it is from; null_code, what to give to
@@ -175,7 +186,8 @@ def _null_for(model, tokenizer, given, text, seed, store):
     if text is not None:
         null = fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
         source = "It was fitted to the text given with --null-text."
-    elif (null := shipped_null(model)) is not None:
+    elif (shipped := shipped_null(model)) is not None:
+        null = shipped
         source = (
             "It ships with the demo model, fitted to half of the calibration documents; no "
             "evaluation uses them."

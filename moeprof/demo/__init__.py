@@ -9,10 +9,19 @@ nulls were fitted by moeprof.demo.make.fit to the first of `calibration_halves()
     moeprof.patch(model, "bh", alpha=0.3, null=moeprof.demo.null())
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..texts.documents import Document
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..null.model import Null
+
 
 __all__ = [
     "PATH",
@@ -30,7 +39,7 @@ _DATA = Path(__file__).parent / "data"
 NULL_PATHS = {kind: _DATA / f"null_{kind}.npz" for kind in ("trimmed", "efron")}
 
 
-def load(dtype=None):
+def load(dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """(model, tokenizer), the model in eval mode; dtype is torch.float32 unless given."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,33 +52,33 @@ def load(dtype=None):
     return model.eval(), AutoTokenizer.from_pretrained(PATH, local_files_only=True)
 
 
-def calibration_documents():
+def calibration_documents() -> list[Document]:
     """32 documents a domain to fit null distributions on; not trained on, not evaluated on."""
     return _documents("calibration.jsonl")
 
 
-def calibration_halves():
+def calibration_halves() -> tuple[list[Document], list[Document]]:
     """The calibration documents as (16 a domain for nulls, 16 a domain for budgets).
 
     Every other document of each domain, always the same: what is set on the second half, against
     a null that was fitted to the first, is set on text that the null hasn't seen.
     """
-    by_domain = {}
+    by_domain: dict[str, list[Document]] = {}
     for document in calibration_documents():
         by_domain.setdefault(document.domain, []).append(document)
-    halves = ([], [])
+    halves: tuple[list[Document], list[Document]] = ([], [])
     for documents in by_domain.values():
         for half, first in zip(halves, (0, 1), strict=True):
             half += documents[first::2]
     return halves
 
 
-def heldout_documents():
+def heldout_documents() -> list[Document]:
     """32 documents a domain to evaluate on; not trained on, not calibrated on."""
     return _documents("heldout.jsonl")
 
 
-def null(kind="trimmed"):
+def null(kind: str = "trimmed") -> Null:
     """The demo model's null on `logprob`, fitted to the first calibration half.
 
     kind: "trimmed", for routing, or "efron", for diagnoses and for routers that need it
@@ -82,13 +91,13 @@ def null(kind="trimmed"):
     return Null.load(NULL_PATHS[kind])
 
 
-def prompts():
+def prompts() -> list[tuple[str, str]]:
     """Twelve (complexity, text), three each of simple, medium, complex and technical."""
     loaded = json.loads((_DATA / "prompts.json").read_text(encoding="utf-8"))
     return [(complexity, text) for complexity, texts in loaded.items() for text in texts]
 
 
-def _documents(name):
+def _documents(name: str) -> list[Document]:
     # Split at "\n" alone: str.splitlines would also split at U+2028 inside a text.
     lines = (_DATA / name).read_text(encoding="utf-8").split("\n")
     return [Document(**json.loads(line)) for line in lines if line]

@@ -1,5 +1,7 @@
 """Writing files so that they appear whole or not at all."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -9,8 +11,13 @@ import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+
 
 # Control characters but for the line feed, lone surrogates, the marks that turn the direction.
 _OBEYED = re.compile(
@@ -18,7 +25,7 @@ _OBEYED = re.compile(
 )
 
 
-def check_folder(folder: str | os.PathLike) -> None:
+def check_folder(folder: str | os.PathLike[str]) -> None:
     """OSError unless files can be written to ``folder``, or it can be made; makes nothing."""
     existing = Path(folder).absolute()
     while not existing.exists():
@@ -29,7 +36,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         raise OSError(f"output folder {folder} can't be written: {error.strerror}") from error
 
 
-def write_whole(path: str | os.PathLike, data: bytes) -> None:
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to ``path``; the old file is there until the new one is on the disk.
 
     An old file's mode is kept. Where ``path`` is a symbolic link it stays one: what it points
@@ -82,12 +89,12 @@ def printable(text: str) -> str:
     return _OBEYED.sub("\ufffd", text)
 
 
-def as_csv(frame) -> bytes:
+def as_csv(frame: pandas.DataFrame) -> bytes:
     """A pandas table without its index, its texts as a terminal shows them, see `printable`."""
     return printable(frame.to_csv(index=False, lineterminator="\n")).encode()
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """`value` with None for every NaN and infinity, as JSON has no word for them."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
@@ -98,12 +105,12 @@ def finite(value):
     return value
 
 
-def as_json(value):
+def as_json(value: Any) -> Any:
     """`value` as it comes back from a JSON file; what JSON doesn't know in words."""
     return json.loads(json.dumps(finite(_plain(value))))
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

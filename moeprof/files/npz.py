@@ -1,23 +1,28 @@
 """Reading .npz files that may be damaged or anybody's: what is in them is checked before it is
 read."""
 
+from __future__ import annotations
+
 import io
 import math
 import zipfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Header(NamedTuple):
     """What a member of an .npz says of its array before any of it is read."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
 
-def read_npz(data: bytes, check: Callable[[dict[str, Header]], None]) -> dict[str, np.ndarray]:
+def read_npz(data: bytes, check: Callable[[dict[str, Header]], None]) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz by name.
 
     Parameters
@@ -63,7 +68,7 @@ def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
     return Header(shape, dtype)
 
 
-def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(member) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
         file.read()  # to the end, where the CRC is compared

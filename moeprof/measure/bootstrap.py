@@ -1,8 +1,15 @@
 """Intervals by resampling documents: tokens of one document are not independent of each other."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
 
 DRAWS = 2000
 ROUNDING = 1e-9  # a statistic that varies by less is constant
@@ -14,15 +21,22 @@ class Intervals(NamedTuple):
     pointwise: each covers its own value with 95 %; bands (max-|t|): all of them together do.
     """
 
-    estimate: np.ndarray
-    error: np.ndarray  # bootstrap standard error
-    low: np.ndarray
-    high: np.ndarray
-    band_low: np.ndarray
-    band_high: np.ndarray
+    estimate: NDArray[np.float64]
+    error: NDArray[np.float64]  # bootstrap standard error
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    band_low: NDArray[np.float64]
+    band_high: NDArray[np.float64]
 
 
-def bootstrap(statistic, documents: int, *, draws: int = DRAWS, seed: int = 0, groups=None):
+def bootstrap(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    documents: int,
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
+) -> Intervals:
     """Intervals of `statistic` over documents that are drawn with replacement.
 
     Parameters

@@ -1,11 +1,17 @@
 """Greedy generation, timed."""
 
+from __future__ import annotations
+
 import time
+from typing import TYPE_CHECKING
 
 from ..models.decoding import cache_of, decode
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-def greedy(model, ids, new_tokens):
+
+def greedy(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[list[int], float]:
     """Generate exactly `new_tokens` tokens after ids (1, n): (their ids, decode seconds).
 
     The first token comes from the prefill, which isn't timed; there is no stop at an end token.

@@ -1,6 +1,17 @@
 """The limits of the hardware, measured in the same rounds as what they limit."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .timing import Times
+
 
 SIZE = 2048
 WORDS = (
@@ -9,7 +20,7 @@ WORDS = (
 )
 
 
-def limit_calls(words, dtype):
+def limit_calls(words: Tensor, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
     """The contenders that show the limits: `read` (all of words) and `gemm`.
 
     float16 weights are computed with as float32, and torch has no fast GEMM of them: their
@@ -20,7 +31,7 @@ def limit_calls(words, dtype):
     return {"read": lambda *_: words.max(), "gemm": lambda *_: a @ b}
 
 
-def rates(times, words):
+def rates(times: Times, words: Tensor) -> dict[str, float]:
     """{"read_gbs", "gemm_gflops"} of the rounds that `limit_calls` took part in."""
     return {
         "read_gbs": words.nbytes / times["read"]["best_ms"] / 1e6,
@@ -28,7 +39,7 @@ def rates(times, words):
     }
 
 
-def roof(nbytes, flop, rates):
+def roof(nbytes: float, flop: float, rates: Mapping[str, float]) -> dict[str, float]:
     """The least time for reading `nbytes` and computing `flop`, in ms."""
     read, compute = nbytes / rates["read_gbs"] / 1e6, flop / rates["gemm_gflops"] / 1e6
     return {"read_ms": read, "gemm_ms": compute, "roof_ms": max(read, compute)}

@@ -1,9 +1,18 @@
 """How well a model predicts the next token of a text."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..texts.windows import HeldOut
 
 
-def nats(model, ids):
+def nats(model: nn.Module, ids: Tensor) -> float:
     """−Σ ln P(token | those before it in the window) for token ids (1, n), without the first."""
     import torch
 
@@ -12,7 +21,9 @@ def nats(model, ids):
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
 
 
-def evaluate(model, heldout, step=lambda: None):
+def evaluate(
+    model: nn.Module, heldout: HeldOut, step: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
     """Perplexity per predicted token and bits per byte; `step` is called after every window."""
     by_document = [0.0] * len(heldout.documents)
     for window in heldout.windows:

@@ -1,16 +1,18 @@
 """The machine and the software, named beside every number."""
 
 import platform
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from ..backends.cpu import cpu_info
 from ..version import __version__
 
 
-def describe():
+def describe() -> dict[str, Any]:
     """A dict as in the JSON: CPU, features and kernels in use, threads, versions."""
     names = ("torch", "transformers", "zentorch", "numpy")
     return {
@@ -25,14 +27,14 @@ def describe():
     }
 
 
-def _version(name):
+def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def cpu_model():
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -41,21 +43,21 @@ def cpu_model():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def in_one_line(machine):
+def in_one_line(machine: Mapping[str, Any]) -> str:
     """The CPU, its features and the threads."""
     features = ", ".join(machine["features"]) or "no SIMD"
     threads = machine["threads"]
     return f"{machine['cpu']} ({features}), {threads} thread{'s' if threads > 1 else ''}"
 
 
-def cache_bytes():
+def cache_bytes() -> int:
     """The largest cache that one CPU sees; 32 MiB where Linux doesn't tell."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     found = [int(size.read_text().strip().rstrip("K")) << 10 for size in sizes]
     return max(found, default=32 << 20)
 
 
-def check_memory(needed):
+def check_memory(needed: float) -> None:
     """ValueError where `needed` bytes are more than what is available."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -69,7 +71,7 @@ def check_memory(needed):
 
 
 @contextmanager
-def threads(number):
+def threads(number: int | None) -> Iterator[None]:
     """torch, and with it moeprof, on so many threads; None: as they are."""
     import torch
 

@@ -1,13 +1,29 @@
 """Texts through a patched model: what its routers saw and chose, and what it then predicts."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..patching.patch import patch
+from ..routers import Router
 from ..texts.windows import HeldOut
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from ..null.resolve import AnyNull
+    from ..routers.base import Router
+    from ..texts.windows import Window
+
+
+# What `moeprof.patch` takes for a router: one for all layers, or one for each.
+Routers = Router | str | Callable[..., Any] | list[Any] | dict[Any, Any] | None
 
 BATCH = 512  # tokens in a call of the model
 
@@ -21,10 +37,10 @@ class Pass(NamedTuple):
     documents : (T,) int64, the index of each token's document
     """
 
-    logits: np.ndarray
-    counts: np.ndarray
-    rejections: np.ndarray
-    documents: np.ndarray
+    logits: NDArray[np.float32]
+    counts: NDArray[np.int32]
+    rejections: NDArray[np.int32]
+    documents: NDArray[np.int64]
 
 
 class Quality(NamedTuple):
@@ -39,13 +55,13 @@ class Quality(NamedTuple):
     experts : (D,) experts summed over the tokens, averaged over the layers
     """
 
-    predicted: np.ndarray
-    kl: np.ndarray
-    nats: np.ndarray
-    agree: np.ndarray
-    tokens: np.ndarray
-    counts: np.ndarray
-    experts: np.ndarray
+    predicted: NDArray[np.int64]
+    kl: NDArray[np.float64]
+    nats: NDArray[np.float64]
+    agree: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    counts: NDArray[np.int32]
+    experts: NDArray[np.float64]
 
     @property
     def average_k(self) -> float:
@@ -58,14 +74,22 @@ class Quality(NamedTuple):
         return float(self.kl.sum() / self.predicted.sum())
 
 
-def collect(model, text: HeldOut, router=None, *, null=None, norm="model", step=lambda: None):
+def collect(
+    model: nn.Module,
+    text: HeldOut,
+    router: Routers = None,
+    *,
+    null: AnyNull | None = None,
+    norm: str = "model",
+    step: Callable[[], object] = lambda: None,
+) -> Pass:
     """A Pass: the text through the model patched with `router` (arguments as `patch`).
 
     text: HeldOut; step is called for each window. The model is afterwards as it was.
     """
     base = getattr(model, "base_model", model)  # the head is not needed
     with patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
-        calls = [[] for _ in handle.layers]
+        calls: list[list[Any]] = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing))
         for windows in batches(text):
             base(input_ids=_ids(windows), use_cache=False)
@@ -74,7 +98,7 @@ def collect(model, text: HeldOut, router=None, *, null=None, norm="model", step=
     if any(routing.logits is None for layer in calls for routing in layer):
         raise ValueError("the model's gates give no logits, so no router can be set by them")
 
-    def joined(field):
+    def joined(field: str) -> NDArray[np.float32]:
         return np.stack(
             [
                 np.concatenate([getattr(routing, field).float().numpy() for routing in layer])
@@ -87,7 +111,7 @@ def collect(model, text: HeldOut, router=None, *, null=None, norm="model", step=
 
 
 @contextmanager
-def evaluating(model):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, for dropout would make each pass another; then as it was."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -98,7 +122,7 @@ def evaluating(model):
             module.training = mode
 
 
-def documents_of(text: HeldOut) -> np.ndarray:
+def documents_of(text: HeldOut) -> NDArray[np.int64]:
     """(T,) the index of each token's document."""
     sizes = [window.ids.shape[1] for window in text.windows]
     return np.repeat([window.document for window in text.windows], sizes)
@@ -110,7 +134,9 @@ class Reference:
     Keeps its log-probabilities, 4 bytes for each token and entry of the vocabulary.
     """
 
-    def __init__(self, model, text: HeldOut, step=lambda: None):
+    def __init__(
+        self, model: nn.Module, text: HeldOut, step: Callable[[], object] = lambda: None
+    ) -> None:
         self.model, self.text = model, text
         self.log_probs = []
         with patch(model), torch.inference_mode():  # its own top-k, on the same kernels
@@ -119,14 +145,21 @@ class Reference:
                 for _ in windows:
                     step()
 
-    def measure(self, router=None, *, null=None, norm="model", step=lambda: None) -> Quality:
+    def measure(
+        self,
+        router: Routers = None,
+        *,
+        null: AnyNull | None = None,
+        norm: str = "model",
+        step: Callable[[], object] = lambda: None,
+    ) -> Quality:
         """The quality of the model patched with `router` (arguments as `patch`)."""
         size, rows = len(self.text.documents), documents_of(self.text)
         kl, nats = np.zeros(size), np.zeros(size)
         agree, predicted = np.zeros(size, np.int64), np.zeros(size, np.int64)
         patched = patch(self.model, router, null=null, norm=norm)
         with patched as handle, torch.inference_mode():
-            calls = [[] for _ in handle.layers]
+            calls: list[list[Any]] = [[] for _ in handle.layers]
             handle.on_routing(lambda layer, routing: calls[layer].append(routing.counts))
             for windows, full in zip(batches(self.text), self.log_probs, strict=True):
                 ids = _ids(windows)
@@ -142,15 +175,15 @@ class Reference:
                 for _ in windows:
                     step()
         counts = np.stack([torch.cat(layer).numpy() for layer in calls])
-        experts = np.bincount(rows, counts.mean(axis=0), size)
+        experts: Any = np.bincount(rows, counts.mean(axis=0), size)
         tokens = np.bincount(rows, minlength=size)
         return Quality(predicted, kl, nats, agree, tokens, counts, experts)
 
 
-def batches(text: HeldOut):
+def batches(text: HeldOut) -> Iterator[list[Window]]:
     """Its windows in order, those of one length together up to `BATCH` tokens: short ones alone
     leave the time to Python."""
-    batch = []
+    batch: list[Window] = []
     for window in text.windows:
         size = window.ids.shape[1]
         if batch and (batch[0].ids.shape[1] != size or (len(batch) + 1) * size > BATCH):
@@ -161,11 +194,11 @@ def batches(text: HeldOut):
         yield batch
 
 
-def _ids(windows):
+def _ids(windows: Iterable[Window]) -> Tensor:
     return torch.cat([window.ids for window in windows])
 
 
-def _log_probs(model, ids):
+def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
     """(B, n - 1, V) float32 log-probabilities of the tokens (B, n) after the first."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return torch.log_softmax(logits, -1)

@@ -1,7 +1,11 @@
 """The two roofs of a model on this machine: how fast its weights can be read, and multiplied."""
 
+from __future__ import annotations
+
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,7 +25,9 @@ SMALL = 1 << 20  # bytes: below, the calls would be measured
 READ_SECONDS, FIRST_SECONDS, GEMM_SECONDS = 1.2, 1.2, 0.8
 ROUNDS = 20
 
-_measured: WeakKeyDictionary = WeakKeyDictionary()
+_measured: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, int], Roofline]] = (
+    WeakKeyDictionary()
+)
 
 
 class Roofline(NamedTuple):
@@ -94,12 +100,12 @@ def known_roofline(model: nn.Module) -> Roofline | None:
     return known.get(_key(_weights(model))) if known else None
 
 
-def _key(weights) -> tuple[torch.dtype, int]:
+def _key(weights: list[Tensor]) -> tuple[torch.dtype, int]:
     """What a measurement is good for: the dtype of the largest weights, and torch's threads."""
     return max(weights, key=lambda tensor: tensor.nbytes).dtype, torch.get_num_threads()
 
 
-def _weights(model) -> list[Tensor]:
+def _weights(model: nn.Module) -> list[Tensor]:
     """The experts' weights, or all of a model without experts."""
     for name, tensor in model.named_parameters():
         if tensor.device.type != "cpu":
@@ -111,13 +117,15 @@ def _weights(model) -> list[Tensor]:
         modules = [site.experts for site in find_sites(model) if site.experts is not None]
     except ValueError:  # no MoE layers
         modules = []
-    weights = [t for module in modules or [model] for t in module.parameters() if t.numel()]
+    weights: list[Tensor] = [
+        t for module in modules or [model] for t in module.parameters() if t.numel()
+    ]
     if not weights:
         raise ValueError(f"roofline: {type(model).__name__} has no weights")
     return weights
 
 
-def _measure(weights, dtype, threads) -> Roofline:
+def _measure(weights: list[Tensor], dtype: torch.dtype, threads: int) -> Roofline:
     begun = time.perf_counter()
     total, caches = sum(tensor.nbytes for tensor in weights), _all_caches()
     pieces = _touched(_spread(_pieces(weights), max(LIMIT, 8 * caches)))
@@ -134,7 +142,7 @@ def _measure(weights, dtype, threads) -> Roofline:
     )
 
 
-def _note(total, read, caches):
+def _note(total: int, read: int, caches: int) -> str:
     if total <= caches:
         return (
             f"the weights ({total / 1e6:.1f} MB) fit the caches ({caches / 1e6:.1f} MB): this is "
@@ -148,7 +156,7 @@ def _note(total, read, caches):
     return ""
 
 
-def _pieces(weights) -> list[Tensor]:
+def _pieces(weights: list[Tensor]) -> list[Tensor]:
     """The memory of the weights as 1-D tensors of integers, each of 1 to 64 MiB.
 
     A tensor that is not in one piece is left out.
@@ -170,13 +178,13 @@ def _pieces(weights) -> list[Tensor]:
     return pieces
 
 
-def _spread(pieces, limit):
+def _spread(pieces: list[Tensor], limit: float) -> list[Tensor]:
     """Evenly spaced ones of the pieces, `limit` bytes together."""
     step = max(1, sum(piece.nbytes for piece in pieces) / limit)
     return [pieces[int(i * step)] for i in range(int(len(pieces) / step))] or pieces[:1]
 
 
-def _touched(pieces):
+def _touched(pieces: list[Tensor]) -> list[Tensor]:
     """Those that a first read, which may have to fetch them from a file, gets through in time."""
     end = time.perf_counter() + FIRST_SECONDS
     for number, piece in enumerate(pieces, 1):
@@ -186,9 +194,10 @@ def _touched(pieces):
     return pieces
 
 
-def _best(call, limit):
+def _best(call: Callable[[], object], limit: float) -> float:
     """The shortest time of several calls, in s; `limit` s of them at most, but two."""
-    times, begun = [], time.perf_counter()
+    times: list[float] = []
+    begun = time.perf_counter()
     while len(times) < 2 or (len(times) < ROUNDS and time.perf_counter() - begun < limit):
         start = time.perf_counter()
         call()
@@ -196,14 +205,14 @@ def _best(call, limit):
     return min(times)
 
 
-def _gemm_gflops(dtype) -> float:
+def _gemm_gflops(dtype: torch.dtype) -> float:
     """The best rate of square products, larger and larger ones while they take little time."""
     dtype = dtype if dtype in (torch.float32, torch.float64, torch.bfloat16) else torch.float32
     generator = torch.Generator().manual_seed(0)  # the user's own stays as it is
     best, size, seconds = 0.0, 256, 0.0
     while size <= SIZE and 8 * 2 * seconds < GEMM_SECONDS:  # twice the size, eight times the work
         a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
-        seconds = _best(lambda a=a, b=b: a @ b, GEMM_SECONDS / 4)
+        seconds = _best(partial(torch.matmul, a, b), GEMM_SECONDS / 4)
         best, size = max(best, 2 * size**3 / seconds / 1e9), 2 * size
     return best
 

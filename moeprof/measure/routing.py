@@ -1,11 +1,22 @@
 """Routing in Python by way of C: for passes that change a routing before it runs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from ..backends.c import C
 
+if TYPE_CHECKING:
+    from ..null.layers import LayerNull, TokenNull
+    from ..null.resolve import AnyNull
+    from ..routers.base import Router
 
-def by_layer(router, null, num_layers: int) -> list[tuple]:
+
+def by_layer(
+    router: Router, null: AnyNull | None, num_layers: int
+) -> list[tuple[Router, LayerNull | TokenNull | None]]:
     """[(the router with scalar parameters, its LayerNull)] of each layer, as `patch` has them.
 
     null: a Null (or one by token); None, or a router that works on none, gives None.
@@ -17,7 +28,9 @@ def by_layer(router, null, num_layers: int) -> list[tuple]:
     ]
 
 
-def choose(router, logits: Tensor, null, norm: str, norm_k: int) -> tuple[Tensor, ...]:
+def choose(
+    router: Router, logits: Tensor, null: LayerNull | TokenNull | None, norm: str, norm_k: int
+) -> tuple[Tensor, ...]:
     """(weights (T, k), expert_ids (T, k), counts, rejections (T,)), as a patched layer has them.
 
     router: a Router with scalar parameters; logits (T, E); null: its LayerNull, or None.

@@ -1,7 +1,11 @@
 """A model put back as it was, whatever was done to it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +22,7 @@ _SIDE = 1 << 10
 
 
 @contextmanager
-def undoing(model: nn.Module, *, weights: bool = True):
+def undoing(model: nn.Module, *, weights: bool = True) -> Iterator[Snapshot]:
     """Whatever happens to the model in the block is undone at its end, after an error too.
 
     That is: the modules, their attributes, hooks and training flags; parameters and buffers,
@@ -56,9 +60,10 @@ class Snapshot:
     Where it isn't, sums over rows and columns of their bits tell whether they were changed.
     """
 
-    def __init__(self, model: nn.Module, weights: bool = True):
+    def __init__(self, model: nn.Module, weights: bool = True) -> None:
         self._threads = torch.get_num_threads(), cpu._threads
-        self._classes, self._containers = [], []
+        self._classes: list[tuple[Any, type]] = []
+        self._containers: list[tuple[Any, Any]] = []
         tensors = self._walk(model)
         kind = _Contents
         if weights:
@@ -70,9 +75,11 @@ class Snapshot:
             for tensor in tensors
         ]
 
-    def _walk(self, model) -> list[Tensor]:
+    def _walk(self, model: nn.Module) -> list[Tensor]:
         """Keep what is in the model's modules, configs and containers; returns its tensors."""
-        seen, waiting, tensors = set(), [model], []
+        seen: set[int] = set()
+        waiting: list[Any] = [model]
+        tensors: list[Tensor] = []
         while waiting:
             value = waiting.pop()
             if id(value) in seen:
@@ -109,7 +116,7 @@ class Snapshot:
             )
 
 
-def _fits(tensors) -> bool:
+def _fits(tensors: list[Tensor]) -> bool:
     with suppress(ValueError):
         check_memory(2 * sum(tensor.nbytes for tensor in tensors))
         return True
@@ -119,7 +126,7 @@ def _fits(tensors) -> bool:
 class _Kept:
     """A tensor of the model: where its memory is, what is in it, its gradient."""
 
-    def __init__(self, tensor, name, contents):
+    def __init__(self, tensor: Tensor, name: str, contents: type[_Contents]) -> None:
         self.tensor, self.name = tensor, name
         self._same = tensor.detach()  # stays, and stays what it is, if `tensor` gets other data
         self._grad = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
@@ -136,25 +143,25 @@ class _Kept:
         return self._contents.restore(self._same)
 
 
-def _place(tensor):
+def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 class _Contents:
     """What is in a tensor, if nothing changes it."""
 
-    def __init__(self, tensor):
+    def __init__(self, tensor: Tensor) -> None:
         pass
 
-    def restore(self, tensor) -> bool:
+    def restore(self, tensor: Tensor) -> bool:
         return True
 
 
 class _Copied(_Contents):
-    def __init__(self, tensor):
+    def __init__(self, tensor: Tensor) -> None:
         self._words = words_of(tensor).clone()
 
-    def restore(self, tensor):
+    def restore(self, tensor: Tensor) -> bool:
         words = words_of(tensor)
         if not torch.equal(words, self._words):  # a write would un-share pages of a file
             words.copy_(self._words)
@@ -162,14 +169,14 @@ class _Copied(_Contents):
 
 
 class _Summed(_Contents):
-    def __init__(self, tensor):
+    def __init__(self, tensor: Tensor) -> None:
         self._sums = _sums(tensor)
 
-    def restore(self, tensor):
+    def restore(self, tensor: Tensor) -> bool:
         return torch.equal(_sums(tensor), self._sums)
 
 
-def _sums(tensor) -> Tensor:
+def _sums(tensor: Tensor) -> Tensor:
     """Sums of a tensor's words over rows and columns of 1,024, modulo 2^64.
 
     They tell where a word stands, so experts that change places are seen too.

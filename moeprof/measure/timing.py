@@ -1,19 +1,34 @@
 """Contenders in turn, and what their times come to."""
 
+from __future__ import annotations
+
 import random
 import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from ..show.console import Bar
 
-def interleave(contenders, rounds, prepare, bar):
+
+Times = Mapping[str, Mapping[str, float]]  # {contender: {"median_ms", "best_ms", …}}
+
+
+def interleave(
+    contenders: Mapping[str, Callable[..., object]],
+    rounds: int,
+    prepare: Callable[[str], Iterable[Any]],
+    bar: Bar,
+) -> dict[str, dict[str, float]]:
     """{name: times} of functions that run once each, in turn, in every round.
 
     Their order is drawn for each round, so that none is always the one after another's caches.
     ``prepare(name)`` gives the arguments of the next call, outside of its time. A first round
     is not counted.
     """
-    seconds = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order, draw = list(contenders.items()), random.Random(0)
     for number in range(rounds + 1):
         draw.shuffle(order)
@@ -29,16 +44,16 @@ def interleave(contenders, rounds, prepare, bar):
     return {name: _summary(values) for name, values in seconds.items()}
 
 
-def _summary(seconds):
+def _summary(seconds: list[float]) -> dict[str, float]:
     best, lower, median, upper = np.percentile(seconds, [0, 25, 50, 75]) * 1e3
     return {"median_ms": median, "best_ms": best, "lower_ms": lower, "upper_ms": upper}
 
 
-def steps(rounds):
+def steps(rounds: Iterable[int]) -> int:
     """Steps of the bar for measurements of these numbers of rounds, with the uncounted ones."""
     return sum(n + 1 for n in rounds)
 
 
-def ratio(times, name, other):
+def ratio(times: Times, name: str, other: str) -> float:
     """The median of one contender over that of another."""
     return times[name]["median_ms"] / times[other]["median_ms"]

@@ -9,17 +9,26 @@ are fed from counts, so that any amount of text costs the same. Inside a bin the
 as spread evenly.
 """
 
+from __future__ import annotations
+
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from .scores import BINS_PER_UNIT, EDGES, HIGH, LOW, TINY
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
 LB, UB = -1.0, 1.0  # what lies between is taken for nulls, in z
 NORMAL_IQR = 1.349
 LFDR_DEGREE, LFDR_BINS = 7, 30
+ScoreT = TypeVar("ScoreT", float, "NDArray[np.float64]")
 TOO_NARROW = (
     "efron: the middle half of the scores lies within 1/128, one bin, so that the null is as wide "
     "as the bin and rejects whatever lies above it"
@@ -38,42 +47,44 @@ class EfronNull:
     pi0: float
 
     @property
-    def centre(self):
+    def centre(self) -> float:
         """The null's mean as a score."""
         return self.median + self.scale * self.mean
 
-    def z(self, scores):
+    def z(self, scores: ScoreT) -> ScoreT:
         return (scores - self.median) / self.scale
 
-    def pdf(self, z):
+    def pdf(self, z: ScoreT) -> ScoreT:
         x = (z - self.mean) / self.sd
         return np.exp(-0.5 * x**2 - math.log(self.sd) - 0.5 * math.log(2 * math.pi))
 
-    def sf(self, scores):
+    def sf(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
         """1 - Phi((z - mean) / sd) of scores (...), at least the smallest normal float64."""
         x = (self.z(scores) - self.mean) / self.sd
         return np.maximum(0.5 * np.vectorize(math.erfc)(x * math.sqrt(0.5)), TINY)
 
 
-def _below(per_bin):
+def _below(per_bin: NDArray[np.uint64]) -> NDArray[np.float64]:
     """(8193,) float64: the number of scores below each edge."""
     return np.concatenate([[0.0], np.cumsum(per_bin.astype(np.float64))])
 
 
-def _central_sums(per_bin, median, scale):
+def _central_sums(
+    per_bin: NDArray[np.uint64], median: float, scale: float
+) -> tuple[float, float, float]:
     """(count, sum of z, sum of z^2) of the scores with z in [-1, 1]."""
     edges = (EDGES - median) / scale
     left, right = np.clip(edges[:-1], LB, UB), np.clip(edges[1:], LB, UB)
     count = per_bin * ((right - left) * scale * BINS_PER_UNIT)
     first, second = (left + right) / 2, (left * left + left * right + right * right) / 3
-    return count.sum(), count @ first, count @ second
+    return float(count.sum()), float(count @ first), float(count @ second)
 
 
-def _phi(x):
+def _phi(x: float) -> float:
     return 0.5 * math.erfc(-x * math.sqrt(0.5))
 
 
-def fit_efron(per_bin):
+def fit_efron(per_bin: NDArray[np.uint64]) -> EfronNull:
     """The EfronNull of a layer's or an expert's histogram (8192,) uint64.
 
     The maximum of statsmodels' likelihood, in the central scores' count, sum and sum of squares.
@@ -101,14 +112,14 @@ def fit_efron(per_bin):
     central, z_sum, zz_sum = _central_sums(per_bin, median, scale)
     share, z_mean, zz_mean = central / n, z_sum / central, zz_sum / central
 
-    def density(d, s):
+    def density(d: float, s: float) -> float:
         """-(mean log density of the central scores under the untruncated normal) + constant."""
         return (zz_mean - 2 * d * z_mean + d * d) / (2 * s * s) + math.log(s)
 
-    def truncated(d, s, mass):
+    def truncated(d: float, s: float, mass: float) -> float:
         return density(d, s) + math.log(mass)
 
-    def all_null(d, s, mass):
+    def all_null(d: float, s: float, mass: float) -> float:
         return share * density(d, s) - (1 - share) * math.log1p(-mass)
 
     mean, sd, mass = _minimum(truncated)
@@ -118,7 +129,7 @@ def fit_efron(per_bin):
     return EfronNull(float(median), float(scale), mean, sd, pi0)
 
 
-def _minimum(loss):
+def _minimum(loss: Callable[[float, float, float], float]) -> tuple[float, float, float]:
     """(d, s, mass) that minimise loss(d, s, mass), mass the normal's between -1 and 1.
 
     By Nelder-Mead from the standard normal; s stays below e^3, where the middle of a normal is
@@ -126,10 +137,10 @@ def _minimum(loss):
     """
     from scipy.optimize import minimize
 
-    def central_mass(d, s):
+    def central_mass(d: float, s: float) -> float:
         return _phi((UB - d) / s) - _phi((LB - d) / s)
 
-    def objective(parameters):
+    def objective(parameters: Sequence[float]) -> float:
         d, log_s = parameters
         s = math.exp(log_s)
         mass = central_mass(d, s)
@@ -143,7 +154,7 @@ def _minimum(loss):
     return float(d), math.exp(log_s), central_mass(d, math.exp(log_s))
 
 
-def efron_table(fit):
+def efron_table(fit: EfronNull) -> NDArray[np.float64]:
     """The "table" form of an EfronNull: the normal over the whole range.
 
     x_max is the range's upper end; beyond it p falls on as at that point, though a score of 32
@@ -155,7 +166,7 @@ def efron_table(fit):
     return np.concatenate([[HIGH, sf[-1], max(beta, 1 / BINS_PER_UNIT)], sf])
 
 
-def local_fdr_table(per_bin, fit):
+def local_fdr_table(per_bin: NDArray[np.uint64], fit: EfronNull) -> NDArray[np.float64]:
     """Local fdr pi0 f0 / f at the 8193 edges, float64: of each score, how likely it is null.
 
     f by Lindsey's method as statsmodels' `local_fdr(z, null_proportion=pi0, null_pdf=fit.pdf,

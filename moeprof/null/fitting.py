@@ -1,8 +1,12 @@
 """fit_null: run text through a model and count its router scores."""
 
+from __future__ import annotations
+
 import hashlib
 import numbers
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -11,6 +15,14 @@ from ..models.identity import NO_TEXT, add_digests, gate_weight, gates_of, model
 from ..models.tokens import token_ids
 from .model import KINDS, Null, trim_padding
 from .scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+    from tqdm import tqdm
+
+    from ..checks import Tokenizer
+
 
 # BH's first threshold is p <= alpha/E. Of n tokens' scores of E experts n * alpha lie beyond it:
 # at alpha 0.05 one with 20 tokens, and 100, which is what a tail known to 10 % takes, with 2,000.
@@ -25,36 +37,38 @@ class Histograms:
     a pass over the counts, which is (E,8192) numbers long whatever it adds.
     """
 
-    def __init__(self, layers, experts, score, r_high=0, r_low=0):
+    def __init__(
+        self, layers: int, experts: int, score: str, r_high: int = 0, r_low: int = 0
+    ) -> None:
         self.score, self.r_high, self.r_low = score, r_high, r_low
         self._counts = np.zeros((layers, experts, BINS), np.uint64)
         self._largest = np.full((layers, experts, LARGEST), -np.inf, np.float32)
-        self._pending = [[] for _ in range(layers)]
+        self._pending: list[list[NDArray[np.float32]]] = [[] for _ in range(layers)]
 
     @property
-    def counts(self):
+    def counts(self) -> NDArray[np.uint64]:
         """(L,E,8192) uint64."""
         self._count_all()
         return self._counts
 
     @property
-    def largest(self):
+    def largest(self) -> NDArray[np.float32]:
         """(L,E,at most 1024) float32, descending, padded with -inf."""
         self._count_all()
         return trim_padding(keep_largest(self._largest))
 
-    def add(self, layer, logits):
+    def add(self, layer: int, logits: NDArray[np.float32]) -> None:
         """Count a layer's float32 logits (T,E); of equal ones the lower id ranks higher."""
         self._pending[layer].append(np.array(logits))  # a gate may use its memory again
         if sum(map(len, self._pending[layer])) >= _PENDING:
             self._count(layer)
 
-    def _count_all(self):
+    def _count_all(self) -> None:
         for layer, pending in enumerate(self._pending):
             if pending:
                 self._count(layer)
 
-    def _count(self, layer):
+    def _count(self, layer: int) -> None:
         logits = np.concatenate(self._pending[layer])
         self._pending[layer].clear()
         scores, experts = stored_scores(logits, self.score), logits.shape[1]
@@ -72,19 +86,19 @@ class Histograms:
         self._largest[layer] = np.partition(joined, -LARGEST, axis=1)[:, -LARGEST:]
 
 
-def _recorder(outputs, layer):
+def _recorder(outputs: dict[int, Any], layer: int) -> Callable[[nn.Module, Any, Any], None]:
     """Forward hook of a gate: keeps its last output under its layer's number.
 
     A function of this module: `moeprof.patch` knows the hook by that.
     """
 
-    def record(module, args, output):
+    def record(module: nn.Module, args: Any, output: Any) -> None:
         outputs[layer] = output
 
     return record
 
 
-def _windows(text, tokenizer, window):
+def _windows(text: str, tokenizer: Tokenizer, window: int) -> Iterator[tuple[list[int], float]]:
     """The token ids of a text, `window` at a time; a single last token tells nothing."""
     ids = token_ids(tokenizer, text)
     for start in range(0, len(ids), window):
@@ -92,7 +106,7 @@ def _windows(text, tokenizer, window):
             yield ids[start : start + window], min(window, len(ids) - start) / len(ids)
 
 
-def _window_logits(name, output, tokens, experts):
+def _window_logits(name: str, output: Any, tokens: int, experts: int) -> NDArray[np.float32]:
     """The logits in a gate's output for one window, float32 (T-1,E): the first token is left out.
 
     Logits alone (4.57), or first of three (5.x); of two values the first are no logits.
@@ -118,7 +132,7 @@ class _Texts:
     total: their bytes, None where only the end will tell (an iterator).
     """
 
-    def __init__(self, texts):
+    def __init__(self, texts: Iterable[str]) -> None:
         if isinstance(texts, (str, bytes)):
             raise TypeError("texts: expected a list of strings or an iterator, got one text")
         if not hasattr(texts, "__iter__"):
@@ -128,12 +142,12 @@ class _Texts:
         if isinstance(texts, (list, tuple)):
             for text in texts:  # before the model runs
                 _encoded(text)
-            self.total = sum(len(_encoded(text)) for text in texts)
+            self.total: int | None = sum(len(_encoded(text)) for text in texts)
         else:
             self.total = getattr(texts, "total_bytes", None)
         self._texts, self.count, self.digest = iter(texts), 0, NO_TEXT
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, int]]:
         """(text, its bytes) one after the other."""
         for text in self._texts:
             data = _encoded(text)
@@ -142,19 +156,28 @@ class _Texts:
             yield text, len(data)
 
 
-def _encoded(text):
+def _encoded(text: object) -> bytes:
     if not isinstance(text, str):
         raise TypeError(f"texts: expected a list of strings, got {type(text).__name__} among them")
     return text.encode("utf-8", "surrogatepass")
 
 
-def _run(model, gates, texts, tokenizer, window, histograms, progress):
+def _run(
+    model: nn.Module,
+    gates: list[tuple[str, nn.Module]],
+    texts: _Texts,
+    tokenizer: Tokenizer,
+    window: int,
+    histograms: Histograms,
+    progress: bool,
+) -> int:
     """Feed the texts through the model and count; returns the number of tokens counted."""
     import torch
 
     base = getattr(model, "base_model", model)  # the head isn't needed
     device = gate_weight(*gates[0]).device
-    outputs, tokens, experts = {}, 0, histograms.counts.shape[1]
+    outputs: dict[int, Any] = {}
+    tokens, experts = 0, histograms.counts.shape[1]
     training = [(module, module.training) for module in model.modules()]
     handles = []
     try:
@@ -180,7 +203,7 @@ def _run(model, gates, texts, tokenizer, window, histograms, progress):
     return tokens
 
 
-def _bar(total, progress):
+def _bar(total: int | None, progress: bool) -> tqdm[NoReturn]:
     from tqdm import tqdm
 
     return tqdm(
@@ -188,29 +211,32 @@ def _bar(total, progress):
     )
 
 
-def _within(bar, step):
+def _within(bar: tqdm[NoReturn], step: float) -> float:
     """Rounding must not take the bar past its total."""
     return step if bar.total is None else min(step, bar.total - bar.n)
 
 
-def _trimming(kind, r_high, r_low, model, experts):
+def _trimming(
+    kind: str, r_high: int | None, r_low: int | None, model: nn.Module, experts: int
+) -> tuple[int, int]:
     """(r_high, r_low): none but for `trimmed`, there half the model's top-k each by default."""
     if kind != "trimmed":
         if r_high or r_low:
             raise ValueError("r_high and r_low belong to kind='trimmed'")
         return 0, 0
     # Rounded up, so that a top-1 router's own choice is left out; a score at least stays.
-    half = min((model.config.num_experts_per_tok + 1) // 2, (experts - 1) // 2)
-    r_high, r_low = (half if r is None else r for r in (r_high, r_low))
-    if min(r_high, r_low) < 0 or r_high + r_low >= experts:
+    config: Any = model.config
+    half: int = min((config.num_experts_per_tok + 1) // 2, (experts - 1) // 2)
+    high, low = (half if r is None else r for r in (r_high, r_low))
+    if min(high, low) < 0 or high + low >= experts:
         raise ValueError(
             f"r_high and r_low: expected >= 0 and a sum below the {experts} experts, "
-            f"got {r_high} and {r_low}"
+            f"got {high} and {low}"
         )
-    return r_high, r_low
+    return high, low
 
 
-def _check_amount(tokens, texts):
+def _check_amount(tokens: int, texts: int) -> None:
     """Refuse a null of too few tokens, and warn of one of few."""
     if tokens < MIN_TOKENS:
         raise ValueError(
@@ -227,17 +253,17 @@ def _check_amount(tokens, texts):
 
 
 def fit_null(
-    model,
-    tokenizer,
-    texts,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
     *,
-    kind="trimmed",
-    score="logprob",
-    r_high=None,
-    r_low=None,
-    window=512,
-    progress=True,
-):
+    kind: str = "trimmed",
+    score: str = "logprob",
+    r_high: int | None = None,
+    r_low: int | None = None,
+    window: int = 512,
+    progress: bool = True,
+) -> Null:
     """Fit a null to the router scores of `model` on `texts`: strings, in any iterable.
 
     An iterator is read as it goes, so that memory doesn't grow with the amount of text. Each

@@ -1,7 +1,10 @@
 """The null of one layer, and the nulls that see nothing but the token itself."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -9,10 +12,19 @@ from .efron import EfronNull, local_fdr_table
 from .scores import matrix_of, normal_reference, scores_of, softmax_reference
 from .tables import conformal_p, table_p
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from .scores import Logits
+
+
+# What the C functions take for a null: (form, score, table).
+NullSpec = tuple[str, str, "NDArray[np.float64] | None"]
 _REFERENCE = {"table": table_p, "conformal": conformal_p}
 
 
-def _p_values(logits, spec):
+def _p_values(logits: Logits, spec: NullSpec) -> NDArray[np.float64]:
     from .. import _C
 
     return _C.p_values(matrix_of(logits), spec)
@@ -33,17 +45,17 @@ class LayerNull:
     """
 
     score: str
-    table: np.ndarray = field(repr=False)
+    table: NDArray[np.float64] = field(repr=False)
     form: str = "table"
     efron: EfronNull | None = None
-    per_bin: np.ndarray | None = field(default=None, repr=False)
+    per_bin: NDArray[np.uint64] | None = field(default=None, repr=False)
 
     @property
-    def spec(self):
+    def spec(self) -> NullSpec:
         """The argument `null` of the C functions: (form, score, table)."""
         return self.form, self.score, self.table
 
-    def reference(self, router_logits):
+    def reference(self, router_logits: Logits) -> NDArray[np.float64]:
         """p-values (T,E) in NumPy float64, by the definition; 0 < p <= 1.
 
         Raises ValueError for a row with a NaN or of -inf only, or for another E than the table's.
@@ -60,12 +72,12 @@ class LayerNull:
         columns = [rule(s, table) for s, table in zip(scores.T, self.table, strict=True)]
         return np.stack(columns, axis=1)
 
-    def p_values(self, router_logits):
+    def p_values(self, router_logits: Logits) -> NDArray[np.float64]:
         """p-values (T,E) float64 as `reference`, computed in C."""
         return _p_values(router_logits, self.spec)
 
     @property
-    def pi0(self):
+    def pi0(self) -> float:
         """Efron's estimate of the share of nulls among all scores.
 
         Raises ValueError unless the null is `efron`, by layer.
@@ -73,15 +85,16 @@ class LayerNull:
         return self._fit("pi0").pi0
 
     @cached_property
-    def local_fdr(self):
+    def local_fdr(self) -> NDArray[np.float64]:
         """The local fdr at the 8193 edges, float64: linear between them, constant outside.
 
         Computed when first asked for, by statsmodels; see `moeprof.null.efron`. Raises
         ValueError unless the null is `efron`, by layer, or where nothing can be fitted.
         """
-        return local_fdr_table(self.per_bin, self._fit("local_fdr"))
+        fit = self._fit("local_fdr")
+        return local_fdr_table(cast("NDArray[np.uint64]", self.per_bin), fit)
 
-    def _fit(self, what):
+    def _fit(self, what: str) -> EfronNull:
         if self.efron is None:
             raise ValueError(f"{what}: needs a null of kind 'efron', one per layer: {FIT_EFRON}")
         return self.efron
@@ -102,23 +115,23 @@ class TokenNull:
     table = None
 
     @property
-    def spec(self):
+    def spec(self) -> NullSpec:
         """The argument `null` of the C functions."""
         return self.form, self.score, None
 
-    def reference(self, router_logits):
+    def reference(self, router_logits: Logits) -> NDArray[np.float64]:
         """p-values (T,E) in NumPy float64; ValueError for a row with a NaN or of -inf only."""
         return {"normal": normal_reference, "softmax": softmax_reference}[self.form](router_logits)
 
-    def p_values(self, router_logits):
+    def p_values(self, router_logits: Logits) -> NDArray[np.float64]:
         """p-values (T,E) float64 as `reference`, computed in C."""
         return _p_values(router_logits, self.spec)
 
-    def layer(self, index):
+    def layer(self, index: int) -> TokenNull:
         """The same null, for every layer."""
         return self
 
-    def check(self, model):
+    def check(self, model: nn.Module) -> None:
         """Nothing to check: it belongs to no model."""
 
 

@@ -1,10 +1,14 @@
 """Null: the nulls of a whole model."""
 
+from __future__ import annotations
+
 import html
 import math
+import os
 import re
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +28,14 @@ from .layers import LayerNull
 from .scores import BINS, LARGEST, LOW, SCORES, check_choice, keep_largest
 from .storage import read_null, write_null
 from .tables import conformal_table, counted_table, pooled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ..checks import Tokenizer
+    from .efron import EfronNull
+
 
 KINDS = ("efron", "trimmed", "all", "conformal")
 COMPLETE_KINDS = ("efron", "all", "conformal")  # of the same histograms
@@ -64,17 +76,17 @@ class Null:
     score: str
     r_high: int
     r_low: int
-    counts: np.ndarray
-    largest: np.ndarray
+    counts: NDArray[np.uint64]
+    largest: NDArray[np.float32]
     tokens: int
     model_name: str
-    router_sample: np.ndarray
+    router_sample: NDArray[np.float32]
     text_digest: str
     tail_rule: str = TAIL_RULE
     alpha_min: float | None = None
-    _layers: dict = field(default_factory=dict, init=False)
+    _layers: dict[int, LayerNull] = field(default_factory=dict, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """TypeError or ValueError unless the parts fit together: a file may be anybody's."""
         self._check_types()
         check_choice("kind", self.kind, KINDS)
@@ -101,14 +113,14 @@ class Null:
         if sample.ndim != 2 or len(sample) != len(counts) or sample.dtype != np.float32:
             raise ValueError("expected a float32 sample of each layer's router weights")
 
-    def _check_types(self):
+    def _check_types(self) -> None:
         for kind, names in _TYPES:
             for name in names:
                 value = getattr(self, name)
                 if not isinstance(value, kind) or isinstance(value, bool):
                     raise TypeError(f"{name}: expected {kind.__name__}, got {value!r:.60}")
 
-    def _check_alpha_min(self):
+    def _check_alpha_min(self) -> None:
         alpha = self.alpha_min
         if alpha is None:
             return
@@ -119,7 +131,7 @@ class Null:
         if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= 1:
             raise ValueError(f"alpha_min: expected a number in (0, 1], got {alpha!r}")
 
-    def _check_largest(self, expected):
+    def _check_largest(self, expected: NDArray[np.int64]) -> None:
         """expected: (L,E), how many of the largest scores each expert must have."""
         largest = self.largest
         shape = (*expected.shape, int(expected.max()))
@@ -132,23 +144,23 @@ class Null:
         if (largest.max(axis=(1, 2)) <= LOW).any():
             raise ValueError(f"every score of a layer lies below {LOW}, the histogram's range")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.counts)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<moeprof.Null: {self.describe()}>"
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         facts = self._facts() | {"layers": len(self), "experts": self.counts.shape[1]}
         facts["fallbacks"] = len(self.fallbacks)
         row = "<tr><th>{}</th><td>{}</td></tr>".format
         rows = "".join(row(name, html.escape(str(value))) for name, value in facts.items())
         return f"<table>{rows}</table>"
 
-    def _facts(self):
+    def _facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _FACTS}
 
-    def describe(self):
+    def describe(self) -> str:
         """One line: kind, score, tokens, model, text."""
         trim = f" (without each token's {self.r_high} highest and {self.r_low} lowest)"
         each = "" if self.alpha_min is None else ", one for each expert"
@@ -163,7 +175,7 @@ class Null:
     # ---- p-values ----
 
     @property
-    def fallbacks(self):
+    def fallbacks(self) -> list[tuple[int, int]]:
         """[(layer, expert)] that use their layer's null, for want of scores; [] by layer.
 
         Below E/alpha_min - 1 scores the smallest conformal p-value can't be rejected at
@@ -175,7 +187,7 @@ class Null:
         few = self.counts.sum(axis=2) < enough
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(few)]
 
-    def layer(self, index):
+    def layer(self, index: int) -> LayerNull:
         """The LayerNull of MoE layer `index`, from 0 on, computed when first asked for.
 
         Raises IndexError.
@@ -186,7 +198,7 @@ class Null:
             self._layers[index] = self._make_layer(index)
         return self._layers[index]
 
-    def _make_layer(self, index):
+    def _make_layer(self, index: int) -> LayerNull:
         counts, largest = self.counts[index], self.largest[index]
         per_bin, top = pooled(counts, largest)
         form = "conformal" if self.kind == "conformal" else "table"
@@ -201,14 +213,16 @@ class Null:
         ]
         return LayerNull(self.score, np.stack(tables), form)
 
-    def _table(self, per_bin, top, fit=None):
+    def _table(
+        self, per_bin: NDArray[np.uint64], top: NDArray[np.float64], fit: EfronNull | None = None
+    ) -> NDArray[np.float64]:
         if self.kind == "efron":
             return efron_table(fit or fit_efron(per_bin))
         return (conformal_table if self.kind == "conformal" else counted_table)(per_bin, top)
 
     # ---- other nulls from this one ----
 
-    def as_kind(self, kind):
+    def as_kind(self, kind: str) -> Null:
         """The null of another kind from the same scores: efron, all and conformal share them.
 
         Raises ValueError from or to `trimmed`, whose histograms lack the trimmed scores.
@@ -223,7 +237,7 @@ class Null:
             )
         return replace(self, kind=kind)
 
-    def per_expert(self, alpha_min=0.01):
+    def per_expert(self, alpha_min: float | None = 0.01) -> Null:
         """One null for each layer and expert; None as alpha_min goes back to one per layer.
 
         An expert with fewer than E/alpha_min - 1 scores keeps its layer's and is listed in
@@ -231,7 +245,7 @@ class Null:
         """
         return replace(self, alpha_min=alpha_min)
 
-    def merge(self, other):
+    def merge(self, other: Null) -> Null:
         """The null fitted to both texts: exact, and the same to the bit in any order.
 
         Raises ValueError unless both have the same kind, score, trimming and model.
@@ -262,7 +276,7 @@ class Null:
 
     # ---- of one model, in a file ----
 
-    def check(self, model):
+    def check(self, model: nn.Module) -> None:
         """ValueError, naming both models and the difference, if this is not `model`'s null.
 
         The router's weights decide, not the name: a model has one name on the hub and another
@@ -283,7 +297,7 @@ class Null:
             f"this null was fitted to {self.model_name!r}, not to {model_name(model)!r}: {differs}"
         )
 
-    def diagnose(self, model, tokenizer, **options):
+    def diagnose(self, model: nn.Module, tokenizer: Tokenizer, **options: Any) -> Any:
         """What this null and a router on it do to `model` on held-out text: a Diagnosis.
 
         Options, returns and errors: `moeprof.studies.diagnosis.diagnose`.
@@ -293,7 +307,7 @@ class Null:
         """
         return late("diagnose")(self, model, tokenizer, **options)
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write to `path` (.safetensors or .npz), as a whole or not at all.
 
         Raises ValueError for another suffix, OSError where the folder can't be written.
@@ -301,19 +315,20 @@ class Null:
         write_null(path, {name: getattr(self, name) for name in _ARRAYS}, self._facts())
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | os.PathLike[str]) -> Null:
         """Read what `save` wrote.
 
         Raises FileNotFoundError, or ValueError naming the file when it is not a null, is
         damaged, truncated or has another format version.
         """
 
-        def make(arrays, facts):
-            return cls(**{n: arrays[n] for n in _ARRAYS}, **{n: facts[n] for n in _FACTS})
+        def make(arrays: dict[str, NDArray[Any]], facts: dict[str, Any]) -> Null:
+            fields: dict[str, Any] = {n: arrays[n] for n in _ARRAYS}
+            return cls(**fields, **{n: facts[n] for n in _FACTS})
 
         return read_null(path, make)
 
 
-def trim_padding(largest):
+def trim_padding(largest: NDArray[np.float32]) -> NDArray[np.float32]:
     """`largest` (L,E,K) without the columns in which no expert has a score."""
     return largest[..., : int(np.isfinite(largest).sum(axis=2).max())]

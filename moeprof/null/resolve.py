@@ -10,10 +10,11 @@ NO_NULL = (
     "no null given: p-values come from each token's own logits (`normal`), a fallback whose "
     "error rates hold nowhere; `moeprof calibrate` fits a null to the model"
 )
+AnyNull = Null | LayerNull | TokenNull
 _BY_NAME = {"normal": NORMAL, "softmax": SOFTMAX}
 
 
-def resolve_null(null, stacklevel=3):
+def resolve_null(null: AnyNull | str | os.PathLike[str] | None, stacklevel: int = 3) -> AnyNull:
     """What a user's `null=` means: a Null, a LayerNull or a TokenNull.
 
     null: those, the path of a saved null, "normal" or "softmax", or None: `normal` with a
@@ -34,7 +35,7 @@ def resolve_null(null, stacklevel=3):
     return null
 
 
-def resolve_layer_null(null):
+def resolve_layer_null(null: AnyNull | str | os.PathLike[str] | None) -> LayerNull | TokenNull:
     """The same for one matrix of logits, without a Null: ValueError for several layers."""
     null = resolve_null(null, stacklevel=6)  # the caller of benjamini_hochberg_routing
     if isinstance(null, Null):

@@ -3,9 +3,18 @@
 Letters, here and in the whole package: L MoE layers, E experts, T tokens.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
 
 SCORES = ("logprob", "logit", "centred")
 LOW, HIGH, BINS_PER_UNIT = -32, 32, 128
@@ -13,15 +22,16 @@ BINS = (HIGH - LOW) * BINS_PER_UNIT
 EDGES = LOW + np.arange(BINS + 1) / BINS_PER_UNIT
 LARGEST = 1024
 TINY = np.finfo(np.float64).tiny
+Logits = Union["Tensor", "NDArray[Any]"]  # (T,E), what a user has
 
 
-def check_choice(name, value, choices):
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def matrix_of(router_logits):
+def matrix_of(router_logits: Logits) -> NDArray[np.float32]:
     """(T,E) router logits, a tensor or an array, as a float32 array; errors as contract §2."""
     if hasattr(router_logits, "detach"):
         router_logits = router_logits.detach().float().cpu().numpy()
@@ -40,7 +50,7 @@ def matrix_of(router_logits):
     return logits
 
 
-def scores_of(logits, score):
+def scores_of(logits: NDArray[np.float32], score: str) -> NDArray[np.float64]:
     """Scores (T,E) float64 of float32 logits (statistics.md, "Scores and nulls").
 
     `logprob`: z - logsumexp(z); where some are +inf these share, -log(count), the others -inf.
@@ -60,7 +70,7 @@ def scores_of(logits, score):
     return below - np.log(np.exp(below).sum(axis=1, keepdims=True))
 
 
-def stored_scores(logits, score):
+def stored_scores(logits: NDArray[np.float32], score: str) -> NDArray[np.float32]:
     """The same, rounded up to float32 (T,E): what a null counts and keeps.
 
     Half the bytes, and as the rounding is upwards (by 2^-19 at most inside the histogram's
@@ -73,7 +83,7 @@ def stored_scores(logits, score):
     return rounded
 
 
-def bins_of(scores):
+def bins_of(scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     """Histogram bin of each score, what lies outside the range in the outer bins.
 
     floor(128 s) is exact; floor(128 (s + 32)) would round a score just below an edge over it.
@@ -82,12 +92,12 @@ def bins_of(scores):
     return np.clip(position, 0, BINS - 1).astype(np.int64)
 
 
-def keep_largest(values, count=LARGEST):
+def keep_largest(values: NDArray[np.float32], count: int = LARGEST) -> NDArray[np.float32]:
     """The `count` largest of each row (..., n), descending; fewer where n is less."""
     return -np.sort(-values, axis=-1)[..., :count]
 
 
-def _median(values):
+def _median(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Row medians (T,1), the mean of the two middle values for even E; of -inf and +inf: 0."""
     ordered, size = np.sort(values, axis=1), values.shape[1]
     lower, upper = ordered[:, (size - 1) // 2, None], ordered[:, size // 2, None]
@@ -96,7 +106,7 @@ def _median(values):
     return middle
 
 
-def normal_reference(router_logits):
+def normal_reference(router_logits: Logits) -> NDArray[np.float64]:
     """p-values (T,E) of the `normal` null in float64: each token against itself.
 
     p = 1 - Phi((z - m) / (1.4826022 MAD)), m the token's median and MAD the median of |z - m|,
@@ -121,7 +131,7 @@ def normal_reference(router_logits):
     return 0.5 * np.vectorize(math.erfc, otypes=[float])(x)
 
 
-def softmax_reference(router_logits):
+def softmax_reference(router_logits: Logits) -> NDArray[np.float64]:
     """p-values (T,E) float64 of the `softmax` null, 1 - softmax(z).
 
     Degenerate, kept to show it: a p-value should be uniform for what a token doesn't need, and

@@ -1,10 +1,14 @@
 """Null files: arrays, and the facts about them as JSON, in .safetensors or .npz."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -13,28 +17,35 @@ from ..files import write_whole
 from ..files.npz import read_npz
 from .scores import BINS, LARGEST
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..files.npz import Header
+
+
 FORMAT, VERSION = "moeprof-null", 2
 SUFFIXES = (".safetensors", ".npz")
 MOST = 4096  # layers or experts of a model: far above any there is
 FACTS_BYTES = 1 << 20
+Made = TypeVar("Made")
 
 
-def _suffix(path):
+def _suffix(path: Path) -> str:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: a null file ends in .safetensors or .npz")
     return path.suffix
 
 
-def _checksum(arrays):
+def _checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 over the arrays: safetensors has no checksum, and a changed count would go unseen."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
 
-def _sealed(facts):
+def _sealed(facts: str) -> str:
     """The facts after their SHA-256, in .safetensors: .npz has a CRC over every member.
 
     In one string, for safetensors writes several entries of its metadata in any order.
@@ -42,7 +53,7 @@ def _sealed(facts):
     return f"{hashlib.sha256(facts.encode('utf-8', 'surrogatepass')).hexdigest()} {facts}"
 
 
-def _unsealed(sealed):
+def _unsealed(sealed: str) -> str:
     if sealed.startswith("{"):
         return sealed  # of version 1, which is then refused
     facts = sealed.partition(" ")[2]
@@ -51,7 +62,9 @@ def _unsealed(sealed):
     return facts
 
 
-def write_null(path, arrays, facts):
+def write_null(
+    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]
+) -> None:
     """Write {name: array} and {name: value} to `path`, as a whole or not at all.
 
     Raises ValueError for another suffix, OSError where the folder can't be written.
@@ -59,11 +72,13 @@ def write_null(path, arrays, facts):
     path = Path(path)
     suffix = _suffix(path)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    facts = json.dumps({"version": VERSION, "checksum": _checksum(arrays), **facts})
-    write_whole(path, _pack(arrays, facts, suffix))
+    said = json.dumps({"version": VERSION, "checksum": _checksum(arrays), **facts})
+    write_whole(path, _pack(arrays, said, suffix))
 
 
-def read_null(path, make):
+def read_null(
+    path: str | os.PathLike[str], make: Callable[[dict[str, NDArray[Any]], dict[str, Any]], Made]
+) -> Made:
     """make(arrays, facts) of a file of `write_null`.
 
     Raises FileNotFoundError, or ValueError naming the file when it is not a null, is damaged,
@@ -90,18 +105,19 @@ def read_null(path, make):
         ) from error
 
 
-def _pack(arrays, facts, suffix):
+def _pack(arrays: dict[str, NDArray[Any]], facts: str, suffix: str) -> bytes:
     """The bytes of a file: the arrays, and the facts as JSON under the name of the format."""
     if suffix == ".safetensors":
         from safetensors.numpy import save
 
         return save(arrays, {FORMAT: _sealed(facts)})
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays, **{FORMAT: np.array(facts)})
+    members: dict[str, Any] = {**arrays, FORMAT: np.array(facts)}
+    np.savez_compressed(buffer, **members)
     return buffer.getvalue()
 
 
-def _load_safetensors(data):
+def _load_safetensors(data: bytes) -> dict[str, NDArray[Any]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -111,7 +127,7 @@ def _load_safetensors(data):
         raise ValueError(str(error)) from error
 
 
-def _unpack(data, suffix):
+def _unpack(data: bytes, suffix: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """(arrays, facts) of a file's bytes; ValueError whatever is wrong with them."""
     try:
         if suffix == ".safetensors":
@@ -126,7 +142,7 @@ def _unpack(data, suffix):
         raise ValueError(str(error)) from error
 
 
-def _check_members(headers):
+def _check_members(headers: dict[str, Header]) -> None:
     """ValueError unless the arrays are a null's, of sizes that fit each other."""
     known = {"counts", "largest", "router_sample", FORMAT}
     if missing := sorted(known - set(headers)):

@@ -8,14 +8,24 @@ Form "conformal", float64 (1 + 8193 + 1024,): n; the number of scores >= each ed
 scores, descending, padded with -inf. p = (1 + #{scores >= s}) / (n + 1).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from .scores import BINS, BINS_PER_UNIT, EDGES, HIGH, LARGEST, LOW, TINY, bins_of, keep_largest
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
 __all__ = ["conformal_p", "conformal_table", "counted_table", "pooled", "table_p"]
 
 
-def pooled(counts, largest):
+def pooled(
+    counts: NDArray[np.uint64], largest: NDArray[np.float32]
+) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
     """((8192,), (<= 1024,) float64 descending): some experts' histograms as one.
 
     counts: (E,8192) uint64; largest: (E,K) float32, padded with -inf.
@@ -24,12 +34,12 @@ def pooled(counts, largest):
     return counts.sum(axis=0, dtype=np.uint64), kept.astype(np.float64)
 
 
-def at_least(per_bin):
+def at_least(per_bin: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """(8192,) the number of scores at or above each bin's left edge."""
     return np.cumsum(per_bin[::-1])[::-1]
 
 
-def _mean_excess(per_bin, largest):
+def _mean_excess(per_bin: NDArray[np.uint64], largest: NDArray[np.float64]) -> float:
     """Mean excess of the top 1 % (m = ceil(n/100) scores) over the score ranked m + 1.
 
     For an exponential tail that is an unbiased estimate of its mean. Scores beyond the stored
@@ -50,14 +60,14 @@ def _mean_excess(per_bin, largest):
     return max(total / m - threshold, 1 / BINS_PER_UNIT)
 
 
-def counted_table(per_bin, largest):
+def counted_table(per_bin: NDArray[np.uint64], largest: NDArray[np.float64]) -> NDArray[np.float64]:
     """The "table" form of counted scores: per_bin (8192,) uint64, largest (<= 1024,) descending.
 
     sf(edge) is the share of scores >= edge; those at or below -32 count as -32, so sf(-32) = 1.
     """
     above = at_least(per_bin)
     n, x_max = float(above[0]), largest[0]
-    ties = np.count_nonzero(largest == x_max)
+    ties: Any = np.count_nonzero(largest == x_max)
     if ties == LARGEST:  # more may have been dropped: take the whole of their bin
         ties = above[bins_of(x_max)]
     top = np.count_nonzero(largest >= HIGH)  # never read: above 32 the last bin ends at x_max
@@ -65,7 +75,7 @@ def counted_table(per_bin, largest):
     return np.concatenate([[x_max, ties / n, _mean_excess(per_bin, largest)], sf])
 
 
-def table_p(scores, table):
+def table_p(scores: NDArray[np.float64], table: NDArray[np.float64]) -> NDArray[np.float64]:
     """p-values of float64 scores (...) by a "table"; the rule is in the module's docstring.
 
     Written so that rounding can break neither the order nor p > 0: exact at the right end of a
@@ -86,7 +96,9 @@ def table_p(scores, table):
     return np.where(scores <= LOW, 1.0, np.where(beyond, tail, p))
 
 
-def conformal_table(per_bin, largest):
+def conformal_table(
+    per_bin: NDArray[np.uint64], largest: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """The "conformal" form of counted scores; arguments as `counted_table`."""
     above = at_least(per_bin)
     top = np.count_nonzero(largest >= HIGH)
@@ -95,7 +107,7 @@ def conformal_table(per_bin, largest):
     return np.concatenate([[above[0]], above, [top], padded]).astype(np.float64)
 
 
-def conformal_p(scores, table):
+def conformal_p(scores: NDArray[np.float64], table: NDArray[np.float64]) -> NDArray[np.float64]:
     """p-values (1 + c) / (n + 1) of float64 scores (...) by a "conformal" table.
 
     c = #{scores >= s}, exact where n <= 1024 or s lies above the last stored one; elsewhere the

@@ -1,14 +1,25 @@
 """How far two routings of the same tokens choose the same experts."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Collection, Sequence
 from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+    from numpy.typing import NDArray
+
 
 _AT_ONCE = 1 << 24  # comparisons held in memory
 
 
-def router_agreement(first, second, *, k=None, num_experts=None):
+def router_agreement(
+    first: Any, second: Any, *, k: int | None = None, num_experts: int | None = None
+) -> Any:
     """The share of one routing's experts that another chose too: |E ∩ E'| / k of each token.
 
     Parameters
@@ -61,7 +72,7 @@ def router_agreement(first, second, *, k=None, num_experts=None):
     return _shares(first, second, k)[0]
 
 
-def _experts(name, routing, num_experts) -> np.ndarray:
+def _experts(name: str, routing: Any, num_experts: int | None) -> NDArray[np.int64]:
     experts = np.asarray(routing)
     if experts.ndim != 2:
         raise ValueError(f"{name}: expected experts (T, k), got shape {experts.shape}")
@@ -75,7 +86,9 @@ def _experts(name, routing, num_experts) -> np.ndarray:
     return experts.astype(np.int64, copy=False)
 
 
-def _shares(first, second, k) -> tuple[np.ndarray, np.ndarray]:
+def _shares(
+    first: NDArray[np.int64], second: NDArray[np.int64], k: int | None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(share (T,), whether both have the same experts (T,)) of (T, k1) and (T, k2)."""
     share, equal = np.empty(len(first)), np.empty(len(first), bool)
     width = first.shape[1] + second.shape[1]
@@ -86,13 +99,15 @@ def _shares(first, second, k) -> tuple[np.ndarray, np.ndarray]:
     return share, equal
 
 
-def _distinct(experts):
+def _distinct(experts: NDArray[np.int64]) -> NDArray[np.int64]:
     """(T, k) sorted, with -1 in place of what stands twice."""
     experts = np.sort(experts, axis=1)
     return np.where(np.diff(experts, axis=1, prepend=-1) == 0, -1, experts)
 
 
-def _compare(first, second, k):
+def _compare(
+    first: NDArray[np.int64], second: NDArray[np.int64], k: int | None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     both = (first[:, :, None] == second[:, None, :]) & (first >= 0)[:, :, None]
     common, own = both.sum((1, 2)), (first >= 0).sum(1)
     equal = (common == own) & (common == (second >= 0).sum(1))
@@ -104,17 +119,19 @@ def _compare(first, second, k):
 # ---- records ----
 
 
-def _is_records(routing) -> bool:
+def _is_records(routing: object) -> bool:
     return isinstance(routing, str | os.PathLike) or hasattr(routing, "columns")
 
 
-def _frame(records):
+def _frame(records: Any) -> pandas.DataFrame:
     from ..profiler.records import read_records
 
     return records if hasattr(records, "columns") else read_records(records)
 
 
-def _of_records(first, second, k, num_experts):
+def _of_records(
+    first: pandas.DataFrame, second: pandas.DataFrame, k: int | None, num_experts: int | None
+) -> pandas.DataFrame:
     import pandas
 
     keys = ["layer", "step", "token"]
@@ -140,7 +157,7 @@ def _of_records(first, second, k, num_experts):
     return pandas.DataFrame(rows, columns=["layer", "tokens", "agreement", "equal"])
 
 
-def _padded(lists) -> np.ndarray:
+def _padded(lists: Collection[Sequence[int]]) -> NDArray[np.int64]:
     """(T, k) of T lists, filled up with -1."""
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     experts = np.full((len(lengths), lengths.max(initial=0)), -1, np.int64)

@@ -1,6 +1,10 @@
 """Two profiles of models of the same shape, and where they differ."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,7 +12,15 @@ from ..files import printable
 from ..models.phases import PHASES
 from .frame import ALL, WHOLE, label_kind
 from .metrics import SCALARS
+from .tables import Table
 from .wording import PLAIN, counted, number, percent, short
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .metrics import LayerMetrics
+    from .types import Profiled
+
 
 COLUMNS = ["layer", "name", "block", "phase", "metric", "first", "second", "difference", "relative"]
 LOADS = "expert_load_distance"  # half the sum of |differences| of expert_load: 0 alike, 1 disjoint
@@ -28,7 +40,7 @@ class Comparison:
     many experts each; names and versions may differ.
     """
 
-    def __init__(self, first, second):
+    def __init__(self, first: Profiled, second: Profiled) -> None:
         self.first, self.second = first, second
         shapes = [[layer.num_experts for layer in profile.layers] for profile in (first, second)]
         if shapes[0] != shapes[1]:
@@ -38,7 +50,7 @@ class Comparison:
                 f"({second.facts.get('model')})"
             )
 
-    def to_frame(self):
+    def to_frame(self) -> pandas.DataFrame:
         """A tidy pandas table: layer, name, block (the first's), phase, metric, first, second,
         difference (second − first), relative (difference / first).
 
@@ -90,10 +102,10 @@ class Comparison:
             )
         return found
 
-    def _both(self):
+    def _both(self) -> tuple[tuple[str, Profiled], tuple[str, Profiled]]:
         return (("First", self.first), ("Second", self.second))
 
-    def _of_phase(self, phase):
+    def _of_phase(self, phase: str) -> Iterator[str]:
         pairs = list(zip(self.first.each(phase), self.second.each(phase), strict=True))
         sides = list(zip(*pairs, strict=True))
         total = [sum(m.latency_ms_p50 for m in ms if m.steps) for ms in sides]
@@ -113,9 +125,8 @@ class Comparison:
                 f"where {percent(distances[most])} of the selections are on other experts."
             )
 
-    def table(self):
+    def table(self) -> Table:
         """A Table of the differences, a row for each layer; without rows if no phase is in both."""
-        from .tables import Table
 
         phases = [p for p in PHASES if p in self.first.phases and p in self.second.phases]
         each = {p: list(zip(self.first.each(p), self.second.each(p), strict=True)) for p in phases}
@@ -142,11 +153,11 @@ class Comparison:
 
         make_console().print(self.summary())
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         both = f"{_name(self.first)}; {_name(self.second)}"
         return f"<moeprof Comparison: {printable(both)}>"
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         from .page import SCOPED, html_table
 
         lines = "".join(f"<li>{escape(line)}</li>" for line in self.findings())
@@ -158,17 +169,17 @@ class Comparison:
         )
 
 
-def _shape(experts):
+def _shape(experts: list[int]) -> str:
     sizes = sorted(set(experts))
     return f"{len(experts)} MoE layers of {' or '.join(map(str, sizes))} experts"
 
 
-def _name(profile):
+def _name(profile: Profiled) -> str:
     facts = profile.facts
     return f"{facts.get('model') or PLAIN}, router: {facts.get('router') or PLAIN}"
 
 
-def _conditions(profile):
+def _conditions(profile: Profiled) -> str:
     """What times depend on beside the model's routing: CPU, threads, dtype where it is known."""
     machine = profile.facts.get("machine") or {}
     threads = machine.get("threads")
@@ -180,16 +191,16 @@ def _conditions(profile):
     return ", ".join(part for part in said if part) or PLAIN
 
 
-def _load_distance(first, second) -> float:
+def _load_distance(first: LayerMetrics, second: LayerMetrics) -> float:
     return float(np.abs(np.subtract(first.expert_load, second.expert_load)).sum() / 2)
 
 
-def _change(first, second):
+def _change(first: float, second: float) -> str:
     """ "+12 %"; a dash where there is nothing to compare."""
     return f"{100 * (second / first - 1):+.0f} %" if first and first == first else PLAIN
 
 
-def _differences(first, second):
+def _differences(first: LayerMetrics, second: LayerMetrics) -> Iterator[str]:
     for _, name, form in SHOWN:
         yield number(getattr(second, name) - getattr(first, name), form)
     yield number(100 * _load_distance(first, second), ".0f")

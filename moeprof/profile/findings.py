@@ -1,6 +1,10 @@
 """What a profile shows, in sentences that hold only what was measured."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -8,11 +12,16 @@ from ..models.phases import PHASES
 from .specialisation import most_by_domain
 from .wording import PLAIN, counted, listed, number, percent, scaled, short, spans
 
+if TYPE_CHECKING:
+    from .metrics import LayerMetrics
+    from .types import Label, Profiled
+
+
 SLOW = 1.5  # from this multiple of the median on, the mean is of a few slow steps
 STALE = 1.0  # above this share of a roof, the roof was measured too low
 
 
-def findings(profile) -> list[str]:
+def findings(profile: Profiled) -> list[str]:
     """The most important first."""
     reason = nothing_counted(profile)
     if reason:
@@ -31,7 +40,7 @@ PASSED_OVER = (
 NOT_RUN = "it did not run while the profiler counted"
 
 
-def nothing_counted(profile) -> str | None:
+def nothing_counted(profile: Profiled) -> str | None:
     """Why there is nothing to show; None if there is something."""
     if profile.phases:
         return None
@@ -52,22 +61,22 @@ def nothing_counted(profile) -> str | None:
     )
 
 
-def _settings(facts):
+def _settings(facts: Mapping[str, Any]) -> str:
     """ "warmup_steps=2 and sampling_rate=4": what leaves forwards out."""
     asked = (("warmup_steps", 0), ("sampling_rate", 1))
     set_ = [f"{name}={facts[name]}" for name, none in asked if facts.get(name, none) != none]
     return listed(set_) if set_ else ""
 
 
-def _notes(profile):
+def _notes(profile: Profiled) -> list[str]:
     return [str(note) for note in profile.facts.get("notes") or []]
 
 
-def _layer(profile, index):
+def _layer(profile: Profiled, index: int) -> str:
     return f"layer {profile.labels[index]}"
 
 
-def _most(metrics, name):
+def _most(metrics: Sequence[LayerMetrics], name: str) -> tuple[int, float] | None:
     """(index, value) of the layer with the largest value; None if no layer has one."""
     values = [float(getattr(m, name)) for m in metrics]
     known = [i for i, value in enumerate(values) if not math.isnan(value)]
@@ -77,7 +86,7 @@ def _most(metrics, name):
     return best, values[best]
 
 
-def _layers(profile):
+def _layers(profile: Profiled) -> Iterator[str]:
     """Which layers there are no numbers of, and why."""
     missing = [(u["label"], u["reason"]) for u in profile.facts.get("not_counted") or []]
     idle = [not m.steps for m in profile.each()]
@@ -88,7 +97,7 @@ def _layers(profile):
             for label, none in zip(profile.labels, idle, strict=True)
             if none
         ]
-    by_reason: dict[str, list] = {}
+    by_reason: dict[str, list[Label]] = {}
     for label, reason in missing:
         by_reason.setdefault(reason, []).append(label)
     if missing:
@@ -97,11 +106,11 @@ def _layers(profile):
         yield f"{total - len(missing)} of {total} layers counted; {'; '.join(reasons)}."
 
 
-def _plural(labels):
+def _plural(labels: Sequence[Label]) -> str:
     return f"layer{'s' * (len(labels) > 1)} {spans(labels)}"
 
 
-def _tokens(profile):
+def _tokens(profile: Profiled) -> Iterator[str]:
     parts, padded = [], 0
     for phase in profile.phases:
         # A layer that some forward didn't reach counts fewer.
@@ -126,12 +135,12 @@ def _tokens(profile):
         )
 
 
-def _flops(profile):
+def _flops(profile: Profiled) -> Iterator[str]:
     parts = {
         name: sum(getattr(m, f"flops_{name}") for m in profile.each())
         for name in ("router", "expert", "shared", "adapter")
     }
-    unknown: dict[str, list] = {}
+    unknown: dict[str, list[Label]] = {}
     for label, layer in zip(profile.labels, profile.layers, strict=True):
         if layer.unknown:
             unknown.setdefault(layer.unknown, []).append(label)
@@ -150,7 +159,7 @@ def _flops(profile):
     yield f"FLOPs of the MoE layers: {scaled(total, 'FLOP')} ({listed(shares)})."
 
 
-def _left_out(profile):
+def _left_out(profile: Profiled) -> Iterator[str]:
     """Of selections that no expert ran, and of rows that none selected."""
     metrics = profile.each()
     dropped = [m.dropped_selections_with_padding for m in metrics]
@@ -177,13 +186,13 @@ def _left_out(profile):
         )
 
 
-def _balance(profile, phase):
+def _balance(profile: Profiled, phase: str) -> Iterator[str]:
     metrics = profile.each(phase)
     uneven = _most(metrics, "expert_load_gini")
     if uneven is None or not uneven[1] > 0:
         return
     index, value = uneven
-    busy, times = _most(metrics, "expert_load_max_imbalance")
+    busy, times = _most(metrics, "expert_load_max_imbalance") or uneven
     expert = int(np.argmax(metrics[busy].counts.load[0]))
     yield (
         f"Least balanced in {phase}: {_layer(profile, index)} (Gini {value:.2f}); busiest: expert "
@@ -195,7 +204,7 @@ def _balance(profile, phase):
         yield f"Never selected in {phase}: {sum(idle):,} of {total:,} experts."
 
 
-def _time(profile, phase):
+def _time(profile: Profiled, phase: str) -> Iterator[str]:
     sizes = profile.decode_by_batch
     if phase == "decode" and len(sizes) > 1:  # steps of several sizes have no common time
         yield from map(_time_of_batch, sizes)
@@ -233,7 +242,7 @@ def _time(profile, phase):
         )
 
 
-def _time_of_batch(row):
+def _time_of_batch(row: Mapping[str, Any]) -> str:
     return (
         f"A decode step at batch {row['batch']} spends {short(row['latency_ms'])} ms in MoE layers "
         f"(the sum of their medians); it runs {row['unique_experts']:.1f} distinct experts a layer "
@@ -241,7 +250,7 @@ def _time_of_batch(row):
     )
 
 
-def _of_roof(profile, metrics):
+def _of_roof(profile: Profiled, metrics: Sequence[LayerMetrics]) -> str:
     """What the steps reached, beside what the machine was measured to reach."""
     roof = profile.roofline
     nanoseconds = sum(int(m.counts.nanoseconds) for m in metrics)
@@ -256,7 +265,7 @@ def _of_roof(profile, metrics):
     )
 
 
-def _cache(profile):
+def _cache(profile: Profiled) -> Iterator[str]:
     """How small a cache of experts would do in decode, of layers of the same size."""
     if "decode" not in profile.phases:
         return
@@ -272,7 +281,7 @@ def _cache(profile):
     yield f"Accesses to experts in decode that an LRU cache would serve: of {', of '.join(cells)}."
 
 
-def _domains(profile):
+def _domains(profile: Profiled) -> Iterator[str]:
     if profile.domains is None or len(profile.domains) < 2:
         return
     frame = most_by_domain(profile)
@@ -286,7 +295,7 @@ def _domains(profile):
     )
 
 
-def _losses(profile):
+def _losses(profile: Profiled) -> Iterator[str]:
     balance, z = profile.load_balance_loss(), profile.z_loss()
     if math.isnan(z):
         return
@@ -299,7 +308,7 @@ def _losses(profile):
     )
 
 
-def _rest(profile):
+def _rest(profile: Profiled) -> Iterator[str]:
     skipped = {phase: sum(m.skipped_slots for m in profile.each(phase)) for phase in PHASES}
     if any(skipped.values()):
         parts = [f"{value:,} in {phase}" for phase, value in skipped.items() if value]
@@ -309,7 +318,7 @@ def _rest(profile):
         yield f"Peak memory of the process: {short(float(peak))} MB."
 
 
-def heading(profile) -> list[tuple[str, str]]:
+def heading(profile: Profiled) -> list[tuple[str, str]]:
     """(what, text) of the model, the router, the machine."""
     from ..measure.machine import in_one_line
 

@@ -1,6 +1,18 @@
 """A profile as a tidy table: one number a row."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
 from .metrics import BY_EXPERT, SCALARS
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .metrics import LayerMetrics
+    from .types import Label, Profiled
+
 
 ALL = "all"  # the name of all phases together
 COLUMNS = ["layer", "name", "block", "expert", "phase", "metric", "value"]
@@ -16,7 +28,7 @@ BY_BATCH = {
 }
 
 
-def to_frame(profile):
+def to_frame(profile: Profiled) -> pandas.DataFrame:
     """See Profile.to_frame. value is a float; expert is pandas' Int64, so is
     layer where all labels are numbers."""
     import pandas
@@ -48,12 +60,12 @@ def to_frame(profile):
     return frame.astype(kinds)
 
 
-def label_kind(labels) -> str:
+def label_kind(labels: Iterable[Label]) -> str:
     """The dtype of a column of layers' labels."""
     return "Int64" if all(isinstance(label, int) for label in labels) else "string"
 
 
-def _of_layer(label, metrics, phase):
+def _of_layer(label: Label, metrics: LayerMetrics, phase: str) -> Iterator[tuple[Any, ...]]:
     place = label, metrics.layer.name, metrics.layer.block
     for name in SCALARS:
         yield *place, None, phase, name, getattr(metrics, name)

@@ -4,7 +4,10 @@
 documentation anew; a profile's folder gets glossary.csv, its page a section.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .specialisation import MINIMUM
@@ -296,7 +299,7 @@ INTRODUCTION = (
 )
 
 
-def metric_of(name) -> str:
+def metric_of(name: str) -> str:
     """The entry that a name in the CSV belongs to: "k_distribution_3" to "k_distribution"."""
     return re.sub(r"^(k_distribution)_\d+$", r"\1", name)
 
@@ -337,7 +340,7 @@ def as_markdown() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(head, rows):
+def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines

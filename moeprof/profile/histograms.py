@@ -1,11 +1,19 @@
 """What a histogram still tells of the values that it counted."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 UNIT_EDGES = np.linspace(0, 1, 101)  # of what lies in [0, 1]
 
 
-def percentile(histogram, edges, q) -> float:
+def percentile(histogram: NDArray[np.int64], edges: NDArray[np.float64], q: float) -> float:
     """`numpy.percentile(values, q)` of the values counted in `histogram`; nan if there are none.
 
     histogram (bins,), edges (bins + 1,). Each value is taken as the middle of its bin, so the

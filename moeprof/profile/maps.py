@@ -1,11 +1,26 @@
 """The figures of a profile that are maps: experts by layers, experts by experts."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ..show.figures import COLOURS, plain
 from .drawing import figure, ticks_for
 from .structure import clustered, move_structure, pair_structure, strongest
 from .wording import spans
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from numpy.typing import NDArray
+
+    from ..profiler.tally import Counts
+    from .types import Label, Profiled
+
 
 FOLD = 3  # the colours of a ratio reach from 2^-FOLD to 2^FOLD
 NEVER = "#4d4d4d"
@@ -14,7 +29,9 @@ NAMES = 32  # experts named along a side of a square map
 LABEL = 32  # characters of a domain's above its map
 
 
-def _ratio_map(axis, table, labels, ticks=32):
+def _ratio_map(
+    axis: Axes, table: NDArray[np.float64], labels: Sequence[Label], ticks: int = 32
+) -> AxesImage:
     """imshow of ratios (L, E) to an even choice: white 1, red more, blue less, grey never."""
     from matplotlib import colormaps
 
@@ -32,17 +49,18 @@ def _ratio_map(axis, table, labels, ticks=32):
     return image
 
 
-def _ratio_bar(fig, image, axes, label):
+def _ratio_bar(fig: Figure, image: AxesImage, axes: Any, label: str) -> None:
     bar = fig.colorbar(
         image, ax=axes, ticks=range(-FOLD, FOLD + 1), pad=0.02, extend="both", aspect=30
     )
     texts = [f"1/{2**-n}" if n < 0 else f"{2**n}" for n in range(-FOLD, FOLD + 1)]
     bar.ax.set_yticklabels(texts)
     bar.set_label(label, size=11)
-    bar.solids.set_rasterized(True)  # one small picture in an SVG, not 256 rectangles
+    solids: Any = bar.solids
+    solids.set_rasterized(True)  # one small picture in an SVG, not 256 rectangles
 
 
-def _stack(rows, widths):
+def _stack(rows: Sequence[NDArray[np.float64]], widths: Sequence[int]) -> NDArray[np.float64]:
     """A (L, E) table of rows that may differ in length; nan beyond."""
     table = np.full((len(rows), max(widths)), np.nan)
     for place, row in enumerate(rows):
@@ -50,12 +68,12 @@ def _stack(rows, widths):
     return table
 
 
-def _height(profile):
+def _height(profile: Profiled) -> float:
     """Inches of a map with a row for each layer."""
     return min(max(1.6, 0.16 * len(profile.layers)), 6.5)
 
 
-def load(profile):
+def load(profile: Profiled) -> Figure:
     """Which experts do the work?"""
     phases = [p for p in profile.phases if any(m.tokens for m in profile.each(p))]
     fig, axes = figure(
@@ -79,9 +97,9 @@ def load(profile):
     return fig
 
 
-def domains(profile):
+def domains(profile: Profiled) -> Figure:
     """Which experts belong to a domain?"""
-    labels = list(profile.domains)
+    labels = list(profile.domains or ())
     columns = 2 if len(profile.layers) > 12 and len(labels) > 1 else 1
     rows = -(-len(labels) // columns)
     fig, axes = figure(
@@ -105,12 +123,15 @@ def domains(profile):
     return fig
 
 
-def _chosen(profile, layer, structure, first=0):
+def _chosen(
+    profile: Profiled, layer: Label | None, structure: Callable[[Counts], float], first: int = 0
+) -> tuple[int, str]:
     """(index, how it was chosen); ValueError for a layer that has no such map."""
     counts = profile.counts_of()
     if layer is None:
-        index = strongest(counts, structure)
-        return index, "the layer with the strongest structure"
+        best = strongest(counts, structure)
+        assert best is not None  # such a map isn't offered
+        return best, "the layer with the strongest structure"
     try:
         index = profile.place_of(layer)
     except (KeyError, TypeError):
@@ -120,15 +141,16 @@ def _chosen(profile, layer, structure, first=0):
     return index, "as asked for"
 
 
-def coactivation(profile, layer=None):
+def coactivation(profile: Profiled, layer: Label | None = None) -> Figure:
     """Which experts are selected together? Both phases; layer: its number or a name."""
     index, how = _chosen(profile, layer, pair_structure)
     metrics = profile.each()[index]
     table = metrics.coactivation
+    assert table is not None
     order = clustered(table)
     title = f"Experts selected together: layer {profile.labels[index]}, {how}"
     fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
-    off = np.where(np.eye(len(table), dtype=bool), np.nan, table)
+    off = np.where(np.eye(len(table), dtype=np.bool_), np.nan, table)
     _square(fig, left, off[np.ix_(order, order)], order, "share of j's tokens that select i")
     left.set_xlabel(f"expert j, those alike side by side{_named(order)}", size=11)
     left.set_ylabel("expert i, in the same order", size=11)
@@ -143,11 +165,12 @@ def coactivation(profile, layer=None):
     return fig
 
 
-def moves(profile, layer=None):
+def moves(profile: Profiled, layer: Label | None = None) -> Figure:
     """Where do an expert's tokens go in the next MoE layer? layer: that next one."""
     index, how = _chosen(profile, layer, move_structure, first=1)
     metrics = profile.each()[index]
     table, before = metrics.moves, profile.counts_of()[index - 1].load[0]
+    assert table is not None
     rows = clustered(table)
     # Columns in the order in which the rows, as ordered, send to them.
     weight = np.nan_to_num(table[rows]) ** 2
@@ -167,7 +190,14 @@ def moves(profile, layer=None):
     return fig
 
 
-def _square(fig, axis, table, rows, label, columns=None):
+def _square(
+    fig: Figure,
+    axis: Axes,
+    table: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    label: str,
+    columns: NDArray[np.int64] | None = None,
+) -> None:
     """imshow of shares (E, E), the ticks named by the experts in the order of the map."""
     from matplotlib import colormaps
 
@@ -187,16 +217,19 @@ def _square(fig, axis, table, rows, label, columns=None):
         place(shown, names[shown], size=9, rotation=turn)
     bar = fig.colorbar(image, ax=axis, pad=0.02, shrink=0.85, extend="max")
     bar.set_label(label, size=11)
-    bar.solids.set_rasterized(True)
+    solids: Any = bar.solids
+    solids.set_rasterized(True)
 
 
-def _named(order):
+def _named(order: NDArray[np.int64]) -> str:
     """What the axis says of its numbers, where they are not all there."""
     step = np.diff(ticks_for(len(order), NAMES)[:2])
     return f"; every {step[0]}th is named" if step.size and step[0] > 1 else ""
 
 
-def _largest(table, usual, load, axis):
+def _largest(
+    table: NDArray[np.float64], usual: NDArray[np.float64], load: NDArray[np.int64], axis: int
+) -> list[tuple[int, int]]:
     """The BARS pairs (i, j) with the largest share above the usual one.
 
     Of experts with at least a quarter of the mean load, as a share of a few tokens says little;
@@ -206,11 +239,20 @@ def _largest(table, usual, load, axis):
     above = np.where(often[None, :] if axis == 1 else often[:, None], table - usual, -1)
     above = np.nan_to_num(above, nan=-1)
     places = np.argsort(-above, axis=None, kind="stable")[:BARS]
-    pairs = [tuple(int(n) for n in np.unravel_index(place, above.shape)) for place in places]
+    pairs = []
+    for place in places:
+        i, j = np.unravel_index(place, above.shape)
+        pairs.append((int(i), int(j)))
     return [pair for pair in pairs if above[pair] > 0]
 
 
-def _bars(axis, pairs, table, usual, name):
+def _bars(
+    axis: Axes,
+    pairs: list[tuple[int, int]],
+    table: NDArray[np.float64],
+    usual: NDArray[np.float64],
+    name: str,
+) -> None:
     names = [name.format(i, j) for i, j in pairs]
     at = np.arange(len(pairs))
     axis.barh(at, [100 * table[pair] for pair in pairs], color=COLOURS[0])

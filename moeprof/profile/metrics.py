@@ -3,13 +3,25 @@
 E experts; N_i: real tokens that select expert i; a step is one call of the layer.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
 
 from ..files import printable
 from ..profiler.tally import latency_edges
 from .histograms import UNIT_EDGES, percentile
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from ..measure.roofline import Roofline
+    from ..models.layer import Layer
+    from ..profiler.tally import Counts
+
 
 NAN = float("nan")
 REAL, BOTH = slice(0, 1), slice(0, 2)  # rows of the counts: real tokens; those and padding
@@ -62,7 +74,7 @@ SCALARS = COUNTED + ROUTING + COSTS
 BY_EXPERT = ("expert_selections", "expert_load", "expert_load_with_padding", "router_probability")
 
 
-def ratio(part, whole) -> float:
+def ratio(part: SupportsFloat, whole: SupportsFloat) -> float:
     """part / whole as a Python float; nan where there is no whole."""
     return float(part) / float(whole) if whole else NAN
 
@@ -72,7 +84,7 @@ def _times(number: int, each: int | None) -> float | int:
     return NAN if each is None else number * each
 
 
-def gini(values) -> float:
+def gini(values: ArrayLike) -> float:
     """Half the mean absolute difference of two values, over their mean; 0: all equal.
 
     By sorted values (E,): 2 Σ r x_(r) / (E Σ x) − (E + 1) / E, r from 1. nan if they sum to 0.
@@ -82,7 +94,7 @@ def gini(values) -> float:
     return ratio(2 * (np.arange(1, size + 1) * x).sum() - (size + 1) * total, size * total)
 
 
-def entropy(shares) -> float:
+def entropy(shares: ArrayLike) -> float:
     """−Σ s ln s / ln E of shares (E,) that sum to 1, in [0, 1]; nan for E = 1 or without shares."""
     s = np.asarray(shares, dtype=float)
     if len(s) < 2 or not np.isfinite(s).all():
@@ -92,7 +104,7 @@ def entropy(shares) -> float:
     return float(-(used * np.log(used)).sum() / math.log(len(s))) + 0.0
 
 
-def load_balance_loss(counts) -> float:
+def load_balance_loss(counts: Sequence[Counts]) -> float:
     """E Σ_e f_e P_e over the layers of `counts`, as transformers' load_balancing_loss_func.
 
     f_e: selections of expert e per token, P_e: its mean probability, both over the tokens of
@@ -110,7 +122,7 @@ def load_balance_loss(counts) -> float:
     return float(counts[0].num_experts * (selected * probability).sum())
 
 
-def load_balance_loss_by_layer(counts) -> float:
+def load_balance_loss_by_layer(counts: Sequence[Counts]) -> float:
     """The mean over layers of each layer's own load-balance loss; nan without logits.
 
     Layers without tokens are left out; they may differ in E.
@@ -119,12 +131,12 @@ def load_balance_loss_by_layer(counts) -> float:
     return float(np.mean(losses)) if losses else NAN
 
 
-def z_loss(counts) -> float:
+def z_loss(counts: Sequence[Counts]) -> float:
     """Mean of logsumexp(z)² over the tokens of all layers of `counts` (ST-MoE); nan without."""
     return ratio(sum(c.sums[2] for c in counts), sum(int(c.confidence.sum()) for c in counts))
 
 
-def ratio_each(parts, whole):
+def ratio_each(parts: ArrayLike, whole: float) -> NDArray[np.float64]:
     """parts / whole for an array, all nan where there is no whole."""
     parts = np.asarray(parts, dtype=float)
     return parts / whole if whole else np.full(parts.shape, NAN)
@@ -143,14 +155,21 @@ class LayerMetrics:
     before : Counts of the MoE layer before, for `moves`
     """
 
-    def __init__(self, layer, counts, *, roofline=None, before=None):
+    def __init__(
+        self,
+        layer: Layer,
+        counts: Counts,
+        *,
+        roofline: Roofline | None = None,
+        before: Counts | None = None,
+    ) -> None:
         self.layer, self.counts, self.roofline, self._before = layer, counts, roofline, before
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         name = printable(self.layer.name)
         return f"<LayerMetrics of {name}: {self.tokens:,} tokens, {self.steps:,} steps>"
 
-    def get_summary(self) -> dict:
+    def get_summary(self) -> dict[str, Any]:
         """{name: number} of everything that is one number, then two lists.
 
         k_distribution: tokens by number of experts, 0 to E; expert_load: share of selections.
@@ -185,14 +204,14 @@ class LayerMetrics:
 
     # ---- FLOPs: two for each multiplication and addition of a matrix product ----
 
-    def _flops(self, rows) -> float | int:
+    def _flops(self, rows: slice) -> float | int:
         """Of tokens in `rows` of the counts; nan where a part's size, or what ran, is unknown."""
         tokens = int(self.counts.k[rows].sum())
         each = self.layer.router_flops, self.layer.shared_flops
         parts = [_times(tokens, flops) for flops in each]
         return sum(parts) + self._expert_flops(rows) + self.flops_adapter
 
-    def _expert_flops(self, rows) -> float | int:
+    def _expert_flops(self, rows: slice) -> float | int:
         """Of the rows that experts ran; a slice of one row is that of the real tokens."""
         layer, left_out = self.layer, self.counts.left_out
         if left_out[1].any() and rows == REAL:
@@ -218,7 +237,7 @@ class LayerMetrics:
         return int(self.counts.left_out.sum())
 
     @property
-    def flops_total(self):
+    def flops_total(self) -> float | int:
         """Router, the rows that experts ran, shared experts, adapters: of the real tokens."""
         return self._flops(REAL)
 
@@ -227,7 +246,7 @@ class LayerMetrics:
         return _times(self.tokens, self.layer.router_flops)
 
     @property
-    def flops_expert(self):
+    def flops_expert(self) -> float | int:
         """Of what ran: selections that an expert dropped cost nothing."""
         return self._expert_flops(REAL)
 
@@ -242,13 +261,13 @@ class LayerMetrics:
         return self.steps * self.layer.call_flops
 
     @property
-    def flops_total_with_padding(self):
+    def flops_total_with_padding(self) -> float | int:
         """What was really computed."""
         return self._flops(BOTH)
 
     # ---- experts per token ----
 
-    def _k_mean(self, k):
+    def _k_mean(self, k: NDArray[np.int64]) -> float:
         return ratio((np.arange(len(k)) * k).sum(), k.sum())
 
     @property
@@ -281,12 +300,12 @@ class LayerMetrics:
     def expert_load_with_padding(self) -> list[float]:
         return self._load(with_padding=True).tolist()
 
-    def _load(self, with_padding=False):
+    def _load(self, with_padding: bool = False) -> NDArray[np.float64]:
         load = self.counts.load.sum(0) if with_padding else self.counts.load[0]
         return ratio_each(load, int(load.sum()))
 
     @property
-    def active_experts(self):
+    def active_experts(self) -> float | int:
         """Experts that were selected at least once; nan where no token was counted."""
         return int((self.counts.load[0] > 0).sum()) if self.tokens else NAN
 
@@ -345,7 +364,7 @@ class LayerMetrics:
     def router_gap_quartiles(self) -> list[float]:
         return self._quartiles(self.counts.gap)
 
-    def _quartiles(self, histogram):
+    def _quartiles(self, histogram: NDArray[np.int64]) -> list[float]:
         if self.layer.num_experts < 2:
             return [NAN] * 3
         return [percentile(histogram, UNIT_EDGES, q) for q in (25, 50, 75)]
@@ -382,7 +401,7 @@ class LayerMetrics:
     def latency_ms_p99(self) -> float:
         return self.latency_ms(99)
 
-    def latency_ms(self, q) -> float:
+    def latency_ms(self, q: float) -> float:
         """The q-th percentile over steps, from bins: off by at most 0.8 %."""
         return percentile(self.counts.latency, latency_edges(), q) / 1e6
 
@@ -463,7 +482,7 @@ class LayerMetrics:
     # ---- pairs of experts ----
 
     @property
-    def coactivation(self):
+    def coactivation(self) -> NDArray[np.float64] | None:
         """(E, E) array of N_ij / N_j: of the tokens that select j, the share that selects i too.
 
         nan where N_j = 0; None if pairs were not counted.
@@ -471,7 +490,7 @@ class LayerMetrics:
         return self._shares(self.counts.pairs, self.counts.load[0])
 
     @property
-    def moves(self):
+    def moves(self) -> NDArray[np.float64] | None:
         """(E, E) array: of expert i's tokens in the MoE layer before, the share that goes to j.
 
         A row sums to these tokens' number of experts here. nan where no token was followed;
@@ -482,7 +501,9 @@ class LayerMetrics:
         shares = self._shares(self.counts.moves.T, self._before.load[0])
         return None if shares is None else shares.T
 
-    def _shares(self, table, selections):
+    def _shares(
+        self, table: NDArray[np.int64], selections: NDArray[np.int64]
+    ) -> NDArray[np.float64] | None:
         """(E, E) table with each column over its expert's selections."""
         if not self.counts.has_pairs:
             return None

@@ -1,8 +1,11 @@
 """A profile as a page that needs nothing but itself, and as what a notebook shows of it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .findings import findings, heading
 from .glossary import HEADINGS, INTRODUCTION, METRICS
@@ -10,6 +13,14 @@ from .pictures import picture, png
 from .plots import instead
 from .tables import from_frame, layers, tables
 from .wording import PLAIN
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+    from .tables import Table
+    from .types import Profiled
+
 
 # {figure: (heading, caption)}, in the order of the page.
 FIGURES = {
@@ -134,11 +145,11 @@ class Section(NamedTuple):
 
     title: str
     note: str
-    frame: Any
-    figure: Any = None
+    frame: pandas.DataFrame
+    figure: Figure | None = None
 
 
-def page(profile, sections=()) -> str:
+def page(profile: Profiled, sections: Iterable[Section] = ()) -> str:
     """A whole HTML document: findings, tables, figures, a glossary. No script, no request."""
     title = f"Profile of {profile.facts.get('model') or PLAIN}"
     body = [
@@ -164,7 +175,7 @@ def page(profile, sections=()) -> str:
     )
 
 
-def _figures(profile):
+def _figures(profile: Profiled) -> Iterator[tuple[str, str]]:
     """(heading, HTML) of each figure, or of the sentence that stands in its place."""
     sentences = instead(profile)
     for name in profile.figures:
@@ -175,17 +186,17 @@ def _figures(profile):
             yield heading_, _figure(profile.plot(name), heading_, caption)
 
 
-def _figure(figure, title, caption=""):
+def _figure(figure: Figure, title: str, caption: str = "") -> str:
     said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure>{picture(figure, f'{title}. {caption}'.strip())}{said}</figure>"
 
 
-def _more(section):
+def _more(section: Section) -> str:
     html = _table(from_frame(section.title, section.note, section.frame))
     return html if section.figure is None else html + _figure(section.figure, section.title)
 
 
-def _glossary():
+def _glossary() -> str:
     """Every metric; the headings of the tables lead here."""
     short = {name: heading_ for heading_, name in HEADINGS.items()}
     rows = []
@@ -198,7 +209,7 @@ def _glossary():
     return f'<p class="note">{escape(INTRODUCTION)}</p>\n<dl class="glossary">{"".join(rows)}</dl>'
 
 
-def fragment(profile) -> str:
+def fragment(profile: Profiled) -> str:
     """For a notebook: findings, the layers, the load map."""
     model, router = (escape(str(profile.facts.get(name) or PLAIN)) for name in ("model", "router"))
     parts = [f"<p><b>Profile of {model}</b>, router: {router}</p>", _list(profile)]
@@ -210,24 +221,24 @@ def fragment(profile) -> str:
     return f'<div class="moeprof-profile"><style>{SCOPED}</style>\n{body}\n</div>'
 
 
-def _heading(profile):
+def _heading(profile: Profiled) -> str:
     lines = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in heading(profile))
     started = (profile.facts.get("machine") or {}).get("started")
     when = f"<dt>Made</dt><dd>{escape(str(started))}</dd>" if started else ""
     return f"<dl>{lines}{when}</dl>"
 
 
-def _list(profile):
+def _list(profile: Profiled) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in findings(profile)) + "</ul>"
 
 
-def _table(table):
+def _table(table: Table) -> str:
     """The note and the table, in several of at most MOST_COLUMNS where it has more."""
     parts = "\n".join(html_table(part, linked=True) for part in divided(table))
     return f'<p class="note">{escape(table.note)}</p>\n{parts}'
 
 
-def divided(table, most=MOST_COLUMNS) -> list:
+def divided(table: Table, most: int = MOST_COLUMNS) -> list[Table]:
     """Tables of at most `most` columns, which a sheet of paper holds; groups stay together.
 
     Each begins with the columns that are of no group, or with the first one.
@@ -237,9 +248,9 @@ def divided(table, most=MOST_COLUMNS) -> list:
     groups = [group for group, _ in table.columns]
     keys = [i for i, group in enumerate(groups) if not group] if any(groups) else [0]
     room = max(most - len(keys), 1)
-    blocks = [[]]
-    for _, of in groupby((i for i in range(len(groups)) if i not in keys), groups.__getitem__):
-        of = list(of)
+    blocks: list[list[int]] = [[]]
+    for _, group in groupby((i for i in range(len(groups)) if i not in keys), groups.__getitem__):
+        of = list(group)
         if len(blocks[-1]) + len(of) > room and blocks[-1] and groups[of[0]]:
             blocks.append([])
         for i in of:
@@ -249,12 +260,12 @@ def divided(table, most=MOST_COLUMNS) -> list:
     return [_columns(table, keys + block) for block in blocks]
 
 
-def _columns(table, places):
+def _columns(table: Table, places: list[int]) -> Table:
     pick = [table.columns[i] for i in places]
     return table._replace(columns=pick, rows=[[row[i] for i in places] for row in table.rows])
 
 
-def html_table(table, linked=False) -> str:
+def html_table(table: Table, linked: bool = False) -> str:
     """A Table; its groups, if it has any, in a row of their own.
 
     linked : the headings lead to the page's glossary
@@ -274,12 +285,12 @@ def html_table(table, linked=False) -> str:
     return f'<div class="table"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
 
 
-def _head(name, linked):
+def _head(name: str, linked: bool) -> str:
     of = HEADINGS.get(name) if linked else None
     return f'<a href="#{ANCHOR}{of}">{escape(name)}</a>' if of else escape(name)
 
 
-def _kinds(table):
+def _kinds(table: Table) -> list[str]:
     """The class of each column: of words, or the first of a group."""
     before = ["", *(group for group, _ in table.columns)]
     return [
@@ -288,7 +299,7 @@ def _kinds(table):
     ]
 
 
-def _cells(tag, parts, kinds):
+def _cells(tag: str, parts: Iterable[str], kinds: Iterable[str]) -> str:
     """Cells of HTML that is escaped already."""
     return "".join(
         f"<{tag}{f' class={kind}' if kind else ''}>{part}</{tag}>"

@@ -1,9 +1,16 @@
 """A matplotlib Figure inside an HTML page: as an SVG that follows dark mode, or as a PNG."""
 
+from __future__ import annotations
+
 import base64
 import io
 import re
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 # What the figures are drawn in, and what stands for it: black and white change places in the dark.
 _ROLES = {
@@ -23,7 +30,7 @@ _STYLE = (
 )
 
 
-def picture(figure, text) -> str:
+def picture(figure: Figure, text: str) -> str:
     """The figure as an image that scrolls in a box of its own where the screen is narrow.
 
     text : what is said where images are not seen
@@ -35,7 +42,7 @@ def picture(figure, text) -> str:
     )
 
 
-def svg(figure) -> bytes:
+def svg(figure: Figure) -> bytes:
     """The figure in lines and letters' outlines, black and white by the reader's setting."""
     from matplotlib import rc_context
 
@@ -53,18 +60,18 @@ def svg(figure) -> bytes:
     return re.sub(r"(<svg[^>]*>)", rf"\1<style>{_STYLE}</style>", text, count=1).encode()
 
 
-def _role(match):
+def _role(match: re.Match[str]) -> str:
     what, colour = match.groups()
     role = _ROLES.get(colour)
     return f"{what}: var(--{role})" if role else match.group()
 
 
-def png(figure, dpi, text) -> str:
+def png(figure: Figure, dpi: float, text: str) -> str:
     """The figure as a PNG on white."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=dpi)
     return f'<img src="{_data(out.getvalue(), "png")}" alt="{escape(text)}">'
 
 
-def _data(content, kind):
+def _data(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,18 +1,30 @@
 """The figures of a profile: which there are, and those with a line or a point for each layer."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..show.figures import COLOURS, MARKERS
+from ..show.figures import COLOURS, MARKERS, whole_ticks
 from . import maps
 from .drawing import by_layer, figure, marked, of_phase, style
 from .metrics import ratio_each
 from .structure import pair_structure, strongest
 from .wording import counted, percent, scaled, short
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
-def k(profile):
+    from .metrics import LayerMetrics
+    from .types import Profiled
+
+
+def k(profile: Profiled) -> Figure:
     """How many experts does a token use?"""
     phases = [p for p in profile.phases if any(m.tokens for m in profile.each(p))]
     fig, (left, right) = figure(1, 2, "Experts per token", widths=(1, 1.3))
@@ -33,7 +45,7 @@ def k(profile):
             color=of_phase(phase)["color"],
         )
         right.plot(middle, **marked(number), **of_phase(phase))
-    left.xaxis.get_major_locator().set_params(integer=True)
+    whole_ticks(left)
     style(left, "experts per token", "% of tokens, all layers", "Distribution")
     right.set_ylim(bottom=0)
     by_layer(right, profile)
@@ -42,7 +54,7 @@ def k(profile):
     return fig
 
 
-def _k_range(metrics):
+def _k_range(metrics: LayerMetrics) -> Sequence[float]:
     """The 10th percentile, the mean and the 90th of a layer's experts per token."""
     table = metrics.counts.k[0]
     if not table.sum():
@@ -51,7 +63,7 @@ def _k_range(metrics):
     return low, metrics.k_mean, high
 
 
-def sum_of(tables):
+def sum_of(tables: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     """The sum of arrays (E + 1,) of layers that may differ in E."""
     total = np.zeros(max(map(len, tables)), np.int64)
     for table in tables:
@@ -59,7 +71,7 @@ def sum_of(tables):
     return total
 
 
-def confidence(profile):
+def confidence(profile: Profiled) -> Figure:
     """How sure is the router?"""
     fig, axes = figure(1, 2, "The router's softmax")
     panels = (
@@ -79,7 +91,7 @@ def confidence(profile):
     return fig
 
 
-def _unit_limits(axis):
+def _unit_limits(axis: Axes) -> tuple[float, float]:
     """Limits of y that show where the data lie, a part of 0 to 1."""
     low, high = axis.dataLim.intervaly
     if not np.isfinite(high - low):
@@ -88,7 +100,7 @@ def _unit_limits(axis):
     return max(low - room, -0.01), min(high + room, 1.01)
 
 
-def latency(profile):
+def latency(profile: Profiled) -> Figure:
     """How long does each layer take?"""
     phases = profile.phases
     fig, axes = figure(1, len(phases), "Time of a layer's step", width=6.2)
@@ -111,9 +123,10 @@ def latency(profile):
     return fig
 
 
-def roofline(profile):
+def roofline(profile: Profiled) -> Figure:
     """What limits the layers, and how near they come to it?"""
     roof = profile.roofline
+    assert roof is not None  # without one the figure isn't offered
     fig, axis = figure(1, 1, "MoE layers under the machine's roof", width=9)
     points = {
         phase: [(m.arithmetic_intensity, m.gflops) for m in profile.each(phase) if m.steps]
@@ -162,13 +175,14 @@ def roofline(profile):
     return fig
 
 
-def _total(axis, profile, phase, marker, colour):
+def _total(axis: Axes, profile: Profiled, phase: str, marker: str, colour: str) -> None:
     """The phase as a whole, named with what it reached."""
     ms = [m for m in profile.each(phase) if m.steps]
     time = sum(int(m.counts.nanoseconds) for m in ms)
     read = sum(m.bytes_per_step * m.steps for m in ms)
     done = sum(m.flops_total_with_padding for m in ms)
     roof = profile.roofline
+    assert roof is not None
     label = (
         f"{phase}: {short(read / time)} GB/s ({percent(read / time / roof.read_gbs)}), "
         f"{short(done / time)} GFLOP/s ({percent(done / time / roof.gemm_gflops)})"
@@ -186,7 +200,7 @@ def _total(axis, profile, phase, marker, colour):
     )
 
 
-def union(profile):
+def union(profile: Profiled) -> Figure:
     """How many experts does a step with several tokens read?"""
     ms = [m for m in profile.each() if m.steps]
     fig, axis = figure(1, 1, "Distinct experts that a step reads, by its tokens", width=9)
@@ -226,12 +240,12 @@ def union(profile):
     return fig
 
 
-def cache(profile):
+def cache(profile: Profiled) -> Figure:
     """How many experts would have to be kept near?"""
     fig, axis = figure(1, 1, "Hit rate of an LRU cache of experts", width=9)
     sizes = {layer.num_experts for layer in profile.layers}
     # As the findings count them: in experts, where the layers have as many.
-    whole, unit = (100, "% of E") if len(sizes) > 1 else (*sizes, f"of {max(sizes)}")
+    whole, unit = (100, "% of E") if len(sizes) > 1 else (max(sizes), f"of {max(sizes)}")
     for phase in profile.phases:
         ms = [m for m in profile.each(phase) if m.counts.reuse.sum()]
         if not ms:
@@ -249,7 +263,7 @@ def cache(profile):
         axis.plot(at, rates.mean(0), lw=2, **of_phase(phase))
     axis.set_xlim(0, whole)
     axis.set_ylim(0, 103)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    whole_ticks(axis)
     style(
         axis,
         f"experts kept of each layer ({unit})",
@@ -260,7 +274,7 @@ def cache(profile):
     return fig
 
 
-def _measured(profile):
+def _measured(profile: Profiled) -> dict[str, tuple[Callable[..., Figure], str | None]]:
     """{name: why it can't be drawn, or None}, in the order of the page."""
     each = profile.each()
     steps = None if profile.phases else "no step was counted"
@@ -303,19 +317,19 @@ def _measured(profile):
     }
 
 
-def instead(profile) -> dict[str, str]:
+def instead(profile: Profiled) -> dict[str, str]:
     """{figure: the sentence that says as much}, of figures that show a single number."""
     seen = {n for c in profile.counts_of() for n in np.flatnonzero(c.k[0]).tolist()}
     if len(seen) != 1:
         return {}
-    return {"k": f"Every token uses {counted(*seen, 'expert')} in every layer."}
+    return {"k": f"Every token uses {counted(max(seen), 'expert')} in every layer."}
 
 
-def available(profile) -> list[str]:
+def available(profile: Profiled) -> list[str]:
     return [name for name, (_, reason) in _measured(profile).items() if not reason]
 
 
-def plot(profile, name="load", **options):
+def plot(profile: Profiled, name: str = "load", **options: Any) -> Figure:
     """See Profile.plot."""
     known = _measured(profile)
     if name not in known:

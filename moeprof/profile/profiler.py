@@ -1,11 +1,15 @@
 """MoEProfiler: hooks in a model, and the numbers of what ran."""
 
+from __future__ import annotations
+
 import os
 import sys
 import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -20,6 +24,11 @@ from ..profiler.tally import Counts
 from .metrics import LayerMetrics
 from .result import Profile
 from .wording import counted
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..models.find import Site
 
 
 class MoEProfiler:
@@ -85,13 +94,13 @@ class MoEProfiler:
         *,
         warmup_steps: int = 0,
         sampling_rate: int = 1,
-        mask=None,
+        mask: Any = None,
         pad_token_id: int | None = None,
         pairs: bool = True,
         vocabulary: bool = False,
         trace: bool = False,
-        records: str | os.PathLike | None = None,
-    ):
+        records: str | os.PathLike[str] | None = None,
+    ) -> None:
         check_model("MoEProfiler", model)
         _check_integer("warmup_steps", warmup_steps, 0)
         _check_integer("sampling_rate", sampling_rate, 1)
@@ -112,8 +121,8 @@ class MoEProfiler:
         if records is not None:
             options.records = RecordWriter(records)
         self._started_here: list[bool] = []
-        self._domains: list[tuple[str, np.ndarray]] = []
-        self._by_domain: dict[str, np.ndarray] = {}
+        self._domains: list[tuple[str, NDArray[np.int64]]] = []
+        self._by_domain: dict[str, NDArray[np.int64]] = {}
         self._finalizer = weakref.finalize(self, _detach, self._session, options)
 
     # ---- running ----
@@ -123,7 +132,7 @@ class MoEProfiler:
         """True between start and stop."""
         return self._session.active
 
-    def start(self, *, mask=None) -> "MoEProfiler":
+    def start(self, *, mask: Any = None) -> MoEProfiler:
         """Put the hooks in; without effect where they are. mask: as at construction.
 
         Raises
@@ -161,26 +170,26 @@ class MoEProfiler:
         self._by_domain.clear()
         self._domains = [(label, self._loads()) for label, _ in self._domains]
 
-    def __enter__(self) -> "MoEProfiler":
+    def __enter__(self) -> MoEProfiler:
         self._started_here.append(not self.active)
         return self.start()
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._started_here.pop():
             self.stop()
 
     @property
-    def mask(self):
+    def mask(self) -> Any:
         """Set, (B, n) in place of the attention mask of the steps to come, or None. Called, the
         same for what runs inside: ``with profiler.mask(m): model(**inputs)``."""
         return self._masked
 
     @mask.setter
-    def mask(self, mask) -> None:
+    def mask(self, mask: Any) -> Any:
         self._session.mask = mask
 
     @contextmanager
-    def _masked(self, mask):
+    def _masked(self, mask: Any) -> Iterator[MoEProfiler]:
         before, self._session.mask = self._session.mask, mask
         try:
             yield self
@@ -188,7 +197,7 @@ class MoEProfiler:
             self._session.mask = before
 
     @contextmanager
-    def domain(self, label: str):
+    def domain(self, label: str) -> Iterator[MoEProfiler]:
         """What runs inside counts for a domain of texts, too: ``with profiler.domain("code"):``.
 
         Within another domain the inner one counts.
@@ -211,7 +220,7 @@ class MoEProfiler:
             self._by_domain[label] = self._by_domain.get(label, 0) + since
             self._domains[-1] = (label, before + since)
 
-    def _loads(self) -> np.ndarray:
+    def _loads(self) -> NDArray[np.int64]:
         """(L, E + 1): selections of the real tokens, and their number, of all phases."""
         sites = self._session.sites
         widest = max(site.layer.num_experts for site in sites)
@@ -252,14 +261,15 @@ class MoEProfiler:
         """Print the tables of `Profile.summary`."""
         self.result().print_summary()
 
-    def save_csv(self, path: str | os.PathLike) -> None:
+    def save_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the tidy table of `Profile.to_frame` to a CSV file."""
         self.result().save_csv(path)
 
-    def _facts(self) -> dict:
+    def _facts(self) -> dict[str, Any]:
         from ..measure.machine import describe
 
-        session, config = self._session, getattr(self.model, "config", None)
+        session = self._session
+        config: Any = getattr(self.model, "config", None)
         blocks = [site.layer.block for site in session.sites]
         name = getattr(config, "_name_or_path", "") or type(self.model).__name__
         return {
@@ -280,7 +290,7 @@ class MoEProfiler:
             "notes": self._notes(),
         }
 
-    def _not_counted(self) -> list[dict[str, str]]:
+    def _not_counted(self) -> list[dict[str, int | str]]:
         """What looks like an MoE layer and can't be counted: block, label, reason."""
         session = self._session
         blocks = [u.name for u in session.unread]
@@ -327,7 +337,7 @@ class MoEProfiler:
             )
         return notes
 
-    def _which(self, by_layer: list) -> str:
+    def _which(self, by_layer: Sequence[object]) -> str:
         """ "layers 0 to 3": those whose value isn't zero; "" for none."""
         labels = layer_labels([site.layer.block for site in self._session.sites])
         which = [label for label, value in zip(labels, by_layer, strict=True) if value]
@@ -350,7 +360,7 @@ def _less(whole: list[Counts], parts: list[Counts]) -> list[Counts]:
     return [a - b for a, b in zip(whole, parts, strict=True)]
 
 
-def _routers(by_layer: list[list[str]], labels: list) -> str:
+def _routers(by_layer: list[list[str]], labels: Sequence[int | str]) -> str:
     """What routed, in words; "layers 1 to 3: ..." where it was not the same in all."""
     texts = [" and ".join(names) for names in by_layer]
     if len(set(texts)) == 1:
@@ -374,14 +384,14 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _check_integer(name: str, value, low: int) -> None:
+def _check_integer(name: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < low:
         raise ValueError(f"{name}: expected at least {low}, got {value}")
 
 
-def _check_device(sites) -> None:
+def _check_device(sites: Iterable[Site]) -> None:
     for site in sites:
         if any(hasattr(module, "_hf_hook") for module in site.block.modules()):
             continue  # accelerate brings the weights when they are needed

@@ -1,9 +1,13 @@
 """What a profiler counted, as one object: numbers, tables, figures, files."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterable, Mapping
 from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +17,18 @@ from ..models.names import layer_keys, layer_labels
 from ..models.phases import PHASES
 from .frame import ALL
 from .metrics import LayerMetrics, load_balance_loss, load_balance_loss_by_layer, z_loss
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from ..measure.roofline import Roofline
+    from ..models.layer import Layer
+    from ..profiler.tally import Counts
+    from .compare import Comparison
+    from .page import Section
+    from .types import Event, Label
 
 
 class Profile:
@@ -35,21 +51,23 @@ class Profile:
 
     def __init__(
         self,
-        layers,
-        counts,
-        facts,
+        layers: Iterable[Layer],
+        counts: Mapping[str, Iterable[Counts]],
+        facts: Mapping[str, Any],
         *,
-        joint=None,
-        domains=None,
-        vocabulary=None,
-        roofline=None,
-        events=None,
-    ):
+        joint: list[Counts] | None = None,
+        domains: Mapping[str, NDArray[np.int64]] | None = None,
+        vocabulary: dict[str, Any] | None = None,
+        roofline: Roofline | None = None,
+        events: Iterable[Event] | None = None,
+    ) -> None:
         self.layers, self.counts = list(layers), {name: list(counts[name]) for name in PHASES}
         self.facts, self.joint = as_json(facts), joint
-        self.domains = {str(name): table for name, table in (domains or {}).items()} or None
-        self.vocabulary = vocabulary or None
-        self.roofline, self.events = roofline, None if events is None else list(map(tuple, events))
+        named = {str(name): table for name, table in (domains or {}).items()}
+        self.domains: dict[str, NDArray[np.int64]] | None = named or None
+        self.vocabulary: dict[str, Any] | None = vocabulary or None
+        self.roofline = roofline
+        self.events: list[Any] | None = None if events is None else list(map(tuple, events))
 
     # ---- numbers ----
 
@@ -58,7 +76,7 @@ class Profile:
         """What each layer is called: its own number in the model, see names.layer_labels."""
         return layer_labels([layer.block for layer in self.layers])
 
-    def place_of(self, layer) -> int:
+    def place_of(self, layer: Label) -> int:
         """Where in `layers` one stands that is called by its number or label, the name of its
         block or of its gate. KeyError for another."""
         blocks, gates = zip(*((layer.block, layer.name) for layer in self.layers), strict=True)
@@ -70,20 +88,20 @@ class Profile:
         return [name for name in PHASES if any(c.steps for c in self.counts[name])]
 
     @property
-    def decode_by_batch(self) -> list[dict]:
+    def decode_by_batch(self) -> list[dict[str, Any]]:
         """Of `moeprof profile`: what the decode steps of each batch size did, see run._decode_row;
         nan for what was not measured."""
         rows = self.facts.get("decode_by_batch") or []
         return [{n: float("nan") if v is None else v for n, v in row.items()} for row in rows]
 
     @cached_property
-    def _totals(self):
+    def _totals(self) -> dict[str, list[Counts]]:
         joint = [] if self.joint is None else [self.joint]
         by_layer = zip(*(self.counts[name] for name in PHASES), *joint, strict=True)
         whole = [reduce(add, of_phases) for of_phases in by_layer]
         return {**self.counts, ALL: whole}
 
-    def counts_of(self, phase=None) -> list:
+    def counts_of(self, phase: str | None = None) -> list[Counts]:
         """Counts of each layer in one of PHASES, or (None or "all") in all together.
 
         Raises ValueError for another phase.
@@ -94,11 +112,11 @@ class Profile:
             raise ValueError(f"phase: expected one of {known}, got {phase!r}")
         return self._totals[phase]
 
-    def metrics(self, phase=None) -> dict[str, LayerMetrics]:
+    def metrics(self, phase: str | None = None) -> dict[str, LayerMetrics]:
         """{router's name: its LayerMetrics}, of a phase as in `counts_of`."""
         return {layer.name: m for layer, m in zip(self.layers, self.each(phase), strict=True)}
 
-    def each(self, phase=None) -> list[LayerMetrics]:
+    def each(self, phase: str | None = None) -> list[LayerMetrics]:
         """The metrics of each layer, in model order."""
         counts = self.counts_of(phase)
         return [
@@ -106,20 +124,20 @@ class Profile:
             for layer, own, before in zip(self.layers, counts, [None, *counts], strict=False)
         ]
 
-    def load_balance_loss(self, phase=None) -> float:
+    def load_balance_loss(self, phase: str | None = None) -> float:
         """E Σ f_e P_e, the tokens of all layers pooled, as transformers'
         load_balancing_loss_func."""
         return load_balance_loss(self.counts_of(phase))
 
-    def load_balance_loss_by_layer(self, phase=None) -> float:
+    def load_balance_loss_by_layer(self, phase: str | None = None) -> float:
         """The mean of the layers' own load-balance losses, which pooling can hide."""
         return load_balance_loss_by_layer(self.counts_of(phase))
 
-    def z_loss(self, phase=None) -> float:
+    def z_loss(self, phase: str | None = None) -> float:
         """Mean of logsumexp(z)² over the tokens of all layers."""
         return z_loss(self.counts_of(phase))
 
-    def domain_specialisation(self):
+    def domain_specialisation(self) -> pandas.DataFrame:
         """A pandas table: which experts the tokens of a domain select; see specialisation.py.
 
         ValueError where the texts had no domain labels.
@@ -128,7 +146,7 @@ class Profile:
 
         return by_domain(self)
 
-    def vocabulary_specialisation(self, minimum=8, top=10):
+    def vocabulary_specialisation(self, minimum: int = 8, top: int = 10) -> pandas.DataFrame:
         """A pandas table: the input tokens an expert is selected by; see specialisation.py.
 
         minimum : occurrences below which a token is left out; top : tokens of each expert.
@@ -138,7 +156,7 @@ class Profile:
 
         return by_token(self, minimum, top)
 
-    def to_frame(self):
+    def to_frame(self) -> pandas.DataFrame:
         """A tidy pandas table: layer, name, block, expert, phase, metric, value.
 
         layer: the model's own number of the layer, see `labels`; name: its gate's, as in
@@ -171,7 +189,7 @@ class Profile:
 
         return available(self)
 
-    def plot(self, name="load", **options):
+    def plot(self, name: str = "load", **options: Any) -> Figure:
         """A matplotlib Figure, one of `figures`. "coactivation" and "moves" take a layer=, its
         number, its block's name or its gate's.
 
@@ -181,7 +199,7 @@ class Profile:
 
         return plot(self, name, **options)
 
-    def to_html(self, sections=()) -> str:
+    def to_html(self, sections: Iterable[Section] = ()) -> str:
         """A page with everything in it: no script, nothing loaded from elsewhere.
 
         sections : page.Section each, to be shown behind what the profile itself has
@@ -195,13 +213,13 @@ class Profile:
 
         return fragment(self)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         tokens = max((m.tokens for m in self.each()), default=0)
         model = printable(str(self.facts.get("model")))
         count = len(self.layers)
         return f"<moeprof Profile of {model}: {count} MoE layers, {tokens:,} tokens>"
 
-    def compare(self, other):
+    def compare(self, other: Profile) -> Comparison:
         """A Comparison of this profile, the first, with another of a model of the same shape.
 
         Raises ValueError where the layers or their numbers of experts differ.
@@ -213,7 +231,7 @@ class Profile:
 
     # ---- files ----
 
-    def save(self, folder) -> list[Path]:
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write profile.json, counts.npz and metrics.csv; their paths.
 
         Beside them glossary.csv, which says what each number is and its unit, and, where input
@@ -231,7 +249,7 @@ class Profile:
         return [folder / name for name in files]
 
     @classmethod
-    def load(cls, folder) -> "Profile":
+    def load(cls, folder: str | os.PathLike[str]) -> Profile:
         """The Profile that `save` wrote.
 
         Raises FileNotFoundError where a file is missing, ValueError naming the folder where it
@@ -242,12 +260,12 @@ class Profile:
         check_type("Profile.load: folder", folder, (str, os.PathLike), "the path of a folder")
         return unpack(cls, Path(folder))
 
-    def save_csv(self, path) -> None:
+    def save_csv(self, path: str | os.PathLike[str]) -> None:
         """`to_frame` as CSV, control characters in names replaced by "\ufffd" as in the summary;
         OSError where it can't be written."""
         write_whole(path, as_csv(self.to_frame()))
 
-    def save_trace(self, path) -> None:
+    def save_trace(self, path: str | os.PathLike[str]) -> None:
         """The layers' steps for chrome://tracing or ui.perfetto.dev.
 
         ValueError unless the profiler recorded events.
@@ -256,7 +274,7 @@ class Profile:
 
         write_whole(path, trace(self).encode())
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, Profile):
             return NotImplemented
         return (
@@ -266,10 +284,10 @@ class Profile:
             and _same(self.vocabulary, other.vocabulary)
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # equal by value and changeable: no key
 
 
-def _same(first, second):
+def _same(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
     """Equality of dicts whose values are arrays or lists, or of None."""
     if first is None or second is None:
         return first is second

@@ -1,7 +1,10 @@
 """A model through texts and decode steps, profiled: what `moeprof profile` does."""
 
-from contextlib import nullcontext
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +22,18 @@ from .agreement import router_agreement
 from .metrics import LayerMetrics
 from .profiler import MoEProfiler
 from .result import Profile
+
+if TYPE_CHECKING:
+    import pandas
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from ..checks import Tokenizer
+    from ..measure.roofline import Roofline
+    from ..show.console import Bar
+    from ..texts.documents import Text
+    from ..texts.windows import Window
+
 
 PROMPT = 64  # tokens before the decode steps
 AGREEMENT = ("layer", "name", "block", "tokens", "agreement", "at_most", "same_experts")
@@ -47,7 +62,16 @@ class Plan(NamedTuple):
         return len(self.text.windows) + groups * self.new_tokens
 
 
-def plan(tokenizer, documents, *, tokens, prompts, new_tokens, batches, seed=0) -> Plan:
+def plan(
+    tokenizer: Tokenizer,
+    documents: Iterable[Text],
+    *,
+    tokens: int,
+    prompts: int,
+    new_tokens: int,
+    batches: Iterable[int],
+    seed: int = 0,
+) -> Plan:
     """A Plan for documents with .domain, .name and .text: about `tokens` tokens of them."""
     text = heldout_windows(tokenizer, documents, tokens, seed)
     long = _long(text)
@@ -57,12 +81,19 @@ def plan(tokenizer, documents, *, tokens, prompts, new_tokens, batches, seed=0) 
     return Plan(text, number, new_tokens, tuple(sizes), prompts)
 
 
-def _long(text: HeldOut) -> list:
+def _long(text: HeldOut) -> list[Window]:
     """The windows that can be continued."""
     return [window for window in text.windows if window.ids.shape[1] >= PROMPT]
 
 
-def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) -> Profile:
+def profile_texts(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    patch: dict[str, Any] | None = None,
+    roofline: Roofline | None = None,
+    **options: Any,
+) -> Profile:
     """The Profile of a model that runs a Plan; the model is afterwards as it was.
 
     patch : dict of arguments of `moeprof.patch`, or None for the model as it is
@@ -101,7 +132,7 @@ def profile_texts(model, plan: Plan, *, patch=None, roofline=None, **options) ->
     return result
 
 
-def _decode_row(batch: int, before: Profile, after: Profile) -> dict:
+def _decode_row(batch: int, before: Profile, after: Profile) -> dict[str, Any]:
     """What the decode steps of one batch size did: those that `after` has and `before` lacks.
 
     k: experts per token; unique_experts: distinct experts of a layer and step; latency_ms: the
@@ -122,16 +153,16 @@ def _decode_row(batch: int, before: Profile, after: Profile) -> dict:
     }
 
 
-def _patched(model, options):
+def _patched(model: nn.Module, options: dict[str, Any] | None) -> AbstractContextManager[Any]:
     """A context in which the model is patched, or as it is."""
     return nullcontext() if options is None else patch(model, **options)
 
 
-def _prefill(model, ids) -> None:
+def _prefill(model: nn.Module, ids: Tensor) -> None:
     model(input_ids=ids, use_cache=False)
 
 
-def _continue(model, plan, batch, profiler, bar) -> None:
+def _continue(model: nn.Module, plan: Plan, batch: int, profiler: MoEProfiler, bar: Bar) -> None:
     """Greedy decode steps from the first tokens of windows, `batch` at a time.
 
     Once for each batch size a step runs uncounted before: the first one is slower.
@@ -154,7 +185,7 @@ def _continue(model, plan, batch, profiler, bar) -> None:
                 bar.step()
 
 
-def agreement_by_layer(model, plan: Plan, patch: dict):
+def agreement_by_layer(model: nn.Module, plan: Plan, patch: dict[str, Any]) -> pandas.DataFrame:
     """A pandas table: how far a router agrees with the model's own top-k on the same text.
 
     Columns: layer (its own number), name (its gate's), block, tokens, agreement (mean of
@@ -188,10 +219,12 @@ def agreement_by_layer(model, plan: Plan, patch: dict):
     return pandas.DataFrame(rows, columns=AGREEMENT)
 
 
-def _selections(model, plan, patch, step):
+def _selections(
+    model: nn.Module, plan: Plan, patch: dict[str, Any], step: Callable[[], object]
+) -> list[list[NDArray[np.int32]]]:
     """For each layer the experts (T, k) of each window."""
     with evaluating(model), torch.inference_mode(), _patched(model, patch) as handle:
-        found = [[] for _ in handle.layers]
+        found: list[list[NDArray[np.int32]]] = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: found[layer].append(routing.expert_ids.numpy()))
         for window in plan.text.windows:
             _prefill(model, window.ids)

@@ -5,14 +5,27 @@ selects expert i, N_iD / N_D; of the occurrences of token x, N_xi / N_x. Under a
 knows nothing of them both are k/E, with k the mean number of experts per token.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from .metrics import ratio_each
 
+if TYPE_CHECKING:
+    import pandas
+    from numpy.typing import NDArray
+
+    from .types import Profiled
+
+
 MINIMUM = 8  # occurrences of a token below which its share says little
 
 
-def _experts(profile, index, selections, tokens, baseline):
+def _experts(
+    profile: Profiled, index: int, selections: NDArray[np.int64], tokens: int, baseline: float
+) -> dict[str, Any]:
     """Columns of a table with a row for each expert of layer `index`."""
     share = ratio_each(selections, int(tokens))
     return {
@@ -26,7 +39,7 @@ def _experts(profile, index, selections, tokens, baseline):
     }
 
 
-def by_domain(profile):
+def by_domain(profile: Profiled) -> pandas.DataFrame:
     """Columns: layer, name, block, expert, domain, tokens (of the domain), share, baseline, times.
 
     baseline: k/E with the layer's mean k over these domains; times: share / baseline.
@@ -53,7 +66,7 @@ def by_domain(profile):
 ENOUGH = 8  # tokens of a domain that select an expert which may be called specialised
 
 
-def most_by_domain(profile):
+def most_by_domain(profile: Profiled) -> pandas.DataFrame:
     """The rows of `by_domain` that may be called specialised, the most so first.
 
     Of an expert that fewer than `ENOUGH` tokens of a domain select a large share is chance: the
@@ -64,7 +77,7 @@ def most_by_domain(profile):
     return frame.sort_values("times", ascending=False, kind="stable")
 
 
-def by_token(profile, minimum=MINIMUM, top=10):
+def by_token(profile: Profiled, minimum: int = MINIMUM, top: int = 10) -> pandas.DataFrame:
     """Columns: layer, name, block, expert, token (id), text, seen, share, baseline, times.
 
     Of each expert the `top` tokens it is most specialised in, the first the most, among those
@@ -105,7 +118,9 @@ def by_token(profile, minimum=MINIMUM, top=10):
     return frame.drop(columns=["rank", "place"]).reset_index(drop=True)
 
 
-def _best(counts, seen, top):
+def _best(
+    counts: NDArray[np.int64], seen: NDArray[np.int64], top: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """(rank, expert, token) of each expert's tokens of the largest share, of (tokens, E) counts.
 
     Of equal shares the token seen more often comes first.

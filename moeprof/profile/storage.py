@@ -1,28 +1,40 @@
 """The files of a profile: profile.json to read, counts.npz to load, metrics.csv for others."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from types import UnionType
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from ..files import as_csv, as_json, write_whole
 from ..files.npz import read_npz
 from ..measure.roofline import Roofline
-from ..models.find import Layer
+from ..models.layer import Layer
 from ..models.phases import PHASES
 from ..profiler.tally import Counts
 from . import glossary
 from .frame import ALL, WHOLE
 from .metrics import SCALARS
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..files.npz import Header
+    from .types import Event, Profiled
+
+
+Made = TypeVar("Made")
 FORMAT, VERSION = "moeprof-profile", 1
 JSON, COUNTS, CSV = "profile.json", "counts.npz", "metrics.csv"
 GLOSSARY, VOCABULARY = "glossary.csv", "vocabulary.csv"
@@ -30,7 +42,7 @@ NEXT = "counts.next.npz"  # the counts of a profile that is being written
 MOST_BYTES = 1 << 32  # of one array
 MOST_ROWS = 1 << 22  # events, or tokens of a vocabulary: far above any there are
 _DAMAGED = (KeyError, TypeError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
-_FACTS = {
+_FACTS: dict[str, Any] = {
     "model": str,
     "model_class": str,
     "config": dict,
@@ -42,13 +54,13 @@ _FACTS = {
     "sampling_rate": int,
     "memory_peak_mb": float | None,
     "notes": list[str],
-    "not_counted": list[dict],
+    "not_counted": list[dict],  # type: ignore[type-arg]  # compared with, see `_fits`
     "passed_over": list[int | str],
-    "decode_by_batch": list[dict],
+    "decode_by_batch": list[dict],  # type: ignore[type-arg]
 }
 _MEASURED = float | None
 # What each row of these facts has.
-_ROWS = {
+_ROWS: dict[str, dict[str, Any]] = {
     "not_counted": {"label": int | str, "block": str, "reason": str},
     "decode_by_batch": {
         "batch": int,
@@ -65,10 +77,11 @@ _BELOW = 2**63  # each number that a profile is written with
 _FIRST = PHASES[:2]  # the phases of profiles before moeprof told them all apart
 
 
-def pack(profile) -> dict[str, bytes]:
+def pack(profile: Profiled) -> dict[str, bytes]:
     """{file name: content}; the JSON comes last, it has the digest of the counts."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **_arrays(profile))
+    arrays: dict[str, Any] = _arrays(profile)
+    np.savez_compressed(buffer, **arrays)
     counts = buffer.getvalue()
     head = {
         "format": FORMAT,
@@ -88,7 +101,7 @@ def pack(profile) -> dict[str, bytes]:
     return files | {JSON: text.encode() + b"\n"}
 
 
-def _summary(profile, phase):
+def _summary(profile: Profiled, phase: str) -> dict[str, Any]:
     layers = {
         name: {key: getattr(metrics, key) for key in SCALARS}
         for name, metrics in profile.metrics(phase).items()
@@ -97,8 +110,8 @@ def _summary(profile, phase):
     return {**whole, "layers": layers}
 
 
-def _arrays(profile):
-    arrays = {}
+def _arrays(profile: Profiled) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {}
     for phase in PHASES:
         for index, counts in enumerate(profile.counts[phase]):
             arrays[f"{phase}.{index}.ints"] = counts.ints
@@ -118,7 +131,7 @@ def _arrays(profile):
     return arrays
 
 
-def write(folder, files):
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write what `pack` gave. The JSON decides: until it is replaced the older profile stands,
     from then on this one, whose counts may still have the name NEXT."""
     if (folder / NEXT).is_file():
@@ -134,18 +147,18 @@ def write(folder, files):
         write_whole(folder / name, files[name])
 
 
-def _finish(folder):
+def _finish(folder: Path) -> None:
     """Give NEXT its name if the JSON is of it."""
     with suppress(OSError, ValueError):
         if _is_of(_head(folder), (folder / NEXT).read_bytes()):
             os.replace(folder / NEXT, folder / COUNTS)
 
 
-def _is_of(head, counts):
+def _is_of(head: Mapping[str, Any], counts: bytes) -> bool:
     return hashlib.sha256(counts).hexdigest() == head.get("counts_sha256")
 
 
-def unpack(make, folder):
+def unpack(make: Callable[..., Made], folder: Path) -> Made:
     """make(layers, counts, facts, …) of a folder written by `write`; raises as Profile.load."""
     present = [name for name in (COUNTS, NEXT) if (folder / name).is_file()]
     if not (folder / JSON).is_file() or not present:
@@ -164,7 +177,7 @@ def unpack(make, folder):
         raise ValueError(f"{folder}: the profile is damaged: {error!r}") from error
 
 
-def _check_head(head):
+def _check_head(head: dict[str, Any]) -> None:
     """ValueError unless all that is read later has the type and range it was written with."""
     facts = head["facts"]
     _check_types("facts", facts, _FACTS)
@@ -188,7 +201,7 @@ def _check_head(head):
             raise ValueError("roofline: expected rates above 0")
 
 
-def _check_types(what, values, types):
+def _check_types(what: str, values: Any, types: Mapping[str, Any]) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{what}: expected names and values, got {values!r:.60}")
     for name, hint in types.items():
@@ -199,14 +212,14 @@ def _check_types(what, values, types):
             )
 
 
-def _check_whole(what, values, types):
+def _check_whole(what: str, values: Any, types: Mapping[str, Any]) -> None:
     """The same, and that none of them is missing."""
     _check_types(what, values, types)
     if missing := [name for name in types if name not in values]:
         raise ValueError(f"{what}: it has no {missing[0]}")
 
 
-def _fits(value, hint):
+def _fits(value: Any, hint: Any) -> bool:
     """Is a value of JSON what a type hint says? An int will do for a float; numbers are finite,
     none is negative or as large as `_BELOW`."""
     parts = get_args(hint)
@@ -220,13 +233,13 @@ def _fits(value, hint):
     return isinstance(value, hint)
 
 
-def _shapes(num_experts):
+def _shapes(num_experts: int) -> dict[str, set[tuple[int, ...]]]:
     """{array of a layer's Counts: its shapes, with pairs and without}."""
     both = [Counts(num_experts, pairs) for pairs in (True, False)]
     return {name: {getattr(c, name).shape for c in both} for name in ("ints", "floats", "left_out")}
 
 
-def _check_members(head, layers, headers):
+def _check_members(head: dict[str, Any], layers: list[Layer], headers: dict[str, Header]) -> None:
     """ValueError for an array of another name or size than the profile's has."""
     shapes = {size: _shapes(size) for size in {layer.num_experts for layer in layers}}
     expected = {
@@ -248,7 +261,7 @@ def _check_members(head, layers, headers):
             raise ValueError(f"counts: {name} is of {header.shape}")
 
 
-def _is_recorded(name, headers, layers):
+def _is_recorded(name: str, headers: dict[str, Header], layers: list[Layer]) -> bool:
     """Whether an array of events or of the vocabulary has a form that a profiler gives it."""
     kind, _, part = name.partition(".")
     shape, dtype = headers[name]
@@ -260,7 +273,7 @@ def _is_recorded(name, headers, layers):
     if kind != "vocabulary" or len(tokens) != 1 or len(own) != 1:
         return False
     sizes = {layer.num_experts for layer in layers}
-    forms = {
+    forms: dict[str, list[tuple[int, ...]]] = {
         "tokens": [tokens],
         "seen": [tokens],
         "layers": [own],
@@ -270,7 +283,7 @@ def _is_recorded(name, headers, layers):
     return few and shape in forms.get(part, ())
 
 
-def _head(folder):
+def _head(folder: Path) -> dict[str, Any]:
     try:
         head = json.loads((folder / JSON).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -284,7 +297,12 @@ def _head(folder):
     return head
 
 
-def _parts(make, head, layers, arrays):
+def _parts(
+    make: Callable[..., Made],
+    head: dict[str, Any],
+    layers: list[Layer],
+    arrays: dict[str, NDArray[Any]],
+) -> Made:
     if f"{PHASES[0]}.{len(layers)}.ints" in arrays:
         raise ValueError("facts or layers are not those of the counts")
     counts = {
@@ -321,7 +339,9 @@ def _parts(make, head, layers, arrays):
     )
 
 
-def _vocabulary(arrays, text):
+def _vocabulary(
+    arrays: dict[str, NDArray[Any]], text: list[str | None] | None
+) -> dict[str, Any] | None:
     if "vocabulary.counts" not in arrays:
         return None
     names = ("tokens", "layers", "counts", "seen")
@@ -330,7 +350,7 @@ def _vocabulary(arrays, text):
     return {**{name: arrays[f"vocabulary.{name}"] for name in names}, "text": text}
 
 
-def _events(arrays):
+def _events(arrays: dict[str, NDArray[Any]]) -> list[Event] | None:
     if "events" not in arrays:
         return None
     rows = arrays["events"].tolist()

@@ -1,9 +1,19 @@
 """Tables of texts, which the summary and the page both show."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .specialisation import ENOUGH, MINIMUM, most_by_domain
 from .wording import layer_names, number, short
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .metrics import LayerMetrics
+    from .types import Profiled
+
 
 DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
 TOKEN_ROWS = 12  # experts shown, over all layers, but at least one of each
@@ -17,12 +27,12 @@ class Table(NamedTuple):
 
     title: str
     note: str
-    columns: list
-    rows: list
-    words: tuple = ()
+    columns: list[tuple[str, str]]
+    rows: list[list[str]]
+    words: tuple[str, ...] = ()
 
 
-def from_frame(title, note, frame) -> Table:
+def from_frame(title: str, note: str, frame: pandas.DataFrame) -> Table:
     """Of a pandas table with short columns."""
     rows = [
         [number(cell, ".4f") if isinstance(cell, float) else str(cell) for cell in row]
@@ -32,12 +42,12 @@ def from_frame(title, note, frame) -> Table:
     return Table(title, note, [("", name) for name in frame.columns], rows, words)
 
 
-def _roof(metrics):
+def _roof(metrics: LayerMetrics) -> str:
     return number(100 * max(metrics.mbu, metrics.mfu), ".0f")
 
 
 # (name, text of a LayerMetrics)
-LAYER_COLUMNS = (
+LAYER_COLUMNS: tuple[tuple[str, Callable[[LayerMetrics], str]], ...] = (
     ("k", lambda m: number(m.k_mean, ".2f")),
     ("Gini", lambda m: number(m.expert_load_gini, ".2f")),
     ("max", lambda m: number(m.expert_load_max_imbalance, ".1f")),
@@ -53,7 +63,7 @@ LAYER_NOTE = (
 ROOF_NOTE = " roof: % of the measured bandwidth or matrix product rate, whichever is nearer."
 
 
-def layers(profile, names) -> Table:
+def layers(profile: Profiled, names: Sequence[str]) -> Table:
     """A row for each layer, the phases of these names beside each other."""
     columns = list(LAYER_COLUMNS)
     note = f"{layer_names(profile.layers)}. {LAYER_NOTE}"
@@ -69,7 +79,7 @@ def layers(profile, names) -> Table:
     return Table("By layer", note, heads, rows)
 
 
-def by_batch(profile) -> Table:
+def by_batch(profile: Profiled) -> Table:
     """A row for each batch size that `moeprof profile` decoded with."""
     rows = [
         [
@@ -92,11 +102,11 @@ def by_batch(profile) -> Table:
     )
 
 
-def domains(profile) -> Table:
+def domains(profile: Profiled) -> Table:
     """The most specialised experts of each domain."""
     frame = most_by_domain(profile)
-    rows = []
-    for label in profile.domains:
+    rows: list[list[str]] = []
+    for label in profile.domains or ():
         best = frame[frame["domain"] == label].head(DOMAIN_ROWS).to_dict("records")
         rows += [
             [
@@ -120,9 +130,10 @@ def domains(profile) -> Table:
     )
 
 
-def vocabulary(profile, minimum=MINIMUM) -> Table:
+def vocabulary(profile: Profiled, minimum: int = MINIMUM) -> Table:
     """Of each layer the experts that their input tokens single out most, with these tokens."""
     frame = profile.vocabulary_specialisation(minimum, top=TOKENS)
+    assert profile.vocabulary is not None  # the line before has raised
     each = max(TOKEN_ROWS // len(profile.vocabulary["layers"]), 1)
     rows = []
     for layer, of in frame.groupby("layer"):
@@ -144,12 +155,12 @@ def vocabulary(profile, minimum=MINIMUM) -> Table:
     )
 
 
-def _token(row):
+def _token(row: Mapping[str, Any]) -> str:
     name = repr(row["text"]) if isinstance(row["text"], str) else f"#{row['token']}"
     return f"{name} {100 * row['share']:.0f} %"
 
 
-def tables(profile) -> list[Table]:
+def tables(profile: Profiled) -> list[Table]:
     """All that the profile has numbers for."""
     if not profile.phases:
         return []

@@ -1,16 +1,32 @@
 """A profile, and a comparison, as plain text of at most 100 columns."""
 
+from __future__ import annotations
+
 import io
 import re
 import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from ..files import printable
 from ..show.console import WIDTH, text_console
 from .findings import findings, heading
 from .tables import tables
 
+if TYPE_CHECKING:
+    from .tables import Table
+    from .types import Profiled
 
-def as_text(profile, width=WIDTH) -> str:
+
+class Compared(Protocol):
+    """What the text of a Comparison is made of."""
+
+    def findings(self) -> list[str]: ...
+
+    def table(self) -> Table: ...
+
+
+def as_text(profile: Profiled, width: int = WIDTH) -> str:
     """What was profiled, the findings, the tables."""
     lines = [_wrapped(f"{what}: {text}", width) for what, text in heading(profile)]
     lines += ["", *(_wrapped(f"- {line}", width) for line in findings(profile))]
@@ -19,7 +35,7 @@ def as_text(profile, width=WIDTH) -> str:
     return printable("\n".join(lines) + "\n")
 
 
-def comparison_as_text(comparison, width=WIDTH) -> str:
+def comparison_as_text(comparison: Compared, width: int = WIDTH) -> str:
     """The findings and the table of a Comparison."""
     lines = [_wrapped(f"- {line}", width) for line in comparison.findings()]
     table = comparison.table()
@@ -28,15 +44,15 @@ def comparison_as_text(comparison, width=WIDTH) -> str:
     return printable("\n".join(lines) + "\n")
 
 
-def _of_table(table, width):
+def _of_table(table: Table, width: int) -> tuple[str, str, str]:
     return table.title, _wrapped(table.note, width), in_lines(table, width)
 
 
-def _wrapped(line, width):
+def _wrapped(line: str, width: int) -> str:
     return "\n".join(textwrap.wrap(line, width, subsequent_indent="  "))
 
 
-def in_lines(table, width=WIDTH) -> str:
+def in_lines(table: Table, width: int = WIDTH) -> str:
     """A Table by rich, the groups' names above it, without trailing blanks."""
     from rich import box
     from rich.table import Table
@@ -53,7 +69,7 @@ def in_lines(table, width=WIDTH) -> str:
     return "\n".join([*_groups(table.columns, lines[0]), *lines])
 
 
-def _groups(columns, head):
+def _groups(columns: Sequence[tuple[str, str]], head: str) -> list[str]:
     """A line with each group's name, and a rule, above its columns' heads."""
     ends = [match.end() for match in re.finditer(r"\S+", head)]  # heads are aligned right
     line = ""

@@ -4,10 +4,16 @@ The format: "Trace Event Format" (Chromium's catapult); "X" is an event with a d
 names a row. Times in microseconds, from the first step on.
 """
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .types import Profiled
 
 
-def trace(profile) -> str:
+def trace(profile: Profiled) -> str:
     """JSON: a row for each layer, in it its steps, named by their phase.
 
     ValueError unless events were recorded.
@@ -20,14 +26,14 @@ def trace(profile) -> str:
         name = f"{profile.labels[index]} {layer.block or layer.name}"
         events.append(_name("thread_name", index, name=name))
         events.append(_name("thread_sort_index", index, sort_index=index))
-    for layer, phase, begin, duration, tokens, unique in profile.events:
+    for place, phase, begin, duration, tokens, unique in profile.events:
         events.append(
             {
                 "name": phase,
                 "cat": "moe",
                 "ph": "X",
                 "pid": 1,
-                "tid": layer,
+                "tid": place,
                 "ts": (begin - start) / 1e3,
                 "dur": duration / 1e3,
                 "args": {"tokens": tokens, "unique experts": unique},
@@ -36,5 +42,5 @@ def trace(profile) -> str:
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, ensure_ascii=False)
 
 
-def _name(what, row, **arguments):
+def _name(what: str, row: int, **arguments: Any) -> dict[str, Any]:
     return {"name": what, "ph": "M", "pid": 1, "tid": row, "args": arguments}

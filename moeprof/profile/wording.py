@@ -1,16 +1,24 @@
 """Numbers and names as a reader wants them."""
 
+from __future__ import annotations
+
 import math
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..models.names import layer_labels, listed, spans
+
+if TYPE_CHECKING:
+    from ..models.layer import Layer
+
 
 __all__ = ["counted", "layer_names", "listed", "number", "percent", "scaled", "short", "spans"]
 
 PLAIN = "–"  # stands for what was not measured
 
 
-def number(value, form) -> str:
+def number(value: float, form: str) -> str:
     """format(value, form), never with "-0"; a dash for nan."""
     if math.isnan(value):
         return PLAIN
@@ -18,7 +26,7 @@ def number(value, form) -> str:
     return format(0.0, form) if float(text) == 0 else text
 
 
-def short(value) -> str:
+def short(value: float) -> str:
     """Three significant digits without an exponent, "0.123", "12.3", "12,345"."""
     if math.isnan(value):
         return PLAIN
@@ -27,7 +35,7 @@ def short(value) -> str:
     return f"{value:,.{digits}f}"
 
 
-def scaled(value, unit) -> str:
+def scaled(value: float, unit: str) -> str:
     """ "1.23 GFLOP": with the prefix that leaves one to three digits before the point."""
     if math.isnan(value):
         return PLAIN
@@ -37,17 +45,17 @@ def scaled(value, unit) -> str:
     return f"{value:,.0f} {unit}"
 
 
-def percent(share) -> str:
+def percent(share: float) -> str:
     """ "12 %", "0.4 %"."""
     return PLAIN if math.isnan(share) else f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
 
 
-def counted(value, what) -> str:
+def counted(value: int, what: str) -> str:
     """ "1 step", "2 steps"."""
     return f"{value:,} {what}{'' if value == 1 else 's'}"
 
 
-def layer_names(layers) -> str:
+def layer_names(layers: Sequence[Layer]) -> str:
     """What the layers' labels stand for: "Layers 1 to 3: model.layers.{1 … 3}.mlp"."""
     blocks = [layer.block or layer.name for layer in layers]
     labels = layer_labels([layer.block for layer in layers])

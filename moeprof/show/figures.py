@@ -1,6 +1,14 @@
 """What all figures share: colours, markers, names that are safe to draw."""
 
+from __future__ import annotations
+
 from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 # Okabe & Ito: told apart with every kind of colour vision; black is left for baselines and limits.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -9,7 +17,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SHADES = ((1.0, 0.0), (0.5, 0.0), (0.5, 0.5))  # (share of the colour, share of white), rest black
 
 
-def colours(count) -> list[str]:
+def colours(count: int) -> list[str]:
     """`count` colours, all different: the palette, then it darker, then lighter.
 
     Of more than 18 an even walk through viridis, whose lightness alone tells its colours apart.
@@ -22,14 +30,14 @@ def colours(count) -> list[str]:
     return [_shade(COLOURS[i % len(COLOURS)], *_SHADES[i // len(COLOURS)]) for i in range(count)]
 
 
-def _shade(colour, share, white):
+def _shade(colour: str, share: float, white: float) -> str:
     if share == 1:
         return colour
     parts = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
     return "#" + "".join(f"{round(share * part + white * 255):02X}" for part in parts)
 
 
-def line_styles(count) -> list[dict]:
+def line_styles(count: int) -> list[dict[str, Any]]:
     """Keywords of matplotlib for `count` lines in one panel: each its own colour, and a marker."""
     return [
         {"color": colour, "marker": MARKERS[number % len(MARKERS)]}
@@ -37,15 +45,27 @@ def line_styles(count) -> list[dict]:
     ]
 
 
+def whole_ticks(axis: Axes) -> None:
+    """Ticks along x at whole numbers only."""
+    locator: Any = axis.xaxis.get_major_locator()
+    locator.set_params(integer=True)
+
+
+def pads(figure: Figure, width: float, height: float) -> None:
+    """The room around panels, in inches, of a figure with a constrained layout."""
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=width, h_pad=height)
+
+
 @cache
-def _drawable() -> frozenset:
+def _drawable() -> frozenset[int]:
     """The characters that the font of the figures has."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
-def plain(text, most=None) -> str:
+def plain(text: object, most: int | None = None) -> str:
     """A name that others chose, as matplotlib may draw it.
 
     "$" begins no formula; what isn't printable, or what the font lacks, becomes "□". most : the

@@ -1,7 +1,15 @@
 """Tables of results."""
 
+from __future__ import annotations
 
-def table(columns, rows):
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> Table:
     """A rich table: columns {header: format}, rows of values, None for an empty cell."""
     from rich import box
     from rich.table import Table
@@ -15,6 +23,6 @@ def table(columns, rows):
     return made
 
 
-def milliseconds(times, name):
+def milliseconds(times: Mapping[str, Mapping[str, float]], name: str) -> float | None:
     """A contender's median, None where it took no part."""
     return times[name]["median_ms"] if name in times else None

@@ -1,7 +1,11 @@
 """What each layer's experts are worth: the loss with fewer of them in one layer at a time."""
 
-from contextlib import nullcontext
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,18 +17,36 @@ from ..models.blocks import runnable_blocks
 from ..models.names import gate_name, layer_keys, layer_labels, layer_numbers, spans
 from ..patching.patch import patch
 from ..routers import TopK
-from ..show.console import make_console
+from ..show.console import Bar, make_console
 from ..show.console import progress as progress_bar
-from ..show.figures import line_styles
+from ..show.figures import line_styles, whole_ticks
 from ..texts.documents import read_texts
 from ..texts.windows import HeldOut, heldout_windows
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ..checks import Tokenizer
+
 
 COLUMNS = ("layer", "name", "block", "k", "loss", "loss_change", "low", "high")
 
 
 def layer_ablation(
-    model, tokenizer, texts, *, layers=None, ks=None, tokens=8192, seed=0, draws=2000, progress=None
-):
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Iterable[Any],
+    *,
+    layers: Collection[int | str] | None = None,
+    ks: Iterable[int] | None = None,
+    tokens: int = 8192,
+    seed: int = 0,
+    draws: int = 2000,
+    progress: bool | None = None,
+) -> pandas.DataFrame:
     """The change of the loss when one MoE layer uses fewer experts, layer by layer.
 
     Parameters
@@ -91,7 +113,7 @@ def layer_ablation(
     text = heldout_windows(tokenizer, read_texts(texts, "texts"), tokens, seed)
     check_token_ids(model, (window.ids for window in text.windows))
     total = (1 + sum(k != own[layer] for layer, k in plan)) * len(text.windows)
-    bar = nullcontext()
+    bar: AbstractContextManager[Bar | None] = nullcontext()
     if progress is not False:
         bar = progress_bar(make_console(), total, "layer ablation")
     with evaluating(model), torch.inference_mode(), bar as shown:
@@ -114,7 +136,7 @@ def layer_ablation(
     return frame
 
 
-def _places(layers, names) -> set[int]:
+def _places(layers: Collection[int | str] | None, names: list[str]) -> set[int]:
     """Where in `names`, of the blocks, the layers stand that a user names; None: all."""
     if layers is None:
         return set(range(len(names)))
@@ -127,7 +149,7 @@ def _places(layers, names) -> set[int]:
     return {keys[layer] for layer in layers}
 
 
-def _ks(ks, own, num_experts) -> list[int]:
+def _ks(ks: Iterable[int] | None, own: int, num_experts: int) -> list[int]:
     """The numbers of experts to try in a layer of its own `own`, the most first."""
     if ks is None:
         fewer = {own - 2**n for n in range(own.bit_length())} | {1}
@@ -141,7 +163,9 @@ def _ks(ks, own, num_experts) -> list[int]:
     return sorted({int(k) for k in ks}, reverse=True)
 
 
-def _nats(model, text: HeldOut, router, step) -> np.ndarray:
+def _nats(
+    model: nn.Module, text: HeldOut, router: Any, step: Callable[[], object]
+) -> NDArray[np.float64]:
     """(D,) the sum of -ln P(token) over each document, patched with `router`."""
     nats = np.zeros(len(text.documents))
     with patch(model, router):
@@ -157,7 +181,7 @@ def _nats(model, text: HeldOut, router, step) -> np.ndarray:
     return nats
 
 
-def _predicted(text: HeldOut) -> np.ndarray:
+def _predicted(text: HeldOut) -> NDArray[np.float64]:
     """(D,) tokens of each document that are predicted: not the first of a window."""
     counts = np.zeros(len(text.documents))
     for window in text.windows:
@@ -165,10 +189,18 @@ def _predicted(text: HeldOut) -> np.ndarray:
     return counts
 
 
-def _frame(plan, names, changed, whole, predicted, seed, draws):
+def _frame(
+    plan: list[tuple[int, int]],
+    names: list[str],
+    changed: NDArray[np.float64],
+    whole: NDArray[np.float64],
+    predicted: NDArray[np.float64],
+    seed: int,
+    draws: int,
+) -> pandas.DataFrame:
     import pandas
 
-    def change(weights):
+    def change(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return weights @ (changed - whole).T / (weights @ predicted)[:, None]
 
     found = bootstrap(change, len(whole), draws=draws, seed=seed)
@@ -189,7 +221,7 @@ def _frame(plan, names, changed, whole, predicted, seed, draws):
     return pandas.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
 
-def ablation_figure(frame):
+def ablation_figure(frame: pandas.DataFrame) -> Figure:
     """A matplotlib Figure of what `layer_ablation` returned: loss change by layer, a line per k.
 
     Bars are the 95 % intervals. The user's matplotlib backend and state are not touched.
@@ -217,7 +249,7 @@ def ablation_figure(frame):
         )
     axis.axhline(0, color="black", linewidth=1, linestyle="--")
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    whole_ticks(axis)
     axis.grid(color="#e5e5e5")
     axis.set_axisbelow(True)
     axis.set_xlabel("MoE layer that uses fewer experts", size=12)
@@ -236,7 +268,7 @@ def ablation_figure(frame):
     return fig
 
 
-def _about(frame) -> str:
+def _about(frame: pandas.DataFrame) -> str:
     facts = frame.attrs
     if not facts:
         return "bars: 95 % intervals over documents"

@@ -1,9 +1,12 @@
 """Documents: texts with a domain and a name, from files or as a user gives them."""
 
+from __future__ import annotations
+
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ..checks import check_type
 
@@ -13,7 +16,7 @@ EXPECTED = (
 )
 
 
-def read_documents(paths):
+def read_documents(paths: Iterable[str | os.PathLike[str]]) -> list[Document]:
     """Documents of a user's files; ValueError or OSError in one line for what is no text."""
     documents = []
     for path in map(Path, paths):
@@ -27,7 +30,7 @@ def read_documents(paths):
     return documents
 
 
-def _from_line(line, path, number):
+def _from_line(line: str, path: Path, number: int) -> Document:
     try:
         fields = json.loads(line)
         text, domain = fields["text"], fields.get("domain", "text")
@@ -38,7 +41,7 @@ def _from_line(line, path, number):
     return Document(domain, f"{path.name}:{number}", text)
 
 
-def read_text(path, what):
+def read_text(path: str | os.PathLike[str], what: str) -> str:
     """The text of a UTF-8 file; `what` names it in errors."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -48,12 +51,25 @@ def read_text(path, what):
         raise ValueError(f"{what} {path} isn't UTF-8 text (byte {error.start})") from error
 
 
-def read_document(path, what):
+def read_document(path: str | os.PathLike[str], what: str) -> str:
     """The same, of a file that has to have something in it."""
     text = read_text(path, what)
     if not text.strip():
         raise ValueError(f"{what} {path} is empty")
     return text
+
+
+class Text(Protocol):
+    """What runs read: a text, its domain and its name, as Document and the demo's texts."""
+
+    @property
+    def domain(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
 
 
 class Document(NamedTuple):
@@ -64,7 +80,7 @@ class Document(NamedTuple):
     text: str
 
 
-def read_texts(texts, argument: str) -> list[Document]:
+def read_texts(texts: Iterable[Any], argument: str) -> list[Document]:
     """Strings, or objects with .text and .domain as moeprof.demo has them."""
     if isinstance(texts, str):
         raise TypeError(f"{argument}: expected a list of texts, got one string")

@@ -1,17 +1,20 @@
 """What a run reads: prompts, texts, the model. Whatever is wrong is said in one line."""
 
+import os
+
 from .documents import read_text
 
 
-def read_prompts(path):
+def read_prompts(path: str | os.PathLike[str]) -> list[tuple[str | None, str]]:
     """[(complexity or None, prompt)]: a prompt a line, with a label and a TAB before it or not.
 
     Blank lines are skipped. Raises ValueError for an unknown label or a file without a prompt.
     """
     prompts = []
     for number, line in enumerate(read_text(path, "prompts file").split("\n"), start=1):
-        label, tab, prompt = line.partition("\t")
-        label, prompt = (label.strip(), prompt.strip()) if tab else (None, line.strip())
+        before, tab, after = line.partition("\t")
+        label = before.strip() if tab else None
+        prompt = after.strip() if tab else line.strip()
         if not prompt and not label:
             continue
         if not prompt:

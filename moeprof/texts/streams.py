@@ -1,11 +1,19 @@
 """Text files of any size, read in pieces."""
 
+from __future__ import annotations
+
 import codecs
 import errno
 import io
 import os
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
 
 BLOCK = 1 << 16  # bytes
 PIECE = 1 << 16  # characters at most; some 30 windows of 512 tokens
@@ -22,21 +30,22 @@ class TextFiles:
     isn't UTF-8 or has nothing in it; both name it.
     """
 
-    def __init__(self, paths):
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         self.paths = [Path(path) for path in paths]
         sizes = [_size(path) for path in self.paths]
-        self.total_bytes = None if None in sizes else sum(sizes)
+        known = [size for size in sizes if size is not None]
+        self.total_bytes = sum(known) if len(known) == len(sizes) else None
         for path, size in zip(self.paths, sizes, strict=True):
             if size is not None:
                 for _ in _pieces(path):
                     pass
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         for path in self.paths:
             yield from _pieces(path)
 
 
-def _size(path):
+def _size(path: Path) -> int | None:
     """Bytes of a regular file, None of a pipe."""
     with _opened(path):
         status = path.stat()
@@ -48,18 +57,23 @@ def _size(path):
 class _opened:
     """Errors of the file system, in the words of the command line."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __enter__(self):
+    def __enter__(self) -> _opened:
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if isinstance(error, OSError):
             raise OSError(f"text {self.path} can't be read: {error.strerror}") from error
 
 
-def _pieces(path):
+def _pieces(path: Path) -> Iterator[str]:
     rest, empty = "", True
     for text in _decoded(path):
         rest += text
@@ -75,7 +89,7 @@ def _pieces(path):
         raise ValueError(f"text {path} is empty")
 
 
-def _end(text):
+def _end(text: str) -> int:
     """Where the first piece of `text` ends."""
     for mark in ("\n\n", "\n", " "):
         found = text.rfind(mark, PIECE // 2, PIECE)
@@ -84,7 +98,7 @@ def _end(text):
     return PIECE
 
 
-def _decoded(path):
+def _decoded(path: Path) -> Iterator[str]:
     """The file's text block by block: every end of line a line feed, no byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     lines = io.IncrementalNewlineDecoder(None, translate=True)

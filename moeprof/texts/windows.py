@@ -1,15 +1,26 @@
 """Held-out text in windows, and how well a model predicts it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..models.tokens import token_ids
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checks import Tokenizer
+    from .documents import Text
+
+
 WINDOW = 512  # tokens; the stride is the same, so every token is read once
 HELDOUT_TOKENS = 32768
 PASSAGE = 1500  # characters, hardly more than a window
+Piece = TypeVar("Piece")
 CALIBRATION_CHARACTERS = 150_000  # about 45,000 tokens of the demo model
 
 
@@ -17,25 +28,31 @@ class Window(NamedTuple):
     """Up to `window` (512) consecutive tokens of one document."""
 
     document: int  # index into HeldOut.documents
-    ids: object  # token ids (1, n), int64
+    ids: Tensor  # token ids (1, n), int64
     num_bytes: int  # of the predicted tokens' text: all but the first
 
 
 class HeldOut(NamedTuple):
     """The windows to evaluate on, and the documents that they are from."""
 
-    windows: list
-    documents: list  # of {domain, name, tokens, bytes}, counting what the windows use
+    windows: list[Window]
+    documents: list[dict[str, Any]]  # {domain, name, tokens, bytes} of what the windows use
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Tokens that are read (the first of each window isn't predicted)."""
         return sum(document["tokens"] for document in self.documents)
 
 
 def heldout_windows(
-    tokenizer, documents, tokens=HELDOUT_TOKENS, seed=0, *, window=WINDOW, whole=False
-):
+    tokenizer: Tokenizer,
+    documents: Iterable[Text],
+    tokens: int = HELDOUT_TOKENS,
+    seed: int = 0,
+    *,
+    window: int = WINDOW,
+    whole: bool = False,
+) -> HeldOut:
     """About `tokens` tokens of `documents` in windows, spread evenly over domains and documents.
 
     documents: objects with .domain, .name and .text. A document is cut into windows of `window`
@@ -43,7 +60,7 @@ def heldout_windows(
     shorter one at a document's end is left out, unless the document has no other.
     """
     documents = list(documents)
-    pieces = {}
+    pieces: dict[str, list[list[Window]]] = {}
     for index, document in enumerate(documents):
         windows = _cut(tokenizer, index, document.text, window)
         if whole and len(windows) > 1 and windows[-1].ids.shape[1] < window:
@@ -67,7 +84,7 @@ def heldout_windows(
     return HeldOut(chosen, described)
 
 
-def _cut(tokenizer, index, text, window):
+def _cut(tokenizer: Tokenizer, index: int, text: str, window: int) -> list[Window]:
     """The document's windows; one of a single token predicts nothing and is left out."""
     import torch
 
@@ -80,9 +97,11 @@ def _cut(tokenizer, index, text, window):
     return windows
 
 
-def calibration_passages(documents, characters=CALIBRATION_CHARACTERS, seed=0):
+def calibration_passages(
+    documents: Iterable[Text], characters: int = CALIBRATION_CHARACTERS, seed: int = 0
+) -> list[str]:
     """About `characters` of `documents` in passages of 1,500, spread like the held-out windows."""
-    pieces = {}
+    pieces: dict[str, list[list[str]]] = {}
     for document in documents:
         text = document.text
         cut = [text[start : start + PASSAGE] for start in range(0, len(text), PASSAGE)]
@@ -90,7 +109,12 @@ def calibration_passages(documents, characters=CALIBRATION_CHARACTERS, seed=0):
     return spread(pieces, len, characters, seed)
 
 
-def spread(pieces, size, budget, seed=0):
+def spread(
+    pieces: Mapping[str, Sequence[Sequence[Piece]]],
+    size: Callable[[Piece], int],
+    budget: int,
+    seed: int = 0,
+) -> list[Piece]:
     """Pieces in turns, one of each domain, until their sizes reach `budget`.
 
     pieces: {domain: one list of pieces a document}. A domain gives a piece of each of its
@@ -110,10 +134,10 @@ def spread(pieces, size, budget, seed=0):
     return chosen
 
 
-def _shuffled(items, rng):
+def _shuffled(items: Sequence[Piece], rng: np.random.Generator) -> list[Piece]:
     return [items[i] for i in rng.permutation(len(items))]
 
 
-def _in_turns(lists):
+def _in_turns(lists: Iterable[Sequence[Piece]]) -> Iterator[Piece]:
     """The first of each list, then the second of each, …"""
     return (item for turn in zip_longest(*lists) for item in turn if item is not None)

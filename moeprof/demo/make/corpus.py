@@ -1,9 +1,13 @@
 """The demo's text: read it, split it by document (its sources: moeprof/demo/make/train.py)."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import random
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from ...files import write_whole
 from ...texts.documents import Document
@@ -17,7 +21,7 @@ ELIGIBLE_BYTES = (2000, 40000)  # held back: not a stub, and not a book that tra
 JARGON_BYTES = (3000, 6000)
 
 
-def read_bible(path):
+def read_bible(path: Path) -> Iterator[Document]:
     """Chapters: a heading such as "Genesis 1", then a verse a line."""
     text = re.sub(r"(?m)^  (?=\d)", "", path.read_text(encoding="utf-8", errors="replace"))
     chapters = re.split(r"(?m)^(?=[A-Z0-9][^\n]* \d+\n\n)", text)
@@ -25,14 +29,15 @@ def read_bible(path):
         yield Document("bible", chapter.split("\n", 1)[0], chapter + "\n")
 
 
-def read_jargon(path):
+def read_jargon(path: Path) -> Iterator[Document]:
     """Groups of consecutive entries of 3 kB or more; an entry alone is too short."""
     text = path.read_text(encoding="utf-8", errors="replace")
     # The title occurs in the table of contents and again where the text begins.
     text = text[text.rindex("Welcome to the Jargon File") :] if "Welcome" in text else text
     text = re.sub(r"(?m)^   ", "", text)
     least, most = JARGON_BYTES
-    group, size, number = [], 0, 0
+    group: list[str] = []
+    size, number = 0, 0
     for paragraph in re.split(r"\n{2,}", text):
         new_entry = paragraph.startswith(":")
         if (size >= least and new_entry) or size >= most:
@@ -44,7 +49,7 @@ def read_jargon(path):
         yield Document("jargon", f"group {number}", "\n\n".join(group) + "\n")
 
 
-def read_files(domain, folder, pattern):
+def read_files(domain: str, folder: Path, pattern: str) -> Iterator[Document]:
     """One document a file."""
     for path in sorted(folder.rglob(pattern)):
         name = path.relative_to(folder)
@@ -55,7 +60,7 @@ def read_files(domain, folder, pattern):
             yield Document(domain, name.as_posix(), text.replace("\r\n", "\n"))
 
 
-def read_text(folder):
+def read_text(folder: Path) -> dict[str, list[Document]]:
     """All documents under `folder`, by domain, without exact duplicates."""
     found = {
         "bible": read_bible(folder / "bible.txt"),
@@ -63,7 +68,8 @@ def read_text(folder):
         "docs": read_files("docs", folder / "docs", "*.txt"),
         "code": read_files("code", folder / "code", "*.py"),
     }
-    seen, documents = set(), {}
+    seen: set[bytes] = set()
+    documents: dict[str, list[Document]] = {}
     for domain in DOMAINS:
         documents[domain] = []
         for document in found[domain]:
@@ -74,7 +80,7 @@ def read_text(folder):
     return documents
 
 
-def cut(document):
+def cut(document: Document) -> Document:
     """The document's first lines, at most CUT_BYTES of them."""
     kept, size = [], 0
     for line in document.text.splitlines(keepends=True):
@@ -85,7 +91,9 @@ def cut(document):
     return document._replace(text="".join(kept))
 
 
-def split(documents, seed):
+def split(
+    documents: Mapping[str, list[Document]], seed: int
+) -> tuple[dict[str, list[Document]], list[Document], list[Document]]:
     """(training documents by domain, calibration, held-out); no document is in two of them."""
     training, calibration, heldout = {}, [], []
     least, most = ELIGIBLE_BYTES
@@ -103,7 +111,7 @@ def split(documents, seed):
     return training, calibration, heldout
 
 
-def write_jsonl(path, documents):
+def write_jsonl(path: Path, documents: Iterable[Document]) -> None:
     lines = (json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in documents)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(lines).encode())

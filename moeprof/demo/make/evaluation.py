@@ -1,12 +1,23 @@
 """What shows that the demo is a model on which routing matters: evaluate()."""
 
+from __future__ import annotations
+
 import lzma
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from torch import Tensor
+
+    from ...texts.documents import Document
+
 
 WINDOW = 512  # tokens; of training and of evaluation
 
 
-def gini(load):
+def gini(load: ArrayLike) -> float:
     """0 when all loads are equal, towards 1 when one expert has everything."""
     import numpy as np
 
@@ -15,7 +26,7 @@ def gini(load):
     return float((2 * np.arange(1, n + 1) - n - 1) @ load / (n * load.sum()))
 
 
-def windows_of(tokenizer, document):
+def windows_of(tokenizer: Any, document: Document) -> list[Tensor]:
     """The document's token ids [1, n] in windows of WINDOW; their first token isn't predicted."""
     import torch
 
@@ -24,7 +35,7 @@ def windows_of(tokenizer, document):
     return [torch.tensor([piece]) for piece in pieces if len(piece) > 1]
 
 
-def token_bytes(tokenizer):
+def token_bytes(tokenizer: Any) -> Tensor:
     """Bytes of each token id: a byte-level BPE writes a byte as one character."""
     import torch
 
@@ -32,11 +43,14 @@ def token_bytes(tokenizer):
     return torch.tensor([len(token) for token in tokens])
 
 
-def bits_and_load(model, tokenizer, documents):
+def bits_and_load(
+    model: Any, tokenizer: Any, documents: Iterable[Document]
+) -> tuple[dict[str, tuple[float, int]], Tensor]:
     """({domain: (bits, bytes)}, selections of each expert [layers, experts])."""
     import torch
 
-    sizes, totals, load = token_bytes(tokenizer), {}, 0
+    sizes, load = token_bytes(tokenizer), torch.tensor(0)
+    totals: dict[str, tuple[float, int]] = {}
     k, experts = model.config.num_experts_per_tok, model.config.num_experts
     for document in documents:
         bits, size = totals.get(document.domain, (0.0, 0))
@@ -52,14 +66,14 @@ def bits_and_load(model, tokenizer, documents):
     return totals, load
 
 
-def per_byte(totals):
+def per_byte(totals: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     """{domain: bits per byte}, and over all of them as "total"."""
     both = [sum(column) for column in zip(*totals.values(), strict=True)]
     pairs = [*totals.items(), ("total", both)]
     return {name: round(bits / size, 4) for name, (bits, size) in pairs}
 
 
-def random_experts(seed=0):
+def random_experts(seed: int = 0) -> Any:
     """A context in which the router's k best become k random experts; the weights stay.
 
     Both transformers versions choose by torch.topk, and nothing else in a forward calls it.
@@ -69,7 +83,9 @@ def random_experts(seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     class RandomIndices(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             result = func(*args, **(kwargs or {}))
             if func is not torch.topk:
                 return result
@@ -79,7 +95,7 @@ def random_experts(seed=0):
     return RandomIndices()
 
 
-def xz_bits_per_byte(documents):
+def xz_bits_per_byte(documents: Sequence[Document]) -> dict[str, float]:
     """Bits per byte of `xz -9`: each domain's documents as one text, and all as one ("total")."""
     texts = dict.fromkeys((d.domain for d in documents), "")
     for document in documents:
@@ -90,7 +106,9 @@ def xz_bits_per_byte(documents):
     return {name: round(8 * len(packed[name]) / len(raw[name]), 4) for name in raw}
 
 
-def evaluate(model, tokenizer, documents, seed=0):
+def evaluate(
+    model: Any, tokenizer: Any, documents: Sequence[Document], seed: int = 0
+) -> dict[str, Any]:
     """What shows that this is a model on which routing matters, as a dict for training.json."""
     totals, load = bits_and_load(model, tokenizer, documents)
     with random_experts(seed):

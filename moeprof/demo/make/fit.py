@@ -5,14 +5,20 @@ the second can set budgets and the held-out text can judge; in float32. Written 
 moeprof/demo/data/ unless FOLDER is given.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ... import demo
 from ...null.fitting import fit_null
 
+if TYPE_CHECKING:
+    from ...null.model import Null
 
-def fitted(kind, progress=False):
+
+def fitted(kind: str, progress: bool = False) -> Null:
     """The null of a kind, fitted anew."""
     model, tokenizer = demo.load()
     documents, _ = demo.calibration_halves()
@@ -20,7 +26,7 @@ def fitted(kind, progress=False):
     return fit_null(model, tokenizer, texts, kind=kind, score="logprob", progress=progress)
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     for kind, path in demo.NULL_PATHS.items():
         path = Path(arguments[0]) / path.name if arguments else path
         null = fitted(kind, progress=sys.stderr.isatty())

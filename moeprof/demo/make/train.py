@@ -26,6 +26,8 @@ With glibc, MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=16000000000
 makes it a quarter faster: the large activations are then not mapped anew in every step.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -33,13 +35,22 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...cli.arguments import MOST_THREADS, integer
 from ...files import write_whole
 from ...texts.documents import Document
 from .corpus import DOMAINS, read_text, split, write_jsonl
 from .evaluation import WINDOW, evaluate, gini
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 VOCAB = 4096
@@ -53,7 +64,7 @@ Z_COEF = 0.001
 LOG_EVERY = 50
 SAVE_SECONDS = 180
 
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
@@ -79,7 +90,7 @@ ARCHITECTURE = {
 # --- tokenizer ----------------------------------------------------------------------------------
 
 
-def train_tokenizer(training):
+def train_tokenizer(training: Mapping[str, list[Document]]) -> Any:
     """A byte-level BPE; each domain gives at most 4 MB, so that the large ones don't own it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -104,7 +115,7 @@ def train_tokenizer(training):
     return tokenizer
 
 
-def encode(tokenizer, documents):
+def encode(tokenizer: Any, documents: Iterable[Document]) -> NDArray[np.int64]:
     """One stream of token ids: eos before every document, as text starts without any other mark."""
     import numpy as np
 
@@ -118,7 +129,7 @@ def encode(tokenizer, documents):
 class Windows:
     """Random windows of the training text; batch `step` depends on (seed, step) only."""
 
-    def __init__(self, streams, seed):
+    def __init__(self, streams: Sequence[NDArray[np.int64]], seed: int) -> None:
         import numpy as np
 
         self.streams, self.seed = streams, seed
@@ -126,7 +137,7 @@ class Windows:
         weights = np.array([len(s) for s in streams], dtype=float) ** 0.7
         self.weights = weights / weights.sum()
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> Tensor:
         import numpy as np
         import torch
 
@@ -142,14 +153,14 @@ class Windows:
 # --- model and losses ---------------------------------------------------------------------------
 
 
-def make_config(vocab):
+def make_config(vocab: int) -> Any:
     """OLMoE's architecture at 4.5 million parameters."""
     from transformers import OlmoeConfig
 
     return OlmoeConfig(**ARCHITECTURE, vocab_size=vocab)
 
 
-def make_model(config):
+def make_model(config: Any) -> Any:
     """A new model in fp32, with the fast experts where this transformers has them (5.x)."""
     from transformers import OlmoeForCausalLM
 
@@ -159,7 +170,7 @@ def make_model(config):
     return model
 
 
-def router_losses(router_logits, k):
+def router_losses(router_logits: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """(load-balance loss, z-loss, load [layers, experts]), the losses averaged over the layers.
 
     E · Σ_e f_e · P_e with f the share of the selections and P the mean probability (Switch,
@@ -169,7 +180,7 @@ def router_losses(router_logits, k):
     """
     import torch
 
-    balance, z, loads = 0.0, 0.0, []
+    balance, z, loads = torch.tensor(0.0), torch.tensor(0.0), []
     for logits in router_logits:
         experts = logits.shape[-1]
         probabilities = torch.softmax(logits.float(), dim=-1)
@@ -181,7 +192,7 @@ def router_losses(router_logits, k):
     return balance / len(loads), z / len(loads), torch.stack(loads)
 
 
-def losses(model, ids):
+def losses(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
     """(cross entropy, load balance, z-loss, load) of one batch [B, window]."""
     import torch
 
@@ -191,7 +202,7 @@ def losses(model, ids):
     return entropy, *router_losses(out.router_logits, model.config.num_experts_per_tok)
 
 
-def make_optimizer(model):
+def make_optimizer(model: Any) -> Any:
     import torch
 
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -200,7 +211,7 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(step, steps):
+def learning_rate(step: int, steps: int) -> float:
     """Warm-up, constant, linear to zero over the last half: independent of `steps` until then."""
     warm = min(WARMUP_STEPS, max(1, steps // 10))
     left = (steps - step) / max(1.0, DECAY_SHARE * steps)
@@ -213,15 +224,16 @@ def learning_rate(step, steps):
 class Run:
     """Model, optimizer, step and curve: what a checkpoint holds."""
 
-    def __init__(self, config, seed):
+    def __init__(self, config: Any, seed: int) -> None:
         import torch
 
         torch.manual_seed(seed)
         self.model = make_model(config)
         self.optimizer = make_optimizer(self.model)
-        self.step, self.seconds, self.curve = 0, 0.0, []
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, Any]] = []
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         import torch
 
         state = {
@@ -235,7 +247,7 @@ class Run:
         torch.save(state, part)
         os.replace(part, path)
 
-    def restore(self, path):
+    def restore(self, path: Path) -> None:
         import torch
 
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -243,7 +255,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
-    def advance(self, windows, steps):
+    def advance(self, windows: Windows, steps: int) -> tuple[Tensor, ...]:
         """One step of the optimizer; (cross entropy, balance, z, load) as tensors."""
         import torch
 
@@ -261,18 +273,20 @@ class Run:
 class Stop:
     """True once SIGTERM came: the loop then ends after its step, with a checkpoint."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = False
         signal.signal(signal.SIGTERM, self)
 
-    def __call__(self, *_):
+    def __call__(self, *_: object) -> None:
         self.asked = True
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self.asked
 
 
-def curve_point(step, recent, bytes_per_token, seconds):
+def curve_point(
+    step: int, recent: Sequence[tuple[Tensor, ...]], bytes_per_token: float, seconds: float
+) -> dict[str, Any]:
     """What the curve records of the last steps, (entropy, balance, z, load) each."""
     import torch
 
@@ -289,7 +303,14 @@ def curve_point(step, recent, bytes_per_token, seconds):
     }
 
 
-def train(run, windows, steps, checkpoint, bytes_per_token, stop=False):
+def train(
+    run: Run,
+    windows: Windows,
+    steps: int,
+    checkpoint: Path,
+    bytes_per_token: float,
+    stop: Stop | bool = False,
+) -> None:
     """Advance `run` to `steps`; a point of the curve every LOG_EVERY steps."""
     from tqdm import tqdm
 
@@ -313,7 +334,7 @@ def train(run, windows, steps, checkpoint, bytes_per_token, stop=False):
     run.save(checkpoint)
 
 
-def steps_for(minutes, run, windows):
+def steps_for(minutes: float, run: Run, windows: Windows) -> int:
     """How many steps fit into `minutes`, from twelve timed steps on a copy that is thrown away."""
     import copy
 
@@ -342,7 +363,7 @@ TOKENIZER_CONFIG = {
 }
 
 
-def hub_config(vocab):
+def hub_config(vocab: int) -> dict[str, Any]:
     """config.json as a dict."""
     return {
         "architectures": ["OlmoeForCausalLM"],
@@ -353,7 +374,7 @@ def hub_config(vocab):
     }
 
 
-def hub_weights(state):
+def hub_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The hub's names and shapes, three matrices an expert, in bf16.
 
     transformers 5.x holds a layer's experts as two tensors, gate_up_proj [E,2I,H] and down_proj
@@ -376,7 +397,7 @@ def hub_weights(state):
     return {name: w.to(torch.bfloat16).contiguous() for name, w in sorted(weights.items())}
 
 
-def export(model, folder):
+def export(model: Any, folder: Path) -> None:
     """Write config, tokenizer settings and weights into `folder` (tokenizer.json is there)."""
     from safetensors.torch import save
 
@@ -390,13 +411,13 @@ def export(model, folder):
     write_whole(folder / "model.safetensors", data)
 
 
-def write_json(path, value):
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """One line a key, so that a loss curve isn't a thousand lines."""
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value[key])}" for key in value)
     write_whole(path, f"{{\n{lines}\n}}\n".encode())
 
 
-def finish(run, out, seed):
+def finish(run: Run, out: Path, seed: int) -> dict[str, Any]:
     """Export `run` to OUT/model, load that as users do, evaluate it, write training.json."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -423,7 +444,7 @@ def finish(run, out, seed):
 # --- command line -------------------------------------------------------------------------------
 
 
-def prepare(text, out, seed):
+def prepare(text: Path, out: Path, seed: int) -> tuple[list[NDArray[np.int64]], float]:
     """Write OUT/data and the tokenizer; (a stream of token ids a domain, bytes per token)."""
     from tokenizers import Tokenizer
 
@@ -440,7 +461,7 @@ def prepare(text, out, seed):
     return streams, size / sum(map(len, streams))
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m moeprof.demo.make.train",
         description=__doc__,
@@ -461,7 +482,7 @@ def parse_args(argv=None):
     return args
 
 
-def open_run(args):
+def open_run(args: argparse.Namespace) -> Run:
     """A new run, or the one in the checkpoint."""
     from tokenizers import Tokenizer
 
@@ -472,7 +493,7 @@ def open_run(args):
     return run
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     import torch
 
     args = parse_args(argv)

@@ -1,7 +1,10 @@
 """One configuration on some texts: what it chooses and predicts, and how long it takes."""
 
+from __future__ import annotations
+
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +13,13 @@ from torch import Tensor
 from ...checks import check_token_ids, check_type
 from ...models.decoding import cache_of, decode
 from ...models.tokens import prompt_ids
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ...checks import Tokenizer
+    from ...profile.profiler import MoEProfiler
 
 
 class Prompt(NamedTuple):
@@ -28,25 +38,25 @@ class Seen(NamedTuple):
     generated : N lists of S token ids
     """
 
-    experts: np.ndarray
-    nats: np.ndarray
-    generated: list
+    experts: NDArray[np.float64]
+    nats: NDArray[np.float64]
+    generated: list[list[int]]
 
 
 class Times(NamedTuple):
     """Seconds of R rounds: prefill (R, N) of each prompt, decode (R, N, S) of each step."""
 
-    prefill: np.ndarray
-    decode: np.ndarray
+    prefill: NDArray[np.float64]
+    decode: NDArray[np.float64]
 
     @classmethod
-    def of(cls, rounds):
+    def of(cls, rounds: Iterable[tuple[NDArray[np.float64], NDArray[np.float64]]]) -> Times:
         """From what `run_round` returned, R times."""
         prefill, decode = zip(*rounds, strict=True)
         return cls(np.stack(prefill), np.stack(decode))
 
 
-def read_prompts(tokenizer, texts) -> list[Prompt]:
+def read_prompts(tokenizer: Tokenizer, texts: Any) -> list[Prompt]:
     """Prompts of a text, a list of texts or a dict {category: text or [texts]}, checked."""
     kinds = "a text, a list of texts or a dict {category: text or list of texts}"
     check_type("texts", texts, (str, list, tuple, dict), kinds)
@@ -72,7 +82,12 @@ def read_prompts(tokenizer, texts) -> list[Prompt]:
 
 
 @torch.inference_mode()
-def look(model, prompts, new_tokens, step=lambda: None) -> Seen:
+def look(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    step: Callable[[], object] = lambda: None,
+) -> Seen:
     """What the model does, apart from its times: the profiler counts here, and nowhere else."""
     from ...profile.profiler import MoEProfiler
 
@@ -95,13 +110,18 @@ def look(model, prompts, new_tokens, step=lambda: None) -> Seen:
     return Seen(np.array(experts), np.array(nats), generated)
 
 
-def _k_mean(profiler) -> float:
+def _k_mean(profiler: MoEProfiler) -> float:
     """Experts per token, mean of the layers."""
     return float(np.mean([layer.k_mean for layer in profiler.get_metrics().values()]))
 
 
 @torch.inference_mode()
-def run_round(model, prompts, new_tokens, step=lambda: None):
+def run_round(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    new_tokens: int,
+    step: Callable[[], object] = lambda: None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(prefill (N,), decode (N, S)) seconds, all prompts once, batch 1, no early stop."""
     prefill, steps = np.zeros(len(prompts)), np.zeros((len(prompts), new_tokens))
     for number, prompt in enumerate(prompts):

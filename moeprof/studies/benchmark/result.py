@@ -1,10 +1,14 @@
 """What SimpleBenchmark hands over: one configuration, and several against the first."""
 
+from __future__ import annotations
+
 import html
 import io
 import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,19 +17,27 @@ from ...show.console import WIDTH, text_console
 from ...show.tables import table
 from .measure import Prompt, Seen, Times
 
+if TYPE_CHECKING:
+    import pandas
+    from numpy.typing import NDArray
+
+
+# Sentences, and tables: {heading: format}, rows.
+Parts = Iterator[str | tuple[dict[str, str], Sequence[Sequence[Any]]]]
+
 COVERAGE = 0.9  # of an interval of a median, at least
 ENOUGH = 5  # rounds; fewer give no such interval
 NAME = 18  # columns for a name beside the times
 _SPEEDS = ("prefill_ms", "decode_ms")
 
 
-def spread(values) -> dict[str, float]:
+def spread(values: Any) -> dict[str, float]:
     """{"median", "lower", "upper"}: the quartiles of some values."""
     lower, median, upper = np.percentile(values, [25, 50, 75])
     return {"median": float(median), "lower": float(lower), "upper": float(upper)}
 
 
-def median_interval(values) -> tuple[float, float]:
+def median_interval(values: Collection[float]) -> tuple[float, float]:
     """An interval that holds the median with at least 90 %, whatever the distribution is.
 
     Two of the sorted values (the sign test's interval); nan where there are fewer than 5.
@@ -57,7 +69,7 @@ class Measurement:
     prompts: list[Prompt]
     seen: Seen
     times: Times
-    machine: dict
+    machine: dict[str, Any]
 
     @property
     def categories(self) -> list[str]:
@@ -68,12 +80,12 @@ class Measurement:
     def new_tokens(self) -> int:
         return self.times.decode.shape[2]
 
-    def rounds(self, quantity) -> np.ndarray:
+    def rounds(self, quantity: str) -> NDArray[np.float64]:
         """(R,) "prefill_ms" per text or "decode_ms" per token: the means of the rounds."""
         times = self.times.prefill if quantity == "prefill_ms" else self.times.decode
         return 1e3 * times.reshape(len(times), -1).mean(1)
 
-    def quality(self, category=None) -> dict[str, float]:
+    def quality(self, category: str | None = None) -> dict[str, float]:
         """Experts per token and loss, over all texts or those of a category.
 
         experts_per_token, and of it prefill and decode: means over tokens and layers;
@@ -92,7 +104,7 @@ class Measurement:
             "loss": float(nats / predicted) if predicted else math.nan,
         }
 
-    def get_summary(self) -> dict:
+    def get_summary(self) -> dict[str, Any]:
         """A flat dict of Python values.
 
         config; texts, prompt_tokens, new_tokens (per text), repeats, threads; experts_per_token,
@@ -121,7 +133,7 @@ class Measurement:
         summary["prefill_tokens_per_s"] = 1e3 * total / len(self.prompts) / summary["prefill_ms"]
         return summary
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The summary and everything that was measured, as JSON has it (nan included).
 
         prefill_seconds (R, N), decode_seconds (R, N, S), categories (N,), generated (N, S) token
@@ -135,7 +147,7 @@ class Measurement:
             "machine": self.machine,
         }
 
-    def _parts(self):
+    def _parts(self) -> Parts:
         own = self.get_summary()
         yield (
             f"{self.name}: {own['texts']} texts, {own['prompt_tokens']:,} tokens, "
@@ -186,10 +198,10 @@ class Comparison:
     results : list of Measurement, with the times of the comparison
     """
 
-    def __init__(self, results):
+    def __init__(self, results: Iterable[Measurement]) -> None:
         self.results = list(results)
 
-    def to_frame(self):
+    def to_frame(self) -> pandas.DataFrame:
         """A pandas frame with a row per configuration.
 
         Columns: those of `Measurement.get_summary`; prefill_ratio and decode_ratio: the median
@@ -204,15 +216,15 @@ class Comparison:
 
         return pandas.DataFrame([self._row(result) for result in self.results])
 
-    def _row(self, result):
+    def _row(self, result: Measurement) -> dict[str, Any]:
         first = self.results[0]
         row = result.get_summary()
         for quantity in _SPEEDS:
             name = quantity.replace("ms", "ratio")
             ratios = result.rounds(quantity) / first.rounds(quantity)
             (low, high), ratio = median_interval(ratios), float(np.median(ratios))
-            noise = spread(first.rounds(quantity))
-            noise = (noise["upper"] - noise["lower"]) / noise["median"]
+            own = spread(first.rounds(quantity))
+            noise = (own["upper"] - own["lower"]) / own["median"]
             differs = (low > 1 or high < 1) and abs(ratio - 1) > noise
             row |= {
                 name: ratio,
@@ -244,7 +256,7 @@ class Comparison:
                 found.append(f"{result.name}, {what}: {words} ({low:.3f} to {high:.3f}).")
         return found
 
-    def _parts(self):
+    def _parts(self) -> Parts:
         first = self.results[0]
         yield (
             f"{len(first.prompts)} texts, {first.new_tokens} decode steps each, "
@@ -276,8 +288,8 @@ class Comparison:
         for start in range(0, len(first.categories), 5):
             some = first.categories[start : start + 5]
             columns = {"experts per token": "{}"} | {category: "{:.2f}" for category in some}
-            names = ["config", *(f"experts_per_token_{category}" for category in some)]
-            yield columns, [[row[name] for name in names] for row in rows]
+            some_names = ["config", *(f"experts_per_token_{category}" for category in some)]
+            yield columns, [[row[name] for name in some_names] for row in rows]
         columns = {
             "config": "{}",
             "prefill\nms": "{}",
@@ -312,7 +324,7 @@ class Comparison:
         return _html(self._parts())
 
 
-def _cells(row, what):
+def _cells(row: Mapping[str, Any], what: str) -> tuple[str, str]:
     """ "12.3 ± 0.2" ms and "0.970 0.951-0.993 ~" of one configuration."""
     ms, lower, upper = (row[f"{what}_ms{end}"] for end in ("", "_lower", "_upper"))
     ratio, low, high = (row[f"{what}_ratio{end}"] for end in ("", "_low", "_high"))
@@ -321,17 +333,18 @@ def _cells(row, what):
     return f"{ms:.4g} ± {(upper - lower) / 2:.2g}", f"{ratio:.3f}{interval}{noise}"
 
 
-def _text(parts) -> str:
+def _text(parts: Parts) -> str:
     """Sentences and tables (columns, rows) as plain text of at most 100 columns."""
 
-    console = text_console(io.StringIO(), WIDTH)
+    out = io.StringIO()
+    console = text_console(out, WIDTH)
     for part in parts:
         console.print(part if isinstance(part, str) else table(*part))
-    lines = console.file.getvalue().splitlines()
+    lines = out.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _html(parts) -> str:
+def _html(parts: Parts) -> str:
     import pandas
 
     made = []

@@ -1,8 +1,14 @@
 """SimpleBenchmark: a model in several configurations on the same texts."""
 
-from contextlib import contextmanager
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ...checks import check_model, check_tokenizer
 from ...measure.machine import describe
@@ -11,6 +17,14 @@ from ...measure.timing import interleave
 from ...show.console import make_console, progress
 from .measure import Times, look, read_prompts, run_round
 from .result import Comparison, Measurement
+
+if TYPE_CHECKING:
+    from ...checks import Tokenizer
+    from ...show.console import Bar
+    from .measure import Prompt
+
+
+Configure = Callable[[nn.Module], object]  # changes a model in place
 
 
 class SimpleBenchmark:
@@ -46,7 +60,15 @@ class SimpleBenchmark:
     >>> print(bench.compare())                                                  # doctest: +SKIP
     """
 
-    def __init__(self, model, tokenizer, *, max_new_tokens=20, warmup=1, repeats=5):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        max_new_tokens: int = 20,
+        warmup: int = 1,
+        repeats: int = 5,
+    ) -> None:
         check_model("SimpleBenchmark", model)
         check_tokenizer("SimpleBenchmark", tokenizer)
         least = {
@@ -62,13 +84,13 @@ class SimpleBenchmark:
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.warmup, self.repeats = max_new_tokens, warmup, repeats
         self.results: dict[str, Measurement] = {}
-        self._runs = {}  # name: (prompts, configure)
+        self._runs: dict[str, tuple[list[Prompt], Configure | None]] = {}
 
     def __repr__(self) -> str:
         names = ", ".join(self.results) or "none yet"
         return f"<SimpleBenchmark of {type(self.model).__name__}; configurations: {names}>"
 
-    def run_config(self, name, texts, configure=None) -> Measurement:
+    def run_config(self, name: str, texts: Any, configure: Configure | None = None) -> Measurement:
         """Measure one configuration, alone.
 
         Its times are not to be set beside those of another run, when the machine may have been
@@ -148,19 +170,19 @@ class SimpleBenchmark:
                     f"compare: {name!r} was run on other texts than {first!r}, so their times "
                     "can't be compared"
                 )
-        rounds = {name: [] for name in self._runs}
+        rounds: dict[str, list[Any]] = {name: [] for name in self._runs}
         configures = {name: configure for name, (_, configure) in self._runs.items()}
-        bar = self._bar(self.repeats + 1, "compare")
-        with bar as bar, self._configuring(configures.values()) as configured:
+        shown = self._bar(self.repeats + 1, "compare")
+        with shown as bar, self._configuring(configures.values()) as configured:
 
-            def prepare(name):
+            def prepare(name: str) -> tuple[str]:
                 bar.note(name)
                 configured(configures[name])
                 if self.warmup:
                     run_round(self.model, prompts[:1], self.max_new_tokens)
                 return (name,)
 
-            def call(name):
+            def call(name: str) -> None:
                 rounds[name].append(run_round(self.model, prompts, self.max_new_tokens))
 
             interleave(dict.fromkeys(configures, call), self.repeats, prepare, bar)
@@ -169,17 +191,19 @@ class SimpleBenchmark:
         )
 
     @contextmanager
-    def _configuring(self, configures):
+    def _configuring(
+        self, configures: Iterable[Configure | None]
+    ) -> Iterator[Callable[[Configure | None], None]]:
         """A function that puts the model into one of `configures`, from what it is now.
 
         At the end it is as it was. What `configure` returned goes before that, for some handles
         undo on their own when they do.
         """
         changing = any(configure is not None for configure in configures)
-        held = []
+        held: list[object] = []
         with undoing(self.model, weights=changing) as snapshot:
 
-            def configured(configure):
+            def configured(configure: Configure | None) -> None:
                 if held:
                     held.clear()
                     snapshot.restore()
@@ -191,5 +215,5 @@ class SimpleBenchmark:
             finally:
                 held.clear()
 
-    def _bar(self, steps, name):
+    def _bar(self, steps: int, name: str) -> AbstractContextManager[Bar]:
         return progress(make_console(), steps, name, still=True)

@@ -1,6 +1,10 @@
 """A budget split over the layers by how much the model's predictions need each of them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,10 +13,22 @@ from ...models.blocks import find_blocks, model_norm
 from ...routers import TopK
 from ...texts.windows import HeldOut
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+    from torch import nn
+
+
 PARTS = 4  # quarters of an expert, where whole ones can't make up the budget
 
 
-def sensitivity(model, text: HeldOut, ks, *, norm="model", step=lambda: None) -> np.ndarray:
+def sensitivity(
+    model: nn.Module,
+    text: HeldOut,
+    ks: Sequence[int],
+    *,
+    norm: str = "model",
+    step: Callable[[], object] = lambda: None,
+) -> NDArray[np.float64]:
     """(L, len(ks)) mean KL(full model || model with only layer l at top-k), nats per token.
 
     0 at the model's own k. ks: integers from 1 to E. step is called after each window of the
@@ -40,7 +56,7 @@ def shortened(text: HeldOut, tokens: int) -> HeldOut:
     return HeldOut(windows, text.documents)
 
 
-def allocate(sensitivity, ks, total: int) -> np.ndarray:
+def allocate(sensitivity: ArrayLike, ks: ArrayLike, total: int) -> NDArray[np.int64]:
     """(L,) ints of `ks` with sum `total` that minimise the sum of sensitivity over the layers.
 
     By dynamic programming, exact. sensitivity (L, K), inf where a layer can't have that many;
@@ -76,7 +92,14 @@ def allocate(sensitivity, ks, total: int) -> np.ndarray:
     return result
 
 
-def split(sensitivity, ks, reach, average_k: float, *, whole=False) -> np.ndarray:
+def split(
+    sensitivity: ArrayLike,
+    ks: ArrayLike,
+    reach: ArrayLike,
+    average_k: float,
+    *,
+    whole: bool = False,
+) -> NDArray[np.float64]:
     """(L,) experts per token of the layers, mean `average_k`, each within its reach (L, 2).
 
     Whole experts where they can make up the budget, else quarters, with the sensitivity on
@@ -98,7 +121,13 @@ def split(sensitivity, ks, reach, average_k: float, *, whole=False) -> np.ndarra
     return np.clip(share, reach[:, 0], reach[:, 1])
 
 
-def _in_parts(sensitivity, ks, reach, total, parts):
+def _in_parts(
+    sensitivity: NDArray[np.float64],
+    ks: NDArray[np.int64],
+    reach: NDArray[np.float64],
+    total: float,
+    parts: int,
+) -> NDArray[np.float64] | None:
     """The split on a grid of 1/parts experts, or None where it has none of that sum."""
     grid = np.arange(1, int(np.floor(ks.max() * parts)) + 1)
     units = round(total * parts)

@@ -1,13 +1,17 @@
 """Router.with_budget, and what it reports."""
 
+from __future__ import annotations
+
 import html
 import math
+import os
 import textwrap
 import time
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +37,17 @@ from .setting import (
     resolve,
 )
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from rich.console import Console
+    from torch import nn
+
+    from ...checks import Tokenizer
+    from ...measure.passes import Pass
+    from ...null.resolve import AnyNull
+    from .setting import Values
+
+
 FIFTH = 5  # one document of so many is set aside to check the setting on
 SENSITIVITY_TOKENS = 8192  # of the text: they are run L * max_k times
 SEED = 0  # of which documents those are
@@ -49,7 +64,7 @@ class Measured(NamedTuple):
 
     average_k: float
     error: float
-    by_layer: np.ndarray
+    by_layer: NDArray[np.float64]
     tokens: int
     documents: int
 
@@ -76,14 +91,14 @@ class BudgetReport:
 
     router: str
     name: str
-    parameter: float | int | tuple
+    parameter: Values
     average_k: float
-    targets: np.ndarray | None
-    reach: np.ndarray
+    targets: NDArray[np.float64] | None
+    reach: NDArray[np.float64]
     passes: list[Trial]
     calibration: Measured
     heldout: Measured
-    sensitivity: np.ndarray | None
+    sensitivity: NDArray[np.float64] | None
     ks: tuple[int, ...]
     norm: str
     seconds: float
@@ -97,7 +112,7 @@ class BudgetReport:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())
         return lines + "".join(_html(*table) for table in self._tables())
 
-    def print(self, console=None) -> None:
+    def print(self, console: Console | None = None) -> None:
         """The report as tables on a rich console; stdout unless given."""
         from rich.table import Table
 
@@ -125,7 +140,7 @@ class BudgetReport:
             *([self.note] if self.note else []),
         ]
 
-    def _tables(self):
+    def _tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         """(title, header, rows of strings) of the passes and of the layers."""
         count = len(self.reach)
         passes = []
@@ -158,18 +173,18 @@ class BudgetReport:
         header = ["layer", "reach", "target", self.name, "calibration", "held-out"]
         yield "Experts per token by layer", header, layers
 
-    def _targets(self):
+    def _targets(self) -> Sequence[float] | NDArray[np.float64]:
         return [0.0] * len(self.reach) if self.targets is None else self.targets
 
 
-def _plain(title, header, rows) -> str:
+def _plain(title: str, header: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in (header, *rows)]
     return "\n".join([title, *lines])
 
 
-def _html(title, header, rows) -> str:
-    def cells(tag, row):
+def _html(title: str, header: list[str], rows: list[list[str]]) -> str:
+    def cells(tag: str, row: list[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
 
     body = "".join(cells("td", row) for row in rows)
@@ -179,26 +194,27 @@ def _html(title, header, rows) -> str:
 
 def with_budget(
     router: Router,
-    model,
-    tokenizer,
-    texts,
-    average_k=6.0,
-    per_layer=False,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Iterable[Any],
+    average_k: float = 6.0,
+    per_layer: bool = False,
     *,
-    null=None,
-    heldout=None,
-    norm="model",
-    tokens=HELDOUT_TOKENS,
-    progress=True,
+    null: AnyNull | str | os.PathLike[str] | None = None,
+    heldout: Iterable[Any] | None = None,
+    norm: str = "model",
+    tokens: int = HELDOUT_TOKENS,
+    progress: bool = True,
 ) -> Router:
     """What `Router.with_budget` does; its docstring is there."""
     begun = time.perf_counter()
     main_of(router)
     check_model("with_budget", model)
     check_tokenizer("with_budget", tokenizer)
-    average_k = check_target(average_k)
-    if np.ndim(average_k):
+    asked: Any = check_target(average_k)
+    if np.ndim(asked):
         raise TypeError("average_k: expected a number; the split over layers is per_layer=True")
+    average_k = asked
     if null is not None and not router.wants_null:
         raise ValueError("null: given, but the router does not work on p-values")
     texts, heldout = _texts(texts, heldout)
@@ -215,7 +231,8 @@ def with_budget(
         passed = collect(model, text, step=bar.update)
         reached = reach(router, passed, null)
         check_reach(router, average_k, reached, passed.logits.shape[2])
-        target, cost = average_k, None
+        target: float | NDArray[np.float64] = average_k
+        cost = None
         if per_layer:
             bar.set_description("sensitivity", refresh=False)
             few = shortened(text, SENSITIVITY_TOKENS)
@@ -235,7 +252,7 @@ def with_budget(
         main_of(router)[0],
         setting.parameter,
         average_k,
-        setting.target if per_layer else None,
+        np.asarray(setting.target) if per_layer else None,
         reached,
         setting.passes,
         _measured(setting.passed, text),
@@ -250,7 +267,9 @@ def with_budget(
     return result
 
 
-def _texts(texts, heldout) -> tuple[list[Document], list[Document]]:
+def _texts(
+    texts: Iterable[Any], heldout: Iterable[Any] | None
+) -> tuple[list[Document], list[Document]]:
     """The texts to calibrate and to check on; a fifth of the former is set aside if need be."""
     texts = read_texts(texts, "texts")
     if heldout is not None:
@@ -259,21 +278,21 @@ def _texts(texts, heldout) -> tuple[list[Document], list[Document]]:
         raise ValueError(
             "texts: expected two texts or more, one to check the setting on; or give heldout="
         )
-    order = np.random.default_rng(SEED).permutation(len(texts))
-    order = sorted(order, key=lambda i: texts[i].domain)  # each domain gives its share
+    drawn = np.random.default_rng(SEED).permutation(len(texts))
+    order = sorted(drawn, key=lambda i: texts[i].domain)  # each domain gives its share
     aside = set(order[FIFTH - 1 :: FIFTH] or order[-1:])
     kept = [text for i, text in enumerate(texts) if i not in aside]
     return kept, [text for i, text in enumerate(texts) if i in aside]
 
 
-def _windows(tokenizer, texts: list[Document], tokens: int, argument: str) -> HeldOut:
+def _windows(tokenizer: Tokenizer, texts: list[Document], tokens: int, argument: str) -> HeldOut:
     try:
         return heldout_windows(tokenizer, texts, tokens)
     except ValueError as error:
         raise ValueError(f"{argument}: no text of two tokens or more") from error
 
 
-def _candidates(router: Router, model, average_k: float) -> range:
+def _candidates(router: Router, model: nn.Module, average_k: float) -> range:
     """1 to the largest number of experts that the split may give to a layer."""
     blocks = find_blocks(model)
     num_experts = blocks[0].family.num_experts(blocks[0].module)
@@ -283,7 +302,7 @@ def _candidates(router: Router, model, average_k: float) -> range:
     return range(1, min(most, num_experts) + 1)
 
 
-def _steps(text: HeldOut, held: HeldOut, ks, model) -> int:
+def _steps(text: HeldOut, held: HeldOut, ks: Sequence[int], model: nn.Module) -> int:
     """Windows to run if every pass is needed."""
     own = model_norm(model)[1]
     runs = 1 + len(find_blocks(model)) * sum(k != own for k in ks) if ks else 0
@@ -292,7 +311,7 @@ def _steps(text: HeldOut, held: HeldOut, ks, model) -> int:
 
 
 @contextmanager
-def _bar(total: int, progress: bool):
+def _bar(total: int, progress: bool) -> Iterator[Any]:
     """A bar for whatever takes more than 2 seconds."""
     from tqdm import tqdm
 
@@ -300,14 +319,14 @@ def _bar(total: int, progress: bool):
         yield bar
 
 
-def _measured(passed, text: HeldOut) -> Measured:
+def _measured(passed: Pass, text: HeldOut) -> Measured:
     count = len(text.documents)
     experts = np.bincount(passed.documents, passed.counts.mean(axis=0), count)
     sizes = np.bincount(passed.documents, minlength=count)
     domains = [document["domain"] for document in text.documents]
-    groups = np.unique(domains, return_inverse=True)[1]
-    if np.bincount(groups).min() < 2:
-        groups = None  # a domain of one document would seem not to vary
+    members = np.unique(domains, return_inverse=True)[1]
+    # A domain of one document would seem not to vary.
+    groups = None if np.bincount(members).min() < 2 else members
     found = bootstrap(lambda w: (w @ experts / (w @ sizes))[:, None], count, groups=groups)
     error = float(found.error[0]) if count > 1 else math.nan
     average = float(passed.counts.mean())

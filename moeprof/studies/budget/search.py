@@ -1,6 +1,9 @@
 """Where a step function that never falls meets a target, in few evaluations."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 EVALUATIONS = 60  # far more than a smooth average needs (5 to 10); halving a jump takes them
@@ -71,7 +74,14 @@ class Root(NamedTuple):
     evaluations: int
 
 
-def solve(average, target: float, ends, guess: float, tolerance: float, stride=0.5) -> Root:
+def solve(
+    average: Callable[[float], float],
+    target: float,
+    ends: tuple[float, float],
+    guess: float,
+    tolerance: float,
+    stride: float = 0.5,
+) -> Root:
     """The position within `ends` at which `average` is the target, to within a tolerance.
 
     average : function of a position that never falls; a step function is allowed
@@ -82,7 +92,7 @@ def solve(average, target: float, ends, guess: float, tolerance: float, stride=0
     """
     calls = 0
 
-    def measured(position):
+    def measured(position: float) -> tuple[float, float]:
         nonlocal calls
         calls += 1
         return position, average(position)
@@ -112,7 +122,9 @@ def solve(average, target: float, ends, guess: float, tolerance: float, stride=0
     return Root(*best, None, calls)
 
 
-def _between(below, above, target, *, halve) -> float:
+def _between(
+    below: tuple[float, float], above: tuple[float, float], target: float, *, halve: bool
+) -> float:
     """The next place to look: on the straight line, or in the middle where that crept."""
     (a, at_a), (b, at_b) = below, above
     if halve or at_b == at_a:

@@ -1,11 +1,15 @@
 """The parameter of a router at which a model takes so many experts per token."""
 
+from __future__ import annotations
+
 import math
+import os
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union, cast
 
 import numpy as np
 
@@ -15,6 +19,20 @@ from ...null import LayerNull, resolve_null
 from ...patching.patch import plan_patch
 from ...routers import Router, TopK
 from .search import Root, Scale, solve
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ...null import Null, TokenNull
+    from ...null.resolve import AnyNull
+    from ...texts.windows import HeldOut
+
+
+# A main parameter: one for all layers, or one for each.
+Values = float | int | tuple[float, ...] | tuple[int, ...]
+# Experts per token: one for all layers, or (L,) one for each.
+Target = Union[float, Sequence[float], "NDArray[np.float64]"]
 
 TOLERANCE = 0.01  # of the target, in the patched model
 MAX_PASSES = 4
@@ -36,10 +54,10 @@ class Trial(NamedTuple):
     seconds : of the search and the pass
     """
 
-    parameter: float | int | tuple
-    predicted: np.ndarray
-    found: np.ndarray
-    jumps: dict
+    parameter: Values
+    predicted: NDArray[np.float64]
+    found: NDArray[np.float64]
+    jumps: dict[int | None, tuple[float, float]]
     seconds: float
 
 
@@ -59,23 +77,23 @@ class Setting:
     """
 
     router: Router
-    null: object
-    target: float | np.ndarray
+    null: Null | TokenNull | None
+    target: float | NDArray[np.float64]
     average_k: float
-    by_layer: np.ndarray
-    reach: np.ndarray
+    by_layer: NDArray[np.float64]
+    reach: NDArray[np.float64]
     passes: list[Trial]
     passed: Pass = field(repr=False)
     reached: bool
     chosen: int
 
     @property
-    def parameter(self):
+    def parameter(self) -> Values:
         """The router's main parameter, or a tuple of one for each layer."""
         return self.passes[self.chosen].parameter
 
 
-def main_of(router) -> tuple[str, tuple[float, float], bool]:
+def main_of(router: object) -> tuple[str, tuple[float, float], bool]:
     """(name, open range, whether R never falls as it grows) of the main parameter."""
     if not isinstance(router, Router):
         raise TypeError(f"router: expected a Router with a main parameter, got {router!r}")
@@ -87,19 +105,21 @@ def main_of(router) -> tuple[str, tuple[float, float], bool]:
     return name, router.main_range, router.increasing
 
 
-def with_main(router: Router, values) -> Router:
+def with_main(router: Router, values: Values) -> Router:
     """The router with its main parameter set: a number, or a tuple of one for each layer."""
-    changes = {main_of(router)[0]: values}
+    changes: dict[str, Any] = {main_of(router)[0]: values}
     if isinstance(router, TopK) and router.max_k in (None, _largest(router.k)):
         changes["max_k"] = _largest(values)  # it only followed k
     return replace(router, **changes)
 
 
-def _largest(k) -> int:
+def _largest(k: Any) -> int:
     return max(k) if isinstance(k, tuple) else k
 
 
-def resolve(router: Router, null, stacklevel=4):
+def resolve(
+    router: Router, null: AnyNull | str | os.PathLike[str] | None, stacklevel: int = 4
+) -> Null | TokenNull | None:
     """What to give to `patch` as null: resolved once, so that one warning is enough."""
     if not router.wants_null:
         return None
@@ -112,7 +132,7 @@ def resolve(router: Router, null, stacklevel=4):
 class Stored:
     """A router on stored logits (L, T, E): experts per token as its parameter moves."""
 
-    def __init__(self, router: Router, logits: np.ndarray, null):
+    def __init__(self, router: Router, logits: NDArray[np.float32], null: AnyNull | None) -> None:
         self.logits = logits
         self.name, bounds, increasing = main_of(router)
         self.scale, self.sign = Scale(*bounds), 1 if increasing else -1
@@ -134,24 +154,28 @@ class Stored:
         router = replace(self.routers[layer], **{self.name: self.value(position)})
         return mean_count(router, self.logits[layer], self.nulls[layer])
 
-    def averages(self, position: float) -> np.ndarray:
+    def averages(self, position: float) -> NDArray[np.float64]:
         return np.array([self.average(layer, position) for layer in range(len(self.logits))])
 
-    def solve(self, target: float, layers, guess: float, tolerance: float) -> Root:
+    def solve(self, target: float, layers: Sequence[int], guess: float, tolerance: float) -> Root:
         """The position at which the layers' mean average is the target."""
 
-        def mean(position):
+        def mean(position: float) -> float:
             return float(np.mean([self.average(layer, position) for layer in layers]))
 
         return solve(mean, target, self.ends, guess, tolerance)
 
 
-def mean_count(router: Router, logits: np.ndarray, null) -> float:
+def mean_count(
+    router: Router, logits: NDArray[np.float32], null: LayerNull | TokenNull | None
+) -> float:
     """Experts per token of a router with scalar parameters on logits (T, E), through C."""
     return float(router.count_tokens(logits, null)[0].mean())
 
 
-def reach(router: Router, passed: Pass, null=None) -> np.ndarray:
+def reach(
+    router: Router, passed: Pass, null: AnyNull | str | os.PathLike[str] | None = None
+) -> NDArray[np.float64]:
     """(L, 2): smallest and largest average experts of each layer on the logits of a pass.
 
     Over the range of the router's main parameter, with its other parameters as they are; null
@@ -166,20 +190,26 @@ def reach(router: Router, passed: Pass, null=None) -> np.ndarray:
     return np.stack([stored.averages(end) for end in stored.ends], axis=1)
 
 
-def check_target(target):
+def check_target(target: Target) -> float | NDArray[np.float64]:
     """A float, or (L,) floats; ValueError or TypeError unless all are finite and > 0."""
+    values: list[Any]
     values = list(target) if isinstance(target, list | tuple | np.ndarray) else [target]
     for value in values:
         if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
             raise TypeError(f"average_k: expected a number of experts, got {value!r}")
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(value) and float(value) > 0):
             raise ValueError(f"average_k: expected a finite number > 0, got {value!r}")
     if not isinstance(target, list | tuple | np.ndarray):
-        return float(target)
+        return float(cast("float", target))
     return np.array(values, float)
 
 
-def check_reach(router: Router, target, reached: np.ndarray, num_experts: int) -> None:
+def check_reach(
+    router: Router,
+    target: Any,
+    reached: NDArray[np.float64],
+    num_experts: int,
+) -> None:
     """BudgetError, naming the interval (and the layer), for a target outside the reach."""
     if np.ndim(target) and len(target) != len(reached):
         raise ValueError(
@@ -198,7 +228,7 @@ def check_reach(router: Router, target, reached: np.ndarray, num_experts: int) -
             )
 
 
-def check_whole(target, layers: int, *, per_layer=False) -> None:
+def check_whole(target: Any, layers: int, *, per_layer: bool = False) -> None:
     """BudgetError unless all targets are whole; per_layer: multiples of 1/layers, to be split."""
     parts = layers if per_layer else 1
     for value in np.atleast_1d(target):
@@ -214,16 +244,16 @@ def check_whole(target, layers: int, *, per_layer=False) -> None:
 
 def set_budget(
     router: Router,
-    model,
-    text,
+    model: nn.Module,
+    text: HeldOut,
     *,
-    target,
-    null=None,
+    target: Target,
+    null: AnyNull | str | os.PathLike[str] | None = None,
     start: Setting | None = None,
     norm: str = "model",
     tolerance: float = TOLERANCE,
     max_passes: int = MAX_PASSES,
-    step=lambda: None,
+    step: Callable[[], object] = lambda: None,
 ) -> Setting:
     """Find the main parameter with which the patched model takes `target` experts per token.
 
@@ -283,19 +313,19 @@ def set_budget(
 
 
 def find(
-    router,
-    model,
-    text,
-    target,
-    null,
+    router: Router,
+    model: nn.Module,
+    text: HeldOut,
+    target: Target,
+    null: Null | TokenNull | None,
     *,
-    start=None,
-    passed=None,
-    norm="model",
-    tolerance=TOLERANCE,
-    max_passes=MAX_PASSES,
-    step=lambda: None,
-):
+    start: Setting | None = None,
+    passed: Pass | None = None,
+    norm: str = "model",
+    tolerance: float = TOLERANCE,
+    max_passes: int = MAX_PASSES,
+    step: Callable[[], object] = lambda: None,
+) -> tuple[Setting, str]:
     """(Setting, what it falls short by or ""): `set_budget` with a null as `resolve` gives it.
 
     passed: the Pass of the stock model, if there is one already.
@@ -312,7 +342,8 @@ def find(
     check_reach(router, target, reached, passed.logits.shape[2])
     if isinstance(router, TopK):
         check_whole(target, len(reached))
-    best, trials = None, []
+    best: Any = None
+    trials: list[Trial] = []
     guess = getattr(router, main_of(router)[0]) if start is None else start.parameter
     while len(trials) < max_passes:
         begun = time.perf_counter()
@@ -338,22 +369,29 @@ def find(
     ), short
 
 
-def check(router: Router, model, null, norm: str) -> None:
+def check(router: Router, model: nn.Module, null: Null | TokenNull | None, norm: str) -> None:
     """Raise what `moeprof.patch` and `main_of` would, before any text is run."""
     main_of(router)
     plan_patch(model, router, null=null, norm=norm)
 
 
-def _solve(router, passed, null, target, guess, tolerance):
+def _solve(
+    router: Router,
+    passed: Pass,
+    null: Null | TokenNull | None,
+    target: Any,
+    guess: Any,
+    tolerance: float,
+) -> tuple[Any, NDArray[np.float64], dict[int | None, tuple[float, float]]]:
     """(parameter, predicted (L,), jumps) on stored logits."""
     if isinstance(router, TopK):
         k = tuple(map(round, target.tolist())) if np.ndim(target) else round(target)
         return k, np.broadcast_to(np.asarray(target, float), len(passed.logits)), {}
     stored = Stored(router, passed.logits, null)
     count = len(passed.logits)
-    guesses = guess if isinstance(guess, tuple) else (guess,)
-    guesses = [0.0 if g is None else stored.position(g) for g in guesses]
-    jumps = {}
+    given = guess if isinstance(guess, tuple) else (guess,)
+    guesses = [0.0 if g is None else stored.position(g) for g in given]
+    jumps: dict[int | None, tuple[float, float]] = {}
     if np.ndim(target) == 0:
         first = float(np.mean(guesses))
         root = stored.solve(target, range(count), first, STORED * tolerance * target)
@@ -370,13 +408,19 @@ def _solve(router, passed, null, target, guess, tolerance):
     return tuple(values), np.array(predicted), jumps
 
 
-def _error(found: np.ndarray, target) -> float:
+def _error(found: NDArray[np.float64], target: Any) -> float:
     """The largest relative distance of an average from its target."""
     reached = found if np.ndim(target) else found.mean()
     return float(np.max(np.abs(reached / target - 1)))
 
 
-def _shortfall(router, target, found, trials, tolerance) -> str:
+def _shortfall(
+    router: Router,
+    target: Any,
+    found: NDArray[np.float64],
+    trials: list[Trial],
+    tolerance: float,
+) -> str:
     """What was reached instead of the target, and why if that is known."""
     if np.ndim(target):
         off = np.abs(found / target - 1) > tolerance

@@ -1,7 +1,11 @@
 """The command: everything measured, printed, and written where it belongs."""
 
+from __future__ import annotations
+
 import textwrap
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ...checks import check_type
 from ...show.console import WIDTH, progress
@@ -11,8 +15,16 @@ from .plots import figure
 from .report import console_tables, report
 from .runner import Comparison
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-def compare(comparison, store, facts, console):
+    from .runner import Comparison
+    from .store import Store
+
+
+def compare(
+    comparison: Comparison, store: Store, facts: dict[str, Any], console: Console
+) -> dict[str, Any]:
     """Run a Comparison and write the four files of a Store.
 
     facts: a dict that goes into the JSON as it is. Returns the run, a dict as in the JSON. When
@@ -22,7 +34,7 @@ def compare(comparison, store, facts, console):
     comparison.check_text()
     begun = time.monotonic()
 
-    def run():
+    def run() -> dict[str, Any]:
         seconds = time.monotonic() - begun
         return facts | comparison.describe() | {"seconds": round(seconds, 1)}
 
@@ -30,7 +42,7 @@ def compare(comparison, store, facts, console):
     console.print(f"Cells: {total}")
     with progress(console, total, "compare") as bar:
 
-        def after(cell):
+        def after(cell: dict[str, Any]) -> None:
             bar.step()
             if cell["role"] in (ROUTER, STATIC):
                 console.print(_line(cell))
@@ -48,7 +60,9 @@ def compare(comparison, store, facts, console):
     return _finish(comparison, run, store, console)
 
 
-def _finish(comparison, run, store, console):
+def _finish(
+    comparison: Comparison, run: Callable[[], dict[str, Any]], store: Store, console: Console
+) -> dict[str, Any]:
     comparison.analyse()
     result = run()
     store.save(result)
@@ -65,7 +79,7 @@ def _finish(comparison, run, store, console):
     return result
 
 
-def _line(cell):
+def _line(cell: dict[str, Any]) -> str:
     """What the console says of a finished cell."""
     about = f"{cell['table']}: " if cell["table"] else ""
     about += f"{cell['contender']}, {cell['allocation']}, budget {cell['budget']}"

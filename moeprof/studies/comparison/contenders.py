@@ -1,11 +1,25 @@
 """The routers that are compared, each with the null that it works on."""
 
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ...routers import REGISTRY, make_router
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ...checks import Tokenizer
+    from ...measure.passes import Pass
+    from ...null.model import Null
+    from ...routers.base import Router
+    from ...texts.documents import Text
+
 
 PRIMARY = "bh"  # BH on logprob under the fitted null: fixed before anything was run
 THRESHOLDS = ("fixed_p", "local_fdr")  # with a parameter per layer one rule, if lfdr is monotone
@@ -22,9 +36,9 @@ class Contender(NamedTuple):
     name: str
     router: str
     null: str | None = None
-    parameters: dict = {}  # never changed
+    parameters: dict[str, Any] = {}  # never changed
 
-    def make(self, max_k, weights):
+    def make(self, max_k: int, weights: NDArray[np.float64]) -> Router:
         """The router, its main parameter still to be set. weights: (L, E) for weighted_bh."""
         parameters = dict(self.parameters)
         if self.router == "weighted_bh":
@@ -55,7 +69,7 @@ CONTENDERS = (
 )
 
 
-def choose_contenders(names=None):
+def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
     """The contenders of these names, in the order of the tables; all of them for None.
 
     A router's own name stands for all of its contenders. ValueError for an unknown name and
@@ -79,23 +93,23 @@ class Nulls:
     given: the Null that stands for "efron", or None.
     """
 
-    model: object
-    tokenizer: object
-    documents: list
-    given: object = None
+    model: nn.Module
+    tokenizer: Tokenizer
+    documents: Sequence[Text]
+    given: Null | None = None
     progress: bool = False
-    fitted: dict = field(default_factory=dict)
+    fitted: dict[str, Null] = field(default_factory=dict)
 
-    def get(self, name):
+    def get(self, name: str | None) -> Null | None:
         """What `patch` takes as null= for a contender's null; None for None."""
         if name is None:
             return None
         if name not in self.fitted:
-            fit = name != EFRON or self.given is None
-            self.fitted[name] = self._fit(name) if fit else self.given
+            given = self.given if name == EFRON else None
+            self.fitted[name] = self._fit(name) if given is None else given
         return self.fitted[name]
 
-    def _fit(self, name):
+    def _fit(self, name: str) -> Null:
         from ...null.fitting import fit_null
 
         texts = [document.text for document in self.documents]
@@ -108,12 +122,12 @@ class Nulls:
             self.model, self.tokenizer, texts, kind=kind, score=score, progress=self.progress
         )
 
-    def describe(self):
+    def describe(self) -> dict[str, str]:
         """{name: in words} of those in use."""
         return {name: null.describe() for name, null in self.fitted.items()}
 
 
-def popularity(passed, top_k):
+def popularity(passed: Pass, top_k: int) -> NDArray[np.float64]:
     """(L, E) weights of mean 1 in each layer: how often the model's own top-k takes each expert.
 
     passed: a Pass of the unchanged model over the budget text.

@@ -4,10 +4,15 @@ Shuffled-k gives a router's own numbers of experts to other tokens; random R dra
 oracle looks at what the experts' outputs would be. All run as routers in Python.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...backends.ops import run_experts
 from ...backends.tables import WeightTable
@@ -16,10 +21,20 @@ from ...measure.routing import by_layer, choose
 from ...models.blocks import find_blocks, model_norm
 from ...routers import TopK
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+    from torch import nn
+
+    from ...null.resolve import AnyNull
+    from ...routers.base import Router
+    from ...texts.windows import HeldOut
+
+
+Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits (T,E): weights, expert ids
 ORACLE_PASSES = 4
 
 
-def reweigh(weights, kept, norm, mass=None):
+def reweigh(weights: Tensor, kept: Tensor, norm: str, mass: Tensor | None = None) -> Tensor:
     """Weights of the slots that are kept, 0 for the others; (T, k) both, float32.
 
     weights: softmax probabilities over all experts. norm: "none" leaves them, "sum" makes them
@@ -29,11 +44,14 @@ def reweigh(weights, kept, norm, mass=None):
     if norm == "none":
         return left
     total = left.double().sum(1, keepdim=True)
-    scale = (1.0 if norm == "sum" else mass.double()[:, None]) / total
+    share: Any = 1.0 if norm == "sum" else cast("Tensor", mass).double()[:, None]
+    scale = share / total
     return (left * scale).float()
 
 
-def with_counts(router, counts, *, null, norm, top_k):
+def with_counts(
+    router: Router, counts: NDArray[np.int32], *, null: AnyNull | None, norm: str, top_k: int
+) -> list[Route]:
     """Callables for `patch`, one a layer: the router's own order of experts, cut at given counts.
 
     router: a Router. counts: (L, T) integers from 1 to the router's max_k, for the tokens in the
@@ -43,14 +61,15 @@ def with_counts(router, counts, *, null, norm, top_k):
     layers = len(counts)
     pairs = by_layer(router, null, layers)
 
-    def one(layer):
+    def one(layer: int) -> Route:
         scalar, own = pairs[layer]
-        ordered = replace(scalar, min_k=scalar.max_k, max_k=scalar.max_k)
+        most = cast("int", scalar.max_k)  # `at` has set it
+        ordered = replace(scalar, min_k=most, max_k=most)
         if isinstance(scalar, TopK):
-            ordered = TopK(scalar.max_k, temperature=scalar.temperature)
+            ordered = TopK(most, temperature=scalar.temperature)
         position = 0
 
-        def route(logits):
+        def route(logits: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal position
             wanted = torch.from_numpy(counts[layer, position : position + len(logits)])
             position += len(logits)
@@ -66,13 +85,15 @@ def with_counts(router, counts, *, null, norm, top_k):
     return [one(layer) for layer in range(layers)]
 
 
-def shuffled(counts, seed):
+def shuffled(counts: NDArray[np.int32], seed: int | Sequence[int]) -> NDArray[np.int32]:
     """Counts (L, T) with each layer's own dealt out to its tokens anew, over the whole text."""
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(layer) for layer in counts])
 
 
-def random_counts(targets, tokens, max_k, seed):
+def random_counts(
+    targets: ArrayLike, tokens: int, max_k: int, seed: int | Sequence[int]
+) -> NDArray[np.int32]:
     """(L, T) draws of R = 1 + Binomial(max_k - 1, (B_l - 1)/(max_k - 1)), whose mean is B_l.
 
     targets: (L,) from 1 to max_k.
@@ -90,37 +111,39 @@ class Oracle:
     manager it sees the hidden states by a hook on each block.
     """
 
-    def __init__(self, model, norm="model"):
+    def __init__(self, model: nn.Module, norm: str = "model") -> None:
         self.model = model
         own, self.top_k = model_norm(model)
         self.norm, self.own_norm = own if norm == "model" else norm, own
         self.blocks = find_blocks(model)
-        self.sizes = [[] for _ in self.blocks]  # of the slots' outputs, (T, k) a call
-        self._hidden, self._hooks = [None] * len(self.blocks), []
+        # Of the slots' outputs, (T, k) a call.
+        self.sizes: list[list[Tensor]] = [[] for _ in self.blocks]
+        self._hidden: list[Any] = [None] * len(self.blocks)
+        self._hooks: list[Any] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Oracle:
         for index, block in enumerate(self.blocks):
             hook = self._keep(index)
             self._hooks.append(block.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _keep(self, index):
-        def keep(module, args, kwargs):
+    def _keep(self, index: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             self._hidden[index] = hidden.reshape(-1, hidden.shape[-1])
 
         return keep
 
-    def routers(self, thresholds):
+    def routers(self, thresholds: NDArray[np.float64]) -> list[Route]:
         """Callables for `patch`, one a layer; thresholds (L,)."""
         return [self._router(layer, float(tau)) for layer, tau in enumerate(thresholds)]
 
-    def _router(self, layer, tau):
-        def route(logits):
+    def _router(self, layer: int, tau: float) -> Route:
+        def route(logits: Tensor) -> tuple[Tensor, Tensor]:
             top = TopK(self.top_k)
             plain, experts, *_ = choose(top, logits, None, "none", self.top_k)
             own = reweigh(plain, experts >= 0, self.own_norm)
@@ -132,7 +155,7 @@ class Oracle:
 
         return route
 
-    def _sizes(self, layer, experts, weights):
+    def _sizes(self, layer: int, experts: Tensor, weights: Tensor) -> Tensor:
         """(T, k) norms of what each slot adds to the block's output."""
         block, x = self.blocks[layer], self._hidden[layer]
         matrices, _ = block.family.readable(block.module)
@@ -143,13 +166,21 @@ class Oracle:
         ]
         return torch.stack([slot.float().norm(dim=1) for slot in slots], dim=1)
 
-    def set_budget(self, text, targets, start=None, tolerance=0.01, step=lambda: None):
+    def set_budget(
+        self,
+        text: HeldOut,
+        targets: ArrayLike,
+        start: NDArray[np.float32] | None = None,
+        tolerance: float = 0.01,
+        step: Callable[[], object] = lambda: None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
         """(thresholds (L,), experts per token on the text (L,), sizes (L, T, k)).
 
         targets (L,), at most k: each layer's threshold is solved for on the sizes of the pass
         before (`start` is a neighbour's), and again, as the layers before change what it sees.
         """
-        targets, best = np.asarray(targets, float), None
+        targets = np.asarray(targets, float)
+        best: Any = None
         sizes = self._pass(text, np.zeros(len(targets)), step)[0] if start is None else start
         for _ in range(ORACLE_PASSES):
             pairs = zip(sizes, targets, strict=True)
@@ -162,20 +193,22 @@ class Oracle:
                 break
         return best[1:]
 
-    def _pass(self, text, thresholds, step):
+    def _pass(
+        self, text: HeldOut, thresholds: NDArray[np.float64], step: Callable[[], object]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         self.clear()
         passed = collect(self.model, text, self.routers(thresholds), norm=self.norm, step=step)
         sizes = np.stack([torch.cat(layer).numpy() for layer in self.sizes])
         self.clear()
         return sizes, passed.counts.mean(axis=1)
 
-    def clear(self):
+    def clear(self) -> None:
         """Forget the sizes of the passes so far."""
         for layer in self.sizes:
             layer.clear()
 
 
-def threshold_for(sizes, target):
+def threshold_for(sizes: NDArray[np.float32], target: float) -> float:
     """tau at which a token keeps `target` of its slots on average, one at least; sizes (T, k)."""
     tokens, k = sizes.shape
     rest = np.sort(sizes, axis=1)[:, : k - 1].ravel()  # the largest always stays

@@ -3,16 +3,27 @@
 A cell is a dict as in the JSON (see `runner`); its sums by document are in "by_document".
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ...measure.bootstrap import bootstrap
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from ...measure.bootstrap import Intervals
+
 
 STATIC, ROUTER, SHUFFLED, RANDOM, ORACLE = "static", "router", "shuffled", "random", "oracle"
 CONTRASTS = (("bh", "fixed_p"), ("bh", "bh (logit)"), ("bh", "bh (trimmed)"))
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 
 
-def interpolate(curve, at):
+def interpolate(curve: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
     """Values at `at` (B, M) of curves (B, K) with knots 1, 2, ..., K; flat beyond their ends."""
     knots = curve.shape[1]
     at = np.clip(at, 1, knots)
@@ -30,15 +41,22 @@ class Table:
     k = 1, ..., K in every layer. predicted, tokens: (D,); groups: (D,) domains.
     """
 
-    def __init__(self, cells, curve, predicted, tokens, groups):
+    def __init__(
+        self,
+        cells: list[dict[str, Any]],
+        curve: list[dict[str, Any]],
+        predicted: ArrayLike,
+        tokens: ArrayLike,
+        groups: ArrayLike,
+    ) -> None:
         self.cells, self.curve = cells, curve
         self.predicted, self.tokens = np.asarray(predicted), np.asarray(tokens)
         self.groups = np.unique(groups, return_inverse=True)[1]
 
-    def _sums(self, cells, field):
+    def _sums(self, cells: list[dict[str, Any]], field: str) -> NDArray[np.float64]:
         return np.array([cell["by_document"][field] for cell in cells], float).T  # (D, M)
 
-    def effects(self, weights, field):
+    def effects(self, weights: NDArray[np.float64], field: str) -> NDArray[np.float64]:
         """(B, M) mean of a field per predicted token, less that of static top-k at equal experts.
 
         weights: (B, D), how often each document counts.
@@ -49,7 +67,7 @@ class Table:
         curve = weights @ self._sums(self.curve, field) / predicted[:, None]
         return means - interpolate(curve, experts)
 
-    def pairs(self):
+    def pairs(self) -> list[tuple[int, int, str]]:
         """[(i, j, name)] of cells whose effects are compared: a router with its shuffle, with
         other routers, and where the layers' budgets differ with static top-k on the same ones."""
         place = {key(cell): i for i, cell in enumerate(self.cells)}
@@ -67,7 +85,7 @@ class Table:
                     found.append((i, j, name))
         return found
 
-    def analyse(self, seed=0):
+    def analyse(self, seed: int = 0) -> None:
         """Write "effect" {field: interval} and "against" {other: interval of KL} into the cells.
 
         The bands of KL hold together over all effects, shuffles and contrasts of the table; those
@@ -77,7 +95,7 @@ class Table:
         first, second = (np.array([pair[side] for pair in pairs], int) for side in (0, 1))
         for field in ("kl", "nats", "agree"):
 
-            def statistic(weights, field=field):
+            def statistic(weights: NDArray[np.float64], field: str = field) -> NDArray[np.float64]:
                 effects = self.effects(weights, field)
                 if field != "kl":
                     return effects
@@ -92,24 +110,24 @@ class Table:
                 self.cells[i].setdefault("against", {})[name] = interval(intervals, place)
 
 
-def key(cell):
+def key(cell: dict[str, Any]) -> frozenset[tuple[str, Any]]:
     """What identifies a cell within its table."""
     return frozenset((name, cell[name]) for name in ("role", "contender", "allocation", "budget"))
 
 
-def interval(intervals, at):
+def interval(intervals: Intervals, at: int) -> dict[str, float]:
     """One statistic of bootstrap Intervals as a dict of plain numbers."""
     return {name: float(values[at]) for name, values in intervals._asdict().items()}
 
 
-def verdict(effect):
+def verdict(effect: Mapping[str, float]) -> str:
     """BETTER where the whole band is below 0, WORSE where it is above, UNDECIDED otherwise."""
     if effect["band_high"] < 0:
         return BETTER
     return WORSE if effect["band_low"] > 0 else UNDECIDED
 
 
-def adaptive(cell):
+def adaptive(cell: dict[str, Any]) -> bool | None:
     """Whether the router beats its own numbers of experts dealt to other tokens; None: not run."""
     against = cell.get("against", {}).get(SHUFFLED)
     return None if against is None else verdict(against) == BETTER

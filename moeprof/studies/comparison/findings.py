@@ -1,5 +1,10 @@
 """What a comparison says, in sentences; every number and every verdict is computed."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 from .contenders import PRIMARY, THRESHOLDS
@@ -25,12 +30,12 @@ OTHERS = {
 class View:
     """The cells of a run (a dict as in the JSON), to be asked for."""
 
-    def __init__(self, run):
+    def __init__(self, run: dict[str, Any]) -> None:
         self.run = run
         self.tables = {plan["name"]: plan for plan in run["tables"]}
         self.contenders = [c["name"] for c in run["contenders"]]
 
-    def cells(self, **wanted):
+    def cells(self, **wanted: Any) -> list[dict[str, Any]]:
         """Measured cells with these values."""
         return [
             cell
@@ -38,30 +43,30 @@ class View:
             if cell["status"] == "measured" and all(cell[k] == v for k, v in wanted.items())
         ]
 
-    def cell(self, **wanted):
+    def cell(self, **wanted: Any) -> dict[str, Any] | None:
         """The one of them, or None."""
         return next(iter(self.cells(**wanted)), None)
 
-    def budgets(self, table):
+    def budgets(self, table: str) -> list[int]:
         """The budgets to speak of: those fixed before, or the middle one of the table."""
         there = self.tables[table]["budgets"]
         fixed = [budget for budget in PRIMARY_BUDGETS if budget in there]
         return fixed or [there[len(there) // 2]]
 
-    def count(self, cells) -> str:
+    def count(self, cells: list[dict[str, Any]]) -> str:
         """ "2 of 18 routers": of all that are compared, whether or not they reach the budget."""
         return f"{len({cell['contender'] for cell in cells})} of {len(self.contenders)} routers"
 
-    def unreached(self, cells) -> int:
+    def unreached(self, cells: list[dict[str, Any]]) -> int:
         """Routers without one of these cells."""
         return len(self.contenders) - len({cell["contender"] for cell in cells})
 
     @property
-    def outside(self):
+    def outside(self) -> list[dict[str, Any]]:
         return [cell for cell in self.run["cells"] if cell["status"] == "outside"]
 
 
-def findings(run):
+def findings(run: dict[str, Any]) -> list[str]:
     """A list of sentences on a run whose cells have their effects."""
     view = View(run)
     lines = [*_primary(view)]
@@ -81,7 +86,7 @@ def findings(run):
     return lines
 
 
-def signed(effect, form="+.4f"):
+def signed(effect: Mapping[str, float], form: str = "+.4f") -> str:
     """ "-0.0123 (95 % interval -0.0140 to -0.0106; band -0.0160 to -0.0086)"; see INTERVALS."""
     value, low, high, band_low, band_high = (
         format(effect[name], form) for name in ("estimate", "low", "high", "band_low", "band_high")
@@ -89,7 +94,7 @@ def signed(effect, form="+.4f"):
     return f"{value} (95 % interval {low} to {high}; band {band_low} to {band_high})"
 
 
-def _primary(view):
+def _primary(view: View) -> Iterator[str]:
     for table in (REDUCTION, WIDE):
         if table in view.tables:
             break
@@ -110,7 +115,7 @@ def _primary(view):
         )
 
 
-def _ranking(view, table):
+def _ranking(view: View, table: str) -> Iterator[str]:
     for budget in view.budgets(table):
         cells = view.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
         if not cells:
@@ -137,12 +142,12 @@ def _ranking(view, table):
         )
 
 
-def _names(cells, order=()):
+def _names(cells: list[dict[str, Any]], order: Sequence[dict[str, Any]] = ()) -> str:
     ranked = [cell for cell in order if any(cell is other for other in cells)] or cells
     return ", ".join(dict.fromkeys(cell["contender"] for cell in ranked))
 
 
-def _adaptivity(view):
+def _adaptivity(view: View) -> Iterator[str]:
     compared = [c for c in view.cells(role=ROUTER) if SHUFFLED in c.get("against", {})]
     if not compared:
         return
@@ -153,7 +158,7 @@ def _adaptivity(view):
             "numbers of experts dealt to other tokens (shuffled-k): which tokens get more matters."
         )
         return
-    where = {}
+    where: dict[tuple[str, str], list[str]] = {}
     for cell in silent:
         worse = verdict(cell["against"][SHUFFLED]) == WORSE
         place = f"{cell['table']}, {cell['allocation']}" + (", worse than shuffled" * worse)
@@ -168,7 +173,7 @@ def _adaptivity(view):
     )
 
 
-def _contrasts(view):
+def _contrasts(view: View) -> Iterator[str]:
     for table in view.tables:
         for other, meaning in OTHERS.items():
             parts = []
@@ -187,7 +192,7 @@ def _contrasts(view):
                 yield f"BH less {meaning} (table {table}): {', '.join(parts)}."
 
 
-def _thresholds(view):
+def _thresholds(view: View) -> Iterator[str]:
     one, other = THRESHOLDS
     gaps = []
     for cell in view.cells(role=ROUTER, contender=one, allocation="equal"):
@@ -210,7 +215,7 @@ def _thresholds(view):
         )
 
 
-def _allocation(view):
+def _allocation(view: View) -> Iterator[str]:
     for table in view.tables:
         static = view.cells(role=STATIC, table=table, allocation="free")
         if not static:
@@ -231,10 +236,10 @@ def _allocation(view):
         )
 
 
-def _shared(view):
+def _shared(view: View) -> Iterator[str]:
     for table in view.tables:
         for budget in view.budgets(table):
-            both = [
+            both: list[Any] = [
                 view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation=a, budget=budget)
                 for a in ("shared", "equal")
             ]
@@ -248,10 +253,10 @@ def _shared(view):
                 )
 
 
-def _bounds(view):
+def _bounds(view: View) -> Iterator[str]:
     for table in view.tables:
         for budget in view.budgets(table):
-            found = {
+            found: dict[str, Any] = {
                 role: view.cell(role=role, table=table, allocation="equal", budget=budget)
                 for role in (ORACLE, RANDOM)
             }
@@ -270,7 +275,7 @@ def _bounds(view):
             yield text + "."
 
 
-def _wide(view):
+def _wide(view: View) -> Iterator[str]:
     if WIDE not in view.tables:
         return
     top_k = view.run["model_config"]["num_experts_per_tok"]
@@ -301,13 +306,13 @@ def _wide(view):
         )
 
 
-def _speed(view):
+def _speed(view: View) -> Iterator[str]:
     for table in view.tables:
         budget = view.budgets(table)[0]
         cell = view.cell(
             role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget
         )
-        static = next((c for c in view.run["static"] if c["budget"] == budget), {})
+        static: dict[str, Any] = next((c for c in view.run["static"] if c["budget"] == budget), {})
         if cell and cell.get("tokens_per_s") and static.get("tokens_per_s"):
             yield (
                 f"Decoding one token at a time at a budget of {budget}: {cell['tokens_per_s']:.0f} "
@@ -316,11 +321,11 @@ def _speed(view):
             )
 
 
-def _outside(view):
+def _outside(view: View) -> Iterator[str]:
     routers = [cell for cell in view.outside if cell["role"] == ROUTER]
     if not routers:
         return
-    where = {}
+    where: dict[tuple[str, str, str], list[str]] = {}
     for cell in routers:
         place = cell["contender"], cell["table"], cell["allocation"]
         where.setdefault(place, []).append(str(cell["budget"]))

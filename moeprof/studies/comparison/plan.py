@@ -1,5 +1,8 @@
 """Which cells there are: tables, budgets, and how a budget is spread over the layers."""
 
+from __future__ import annotations
+
+from collections.abc import Collection
 from typing import NamedTuple
 
 REDUCTION, WIDE = "reduction", "wide"
@@ -19,11 +22,16 @@ class TablePlan(NamedTuple):
 
     name: str
     max_k: int
-    budgets: tuple
-    allocations: tuple
+    budgets: tuple[int, ...]
+    allocations: tuple[str, ...]
 
 
-def plan_tables(top_k, num_experts, names=TABLES, budgets=None):
+def plan_tables(
+    top_k: int,
+    num_experts: int,
+    names: Collection[str] = TABLES,
+    budgets: Collection[int] | None = None,
+) -> list[TablePlan]:
     """The TablePlans of a model that takes top_k of num_experts experts.
 
     "reduction": budgets 2 to k - 1; "wide": 2 to k. budgets: only these of them. ValueError

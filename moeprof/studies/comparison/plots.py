@@ -1,11 +1,23 @@
 """The figure: KL and effects against experts, and every router's effect at one budget."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
-from ...show.figures import COLOURS, line_styles
+from ...show.figures import COLOURS, line_styles, pads
 from .contenders import PRIMARY
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, adaptive, verdict
 from .findings import View
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from .findings import View
+
 
 GREY, DARK = "#bbbbbb", "#555555"
 LINEAR, TICKS = 5, (5, 10, 30, 100, 300, 1000)  # of the axes, in nats/1000
@@ -14,7 +26,7 @@ LINE = 0.034  # of the panel's height: from one name beside a line to the next
 CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs)")}
 
 
-def figure(run):
+def figure(run: dict[str, Any]) -> Figure:
     """A matplotlib Figure of a run (a dict as in the JSON), 1,600 px wide when saved.
 
     A row a table: effects against experts with bands, and all routers at one budget. The user's
@@ -25,7 +37,7 @@ def figure(run):
     view = View(run)
     tables = [name for name in view.tables if view.cells(table=name)]
     fig = Figure(figsize=(16, 7.2 * max(len(tables), 1)), dpi=100, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.15, h_pad=0.35)  # room for the titles
+    pads(fig, 0.15, 0.35)  # room for the titles
     if not tables:
         fig.text(0.5, 0.5, "no router has finished", ha="center", size=14)
         return fig
@@ -37,7 +49,7 @@ def figure(run):
     return fig
 
 
-def _title(axis, headline, detail):
+def _title(axis: Axes, headline: str, detail: str) -> None:
     pad = 26 + 16 * detail.count("\n")
     axis.set_title(headline, loc="left", size=15, weight="bold", pad=pad).set_in_layout(False)
     # Long lines must not make the axes narrower.
@@ -45,16 +57,21 @@ def _title(axis, headline, detail):
     text.set_in_layout(False)
 
 
-def _line(view, table, role, contender):
+def _line(
+    view: View, table: str, role: str, contender: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """(experts, effect, band low, band high), of the budgets in every layer; (0,) if none."""
     cells = view.cells(table=table, allocation="equal", role=role, contender=contender)
     cells.sort(key=lambda cell: cell["average_k"])
     effects = [cell["effect"]["kl"] for cell in cells]
-    ends = ([effect[end] for effect in effects] for end in ("estimate", "band_low", "band_high"))
-    return (np.array([cell["average_k"] for cell in cells]), *map(np.array, ends))
+    estimate, low, high = (
+        np.array([effect[end] for effect in effects])
+        for end in ("estimate", "band_low", "band_high")
+    )
+    return np.array([cell["average_k"] for cell in cells]), estimate, low, high
 
 
-def _highlighted(view, table):
+def _highlighted(view: View, table: str) -> list[str]:
     """Names in colour: BH, then those with the lowest effects, then that with the highest.
 
     By the mean of KL over static's, so that small budgets don't decide alone; only routers that
@@ -67,18 +84,18 @@ def _highlighted(view, table):
         for name, (experts, effect, _, _) in lines.items()
         if len(experts) == most and most
     }
-    order = sorted((name for name in score if name != PRIMARY), key=score.get)
+    order = sorted((name for name in score if name != PRIMARY), key=score.__getitem__)
     chosen = order if len(order) <= SHOWN else [*order[: SHOWN - 1], order[-1]]
     own = [PRIMARY] if len(lines.get(PRIMARY, ((),))[0]) else []
     return own + chosen
 
 
-def _static(view):
+def _static(view: View) -> tuple[list[int], list[float]]:
     curve = view.run["static"]
     return [cell["budget"] for cell in curve], [cell["kl"] for cell in curve]
 
 
-def _curves(axis, view, table, coloured):
+def _curves(axis: Axes, view: View, table: str, coloured: list[str]) -> None:
     """Effects against experts: static top-k is the line at 0."""
     for name in (name for name in view.contenders if name not in coloured):
         experts, effect, _, _ = _line(view, table, ROUTER, name)
@@ -119,7 +136,7 @@ def _curves(axis, view, table, coloured):
     )
 
 
-def _scale(axis, name, values):
+def _scale(axis: Axes, name: str, values: NDArray[np.float64]) -> None:
     """Linear around 0, logarithmic beyond: effects at many and at few experts are both seen."""
     getattr(axis, f"set_{name}scale")("symlog", linthresh=LINEAR, linscale=0.6)
     reached = np.abs(values).max(initial=LINEAR)
@@ -130,7 +147,7 @@ def _scale(axis, name, values):
     getattr(axis, f"set_{name}ticks")([], minor=True)
 
 
-def _headline(view, table):
+def _headline(view: View, table: str) -> str:
     cells = view.cells(table=table, allocation="equal", role=ROUTER)
     won = {cell["contender"] for cell in cells if verdict(cell["effect"]["kl"]) == BETTER}
     everywhere = [
@@ -144,9 +161,10 @@ def _headline(view, table):
     return f"{counted} beat static top-k somewhere, {len(everywhere)} always"
 
 
-def _name_lines(axis):
+def _name_lines(axis: Axes) -> None:
     """Each line's name at its right end, moved up or down where names would overlap."""
-    lines = [line for line in axis.lines if len(line.get_xdata()) and line.get_label()[0] != "_"]
+    drawn: list[Any] = list(axis.lines)
+    lines = [line for line in drawn if len(line.get_xdata()) and line.get_label()[0] != "_"]
     place = axis.transData + axis.transAxes.inverted()
     ends = [place.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
     order = np.argsort([y for _, y in ends], kind="stable")
@@ -172,7 +190,7 @@ def _name_lines(axis):
         )
 
 
-def _apart(heights, least):
+def _apart(heights: NDArray[np.float64], least: float) -> NDArray[np.float64]:
     """Ascending heights (N,), moved as little as a few passes can to be `least` apart."""
     made = heights.astype(float).copy()
     for _ in range(200):
@@ -186,7 +204,7 @@ def _apart(heights, least):
     return made
 
 
-def _forest(axis, view, table):
+def _forest(axis: Axes, view: View, table: str) -> None:
     """Every router's effect at one budget, with band and interval, best first."""
     budget = view.budgets(table)[0]
     cells = [
@@ -195,7 +213,7 @@ def _forest(axis, view, table):
         for cell in view.cells(table=table, allocation="equal", role=role, budget=budget)
     ]
     free = view.cell(table=table, allocation="free", role=STATIC, budget=budget)
-    cells = sorted(cells + [free] * bool(free), key=lambda c: c["effect"]["kl"]["estimate"])
+    cells = sorted([*cells, free] if free else cells, key=lambda c: c["effect"]["kl"]["estimate"])
     labels = []
     for place, cell in enumerate(cells):
         effect = {name: 1e3 * value for name, value in cell["effect"]["kl"].items()}

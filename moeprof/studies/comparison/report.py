@@ -1,9 +1,18 @@
 """The report in Markdown, and the tables on the console; `findings` writes the sentences."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
 from ...measure.machine import in_one_line
 from .contenders import LEFT_OUT
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, WORSE, adaptive, verdict
 from .findings import INTERVALS, NO_ADAPTIVITY, View, findings
+
+if TYPE_CHECKING:
+    from .findings import View
+
 
 FIGURE = "comparison.png"
 ALLOCATION = {
@@ -20,7 +29,7 @@ LEGEND = (
 )
 
 
-def report(run):
+def report(run: dict[str, Any]) -> str:
     """Markdown of a run (a dict as in the JSON) whose cells have their effects."""
     view = View(run)
     parts = ["# Routers at an equal budget of experts", *_status(run)]
@@ -40,23 +49,23 @@ def report(run):
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _bullets(lines):
+def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _markdown(head, rows):
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _status(run):
+def _status(run: dict[str, Any]) -> Iterator[str]:
     done, planned = len(run["static"]) + len(run["cells"]), run["planned_cells"]
     yield f"`{run['command']}`"
     if done < planned:
         yield f"**Interrupted: {done} of {planned} cells were finished.**"
 
 
-def _protocol(run):
+def _protocol(run: dict[str, Any]) -> Iterator[str]:
     size, splits = run["model_config"], run["splits"]
     test = splits["test"]
     domains = sorted({document["domain"] for document in test})
@@ -101,7 +110,9 @@ def _protocol(run):
 # ---- rows of tables ----
 
 
-def effect_rows(view, table, allocation):
+def effect_rows(
+    view: View, table: str, allocation: str
+) -> tuple[list[str], list[list[str]]] | None:
     """(head, rows): a row a router, a column a budget; None without a measured cell."""
     plan = view.tables[table]
     names = [("top-k", STATIC)] if allocation == "free" else []
@@ -121,12 +132,12 @@ def effect_rows(view, table, allocation):
     return ["router", *(f"{budget}" for budget in plan["budgets"])], rows
 
 
-def _was_tried(view, table, allocation, name):
+def _was_tried(view: View, table: str, allocation: str, name: str) -> bool:
     wanted = table, allocation, name
     return any((c["table"], c["allocation"], c["contender"]) == wanted for c in view.outside)
 
 
-def _effect(cell):
+def _effect(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
     effect = cell["effect"]["kl"]
@@ -136,7 +147,7 @@ def _effect(cell):
     return f"{1e3 * effect['estimate']:+.1f}{mark}"
 
 
-def detail_rows(view, table, budget):
+def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[list[str]]] | None:
     """(head, rows) of all measures at one budget in every layer, the best effect first."""
     cells = [
         cell
@@ -192,7 +203,7 @@ def detail_rows(view, table, budget):
     return head, rows
 
 
-def _against(against):
+def _against(against: Mapping[str, Any] | None) -> str:
     if against is None:
         return ""
     ends = f"{against['band_low']:+.4f} to {against['band_high']:+.4f}"
@@ -201,12 +212,12 @@ def _against(against):
     return f"{text}: {NO_ADAPTIVITY}" if silent else text
 
 
-def _speed(cell):
+def _speed(cell: Mapping[str, Any]) -> str:
     speed = cell.get("tokens_per_s")
     return "" if speed is None else f"{speed:.0f}"
 
 
-def _outside(view):
+def _outside(view: View) -> Iterator[str]:
     if not view.outside:
         return
     lines = [
@@ -221,7 +232,7 @@ def _outside(view):
 # ---- on the console ----
 
 
-def console_tables(run):
+def console_tables(run: dict[str, Any]) -> Iterator[Any]:
     """Titles and rich tables of at most 100 columns: the effects, then what was fixed before."""
     from rich import box
     from rich.table import Table

@@ -14,8 +14,14 @@ A cell is a dict of plain values, as it stands in the JSON:
     tokens_per_s : of decoding
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from ...checks import check_token_ids
 from ...measure.passes import Reference, collect
@@ -29,6 +35,21 @@ from .controls import Oracle, random_counts, shuffled, with_counts
 from .effects import ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, Table
 from .speed import decode_speeds
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from ...null.layers import TokenNull
+    from ...null.model import Null
+    from ...null.resolve import AnyNull
+    from ...routers.base import Router
+    from ..budget.setting import Setting
+    from .contenders import Contender
+    from .controls import Route
+    from .plan import TablePlan
+    from .splits import Splits
+
+
 MAX_PASSES = 3  # of the budget text for a cell, after a warm start
 
 
@@ -41,20 +62,22 @@ class Comparison:
     top-k with k = 1, 2, ... in every layer. `after` is called with each finished cell.
     """
 
-    model: object
-    splits: object
+    model: nn.Module
+    splits: Splits
     nulls: Nulls
-    contenders: list
-    plans: list
-    prompts: list
+    contenders: list[Contender]
+    plans: list[TablePlan]
+    prompts: list[Tensor]
     seed: int = 0
-    after: object = lambda cell: None
-    cells: list = field(default_factory=list)
-    static: list = field(default_factory=list)
-    sensitivity: object = None  # (L, K) nats per token, k = 1 to K
-    _patches: dict = field(default_factory=dict)  # id(cell): (router, null), for the speed
+    after: Callable[[dict[str, Any]], object] = lambda cell: None
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    static: list[dict[str, Any]] = field(default_factory=list)
+    sensitivity: NDArray[np.float64] | None = None  # (L, K) nats per token, k = 1 to K
+    _patches: dict[int, tuple[Any, AnyNull | None]] = field(
+        default_factory=dict
+    )  # id(cell): (router, null), for the speed
 
-    def steps(self):
+    def steps(self) -> int:
         """How many cells there will be; what turns out of reach has no shuffle."""
         most = max(plan.max_k for plan in self.plans)
         total = most
@@ -66,12 +89,12 @@ class Comparison:
         outside = [c for c in self.cells if c["role"] == ROUTER and c["status"] == "outside"]
         return total - sum(cell["allocation"] != "shared" for cell in outside)
 
-    def check_text(self):
+    def check_text(self) -> None:
         """ValueError for a token that the model has no embedding for."""
         windows = (*self.splits.budget.windows, *self.splits.test.windows)
         check_token_ids(self.model, [*(window.ids for window in windows), *self.prompts])
 
-    def run(self):
+    def run(self) -> None:
         """Measure everything; what is finished stays in `cells` whatever interrupts it."""
         self._prepare()
         for plan in self.plans:
@@ -81,7 +104,7 @@ class Comparison:
                     self._contender(plan, contender, allocation)
         decode_speeds(self.model, self.prompts, self._timed(), seed=self.seed)
 
-    def _prepare(self):
+    def _prepare(self) -> None:
         """What all tables need: the reference, the static curve, the split over the layers."""
         self.norm, self.top_k = model_norm(self.model)
         self.reference = Reference(self.model, self.splits.test)
@@ -103,17 +126,19 @@ class Comparison:
             ks = range(1, most + 1)
             self.sensitivity = sensitivity(self.model, self.splits.budget, ks)
 
-    def _targets(self, plan, allocation, budget):
+    def _targets(self, plan: TablePlan, allocation: str, budget: int) -> float | list[float]:
         """(L,) experts of each layer; one number for "shared"."""
         if allocation == "shared":
             return float(budget)
         if allocation == "equal":
             return [float(budget)] * self.layers
         ks = range(1, plan.max_k + 1)
-        costs = self.sensitivity[:, : plan.max_k]
+        costs = cast("NDArray[np.float64]", self.sensitivity)[:, : plan.max_k]
         return [float(k) for k in allocate(costs, list(ks), budget * self.layers)]
 
-    def _cell(self, plan, role, contender, allocation, budget):
+    def _cell(
+        self, plan: TablePlan, role: str, contender: str, allocation: str, budget: int
+    ) -> dict[str, Any]:
         targets = self._targets(plan, allocation, budget)
         return {
             "table": plan.name,
@@ -124,7 +149,13 @@ class Comparison:
             "targets": targets,
         }
 
-    def _measure(self, cell, router, null, into=None):
+    def _measure(
+        self,
+        cell: dict[str, Any],
+        router: Any,
+        null: AnyNull | None,
+        into: list[dict[str, Any]] | None = None,
+    ) -> NDArray[np.int32]:
         """Run the test text and keep the cell; returns its counts (L, T)."""
         quality = self.reference.measure(router, null=null)
         predicted = quality.predicted.sum()
@@ -150,16 +181,16 @@ class Comparison:
         self._keep(cell, into)
         return quality.counts
 
-    def _max_k(self, cell, most):
+    def _max_k(self, cell: dict[str, Any], most: int) -> int:
         return next((p.max_k for p in self.plans if p.name == cell["table"]), most)
 
-    def _keep(self, cell, into=None):
+    def _keep(self, cell: dict[str, Any], into: list[dict[str, Any]] | None = None) -> None:
         (self.cells if into is None else into).append(cell)
         self.after(cell)
 
     # ---- controls that belong to no router ----
 
-    def _controls(self, plan):
+    def _controls(self, plan: TablePlan) -> None:
         for allocation in plan.allocations:
             if allocation == "shared":
                 continue
@@ -171,14 +202,14 @@ class Comparison:
                 self._random(plan, allocation, budget)
             self._oracle(plan, allocation)
 
-    def _random(self, plan, allocation, budget):
+    def _random(self, plan: TablePlan, allocation: str, budget: int) -> None:
         cell = self._cell(plan, RANDOM, "random R", allocation, budget)
         tokens = self.splits.test.tokens
         counts = random_counts(cell["targets"], tokens, plan.max_k, [self.seed, 2, budget])
         router = TopK(plan.max_k)
         self._measure(cell, self._cut(router, counts, None), None)
 
-    def _oracle(self, plan, allocation):
+    def _oracle(self, plan: TablePlan, allocation: str) -> None:
         start = None
         for budget in plan.budgets:
             cell = self._cell(plan, ORACLE, "oracle", allocation, budget)
@@ -199,12 +230,12 @@ class Comparison:
                 }
                 self._measure(cell, oracle.routers(thresholds), None)
 
-    def _cut(self, router, counts, null):
+    def _cut(self, router: Router, counts: NDArray[np.int32], null: AnyNull | None) -> list[Route]:
         return with_counts(router, counts, null=null, norm=self.norm, top_k=self.top_k)
 
     # ---- routers ----
 
-    def _contender(self, plan, contender, allocation):
+    def _contender(self, plan: TablePlan, contender: Contender, allocation: str) -> None:
         """All budgets of one router, from few experts to many, each a warm start for the next."""
         router = contender.make(plan.max_k, self.weights)
         null = resolve(router, self.nulls.get(contender.null))
@@ -220,7 +251,13 @@ class Comparison:
             if allocation != "shared":
                 self._shuffled(cell, start.router, null, counts)
 
-    def _set(self, router, null, cell, start):
+    def _set(
+        self,
+        router: Router,
+        null: Null | TokenNull | None,
+        cell: dict[str, Any],
+        start: Setting | None,
+    ) -> Setting:
         """The Setting at the cell's targets; the stock model's pass serves all routers."""
         setting, shortfall = find(
             router,
@@ -242,7 +279,9 @@ class Comparison:
         }
         return setting
 
-    def _shuffled(self, cell, router, null, counts):
+    def _shuffled(
+        self, cell: dict[str, Any], router: Router, null: AnyNull | None, counts: NDArray[np.int32]
+    ) -> None:
         control = {
             name: cell[name] for name in ("table", "contender", "allocation", "budget", "targets")
         }
@@ -251,12 +290,12 @@ class Comparison:
 
     # ---- what comes of it ----
 
-    def _timed(self):
+    def _timed(self) -> list[tuple[dict[str, Any], Any, AnyNull | None]]:
         """[(cell, router, null)] whose decode speed is taken."""
         cells = [*self.static, *self.cells]
         return [(cell, *self._patches[id(cell)]) for cell in cells if id(cell) in self._patches]
 
-    def analyse(self):
+    def analyse(self) -> None:
         """Effects and their intervals, into the cells of every table that has some."""
         for plan in self.plans:
             curve = self.static[: plan.max_k]
@@ -265,7 +304,7 @@ class Comparison:
                 table = Table(cells, curve, self.predicted, self.tokens, self.splits.domains)
                 table.analyse(self.seed)
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """The part of the JSON that is not about the machine: splits, nulls, plan, cells."""
         documents = {part: getattr(self.splits, part).documents for part in ("budget", "test")}
         return {

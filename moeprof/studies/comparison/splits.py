@@ -1,10 +1,18 @@
 """Three texts that share no document: for the null, for the budgets, for the test."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from ... import demo
 from ...texts.documents import EXPECTED
 from ...texts.windows import HeldOut, heldout_windows
+
+if TYPE_CHECKING:
+    from ...checks import Tokenizer
+    from ...texts.documents import Document, Text
+
 
 WINDOW = 128  # tokens: one window of each document, so that many documents have their say
 BUDGET_TOKENS, TEST_TOKENS = 8192, 16384  # on the demo's text: every document of both
@@ -19,24 +27,25 @@ class Splits(NamedTuple):
     test : HeldOut, read once with every cell and never before
     """
 
-    null: list
+    null: Sequence[Text]
     budget: HeldOut
     test: HeldOut
 
     @property
-    def domains(self):
+    def domains(self) -> list[str]:
         """(D,) the domain of each test document."""
         return [document["domain"] for document in self.test.documents]
 
 
-def split_documents(documents):
+def split_documents(documents: Iterable[Text]) -> dict[str, list[Text]]:
     """{"null", "budget", "test": documents}: a quarter, a quarter and half of every domain.
 
     Of documents with the same text the first one counts: a copy could be in two parts.
     Raises ValueError, saying what is expected, where a domain has fewer than four documents.
     """
-    parts, seen = {"null": [], "budget": [], "test": []}, {}
-    different = {}
+    parts: dict[str, list[Text]] = {"null": [], "budget": [], "test": []}
+    seen: dict[str, int] = {}
+    different: dict[str, Text] = {}
     for document in documents:
         different.setdefault(document.text, document)
     for document in different.values():
@@ -52,21 +61,26 @@ def split_documents(documents):
     return parts
 
 
-def demo_documents():
+def demo_documents() -> dict[str, list[Document]]:
     """The same of the text that ships: calibration documents in halves, all held-out ones."""
     null, budget = demo.calibration_halves()
     return {"null": null, "budget": budget, "test": demo.heldout_documents()}
 
 
 def make_splits(
-    tokenizer, documents, *, budget_tokens=BUDGET_TOKENS, test_tokens=TEST_TOKENS, seed=0
-):
+    tokenizer: Tokenizer,
+    documents: Mapping[str, Sequence[Text]],
+    *,
+    budget_tokens: int = BUDGET_TOKENS,
+    test_tokens: int = TEST_TOKENS,
+    seed: int = 0,
+) -> Splits:
     """Splits of what `split_documents` or `demo_documents` gave; windows of 128 tokens.
 
     One window of each document before a second of any, domains in turns; `seed` chooses them.
     """
 
-    def windows(part, tokens):
+    def windows(part: str, tokens: int) -> HeldOut:
         return heldout_windows(tokenizer, documents[part], tokens, seed, window=WINDOW, whole=True)
 
     budget, test = windows("budget", budget_tokens), windows("test", test_tokens)

@@ -1,11 +1,21 @@
 """The files of a comparison; each appears whole or not at all."""
 
+from __future__ import annotations
+
 import io
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, check_folder, finite, write_whole
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
 
 EVERY = 15  # seconds between two writes of the raw results
 DIGITS = 6  # of sums over a document's tokens in the JSON
@@ -38,7 +48,7 @@ class Store:
     OSError, before anything is run, when it can't be made or written to.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
         self.folder = folder
         self.json = folder / "comparison.json"
@@ -49,15 +59,15 @@ class Store:
         self._written = time.monotonic()
 
     @property
-    def files(self):
+    def files(self) -> tuple[Path, ...]:
         return self.json, self.csv, self.report, self.figure
 
-    def save_now_and_then(self, run):
+    def save_now_and_then(self, run: Callable[[], dict[str, Any]]) -> None:
         """`save`, unless it was just done. run: a function that gives the run."""
         if time.monotonic() - self._written >= EVERY:
             self.save(run())
 
-    def save(self, run):
+    def save(self, run: dict[str, Any]) -> None:
         """Write JSON and CSV of a run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(finite(rounded(run)), ensure_ascii=False, allow_nan=False)
@@ -65,7 +75,7 @@ class Store:
         write_whole(self.csv, as_csv(frame(run)))
         self._written = time.monotonic()
 
-    def save_report(self, text, figure):
+    def save_report(self, text: str, figure: Figure) -> None:
         """Write the report (Markdown) and the figure (matplotlib) as a PNG."""
         image = io.BytesIO()
         figure.savefig(image, format="png")
@@ -73,10 +83,10 @@ class Store:
         write_whole(self.report, text.encode())
 
 
-def rounded(run):
+def rounded(run: dict[str, Any]) -> dict[str, Any]:
     """The run with the sums by document to six digits: they are most of the file."""
 
-    def cell(values):
+    def cell(values: dict[str, Any]) -> dict[str, Any]:
         if "by_document" not in values:
             return values
         sums = {
@@ -88,7 +98,7 @@ def rounded(run):
     return run | {name: [cell(values) for values in run[name]] for name in ("static", "cells")}
 
 
-def frame(run):
+def frame(run: dict[str, Any]) -> pandas.DataFrame:
     """A pandas table with a row for each cell, the intervals of the effects in columns."""
     import pandas
 

@@ -7,7 +7,10 @@ document share a pass. A change acts on one layer; the deeper layers route what 
 them, as they do in use.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +20,16 @@ from ...models.blocks import experts_of, find_blocks, model_norm
 from ...models.decoding import cache_of, decode
 from ...patching.patch import patch
 from ...texts.windows import HeldOut
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from ...null.layers import LayerNull, TokenNull
+    from ...null.resolve import AnyNull
+    from ...routers.base import Router
+    from ...texts.windows import Window
+
 
 SINGLE, JOINT, ADDED = 0, 1, 2  # kinds of change
 ROWS = 512  # copies in one pass: the mask has ROWS x (window + ROWS) entries
@@ -34,18 +47,18 @@ class Ablation(NamedTuple):
     delta : (N,) nats, the loss after the change minus `loss`; above 0 the change hurt
     """
 
-    documents: np.ndarray
-    loss: np.ndarray
-    counts: np.ndarray
-    rejections: np.ndarray
-    position: np.ndarray
-    kind: np.ndarray
-    layer: np.ndarray
-    slot: np.ndarray
-    delta: np.ndarray
+    documents: NDArray[np.int64]
+    loss: NDArray[np.float64]
+    counts: NDArray[np.int32]
+    rejections: NDArray[np.int32]
+    position: NDArray[np.int64]
+    kind: NDArray[np.int64]
+    layer: NDArray[np.int64]
+    slot: NDArray[np.int64]
+    delta: NDArray[np.float64]
 
 
-def sample_positions(text: HeldOut, count: int, seed: int = 0) -> list[np.ndarray]:
+def sample_positions(text: HeldOut, count: int, seed: int = 0) -> list[NDArray[np.int64]]:
     """For each window the sampled positions, ascending: `count` in all, even over documents.
 
     A position has a token before it (the first of a window is left out, as in the fit of a
@@ -75,13 +88,13 @@ class Changes(NamedTuple):
     extra : expert that is added to that layer, or -1
     """
 
-    place: np.ndarray
-    layer: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    extra: np.ndarray
+    place: NDArray[np.int64]
+    layer: NDArray[np.int64]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    extra: NDArray[np.int64]
 
-    def cut(self, start: int, stop: int) -> "Changes":
+    def cut(self, start: int, stop: int) -> Changes:
         return Changes(*(field[start:stop] for field in self))
 
 
@@ -91,13 +104,15 @@ class ChangedRouter:
     seen : what it last routed without changes: (experts (T, k), counts (T,), rejections (T,))
     """
 
-    def __init__(self, layer: int, router, null, norm: str, norm_k: int):
+    def __init__(
+        self, layer: int, router: Router, null: LayerNull | TokenNull | None, norm: str, norm_k: int
+    ) -> None:
         self.layer, self.router, self.null = layer, router, null
         self.norm, self.norm_k = norm, norm_k
         self.changes: Changes | None = None
-        self.seen = None
+        self.seen: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]] | None = None
 
-    def __call__(self, logits):
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         weights, experts, counts, rejections = choose(
             self.router, logits, self.null, self.norm, self.norm_k
         )
@@ -106,12 +121,12 @@ class ChangedRouter:
             return weights, experts
         return self._changed(logits, weights, experts)
 
-    def _changed(self, logits, weights, experts):
-        mine = torch.from_numpy(self.changes.layer == self.layer)[:, None]
+    def _changed(self, logits: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        changes = cast("Changes", self.changes)
+        mine = torch.from_numpy(changes.layer == self.layer)[:, None]
         slot = torch.arange(experts.shape[1])
         first, last, extra = (
-            torch.from_numpy(getattr(self.changes, name))[:, None]
-            for name in ("first", "last", "extra")
+            torch.from_numpy(getattr(changes, name))[:, None] for name in ("first", "last", "extra")
         )
         emptied = mine & (slot >= first) & (slot < last)
         # An added expert weighs its softmax times what the norm makes of the selected ones'.
@@ -125,7 +140,15 @@ class ChangedRouter:
 
 
 def ablate(
-    model, text: HeldOut, router, *, positions, null=None, norm="model", seed=0, step=lambda: None
+    model: nn.Module,
+    text: HeldOut,
+    router: Router,
+    *,
+    positions: Sequence[NDArray[np.int64]],
+    null: AnyNull | None = None,
+    norm: str = "model",
+    seed: int = 0,
+    step: Callable[[], object] = lambda: None,
 ) -> Ablation:
     """Measure what each selected expert did at the sampled positions.
 
@@ -154,7 +177,9 @@ def ablate(
     return Ablation(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def changed_routers(model, router, null, norm="model") -> list[ChangedRouter]:
+def changed_routers(
+    model: nn.Module, router: Router, null: AnyNull | None, norm: str = "model"
+) -> list[ChangedRouter]:
     """One for each layer; null: a Null or None."""
     own_norm, norm_k = model_norm(model)
     norm = own_norm if norm == "model" else norm
@@ -162,11 +187,17 @@ def changed_routers(model, router, null, norm="model") -> list[ChangedRouter]:
     return [ChangedRouter(i, scalar, own, norm, norm_k) for i, (scalar, own) in layers]
 
 
-def _ablate_window(model, window, places, routers, rng) -> Ablation:
+def _ablate_window(
+    model: nn.Module,
+    window: Window,
+    places: NDArray[np.int64],
+    routers: list[ChangedRouter],
+    rng: np.random.Generator,
+) -> Ablation:
     """The Ablation of the positions of one window."""
     ids = window.ids[:, : places[-1] + 2]
     cache = prefill(model, ids[:, :-1], routers)
-    seen = [tuple(part[places] for part in router.seen) for router in routers]
+    seen = [tuple(part[places] for part in router.seen or ()) for router in routers]
     counts, rejections = (np.stack([s[i] for s in seen], axis=1) for i in (1, 2))
     experts = [_unselected(s[0], experts_of(model)[0], rng) for s in seen]
     rows, label = plan(places, counts, np.stack(experts, axis=1))
@@ -186,7 +217,9 @@ def _ablate_window(model, window, places, routers, rng) -> Ablation:
     )
 
 
-def _unselected(experts, num_experts, rng):
+def _unselected(
+    experts: NDArray[np.int32], num_experts: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
     """(P,) a random expert that is not among experts (P, k), -1 where all are."""
     key = rng.random((len(experts), num_experts + 1))
     np.put_along_axis(key, np.where(experts >= 0, experts, num_experts), -1.0, axis=1)
@@ -195,7 +228,9 @@ def _unselected(experts, num_experts, rng):
     return np.where(key.max(axis=1) >= 0, best, -1)
 
 
-def plan(places, counts, unselected):
+def plan(
+    places: NDArray[np.int64], counts: NDArray[np.int32], unselected: NDArray[np.int64]
+) -> tuple[Changes, NDArray[np.int64]]:
     """(Changes, (position, kind, layer, slot)) for positions with counts (P, L) of experts.
 
     The first P rows have no change (kind -1). Emptying the slots from the last one on is that
@@ -219,19 +254,22 @@ def plan(places, counts, unselected):
     return Changes(*np.array(rows, np.int64).T.copy()), np.array(label, np.int64).T
 
 
-def prefill(model, ids, routers):
+def prefill(model: nn.Module, ids: Tensor, routers: list[ChangedRouter]) -> Any:
     """The KV cache of ids (1, n); the routers remember what they chose."""
     for router in routers:
         router.changes = None
     return cache_of(model(input_ids=ids, use_cache=True))
 
 
-def changed_losses(model, ids, cache, rows: Changes, routers) -> np.ndarray:
+def changed_losses(
+    model: nn.Module, ids: Tensor, cache: Any, rows: Changes, routers: list[ChangedRouter]
+) -> NDArray[np.float64]:
     """(N,) nats: the loss of the token after each row's position, with the row's change.
 
     cache: of ids[:, :-1]; it is afterwards as it was.
     """
     cached, losses = ids.shape[1] - 1, []
+    dtype: Any = model.dtype
     columns = np.arange(cached)
     for start in range(0, len(rows.place), ROWS):
         part = rows.cut(start, start + ROWS)
@@ -240,8 +278,8 @@ def changed_losses(model, ids, cache, rows: Changes, routers) -> np.ndarray:
             router.changes = part
         # A row sees the tokens before its position and, of the queries, itself only.
         sees = np.concatenate([columns < part.place[:, None], np.eye(size, dtype=bool)], axis=1)
-        mask = torch.zeros(sees.shape, dtype=model.dtype)
-        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(model.dtype).min)
+        mask = torch.zeros(sees.shape, dtype=dtype)
+        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)
         place = torch.from_numpy(part.place)[None]
         out = decode(
             model, ids[:, place[0]], cache, attention_mask=mask[None, None], position_ids=place

@@ -9,6 +9,11 @@ delta0 is a size of change that means nothing: the 95 % quantile of |change| whe
 unselected expert is added with its own weight, layer by layer.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ...measure.bootstrap import bootstrap
@@ -16,13 +21,22 @@ from .ablation import ADDED, JOINT, SINGLE, Ablation
 from .rows import ALL, rows
 from .statistics import joined, mean_statistic
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ...measure.bootstrap import Intervals
+    from .statistics import Statistic
+
+
 DELTAS = np.geomspace(1e-4, 0.3, 24)
 QUANTILE = 0.95
 DOCUMENTS = 10  # fewer say nothing about a mean over documents
 FDP = ("delta0", "FDP(delta0)", "false of all", "FDP(0)")
 
 
-def discovery_rows(ablation: Ablation, routing, groups, draws):
+def discovery_rows(
+    ablation: Ablation, routing: str, groups: NDArray[np.int64], draws: int
+) -> Iterator[dict[str, Any]]:
     """Rows of one router: FDP by delta and at delta0 (tables "fdp", "fdp curve"), "joint".
 
     groups (D,): each document's domain. delta0 is estimated anew in every draw, and the FDP
@@ -33,7 +47,7 @@ def discovery_rows(ablation: Ablation, routing, groups, draws):
     means = _count_statistic(ablation, len(groups))
     size = len(FDP) + len(DELTAS)
 
-    def statistic(weights):
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         each = np.stack([curve(weights) for curve in curves], axis=1)
         each = np.concatenate([each, each.mean(axis=1, keepdims=True)], axis=1)
         return np.concatenate([each.reshape(len(weights), -1), means(weights)], axis=1)
@@ -55,16 +69,16 @@ def discovery_rows(ablation: Ablation, routing, groups, draws):
         yield from _joint_rows(ablation, layer, delta0[layer], routing, groups, draws)
 
 
-def _part(intervals, start, stop):
+def _part(intervals: Intervals, start: int, stop: int | None) -> Intervals:
     return type(intervals)(*(field[start:stop] for field in intervals))
 
 
-def discoveries(ablation: Ablation) -> np.ndarray:
+def discoveries(ablation: Ablation) -> NDArray[np.int32]:
     """(P, L) experts that the test selected and that ran."""
     return np.minimum(ablation.rejections, ablation.counts)
 
 
-def _fdp_statistic(ablation, layer, size):
+def _fdp_statistic(ablation: Ablation, layer: int, size: int) -> Statistic:
     """(B, D) -> (B, len(FDP) + len(DELTAS)) of one layer."""
     found = discoveries(ablation)[:, layer]
     of_layer = ablation.layer == layer
@@ -81,7 +95,7 @@ def _fdp_statistic(ablation, layer, size):
     noise = noise[by_size]
     positions = np.bincount(ablation.documents, minlength=size)
 
-    def statistic(weights):
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         delta0 = _weighted_quantile(noise, weights[:, noise_document])
         drawn = weights[:, document]
         below = _cumulative(drawn * share) / (weights @ positions)[:, None]
@@ -97,12 +111,14 @@ def _fdp_statistic(ablation, layer, size):
     return statistic
 
 
-def _cumulative(values):
+def _cumulative(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """(B, N) -> (B, N + 1): the sums of the first 0, 1, ... N."""
     return np.pad(np.cumsum(values, axis=1), ((0, 0), (1, 0)))
 
 
-def _weighted_quantile(ordered, weights):
+def _weighted_quantile(
+    ordered: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """(B,) the smallest of `ordered` (N,) at which QUANTILE of a row's weight is reached.
 
     0 where a layer has nothing to add (all experts selected).
@@ -114,7 +130,7 @@ def _weighted_quantile(ordered, weights):
     return ordered[reached.argmax(axis=1)]
 
 
-def _count_statistic(ablation, size):
+def _count_statistic(ablation: Ablation, size: int) -> Statistic:
     """Means over positions of experts, discoveries and whether min_k forced one in."""
     found = discoveries(ablation)
     values = np.stack([ablation.counts, found, found < ablation.counts], axis=2).astype(float)
@@ -122,7 +138,14 @@ def _count_statistic(ablation, size):
     return mean_statistic(values.reshape(len(values), -1), ablation.documents, size)
 
 
-def _joint_rows(ablation, layer, delta0, routing, groups, draws):
+def _joint_rows(
+    ablation: Ablation,
+    layer: int,
+    delta0: float,
+    routing: str,
+    groups: NDArray[np.int64],
+    draws: int,
+) -> Iterator[dict[str, Any]]:
     """What emptying all ranks > r does together, r from 0 (the whole layer) on.
 
     Beside it the sum of what emptying each alone does, at the same positions, and the share of

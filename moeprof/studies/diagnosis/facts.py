@@ -1,19 +1,30 @@
 """What a diagnosis was made of: everything in its JSON but the numbers."""
 
+from __future__ import annotations
+
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from ...measure import machine
 from ...models.identity import model_name
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def describe(model, null, router, text) -> dict:
+    from ...null.resolve import AnyNull
+    from ...routers.base import Router
+    from ...texts.windows import HeldOut
+
+
+def describe(model: nn.Module, null: AnyNull, router: Router, text: HeldOut) -> dict[str, Any]:
     import scipy
     import statsmodels
 
     facts = machine.describe()
     facts["versions"] |= {"scipy": scipy.__version__, "statsmodels": statsmodels.__version__}
     facts["versions"] |= {name: version(name) for name in ("pandas",)}
-    limits = router.limits(model.config.num_experts)
+    config: Any = model.config
+    limits = router.limits(config.num_experts)
     return {
         "started": facts.pop("started"),
         "model": model_name(model),
@@ -29,7 +40,7 @@ def describe(model, null, router, text) -> dict:
     }
 
 
-def describe_null(null) -> str:
+def describe_null(null: Any) -> str:
     """One line, also of a null without a fit."""
     if hasattr(null, "describe"):
         return null.describe()

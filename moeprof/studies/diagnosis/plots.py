@@ -1,13 +1,26 @@
 """Figures of a diagnosis: each panel answers one question, with axes, units and intervals."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from textwrap import wrap
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import COLOURS, plain
+from ...show.figures import COLOURS, pads, plain, whole_ticks
 from .discoveries import DOCUMENTS
 from .rows import ALL, PATCHED, STOCK
 from .statistics import BINS
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from .rows import Diagnosed
+
 
 DOMAIN = 16  # characters of a domain's name beside its row
 MOST = 6  # layers in one figure; of more, evenly spaced ones
@@ -16,14 +29,16 @@ _OF = {STOCK: COLOURS[0], PATCHED: COLOURS[5]}
 _MARK = {STOCK: "o", PATCHED: "s"}
 
 
-def _figure(rows, columns, title, note="", height=4.1, width=4.0):
+def _figure(
+    rows: int, columns: int, title: str, note: str = "", height: float = 4.1, width: float = 4.0
+) -> tuple[Figure, Any]:
     """title: what came out; note: what the letters in the panels mean."""
     from matplotlib.figure import Figure
 
     fig = Figure(
         figsize=(max(width * columns, 12), height * rows + 0.9), dpi=100, layout="constrained"
     )
-    fig.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
+    pads(fig, 0.1, 0.12)
     fig.suptitle(title, x=0.01, ha="left", size=15, weight="bold")
     if note:
         fig.supxlabel(
@@ -36,18 +51,18 @@ def _figure(rows, columns, title, note="", height=4.1, width=4.0):
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def _shown(frame):
+def _shown(frame: pandas.DataFrame) -> list[int]:
     """The layers that are drawn: all, or MOST evenly spaced ones."""
     layers = sorted(set(frame["layer"]) - {ALL})
     place = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), MOST)).round().astype(int))
     return [layers[i] for i in place]
 
 
-def _columns(rows, *names):
+def _columns(rows: pandas.DataFrame, *names: str) -> Iterator[NDArray[np.float64]]:
     return (rows[name].to_numpy(dtype=float) for name in names)
 
 
-def _style(axis, x, y, title):
+def _style(axis: Axes, x: str, y: str, title: str) -> None:
     axis.set_xlabel(x, size=11)
     axis.set_ylabel(y, size=11)
     axis.set_title(title, loc="left", size=12)
@@ -55,7 +70,7 @@ def _style(axis, x, y, title):
     axis.set_axisbelow(True)
 
 
-def uniform_verdict(pi0) -> str:
+def uniform_verdict(pi0: pandas.DataFrame) -> str:
     """Whether π̂0 at the middle λ is told from 1, of each model's logits; from its table."""
     at = pi0["at"].astype(float)
     middle = pi0[at == sorted(set(at))[len(set(at)) // 2]]
@@ -68,7 +83,7 @@ def uniform_verdict(pi0) -> str:
     return f"Layers where π̂0 at {where} is as uniform p-values give, 1: {', '.join(parts)}"
 
 
-def clamp_verdict(selection, facts) -> str:
+def clamp_verdict(selection: pandas.DataFrame, facts: dict[str, Any]) -> str:
     """What decides the number of experts most often, on the patched model."""
     frame = selection[(selection["layer"] == ALL) & (selection["routing"] == PATCHED)]
     frame = frame.set_index("quantity")["estimate"]
@@ -80,10 +95,10 @@ def clamp_verdict(selection, facts) -> str:
         - floor
         - ceiling,
     }
-    return max(shares, key=shares.get)
+    return max(shares, key=shares.__getitem__)
 
 
-def fdp_verdict(fdp, facts) -> str:
+def fdp_verdict(fdp: pandas.DataFrame, facts: dict[str, Any]) -> str:
     """FDP at δ0 over all layers of the first router, beside its alpha where it has one."""
     router = next(iter(facts["compared"]))
     rows = fdp[(fdp["routing"] == router) & (fdp["layer"] == ALL)]
@@ -96,7 +111,7 @@ def fdp_verdict(fdp, facts) -> str:
     return plain(f"{router}: FDP at δ0 is {ends}, {side} alpha = {alpha:g}")
 
 
-def p_values(diagnosis):
+def p_values(diagnosis: Diagnosed) -> Figure:
     """Are the p-values of unneeded experts uniform? Histogram and QQ curve of each layer."""
     histogram, cdf = diagnosis.to_frame("histogram"), diagnosis.to_frame("cdf")
     layers = _shown(histogram)
@@ -118,14 +133,14 @@ def p_values(diagnosis):
     return fig
 
 
-def _steps(axis, rows, routing):
+def _steps(axis: Axes, rows: pandas.DataFrame, routing: str) -> None:
     estimate, low, high = _columns(rows, "estimate", "low", "high")
     edges = np.arange(BINS + 1) / BINS
     axis.stairs(estimate, edges, color=_OF[routing], linewidth=1.8, label=f"{routing} router")
     axis.stairs(high, edges, baseline=low, fill=True, color=_OF[routing], alpha=0.25)
 
 
-def _qq(axis, rows, routing):
+def _qq(axis: Axes, rows: pandas.DataFrame, routing: str) -> None:
     """Observed p against the uniform quantile, which is the share of p-values up to it."""
     p, share, low, high = _columns(rows, "at", "estimate", "low", "high")
     seen = share > 0
@@ -135,7 +150,7 @@ def _qq(axis, rows, routing):
     axis.fill_betweenx(-np.log10(p), *ends, color=_OF[routing], alpha=0.25, linewidth=0)
 
 
-def selection(diagnosis):
+def selection(diagnosis: Diagnosed) -> Figure:
     """What decides R, and does a null travel between domains?"""
     facts = diagnosis.facts
     note = (
@@ -173,7 +188,7 @@ def selection(diagnosis):
     return fig
 
 
-def _pi0(axis, frame):
+def _pi0(axis: Axes, frame: pandas.DataFrame) -> None:
     """The mean of the layers, thick; each layer, thin."""
     for routing in (STOCK, PATCHED):
         of = frame[frame["routing"] == routing]
@@ -195,7 +210,13 @@ def _pi0(axis, frame):
     _style(axis, "λ", "π̂0 (can exceed 1)", "Share of nulls by λ; thick: mean of layers")
 
 
-def _bars(axis, frame, quantities, names, factor):
+def _bars(
+    axis: Axes,
+    frame: pandas.DataFrame,
+    quantities: Sequence[str],
+    names: Sequence[str],
+    factor: float,
+) -> None:
     """Points with intervals: colour says the model, filling the quantity."""
     layers = sorted(set(frame["layer"]) - {ALL})
     shift = iter(np.linspace(-0.27, 0.27, 4))
@@ -216,12 +237,12 @@ def _bars(axis, frame, quantities, names, factor):
                 markerfacecolor=fill,
                 label=f"{name}, {routing}",
             )
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    whole_ticks(axis)
     axis.margins(y=0.3)
     axis.legend(frameon=False, fontsize=10, ncols=2, loc="upper center")
 
 
-def _matrix(axis, frame, form, title):
+def _matrix(axis: Axes, frame: pandas.DataFrame, form: str, title: str) -> None:
     """Fitted on (down) by checked on (across); each cell with its 95 % interval."""
     down, across = (list(dict.fromkeys(frame[name])) for name in ("routing", "at"))
     shown = np.full((len(down), len(across)), np.nan)
@@ -246,7 +267,7 @@ def _matrix(axis, frame, form, title):
     axis.set_title(f"{title}, mean of layers", loc="left", size=12)
 
 
-def ablation(diagnosis):
+def ablation(diagnosis: Diagnosed) -> Figure:
     """How many selected experts did nothing for the next token? By delta, and taken together."""
     fdp, curve = diagnosis.to_frame("fdp"), diagnosis.to_frame("fdp curve")
     layers = _shown(curve)
@@ -296,7 +317,7 @@ def ablation(diagnosis):
     return fig
 
 
-def _together(axis, diagnosis, layer, router, colour):
+def _together(axis: Axes, diagnosis: Diagnosed, layer: int, router: str, colour: str) -> None:
     """What removing all ranks > r costs, beside the sum of the single costs."""
     _style(
         axis,

@@ -1,5 +1,10 @@
 """p-values and selections of a pass, layer by layer, with intervals over documents."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ...measure.bootstrap import bootstrap
@@ -20,10 +25,21 @@ from .statistics import (
     spearman_statistic,
 )
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ...null.layers import TokenNull
+    from ...null.model import Null
+    from .seen import Seen, Selected
+    from .statistics import Statistic
+
+
 QQ = np.flatnonzero(EDGES <= 1)[::4]  # the points of the QQ curve
 
 
-def p_value_rows(seen, null, routing, groups, draws):
+def p_value_rows(
+    seen: Seen, null: Null | TokenNull, routing: str, groups: NDArray[np.int64], draws: int
+) -> Iterator[dict[str, Any]]:
     """Rows of the histogram, the QQ curve, the quantiles and pi0 of each layer of a pass.
 
     null: the Null whose p-values are meant; groups (D,): each document's domain, within which
@@ -33,7 +49,7 @@ def p_value_rows(seen, null, routing, groups, draws):
         counts = count_p(null.layer(layer).p_values(logits), seen.documents, seen.size)
         cdf = cdf_statistic(counts)
 
-        def statistic(weights, cdf=cdf):
+        def statistic(weights: NDArray[np.float64], cdf: Statistic = cdf) -> NDArray[np.float64]:
             below = cdf(weights)
             parts = histogram(below), pi0(below), quantiles(below), below[:, QQ]
             return np.concatenate(parts, axis=1)
@@ -56,7 +72,14 @@ SELECTION = ("experts", "rejections", "P(R >= 1)", "P(R < min_k)", "P(R > max_k)
 CORRELATIONS = ("Spearman(R, entropy)", "Spearman(R, loss)")
 
 
-def selection_rows(seen, selected, limits, routing, groups, draws):
+def selection_rows(
+    seen: Seen,
+    selected: Selected,
+    limits: tuple[int, int],
+    routing: str,
+    groups: NDArray[np.int64],
+    draws: int,
+) -> Iterator[dict[str, Any]]:
     """Rows of R of each layer and of all: means, floor and ceiling shares, Spearman correlations.
 
     limits: (min_k, max_k). R is the count before these clamp it.
@@ -77,7 +100,7 @@ def selection_rows(seen, selected, limits, routing, groups, draws):
     names = (*SELECTION, *CORRELATIONS)
     layers = len(statistics)
 
-    def statistic(weights):
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         each = np.stack([one(weights) for one in statistics], axis=1)  # (B, L, M)
         return np.concatenate([each, each.mean(axis=1, keepdims=True)], axis=1).reshape(
             len(weights), -1

@@ -1,12 +1,22 @@
 """A diagnosis as it is handed over: numbers, tables in words, figures, files."""
 
+from __future__ import annotations
+
 import html
 import io
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, check_folder, finite, printable, write_whole
 from .rows import COLUMNS
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
 
 NAME = "diagnosis"
 
@@ -17,10 +27,10 @@ class Diagnosis:
     facts : dict of model, null, router, machine, versions and text
     """
 
-    def __init__(self, rows, facts):
+    def __init__(self, rows: Iterable[dict[str, Any]], facts: dict[str, Any]) -> None:
         self._rows, self.facts = list(rows), facts
 
-    def to_frame(self, table=None):
+    def to_frame(self, table: str | None = None) -> pandas.DataFrame:
         """A pandas table with a row for each number and its interval.
 
         Columns
@@ -44,16 +54,16 @@ class Diagnosis:
         return frame[frame["table"] == table].drop(columns="table").reset_index(drop=True)
 
     @property
-    def tables(self):
+    def tables(self) -> list[str]:
         """The names that `to_frame` takes."""
         return list(dict.fromkeys(row["table"] for row in self._rows))
 
     @property
-    def figures(self):
+    def figures(self) -> list[str]:
         """The names that `figure` takes."""
         return ["p_values", "selection", *(["ablation"] if "fdp" in self.tables else [])]
 
-    def figure(self, name="p_values"):
+    def figure(self, name: str = "p_values") -> Figure:
         """A matplotlib Figure: "p_values", "selection" or "ablation". ValueError otherwise."""
         from . import plots
 
@@ -61,16 +71,16 @@ class Diagnosis:
             raise ValueError(f"figure: expected one of {', '.join(self.figures)}, got {name!r}")
         return getattr(plots, name)(self)
 
-    def summary(self):
+    def summary(self) -> str:
         """The tables and the findings as text, at most 100 columns wide."""
         from .views import as_text
 
         return as_text(self)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<moeprof Diagnosis: {self.facts['router']} on {printable(self.facts['model'])}>"
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         from .views import findings, views
 
         parts = [f"<p>{html.escape(line)}</p>" for line in findings(self)]
@@ -79,7 +89,7 @@ class Diagnosis:
             parts.append(view.frame.to_html(index=False))
         return "\n".join(parts)
 
-    def save(self, folder):
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write diagnosis.json, .csv, .md and a PNG for each figure; returns their paths.
 
         Each appears whole or not at all. OSError where the folder can't be written.
@@ -104,7 +114,7 @@ class Diagnosis:
         return [folder / name for name in written]
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """NumPy scalars as Python's own, which JSON knows."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

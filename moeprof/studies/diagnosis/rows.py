@@ -1,6 +1,17 @@
 """The numbers of a diagnosis as rows of one tidy table."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ...measure.bootstrap import Intervals
+
 
 COLUMNS = (
     "table",
@@ -15,10 +26,25 @@ COLUMNS = (
     "band_low",
     "band_high",
 )
+
+
+class Diagnosed(Protocol):
+    """What the parts of a diagnosis know of it: `Diagnosis` itself imports them."""
+
+    facts: dict[str, Any]
+
+    @property
+    def tables(self) -> list[str]: ...
+
+    def to_frame(self, table: str | None = None) -> pandas.DataFrame: ...
+
+
 ALL = -1  # the layer of a row that is a mean over layers
 
 
-def rows(table, routing, layer, quantity, at, intervals):
+def rows(
+    table: str, routing: object, layer: object, quantity: object, at: object, intervals: Intervals
+) -> Iterator[dict[str, Any]]:
     """One dict with COLUMNS for each statistic of `intervals`; the four labels broadcast to it."""
     labels = np.broadcast_arrays(
         *(np.asarray(x, object) for x in (routing, layer, quantity, at)),

@@ -1,6 +1,11 @@
 """diagnose: all the measurements of a diagnosis, in order."""
 
+from __future__ import annotations
+
+import os
 import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -10,7 +15,7 @@ from ...measure.bootstrap import DRAWS
 from ...measure.passes import collect, evaluating
 from ...null import Null, resolve_null
 from ...routers import BH, FixedP, Router, TopK
-from ...show.console import make_console, progress
+from ...show.console import Bar, make_console, progress
 from ...texts.windows import HELDOUT_TOKENS, heldout_windows
 from ..budget import BudgetError, set_budget
 from .ablation import ablate, sample_positions
@@ -22,25 +27,37 @@ from .rows import PATCHED, STOCK
 from .seen import see, select
 from .transfer import POOLED, domain_nulls, transfer_rows
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ...checks import Tokenizer
+    from ...null.layers import TokenNull
+    from ...null.resolve import AnyNull
+    from ...texts.documents import Text
+    from ...texts.windows import HeldOut
+    from .seen import Seen
+
+
 POSITIONS = 1000
 ALPHA = 0.3
 BUDGET_TOKENS = 16384  # for FixedP's t: five passes at most
 
 
 def diagnose(
-    null,
-    model,
-    tokenizer,
+    null: AnyNull | str | os.PathLike[str],
+    model: nn.Module,
+    tokenizer: Tokenizer,
     *,
-    documents=None,
-    calibration=None,
-    router=None,
-    positions=POSITIONS,
-    tokens=HELDOUT_TOKENS,
-    norm="model",
-    seed=0,
-    draws=DRAWS,
-    show_progress=True,
+    documents: Iterable[Text] | None = None,
+    calibration: Iterable[Text] | None = None,
+    router: Router | None = None,
+    positions: int = POSITIONS,
+    tokens: int = HELDOUT_TOKENS,
+    norm: str = "model",
+    seed: int = 0,
+    draws: int = DRAWS,
+    show_progress: bool = True,
 ) -> Diagnosis:
     """What a null and a router on it do to a model: see `moeprof.studies.diagnosis`.
 
@@ -76,8 +93,8 @@ def diagnose(
     begun = time.perf_counter()
     check_model("diagnose", model)
     check_tokenizer("diagnose", tokenizer)
-    null = resolve_null(null)
-    null.check(model)
+    resolved: Any = resolve_null(null)
+    resolved.check(model)
     router = BH(ALPHA) if router is None else router
     if not isinstance(router, Router):
         raise TypeError(f"router: expected a moeprof.routers.Router, got {router!r}")
@@ -90,19 +107,18 @@ def diagnose(
     text = heldout_windows(tokenizer, documents, tokens, seed)
     check_token_ids(model, (window.ids for window in text.windows))
     places = sample_positions(text, positions, seed)
-    work = _Work(null, model, tokenizer, router, norm, seed, draws, text)
-    bar = progress(make_console(), _steps(text, positions), "diagnose")
-    with evaluating(model), bar as bar:
-        if not show_progress:
-            bar = _Still()
+    work = _Work(resolved, model, tokenizer, router, norm, seed, draws, text)
+    shown = progress(make_console(), _steps(text, positions), "diagnose")
+    with evaluating(model), shown as drawn:
+        bar: Shown = drawn if show_progress else _Still()
         rows = list(work.passes(bar))
-        if for_nulls and isinstance(null, Null):
+        if for_nulls and isinstance(resolved, Null):
             rows += work.transfer(for_nulls, bar)
         compared = {}
         if positions:
             compared = work.compared(for_budget, bar)
             rows += work.ablations(compared, places, bar)
-    facts = describe(model, null, router, text) | {
+    facts = describe(model, resolved, router, text) | {
         "norm": norm,
         "seed": seed,
         "draws": draws,
@@ -119,20 +135,20 @@ def diagnose(
 class _Still:
     """A progress bar that nobody sees."""
 
-    def step(self):
+    def step(self) -> None:
         pass
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         pass
 
 
-def _steps(text, positions):
+def _steps(text: HeldOut, positions: int) -> int:
     """About how many windows will be run; what a budget takes is not known before."""
     passes = 3 + (3 + 3 if positions else 0)
     return passes * len(text.windows)
 
 
-def _checked(name, documents):
+def _checked(name: str, documents: Iterable[Any]) -> list[Text]:
     documents = list(documents)
     for document in documents:
         if not all(hasattr(document, field) for field in ("domain", "name", "text")):
@@ -141,30 +157,46 @@ def _checked(name, documents):
     return documents
 
 
-def _halves(documents):
+def _halves(documents: Iterable[Text]) -> tuple[list[Text], list[Text]]:
     """Every other document of each domain, from the first and from the second on."""
-    seen, halves = {}, ([], [])
+    seen: dict[str, int] = {}
+    halves: tuple[list[Text], list[Text]] = ([], [])
     for document in documents:
         number = seen[document.domain] = seen.get(document.domain, -1) + 1
         halves[number % 2].append(document)
     return halves
 
 
+Shown = Bar | _Still
+
+
 class _Work:
     """The measurements, in the order of their cost."""
 
-    def __init__(self, null, model, tokenizer, router, norm, seed, draws, text):
+    def __init__(
+        self,
+        null: Null | TokenNull,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        router: Router,
+        norm: str,
+        seed: int,
+        draws: int,
+        text: HeldOut,
+    ) -> None:
         self.null, self.model, self.tokenizer, self.router = null, model, tokenizer, router
         self.norm, self.seed, self.draws, self.text = norm, seed, draws, text
         self.domains = np.array([d["domain"] for d in text.documents])
         self.groups = np.unique(self.domains, return_inverse=True)[1]
-        self.limits = router.limits(model.config.num_experts)
-        self.stock = None
+        config: Any = model.config
+        self.num_experts: int = config.num_experts
+        self.limits = router.limits(self.num_experts)
+        self.stock: Seen | None = None
 
-    def _null_for(self, router):
+    def _null_for(self, router: Router) -> Null | TokenNull | None:
         return self.null if router.wants_null else None
 
-    def passes(self, bar):
+    def passes(self, bar: Shown) -> Iterator[dict[str, Any]]:
         """p-values and selections, on the stock model's logits and on the patched model's."""
         for routing, router in ((STOCK, None), (PATCHED, self.router)):
             bar.note(f"{routing} model")
@@ -177,23 +209,24 @@ class _Work:
             yield from p_value_rows(seen, self.null, routing, self.groups, self.draws)
             yield from selection_rows(seen, selected, self.limits, routing, self.groups, self.draws)
 
-    def transfer(self, documents, bar):
+    def transfer(self, documents: list[Text], bar: Shown) -> Iterator[dict[str, Any]]:
         """Nulls fitted to one domain each, checked on all."""
         bar.note("nulls by domain")
         used = heldout_windows(self.tokenizer, documents, self.text.tokens, self.seed)
-        nulls = domain_nulls(self.model, self.tokenizer, self.null, documents)
+        null = cast("Null", self.null)  # others are of no domain
+        nulls = domain_nulls(self.model, self.tokenizer, null, documents)
         calibration = see(self.model, used, step=bar.step)
         domains = np.array([d["domain"] for d in used.documents])
         return transfer_rows(
-            {POOLED: self.null} | nulls,
+            {POOLED: null} | nulls,
             (calibration, domains),
-            self.stock,
+            cast("Seen", self.stock),
             self.domains,
             self.router,
             self.draws,
         )
 
-    def compared(self, for_budget, bar):
+    def compared(self, for_budget: list[Text], bar: Shown) -> dict[str, Router]:
         """{label: Router}: the router, FixedP and top-k near its average number of experts."""
         found = {label(self.router): self.router}
         if isinstance(self.router, TopK):
@@ -209,13 +242,13 @@ class _Work:
         passed = collect(self.model, text, self.router, null=null, norm=self.norm, step=bar.step)
         average = float(passed.counts.mean())
         fixed = self._fixed_p(text, average, bar)
-        k = min(max(round(average), 1), self.model.config.num_experts)
+        k = min(max(round(average), 1), self.num_experts)
         for router in (fixed, TopK(k)):
             if router is not None:
                 found.setdefault(label(router), router)
         return found
 
-    def _fixed_p(self, text, average, bar):
+    def _fixed_p(self, text: HeldOut, average: float, bar: Shown) -> Router | None:
         """FixedP with the same limits and average; None if the router is one, or it can't."""
         if isinstance(self.router, FixedP) or not self.router.wants_null:
             return None
@@ -233,7 +266,9 @@ class _Work:
         except BudgetError:
             return None
 
-    def ablations(self, compared, places, bar):
+    def ablations(
+        self, compared: dict[str, Router], places: list[NDArray[np.int64]], bar: Shown
+    ) -> Iterator[dict[str, Any]]:
         """The same positions under each router."""
         for name, router in compared.items():
             bar.note(f"ablation, {name}")
@@ -250,7 +285,7 @@ class _Work:
             yield from discovery_rows(found, name, self.groups, self.draws)
 
 
-def label(router) -> str:
+def label(router: Any) -> str:
     """Such as "bh 0.3": the router's name and main parameter, or "by layer" for several."""
     value = getattr(router, router.main)
     return f"{router.name} {'by layer' if isinstance(value, tuple) else format(value, '.3g')}"

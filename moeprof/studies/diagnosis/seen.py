@@ -1,6 +1,9 @@
 """One pass of a text through a model: gate logits, selections, and how it predicted."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +12,13 @@ from ...measure.passes import documents_of
 from ...measure.routing import by_layer, choose
 from ...patching.patch import patch
 from ...texts.windows import HeldOut
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ...null.resolve import AnyNull
+    from ...routers.base import Router
 
 
 class Seen(NamedTuple):
@@ -19,24 +29,32 @@ class Seen(NamedTuple):
     documents : (T,) the index of each token's document; size : how many documents there are
     """
 
-    logits: np.ndarray
-    loss: np.ndarray
-    documents: np.ndarray
+    logits: NDArray[np.float32]
+    loss: NDArray[np.float64]
+    documents: NDArray[np.int64]
     size: int
 
 
 class Selected(NamedTuple):
     """What a router selects on logits (L, T, E): counts, rejections (L, T) int32."""
 
-    counts: np.ndarray
-    rejections: np.ndarray
+    counts: NDArray[np.int32]
+    rejections: NDArray[np.int32]
 
 
-def see(model, text: HeldOut, router=None, *, null=None, norm="model", step=lambda: None) -> Seen:
+def see(
+    model: nn.Module,
+    text: HeldOut,
+    router: Router | None = None,
+    *,
+    null: AnyNull | None = None,
+    norm: str = "model",
+    step: Callable[[], object] = lambda: None,
+) -> Seen:
     """The text through the model patched with `router` (None: its own top-k)."""
     losses = []
     with patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
-        calls = [[] for _ in handle.layers]
+        calls: list[list[Any]] = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing.logits))
         for window in text.windows:
             logits = model(input_ids=window.ids, use_cache=False).logits[0, :-1].float()
@@ -52,14 +70,14 @@ def see(model, text: HeldOut, router=None, *, null=None, norm="model", step=lamb
     return Seen(logits, np.concatenate(losses), documents_of(text)[later], len(text.documents))
 
 
-def select(router, logits, null) -> Selected:
+def select(router: Router, logits: NDArray[np.float32], null: AnyNull | None) -> Selected:
     """The router on logits (L, T, E), through C; null: a Null, or None for `normal`."""
     layers = zip(by_layer(router, null, len(logits)), logits, strict=True)
     found = [choose(scalar, torch.from_numpy(z), own, "none", 1)[2:] for (scalar, own), z in layers]
     return Selected(*(np.stack([f[i].numpy() for f in found]) for i in range(2)))
 
 
-def entropy(logits):
+def entropy(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """(T,) nats: the entropy of the softmax of logits (T, E)."""
     z = torch.from_numpy(logits).double()
     log_p = torch.log_softmax(z, -1)

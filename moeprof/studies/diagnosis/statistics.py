@@ -4,9 +4,19 @@ Each `..._statistic` returns a function of weights (B, D), how often each of D d
 drawn, to (B, M); at weights of 1 it is the plain statistic of all tokens.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 from scipy.stats import rankdata
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+
+Statistic = Callable[["NDArray[np.float64]"], "NDArray[np.float64]"]  # (B, D) -> (B, M)
 BINS = 20
 LAMBDAS = tuple(i / 10 for i in range(1, 10))
 PROBABILITIES = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -27,7 +37,7 @@ EDGES = np.unique(
 )
 
 
-def count_p(p, documents, size):
+def count_p(p: NDArray[np.float64], documents: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """(D, len(EDGES) + 1) int64: how many of p (T, E) lie in (EDGES[i-1], EDGES[i]].
 
     documents (T,): each row's; size: D. The last column is for p > 1, hence 0.
@@ -37,32 +47,32 @@ def count_p(p, documents, size):
     return np.bincount(flat.ravel(), minlength=size * (len(EDGES) + 1)).reshape(size, -1)
 
 
-def cdf_statistic(counts):
+def cdf_statistic(counts: NDArray[np.int64]) -> Statistic:
     """The share of p-values <= each of EDGES: (B, len(EDGES)). counts as `count_p` has them."""
     below = counts.cumsum(axis=1).astype(float)
 
-    def statistic(weights):
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         drawn = weights @ below
         return drawn[:, :-1] / drawn[:, -1:]
 
     return statistic
 
 
-def at_edges(values):
+def at_edges(values: ArrayLike) -> NDArray[np.int64]:
     """The columns of `values` in EDGES; ValueError if one is not there."""
     at = np.searchsorted(EDGES, np.asarray(values) - 1e-13)
     if not np.allclose(EDGES[at], values, rtol=1e-9, atol=0):
-        raise ValueError(f"{values}: not all are edges")
+        raise ValueError(f"{values!s}: not all are edges")
     return at
 
 
-def histogram(cdf):
+def histogram(cdf: NDArray[np.float64]) -> NDArray[np.float64]:
     """(B, BINS) density in bins of equal width, 1 where p-values are uniform."""
     inner = cdf[:, at_edges(np.arange(1, BINS + 1) / BINS)]
     return np.diff(inner, axis=1, prepend=0) * BINS
 
 
-def pi0(cdf):
+def pi0(cdf: NDArray[np.float64]) -> NDArray[np.float64]:
     """(B, 9) Storey's share of true nulls, #{p > lambda} / ((1 - lambda) n), not capped at 1.
 
     Source: Storey 2002, J. R. Statist. Soc. B 64, eq. (3); lambda 0.1 to 0.9.
@@ -70,7 +80,9 @@ def pi0(cdf):
     return (1 - cdf[:, at_edges(LAMBDAS)]) / (1 - np.array(LAMBDAS))
 
 
-def quantiles(cdf, probabilities=PROBABILITIES):
+def quantiles(
+    cdf: NDArray[np.float64], probabilities: Sequence[float] = PROBABILITIES
+) -> NDArray[np.float64]:
     """(B, M) quantiles, between edges on a line in log p; never below the first edge.
 
     A cell of EDGES is at most 12 % wide, so is the error.
@@ -79,7 +91,9 @@ def quantiles(cdf, probabilities=PROBABILITIES):
     return np.stack([10 ** np.interp(probabilities, row, logs) for row in cdf])
 
 
-def mean_statistic(values, documents, size):
+def mean_statistic(
+    values: NDArray[np.float64], documents: NDArray[np.int64], size: int
+) -> Statistic:
     """Means over tokens of values (T, M): (B, M). A NaN is left out of its column's mean."""
     known = np.isfinite(values)
     total = _sums(np.where(known, values, 0), documents, size)
@@ -87,7 +101,9 @@ def mean_statistic(values, documents, size):
     return lambda weights: _divide(weights @ total, weights @ number)
 
 
-def spearman_statistic(x, ys, documents, size):
+def spearman_statistic(
+    x: NDArray[Any], ys: NDArray[np.float64], documents: NDArray[np.int64], size: int
+) -> Statistic:
     """Spearman's correlation of x (T,) with each of ys (M, T): (B, M), NaN where one is constant.
 
     Average ranks of the whole text, which stay as they are in every draw: re-ranking each draw
@@ -100,7 +116,7 @@ def spearman_statistic(x, ys, documents, size):
         parts.append(_sums(columns, documents, size))
     sums = np.stack(parts)  # (M, D, 6)
 
-    def statistic(weights):
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         n, sx, sy, sxx, syy, sxy = np.moveaxis(weights @ sums, 2, 0)
         spread = (n * sxx - sx**2).clip(0) * (n * syy - sy**2).clip(0)
         return _divide(n * sxy - sx * sy, np.sqrt(spread)).T
@@ -108,21 +124,23 @@ def spearman_statistic(x, ys, documents, size):
     return statistic
 
 
-def joined(*statistics):
+def joined(*statistics: Statistic) -> Statistic:
     """Several statistics side by side, of the same draws."""
     return lambda weights: np.concatenate([one(weights) for one in statistics], axis=1)
 
 
-def _standard(ranks):
+def _standard(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
     """Centred and scaled, so that sums of products keep their digits; constants become 0."""
     ranks = ranks - ranks.mean()
     return ranks / max(np.abs(ranks).max(), 1)
 
 
-def _sums(values, documents, size):
+def _sums(
+    values: NDArray[np.float64], documents: NDArray[np.int64], size: int
+) -> NDArray[np.float64]:
     """(D, M) sums of values (T, M) by document."""
     return np.stack([np.bincount(documents, column, size) for column in values.T], axis=1)
 
 
-def _divide(a, b):
+def _divide(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)

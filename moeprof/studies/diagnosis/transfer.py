@@ -1,5 +1,10 @@
 """A null fitted on domain A, checked on the held-out text of domain B."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ...measure.bootstrap import bootstrap
@@ -8,15 +13,33 @@ from .rows import ALL, rows
 from .seen import select
 from .statistics import cdf_statistic, count_p, joined, mean_statistic
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ...checks import Tokenizer
+    from ...null.model import Null
+    from ...routers.base import Router
+    from ...texts.documents import Text
+    from .seen import Seen, Selected
+    from .statistics import Statistic
+
+
 POOLED = "null given"
 
 
-def domain_nulls(model, tokenizer, null, documents, step=lambda: None) -> dict:
+def domain_nulls(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    null: Null,
+    documents: Iterable[Text],
+    step: Callable[[], object] = lambda: None,
+) -> dict[str, Null]:
     """{domain: a null of the kind and score of `null`, fitted to the domain's documents}."""
-    texts = {}
+    texts: dict[str, list[str]] = {}
     for document in documents:
         texts.setdefault(document.domain, []).append(document.text)
-    options = {"kind": null.kind, "score": null.score, "progress": False}
+    options: dict[str, Any] = {"kind": null.kind, "score": null.score, "progress": False}
     if null.kind == "trimmed":
         options |= {"r_high": null.r_high, "r_low": null.r_low}
     fitted = {}
@@ -26,7 +49,14 @@ def domain_nulls(model, tokenizer, null, documents, step=lambda: None) -> dict:
     return fitted
 
 
-def transfer_rows(nulls, fitted_on, seen, domains, router, draws):
+def transfer_rows(
+    nulls: Mapping[str, Null],
+    fitted_on: tuple[Seen, NDArray[Any]],
+    seen: Seen,
+    domains: NDArray[Any],
+    router: Router,
+    draws: int,
+) -> Iterator[dict[str, Any]]:
     """Rows, for each null and domain B: P(R >= 1), experts, KS distance; by layer and of all.
 
     Parameters
@@ -68,7 +98,13 @@ def transfer_rows(nulls, fitted_on, seen, domains, router, draws):
             )
 
 
-def _of_domain(documents, seen, selected, counts, shares):
+def _of_domain(
+    documents: NDArray[np.int64],
+    seen: Seen,
+    selected: Selected,
+    counts: list[NDArray[np.int64]],
+    shares: list[NDArray[np.float64]],
+) -> Statistic:
     """The statistic of one domain's documents: (B, (L + 1) * 3), the last three are means."""
     place = np.full(seen.size, -1)
     place[documents] = np.arange(len(documents))
@@ -80,12 +116,14 @@ def _of_domain(documents, seen, selected, counts, shares):
         values = np.stack([r >= 1, k], axis=1).astype(float)
         cdf = cdf_statistic(counts[layer][documents])
 
-        def distance(weights, cdf=cdf, share=share):
+        def distance(
+            weights: NDArray[np.float64], cdf: Statistic = cdf, share: NDArray[np.float64] = share
+        ) -> NDArray[np.float64]:
             return np.abs(cdf(weights) - share).max(axis=1, keepdims=True)
 
         parts.append(joined(mean_statistic(values, by_document, len(documents)), distance))
 
-    def statistic(weights):
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         each = np.stack([part(weights) for part in parts], axis=1)
         return np.concatenate([each, each.mean(axis=1, keepdims=True)], axis=1).reshape(
             len(weights), -1

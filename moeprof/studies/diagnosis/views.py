@@ -1,10 +1,21 @@
 """A diagnosis in tables of at most 100 columns and in sentences, all from its numbers."""
 
+from __future__ import annotations
+
 import io
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...show.console import WIDTH, text_console
 from .rows import ALL, PATCHED, STOCK
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.table import Table
+
+    from .rows import Diagnosed
+
 
 RANKS = (0, 1, 2, 4)
 SHOWN_DELTAS = (1e-2,)
@@ -15,20 +26,26 @@ class View(NamedTuple):
 
     title: str
     note: str
-    frame: object
+    frame: pandas.DataFrame
 
 
-def _value(row, form):
+def _value(row: Mapping[str, Any], form: str) -> str:
     """ "0.61 [0.58, 0.64]"."""
     estimate, low, high = (format(row[name], form) for name in ("estimate", "low", "high"))
     return estimate if estimate == "nan" else f"{estimate} [{low}, {high}]"
 
 
-def _layer(layer):
+def _layer(layer: int) -> str:
     return "all" if layer == ALL else str(layer)
 
 
-def _cells(frame, keys, columns, cell, rename):
+def _cells(
+    frame: pandas.DataFrame,
+    keys: Mapping[str, str],
+    columns: str,
+    cell: Callable[[dict[str, Any]], str],
+    rename: Mapping[Any, str],
+) -> pandas.DataFrame:
     """A frame of texts: a row for each of `keys`, a column for each value of `columns`."""
     import pandas
 
@@ -48,7 +65,7 @@ _BY_LAYER = {"routing": "model", "layer": "layer"}
 _BY_ROUTER = {"routing": "router", "layer": "layer"}
 
 
-def views(diagnosis) -> list[View]:
+def views(diagnosis: Diagnosed) -> list[View]:
     """All tables, in the order in which they are printed."""
     made = [*_of_p_values(diagnosis), *_of_selection(diagnosis)]
     if "transfer" in diagnosis.tables:
@@ -58,8 +75,8 @@ def views(diagnosis) -> list[View]:
     return made
 
 
-def _of_p_values(diagnosis):
-    def short(row):
+def _of_p_values(diagnosis: Diagnosed) -> Iterator[View]:
+    def short(row: Mapping[str, Any]) -> str:
         return format(row["estimate"], ".2f")
 
     frame = diagnosis.to_frame("pi0")
@@ -87,7 +104,7 @@ def _of_p_values(diagnosis):
     )
 
 
-def _of_selection(diagnosis):
+def _of_selection(diagnosis: Diagnosed) -> Iterator[View]:
     facts = diagnosis.facts
     frame = diagnosis.to_frame("selection")
     yield View(
@@ -125,7 +142,7 @@ def _of_selection(diagnosis):
     )
 
 
-def _of_quantity(row):
+def _of_quantity(row: dict[str, Any]) -> str:
     if row["quantity"] == "experts":
         return format(row["estimate"], ".2f")
     if row["quantity"].startswith("P("):
@@ -134,7 +151,7 @@ def _of_quantity(row):
     return _value(row, ".2f")
 
 
-def _of_transfer(diagnosis):
+def _of_transfer(diagnosis: Diagnosed) -> Iterator[View]:
     frame = diagnosis.to_frame("transfer")
     frame = frame[frame["layer"] == ALL]
     domains = {name: f"on {name}" for name in dict.fromkeys(frame["at"])}
@@ -153,13 +170,13 @@ def _of_transfer(diagnosis):
                 frame[frame["quantity"] == quantity],
                 {"routing": "fitted on"},
                 "at",
-                lambda row, form=form: _value(row, form),
+                partial(_value, form=form),
                 domains,
             ),
         )
 
 
-def _of_ablation(diagnosis):
+def _of_ablation(diagnosis: Diagnosed) -> Iterator[View]:
     alpha = diagnosis.facts["alpha"]
     frame = diagnosis.to_frame("fdp")
     table = _cells(
@@ -205,26 +222,30 @@ def _of_ablation(diagnosis):
     yield from _joint(diagnosis)
 
 
-def _alpha(alpha, layer):
+def _alpha(alpha: Any, layer: str) -> str:
     """The alpha of a row, where a router has one for each layer that layer's."""
     if not isinstance(alpha, tuple | list):
         return "" if alpha is None else f"{alpha:g}"
     return "" if layer == "all" else f"{alpha[int(layer)]:.3g}"
 
 
-def _distance(ratio):
+def _distance(ratio: float) -> float:
     return max(ratio, 1 / ratio)
 
 
-def _joint(diagnosis):
+def _joint(diagnosis: Diagnosed) -> Iterator[View]:
     joint = diagnosis.to_frame("joint") if "joint" in diagnosis.tables else None
     if joint is None:
         return
-    by = {"joint change": {}, "sum of single changes": {}, "share below delta0": {}}
+    by: dict[str, dict[tuple[Any, ...], float]] = {
+        "joint change": {},
+        "sum of single changes": {},
+        "share below delta0": {},
+    }
     for _, row in joint.iterrows():
         by[row["quantity"]][row["routing"], row["layer"], row["at"]] = row["estimate"]
 
-    def cell(row):
+    def cell(row: Mapping[str, Any]) -> str:
         key = row["routing"], row["layer"], row["at"]
         alone, share = by["sum of single changes"][key], by["share below delta0"][key]
         return f"{row['estimate']:+.2f} {alone:+.2f} {100 * share:.0f}%"
@@ -241,7 +262,7 @@ def _joint(diagnosis):
     )
 
 
-def findings(diagnosis) -> list[str]:
+def findings(diagnosis: Diagnosed) -> list[str]:
     """What was measured, what it was measured against, and what came out, in sentences."""
     facts = diagnosis.facts
     documents = facts["heldout_documents"]
@@ -261,7 +282,7 @@ def findings(diagnosis) -> list[str]:
     return found
 
 
-def _floors(diagnosis):
+def _floors(diagnosis: Diagnosed) -> Iterator[str]:
     frame = diagnosis.to_frame("selection")
     frame = frame[frame["layer"] == ALL].set_index(["routing", "quantity"])["estimate"]
     for routing in (STOCK, PATCHED):
@@ -273,7 +294,7 @@ def _floors(diagnosis):
         )
 
 
-def _ablation_findings(diagnosis):
+def _ablation_findings(diagnosis: Diagnosed) -> Iterator[str]:
     facts, alpha = diagnosis.facts, diagnosis.facts["alpha"]
     by_layer = isinstance(alpha, tuple | list)
     frame = diagnosis.to_frame("fdp").set_index(["routing", "layer", "quantity"])
@@ -303,7 +324,7 @@ def _ablation_findings(diagnosis):
         yield line + "."
 
 
-def as_text(diagnosis, width=WIDTH) -> str:
+def as_text(diagnosis: Diagnosed, width: int = WIDTH) -> str:
     """Findings and tables, plain text of at most `width` columns."""
     import textwrap
 
@@ -318,7 +339,7 @@ def as_text(diagnosis, width=WIDTH) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().split("\n"))
 
 
-def _rich(frame):
+def _rich(frame: pandas.DataFrame) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -337,7 +358,7 @@ def _rich(frame):
     return table
 
 
-def as_markdown(diagnosis) -> str:
+def as_markdown(diagnosis: Diagnosed) -> str:
     parts = [f"# Diagnosis of {diagnosis.facts['router']}"]
     parts.append("\n".join(f"- {line}" for line in findings(diagnosis)))
     for view in views(diagnosis):

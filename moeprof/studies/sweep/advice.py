@@ -1,6 +1,10 @@
 """What to use for a number of experts per token: computed from a run, never assumed."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +15,7 @@ NEAR = 0.1  # of a budget: what lies further off isn't an answer to it
 CODE = "moeprof.patch(model, {router}, null={null})"
 
 
-def advice(run):
+def advice(run: dict[str, Any]) -> list[dict[str, Any]]:
     """For each budget a dict: budget, lines (in words), code (Python) and best (a config).
 
     run: as `compared` gives it. Compared are static top-k, the grid's BH and, set by budget,
@@ -20,7 +24,9 @@ def advice(run):
     return [_for(run, budget) for budget in budgets(run["model_config"]["num_experts_per_tok"])]
 
 
-def best_for(budget, rows, run):
+def best_for(
+    budget: float, rows: Iterable[dict[str, Any]], run: dict[str, Any]
+) -> dict[str, Any] | None:
     """The row to use for a budget of experts per token; None where it is static top-k.
 
     rows: results with their distance from static top-k. A row wins only if it is better than
@@ -31,17 +37,19 @@ def best_for(budget, rows, run):
     return next((row for row in better if _above_static(row, budget, run) < 0), None)
 
 
-def _near(budget, rows):
+def _near(budget: float, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if abs(row["avg_experts_heldout"] / budget - 1) <= NEAR]
 
 
-def _by_cost(budget, rows, run):
+def _by_cost(
+    budget: float, rows: Iterable[dict[str, Any]], run: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Those near the budget whose distance from static is known, the best first."""
     near = [row for row in _near(budget, rows) if row.get("bits_above_static") is not None]
     return sorted(near, key=lambda row: _above_static(row, budget, run))
 
 
-def _above_static(row, budget, run):
+def _above_static(row: Mapping[str, Any], budget: float, run: dict[str, Any]) -> float:
     """Bits per byte above static at the row's own experts, or at the largest whole k within the
     budget if that is more; infinity where that k was not run."""
     own = {"k": run["model_config"]["num_experts_per_tok"], "bits_above_own": 0.0}
@@ -53,7 +61,7 @@ def _above_static(row, budget, run):
     return row["bits_above_own"] - float(on_line(ks, bits[None], np.array([[at]]))[0, 0])
 
 
-def _for(run, budget):
+def _for(run: dict[str, Any], budget: float) -> dict[str, Any]:
     rows = [row for row in _set(run, budget) if not row.get("error")]
     grid = _by_cost(budget, run["results"][1:], run) or _near(budget, run["results"][1:])
     best = best_for(budget, [*grid, *rows], run)
@@ -96,53 +104,53 @@ def _for(run, budget):
     }
 
 
-def _set(run, budget):
+def _set(run: dict[str, Any], budget: float) -> list[dict[str, Any]]:
     return [row for row in run.get("budgets", ()) if row["budget"] == budget]
 
 
-def _static(run, budget):
+def _static(run: dict[str, Any], budget: float) -> dict[str, Any] | None:
     """Static top-k with the largest whole k within the budget, None where it was not run."""
     return next((row for row in run.get("static", ()) if row["k"] == int(budget)), None)
 
 
-def is_below(row):
+def is_below(row: Mapping[str, Any]) -> bool:
     """Below static beyond doubt; for a single document, below it."""
     high = row["bits_above_static_high"]
     return (row["bits_above_static"] if high is None else high) < 0
 
 
-def is_above(row):
+def is_above(row: Mapping[str, Any]) -> bool:
     """Above static beyond doubt; for a single document, above it."""
     low = row["bits_above_static_low"]
     return (row["bits_above_static"] if low is None else low) > 0
 
 
-def _name(row):
+def _name(row: Mapping[str, Any]) -> str:
     if "budget" in row:
         return f"{row['router']} set by budget ({row['parameter']}={row['value']:g})"
     return row["config"]
 
 
-def _costs(row, top):
+def _costs(row: Mapping[str, Any], top: str) -> str:
     return (
         f"{row['avg_experts_heldout']:.2f} experts on the held-out text, "
         f"{interval(row, 'bits_above_own')} bits per byte above {top}"
     )
 
 
-def _beside(row):
+def _beside(row: Mapping[str, Any]) -> str:
     if row.get("bits_above_static") is None:
         return "so many experts lie outside of what static top-k was run for"
     return f"{interval(row, 'bits_above_static')} beside static top-k at the same experts"
 
 
-def _other(row, budget, top):
+def _other(row: Mapping[str, Any], budget: float, top: str) -> str:
     if row.get("error"):
         return f"{row['router']} can't be set to {budget:g}: {row['error']}"
     return f"{_name(row)}: {_costs(row, top)}, {_beside(row)}"
 
 
-def _code(row, run):
+def _code(row: Mapping[str, Any], run: dict[str, Any]) -> str:
     null = run["null_code"]
     if "budget" in row:
         router = f"moeprof.{row['class']}({row['parameter']}={row['value']}, max_k={row['max_k']})"

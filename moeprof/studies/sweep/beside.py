@@ -1,32 +1,45 @@
 """What the grid is set against: static top-k, and routers whose parameter a budget sets."""
 
+from __future__ import annotations
+
 import time
+from collections.abc import Callable
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 from ... import demo
 from ...routers import BH, FixedP, TopK
 from ...texts.windows import heldout_windows
 
+if TYPE_CHECKING:
+    from ...checks import Tokenizer
+    from ...measure.passes import Pass
+    from ...texts.windows import HeldOut
+    from .runner import Experiment
+
+
 BUDGET_TOKENS = 8192  # of the shipped calibration text, which no evaluation uses
 DIGITS = 5  # of the parameter that is found, run and shown
 
 
-def budgets(top_k):
+def budgets(top_k: int) -> list[float]:
     """The experts per token that a run gives advice for: half and three quarters of top_k."""
     return [float(top_k * share) for share in (Fraction(1, 2), Fraction(3, 4)) if top_k > 1]
 
 
-def budget_text(tokenizer, seed=0):
+def budget_text(tokenizer: Tokenizer, seed: int = 0) -> HeldOut:
     """HeldOut: the text that budgets are set on, of the second half of the calibration text."""
     return heldout_windows(tokenizer, demo.calibration_halves()[1], BUDGET_TOKENS, seed)
 
 
-def routers_by_budget(top_k):
+def routers_by_budget(top_k: int) -> list[FixedP | BH]:
     """The routers that a budget is set for; a token gets the model's own top_k at most."""
     return [FixedP(max_k=top_k), BH(max_k=top_k)]
 
 
-def run_static(experiment, k, step=lambda: None):
+def run_static(
+    experiment: Experiment, k: int, step: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
     """Top-k with another k on the held-out text: a dict of plain values."""
     begun = time.perf_counter()
     measured = experiment.quality(TopK(k), step)
@@ -39,19 +52,22 @@ class Budgets:
     experiment: Experiment; text: HeldOut. `steps` is how often a `run` calls `step` at most.
     """
 
-    def __init__(self, experiment, text, top_k):
+    def __init__(self, experiment: Experiment, text: HeldOut, top_k: int) -> None:
         from ..budget.setting import MAX_PASSES
 
-        self.experiment, self.text, self.top_k, self._passed = experiment, text, top_k, None
+        self.experiment, self.text, self.top_k = experiment, text, top_k
+        self._passed: Pass | None = None
         self.most = MAX_PASSES * len(text.windows) + len(experiment.heldout.windows)
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """Of all of them together, with the pass of the stock model."""
         runs = len(budgets(self.top_k)) * len(routers_by_budget(self.top_k))
         return runs * self.most + (len(self.text.windows) if runs else 0)
 
-    def run(self, router, budget, step=lambda: None):
+    def run(
+        self, router: FixedP | BH, budget: float, step: Callable[[], object] = lambda: None
+    ) -> dict[str, Any]:
         """The router at a budget, on the held-out text: a dict of plain values.
 
         Where the budget is out of the router's reach, the dict says so as "error". The parameter
@@ -62,7 +78,7 @@ class Budgets:
         begun, model = time.perf_counter(), self.experiment.model
         calls, name = 0, main_of(router)[0]
 
-        def counted():
+        def counted() -> None:
             nonlocal calls
             calls += 1
             step()
@@ -92,7 +108,7 @@ class Budgets:
             step()
         return result | {"seconds": time.perf_counter() - begun}
 
-    def _stock(self, step):
+    def _stock(self, step: Callable[[], object]) -> Pass:
         if self._passed is None:
             from ...measure.passes import collect, evaluating
 

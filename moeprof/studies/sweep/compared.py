@@ -1,13 +1,21 @@
 """Each result against the model's own top-k and against static top-k, with intervals."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 
 STATIC = "static top-k at the same experts"
 
 
-def compared(run):
+def compared(run: dict[str, Any]) -> dict[str, Any]:
     """The run with fields added to every result, static and budget row of it.
 
     bits_above_own and bits_above_static: bits per byte above the model's own top-k, and above
@@ -20,9 +28,9 @@ def compared(run):
     if not results:
         return run
     own, top_k = results[0], run["model_config"]["num_experts_per_tok"]
-    line = {row["k"]: row for row in run.get("static", ())}
-    line[top_k] = {**own, "k": top_k}
-    line = [line[k] for k in sorted(line)]
+    by_k = {row["k"]: row for row in run.get("static", ())}
+    by_k[top_k] = {**own, "k": top_k}
+    line = [by_k[k] for k in sorted(by_k)]
     kinds = {name: run.get(name, []) for name in ("results", "static", "budgets")}
     rows = [row for group in kinds.values() for row in group if "nats_by_document" in row]
     fields = iter(_fields(rows, own, line, run["heldout_documents"], run["seed"]))
@@ -33,7 +41,13 @@ def compared(run):
     }
 
 
-def _fields(rows, own, line, documents, seed):
+def _fields(
+    rows: list[dict[str, Any]],
+    own: dict[str, Any],
+    line: list[dict[str, Any]],
+    documents: list[dict[str, Any]],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
     """The added fields, a dict for each row."""
     from ...measure.bootstrap import bootstrap
 
@@ -44,7 +58,7 @@ def _fields(rows, own, line, documents, seed):
     line_bits = _bits(line)  # (K, D)
     ks = np.array([row["k"] for row in line], float)
 
-    def statistic(weights):
+    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         total = weights @ sizes
         quality = weights @ bits.T / total[:, None]
         static = weights @ line_bits.T / total[:, None]
@@ -68,16 +82,18 @@ def _fields(rows, own, line, documents, seed):
         yield fields
 
 
-def _bits(rows):
+def _bits(rows: list[dict[str, Any]]) -> NDArray[np.float64]:
     return np.array([row["nats_by_document"] for row in rows], float) / math.log(2)
 
 
-def is_run(average, ks):
+def is_run(average: float, ks: NDArray[np.float64]) -> bool:
     """Were the whole k on both sides of `average` run? A line over a gap lies above static."""
     return {math.floor(average + 1e-9), math.ceil(average - 1e-9)} <= set(ks)
 
 
-def on_line(ks, static, average):
+def on_line(
+    ks: NDArray[np.float64], static: NDArray[np.float64], average: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """The line through static top-k at `average` experts, straight between whole k.
 
     ks (K,) ascending; static (B, K) bits per byte; average (B, M). Returns (B, M); beyond an
@@ -91,7 +107,7 @@ def on_line(ks, static, average):
     return static[row, at] * (1 - part) + static[row, at + 1] * part
 
 
-def interval(row, name, form="+.4f"):
+def interval(row: Mapping[str, Any], name: str, form: str = "+.4f") -> str:
     """ "+0.0213 (+0.0190 to +0.0230)", or "" for what isn't known."""
     value, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
     if value is None or math.isnan(value):

@@ -1,7 +1,19 @@
 """The configurations that are compared: the model's own top-k, and BH by alpha and max_k."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...null.resolve import AnyNull
+    from ...patching.handle import Handle
+
 
 ALPHAS = (0.01, 0.05, 0.10, 0.20)
 MAX_KS = (4, 8, 16, 32, 64)
@@ -16,7 +28,7 @@ class Configuration:
     alpha: float | None = None
     max_k: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.routing_type not in ("topk", "bh"):
             raise ValueError(
                 f'configuration {self.name}: routing_type must be "topk" or "bh", '
@@ -27,11 +39,11 @@ class Configuration:
         if (self.alpha is None) != (self.routing_type == "topk"):
             raise ValueError(f'configuration {self.name}: alpha belongs to "bh", and only to it')
 
-    def is_baseline(self, top_k):
+    def is_baseline(self, top_k: int) -> bool:
         """Whether this is the original routing of a model with this top_k."""
         return self.routing_type == "topk" and self.max_k == top_k
 
-    def patch(self, model, null):
+    def patch(self, model: nn.Module, null: AnyNull | str | os.PathLike[str] | None) -> Handle:
         """Patch `model` to route like this; returns the handle, which is a context manager.
 
         null: the null distributions for "bh" (a Null, a path or "normal").
@@ -40,12 +52,18 @@ class Configuration:
 
         if self.routing_type == "bh":
             return patch(model, "bh", null=null, alpha=self.alpha, max_k=self.max_k)
-        if self.is_baseline(model.config.num_experts_per_tok):
+        config: Any = model.config
+        if self.is_baseline(config.num_experts_per_tok):
             return patch(model)  # the original top-k on the C path
         return patch(model, "topk", k=self.max_k)
 
 
-def configurations(num_experts=64, top_k=8, alphas=ALPHAS, max_ks=MAX_KS):
+def configurations(
+    num_experts: int = 64,
+    top_k: int = 8,
+    alphas: Sequence[float] = ALPHAS,
+    max_ks: Sequence[int] = MAX_KS,
+) -> list[Configuration]:
     """The baseline, then BH by max_k and alpha: 21 of them for 64 experts or more.
 
     A max_k above num_experts is left out (`dropped_max_ks`). A name has alpha's digits without
@@ -63,19 +81,21 @@ def configurations(num_experts=64, top_k=8, alphas=ALPHAS, max_ks=MAX_KS):
     ]
 
 
-def _digits(alpha):
+def _digits(alpha: float) -> str:
     """0.2 -> "020", 0.025 -> "0025": different for every alpha."""
     text = format(Decimal(repr(float(alpha))), "f")
     whole, _, decimals = text.partition(".")
     return whole + decimals.ljust(2, "0")
 
 
-def dropped_max_ks(num_experts, max_ks=MAX_KS):
+def dropped_max_ks(num_experts: int, max_ks: Sequence[int] = MAX_KS) -> list[int]:
     """The values of max_k that a model with so few experts can't have."""
     return [max_k for max_k in max_ks if max_k > num_experts]
 
 
-def as_configuration(config, num_experts, top_k):
+def as_configuration(
+    config: Configuration | Mapping[str, Any] | str, num_experts: int, top_k: int
+) -> Configuration:
     """A Configuration from one, from its fields as a dict, or from a name of `configurations`."""
     if isinstance(config, Configuration):
         return config

@@ -1,16 +1,29 @@
 """The figure of the experiment: what each configuration used, and what that cost."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
-from ...show.figures import MARKERS
+from ...show.figures import MARKERS, pads, whole_ticks
 from .drawing import blank, label, shades, title
 from .quality import quality
 from .store import results_frame
 
-BASELINE = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def figure(results, run=None):
+BASELINE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2}
+
+
+def figure(
+    results: list[dict[str, Any]] | pandas.DataFrame, run: dict[str, Any] | None = None
+) -> Figure:
     """A matplotlib Figure of result dicts (or their frame), 1,600 px wide when saved.
 
     What to use: quality by experts per token, and the distance from static top-k at the same
@@ -25,8 +38,8 @@ def figure(results, run=None):
     own = frame[frame["routing_type"] == "topk"]
     baseline = own.iloc[0] if len(own) else None
     fig = Figure(figsize=(16, 18), dpi=100, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
-    places = [["use", "beside"], ["experts", "perplexity"], ["layers", "layers"]]
+    pads(fig, 0.15, 0.15)
+    places: Any = [["use", "beside"], ["experts", "perplexity"], ["layers", "layers"]]
     axes = fig.subplot_mosaic(places, height_ratios=[1.3, 1, 0.8])
     for axis in axes.values():
         axis.tick_params(labelsize=12)
@@ -40,13 +53,19 @@ def figure(results, run=None):
     return fig
 
 
-def _span(values, form):
+def _span(values: Any, form: str) -> str:
     """ "1.2 to 5.6", or one number when both ends read the same."""
     ends = [format(values.min(), form), format(values.max(), form)]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
-def _heat_map(axis, bh, value, colour, text):
+def _heat_map(
+    axis: Axes,
+    bh: pandas.DataFrame,
+    value: str,
+    colour: tuple[float, float, str],
+    text: Callable[[Any], str],
+) -> None:
     """Annotated cells, max_k down and alpha across; `colour` and `text` are given a row of bh."""
     rows, columns = sorted(bh["max_k"].unique()), sorted(bh["alpha"].unique())
     shown = np.full((len(rows), len(columns)), np.nan)
@@ -76,7 +95,7 @@ def _heat_map(axis, bh, value, colour, text):
     label(axis, "alpha", "max_k (most experts a token may have)")
 
 
-def _experts_map(axis, bh, baseline):
+def _experts_map(axis: Axes, bh: pandas.DataFrame, baseline: Any) -> None:
     top = bh["avg_experts"].max()
     if baseline is not None:
         top = max(top, baseline["avg_experts"])
@@ -88,7 +107,7 @@ def _experts_map(axis, bh, baseline):
     title(axis, used, detail)
 
 
-def _perplexity_map(axis, bh, baseline):
+def _perplexity_map(axis: Axes, bh: pandas.DataFrame, baseline: Any) -> None:
     values = bh["perplexity"]
     if baseline is None:
         low, high = values.min(), values.max()
@@ -101,14 +120,14 @@ def _perplexity_map(axis, bh, baseline):
         headline = f"Held-out perplexity changes by {_span(change, '+.1f')} %"
         detail = f"lower is better; the model's own top-{baseline['max_k']:g}: {own:.2f}"
 
-        def text(row):
+        def text(row: Any) -> str:
             return f"{row['perplexity']:.2f}\n{100 * (row['perplexity'] / own - 1):+.1f} %"
 
     _heat_map(axis, bh, "perplexity", (low, max(high, low * 1.001), "Oranges"), text)
     title(axis, headline, detail)
 
 
-def _by_layer(axis, bh, baseline):
+def _by_layer(axis: Axes, bh: pandas.DataFrame, baseline: Any) -> None:
     most = bh["max_k"].max()
     rows = bh[bh["max_k"] == most].sort_values("alpha")
     alphas = sorted(bh["alpha"].unique())
@@ -128,7 +147,7 @@ def _by_layer(axis, bh, baseline):
     if baseline is not None:
         axis.axhline(baseline["avg_experts"], **BASELINE, label=f"top-{baseline['max_k']:g}")
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    whole_ticks(axis)
     axis.legend(fontsize=12, frameon=False, loc="upper center", ncols=3)
     axis.grid(color="#dddddd")
     axis.set_axisbelow(True)

@@ -1,5 +1,10 @@
 """The panels that answer what to use: quality by experts, and beside static top-k."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from ...show.figures import MARKERS
@@ -8,12 +13,19 @@ from .beside import budgets
 from .drawing import blank, label, shades, title
 from .merged import merged
 
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+
+
 STATIC = "black"
 # Okabe & Ito: told apart with every kind of colour vision, and from the shades of alpha.
 BY_BUDGET = {"fixed_p": ("#D55E00", "*"), "bh": ("#CC79A7", "p")}
 
 
-def quality(use, beside, bh, baseline, run):
+def quality(
+    use: Axes, beside: Axes, bh: pandas.DataFrame, baseline: Any, run: dict[str, Any]
+) -> None:
     """Draw both panels. bh, baseline: rows of results; run: as `compared` gives it, or {}."""
     if baseline is None:
         for axis in (use, beside):
@@ -27,7 +39,7 @@ def quality(use, beside, bh, baseline, run):
     _beside(beside, points, found, marks)
 
 
-def _points(bh, baseline):
+def _points(bh: pandas.DataFrame, baseline: Any) -> list[dict[str, Any]]:
     """A dict for each BH result, equal ones once: where it lies, its colour, marker and name."""
     alphas, caps = sorted(bh["alpha"].unique()), sorted(bh["max_k"].unique())
     colours = dict(zip(alphas, shades(len(alphas)), strict=True))
@@ -49,7 +61,15 @@ def _points(bh, baseline):
     return points
 
 
-def _use(axis, points, baseline, static, found, marks, run):
+def _use(
+    axis: Axes,
+    points: list[dict[str, Any]],
+    baseline: Any,
+    static: list[dict[str, Any]],
+    found: list[dict[str, Any]],
+    marks: list[float],
+    run: dict[str, Any],
+) -> None:
     line = [*static, {"k": baseline["max_k"], "bits_above_own": 0.0}]
     line = sorted(line, key=lambda row: row["k"])
     top = max(p["avg_experts_heldout"] for p in points) if points else 0
@@ -73,7 +93,8 @@ def _use(axis, points, baseline, static, found, marks, run):
             ]
             for end in ("low", "high")
         ]
-        axis.fill_between(ks, *ends, color=STATIC, alpha=0.15, linewidth=0)
+        low, high = ends
+        axis.fill_between(ks, low, high, color=STATIC, alpha=0.15, linewidth=0)
     axis.plot(
         baseline["avg_experts_heldout"],
         0,
@@ -98,7 +119,12 @@ def _use(axis, points, baseline, static, found, marks, run):
     title(axis, _headline(points, found, marks, run), detail)
 
 
-def _headline(points, found, marks, run):
+def _headline(
+    points: list[dict[str, Any]],
+    found: list[dict[str, Any]],
+    marks: list[float],
+    run: dict[str, Any],
+) -> str:
     if not run.get("static") or not marks:
         return "Quality by experts per token"
     answers = []
@@ -110,7 +136,9 @@ def _headline(points, found, marks, run):
     return "What to use " + ", ".join(answers)
 
 
-def _beside(axis, points, found, marks):
+def _beside(
+    axis: Axes, points: list[dict[str, Any]], found: list[dict[str, Any]], marks: list[float]
+) -> None:
     shown = [p for p in [*points, *found] if p.get("bits_above_static") is not None]
     if not shown:
         blank(axis, "static top-k wasn't run")
@@ -134,7 +162,10 @@ def _beside(axis, points, found, marks):
     )
 
 
-def _point(axis, point, field, colour, marker, size):
+def _point(
+    axis: Axes, point: Mapping[str, Any], field: str, colour: Any, marker: str, size: float
+) -> None:
+    y: Any
     y, low, high = (point.get(field + end) for end in ("", "_low", "_high"))
     x = point["avg_experts_heldout"]
     if low is not None and not np.isnan(low):
@@ -142,24 +173,24 @@ def _point(axis, point, field, colour, marker, size):
     axis.plot(x, y, marker, color=colour, markersize=size, markeredgecolor="white")
 
 
-def _by_budget(axis, found, field):
+def _by_budget(axis: Axes, found: list[dict[str, Any]], field: str) -> None:
     for row in found:
         colour, marker = BY_BUDGET[row["router"]]
         if row.get(field) is not None:
             _point(axis, row, field, colour, marker, 18)
 
 
-def _marks(axis, marks):
+def _marks(axis: Axes, marks: list[float]) -> None:
     for budget in marks:
         axis.axvline(budget, color="#999999", linestyle=":", linewidth=1.5, zorder=0)
     axis.grid(color="#eeeeee")
     axis.set_axisbelow(True)
 
 
-def _legend(axis, points):
+def _legend(axis: Axes, points: list[dict[str, Any]]) -> None:
     for alpha, colour in {p["alpha"]: p["colour"] for p in points}.items():
         axis.plot([], [], "-", color=colour, linewidth=5, label=f"BH alpha {alpha:g}")
-    shapes = {}
+    shapes: dict[str, set[int]] = {}
     for point in points:
         shapes.setdefault(point["marker"], set()).update(point["caps"])
     for marker, caps in shapes.items():

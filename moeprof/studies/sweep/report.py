@@ -1,6 +1,10 @@
 """The report in plain words; every number in it is computed from the results."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -9,10 +13,14 @@ from .compared import compared, interval
 from .merged import merged, same_results
 from .store import results_frame
 
+if TYPE_CHECKING:
+    import pandas
+
+
 TOLERANCES = (1, 5)  # per cent of perplexity above the baseline
 
 
-def report(run):
+def report(run: dict[str, Any]) -> str:
     """Markdown of a run (a dict as in the JSON) that holds at least the baseline."""
     run = compared(run)
     frame = results_frame(run["results"])
@@ -42,13 +50,13 @@ def report(run):
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _advice(item):
+def _advice(item: Mapping[str, Any]) -> str:
     code = f"\n\n```python\n{item['code']}\n```" if item["code"] else ""
     others = f"\n\n{_bullets(item['others'])}" if item["others"] else ""
     return f"**{item['head']}**{code}{others}"
 
 
-def _beside_legend(run):
+def _beside_legend(run: dict[str, Any]) -> str:
     count = len(run["heldout_documents"])
     text = (
         '"Beside static" is bits per byte above (+) or below (-) a straight line between the whole '
@@ -68,14 +76,14 @@ def _beside_legend(run):
     )
 
 
-def _bullets(lines):
+def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
 # ---------------------------------------------------------------- what was measured
 
 
-def _status(run):
+def _status(run: dict[str, Any]) -> str:
     done, planned = len(run["results"]), len(run["planned"])
     lines = []
     if done < planned:
@@ -92,7 +100,7 @@ def _status(run):
     return "\n\n".join(lines)
 
 
-def _protocol(run):
+def _protocol(run: dict[str, Any]) -> list[str]:
     size, documents = run["model_config"], run["heldout_documents"]
     domains = sorted({document["domain"] for document in documents})
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
@@ -115,17 +123,17 @@ def _protocol(run):
     ]
 
 
-def _whose(run):
+def _whose(run: dict[str, Any]) -> str:
     source = run.get("heldout_source", "shipped")
     return "held-out" if source == "shipped" else f"(from {', '.join(source)})"
 
 
-def _machine(cpu):
+def _machine(cpu: Mapping[str, Any]) -> str:
     features = cpu.get("features", ())
     return f"CPU with {', '.join(features)}" if features else "CPU"
 
 
-def _legend(run):
+def _legend(run: dict[str, Any]) -> str:
     return (
         "Experts are per token; those on the held-out text are the ones that go with perplexity "
         "and bits per byte. The range after Δ bits/byte is a 95 % bootstrap interval over the "
@@ -135,7 +143,7 @@ def _legend(run):
     )
 
 
-def _table(groups):
+def _table(groups: Iterable[tuple[str, list[dict[str, Any]]]]) -> str:
     head = (
         "config",
         "experts",
@@ -166,11 +174,11 @@ def _table(groups):
     return "\n".join(lines)
 
 
-def _row(cells):
+def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _beside_table(run):
+def _beside_table(run: dict[str, Any]) -> str:
     rows = [row for row in [*run["static"], *run["budgets"]] if "nats_by_document" in row]
     if not rows:
         return "None has finished."
@@ -197,14 +205,14 @@ def _beside_table(run):
     return "\n".join(lines)
 
 
-def _number(value, form):
+def _number(value: float | None, form: str) -> str:
     return "" if value is None or math.isnan(value) else format(value, form)
 
 
 # ---------------------------------------------------------------- what the results say
 
 
-def _findings(run, baseline, bh):
+def _findings(run: dict[str, Any], baseline: Any, bh: pandas.DataFrame) -> list[str]:
     if not len(bh):
         return ["No BH configuration has finished."]
     own = baseline["avg_experts_heldout"]
@@ -226,7 +234,7 @@ def _findings(run, baseline, bh):
     return [line for line in lines if line]
 
 
-def _range(bh):
+def _range(bh: pandas.DataFrame) -> str:
     low, high = bh.loc[bh["avg_experts"].idxmin()], bh.loc[bh["avg_experts"].idxmax()]
     return (
         f"On the prompts BH used between {low['avg_experts']:.2f} ({low['config']}) and "
@@ -235,7 +243,7 @@ def _range(bh):
     )
 
 
-def _cheaper(baseline, bh, fewer):
+def _cheaper(baseline: Any, bh: pandas.DataFrame, fewer: pandas.DataFrame) -> str:
     """How many save experts, and whether any of them does so for free."""
     if not len(fewer):
         return "No BH configuration used fewer experts than the baseline on the held-out text."
@@ -252,19 +260,19 @@ def _cheaper(baseline, bh, fewer):
     )
 
 
-def _surely_worse(frame):
+def _surely_worse(frame: pandas.DataFrame) -> Any:
     """Where the whole interval is above 0; without an interval, where the difference is."""
     return frame["bits_above_own_low"].fillna(frame["bits_above_own"]).astype(float) > 0
 
 
-def _closest(baseline, fewer):
+def _closest(baseline: Any, fewer: pandas.DataFrame) -> str:
     if not len(fewer):
         return ""
     best = fewer.loc[fewer["perplexity"].idxmin()]
     return f"The best of these is {_described(best, baseline)}."
 
 
-def _described(row, baseline):
+def _described(row: Any, baseline: Any) -> str:
     change = 100 * (row["perplexity"] / baseline["perplexity"] - 1)
     return (
         f"{row['config']}: {row['avg_experts_heldout']:.2f} experts on the held-out text, "
@@ -272,7 +280,7 @@ def _described(row, baseline):
     )
 
 
-def _within(baseline, fewer):
+def _within(baseline: Any, fewer: pandas.DataFrame) -> Iterator[str]:
     for tolerance in TOLERANCES:
         limit = baseline["perplexity"] * (1 + tolerance / 100)
         good = fewer[fewer["perplexity"] <= limit]
@@ -289,7 +297,7 @@ def _within(baseline, fewer):
             )
 
 
-def _loses(baseline, more):
+def _loses(baseline: Any, more: pandas.DataFrame) -> str:
     if not len(more):
         return ""
     lost = more[more["perplexity"] > baseline["perplexity"]]
@@ -300,7 +308,7 @@ def _loses(baseline, more):
     )
 
 
-def _dominated(bh):
+def _dominated(bh: pandas.DataFrame) -> str:
     """Configurations for which another one has fewer experts and a lower perplexity."""
     experts, perplexity = bh["avg_experts_heldout"].to_numpy(), bh["perplexity"].to_numpy()
     beaten = (experts[:, None] > experts) & (perplexity[:, None] > perplexity)
@@ -313,7 +321,7 @@ def _dominated(bh):
     )
 
 
-def _beside_static(run):
+def _beside_static(run: dict[str, Any]) -> str:
     """How many settings are below and above the static line by more than the documents vary."""
     settings = [group[0] for _, group in merged(run["results"][1:])]
     settings += [row for row in run["budgets"] if not row["error"]]
@@ -331,7 +339,7 @@ def _beside_static(run):
     return text
 
 
-def _agreement(bh):
+def _agreement(bh: pandas.DataFrame) -> str:
     low, high = bh.loc[bh["token_agreement"].idxmin()], bh.loc[bh["token_agreement"].idxmax()]
     return (
         f"Of the generated tokens, {100 * low['token_agreement']:.0f} % ({low['config']}) to "
@@ -339,7 +347,7 @@ def _agreement(bh):
     )
 
 
-def _speed(baseline, bh):
+def _speed(baseline: Any, bh: pandas.DataFrame) -> str:
     if bh["tokens_per_s"].isna().any():
         return ""
     low, high = bh.loc[bh["tokens_per_s"].idxmin()], bh.loc[bh["tokens_per_s"].idxmax()]
@@ -352,7 +360,7 @@ def _speed(baseline, bh):
     )
 
 
-def _layers(bh):
+def _layers(bh: pandas.DataFrame) -> str:
     layers = np.mean(bh["experts_by_layer"].tolist(), axis=0)
     if len(layers) == 1:
         return ""
@@ -360,14 +368,14 @@ def _layers(bh):
     return f"Over all BH configurations the layers, first to last, used {means} experts."
 
 
-def _names(frame):
+def _names(frame: pandas.DataFrame) -> str:
     return ", ".join(frame["config"])
 
 
 # ---------------------------------------------------------------- what may be claimed
 
 
-def _alpha(run, bh):
+def _alpha(run: dict[str, Any], bh: pandas.DataFrame) -> str:
     text = (
         "BH turns the scores of a token's experts into p-values against the null named above and "
         "selects by alpha: a larger alpha, more experts. Here alpha is a knob for compute. A "
@@ -384,7 +392,7 @@ def _alpha(run, bh):
     return text
 
 
-def _limits(run):
+def _limits(run: dict[str, Any]) -> list[str]:
     return [
         "Which setting is best of all: the best of several was chosen on the text that it was "
         "measured on, so its lead over the others is a little too large; parameters that differ "

@@ -1,9 +1,14 @@
 """The sweep: every configuration in turn, with what is finished kept on disk."""
 
+from __future__ import annotations
+
+import os
 import platform
 import textwrap
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from ...backends.cpu import cpu_info
 from ...checks import check_type
@@ -20,18 +25,27 @@ from .report import report
 from .runner import Experiment
 from .store import Store
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ...show.console import Bar
+    from ...texts.windows import HeldOut
+    from .grid import Configuration
+    from .store import Store
+
 
 def sweep(
-    experiment,
-    store,
-    facts,
-    console=None,
+    experiment: Experiment,
+    store: Store | str | os.PathLike[str],
+    facts: dict[str, Any],
+    console: Console | None = None,
     *,
-    alphas=ALPHAS,
-    max_ks=MAX_KS,
-    static=None,
-    calibration=None,
-):
+    alphas: Sequence[float] = ALPHAS,
+    max_ks: Sequence[int] = MAX_KS,
+    static: Iterable[int] | None = None,
+    calibration: HeldOut | None = None,
+) -> dict[str, Any]:
     """Run all configurations that fit the model and write the files of `Store`.
 
     experiment: Experiment; store: Store, or the path of a folder; facts: a dict that goes into
@@ -75,7 +89,7 @@ def sweep(
     return _finish(run, store, console)
 
 
-def _static(ks, num_experts, top_k):
+def _static(ks: Iterable[int] | None, num_experts: int, top_k: int) -> list[int]:
     """Ascending; the model's own k is the baseline already, so it isn't run again."""
     ks = range(1, top_k + 1) if ks is None else ks
     for k in ks:
@@ -84,7 +98,14 @@ def _static(ks, num_experts, top_k):
     return sorted(set(ks) - {top_k})
 
 
-def _grid(run, planned, experiment, store, console, bar):
+def _grid(
+    run: dict[str, Any],
+    planned: list[Configuration],
+    experiment: Experiment,
+    store: Store,
+    console: Console,
+    bar: Bar,
+) -> None:
     for number, configuration in enumerate(planned, start=1):
         bar.note(configuration.name)
         console.print(f"[{number}/{len(planned)}] Running: {configuration.name}")
@@ -96,7 +117,14 @@ def _grid(run, planned, experiment, store, console, bar):
         console.print(f"Avg experts: {result['avg_experts']:.2f}")
 
 
-def _beside(run, static, setter, experiment, top_k, bar):
+def _beside(
+    run: dict[str, Any],
+    static: list[int],
+    setter: Budgets,
+    experiment: Experiment,
+    top_k: int,
+    bar: Bar,
+) -> None:
     """Static top-k, and what budgets set: quality alone, so there is a line for each in the bar."""
     for k in static:
         bar.note(f"static top-{k}")
@@ -107,7 +135,7 @@ def _beside(run, static, setter, experiment, top_k, bar):
             run["budgets"].append(setter.run(router, budget, bar.step))
 
 
-def _finish(run, store, console):
+def _finish(run: dict[str, Any], store: Store, console: Console) -> dict[str, Any]:
     """Intervals, advice, report and figure from what is there, and the tables on the console."""
     run = compared(run)
     run = run | {"advice": advice(run)}
@@ -133,7 +161,7 @@ def _finish(run, store, console):
     return run
 
 
-def _table(groups):
+def _table(groups: list[tuple[str, list[dict[str, Any]]]]) -> Table:
     """The main columns as a rich table of at most 100 columns; equal results share a row."""
     from rich import box
     from rich.table import Table
@@ -158,11 +186,14 @@ def _table(groups):
     return table
 
 
-def describe(experiment, planned, dropped):
+def describe(
+    experiment: Experiment, planned: list[Configuration], dropped: list[int]
+) -> dict[str, Any]:
     """What was run, on what and how: everything in the JSON but the results."""
     import torch
 
-    model, config = experiment.model, experiment.model.config
+    model = experiment.model
+    config: Any = model.config
     packages = ("torch", "transformers", "numpy")
     prompts = zip(experiment.complexities, experiment.prompts, strict=True)
     return {

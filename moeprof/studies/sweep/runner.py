@@ -1,8 +1,12 @@
 """Runs one configuration: generate on the prompts, count experts, evaluate on held-out text."""
 
+from __future__ import annotations
+
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,23 +22,40 @@ from ...texts.prompts import COMPLEXITIES
 from ...texts.windows import heldout_windows
 from .grid import as_configuration
 
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from ...checks import Tokenizer
+    from ...null.resolve import AnyNull
+    from ...patching.handle import Handle
+    from ...routers.base import Router
+    from ...texts.documents import Text
+    from ...texts.windows import HeldOut
+    from .grid import Configuration
+
+
 NEW_TOKENS = 20
 
 
 class Tally:
     """A routing callback that counts how many experts the tokens were given, layer by layer."""
 
-    def __init__(self, num_layers, num_experts):
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         self.histogram = np.zeros((num_layers, num_experts + 1), dtype=np.int64)
         self.unrejected = 0  # tokens x layers in which no expert was significant before min_k
-        self.by_call = [[] for _ in range(num_layers)]  # experts of all tokens of each forward
-        self._calls = []
+        self.by_call: list[list[int]] = [
+            [] for _ in range(num_layers)
+        ]  # experts of all tokens of each forward
+        self._calls: list[tuple[int, Tensor, Tensor]] = []
 
-    def __call__(self, layer, routing):
+    def __call__(self, layer: int, routing: Any) -> None:
         # Counting waits for `settle`, so that the timed decode loop pays for an append only.
         self._calls.append((layer, routing.counts, routing.rejections))
 
-    def settle(self):
+    def settle(self) -> Tally:
         """Count what was kept; call it outside of timed regions."""
         for layer, counts, rejections in self._calls:
             found = np.bincount(counts.numpy(), minlength=self.histogram.shape[1])
@@ -45,13 +66,19 @@ class Tally:
         return self
 
     @staticmethod
-    def mean(tallies):
+    def mean(tallies: Sequence[Tally]) -> float | None:
         """Experts per token over all layers and tokens of several tallies; None without tokens."""
-        histogram = sum(tally.histogram for tally in tallies)
-        return _means(histogram.sum(axis=0)) if tallies else None
+        if not tallies:
+            return None
+        return _means(_histogram(tallies).sum(axis=0))
 
 
-def _means(histogram):
+def _histogram(tallies: Sequence[Tally]) -> NDArray[np.int64]:
+    """(L, E+1) tokens by number of experts, of several tallies together."""
+    return np.sum([tally.histogram for tally in tallies], axis=0)
+
+
+def _means(histogram: NDArray[np.int64]) -> Any:
     """Mean number of experts from token counts (..., E+1) by number of experts."""
     return (histogram @ np.arange(histogram.shape[-1]) / histogram.sum(axis=-1)).tolist()
 
@@ -64,15 +91,15 @@ class Experiment:
     heldout: HeldOut; null: the null distributions that BH measures against.
     """
 
-    model: object
-    tokenizer: object
-    prompts: tuple
-    complexities: tuple
-    heldout: object
-    null: object
+    model: nn.Module
+    tokenizer: Tokenizer
+    prompts: tuple[str, ...]
+    complexities: tuple[str | None, ...]
+    heldout: HeldOut
+    null: AnyNull | PathLike[str] | str | None
     new_tokens: int = NEW_TOKENS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_model("Experiment", self.model)
         check_tokenizer("Experiment", self.tokenizer)
         if isinstance(self.prompts, str):
@@ -100,11 +127,16 @@ class Experiment:
         check_token_ids(self.model, self._prompt_ids())
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """How often `run` calls `step`."""
         return len(self.prompts) + len(self.heldout.windows)
 
-    def run(self, configuration, baseline=None, step=lambda: None):
+    def run(
+        self,
+        configuration: Configuration,
+        baseline: Any = None,
+        step: Callable[[], object] = lambda: None,
+    ) -> dict[str, Any]:
         """Run one configuration and return what was measured, as a dict of plain values.
 
         baseline: the baseline's dict, which the others are compared with; without it
@@ -123,17 +155,18 @@ class Experiment:
             **measured,
             "seconds": time.perf_counter() - start,
         }
-        top_k = self.model.config.num_experts_per_tok
+        config: Any = self.model.config
+        top_k = config.num_experts_per_tok
         baseline = result if configuration.is_baseline(top_k) else baseline
         return result | _compare(result, baseline, top_k)
 
-    def quality(self, router, step=lambda: None):
+    def quality(self, router: Router, step: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """How a router does on the held-out text alone: the fields of `run` that are of that."""
         null = self.null if router.wants_null else None
         with patch(self.model, router, null=null) as handle:
             return self._evaluate(handle, step)
 
-    def _evaluate(self, handle, step):
+    def _evaluate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
         tally = self._tally(handle)
         with handle.on_routing(tally):
             measured = evaluate(self.model, self.heldout, step)
@@ -148,10 +181,10 @@ class Experiment:
             "experts_by_document": by_document,
         }
 
-    def _tally(self, handle):
+    def _tally(self, handle: Handle) -> Tally:
         return Tally(len(handle.layers), handle.layers[0].num_experts)
 
-    def _generate(self, handle, step):
+    def _generate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
         """Greedy generation on all prompts, batch 1: experts, tokens per second, tokens, texts."""
         prompts = self._prompt_ids()
         greedy(self.model, prompts[0], 2)  # uncounted: the first calls pay for page faults
@@ -165,7 +198,7 @@ class Experiment:
             seconds += decode_seconds
             step()
         decoded = len(prompts) * (self.new_tokens - 1)
-        histogram = sum(tally.histogram for tally in tallies)
+        histogram = _histogram(tallies)
         return {
             "avg_experts": Tally.mean(tallies),
             **self._by_complexity(tallies),
@@ -177,11 +210,11 @@ class Experiment:
             "generated_texts": [self.tokenizer.decode(new) for new in tokens],
         }
 
-    def _prompt_ids(self):
+    def _prompt_ids(self) -> list[Tensor]:
         """(1, n) token ids of each prompt."""
         return [prompt_ids(self.tokenizer, text) for text in self.prompts]
 
-    def _by_complexity(self, tallies):
+    def _by_complexity(self, tallies: list[Tally]) -> dict[str, Any]:
         means = {}
         for label in COMPLEXITIES:
             of_label = [t for t, c in zip(tallies, self.complexities, strict=True) if c == label]
@@ -189,7 +222,7 @@ class Experiment:
         return means
 
 
-def _compare(result, baseline, top_k):
+def _compare(result: dict[str, Any], baseline: dict[str, Any] | None, top_k: int) -> dict[str, Any]:
     """The columns that set a result against the baseline's, of which the experts are top_k."""
     compared = {
         "reduction_pct": 100 * (1 - result["avg_experts"] / top_k),
@@ -204,17 +237,17 @@ def _compare(result, baseline, top_k):
 
 
 def run_configuration(
-    config,
-    prompts,
-    prompt_complexities,
-    max_new_tokens=NEW_TOKENS,
+    config: Configuration | Mapping[str, Any] | str,
+    prompts: Iterable[str],
+    prompt_complexities: Iterable[str | None],
+    max_new_tokens: int = NEW_TOKENS,
     *,
-    model=None,
-    tokenizer=None,
-    null=None,
-    baseline=None,
-    heldout_documents=None,
-):
+    model: nn.Module | None = None,
+    tokenizer: Tokenizer | None = None,
+    null: AnyNull | str | os.PathLike[str] | None = None,
+    baseline: dict[str, Any] | None = None,
+    heldout_documents: Iterable[Text] | None = None,
+) -> dict[str, Any]:
     """Run one configuration of the experiment, for notebooks; the sweep does the same 21 times.
 
     Parameters
@@ -248,7 +281,7 @@ def run_configuration(
     """
     if (model is None) != (tokenizer is None):
         raise ValueError("run_configuration: give both model and tokenizer, or none of them")
-    if model is None:
+    if model is None or tokenizer is None:
         model, tokenizer = load_once()
     check_model("run_configuration", model)
     check_tokenizer("run_configuration", tokenizer)
@@ -261,7 +294,7 @@ def run_configuration(
     experiment = Experiment(
         model,
         tokenizer,
-        prompts if isinstance(prompts, str) else tuple(prompts),
+        prompts if isinstance(prompts, str) else tuple(prompts),  # type: ignore[arg-type]  # refused
         tuple(prompt_complexities),
         heldout_windows(tokenizer, documents),
         null,

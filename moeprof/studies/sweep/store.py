@@ -1,10 +1,19 @@
 """The files of a run: each appears whole or not at all, and holds everything finished so far."""
 
+from __future__ import annotations
+
 import io
 import json
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, check_folder, finite, write_whole
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
 
 COLUMNS = (
     "config",
@@ -26,7 +35,7 @@ COLUMNS = (
 )
 
 
-def results_frame(results):
+def results_frame(results: list[dict[str, Any]]) -> pandas.DataFrame:
     """A pandas table with a row for each result dict: COLUMNS first, then the other fields."""
     import pandas
 
@@ -54,7 +63,7 @@ class Store:
     Raises OSError, before anything is run, when it can't be made or written to.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
         self.json = folder / "bh_routing_full_results.json"
         self.csv = folder / "bh_routing_summary.csv"
@@ -65,7 +74,7 @@ class Store:
         check_folder(folder)
         check_folder(self.figure.parent)
 
-    def save_results(self, run):
+    def save_results(self, run: dict[str, Any]) -> None:
         """Write the JSON and both tables. run: {…, "results": [result dicts]}."""
         self.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(finite(run), indent=1, ensure_ascii=False, allow_nan=False)
@@ -74,7 +83,7 @@ class Store:
         write_whole(self.csv, as_csv(table))
         write_whole(self.quality, as_csv(_quality(run)))
 
-    def save_report(self, text, figure):
+    def save_report(self, text: str, figure: Figure) -> None:
         """Write the report (Markdown) and the figure (matplotlib) as a PNG."""
         self.figure.parent.mkdir(parents=True, exist_ok=True)
         image = io.BytesIO()
@@ -83,7 +92,7 @@ class Store:
         write_whole(self.report, text.encode())
 
 
-def _quality(run):
+def _quality(run: dict[str, Any]) -> pandas.DataFrame:
     """The held-out text alone: the grid, static top-k and what budgets set, a row each."""
     import pandas
 
