@@ -24,6 +24,7 @@ from typing import NamedTuple
 import pytest
 from models import V5
 
+import moeprof
 from moeprof import cli, demo
 
 if sys.version_info >= (3, 11):
@@ -206,6 +207,13 @@ def test_links_to_files_lead_somewhere():
     """mkdocs looks at the links of docs/; README it doesn't know."""
     for target in re.findall(r"\]\(([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_reference_has_every_public_name():
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: moeprof\.(\w+)$", text, re.M))
+    told = {name for name in moeprof.__all__ if name.endswith("_routing")}  # of all at once
+    assert set(moeprof.__all__) - told <= shown and "moeprof.<name>_routing" in text
 
 
 def test_the_command_line_page_is_made_from_the_parsers():
