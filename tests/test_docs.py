@@ -163,6 +163,8 @@ def is_ours(words: list[str]) -> bool:
 RUN = [pytest.param(b, id=str(b), marks=marks_of([b])) for b in of("sh") if b.is_run]
 
 
+# In a diagnosis of so few documents a bootstrap draw can leave out all of a domain: 0 / 0.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
 @pytest.mark.parametrize("block", RUN)
 def test_the_commands_of_a_block_run(block, tmp_path, capsys):
     with in_folder(tmp_path):
