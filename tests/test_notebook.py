@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+EACH = pytest.mark.parametrize(
+    "path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem
+)
 
 nbformat = pytest.importorskip("nbformat")
 
@@ -65,7 +69,53 @@ def test_profiling_a_model_runs_and_shows_its_tables_and_figures(tmp_path):
     assert (tmp_path / "profile" / "index.html").stat().st_size > 100_000
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+# ---- the first cell ----
+
+
+@pytest.fixture
+def first_cell(monkeypatch):
+    """Run a notebook's first cell in a folder; the lines that begin with % in it, such as %pip."""
+    transformer = pytest.importorskip("IPython.core.inputtransformer2").TransformerManager()
+
+    def run(path, folder):
+        cells = nbformat.read(path, as_version=4).cells
+        source = next(cell.source for cell in cells if cell.cell_type == "code")
+        given, scope = [], {}
+
+        class Shell:
+            def run_line_magic(self, name, line):
+                given.append(f"{name} {line.format(**scope)}")  # IPython fills in {names} so
+
+        monkeypatch.chdir(folder)
+        scope["get_ipython"] = Shell
+        exec(transformer.transform_cell(source), scope)
+        return given
+
+    return run
+
+
+@pytest.fixture
+def without_moeprof(monkeypatch):
+    monkeypatch.setitem(sys.modules, "moeprof", None)  # its import fails
+
+
+@EACH
+def test_where_moeprof_is_nothing_is_installed(path, first_cell):
+    assert first_cell(path, NOTEBOOKS) == []
+
+
+@EACH
+@pytest.mark.parametrize("folder", [NOTEBOOKS, ROOT], ids=["notebooks", "root"])
+def test_in_a_checkout_the_checkout_is_installed(path, folder, first_cell, without_moeprof):
+    assert first_cell(path, folder) == [f'pip install -q "{ROOT}[hf]"']
+
+
+@EACH
+def test_elsewhere_as_in_colab_the_index_is_asked(path, tmp_path, first_cell, without_moeprof):
+    assert first_cell(path, tmp_path) == ['pip install -q "moeprof[hf]"']
+
+
+@EACH
 def test_outputs_are_stripped(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)

@@ -1,4 +1,4 @@
-"""What the README shows can be pasted."""
+"""What the README shows can be pasted, and it is short. The code in docs/: test_docs.py."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def blocks():
 
 
 def test_the_example_runs_as_pasted(blocks, capsys):
-    example, budget = [text for language, text in blocks if language == "python"]
+    (example,) = [text for language, text in blocks if language == "python"]
     assert len([line for line in example.splitlines() if line]) <= 12
     scope = {}
     exec(example, scope)
@@ -27,11 +27,10 @@ def test_the_example_runs_as_pasted(blocks, capsys):
     for line in printed:
         counts = eval(line.split(" ", 1)[1])
         assert len(counts) == tokens and all(1 <= count <= 8 for count in counts)
-    exec(budget, scope)
-    (shown,) = capsys.readouterr().out.splitlines()
-    average = float(shown.split()[0])
-    assert shown.startswith(f"{average:.4g} ± ") and 3.5 < average < 4.5
-    assert scope["router"].budget.calibration.average_k == pytest.approx(4, rel=0.01)
+
+
+def test_it_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900  # as wc -w counts
 
 
 def test_ci_runs_the_command_of_the_readme(blocks):

@@ -38,6 +38,23 @@ class Counts:
     they were not asked for.
     """
 
+    steps: np.ndarray
+    nanoseconds: np.ndarray
+    latency: np.ndarray
+    k: np.ndarray
+    load: np.ndarray
+    skipped: np.ndarray
+    unique: np.ndarray
+    batch_steps: np.ndarray
+    batch_unique: np.ndarray
+    reuse: np.ndarray
+    confidence: np.ndarray
+    gap: np.ndarray
+    pairs: np.ndarray
+    moves: np.ndarray
+    sums: np.ndarray
+    probability: np.ndarray
+
     def __init__(self, num_experts: int, pairs: bool = True):
         counts, sums = _layout(num_experts, pairs)
         self.num_experts, self.has_pairs = num_experts, pairs
