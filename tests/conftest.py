@@ -1,5 +1,56 @@
-"""Nothing here may reach a network; said before anything imports huggingface_hub."""
+"""Fixtures of several files, and what holds for all tests.
+
+Nothing here may reach a network; said before anything imports huggingface_hub.
+"""
 
 import os
 
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(params=["memory", "no memory"])
+def memory(request, monkeypatch):
+    """Whether a copy of the weights fits into memory, as `undoing` asks."""
+    from moeprof.measure import snapshot
+
+    if request.param == "no memory":
+
+        def check_memory(needed):
+            raise ValueError
+
+        monkeypatch.setattr(snapshot, "check_memory", check_memory)
+    return request.param == "memory"
+
+
+@pytest.fixture(scope="session")
+def profile():
+    """A profile of three layers and two phases; not to be changed."""
+    from profiles import make_profile
+
+    return make_profile(3, 12, 2, padding=0.2, prefill=(20, 33, 8), decode=(1,) * 12 + (4,) * 5)
+
+
+@pytest.fixture(scope="session")
+def _demo():
+    from moeprof import demo
+
+    return demo.load()
+
+
+@pytest.fixture(scope="module")
+def loaded(_demo):
+    """(model, tokenizer) of the demo, made once; a test that uses it leaves the model as it is."""
+    from models import assert_unchanged, snapshot
+
+    model = _demo[0]
+    before, writes = snapshot(model), _writes(model)
+    yield _demo
+    assert_unchanged(model, before)
+    assert _writes(model) == writes, "a test wrote to the demo's weights: it needs its own model"
+
+
+def _writes(model):
+    """{parameter: how often something wrote to it}, as torch counts."""
+    return {name: parameter._version for name, parameter in model.named_parameters()}

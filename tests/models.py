@@ -3,6 +3,7 @@
 E experts, k of them a token, H hidden and I intermediate size, T tokens.
 """
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -150,7 +151,10 @@ def relative(ours, reference) -> float:
 def fit_null(model):
     """A null fitted to random text, by a tokenizer of characters."""
     ids = [{"input_ids": row.tolist()} for row in token_ids(3, 40)]
-    return moeprof.fit_null(model, lambda text, **_: ids[int(text)], list("012"), progress=False)
+    with pytest.warns(UserWarning, match="null was fitted to 117 tokens"):
+        return moeprof.fit_null(
+            model, lambda text, **_: ids[int(text)], list("012"), progress=False
+        )
 
 
 # ---- what patching may not leave behind ----

@@ -194,3 +194,18 @@ def make_profile(
             now += time
     facts = {**FACTS, "steps": len(sizes), **(facts or {})}
     return Profile(layers, counts, facts, domains=table, roofline=roofline, events=events)
+
+
+def with_vocabulary(profile):
+    """Three tokens that occurred 10, 20 and 3 times, in the last layer."""
+    counts = np.zeros((1, 3, 12), np.int64)
+    counts[0, 0, 4], counts[0, 0, 5] = 10, 10
+    counts[0, 1, 4], counts[0, 1, 7], counts[0, 2, 7] = 5, 35, 6
+    words = {
+        "tokens": [11, 22, 33],
+        "layers": [2],
+        "counts": counts,
+        "seen": np.array([10, 20, 3]),
+        "text": ["if", " the", "<b>"],
+    }
+    return Profile(profile.layers, profile.counts, profile.facts, vocabulary=words)

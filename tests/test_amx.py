@@ -21,6 +21,8 @@ from util import TINY32, narrow, widen
 
 from moeprof import _C
 
+pytestmark = pytest.mark.once
+
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "csrc" / "x86"
 FLAGS = "-std=gnu11 -O3 -ffp-contract=off -Wall -Wextra -Werror -shared -fPIC".split()

@@ -20,6 +20,7 @@ from moeprof.bench import kernels, layer, model, router, twins
 from moeprof.bench.settings import SHAPES, Shape
 from moeprof.bench.weights import Calls, layer_weights
 from moeprof.cli import main
+from moeprof.measure import limits
 from moeprof.measure.limits import roof
 from moeprof.measure.machine import check_memory
 from moeprof.measure.timing import interleave
@@ -28,6 +29,13 @@ from moeprof.show.figures import COLOURS, colours, plain
 
 SHAPE = ("--shape", "8,32,16,4", "--repeats", 2)
 STOCK = ["eager", "grouped_mm"] if V5 else ["eager"]
+
+
+@pytest.fixture(autouse=True)
+def small_gemm(monkeypatch):
+    """The limit of the hardware by a small product: torch's of bf16 can take a minute."""
+    for module in (limits, kernels):
+        monkeypatch.setattr(module, "SIZE", 128)
 
 
 def bench(capsys, tmp_path, *arguments):
@@ -112,6 +120,7 @@ def test_layer_names_the_peers_that_are_left_out(capsys, tmp_path, monkeypatch):
     assert "left out: zentorch: " in out
 
 
+@pytest.mark.once
 def test_kernels(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "cache_bytes", lambda: 2**18)
     before, picture = (in_use(), torch.get_num_threads()), tmp_path / "kernels.png"
@@ -143,6 +152,7 @@ def test_kernels(capsys, tmp_path, monkeypatch):
     assert image.imread(picture).size
 
 
+@pytest.mark.once
 def test_router(capsys, tmp_path):
     picture = tmp_path / "router.png"
     options = ("--tokens", "1,3", "--plot", picture)
@@ -382,5 +392,5 @@ def test_scripts_run_alone(name):
 
 
 def test_no_torch_before_a_benchmark_runs():
-    code = "import sys, moeprof.bench.arguments; assert 'torch' not in sys.modules"
+    code = "import sys, moeprof.cli.bench; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -29,11 +29,6 @@ TOKENS = 6000  # of the demo's text: enough for the averages to be nearly contin
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return demo.load()
-
-
-@pytest.fixture(scope="module")
 def null():
     return demo.null("efron")
 
@@ -399,6 +394,7 @@ def test_with_budget_reports_what_it_did(loaded, null):
     assert max(map(len, repr(report).split("\n"))) <= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fixed_p", "min_p", "local_fdr", "gap_ratio"])
 @pytest.mark.parametrize("average_k", [2.5, 4])
 def test_the_promise_on_held_out_text(name, average_k, loaded, null):

@@ -17,6 +17,9 @@ from moeprof.null import LayerNull, Null
 from moeprof.null import fitting as calibration
 from moeprof.texts.streams import PIECE, TextFiles
 
+# The nulls of these tests are fitted to few tokens; that this is said is a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:the null was fitted to")
+
 # ---------------------------------------------------------------- fitting through a model
 
 
@@ -367,6 +370,7 @@ def test_an_iterator_is_read_as_the_model_needs_it(model):
     assert_same(null, fit(model))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(model):
     import tracemalloc
 
@@ -490,6 +494,7 @@ def test_the_halves_share_no_document_and_have_each_domain():
     assert demo.calibration_halves() == halves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trimmed", "efron"])
 def test_the_shipped_nulls_are_the_demo_models_and_those_of_a_refit(kind):
     pytest.importorskip("statsmodels")

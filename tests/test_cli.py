@@ -20,6 +20,9 @@ import moeprof
 from moeprof import demo
 from moeprof.cli import main
 
+# The nulls of these tests are fitted to few tokens; that this is said is a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:the null was fitted to")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -205,6 +208,7 @@ def test_null_text(tmp_path, tiny, prompts):
     assert "--null-text" in run["null_source"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes(tmp_path, tiny, prompts, dtype):
     options = ["--dtype", dtype, "--null", "normal", "--heldout-tokens", "600"]
@@ -348,6 +352,7 @@ def test_a_null_is_not_written_over_a_folder(capsys, tiny, tmp_path, prompts):
     assert "expected a file" in fails(capsys, "calibrate", *options)
 
 
+@pytest.mark.slow
 def test_the_seed_chooses_the_passages(tmp_path, tiny, prompts):
     chosen = []
     for seed in (1, 1, 2):

@@ -23,11 +23,6 @@ FIXTURE = Path(__file__).parent / "data" / "demo_logits.npz"
 RECORD = json.loads((demo.PATH / "training.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return demo.load()
-
-
 def few_documents(each):
     """The first `each` held-out documents of every domain."""
     documents = demo.heldout_documents()

@@ -1,7 +1,7 @@
 """The experts of a layer as a whole: float64, every level, chunks, threads, what is read."""
 
 import sys
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -9,6 +9,8 @@ import util
 from util import narrow, widen
 
 from moeprof import _C
+
+pytestmark = pytest.mark.once
 
 posix = pytest.mark.skipif(sys.platform != "linux", reason="mprotect and /proc are Linux's")
 
@@ -52,12 +54,20 @@ def routing_of(name, dtype, **place):
     return layer, layer.hidden(T), ids, weights
 
 
-def hold_experts(layer, hidden, ids, weights, what=""):
+def hold_experts(layer, hidden, ids, weights, what="", reference=None):
+    """reference: what Layer.reference gives of these, where that was asked before."""
     out = layer(hidden, ids, weights)
-    ref, tol = layer.reference(hidden, ids, weights)
+    ref, tol = reference or layer.reference(hidden, ids, weights)
     assert out.dtype == hidden.dtype and out.shape == hidden.shape
     util.assert_close(widen(out, layer.dtype), ref, tol, f"{layer.dtype} {what}")
     return ref, tol
+
+
+@cache
+def with_reference(name, dtype):
+    """(what `routing_of` gives, the reference): once for all levels."""
+    layer, *arrays = routing_of(name, dtype)
+    return (layer, *arrays), layer.reference(*arrays)
 
 
 @pytest.mark.parametrize("level", util.level_names())
@@ -65,7 +75,8 @@ def hold_experts(layer, hidden, ids, weights, what=""):
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_experts(level, dtype, name):
     util.force_level(level)
-    ref, tol = hold_experts(*routing_of(name, dtype), name)
+    arguments, reference = with_reference(name, dtype)
+    ref, tol = hold_experts(*arguments, name, reference)
     if (ref != 0).any():
         with pytest.raises(AssertionError):
             util.assert_close(np.zeros_like(ref), ref, tol)

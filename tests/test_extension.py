@@ -20,6 +20,8 @@ import util
 import moeprof
 from moeprof import _C, _kernels
 
+pytestmark = pytest.mark.once
+
 PUBLIC = {
     module: sorted(name for name in vars(module) if not name.startswith("_"))
     for module in (_C, _kernels)

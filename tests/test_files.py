@@ -16,6 +16,8 @@ from moeprof import files
 from moeprof.files.npz import read_npz
 from moeprof.null import Null
 
+pytestmark = pytest.mark.once
+
 posix = pytest.mark.skipif(sys.platform == "win32", reason="modes and links are POSIX's")
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(__file__).resolve().parents[1] / "moeprof"
 
 # From the top to the bottom; a line is a floor. docs/design says what lives on each.

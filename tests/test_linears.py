@@ -296,7 +296,8 @@ def test_a_copy_uses_its_own_weights(model):
 def test_patches_nest(model):
     before = snapshot(model)
     outer = moeprof.patch(model, linears=True)
-    inner = moeprof.patch(model, linears=True)
+    with pytest.warns(UserWarning, match="patched already"):
+        inner = moeprof.patch(model, linears=True)
     assert inner.linears == []  # they run in C already
     with pytest.raises(RuntimeError, match="unpatch that one first"):
         outer.unpatch()

@@ -13,6 +13,8 @@ from moeprof.null import NORMAL, SCORES, SOFTMAX, normal_reference, softmax_refe
 from moeprof.null.scores import BINS, EDGES, TINY, scores_of, stored_scores
 from moeprof.null.tables import table_p
 
+pytestmark = pytest.mark.once
+
 # ---------------------------------------------------------------- the table
 
 

@@ -12,6 +12,8 @@ from moeprof.null.efron import LFDR_BINS, EfronNull, fit_efron, local_fdr_table
 from moeprof.null.scores import BINS, EDGES, TINY, bins_of, scores_of
 from moeprof.null.tables import conformal_p, conformal_table
 
+pytestmark = pytest.mark.once
+
 multitest = pytest.importorskip("statsmodels.stats.multitest")
 
 

@@ -15,6 +15,8 @@ from moeprof.models.identity import text_digest
 from moeprof.null import Null, storage
 from moeprof.null.fitting import Histograms
 
+pytestmark = pytest.mark.once
+
 # ---------------------------------------------------------------- merging and files
 
 

@@ -130,6 +130,7 @@ def test_block_float16_is_no_worse_than_stock(shape, norm):
 
 @pytest.fixture(scope="module")
 def loaded():
+    """Not the one that all share: once asked for router logits, it keeps transformers' hooks."""
     return demo.load()
 
 
@@ -208,7 +209,8 @@ def test_bh_of_8_selects_what_topk_selects(loaded, null):
     ids = tokenizer(demo.heldout_documents()[0].text, return_tensors="pt")["input_ids"][:, :200]
     if null == "fitted":
         texts = [d.text[:500] for d in demo.calibration_documents()[:4]]
-        null = moeprof.fit_null(model, tokenizer, texts, progress=False)
+        with pytest.warns(UserWarning, match="null was fitted to 538 tokens"):
+            null = moeprof.fit_null(model, tokenizer, texts, progress=False)
     router_logits = model(ids, output_router_logits=True).router_logits
     with moeprof.patch(model) as handle:
         topk = routings_of(handle)

@@ -8,6 +8,8 @@ from moeprof.profile import agreement
 from moeprof.profile.agreement import router_agreement
 from moeprof.profiler.records import RecordWriter, read_records
 
+pytestmark = pytest.mark.once
+
 
 def by_sets(first, second, k=None):
     shares = []

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from models import olmoe
+from wording import says
 
 import moeprof
 from moeprof import cli, demo
@@ -204,7 +205,7 @@ def test_short_texts(tiny, tmp_path, capsys):
     given = "--model", tiny, "--text", short, "--out", out
     assert profile(*given) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "No decode steps were run: the text has no passage of 64 tokens" in said
+    assert says(said, "No decode steps", "no passage of 64 tokens")
     assert moeprof.Profile.load(out).phases == ["prefill"] and (out / "index.html").exists()
     assert profile(*given, "--prompts", 0) == 0  # none were asked for
     assert "No decode steps" not in capsys.readouterr().out

@@ -10,6 +10,8 @@ from profiles import make_profile
 from moeprof.profile import page
 from moeprof.profile.result import Profile
 
+pytestmark = pytest.mark.once
+
 VALUES = (None, True, 0, 10**400, -1, float("nan"), 1.5, "", "x", [], {}, [0])
 FACTS = {
     "not_counted": [{"label": 5, "block": "b", "reason": "r"}],

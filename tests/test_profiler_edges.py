@@ -12,6 +12,8 @@ from moeprof.profile.result import Profile
 from moeprof.profile.specialisation import most_by_domain
 from moeprof.profiler.tally import Counts
 
+pytestmark = pytest.mark.once
+
 HOSTILE = ("<script>alert(1)</script>", ":smile: [bold]x[/bold]", r"costs $1 $\frac{", "long " * 30)
 
 

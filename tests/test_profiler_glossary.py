@@ -12,6 +12,8 @@ from moeprof.profile import glossary, run, specialisation, tables
 from moeprof.profile.metrics import LayerMetrics
 from moeprof.studies import ablation
 
+pytestmark = pytest.mark.once
+
 DOCS = Path(__file__).parent.parent / "docs" / "glossary.md"
 
 

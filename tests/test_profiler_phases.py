@@ -28,11 +28,6 @@ def counted(profiler, layer=0):
     return found
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return moeprof.demo.load()
-
-
 # ---------------------------------------------------------------- phases
 
 
@@ -142,8 +137,8 @@ def test_calls_without_a_cache_are_prefills():
     assert counted(profiler) == {"prefill": (12, 0, 2)}
 
 
-def test_drafts_are_verified(demo):
-    model, tokenizer = demo
+def test_drafts_are_verified(loaded):
+    model, tokenizer = loaded
     text = "And God said, Let there be light: and God said, Let there be"
     ids = tokenizer(text, return_tensors="pt")
     rows = []
@@ -161,8 +156,8 @@ def test_drafts_are_verified(demo):
     assert found["verify"][0] == rows[0] - prompt + sum(n for n in rows[1:] if n > 1) > 0
 
 
-def test_an_assistant_proposes_and_the_model_verifies(demo):
-    model, tokenizer = demo
+def test_an_assistant_proposes_and_the_model_verifies(loaded):
+    model, tokenizer = loaded
     ids = tokenizer("And God said, Let there be light", return_tensors="pt")
     other, _ = moeprof.demo.load()
     with torch.no_grad(), moeprof.MoEProfiler(model) as profiler, moeprof.MoEProfiler(other) as its:
@@ -174,8 +169,8 @@ def test_an_assistant_proposes_and_the_model_verifies(demo):
     assert found["verify"][0] > 0 and "unknown" not in found
 
 
-def test_a_prompt_in_chunks_is_a_prompt(demo):
-    model, tokenizer = demo
+def test_a_prompt_in_chunks_is_a_prompt(loaded):
+    model, tokenizer = loaded
     ids = tokenizer("And God said, Let there be light: and there was light", return_tensors="pt")
     with torch.no_grad(), moeprof.MoEProfiler(model) as profiler:
         model.generate(**ids, max_new_tokens=4, min_new_tokens=4, prefill_chunk_size=5)
@@ -221,7 +216,7 @@ def test_sequences_in_one_row():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_continuous_batching_has_no_padding(demo):
+def test_continuous_batching_has_no_padding():
     if not V5:
         pytest.skip("the interface is transformers 5's")
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -271,8 +266,8 @@ def test_a_phase_without_steps_is_not_shown(tmp_path):
     assert moeprof.Profile.load(tmp_path) == result
 
 
-def test_all_phases_are_drawn_and_stored(tmp_path, demo):
-    model, tokenizer = demo
+def test_all_phases_are_drawn_and_stored(tmp_path, loaded):
+    model, tokenizer = loaded
     ids = tokenizer("And God said, Let there be light: And God said", return_tensors="pt")
     records = tmp_path / "records"
     with torch.no_grad(), moeprof.MoEProfiler(model, records=records, trace=True) as profiler:

@@ -10,6 +10,8 @@ import pytest
 from moeprof.profiler import records
 from moeprof.profiler.records import RecordWriter, read_records
 
+pytestmark = pytest.mark.once
+
 KINDS = ("records.parquet", "folder")
 
 

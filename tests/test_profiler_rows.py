@@ -6,6 +6,7 @@ from listed import Block, E, H, K, hidden, lora, needs, profiled, rows_by_expert
 from models import V5, blocks, olmoe, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from wording import says
 
 import moeprof
 from moeprof.profile.result import Profile
@@ -187,7 +188,7 @@ def test_a_model_of_nan_is_named_layer_by_layer():
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     text = said(profiled(model, {"input_ids": token_ids()}).result())
-    assert "what the router said in layers 0 to 1, of at least 22 tokens in one" in text
+    assert says(text, "the router said", "layers 0 to 1", "22 tokens")
 
 
 def test_an_expert_that_is_ruled_out_and_padding_are_no_broken_numbers():
@@ -212,4 +213,4 @@ def test_weights_that_are_not_finite_are_named_where_no_logits_are_known():
     model[0].router = Chooser(H, E)
     model[0].forward = lambda x: model[0].router(x.reshape(-1, H))[0].sum() + x
     text = said(profiled(model, hidden(9)).result())
-    assert "what the router said in layer 0, of at least 9 tokens in one" in text
+    assert says(text, "the router said", "layer 0", "9 tokens")

@@ -13,6 +13,8 @@ import util
 
 from moeprof import _C, _kernels
 
+pytestmark = pytest.mark.once
+
 NORMAL = ("normal", "logit", None)
 
 

@@ -22,6 +22,8 @@ from routing import (
 )
 from util import narrow, widen
 
+pytestmark = pytest.mark.once
+
 every_router = pytest.mark.parametrize("name", NAMES)
 
 

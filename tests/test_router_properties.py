@@ -11,6 +11,8 @@ from routing import CASES, NAMES, case_id, layer_null, make, nulls_of, route, sc
 
 from moeprof.routers import REGISTRY
 
+pytestmark = pytest.mark.once
+
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 every_router = pytest.mark.parametrize("name", NAMES)
 quick = settings(max_examples=15, deadline=None)

@@ -22,6 +22,8 @@ from moeprof import _C, BH, BY, EBH, FixedP, HigherCriticism, StoreyBH, TopK, We
 from moeprof.null import LayerNull
 from moeprof.routers import Tokens
 
+pytestmark = pytest.mark.once
+
 # ---- Benjamini-Hochberg against its oracles ----
 
 

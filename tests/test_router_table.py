@@ -16,6 +16,8 @@ import moeprof
 from moeprof.routers import REGISTRY, table
 from moeprof.routers.base import own_fields
 
+pytestmark = pytest.mark.once
+
 every_router = pytest.mark.parametrize("name", NAMES)
 ON_NULL = [name for name, cls in REGISTRY.items() if cls.wants_null]
 ON_LOGITS = [name for name, cls in REGISTRY.items() if not cls.wants_null and name != "topk"]

@@ -20,6 +20,13 @@ from moeprof import _C, BH, BY, LocalFDR, StoreyBH, TopK, WeightedBH
 from moeprof.null import LayerNull, normal_reference
 from moeprof.routers import REGISTRY, Router, make_router
 
+pytestmark = [
+    pytest.mark.once,
+    # Some logits here have more to choose than the default cap; test_patch_messages.py
+    # asserts that this is said.
+    pytest.mark.filterwarnings("ignore:max_k=None caps"),
+]
+
 FUNCTIONS = [name for name in moeprof.__all__ if name.endswith("_routing")]
 every_router = pytest.mark.parametrize("name", NAMES)
 every_function = pytest.mark.parametrize("function", FUNCTIONS)

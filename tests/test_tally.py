@@ -10,6 +10,8 @@ from scipy.special import log_softmax
 from moeprof import _C
 from moeprof.profiler.tally import LATENCY_BINS, Counts, latency_edges
 
+pytestmark = pytest.mark.once
+
 E, K = 11, 4
 
 

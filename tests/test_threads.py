@@ -14,6 +14,8 @@ import util
 import moeprof
 from moeprof import _C
 
+pytestmark = pytest.mark.once
+
 POOLS = {"openmp": "import torch; torch.ones(300, 300) @ torch.ones(300, 300)", "pthreads": ""}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="fork and /proc/self/task")
 every_pool = pytest.mark.parametrize("pool", POOLS)

@@ -1,0 +1,219 @@
+"""Do the tests see small mistakes? Each mutation below is one; the tests named must fail with it.
+
+    python tests/mutations.py            all of them, in turn
+    python tests/mutations.py 3 17       these
+    python tests/mutations.py --list     their numbers
+
+One changes a file of this checkout for the time of its tests, so nothing else may run in it
+meanwhile. A mutation of C is built in place, and the extensions of before are put back. What no
+test saw is printed at the end, and the exit status is then 1: such a mutation needs a test.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str  # stands once in the file
+    new: str
+    tests: str  # files below tests/, or expressions of pytest's -k behind them
+
+
+# fmt: off
+MUTATIONS = [
+    # ---- C: routers ----
+    Mutation("csrc/routers/shared.h", "value > most", "value >= most",
+             "test_router_kernels.py test_router_statistics.py"),
+    Mutation("csrc/routers/shared.h", "token->p[r] <= t", "token->p[r] < t",
+             "test_router_kernels.py test_router_statistics.py"),
+    Mutation("csrc/routers/higher_criticism.c",
+             "if (denominator == RANK && last == token->num_experts)", "if (denominator == P)",
+             "test_router_statistics.py"),
+    Mutation("csrc/routers/kneedle.c", "isinf(d) ? 1", "isinf(d) ? 0", "test_router_kernels.py"),
+    Mutation("csrc/routers/local_fdr.c", "<= parameters[0]", "< parameters[0] / 2",
+             "test_router_kernels.py"),
+    Mutation("csrc/route.c", "rejections < spec->min_k ? spec->min_k", "rejections < 1 ? 1",
+             "test_router_kernels.py"),
+    Mutation("csrc/route.c", "divisor < enough", "divisor < 0",
+             "test_router_kernels.py test_router_properties.py"),
+    Mutation("csrc/route.c", "while (row < seen", "while (row > seen", "test_router_kernels.py"),
+    Mutation("csrc/null.c", "largest[middle] >= s", "largest[middle] > s",
+             "test_router_statistics.py"),
+    Mutation("csrc/null.c", "const double bin = floor(s * 128)",
+             "const double bin = trunc(s * 128)", "test_router_statistics.py test_null.py"),
+    Mutation("csrc/null.c", "sum / (double)finite", "sum / (double)num_experts",
+             "test_router_kernels.py test_router_statistics.py"),
+    Mutation("csrc/x86/step_up_impl.h", "md_and(vd_eq(left, right), rest_le)",
+             "vd_eq(left, right)", "test_kernels.py -k step_up"),
+    # ---- C: experts ----
+    Mutation("csrc/experts.c", "return id >= 0 && id < num_experts;",
+             "return id > 0 && id < num_experts;", "test_experts.py"),
+    Mutation("csrc/experts.c", "if (id < -1 || id > E)", "if (id < -2 || id > E + 1)",
+             "test_extension.py test_experts.py"),
+    Mutation("csrc/experts.c", "rows += mp_panel_rows(pairs_of(c, a));",
+             "rows += pairs_of(c, a);", "test_experts.py"),
+    Mutation("csrc/experts.c", "if (w->packed == x.index)", "if (w->packed)",
+             "test_experts.py"),
+    Mutation("csrc/experts.c", "to[j] += weight * y[r * n + j];", "to[j] = weight * y[r * n + j];",
+             "test_experts.py"),
+    # ---- C: tally ----
+    Mutation("csrc/tally.c", "t->reuse[known ? depth : E]++", "t->reuse[depth]++",
+             "test_tally.py"),
+    Mutation("csrc/tally.c", "t->skipped[padding] += s->slots - count",
+             "t->skipped[padding] += s->slots", "test_tally.py"),
+    Mutation("csrc/tally.c", "lanes[0] -= p[e] > 0", "lanes[0] += p[e] > 0", "test_tally.py"),
+    Mutation("csrc/tally.c", "if (padding || !t->has_pairs)", "if (!t->has_pairs)",
+             "test_tally.py"),
+    # ---- routers ----
+    Mutation("moeprof/routers/logits.py", "sums[:, :-1] < self.P", "sums[:, 1:] < self.P",
+             "test_router_kernels.py -k top_p"),
+    Mutation("moeprof/routers/logits.py", "np.minimum(experts, tokens.z.shape[1])",
+             "np.maximum(experts, 1)", "test_router_kernels.py -k entropy"),
+    Mutation("moeprof/routers/functions.py", "rows[hit] <= threshold", "rows[hit] < threshold",
+             "test_routers.py"),
+    # ---- nulls ----
+    Mutation("moeprof/null/tables.py", "(scores > largest[-1]) | (n <= LARGEST)",
+             "scores > largest[-1]", "test_null.py test_null_efron.py"),
+    Mutation("moeprof/null/tables.py", "if ties == LARGEST:", "if ties > LARGEST:",
+             "test_null.py"),
+    Mutation("moeprof/null/efron.py", "if share > mass:", "if share < 0:", "test_null_efron.py"),
+    Mutation("moeprof/null/efron.py", "return np.minimum.accumulate(table)", "return table",
+             "test_null_efron.py"),
+    Mutation("moeprof/null/resolve.py", "if len(null) > 1:", "if len(null) > 2:",
+             "test_routers.py test_calibration.py"),
+    # ---- patching ----
+    Mutation("moeprof/patching/install.py", "in reversed([*zip(changes, attributes, strict=True)])",
+             "in zip(changes, attributes, strict=True)", "test_patch_race.py test_patch.py"),
+    Mutation("moeprof/patching/handle.py",
+             "if any(vars(module)[STATE] is not state for module, state in mine):", "if False:",
+             "test_patch.py test_patch_messages.py"),
+    Mutation("moeprof/patching/handle.py", "lambda index, routing: callback(index, routing)",
+             "callback", "test_patch.py test_patch_routers.py"),
+    Mutation("moeprof/backends/tables.py",
+             "return tuple(map(Tensor.data_ptr, self.matrices)) == self._addresses", "return True",
+             "test_patch.py test_fallback.py"),
+    # ---- models: finder, reader, phases ----
+    Mutation("moeprof/models/find.py", '"shared" not in child_name and ', "",
+             "test_profiler_finding.py"),
+    Mutation("moeprof/models/find.py",
+             "return (module, len(members)) if len(members) >= 2 and len(classes) == 1 else None",
+             "return (module, len(members)) if len(members) >= 2 else None",
+             "test_profiler_finding.py"),
+    Mutation("moeprof/models/reading.py",
+             "inside = last.clamp(0, num_experts - 1).long()", "inside = last.long()",
+             "test_parity.py test_fallback.py"),
+    Mutation("moeprof/models/reading.py",
+             "if last.is_floating_point() or last.dtype == torch.bool:",
+             "if last.is_floating_point():", "test_fallback.py"),
+    Mutation("moeprof/models/phases.py", "return DECODE if tokens == 1 else UNKNOWN",
+             "return DECODE", "test_profiler_phases.py"),
+    Mutation("moeprof/models/phases.py", "decodes = (past > 0) & (new == 1)",
+             "decodes = new == 1", "test_profiler_phases.py"),
+    # ---- the profiler's numbers ----
+    Mutation("moeprof/profiler/flops.py", "return min(size, int(offsets[-1]))", "return size",
+             "test_profiler_flop_counts.py test_profiler_flops.py"),
+    Mutation("moeprof/models/sizes.py", "(2 if tried and wrapper.num_experts > 1 else 1)", "1",
+             "test_profiler_flop_counts.py test_profiler_rows.py test_profiler_layers.py"),
+    Mutation("moeprof/profile/metrics.py", "(np.arange(1, size + 1) * x).sum() - (size + 1)",
+             "(np.arange(1, size + 1) * x).sum() - size", "test_profiler_metrics.py"),
+    Mutation("moeprof/profile/metrics.py", "for c in counts if c.tokens]", "for c in counts]",
+             "test_profiler_metrics.py test_profiler_edges.py"),
+    Mutation("moeprof/profile/metrics.py", "if left_out[1].any() and rows == REAL:", "if False:",
+             "test_profiler_metrics.py test_profiler_rows.py"),
+    # ---- texts, losses, studies ----
+    Mutation("moeprof/texts/windows.py", "range(0, len(ids) - 1, window)",
+             "range(0, len(ids), window)", "sweep/test_sweep_settings.py test_comparison.py"),
+    Mutation("moeprof/measure/loss.py", "window.ids.shape[1] - 1 for", "window.ids.shape[1] for",
+             "sweep/test_sweep_run.py"),
+    Mutation("moeprof/measure/bootstrap.py", "[0.025, 0.975]", "[0.05, 0.95]",
+             "test_evaluation.py sweep/test_sweep_advice.py"),
+    Mutation("moeprof/studies/sweep/compared.py", "above_own = weights @ (bits - _bits([own])).T",
+             "above_own = weights @ bits.T", "sweep/test_sweep_report.py"),
+    Mutation("moeprof/studies/comparison/controls.py",
+             "torch.clamp(sizes.max(1, keepdim=True).values, max=tau)", "tau",
+             "test_comparison.py -k oracle"),
+    Mutation("moeprof/studies/diagnosis/statistics.py",
+             'np.searchsorted(EDGES, p, side="left")', 'np.searchsorted(EDGES, p, side="right")',
+             "test_diagnosis.py"),
+    # ---- files and the command line ----
+    Mutation("moeprof/files/npz.py", " or size != member.file_size:", ":",
+             "test_files.py test_null_files.py test_profiler_damage.py"),
+    Mutation("moeprof/files/__init__.py", "os.fsync(file.fileno())", "pass",
+             "sweep/test_sweep_files.py test_files.py"),
+    Mutation("moeprof/cli/arguments.py", "torch.set_num_threads(arguments.threads)", "pass",
+             "test_cli.py test_cli_models.py"),
+]
+# fmt: on
+
+
+def build() -> bool:
+    """Both extensions, in place; False where the C does not compile. Faster with ccache."""
+    cached = {"CC": "ccache cc"} if shutil.which("ccache") else {}
+    command = "setup.py -q build_ext --inplace --build-temp build/mutations".split()
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=cached | os.environ,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        print(done.stderr[-2000:])
+    return done.returncode == 0
+
+
+def caught(mutation: Mutation) -> bool:
+    """Whether the tests fail with it (or the compiler refuses it)."""
+    path = ROOT / mutation.file
+    text = path.read_text()
+    assert text.count(mutation.old) == 1, f"{mutation.file}: not there once: {mutation.old}"
+    built = {Path(name): None for name in glob(f"{ROOT}/moeprof/*.so")}
+    is_c = mutation.file.startswith("csrc/")
+    if is_c:
+        built = {name: shutil.copy2(name, f"{name}.kept") for name in built}
+    try:
+        path.write_text(text.replace(mutation.old, mutation.new))
+        if is_c and not build():
+            return True
+        names, _, expression = mutation.tests.partition(" -k ")
+        files = [f"tests/{name}" for name in names.split()]
+        options = ["-k", expression] if expression else []
+        command = [sys.executable, "-m", "pytest", "-x", "-q", *files, *options]
+        quiet = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
+        print("   ", done.stdout.strip().splitlines()[-1])
+        assert done.returncode in (0, 1), done.stdout[-3000:]  # 1: tests failed; else no tests
+        return done.returncode == 1
+    finally:
+        path.write_text(text)
+        if is_c:
+            for name, kept in built.items():
+                os.replace(kept, name)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--list"]:
+        for number, mutation in enumerate(MUTATIONS, 1):
+            print(f"{number:3} {mutation.file}: {mutation.old} -> {mutation.new}")
+        return 0
+    survivors = []
+    for number in map(int, arguments) if arguments else range(1, len(MUTATIONS) + 1):
+        mutation = MUTATIONS[number - 1]
+        print(f"{number:3} {mutation.file}: {mutation.old} -> {mutation.new}", flush=True)
+        if not caught(mutation):
+            survivors.append(number)
+            print("    SURVIVED", flush=True)
+    print(f"survivors: {survivors or 'none'}")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

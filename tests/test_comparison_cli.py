@@ -1,0 +1,131 @@
+"""`moeprof compare`: its files, an interruption, and bad input."""
+
+import json
+from collections import Counter
+
+import pandas
+import pytest
+
+import moeprof
+from moeprof import demo
+from moeprof.cli import main
+from moeprof.studies.comparison import runner
+from moeprof.studies.comparison.report import report
+from moeprof.studies.comparison.store import Store
+
+# ---------------------------------------------------------------- the command
+
+
+FILES = ["comparison.csv", "comparison.json", "comparison.png", "comparison_report.md"]
+SMALL = ("--test-tokens", "512", "--budget-tokens", "512", "--tables", "reduction")
+
+
+def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, capsys):
+    code = main(
+        [
+            "compare",
+            "--routers",
+            "fixed_p,top_p,ebh (lr),weighted_bh",
+            "--budgets",
+            "4",
+            *SMALL,
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    out = capsys.readouterr().out
+    assert code == 0 and max(map(len, out.splitlines())) <= 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    run = json.loads((tmp_path / "comparison.json").read_text())
+    assert len(run["static"]) == 8 and run["static"][7]["kl"] == 0
+    assert len(run["static"]) + len(run["cells"]) == run["planned_cells"]
+    assert "Interrupted" not in (tmp_path / "comparison_report.md").read_text()
+    roles = Counter(cell["role"] for cell in run["cells"])
+    assert roles == {"router": 12, "shuffled": 6, "random": 2, "oracle": 2, "static": 1}
+    for cell in run["cells"]:
+        if cell["role"] == "router" and cell["contender"] == "ebh (lr)":
+            assert "reaches from 1" in cell["reason"]
+            continue
+        assert cell["average_k"] == pytest.approx(4, rel=0.12)  # 512 tokens of other documents
+        assert sum(cell["by_document"]["kl"]) > 0 and len(cell["by_document"]["kl"]) == 4
+        assert {"kl", "nats", "agree"} == set(cell["effect"])
+        if cell["role"] == "router":
+            assert cell["tokens_per_s"] > 0 and cell["set_k"] == pytest.approx(4, rel=0.02)
+    assert run["command"].endswith("--tables reduction --test-tokens 512 --budget-tokens 512")
+    for name in ("machine", "nulls", "model_config", "seed", "splits", "sensitivity"):
+        assert run[name] is not None
+    page = (tmp_path / "comparison_report.md").read_text()
+    assert page == report(run) and "## What the results say" in page
+    assert len(pandas.read_csv(tmp_path / "comparison.csv")) == 8 + len(run["cells"])
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Comparison, "_shuffled", interrupt)
+    code = main(["compare", "--routers", "top_p", "--budgets", "4", *SMALL, "--out", str(tmp_path)])
+    assert code == 130 and "cells are finished" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    run = json.loads((tmp_path / "comparison.json").read_text())
+    assert run["cells"][-1]["contender"] == "top_p" and "effect" in run["cells"][-1]
+    assert "Interrupted" in (tmp_path / "comparison_report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--routers", "nonsense"], "router: expected one of"),
+        (["--tables", "c"], "--tables: expected some of reduction, wide, got 'c'"),
+        (["--routers", ""], "router: expected some of"),
+        (["--budgets", "0"], "expected a number from 1"),
+        (["--budgets", "40"], "budgets: expected some of 2 to 7"),
+        (["--text", "missing.txt"], "can't be read"),
+        (["--null", "missing.npz"], "missing.npz"),
+        (["--model", "missing"], "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["compare", *arguments])
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kind": "trimmed"}, {"score": "logit"}, {"alpha_min": 0.5}], ids=str
+)
+def test_a_null_that_is_not_what_the_tables_call_it_is_refused_first(
+    changes, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    null = demo.null("efron")
+    for name, value in changes.items():
+        object.__setattr__(null, name, value)
+    monkeypatch.setattr(moeprof.Null, "load", lambda path: null)
+    assert main(["compare", "--null", "some.npz"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--null: expected an efron null on logprob" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_of_ones_own_says_what_is_expected(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
+    assert main(["compare", "--text", "a.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert "a.jsonl, line 2" in error and error.count("\n") == 1
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert main(["compare", "--text", "a.jsonl"]) == 2
+    assert "has 2 different document(s), expected at least 4" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_written_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="can't be written"):
+        Store(tmp_path / "file")
