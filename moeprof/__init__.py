@@ -59,6 +59,7 @@ _LAZY = {
     "SimpleBenchmark": "studies.benchmark",
     "experts_forward": "patching.experts_forward",
     "fit_null": "null.fitting",
+    "inspect": "models.inspection",
     "layer_ablation": "studies.ablation",
     "patch": "patching.patch",
     "read_records": "profiler.records",

@@ -1,0 +1,27 @@
+"""`moeprof inspect`: the MoE layers of a model, and which of them moeprof can run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import add_model, load
+
+
+def add_inspect(commands: Any) -> None:
+    """Add `inspect` to the commands of `moeprof`."""
+    parser = commands.add_parser(
+        "inspect", help="show a model's MoE layers, and which of them moeprof can run"
+    )
+    add_model(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from ..models.inspection import inspect
+    from ..models.load import check_model
+
+    if arguments.model is not None:
+        check_model(arguments.model)
+    model, _ = load(arguments)
+    print(inspect(model))

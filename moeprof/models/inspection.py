@@ -1,0 +1,252 @@
+"""What moeprof finds in a model: its MoE layers, and which of them it can run."""
+
+from collections.abc import Iterator
+from html import escape
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..checks import check_model
+from ..files import printable
+from .blocks import interface_obstacle, is_behind_interface
+from .families import family_of
+from .find import Site, find_layers
+from .guards import explained
+from .names import layer_labels
+from .sizes import expert_slots, is_list, parameter_bytes
+
+if TYPE_CHECKING:
+    import pandas
+
+PATCH, EXPERTS, OWN = "patch", "experts", "the model's own"
+_LEGEND = {
+    PATCH: "moeprof.patch(model) runs the layer in C",
+    EXPERTS: 'model.set_experts_implementation("moeprof") runs the experts in C, with the model\'s '
+    "own router",
+    OWN: "moeprof can profile the layer, and not run it",
+    "–": "not known, or not the same for all experts",
+}
+
+
+class InspectedLayer(NamedTuple):
+    """One MoE layer. None: not known, or not the same for all experts.
+
+    layer : its own number in the model, or its name
+    name : its block's qualified name, "model.layers.0.mlp"
+    block : the block's class
+    family : as transformers calls the model's folder, where moeprof has a record of it
+    rule : the model's own router in words
+    num_experts, top_k, hidden_size, intermediate_size : E, k, H, I
+    dtype, device : of the experts' parameters, several separated by commas
+    activation : the experts', its class or function
+    bytes : of router, experts and shared experts
+    path : "patch", "experts" or "the model's own"
+    reason : why it isn't "patch"; ""
+    """
+
+    layer: int | str
+    name: str
+    block: str
+    family: str | None
+    rule: str | None
+    num_experts: int | None
+    top_k: int | None
+    hidden_size: int | None
+    intermediate_size: int | None
+    dtype: str | None
+    device: str | None
+    activation: str | None
+    bytes: int | None
+    path: str
+    reason: str
+
+
+class Inspection(list[InspectedLayer]):
+    """The MoE layers of a model, in its order; a table where it is shown or printed."""
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """A pandas table with a row a layer and the fields of `InspectedLayer` as columns."""
+        import pandas
+
+        return pandas.DataFrame(list(self), columns=list(InspectedLayer._fields))
+
+    def __str__(self) -> str:
+        """For 80 columns: layers that only differ in their number share a line."""
+        lines = [_HEADER, *(_line(layers) for layers in self._groups())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        return printable("\n".join([text, *self._notes()]))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(_html("td", _line(layers)) for layers in self._groups())
+        notes = "<br>".join(map(escape, self._notes()))
+        return printable(f"<table>{_html('th', _HEADER)}{rows}</table><p>{notes}</p>")
+
+    def _groups(self) -> list[list[InspectedLayer]]:
+        """Runs of layers that are alike but for their number and name."""
+        groups: list[list[InspectedLayer]] = []
+        for layer in self:
+            if groups and groups[-1][0][2:] == layer[2:]:
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+        return groups
+
+    def _notes(self) -> Iterator[str]:
+        """Why a layer isn't on the first path, and what the words of the table mean."""
+        cells = set()
+        for layers in self._groups():
+            cells |= {*_line(layers)}
+            if layers[0].reason:
+                yield f"Layer {_label(layers)}: {layers[0].reason}"
+        yield from (f"{word}: {meaning}" for word, meaning in _LEGEND.items() if word in cells)
+
+
+def inspect(model: nn.Module) -> Inspection:
+    """The MoE layers of a model: what they are, and whether moeprof can run them.
+
+    Nothing is run, and nothing in the model changes.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    Inspection
+        A list of `InspectedLayer`, shown as a table; ``.to_frame()`` gives one of pandas.
+
+    Raises
+    ------
+    ValueError
+        "No routers found ..." for a model without an MoE layer.
+    TypeError
+        For what is no torch.nn.Module.
+
+    Examples
+    --------
+    >>> moeprof.inspect(model)[0].path                          # doctest: +SKIP
+    'patch'
+    """
+    check_model("inspect", model)
+    sites, unread = find_layers(model)
+    labels = layer_labels([*(site.layer.block for site in sites), *(u.name for u in unread)])
+    layers = [_inspected(label, site) for label, site in zip(labels, sites, strict=False)]
+    for label, (name, reason) in zip(labels[len(sites) :], unread, strict=True):
+        block = type(model.get_submodule(name)).__name__
+        layers.append(InspectedLayer(label, name, block, *[None] * 10, OWN, reason))
+    return Inspection(layers)
+
+
+def _inspected(label: int | str, site: Site) -> InspectedLayer:
+    layer, family = site.layer, family_of(site.block)
+    path, reason = _path(site)
+    rule = None
+    if family is not None:
+        scaled = family.settings(site.block)[1]
+        rule = family.family.rule + (", weights scaled to sum 1" if scaled else "")
+    parts = [] if site.experts is None else [p for p in site.experts.parameters()]
+    return InspectedLayer(
+        label,
+        layer.block,
+        type(site.block).__name__,
+        None if family is None else family.family.name,
+        rule,
+        layer.num_experts,
+        layer.top_k,
+        layer.hidden_size,
+        _intermediate_size(site.experts, layer.hidden_size),
+        _joined(str(p.dtype).removeprefix("torch.") for p in parts),
+        _joined(str(p.device) for p in parts),
+        _activation(site.experts),
+        layer.router_bytes + layer.shared_bytes + parameter_bytes(site.experts)
+        if site.experts is not None and site.experts is not site.block
+        else None,
+        path,
+        reason,
+    )
+
+
+def _path(site: Site) -> tuple[str, str]:
+    """(how moeprof can run this layer, why not by patch)."""
+    family = family_of(site.block)
+    if family is not None:
+        reason = family.readable(site.block)[1]
+        return (PATCH, "") if reason is None else (OWN, explained(reason, site.block))
+    reason = f"moeprof.patch has no record of {type(site.block).__name__}"
+    if site.experts is None or not is_behind_interface(site.experts):
+        return OWN, reason
+    obstacle = interface_obstacle(site.experts)
+    return (EXPERTS, reason) if obstacle is None else (OWN, f"{reason}; its experts: {obstacle}")
+
+
+def _joined(names: Iterator[str]) -> str | None:
+    return ", ".join(dict.fromkeys(names)) or None
+
+
+def _first_expert(experts: nn.Module | None) -> Any:
+    if experts is None or not is_list(experts):
+        return experts
+    return next((e for e in expert_slots(experts) if e is not None), None)
+
+
+def _activation(experts: nn.Module | None) -> str | None:
+    expert = _first_expert(experts)
+    for name in ("act_fn", "activation", "act", "activation_fn"):
+        found = getattr(expert, name, None)
+        if callable(found):
+            name = getattr(found, "__name__", type(found).__name__)
+            return name.removesuffix("Activation")
+    return None
+
+
+def _intermediate_size(experts: nn.Module | None, hidden_size: int | None) -> int | None:
+    """What the down projection takes, where it is called that: its side beside H."""
+    down = getattr(_first_expert(experts), "down_proj", None)
+    if isinstance(down, nn.Linear):
+        return down.in_features
+    if isinstance(down, torch.Tensor) and down.dim() == 3 and hidden_size in down.shape[1:]:
+        sides = [*down.shape[1:]]
+        sides.remove(hidden_size)
+        return sides[0]
+    return None
+
+
+# ---- as text ----
+
+_HEADER = ("layer", "block", "family", "E", "k", "H", "I", "dtype", "device", "act", "MB", "path")
+
+
+def _label(layers: list[InspectedLayer]) -> str:
+    first, last = layers[0].layer, layers[-1].layer
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _line(layers: list[InspectedLayer]) -> list[str]:
+    layer = layers[0]
+    each = None if layer.bytes is None else f"{layer.bytes / 1e6:,.1f}"
+    cells = [
+        _label(layers),
+        layer.block,
+        layer.family,
+        layer.num_experts,
+        layer.top_k,
+        layer.hidden_size,
+        layer.intermediate_size,
+        layer.dtype,
+        layer.device,
+        layer.activation,
+        each,
+        layer.path,
+    ]
+    return ["–" if cell is None else str(cell) for cell in cells]
+
+
+def _html(tag: str, cells: Any) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

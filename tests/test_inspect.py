@@ -1,0 +1,73 @@
+"""moeprof.inspect: what it says of each family, beside what the zoo knows by hand."""
+
+import pytest
+import torch
+import zoo
+from models import assert_unchanged, blocks, olmoe, snapshot
+
+import moeprof
+from moeprof import cli
+
+
+def test_of_olmoe():
+    model = olmoe()
+    before = snapshot(model)
+    (first, second) = moeprof.inspect(model)
+    assert_unchanged(model, before)
+    assert first[2:] == second[2:]
+    assert (first.layer, first.name, second.layer) == (0, "model.layers.0.mlp", 1)
+    assert (first.block, first.family) == ("OlmoeSparseMoeBlock", "olmoe")
+    assert (first.num_experts, first.top_k) == (8, 2)
+    assert (first.hidden_size, first.intermediate_size) == (32, 16)
+    assert (first.dtype, first.device, first.activation) == ("float32", "cpu", "SiLU")
+    assert first.bytes == sum(p.nbytes for p in blocks(model)[0].parameters())
+    assert (first.path, first.reason) == ("patch", "")
+    assert first.rule == "softmax, top-k"
+    scaled = moeprof.inspect(olmoe(norm_topk_prob=True))[0].rule
+    assert scaled.startswith("softmax, top-k") and "sum 1" in scaled
+    with moeprof.patch(model):
+        assert [layer.path for layer in moeprof.inspect(model)] == ["patch", "patch"]
+
+
+def test_what_can_not_run_says_why():
+    model = olmoe()
+    blocks(model)[1].to("meta")
+    first, second = moeprof.inspect(model)
+    assert first.path == "patch" and second.path == "the model's own"
+    assert second.device == "meta" and "meta" in second.reason
+    text = str(moeprof.inspect(model))
+    assert "Layer 1: " in text and "moeprof.patch(model)" in text
+
+
+@pytest.mark.parametrize("name", zoo.HERE)
+def test_of_every_family(name):
+    """E, k and H are those of the zoo; what isn't patched has a reason, and never a wrong size."""
+    for layer in moeprof.inspect(zoo.build(name)):
+        assert layer.num_experts == zoo.E and layer.hidden_size == zoo.H
+        assert layer.intermediate_size in (None, zoo.INTERMEDIATE)
+        assert (layer.path == "patch") == (not layer.reason)
+        assert layer.dtype == "float32"
+
+
+def test_as_table_page_and_frame():
+    pytest.importorskip("pandas")
+    found = moeprof.inspect(olmoe())
+    frame = found.to_frame()
+    assert list(frame["layer"]) == [0, 1] and frame["path"][0] == "patch"
+    lines = str(found).splitlines()
+    assert lines[0].split()[:3] == ["layer", "block", "family"]
+    assert lines[1].startswith("0-1") and "OlmoeSparseMoeBlock" in lines[1]
+    assert found._repr_html_().count("<tr>") == 2
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="inspect: model: expected a torch.nn.Module"):
+        moeprof.inspect(3)
+    with pytest.raises(ValueError, match="No routers found"):
+        moeprof.inspect(torch.nn.Linear(2, 2))
+
+
+def test_on_the_command_line(capsys):
+    assert cli.main(["inspect"]) == 0
+    printed = capsys.readouterr().out
+    assert "OlmoeSparseMoeBlock" in printed and "patch" in printed
