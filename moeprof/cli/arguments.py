@@ -44,6 +44,29 @@ def level(text: str) -> float | None:
     return value if 0 < value < 1 else None
 
 
+def add_number(
+    parser: argparse.ArgumentParser, name: str, default: int, text: str, low: int, high: int
+) -> None:
+    """An option of one integer from low to high; the help ends in its default."""
+    help = f"{text}; default: %(default)s"
+    parser.add_argument(name, type=integer(low, high), default=default, metavar="N", help=help)
+
+
+def add_null(parser: argparse.ArgumentParser, text: str) -> None:
+    """--null, a file of `moeprof calibrate` or a word."""
+    parser.add_argument("--null", metavar="FILE", help=text)
+
+
+def add_texts(parser: argparse.ArgumentParser, text: str) -> None:
+    """--text, one file or several."""
+    parser.add_argument("--text", metavar="FILE", nargs="+", help=text)
+
+
+def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
+    """--seed; text: what it chooses."""
+    add_number(parser, "--seed", 0, text, 0, 2**32 - 1)
+
+
 def add_heldout_text(parser: argparse.ArgumentParser) -> None:
     """--text, files of documents in place of the shipped held-out ones."""
     parser.add_argument(

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 from ..studies.comparison.plan import TABLES
 from ..studies.comparison.splits import BUDGET_TOKENS, TEST_TOKENS
 from ..texts.documents import EXPECTED
-from .arguments import DEMO, add_model, integer, integers, load
+from .arguments import (
+    DEMO,
+    add_model,
+    add_null,
+    add_number,
+    add_seed,
+    add_texts,
+    integer,
+    integers,
+    load,
+)
 
 if TYPE_CHECKING:
     from ..null.model import Null
@@ -46,11 +56,9 @@ def add_compare(commands: Commands) -> None:
         metavar="NAME,NAME",
         help="reduction (a token gets k experts at most), wide (2 k); default: both",
     )
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        nargs="+",
-        help="your own text in place of the shipped one, split by document into what fits the "
+    add_texts(
+        parser,
+        "your own text in place of the shipped one, split by document into what fits the "
         f"nulls, sets the budgets and tests; {EXPECTED.removeprefix('--text: ')}",
     )
     parser.add_argument(
@@ -60,26 +68,16 @@ def add_compare(commands: Commands) -> None:
         metavar="N",
         help="default: %(default)s, one window of 128 from each of the 128 documents",
     )
-    parser.add_argument(
-        "--budget-tokens",
-        type=integer(256),
-        default=BUDGET_TOKENS,
-        metavar="N",
-        help="tokens that budgets are set on; default: %(default)s",
+    add_number(
+        parser, "--budget-tokens", BUDGET_TOKENS, "tokens that budgets are set on", 256, 10**6
     )
-    parser.add_argument(
-        "--null",
-        metavar="FILE",
-        help="a null of `moeprof calibrate` (efron, on logprob, one per layer: what the tables "
+    add_null(
+        parser,
+        "a null of `moeprof calibrate` (efron, on logprob, one per layer: what the tables "
         "call efron); it must not have seen the other texts; default: the demo model's own, else "
         "fitted first",
     )
-    parser.add_argument(
-        "--seed",
-        type=integer(0, 2**32 - 1),
-        default=0,
-        help="of the windows, the controls and the bootstrap; default: 0",
-    )
+    add_seed(parser, "of the windows, the controls and the bootstrap")
     parser.set_defaults(run=_run)
 
 

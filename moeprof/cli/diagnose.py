@@ -10,7 +10,16 @@ from ..files import check_folder
 from ..models.load import check_model
 from ..show.console import make_console
 from ..texts.windows import HELDOUT_TOKENS
-from .arguments import add_heldout_text, add_model, integer, level, load
+from .arguments import (
+    add_heldout_text,
+    add_model,
+    add_null,
+    add_number,
+    add_seed,
+    integer,
+    level,
+    load,
+)
 
 if TYPE_CHECKING:
     from .arguments import Commands
@@ -25,10 +34,9 @@ def add_diagnose(commands: Commands) -> None:
         "diagnose", help="what a null and BH routing on it do to a model, on held-out text"
     )
     add_model(parser)
-    parser.add_argument(
-        "--null",
-        metavar="FILE",
-        help='a null of `moeprof calibrate`, "normal" or "softmax"; default: an efron null on '
+    add_null(
+        parser,
+        'a null of `moeprof calibrate`, "normal" or "softmax"; default: an efron null on '
         "logprob, the demo model's own or fitted first",
     )
     parser.add_argument(
@@ -38,30 +46,20 @@ def add_diagnose(commands: Commands) -> None:
     parser.add_argument(
         "--max-k", type=integer(1, 1024), metavar="K", help="default: 16, or all experts if fewer"
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--positions",
-        type=integer(0),
-        default=POSITIONS,
-        metavar="N",
-        help="positions at which experts are ablated, 0 for none; default: %(default)s",
+        POSITIONS,
+        "positions at which experts are ablated, 0 for none",
+        0,
+        10**6,
     )
-    parser.add_argument(
-        "--heldout-tokens",
-        type=integer(1),
-        metavar="N",
-        default=HELDOUT_TOKENS,
-        help="of the held-out text; default: %(default)s",
-    )
+    add_number(parser, "--heldout-tokens", HELDOUT_TOKENS, "of the held-out text", 1, 10**6)
     add_heldout_text(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
     )
-    parser.add_argument(
-        "--seed",
-        type=integer(0, 2**32 - 1),
-        default=0,
-        help="chooses the windows, the positions and the experts that are added; default: 0",
-    )
+    add_seed(parser, "chooses the windows, the positions and the experts that are added")
     parser.set_defaults(run=_run)
 
 

@@ -17,7 +17,7 @@ from ..routers import REGISTRY, make_router
 from ..show.console import make_console
 from ..texts.documents import Document
 from ..texts.streams import TextFiles
-from .arguments import add_model, integer, load
+from .arguments import add_model, add_null, add_number, add_seed, add_texts, integer, load
 
 if TYPE_CHECKING:
     from ..null.resolve import AnyNull
@@ -41,11 +41,9 @@ def add_profile(commands: Commands) -> None:
         "layers did to a folder: index.html, tables, raw counts.",
     )
     add_model(parser)
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        nargs="+",
-        help="UTF-8; the files' names are the domains. default: the held-out text that ships "
+    add_texts(
+        parser,
+        "UTF-8; the files' names are the domains. default: the held-out text that ships "
         "with the demo model",
     )
     parser.add_argument(
@@ -58,35 +56,20 @@ def add_profile(commands: Commands) -> None:
     parser.add_argument(
         "--patched", action="store_true", help="the model's own router, run in C by moeprof"
     )
-    parser.add_argument(
-        "--null",
-        metavar="FILE",
-        help='for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: a '
+    add_null(
+        parser,
+        'for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: a '
         "trimmed null on logprob (efron for local_fdr, ebh and expert_threshold), the demo "
         "model's own or fitted first",
     )
     parser.add_argument("--out", default="profile", metavar="DIR", help="default: profile")
-    parser.add_argument(
-        "--tokens",
-        type=integer(2, 10**9),
-        default=TOKENS,
-        metavar="N",
-        help="about so many tokens as prefills of up to 512; default: %(default)s",
+    add_number(
+        parser, "--tokens", TOKENS, "about so many tokens as prefills of up to 512", 2, 10**9
     )
-    parser.add_argument(
-        "--prompts",
-        type=integer(0),
-        default=PROMPTS,
-        metavar="N",
-        help="so many of them continued greedily, 0 for none; default: %(default)s",
+    add_number(
+        parser, "--prompts", PROMPTS, "so many of them continued greedily, 0 for none", 0, 10**6
     )
-    parser.add_argument(
-        "--new-tokens",
-        type=integer(1),
-        default=NEW_TOKENS,
-        metavar="N",
-        help="decode steps of each; default: %(default)s",
-    )
+    add_number(parser, "--new-tokens", NEW_TOKENS, "decode steps of each", 1, 10**6)
     parser.add_argument(
         "--batch",
         type=integer(1, 4096),
@@ -109,9 +92,7 @@ def add_profile(commands: Commands) -> None:
         action="store_true",
         help="also measure the loss when one layer takes fewer experts; this takes a while",
     )
-    parser.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), default=0, help="chooses the passages; default: 0"
-    )
+    add_seed(parser, "chooses the passages")
     parser.set_defaults(run=_run)
 
 

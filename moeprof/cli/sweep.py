@@ -15,7 +15,17 @@ from ..studies.sweep.grid import ALPHAS, MAX_KS
 from ..texts.documents import read_document, read_documents
 from ..texts.prompts import read_prompts
 from ..texts.windows import HELDOUT_TOKENS, heldout_windows
-from .arguments import DEMO, add_heldout_text, add_model, integer, integers, level, load
+from .arguments import (
+    DEMO,
+    add_heldout_text,
+    add_model,
+    add_null,
+    add_number,
+    add_seed,
+    integers,
+    level,
+    load,
+)
 
 if TYPE_CHECKING:
     from ..studies.sweep.store import Store
@@ -42,10 +52,9 @@ def add_sweep(commands: Commands) -> None:
         help="a prompt a line, after a label (simple, medium, complex, technical) and a TAB or "
         "not; default: twelve that ship with the demo model",
     )
-    parser.add_argument(
-        "--null",
-        metavar="FILE",
-        help='a null of `moeprof calibrate`, or "normal" for one without calibration; default: '
+    add_null(
+        parser,
+        'a null of `moeprof calibrate`, or "normal" for one without calibration; default: '
         "a trimmed null on logprob: the demo model's own, or fitted first",
     )
     parser.add_argument(
@@ -77,20 +86,15 @@ def add_sweep(commands: Commands) -> None:
         metavar="FILE",
         help="text to fit the default null to; default: the shipped calibration text",
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--heldout-tokens",
-        type=integer(1),
-        metavar="N",
-        default=HELDOUT_TOKENS,
-        help="held-out tokens a configuration for perplexity, a matter of time for large "
-        "models; default: %(default)s",
+        HELDOUT_TOKENS,
+        "held-out tokens a configuration for perplexity, a matter of time for large models",
+        1,
+        10**6,
     )
-    parser.add_argument(
-        "--seed",
-        type=integer(0, 2**32 - 1),
-        default=0,
-        help="chooses the passages of the shipped text, and the bootstrap draws; default: 0",
-    )
+    add_seed(parser, "chooses the passages of the shipped text, and the bootstrap draws")
     parser.set_defaults(run=_run)
 
 
