@@ -17,7 +17,7 @@ import moeprof
 from moeprof.measure import snapshot as undo
 from moeprof.studies.benchmark import SimpleBenchmark, measure
 from moeprof.studies.benchmark.measure import Prompt, Seen, Times
-from moeprof.studies.benchmark.result import Comparison, Measurement, median_interval
+from moeprof.studies.benchmark.result import BenchmarkComparison, Measurement, median_interval
 
 
 class Tokenizer:
@@ -214,7 +214,7 @@ def test_ratios_are_of_the_same_round():
     drift = np.array([10, 20, 15, 30, 12.0])  # the machine's, common to a round
     first = measurement("first", drift, [10, 10.1, 10.2, 9.9, 10])
     other = measurement("other", 0.5 * drift, [9.9, 10.3, 10.2, 9.8, 10.1], 11.0, (1, 3))
-    row = Comparison([first, other]).to_frame().iloc[1]
+    row = BenchmarkComparison([first, other]).to_frame().iloc[1]
     assert row["prefill_ratio"] == row["prefill_ratio_low"] == row["prefill_ratio_high"] == 0.5
     ratios = np.sort(np.array([9.9, 10.3, 10.2, 9.8, 10.1]) / [10, 10.1, 10.2, 9.9, 10])
     assert row["decode_ratio"] == pytest.approx(np.median(ratios))
@@ -229,11 +229,13 @@ def test_ratios_are_of_the_same_round():
 def test_what_is_within_the_noise():
     steady, noisy = [10, 10.01, 10.02, 10.01, 10], [8, 12, 10, 13, 9]
     slower = measurement("slower", [10.3] * 5, [1.03 * ms for ms in noisy])
-    compared = Comparison([measurement("first", steady, noisy), slower])
+    compared = BenchmarkComparison([measurement("first", steady, noisy), slower])
     row = compared.to_frame().iloc[1]
     # 3 % in every round: more than one machine varies by, less than the other.
     assert row["prefill_differs"] and not row["decode_differs"] and row["decode_ratio_low"] > 1
-    few = Comparison([measurement(n, [t] * 4, [t] * 4) for n, t in (("a", 1.0), ("b", 2.0))])
+    few = BenchmarkComparison(
+        [measurement(n, [t] * 4, [t] * 4) for n, t in (("a", 1.0), ("b", 2.0))]
+    )
     assert few.to_frame()[["prefill_ratio_low", "decode_ratio_high"]].isna().all(axis=None)
     assert not few.to_frame()["decode_differs"].any()
     assert says(few, "4 rounds", "noise", "it takes 5")
@@ -242,7 +244,7 @@ def test_what_is_within_the_noise():
 def test_a_comparison_fits_100_columns_and_a_page():
     rng = np.random.default_rng(0)
     long = "a name of a configuration that says all of it, <with alpha .05 and max_k 64>"
-    compared = Comparison(
+    compared = BenchmarkComparison(
         [measurement(name, *rng.uniform(1e3, 1e5, (2, 5))) for name in ("a", long)]
     )
     shown = repr(compared)

@@ -33,7 +33,7 @@ SHOWN = (
 )
 
 
-class Comparison:
+class ProfileComparison:
     """What the second of two profiles has more, or less, than the first.
 
     first, second : the Profiles. ValueError unless their models have as many MoE layers with as
@@ -155,7 +155,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         both = f"{_name(self.first)}; {_name(self.second)}"
-        return f"<moeprof Comparison: {printable(both)}>"
+        return f"<moeprof ProfileComparison: {printable(both)}>"
 
     def _repr_html_(self) -> str:
         from .page import SCOPED, html_table

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..measure.roofline import Roofline
     from ..models.layer import Layer
     from ..profiler.tally import Counts
-    from .compare import Comparison
+    from .compare import ProfileComparison
     from .page import Section
     from .types import Event, Label
 
@@ -219,15 +219,15 @@ class Profile:
         count = len(self.layers)
         return f"<moeprof Profile of {model}: {count} MoE layers, {tokens:,} tokens>"
 
-    def compare(self, other: Profile) -> Comparison:
-        """A Comparison of this profile, the first, with another of a model of the same shape.
+    def compare(self, other: Profile) -> ProfileComparison:
+        """A ProfileComparison of this profile, the first, with another of a model of the same shape.
 
         Raises ValueError where the layers or their numbers of experts differ.
         """
-        from .compare import Comparison
+        from .compare import ProfileComparison
 
         check_type("compare: other", other, Profile, "a Profile (Profile.load reads a folder)")
-        return Comparison(self, other)
+        return ProfileComparison(self, other)
 
     # ---- files ----
 

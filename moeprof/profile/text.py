@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Compared(Protocol):
-    """What the text of a Comparison is made of."""
+    """What the text of a ProfileComparison is made of."""
 
     def findings(self) -> list[str]: ...
 
@@ -36,7 +36,7 @@ def as_text(profile: Profiled, width: int = WIDTH) -> str:
 
 
 def comparison_as_text(comparison: Compared, width: int = WIDTH) -> str:
-    """The findings and the table of a Comparison."""
+    """The findings and the table of a ProfileComparison."""
     lines = [_wrapped(f"- {line}", width) for line in comparison.findings()]
     table = comparison.table()
     if table.rows:

@@ -192,7 +192,7 @@ class Measurement:
         return _html(self._parts())
 
 
-class Comparison:
+class BenchmarkComparison:
     """Configurations that ran in turn, each against the first of them.
 
     results : list of Measurement, with the times of the comparison

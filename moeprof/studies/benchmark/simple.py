@@ -16,7 +16,7 @@ from ...measure.snapshot import undoing
 from ...measure.timing import interleave
 from ...show.console import make_console, progress
 from .measure import Times, look, read_prompts, run_round
-from .result import Comparison, Measurement
+from .result import BenchmarkComparison, Measurement
 
 if TYPE_CHECKING:
     from ...checks import Tokenizer
@@ -143,7 +143,7 @@ class SimpleBenchmark:
         self.results[name], self._runs[name] = result, (prompts, configure)
         return result
 
-    def compare(self) -> Comparison:
+    def compare(self) -> BenchmarkComparison:
         """Run all configurations again, in turn, and set them against the first one.
 
         Each of the `repeats` rounds runs every configuration once on all texts, in an order
@@ -152,7 +152,7 @@ class SimpleBenchmark:
 
         Returns
         -------
-        Comparison
+        BenchmarkComparison
             Prints as tables of at most 100 columns; `to_frame()` has all numbers.
 
         Raises
@@ -186,7 +186,7 @@ class SimpleBenchmark:
                 rounds[name].append(run_round(self.model, prompts, self.max_new_tokens))
 
             interleave(dict.fromkeys(configures, call), self.repeats, prepare, bar)
-        return Comparison(
+        return BenchmarkComparison(
             [replace(self.results[name], times=Times.of(own[1:])) for name, own in rounds.items()]
         )
 
