@@ -78,10 +78,10 @@ MUTATIONS = [
     Mutation("moeprof/routers/logits.py", "np.minimum(experts, tokens.z.shape[1])",
              "np.maximum(experts, 1)", "test_router_kernels.py -k entropy"),
     Mutation("moeprof/routers/functions.py", "rows[hit] <= threshold", "rows[hit] < threshold",
-             "test_routers.py"),
+             "test_router_statistics.py"),
     # ---- nulls ----
-    Mutation("moeprof/null/tables.py", "(scores > largest[-1]) | (n <= LARGEST)",
-             "scores > largest[-1]", "test_null.py test_null_efron.py"),
+    Mutation("moeprof/null/tables.py", 'scores, side="left")', 'scores, side="right")',
+             "test_null.py test_null_efron.py"),
     Mutation("moeprof/null/tables.py", "if ties == LARGEST:", "if ties > LARGEST:",
              "test_null.py"),
     Mutation("moeprof/null/efron.py", "if share > mass:", "if share < 0:", "test_null_efron.py"),

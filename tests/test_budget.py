@@ -1,6 +1,7 @@
 """A budget of experts per token: solved, split over the layers, reported."""
 
 import copy
+import io
 import itertools
 import math
 import warnings
@@ -410,7 +411,7 @@ def test_the_promise_on_held_out_text(name, average_k, loaded, null):
 def test_the_report_as_tables(loaded, null):
     from rich.console import Console
 
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))
+    console = Console(record=True, width=100, file=io.StringIO())
     tuned(BH(max_k=8), loaded, 4.0, null=null, tokens=2000).budget.print(console)
     shown = console.export_text()
     assert "Passes of the calibration text" in shown and "Experts per token by layer" in shown

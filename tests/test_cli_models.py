@@ -168,6 +168,7 @@ def test_code_that_comes_with_a_model_is_not_run(fails, remote, command):
     assert not (remote / "ran").exists()
 
 
+@pytest.mark.filterwarnings("ignore:the null was fitted to")
 def test_code_that_comes_with_a_model_is_run_when_asked(remote, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

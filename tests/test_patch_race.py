@@ -16,8 +16,11 @@ from models import (
     snapshot,
     token_ids,
 )
+from torch import nn
 
 import moeprof
+from moeprof.patching.install import install
+from moeprof.patching.state import Patched, is_patched
 
 THREADS, SECONDS = 8, 3.0
 
@@ -143,3 +146,24 @@ def test_a_forward_that_was_looked_up_before_the_patch_went():
             forward = block.forward
         output = forward(x)
     assert torch.equal(output[0] if isinstance(output, tuple) else output, expected)
+
+
+def test_the_block_is_the_last_that_a_patch_changes():
+    """A thread that finds the block patched finds what the block calls patched too."""
+    block, seen = nn.Linear(2, 2), []
+
+    class Own(dict):
+        def update(self, *changes):
+            seen.append(is_patched(block))
+            super().update(*changes)
+
+    class Inner:
+        """Stands for a module inside the block; its attributes say when they are written."""
+
+        own = Own()
+        __dict__ = property(lambda self: self.own)
+
+    inner = Inner()
+    install(block, Patched("block"), [(block, lambda self: 1), (inner, lambda self: 2)])
+    assert seen == [False] and is_patched(block) and inner.own["forward"]() == 2
+    assert block.forward() == 1

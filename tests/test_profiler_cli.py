@@ -22,7 +22,6 @@ from moeprof import cli, demo
 from moeprof.cli import profile as profile_arguments
 from moeprof.profile import run
 from moeprof.profiler.records import read_records
-from moeprof.texts import prompts as inputs
 
 SAVED = ["counts.npz", "glossary.csv", "index.html", "metrics.csv", "profile.json"]
 
@@ -90,7 +89,7 @@ def unloaded(monkeypatch):
     def fail(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(inputs, "load_model", fail)
+    monkeypatch.setattr("moeprof.models.load.load_model", fail)
     monkeypatch.setattr(demo, "load", fail)
 
 

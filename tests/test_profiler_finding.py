@@ -391,3 +391,14 @@ def test_the_k_of_text_generation_is_none_of_the_routers():
     module = block(gate=nn.Linear(H, 60), experts=experts)
     module.config = transformers.PretrainedConfig(top_k=50)
     assert only_site(module).layer.top_k is None
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_list_of_unlike_modules_holds_no_experts(alike):
+    """Unless its name says so: beside a router they may be anything."""
+    stages = [nn.Linear(H, H), nn.Linear(H, H), nn.Linear(H, H)]
+    if not alike:
+        stages[2] = nn.Sequential(stages[2])
+    module = block(gate=nn.Linear(H, 3), stages=nn.ModuleList(stages))
+    site = only_site(module)
+    assert site.experts is (module.stages if alike else None) and site.layer.num_experts == 3

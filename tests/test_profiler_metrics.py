@@ -13,7 +13,15 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from moeprof import _C
 from moeprof.models.find import Layer
 from moeprof.profile.histograms import percentile
-from moeprof.profile.metrics import SCALARS, LayerMetrics, entropy, gini, load_balance_loss, z_loss
+from moeprof.profile.metrics import (
+    SCALARS,
+    LayerMetrics,
+    entropy,
+    gini,
+    load_balance_loss,
+    load_balance_loss_by_layer,
+    z_loss,
+)
 from moeprof.profiler.tally import Counts, latency_edges
 
 E, K = 16, 3
@@ -350,3 +358,9 @@ def test_a_summary_is_of_pythons_own_numbers():
             assert {type(v) for v in values} <= {int, float}, name
         assert sum(summary["expert_load"]) == pytest.approx(1)
         assert sum(summary["k_distribution"]) == summary["tokens"]
+
+
+def test_a_layer_without_tokens_has_no_say_in_the_mean_of_losses(profile):
+    counted = profile.counts["prefill"][0]
+    alone = load_balance_loss([counted])
+    assert load_balance_loss_by_layer([counted, Counts(12)]) == alone > 0

@@ -580,3 +580,11 @@ def test_weights_that_accelerate_keeps_on_the_disk_are_profiled(tmp_path):
         stock = whole.get_metrics()[name]
         assert metrics.expert_selections == stock.expert_selections
         assert metrics.flops_total == stock.flops_total > 0
+
+
+def test_a_packed_prompt_of_one_token_is_a_prompt():
+    """As is the rest of a longer one; one token behind others in the cache is a decode step."""
+    lengths = {"cu_seq_lens_q": [0, 1, 2, 4], "cu_seq_lens_k": [0, 1, 9, 14]}
+    phases, real = packed_phases(lengths, 5)
+    assert [PHASES[n] for n in phases[:4]] == ["prefill", "decode", "prefill", "prefill"]
+    assert real.tolist() == [True] * 4 + [False]
