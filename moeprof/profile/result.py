@@ -220,7 +220,7 @@ class Profile:
         return f"<moeprof Profile of {model}: {count} MoE layers, {tokens:,} tokens>"
 
     def compare(self, other: Profile) -> ProfileComparison:
-        """A ProfileComparison of this profile, the first, with another of a model of the same shape.
+        """This profile, the first, beside another of a model of the same shape.
 
         Raises ValueError where the layers or their numbers of experts differ.
         """
