@@ -105,7 +105,7 @@ typedef void mp_softmax_fn(const float *z, ptrdiff_t num_experts, double tempera
 typedef void mp_logprob_fn(const float *z, ptrdiff_t num_experts, double *score);
 
 /* p[e] = P(a null score >= score[e]), 0 < p <= 1, by the table of
- * moeprof/null.py (LayerNull.table): x_max, p_max, beta, then the survival
+ * moeprof/null/layers.py (LayerNull.table): x_max, p_max, beta, then the survival
  * function at the MP_TABLE_BINS + 1 edges -32, -32 + 2^-7, ..., 32. */
 enum { MP_TABLE_BINS = 8192, MP_TABLE_LENGTH = 3 + MP_TABLE_BINS + 1 };
 typedef void mp_p_table_fn(const double *score, ptrdiff_t num_experts,

@@ -59,7 +59,7 @@ def weights_of(experts):
 
 
 def scores(z, score):
-    """The scores of statistics.md, float64."""
+    """The scores of docs/statistics.md, float64."""
     z = np.asarray(z, np.float64)
     if score == "logprob":
         return util.logprob(z)
@@ -182,7 +182,7 @@ def route(router, z, dtype="float32", *, null=None, norm="sum", norm_k=1, thread
 
 
 def evidence(router, z, null):
-    """The experts of each token, best first, by the rule of statistics.md."""
+    """The experts of each token, best first, by the rule of docs/statistics.md."""
     p = np.zeros(z.shape)
     if router.wants_null:
         p = p_reference(z, null)

@@ -35,7 +35,7 @@ def null():
 def small(loaded, null):
     """A diagnosis of little text."""
     return null.diagnose(
-        *loaded, router=BH(0.3), positions=48, tokens=4096, draws=100, show_progress=False
+        *loaded, router=BH(0.3), positions=48, tokens=4096, draws=100, progress=False
     )
 
 
@@ -274,7 +274,7 @@ def test_an_alpha_for_each_layer_and_positions_in_few_documents(loaded, null):
         positions=6,
         tokens=4096,
         draws=20,
-        show_progress=False,
+        progress=False,
     )
     words = " ".join(found.summary().split())
     assert "6 positions in 6 documents" in words and "times alpha" not in words
@@ -337,7 +337,7 @@ def test_a_figures_title_says_what_decides_most(small):
 
 
 def test_a_null_without_a_fit_has_no_domains(loaded):
-    found = diagnose("normal", *loaded, positions=0, tokens=2048, draws=20, show_progress=False)
+    found = diagnose("normal", *loaded, positions=0, tokens=2048, draws=20, progress=False)
     assert {"transfer", "fdp"}.isdisjoint(found.tables)
     assert found.figures == ["p_values", "selection"]
     assert "normal" in found.summary()

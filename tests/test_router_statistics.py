@@ -1,4 +1,4 @@
-"""What may be claimed of the routers as statistics, and nothing else (statistics.md).
+"""What may be claimed of the routers as statistics, and nothing else (docs/statistics.md).
 
 p-values are known, independent and continuous unless a test says otherwise: they come from a
 null under which the logit 32 - 64 p has the p-value p, so that the C routers see them.
@@ -351,7 +351,7 @@ def test_higher_criticism_scores_are_those_of_fdrtool(case):
 
 
 def by_definition(name, row, own, limits):
-    """R of float64 logits, from the table in statistics.md."""
+    """R of float64 logits, from the table in docs/statistics.md."""
     E, z = len(row), np.sort(row)[::-1]
     p = np.exp(z - z[0]) / np.exp(z - z[0]).sum()
     if name == "top_p":

@@ -133,7 +133,7 @@ Matrices = WeightTable | list[Tensor]
 def run_experts(
     hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Matrices, name: str
 ) -> Tensor:
-    """`experts_op`, around the dispatcher where nobody looks."""
+    """`experts_op`, without the dispatcher where nothing observes."""
     matrices = [*table.matrices] if isinstance(table, WeightTable) else table
     if unobserved(hidden, routing_weights, *matrices):
         return _run_experts(hidden, expert_ids, routing_weights, table, name)
@@ -144,7 +144,7 @@ def run_experts(
 def run_moe(
     hidden: Tensor, logits: Tensor, table: Matrices, spec: RouteSpec, operands: Any, name: str
 ) -> MoEOutput:
-    """`moe_op`, around the dispatcher where nobody looks; operands: `operands_of(spec)`."""
+    """`moe_op`, without the dispatcher where nothing observes; operands: `operands_of(spec)`."""
     matrices = [*table.matrices] if isinstance(table, WeightTable) else table
     if unobserved(hidden, logits, *matrices):
         return _run_moe(hidden, logits, table, spec, name)

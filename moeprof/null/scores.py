@@ -32,7 +32,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def matrix_of(router_logits: Logits) -> NDArray[np.float32]:
-    """(T,E) router logits, a tensor or an array, as a float32 array; errors as contract §2."""
+    """(T,E) router logits, a tensor or an array, as a float32 array; errors as of the routing functions."""
     if hasattr(router_logits, "detach"):
         router_logits = router_logits.detach().float().cpu().numpy()
     if not isinstance(router_logits, np.ndarray):
@@ -51,7 +51,7 @@ def matrix_of(router_logits: Logits) -> NDArray[np.float32]:
 
 
 def scores_of(logits: NDArray[np.float32], score: str) -> NDArray[np.float64]:
-    """Scores (T,E) float64 of float32 logits (statistics.md, "Scores and nulls").
+    """Scores (T,E) float64 of float32 logits (docs/statistics.md).
 
     `logprob`: z - logsumexp(z); where some are +inf these share, -log(count), the others -inf.
     `logit`: z itself. `centred`: z less the mean of the row's finite ones; what is infinite

@@ -74,7 +74,7 @@ def sample_positions(text: HeldOut, count: int, seed: int = 0) -> list[NDArray[n
     document = np.array([w.document for w in text.windows])[window]
     by_document = np.argsort(document, kind="stable")
     starts = np.searchsorted(document[by_document], document[by_document])
-    turn = np.empty(len(place), int)  # the how-manieth of its document
+    turn = np.empty(len(place), int)  # its number within its document
     turn[by_document] = np.arange(len(place)) - starts
     chosen = np.argsort(turn, kind="stable")[:count]
     return [np.sort(place[chosen][window[chosen] == w]) for w in range(len(sizes))]

@@ -15,7 +15,8 @@ from ...measure.bootstrap import DRAWS
 from ...measure.passes import collect, evaluating
 from ...null import Null, resolve_null
 from ...routers import BH, FixedP, Router, TopK
-from ...show.console import Bar, make_console, progress
+from ...show.console import Bar, make_console
+from ...show.console import progress as progress_bar
 from ...texts.windows import HELDOUT_TOKENS, heldout_windows
 from ..budget import BudgetError, set_budget
 from .ablation import ablate, sample_positions
@@ -57,7 +58,7 @@ def diagnose(
     norm: str = "model",
     seed: int = 0,
     draws: int = DRAWS,
-    show_progress: bool = True,
+    progress: bool = True,
 ) -> Diagnosis:
     """What a null and a router on it do to a model: see `moeprof.studies.diagnosis`.
 
@@ -108,9 +109,9 @@ def diagnose(
     check_token_ids(model, (window.ids for window in text.windows))
     places = sample_positions(text, positions, seed)
     work = _Work(resolved, model, tokenizer, router, norm, seed, draws, text)
-    shown = progress(make_console(), _steps(text, positions), "diagnose")
+    shown = progress_bar(make_console(), _steps(text, positions), "diagnose")
     with evaluating(model), shown as drawn:
-        bar: Shown = drawn if show_progress else _Still()
+        bar: Shown = drawn if progress else _Still()
         rows = list(work.passes(bar))
         if for_nulls and isinstance(resolved, Null):
             rows += work.transfer(for_nulls, bar)
