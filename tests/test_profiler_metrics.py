@@ -364,3 +364,12 @@ def test_a_layer_without_tokens_has_no_say_in_the_mean_of_losses(profile):
     counted = profile.counts["prefill"][0]
     alone = load_balance_loss([counted])
     assert load_balance_loss_by_layer([counted, Counts(12)]) == alone > 0
+
+
+def test_flops_of_real_tokens_are_unknown_where_padding_was_dropped_too():
+    made = make_profile(1, 12, 2, prefill=(20,), decode=())
+    own = made.metrics("prefill")["model.layers.0.mlp.gate"]
+    assert own.flops_expert > 0
+    own.counts.left_out[1, 3] = 1
+    assert math.isnan(own.flops_expert) and math.isnan(own.flops_total)
+    assert own.flops_total_with_padding > 0
