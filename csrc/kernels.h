@@ -53,8 +53,8 @@ static inline size_t mp_scratch_floats(ptrdiff_t k)
  * MP_BLOCK_N, K >= 1, row stride ldout. fp32 accumulation in an order that depends on K
  * alone (with OpenBLAS, on M and N too): |error| <= eps32 * K * sum|x w|. Instructions
  * for bf16 may take subnormal numbers for 0, in the operands and in the sums. w: of
- * the kernel's format, the first N rows. next: the weights that will be wanted after these, a hint; or
- * NULL. */
+ * the kernel's format, the first N rows. next: the weights that will be wanted after
+ * these, a hint; or NULL. */
 typedef void mp_linear_fn(const mp_rows *x, const mp_matrix *w, ptrdiff_t n,
                           ptrdiff_t k, const void *next, float *out, ptrdiff_t ldout,
                           float *scratch);

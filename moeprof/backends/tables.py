@@ -16,7 +16,8 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
     """A NumPy view of a CPU tensor, 16-bit floats as uint16; a copy only of one that is not
     contiguous, or whose sign is still to be turned (torch's negative bit)."""
-    tensor = tensor.detach().resolve_neg().contiguous()
+    if tensor.requires_grad or tensor.is_neg() or not tensor.is_contiguous():
+        tensor = tensor.detach().resolve_neg().contiguous()
     array: np.ndarray[Any, Any]
     array = (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
     return array

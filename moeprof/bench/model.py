@@ -150,7 +150,7 @@ def _times(
     try:
         times = interleave(calls, count, contenders.prepare, bar)
         contenders.call(*contenders.prepare(CALLBACK))
-        hit = [int(r.experts[r.experts >= 0].unique().numel()) for r in contenders.seen]
+        hit = [int(r.expert_ids[r.expert_ids >= 0].unique().numel()) for r in contenders.seen]
     finally:
         contenders.restore()
     return times, hit

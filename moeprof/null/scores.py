@@ -32,7 +32,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def matrix_of(router_logits: Logits) -> NDArray[np.float32]:
-    """(T,E) router logits, a tensor or an array, as a float32 array; errors as of the routing functions."""
+    """(T,E) router logits, a tensor or an array, as a float32 array."""
     if hasattr(router_logits, "detach"):
         router_logits = router_logits.detach().float().cpu().numpy()
     if not isinstance(router_logits, np.ndarray):

@@ -87,7 +87,19 @@ def _run_chosen(
 
 
 def _input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
-    first = table.matrices[0] if isinstance(table, WeightTable) else table[0]
+    if isinstance(table, WeightTable):
+        if (
+            type(hidden_states) is Tensor
+            and hidden_states.dtype is table.dtype
+            and hidden_states.shape[-1] == table.hidden_size
+            and hidden_states.is_cpu
+            and hidden_states.layout is torch.strided
+            and not hidden_states.is_neg()
+        ):
+            return None
+        first = table.matrices[0]
+    else:
+        first = table[0]
     reason = tensor_obstacle([first, hidden_states])
     hidden_size = first.shape[-1]  # gate (I, H) or gate_up (E, 2I, H)
     if not reason and hidden_states.shape[-1] != hidden_size:
