@@ -85,7 +85,7 @@ __all__ = [
 __all__.sort()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     try:
         value = globals()[name] = _find(name)
     except ModuleNotFoundError as error:

@@ -1,7 +1,5 @@
 """What `import moeprof` gives. Made by tests/stub.py; a test compares the two."""
 
-from typing import Any
-
 from . import demo as demo
 from . import null as null
 from . import profile as profile
@@ -25,181 +23,46 @@ from .profile.agreement import router_agreement as router_agreement
 from .profile.profiler import MoEProfiler as MoEProfiler
 from .profile.result import Profile as Profile
 from .profiler.records import read_records as read_records
-from .routers.base import Router as Router
-from .routers.evidence import BH as BH
-from .routers.evidence import BY as BY
-from .routers.evidence import EBH as EBH
-from .routers.evidence import ExpertThreshold as ExpertThreshold
-from .routers.evidence import FixedP as FixedP
-from .routers.evidence import HigherCriticism as HigherCriticism
-from .routers.evidence import LocalFDR as LocalFDR
-from .routers.evidence import StoreyBH as StoreyBH
-from .routers.evidence import WeightedBH as WeightedBH
-from .routers.functions import RoutingResult as RoutingResult
-from .routers.functions import RoutingStats as RoutingStats
-from .routers.functions import benjamini_hochberg as benjamini_hochberg
-from .routers.functions import benjamini_hochberg_routing as benjamini_hochberg_routing
-from .routers.functions import topk_routing as topk_routing
-from .routers.logits import Entropy as Entropy
-from .routers.logits import GapRatio as GapRatio
-from .routers.logits import Kneedle as Kneedle
-from .routers.logits import MinP as MinP
-from .routers.logits import TopK as TopK
-from .routers.logits import TopP as TopP
+from .routers import BH as BH
+from .routers import BY as BY
+from .routers import EBH as EBH
+from .routers import Entropy as Entropy
+from .routers import ExpertThreshold as ExpertThreshold
+from .routers import FixedP as FixedP
+from .routers import GapRatio as GapRatio
+from .routers import HigherCriticism as HigherCriticism
+from .routers import Kneedle as Kneedle
+from .routers import LocalFDR as LocalFDR
+from .routers import MinP as MinP
+from .routers import Router as Router
+from .routers import RoutingResult as RoutingResult
+from .routers import RoutingStats as RoutingStats
+from .routers import StoreyBH as StoreyBH
+from .routers import TopK as TopK
+from .routers import TopP as TopP
+from .routers import WeightedBH as WeightedBH
+from .routers import benjamini_hochberg as benjamini_hochberg
+from .routers import benjamini_hochberg_routing as benjamini_hochberg_routing
+from .routers import bh_routing as bh_routing
+from .routers import by_routing as by_routing
+from .routers import ebh_routing as ebh_routing
+from .routers import entropy_routing as entropy_routing
+from .routers import expert_threshold_routing as expert_threshold_routing
+from .routers import fixed_p_routing as fixed_p_routing
+from .routers import gap_ratio_routing as gap_ratio_routing
+from .routers import higher_criticism_routing as higher_criticism_routing
+from .routers import kneedle_routing as kneedle_routing
+from .routers import local_fdr_routing as local_fdr_routing
+from .routers import min_p_routing as min_p_routing
+from .routers import storey_bh_routing as storey_bh_routing
+from .routers import top_p_routing as top_p_routing
+from .routers import topk_routing as topk_routing
+from .routers import weighted_bh_routing as weighted_bh_routing
 from .studies.ablation import layer_ablation as layer_ablation
 from .studies.benchmark import SimpleBenchmark as SimpleBenchmark
 from .studies.budget import BudgetError as BudgetError
 from .studies.sweep import run_configuration as run_configuration
 from .version import __version__ as __version__
-
-def bh_routing(
-    router_logits: Any,
-    alpha: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def by_routing(
-    router_logits: Any,
-    alpha: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def ebh_routing(
-    router_logits: Any,
-    alpha: float = ...,
-    e: str = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def entropy_routing(
-    router_logits: Any,
-    c: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def expert_threshold_routing(
-    router_logits: Any,
-    rho: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def fixed_p_routing(
-    router_logits: Any,
-    t: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def gap_ratio_routing(
-    router_logits: Any,
-    c: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def higher_criticism_routing(
-    router_logits: Any,
-    beta: float | str = ...,
-    denominator: str = ...,
-    c: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def kneedle_routing(
-    router_logits: Any,
-    on: str = ...,
-    c: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def local_fdr_routing(
-    router_logits: Any,
-    q: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def min_p_routing(
-    router_logits: Any,
-    t: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def storey_bh_routing(
-    router_logits: Any,
-    alpha: float = ...,
-    lam: float = ...,
-    pi0: float | None = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def top_p_routing(
-    router_logits: Any,
-    P: float = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
-def weighted_bh_routing(
-    router_logits: Any,
-    alpha: float = ...,
-    u: Any = ...,
-    v: Any = ...,
-    *,
-    min_k: int = ...,
-    max_k: int | None = ...,
-    temperature: float = ...,
-    null: Any = ...,
-    return_stats: bool = ...,
-) -> RoutingResult | RoutingStats: ...
 
 __all__ = [
     "BudgetError",

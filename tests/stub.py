@@ -1,7 +1,7 @@
-"""Writes moeprof/__init__.pyi, what type checkers and editors see of `import moeprof`.
+"""Writes the stubs moeprof/__init__.pyi and moeprof/routers/__init__.pyi, for type checkers.
 
-    python tests/stub.py            prints it
-    python tests/stub.py --write    writes it
+    python tests/stub.py            prints them
+    python tests/stub.py --write    writes them
 
 The face imports most names when they are first asked for, and makes the routing functions from
 the registry: a type checker can follow neither. A test compares the file with this.
@@ -12,36 +12,57 @@ import sys
 from pathlib import Path
 
 import moeprof
-from moeprof.routers import FUNCTIONS, REGISTRY
+from moeprof.routers import EXPORTS, FUNCTIONS, REGISTRY
 
-PATH = Path(moeprof.__file__).with_suffix(".pyi")
-HEAD = '''"""What `import moeprof` gives. Made by tests/stub.py; a test compares the two."""
+FACE = Path(moeprof.__file__).with_suffix(".pyi")
+ROUTERS = FACE.parent / "routers" / "__init__.pyi"
+MADE = "Made by tests/stub.py; a test compares the two."
+OF_ROUTERS = {
+    "Router": "base",
+    "Tokens": "base",
+    "REGISTRY": "base",
+    "make_router": "base",
+    "FUNCTIONS": "functions",
+    "RoutingResult": "functions",
+    "RoutingStats": "functions",
+    "benjamini_hochberg": "functions",
+    "benjamini_hochberg_routing": "functions",
+    "is_tensor": "functions",
+    "topk_routing": "functions",
+}
 
-from typing import Any
 
-from . import demo as demo
-from . import null as null
-from . import profile as profile
-from . import profiler as profiler
-from . import routers as routers
-from . import studies as studies
-'''
+def texts() -> dict[Path, str]:
+    """{path: what is to stand there}."""
+    return {FACE: _face(), ROUTERS: _routers()}
 
 
-def text() -> str:
-    """The file."""
+def _face() -> str:
     modules = dict(moeprof._LAZY)
     for name in ("cpu_info", "get_num_threads", "set_num_threads"):
         modules[name] = "backends.cpu"
-    modules |= {"Router": "routers.base", "__version__": "version"}
-    modules |= {cls.__name__: cls.__module__[len("moeprof.") :] for cls in REGISTRY.values()}
-    for name in ("benjamini_hochberg", "benjamini_hochberg_routing", "topk_routing"):
-        modules[name] = "routers.functions"
-    modules |= {"RoutingResult": "routers.functions", "RoutingStats": "routers.functions"}
-    imports = [f"from .{m} import {n} as {n}\n" for n, m in sorted(modules.items(), key=_place)]
-    functions = [_signature(name) for name in sorted(FUNCTIONS) if name not in modules]
+    modules["__version__"] = "version"
+    for name in (*EXPORTS, "Router", "RoutingResult", "RoutingStats", "benjamini_hochberg"):
+        modules[name] = "routers"
+    rooms = "".join(f"from . import {name} as {name}\n" for name in moeprof._MODULES)
     names = "".join(f'    "{name}",\n' for name in moeprof.__all__)
-    return f"{HEAD}{''.join(imports)}\n{''.join(functions)}\n__all__ = [\n{names}]\n"
+    head = f'"""What `import moeprof` gives. {MADE}"""\n\n{rooms}'
+    return f"{head}{_imports(modules)}\n__all__ = [\n{names}]\n"
+
+
+def _routers() -> str:
+    modules = OF_ROUTERS | {c.__name__: c.__module__.rpartition(".")[2] for c in REGISTRY.values()}
+    functions = [_signature(name) for name in sorted(FUNCTIONS) if name not in modules]
+    head = (
+        f'"""The routers, and their functions. {MADE}"""\n\nimport os\nfrom typing import Any\n\n'
+    )
+    head += "from ..null.resolve import AnyNull\nfrom ..null.scores import Logits\n"
+    exports = "\nEXPORTS: dict[str, Any]\n\n"
+    return f"{head}{_imports(modules)}{exports}{''.join(functions)}"
+
+
+def _imports(modules: dict[str, str]) -> str:
+    return "".join(f"from .{m} import {n} as {n}\n" for n, m in sorted(modules.items(), key=_place))
 
 
 def _place(item):
@@ -68,7 +89,8 @@ def _signature(name: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        PATH.write_text(text())
-    else:
-        print(text(), end="")
+    for path, text in texts().items():
+        if sys.argv[1:] == ["--write"]:
+            path.write_text(text)
+        else:
+            print(f"# {path.name} of {path.parent.name}\n{text}")

@@ -2,6 +2,7 @@
 
 import sys
 from numbers import Integral
+from typing import Any
 
 from .. import _C
 
@@ -10,7 +11,7 @@ _MOST_THREADS = 2**31 - 1  # a C int; regions use no more than they have tasks f
 _threads: int | None = None  # set_num_threads, else None
 
 
-def cpu_info() -> dict:
+def cpu_info() -> dict[str, Any]:
     """What moeprof runs on.
 
     Returns

@@ -5,7 +5,7 @@ Two operators, both opaque to torch.compile and counted by torch's FlopCounterMo
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def unobserved(*tensors: Tensor) -> bool:
         or c._len_torch_function_stack()
         or c._get_tracing_state() is not None
         or c._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]  # of C++
         or torch.autograd.forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     )
@@ -54,7 +54,13 @@ experts_op = torch.library.custom_op("moeprof::experts", _experts, mutates_args=
 
 
 @experts_op.register_fake
-def _(hidden, expert_ids, routing_weights, matrices, name):
+def _(
+    hidden: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    matrices: list[Tensor],
+    name: str,
+) -> Tensor:
     return torch.empty_like(hidden)
 
 
@@ -69,14 +75,19 @@ def _moe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arrays = (None if t is None else t.numpy() for t in (p_table, table))
     given = RouteSpec.from_operands(spec, *arrays)
-    return tuple(_run_moe(hidden, logits, WeightTable(matrices), given, name))
+    output, weights, experts, counts, rejections = _run_moe(
+        hidden, logits, WeightTable(matrices), given, name
+    )
+    return output, weights, experts, counts, rejections
 
 
 moe_op = torch.library.custom_op("moeprof::moe", _moe, mutates_args=())
 
 
 @moe_op.register_fake
-def _(hidden, logits, matrices, spec, *rest):
+def _(
+    hidden: Tensor, logits: Tensor, matrices: list[Tensor], spec: str, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = hidden.shape[0]
     slots = hidden.new_empty((tokens, max_k_of(spec)), dtype=torch.int32)
     counts = hidden.new_empty((tokens,), dtype=torch.int32)
@@ -113,11 +124,11 @@ def _instead(name: str) -> str:
     return "unpatch the model for that"
 
 
-def _remember_name(ctx, inputs, output) -> None:
+def _remember_name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.layer_name = inputs[-1]
 
 
-def _refuse(ctx, *gradients):
+def _refuse(ctx: Any, *gradients: Any) -> NoReturn:
     name = ctx.layer_name
     raise RuntimeError(f"{name}: the C path has no backward to train with; {_instead(name)}")
 
@@ -187,13 +198,29 @@ def _total(counts: Tensor, upper_bound: int) -> int:
 
 
 @register_flop_formula(torch.ops.moeprof.experts, get_raw=True)
-def _(hidden, expert_ids, routing_weights, matrices, name, *, out_val=None, **kwargs) -> int:
+def _(
+    hidden: Tensor,
+    expert_ids: Tensor,
+    routing_weights: Tensor,
+    matrices: list[Tensor],
+    name: str,
+    *,
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
     num_experts = len(matrices[-1]) if matrices[-1].dim() == 3 else len(matrices) // 3
     ran = (expert_ids >= 0) & (expert_ids < num_experts)
     return _expert_flops(matrices) * _total(ran, expert_ids.numel())
 
 
 @register_flop_formula(torch.ops.moeprof.moe, get_raw=True)
-def _(hidden, logits, matrices, *spec, out_val=None, **kwargs) -> int:
+def _(
+    hidden: Tensor,
+    logits: Tensor,
+    matrices: list[Tensor],
+    *spec: Any,
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
     _, _, expert_ids, counts, _ = out_val
     return _expert_flops(matrices) * _total(counts, expert_ids.numel())

@@ -59,9 +59,21 @@ class RouteSpec:
 
     @classmethod
     def from_operands(cls, text: str, p_table: Any, table: Any) -> "RouteSpec":
-        router, parameters, *plain, form, score, num_experts = json.loads(text)
-        null = form, score, p_table
-        return cls(router, tuple(parameters), *plain, null, table, num_experts=num_experts)
+        router, parameters, min_k, max_k, temperature, norm, norm_k, form, score, num_experts = (
+            json.loads(text)
+        )
+        return cls(
+            router,
+            tuple(parameters),
+            min_k,
+            max_k,
+            temperature,
+            norm,
+            norm_k,
+            (form, score, p_table),
+            table,
+            num_experts=num_experts,
+        )
 
 
 def max_k_of(text: str) -> int:

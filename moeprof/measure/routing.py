@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from ..backends.c import C
 
 if TYPE_CHECKING:
     from ..null.layers import LayerNull, TokenNull
+    from ..null.model import Null
     from ..null.resolve import AnyNull
     from ..routers.base import Router
 
@@ -21,7 +22,9 @@ def by_layer(
 
     null: a Null (or one by token); None, or a router that works on none, gives None.
     """
-    adapted = router.adapt(null) if router.wants_null and null is not None else None
+    adapted: Null | TokenNull | None = None
+    if router.wants_null and null is not None:
+        adapted = cast("Null | TokenNull", router.adapt(null))  # of all layers, as it was
     return [
         (router.at(layer, num_layers), None if adapted is None else adapted.layer(layer))
         for layer in range(num_layers)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ..backends.tables import tensor_obstacle
-from .families import FAMILIES, Layout, family_of
+from .families import FAMILIES, family_of
+from .families.base import Layout
 from .families.packed import read_packed
 from .find import find_sites
 from .guards import explained

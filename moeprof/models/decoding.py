@@ -2,24 +2,29 @@
 
 import inspect
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def decode(model, input_ids, cache, **options):
+def decode(model: Any, input_ids: "Tensor", cache: Any, **options: Any) -> Any:
     """Call the model with what it has cached of the tokens before; options: further arguments.
 
     The argument is ``past_key_values`` up to transformers 5.23 and ``cache`` from then on, where
     the old name warns.
     """
-    return model(input_ids=input_ids, use_cache=True, **options, **{_name(type(model)): cache})
+    name = _name(type(model))  # type: ignore[arg-type]  # a class is hashable
+    return model(input_ids=input_ids, use_cache=True, **options, **{name: cache})
 
 
-def cache_of(output):
+def cache_of(output: Any) -> Any:
     """What a forward pass with ``use_cache=True`` has cached: renamed as the argument was."""
     return output["cache"] if "cache" in output else output.past_key_values
 
 
 @lru_cache
-def _name(model_class) -> str:
+def _name(model_class: type[Any]) -> str:
     forward = getattr(model_class, "forward", model_class.__call__)
     parameters = inspect.signature(forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"

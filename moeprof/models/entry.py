@@ -6,7 +6,7 @@ model that holds them is called.
 
 import inspect
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,11 @@ def find_entries(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[nn.Mod
 
     The encoder and the decoder of a model are two, each with a mask of its own.
     """
-    around = [m for m in model.modules() if _takes_inputs(_parameters(type(m)))]
+    around = [
+        module
+        for module in model.modules()
+        if _takes_inputs(_parameters(type(module)))  # type: ignore[arg-type]  # a class is hashable
+    ]
     inside = [{id(child) for child in module.modules()} for module in around]
     found: dict[int, tuple[nn.Module, list[int]]] = {}
     for number, block in enumerate(blocks):
@@ -51,7 +55,7 @@ def _takes_inputs(parameters: tuple[str, ...]) -> bool:
 
 
 @lru_cache
-def _parameters(module_class: type) -> tuple[str, ...]:
+def _parameters(module_class: type[nn.Module]) -> tuple[str, ...]:
     """The names of forward's arguments, without self."""
     try:
         return tuple(inspect.signature(module_class.forward).parameters)[1:]
@@ -93,18 +97,19 @@ class Entry:
     def __init__(
         self,
         module: nn.Module,
-        args: tuple,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         before: tuple[int, int] | None = None,
     ):
         if args:
-            names = _parameters(type(module))
+            names = _parameters(type(module))  # type: ignore[arg-type]  # a class is hashable
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         self._arguments = kwargs
         self.input_ids = kwargs.get("input_ids")
-        rows = self.input_ids if self.input_ids is not None else kwargs.get("inputs_embeds")
+        rows: Any = self.input_ids if self.input_ids is not None else kwargs.get("inputs_embeds")
         has_shape = isinstance(rows, Tensor) and rows.dim() >= 2
-        self.shape = tuple(rows.shape[:2]) if has_shape else None
+        self.shape: tuple[int, int] | None = tuple(rows.shape[:2]) if has_shape else None
+        self._shape = self.shape or (0, 0)  # for what is asked of calls with a shape only
         self._cache = _cache_in(kwargs)
         self.past = _length(self._cache)
         packed = has_shape and kwargs.get("cu_seq_lens_q") is not None
@@ -136,12 +141,12 @@ class Entry:
         token behind exactly these is a decode step too."""
         if self._cache is None or self.past is None or not self._is_all(DECODE):
             return None
-        return id(self._cache), self.past + self.shape[1]
+        return id(self._cache), self.past + self._shape[1]
 
     def _is_all(self, phase: str) -> bool:
         return isinstance(self.phases, str) and self.phases == phase
 
-    def real(self, mask=None, pad_token_id: int | None = None) -> np.ndarray | None:
+    def real(self, mask: Any = None, pad_token_id: int | None = None) -> np.ndarray | None:
         """(B * S,) bool, False for padding; None where all tokens are real.
 
         mask: (B, n) over positions, in place of the attention mask. Tokens that are generated
@@ -179,7 +184,7 @@ class Entry:
             real = real & ended
         return None if real.all() else real
 
-    def _of_mask(self, mask, name: str) -> np.ndarray:
+    def _of_mask(self, mask: Any, name: str) -> np.ndarray:
         """(B * S,) bool of a mask of any of the shapes that models take."""
         mask = _as_array(mask, name)
         if mask.ndim == 2:
@@ -187,7 +192,7 @@ class Entry:
         elif mask.ndim in (3, 4):
             real = self._own_slots(mask[:, 0] if mask.ndim == 4 else mask, name)
         else:
-            expected = self.shape[0], (self.past or 0) + self.shape[1]
+            expected = self._shape[0], (self.past or 0) + self._shape[1]
             raise ValueError(f"{name}: expected {expected}, got {mask.shape}")
         return np.ascontiguousarray(real).reshape(-1)
 
@@ -206,7 +211,7 @@ class Entry:
         mask says why. None where nothing looks like that: text that is generated may repeat, and
         rows that are all alike, as of beams, are not padded to one length."""
         unmasked = self._arguments.get("attention_mask") is None and self._packed is None
-        if not unmasked or self.input_ids is None or self.shape[0] < 2 or self.shape[1] < 2:
+        if not unmasked or self.input_ids is None or min(self._shape) < 2:
             return None
         if not self._is_all(PREFILL):
             return None
@@ -217,25 +222,26 @@ class Entry:
             repeated = ids[:, outer] == ids[:, inner]
             found, rows = np.unique(ids[repeated, outer], return_counts=True)
             for token in found[np.argsort(-rows)]:
-                edge = ~self._without_edges(token).reshape(ids.shape)
+                text = cast(np.ndarray, self._without_edges(token))  # the id is there
+                edge = ~text.reshape(ids.shape)
                 if ((ids == token) == edge).all():  # it stands nowhere else
                     return int(edge.any(axis=1).sum()), int(token)
         return None
 
-    def _covers(self, mask) -> bool:
+    def _covers(self, mask: Tensor) -> bool:
         """Is it (B, n) with n enough for the new tokens?"""
-        rows, tokens = self.shape
+        rows, tokens = self._shape
         return mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= tokens
 
     def _behind(self, covered: int) -> np.ndarray:
         """(S,) bool: which new tokens are behind so many positions?"""
-        return (self.past or 0) + np.arange(self.shape[1]) >= covered
+        return (self.past or 0) + np.arange(self._shape[1]) >= covered
 
     def _are_generated(self, behind: np.ndarray) -> bool:
         """Are the new tokens behind the mask none of a prompt?"""
         if isinstance(self.phases, str):
             return self.phases in (DECODE, VERIFY)
-        numbers = self.phases.reshape(self.shape)[:, behind]
+        numbers = self.phases.reshape(self._shape)[:, behind]
         return bool(np.isin(numbers, (PHASES.index(DECODE), PHASES.index(VERIFY))).all())
 
     def _columns(self, mask: np.ndarray, name: str) -> np.ndarray:
@@ -244,7 +250,7 @@ class Entry:
         An attention mask ends with the new tokens where it does not cover all that is cached. The
         mask of a prompt goes on with ones for what is generated.
         """
-        (rows, tokens), given = self.shape, mask.shape
+        (rows, tokens), given = self._shape, mask.shape
         missing = (self.past or 0) + tokens - mask.shape[1]
         if name == "mask" and missing > 0 and self._are_generated(self._behind(mask.shape[1])):
             mask = np.pad(mask != 0, ((0, 0), (0, missing)), constant_values=True)
@@ -262,7 +268,7 @@ class Entry:
 
     def _own_slots(self, mask: np.ndarray, name: str) -> np.ndarray:
         """Of a mask (B, S, slots): a token is padding where it can't see its own slot."""
-        rows, tokens = self.shape
+        rows, tokens = self._shape
         slots = mask.shape[2]
         first = min(self.past or 0, slots - tokens)  # a sliding window holds the last ones only
         if mask.shape[0] not in (1, rows) or mask.shape[1] != tokens or first < 0:
@@ -275,7 +281,7 @@ class Entry:
         return np.broadcast_to(seen, (rows, tokens))
 
 
-def _as_array(mask, name: str) -> np.ndarray:
+def _as_array(mask: Any, name: str) -> np.ndarray:
     if isinstance(mask, Tensor):
         return (mask.float() if mask.dtype == torch.bfloat16 else mask).numpy(force=True)
     array = np.asarray(mask)

@@ -152,9 +152,9 @@ def _parts(name: str, block: nn.Module) -> _Parts | None:
             module = block.get_submodule(router)
             return _Parts(module, router_name, block, collections, columns)
     if family := family_of(block):
-        router, experts = family.gate_of(block), family.experts_of(block)
+        gate, experts = family.gate_of(block), family.experts_of(block)
         router_name = f"{name}.{family.family.gate_at}".lstrip(".")
-        return _Parts(router, router_name, block, [experts], family.num_experts(block))
+        return _Parts(gate, router_name, block, [experts], family.num_experts(block))
     return None
 
 
@@ -209,7 +209,7 @@ def _is_flat(module: nn.Module) -> bool:
     return 2 in dimensions and max(dimensions) == 2
 
 
-def _stacked_size(parameters: list) -> int | None:
+def _stacked_size(parameters: list[nn.Parameter]) -> int | None:
     sizes = {p.shape[0] for p in parameters if p.dim() >= 3}
     return max(sizes) if sizes and min(sizes) >= 2 else None
 
@@ -237,7 +237,12 @@ def _router_child(
     return (plain[0], num_experts) if len(plain) == 1 else None
 
 
-def _of_a_part(block, named, collections, num_experts: int) -> list[tuple[str, int]]:
+def _of_a_part(
+    block: nn.Module,
+    named: list[tuple[str, nn.Module]],
+    collections: list[nn.Module],
+    num_experts: int,
+) -> list[tuple[str, int]]:
     """[(router, E)] where the experts here are an even part of E: expert parallelism."""
     if not any(_is_called_experts(block, c) for c in collections):
         return []
@@ -415,7 +420,9 @@ def _only_raises(module: nn.Module) -> bool:
     return code is not None and code.co_names == ("NotImplementedError",)
 
 
-def _shared(name: str, block: nn.Module, without: set, model: nn.Module) -> list[nn.Module]:
+def _shared(
+    name: str, block: nn.Module, without: set[nn.Module], model: nn.Module
+) -> list[nn.Module]:
     """The modules of what runs for each token in a block, or beside it as shared."""
     named = list(block.named_children())
     in_layer = any(re.search("attn|attention", n.lower()) for n, _ in named)

@@ -66,7 +66,7 @@ def _origins(module: nn.Module) -> Iterator[str]:
             yield type(tensor.data).__module__  # of a parameter that holds a subclass
 
 
-def _origin(thing) -> Iterator[str]:
+def _origin(thing: Any) -> Iterator[str]:
     """Of a function, also one in a functools.partial, or of an object."""
     function = getattr(thing, "func", thing)
     yield getattr(function, "__module__", None) or ""

@@ -140,7 +140,9 @@ def inspect(model: nn.Module) -> Inspection:
     layers = [_inspected(label, site) for label, site in zip(labels, sites, strict=False)]
     for label, (name, reason) in zip(labels[len(sites) :], unread, strict=True):
         block = type(model.get_submodule(name)).__name__
-        layers.append(InspectedLayer(label, name, block, *[None] * 10, OWN, reason))
+        facts: dict[str, Any] = dict.fromkeys(InspectedLayer._fields, None)
+        facts |= {"layer": label, "name": name, "block": block, "path": OWN, "reason": reason}
+        layers.append(InspectedLayer(**facts))
     return Inspection(layers)
 
 

@@ -4,9 +4,14 @@ import re
 import warnings
 from pathlib import Path
 from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
-from ..checks import check_token_ids
+from ..checks import Tokenizer, check_token_ids
 from .tokens import prompt_ids
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 WORDS = "The list is"  # which a model is tried on when it was loaded
 
@@ -14,7 +19,7 @@ WORDS = "The list is"  # which a model is tried on when it was loaded
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def check_model(name):
+def check_model(name: str) -> None:
     """Fail at once where `load_model` couldn't succeed: no such folder, or an unreachable id."""
     if not name.strip():
         raise ValueError("model: expected a folder or a hub id, got an empty name")
@@ -29,7 +34,7 @@ def check_model(name):
         _check_hub(name)
 
 
-def _check_folder(folder):
+def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model {folder}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -38,7 +43,7 @@ def _check_folder(folder):
         raise FileNotFoundError(f"model {folder}: the folder has no tokenizer (tokenizer.json, …)")
 
 
-def _check_hub(name):
+def _check_hub(name: str) -> None:
     """One request without retries, for transformers repeats each of its own several times."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
@@ -55,12 +60,14 @@ def _check_hub(name):
         ) from error
 
 
-def _reason(error, width=160):
+def _reason(error: Exception, width: int = 160) -> str:
     """An exception in one line of at most `width` characters."""
     return shorten(f"{type(error).__name__}: {error}", width, placeholder=" …")
 
 
-def load_model(name, dtype, trust_remote_code=False):
+def load_model(
+    name: str, dtype: "torch.dtype", trust_remote_code: bool = False
+) -> tuple["nn.Module", Tokenizer]:
     """(model in eval mode, tokenizer) from a folder or the hub; dtype: a torch.dtype.
 
     trust_remote_code: whether Python code that comes with them may be run.
@@ -96,24 +103,27 @@ def load_model(name, dtype, trust_remote_code=False):
     return model, tokenizer
 
 
-def _loaded(name, dtype, trust_remote_code):
+def _loaded(
+    name: str, dtype: "torch.dtype", trust_remote_code: bool
+) -> tuple["nn.Module", dict[str, Any], Tokenizer]:
     """(model, what of it was found, tokenizer) of transformers; its warnings are not shown."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # `load_model` says which, and stops
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model, loading = found
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return model, loading, tokenizer
 
 
-def _try(name, model, tokenizer):
+def _try(name: str, model: "nn.Module", tokenizer: Tokenizer) -> None:
     """ValueError where the model and its tokenizer, as loaded, can't run a few words.
 
     Files that contradict each other, such as a config with more experts a token than there are,

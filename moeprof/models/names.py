@@ -6,6 +6,7 @@ A layer has the qualified names of its block, "model.layers.3.mlp", and of its g
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 
 def layer_labels(blocks: Sequence[str]) -> list[int | str]:
@@ -39,8 +40,8 @@ def layer_labels(blocks: Sequence[str]) -> list[int | str]:
 def layer_numbers(blocks: Sequence[str]) -> list[int]:
     """The labels, where all of them are numbers; else the places in the model, from 0."""
     labels = layer_labels(blocks)
-    plain = all(isinstance(label, int) for label in labels)
-    return labels if plain else list(range(len(labels)))
+    numbers = [label for label in labels if isinstance(label, int)]
+    return numbers if len(numbers) == len(labels) else list(range(len(labels)))
 
 
 def layer_keys(blocks: Sequence[str], gates: Sequence[str]) -> dict[int | str, int]:
@@ -53,7 +54,7 @@ def layer_keys(blocks: Sequence[str], gates: Sequence[str]) -> dict[int | str, i
 
 def spans(labels: Sequence[int | str]) -> str:
     """ "0 to 3, 7 and 9 to 12" of numbers in the order of the model; other labels one by one."""
-    runs: list[list] = []
+    runs: list[list[Any]] = []  # first and last label of each
     for label in labels:
         if runs and isinstance(label, int) and label - 1 == runs[-1][1]:
             runs[-1][1] = label

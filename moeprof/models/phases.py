@@ -43,10 +43,11 @@ def phase_of(past: int | None, recomputes: bool, tokens: int) -> str | tuple[int
     rest.
     """
     name, frame = _generating()
-    if name == _ASSISTED:
+    if frame is not None and name == _ASSISTED:
         return _assisted(frame, tokens)
-    begins = name in _PREFILLS or (name in _SAMPLING and _is_first(frame))
-    if begins and not (past and _assists(frame)):
+    first = frame is not None and name in _SAMPLING and _is_first(frame)
+    begins = name in _PREFILLS or first
+    if begins and not (past and frame is not None and _assists(frame)):
         return PREFILL
     # Each further step of sampling is for one new token a row. More are of another call inside
     # the loop, as of the prompt without which classifier-free guidance compares.
@@ -134,5 +135,5 @@ def packed_phases(arguments: dict[str, Any], tokens: int) -> tuple[np.ndarray, n
     return np.pad(by_token, (0, tokens - len(by_token))), real
 
 
-def _numbers(ends) -> np.ndarray:
+def _numbers(ends: Any) -> np.ndarray:
     return np.asarray(ends.tolist() if hasattr(ends, "tolist") else ends, np.int64)

@@ -50,7 +50,9 @@ def read_logits(output: Any, tokens: int, layer: Layer) -> Tensor | None:
     return None
 
 
-def read_experts_call(args: tuple, kwargs: dict, tokens: int, layer: Layer) -> Routing:
+def read_experts_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int, layer: Layer
+) -> Routing:
     """Read the choice from what the forward of stacked experts got: (hidden, indices, weights).
 
     The indices (T, k) are the only integers among its arguments, weights may be (T, k) or (T, E).
@@ -79,12 +81,11 @@ def read_experts_call(args: tuple, kwargs: dict, tokens: int, layer: Layer) -> R
 
 def without_empty(choice: Routing, num_experts: int) -> tuple[Routing, bool]:
     """The choice with -1 for the empty slots that transformers writes as E; were there any?"""
-    empty = choice.expert_ids.numpy() == num_experts
+    experts = choice.chosen
+    empty = experts.numpy() == num_experts
     if not empty.any():
         return choice, False
-    return choice._replace(
-        expert_ids=choice.expert_ids.masked_fill(torch.from_numpy(empty), -1)
-    ), True
+    return choice._replace(expert_ids=experts.masked_fill(torch.from_numpy(empty), -1)), True
 
 
 # ---- of a gate whose block is patched ----
@@ -141,7 +142,7 @@ def _by_shape(rows: list[Tensor], num_experts: int) -> Routing | None:
 # ---- by what came ----
 
 
-def _is_triple(logits, weights, experts, shape: tuple[int, int]) -> bool:
+def _is_triple(logits: Any, weights: Any, experts: Any, shape: tuple[int, int]) -> bool:
     return (
         isinstance(logits, Tensor)
         and isinstance(weights, Tensor)
@@ -182,7 +183,8 @@ def _rows(output: Any, tokens: int) -> list[Tensor] | None:
         return None
     # A fourth value, after the three of transformers 5, is none of the choice.
     flat = [_flat(part, tokens) for part in parts[:3]]
-    return None if any(row is None for row in flat) else flat
+    rows = [row for row in flat if row is not None]
+    return rows if len(rows) == len(flat) else None
 
 
 def _flat(part: Any, tokens: int) -> Tensor | None:
@@ -206,23 +208,26 @@ def _of_scores(values: list[Tensor], layer: Layer) -> Routing | None:
     """Of (scores, logits), in either order: the scores are zero for all but the chosen."""
     if len(values) != 2 or not all(_is_scores(v, layer.num_experts) for v in values):
         return None
-    chosen = [_nonzero(v) for v in values]
-    if (chosen[0] is None) == (chosen[1] is None):
+    first, second = map(_nonzero, values)
+    if first is not None and second is None:
+        (experts, weights), logits = first, values[1]
+    elif second is not None and first is None:
+        (experts, weights), logits = second, values[0]
+    else:
         return None
-    of, logits = (0, 1) if chosen[0] is not None else (1, 0)
-    return Routing(*reversed(chosen[of]), logits=_as_logits(values[logits]))
+    return Routing(weights, experts, logits=_as_logits(logits))
 
 
 def _of_mask(mask: Tensor, values: list[Tensor], layer: Layer) -> Routing | None:
     """Switch: a one for each chosen expert, none for a token over the expert's capacity."""
     scores = [v for v in values if v.shape[1] == layer.num_experts]
     weights = [v for v in values if v.shape[1] != layer.num_experts]
+    logits: Tensor | None = None
+    weight: Tensor | None
     if len(values) == 2:  # (mask, weights or scores, logits)
         logits, scores = values[1], scores[:-1]
         if logits.shape[1] != layer.num_experts:
             return None
-    else:
-        logits = None
     if scores:  # NLLB: the mask shows the first expert only, the scores all
         if (chosen := _nonzero(scores[0])) is None:
             return None
@@ -244,8 +249,10 @@ def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Routing 
         if logits.shape[1] != size:
             return None
         if weights.shape != experts.shape:
-            weights = _at(weights, experts) if weights.shape[1] == size else None
-        return None if weights is None else Routing(weights, experts, logits=_as_logits(logits))
+            if weights.shape[1] != size:
+                return None
+            weights = _at(weights, experts)
+        return Routing(weights, experts, logits=_as_logits(logits))
     scores = values[0]
     if scores.shape == experts.shape:
         return Routing(scores, experts)
@@ -257,7 +264,7 @@ def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Routing 
     return Routing(None if logits is scores else _at(scores, experts), experts, logits=logits)
 
 
-def _by_expert(output: tuple | list, tokens: int, layer: Layer) -> Routing | None:
+def _by_expert(output: tuple[Any, ...] | list[Any], tokens: int, layer: Layer) -> Routing | None:
     """Granite of transformers 4: what sorts the T * k choices by expert, and the logits.
 
     (order (T k,) of the choices by expert, token (T k,) and weight (T k,) of each in that order,

@@ -21,3 +21,9 @@ class Routing(NamedTuple):
     counts: Tensor | None = None
     rejections: Tensor | None = None
     logits: Tensor | None = None
+
+    @property
+    def chosen(self) -> Tensor:
+        """expert_ids, of a routing in which experts were chosen."""
+        assert self.expert_ids is not None
+        return self.expert_ids

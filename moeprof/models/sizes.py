@@ -4,7 +4,7 @@ E experts, k of them a token, H hidden size. A matrix is a parameter with two di
 of one expert where experts are stacked. Biases are none: FlopCounterMode counts no addition.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ def walk(module: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[nn.
 
 def _running(part: nn.Module) -> list[nn.Module]:
     """The children that run: of a wrapper of peft what is active, of others all."""
-    children = {name: m for name, m in part._modules.items() if m is not None}
+    children: dict[str, Any] = {n: m for n, m in part._modules.items() if m is not None}
     if copies := _copies(part):
         return copies[:1]
     if not _adapts(part):
@@ -72,13 +72,14 @@ def _adapts(part: nn.Module) -> bool:
 def _active(wrapper: nn.Module) -> list[str]:
     """The adapters of a wrapper that run beside what it wraps."""
     off = getattr(wrapper, "disable_adapters", False) or getattr(wrapper, "merged", False)
-    names = getattr(wrapper, "active_adapters", None) or getattr(wrapper, "active_adapter", ())
+    names: Any = getattr(wrapper, "active_adapters", None)
+    names = names or getattr(wrapper, "active_adapter", ())
     return [] if off else [names] if isinstance(names, str) else list(names)
 
 
 def _copies(part: nn.Module) -> list[nn.Module]:
     """Of peft's modules_to_save the module and its trained copies, the one that runs first."""
-    children = part._modules
+    children: dict[str, Any] = part._modules
     if not children.keys() >= {"original_module", "modules_to_save"}:
         return []
     original, saved = children["original_module"], children["modules_to_save"]
@@ -138,7 +139,7 @@ def _adapter_reason(part: nn.Module) -> str:
 def _is_plain_lora(part: nn.Module, active: list[str]) -> bool:
     """x A B, for each token, beside x W: no DoRA, no other variant, no adapted parameter."""
     own = vars(part)
-    factors = [part._modules.get(name) for name in ("lora_A", "lora_B")]
+    factors: list[Any] = [part._modules.get(name) for name in ("lora_A", "lora_B")]
     if "parameter_name" in own or not all(isinstance(f, nn.ModuleDict) for f in factors):
         return False
     used = [name for name in active if name in factors[0]]
@@ -148,9 +149,10 @@ def _is_plain_lora(part: nn.Module, active: list[str]) -> bool:
 
 def _adapted_stacks(module: nn.Module) -> Iterator[nn.Module]:
     """The wrappers of peft, from the outermost, around a module with stacked experts."""
-    while _adapts(module):
-        yield module
-        module = module._modules["base_layer"]
+    part: Any = module
+    while _adapts(part):
+        yield part
+        part = part._modules["base_layer"]
 
 
 def _merging(module: nn.Module) -> Iterator[nn.Module]:
@@ -165,7 +167,8 @@ def merge_flops(collections: list[nn.Module]) -> int:
     return sum(_merge_flops(part) for c in collections for part in _merging(c))
 
 
-def _merge_flops(wrapper: nn.Module) -> int:
+def _merge_flops(wrapper: Any) -> int:
+    """Of one wrapper of peft."""
     active = [name for name in _active(wrapper) if name in wrapper.lora_A]
     products = [
         2 * wrapper.lora_A[name].weight.numel() * wrapper.lora_B[name].weight.shape[0]
@@ -233,13 +236,14 @@ def parameter_bytes(module: nn.Module, without: Collection[nn.Module] = ()) -> i
 
 
 def _weights(part: nn.Module) -> list[Tensor]:
-    own = list(part.parameters(recurse=False))
+    own: list[Tensor] = list(part.parameters(recurse=False))
     if own and not any(p.dtype in _PACKED for p in own):
         return own
-    if hasattr(part, "_packed_params") and callable(getattr(part, "_weight_bias", None)):
+    weight_bias: Any = getattr(part, "_weight_bias", None)
+    if hasattr(part, "_packed_params") and callable(weight_bias):
         # torch.ao: weight and bias are in an object of C++; the module inside has it as well
         inside = any(hasattr(child, "_packed_params") for child in part.children())
-        return [] if inside else [t for t in part._weight_bias() if t is not None]
+        return [] if inside else [t for t in weight_bias() if t is not None]
     quantised = bool(
         own
         or _features(part)
@@ -292,9 +296,11 @@ def expert_size(collections: list[nn.Module], num_experts: int, *, block: nn.Mod
     if not sizes:
         return Size(None, None, None, "no experts lie beside its router")
     reason = next((s.reason for s in sizes if s.reason), "")
-    if any(s.elements is None or s.bytes is None for s in sizes):
+    elements = [s.elements for s in sizes if s.elements is not None]
+    held = [s.bytes for s in sizes if s.bytes is not None]
+    if len(elements) < len(sizes) or len(held) < len(sizes):
         return Size(None, None, None, reason or "its experts are not all alike")
-    return Size(sum(s.elements for s in sizes), sum(s.bytes for s in sizes), None, reason)
+    return Size(sum(elements), sum(held), None, reason)
 
 
 def is_list(module: nn.Module) -> bool:
@@ -354,11 +360,12 @@ def _stacked(experts: nn.Module, num_experts: int, recurse: bool) -> Size:
     return Size(elements, size)
 
 
-def _share(parameters, num_experts: int) -> int:
+def _share(parameters: Iterable[Tensor], num_experts: int) -> int:
     return sum(map(tensor_bytes, parameters)) // num_experts
 
 
-def _factor_bytes(wrapper: nn.Module) -> int:
+def _factor_bytes(wrapper: Any) -> int:
+    """Of the factors A and B of a wrapper of peft."""
     active = _active(wrapper)
     both = (wrapper.lora_A, wrapper.lora_B)
     return sum(parameter_bytes(d[name]) for d in both for name in active if name in d)
@@ -379,13 +386,17 @@ def own_top_k(module: nn.Module) -> int | None:
     return next((k for k in said if k is not None), None)
 
 
-def top_k_owner(router: nn.Module, block: nn.Module, top_k: int | None):
+def top_k_owner(
+    router: nn.Module, block: nn.Module, top_k: int | None
+) -> tuple[dict[str, Any], str] | None:
     """(attributes, name): where the router or the block itself keeps k; None if it is elsewhere."""
     places = ((vars(m), name) for m in (router, block) for name in (*_TOP_K, "k"))
     return next((p for p in places if top_k is not None and p[0].get(p[1]) == top_k), None)
 
 
-def find_top_k(router: nn.Module, block: nn.Module, model: nn.Module, num_experts: int):
+def find_top_k(
+    router: nn.Module, block: nn.Module, model: nn.Module, num_experts: int
+) -> int | None:
     """Experts per token as router, block, what lies in them, or the configuration say; or None."""
     said = [own_int(m, (*_TOP_K, "k")) for m in (router, block, *walk(router))]
     said += [own_top_k(m) for m in (*walk(router), block, model)]

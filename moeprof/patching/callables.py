@@ -28,7 +28,8 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
     if isinstance(output, Tensor) and output.shape == logits.shape and output.is_floating_point():
         weights, experts = _slots(output)
     elif isinstance(output, tuple | list) and len(output) == 2:
-        read = read_gate(output, *logits.shape, name)
+        read = read_gate(output, tokens, num_experts, name)
+        assert read.weights is not None and read.expert_ids is not None  # of a pair both are read
         weights, experts = read.weights, read.expert_ids
     else:
         raise ValueError(

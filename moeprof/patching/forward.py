@@ -63,10 +63,10 @@ def _run(
         return _run_chosen(layer, x, *chosen, table, logits)
     spec, operands = layer.spec(layer.family.settings(block))
     given = logits if logits.dtype == x.dtype else logits.float()
-    out, *routing = run_moe(x, given, table, spec, operands, layer.name)
+    out, weights, experts, counts, rejections = run_moe(x, given, table, spec, operands, layer.name)
     if layer.cap is not None:
-        layer.cap.see(routing[3])
-    return out, Routing(*routing, logits)
+        layer.cap.see(rejections)
+    return out, Routing(weights, experts, counts, rejections, logits)
 
 
 def _run_chosen(

@@ -113,7 +113,7 @@ class Handle:
             state.ends_by_itself = True
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.unpatch()
 
     def __repr__(self) -> str:

@@ -7,25 +7,42 @@ so the registration waits until somebody else imports it.
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _MODULE = "transformers.integrations.moe"
 
 
-def _experts_forward(experts, hidden_states, top_k_index, top_k_weights):
+def _experts_forward(
+    experts: "nn.Module",
+    hidden_states: "Tensor",
+    top_k_index: "Tensor",
+    top_k_weights: "Tensor",
+) -> "Tensor":
     from .experts_forward import experts_forward
 
     return experts_forward(experts, hidden_states, top_k_index, top_k_weights)
 
 
-def _register(module) -> None:
+def _register(module: ModuleType) -> None:
     module.ALL_EXPERTS_FUNCTIONS.register("moeprof", _experts_forward)
 
 
 class _Waiter(MetaPathFinder):
     """Sees the import of the one module, registers behind it, and is gone."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
         if name != _MODULE:
             return None
         sys.meta_path.remove(self)
@@ -34,11 +51,11 @@ class _Waiter(MetaPathFinder):
             return spec
         run = spec.loader.exec_module
 
-        def run_and_register(module) -> None:
+        def run_and_register(module: ModuleType) -> None:
             run(module)
             _register(module)
 
-        spec.loader.exec_module = run_and_register
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]  # this import's
         return spec
 
 

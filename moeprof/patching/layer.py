@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..backends.ops import Matrices, operands_of
 from ..backends.spec import RouteSpec
 from ..backends.tables import WeightTable
-from ..models.families import Layout
+from ..models.families.base import Layout
 from ..models.guards import Unchanged
 from ..models.routing import Routing
-from ..null import LayerNull
+from ..null import LayerNull, TokenNull
 from ..routers import Router, TopK
 from ..routers.base import warn_if_capped
 from .state import Patched
@@ -32,7 +32,7 @@ class PatchedLayer(Patched):
     num_experts: int
     family: Layout
     router: Router | Callable[..., Any] | None  # None: the model's own top-k
-    null: LayerNull | None
+    null: LayerNull | TokenNull | None
     norm: str
     strict: bool
     callbacks: tuple[Callback, ...] = ()  # of `Handle.on_routing`, in the order that they came
@@ -98,7 +98,7 @@ class CapWatch:
         if self.warned or torch.compiler.is_compiling() or type(rejections) is not Tensor:
             return
         self.tokens += len(rejections)
-        capped = np.count_nonzero(rejections.numpy() > self.cap)
+        capped = int(np.count_nonzero(rejections.numpy() > self.cap))
         if capped:  # rarely; a decode step goes by in some microseconds
             self.capped += capped
             self.warned = warn_if_capped(

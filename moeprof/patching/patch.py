@@ -1,17 +1,19 @@
 """patch() and unpatch(): the forward of MoE blocks swapped for the C path, and put back."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from inspect import cleandoc
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, cast
 
 from torch import nn
 
 from ..checks import check_model
 from ..models.blocks import Block, find_blocks, not_runnable
 from ..models.names import layer_keys, layer_labels, spans
-from ..null import LayerNull, resolve_null
+from ..null import LayerNull, Null, TokenNull, resolve_null
+from ..null.resolve import AnyNull
 from ..routers import Router, make_router
 from ..routers.table import all_lines
 from .forward import block_forward, warn_fallback
@@ -26,13 +28,13 @@ NORMS = ("model", "none", "sum", "mass")
 
 def patch(
     model: nn.Module,
-    router: str | Router | Callable | list | dict | None = None,
+    router: str | Router | Callable[..., Any] | list[Any] | dict[Any, Any] | None = None,
     *,
-    null=None,
+    null: AnyNull | str | os.PathLike[str] | None = None,
     norm: str = "model",
     strict: bool = True,
     linears: bool = False,
-    **router_parameters,
+    **router_parameters: Any,
 ) -> Handle:
     """Run the model's MoE blocks in C, with the model's own router or another.
 
@@ -94,7 +96,9 @@ def patch(
         warn_fallback(name, reason)
     modules = [block.module for block in planned.blocks]
     around = find_linears(model, modules) if linears else []
-    dense = [(module, PatchedLinear(name)) for name, module in around]
+    dense: list[tuple[nn.Module, PatchedLinear]] = [
+        (module, PatchedLinear(name)) for name, module in around
+    ]
     for block, layer in planned.layers:
         install(block, layer, _changes(block, layer))
     for module, linear in dense:
@@ -183,7 +187,7 @@ class OLMoERouterPatcher:
     def patched(self) -> bool:
         return any(handle.active for handle in self._handles)
 
-    def patch(self, router: str | Router = "bh", **options) -> Handle:
+    def patch(self, router: str | Router = "bh", **options: Any) -> Handle:
         """As :func:`patch`; the last patch is the one that runs."""
         self._handles.append(patch(self.model, router, **options))
         return self._handles[-1]
@@ -226,7 +230,9 @@ def routers_by_layer(router: Any, blocks: list[Block], parameters: dict[str, Any
     return [_one_router(router, parameters, index, count) for index in range(count)]
 
 
-def _one_router(router, parameters: dict, index: int, count: int) -> Router | Callable | None:
+def _one_router(
+    router: Any, parameters: dict[str, Any], index: int, count: int
+) -> Router | Callable[..., Any] | None:
     if router is None or (callable(router) and not isinstance(router, Router | type)):
         if parameters:
             raise TypeError(f"patch: {sorted(parameters)} given without a router")
@@ -234,7 +240,9 @@ def _one_router(router, parameters: dict, index: int, count: int) -> Router | Ca
     return make_router(router, **parameters).at(index, count)
 
 
-def _layer_nulls(model, routers: list, null) -> list[LayerNull | None]:
+def _layer_nulls(
+    model: nn.Module, routers: list[Any], null: AnyNull | str | os.PathLike[str] | None
+) -> list[LayerNull | TokenNull | None]:
     """What each layer's p-values come from; None where its router has none."""
     wanting = [r for r in routers if _on_null(r)]
     if not wanting:
@@ -245,7 +253,8 @@ def _layer_nulls(model, routers: list, null) -> list[LayerNull | None]:
     if isinstance(null, LayerNull):
         raise TypeError("null: expected a Null with all layers, got a LayerNull")
     null.check(model)
-    adapted = {type(router): router.adapt(null) for router in wanting}
+    # What is adapted is of all layers, as what it is made of.
+    adapted = {type(router): cast(Null | TokenNull, router.adapt(null)) for router in wanting}
     return [adapted[type(r)].layer(i) if _on_null(r) else None for i, r in enumerate(routers)]
 
 
@@ -259,7 +268,7 @@ def _watch_caps(layers: list[PatchedLayer]) -> None:
             layer.cap = watch
 
 
-def _on_null(router) -> bool:
+def _on_null(router: Any) -> TypeGuard[Router]:
     return isinstance(router, Router) and router.wants_null
 
 
@@ -287,7 +296,7 @@ def _warn_nested(left: list[PatchedLayer]) -> None:
     )
 
 
-def _changes(block: nn.Module, layer: PatchedLayer) -> list[tuple[nn.Module, Callable]]:
+def _changes(block: nn.Module, layer: PatchedLayer) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """(module, its forward while patched), the block first."""
     changes = [(block, block_forward)]
     if layer.family.gate_forward and layer.family.has_stock_gate(block):

@@ -1,5 +1,7 @@
 """Did what was routed run? Asked of each expert in every counted step."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -26,13 +28,13 @@ class ExpertRows:
         self.site, self._size = site, site.layer.num_experts
         experts = site.experts
         self.listed = experts is not None and is_list(experts)
-        slots = expert_slots(experts) if self.listed else []
+        slots = expert_slots(experts) if experts is not None and self.listed else []
         first: dict[nn.Module, int] = {}
         for slot, module in enumerate(slots):
             if module is not None:
                 first.setdefault(module, slot)
         self.modules = list(first.items())  # each expert with its slot
-        owner = np.array([first.get(m, i) for i, m in enumerate(slots)], np.int64)
+        owner = np.array([i if m is None else first[m] for i, m in enumerate(slots)], np.int64)
         self._owner = None if np.array_equal(owner, np.arange(len(slots))) else owner
         self._all_here = None not in slots
         # Not of parameters of the block's own, nor where all run whatever was chosen.
@@ -56,17 +58,20 @@ class ExpertRows:
         difference = self._chosen(choice) - np.array(rows)
         return np.append(difference, 0) if difference.any() else None
 
-    def left_out_of_call(self, args: tuple, kwargs: dict, choice: Routing) -> np.ndarray | None:
+    def left_out_of_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], choice: Routing
+    ) -> np.ndarray | None:
         """The same of what stacked experts got; [E]: of experts that are not known."""
-        hidden, *others = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)] or [None]
-        if hidden is None or any(value is choice.expert_ids for value in others):
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if not given or any(value is choice.expert_ids for value in given[1:]):
             return None
-        tokens = len(choice.expert_ids)
+        hidden, *others = given
+        tokens = len(choice.chosen)
         for value in others:
             if value.dtype in INTEGERS and value.dim() > 1 and value[..., 0].numel() == tokens:
                 return self._other_indices(value.reshape(tokens, -1), choice)
         rows = hidden.shape[:-1].numel()
-        selections = int((choice.expert_ids >= 0).sum())
+        selections = int((choice.chosen >= 0).sum())
         if rows in (tokens, selections):  # each token once: what runs of it can't be seen
             return None
         if hidden.dim() == 3 and len(hidden) == self._size:  # (E, capacity, H)
@@ -74,7 +79,7 @@ class ExpertRows:
         return np.append(np.zeros(self._size, np.int64), selections - rows)
 
     def _other_indices(self, indices: Tensor, choice: Routing) -> np.ndarray | None:
-        chosen = choice.expert_ids
+        chosen = choice.chosen
         if indices.shape == chosen.shape and torch.equal(indices.long(), chosen.long()):
             return None
         flat = indices.detach().reshape(-1).cpu().numpy()
@@ -83,7 +88,7 @@ class ExpertRows:
 
     def _chosen(self, choice: Routing) -> np.ndarray:
         """(E,) selections, those of a module in several slots at its first one."""
-        experts = choice.expert_ids.detach().reshape(-1).cpu().numpy()
+        experts = choice.chosen.detach().reshape(-1).cpu().numpy()
         experts = experts[(experts >= 0) & (experts < self._size)]
         if self._owner is not None:
             experts = self._owner[experts]
@@ -105,7 +110,7 @@ class ExpertRows:
         if not self._all_here or any(np.array_equal(r, up_to) for r in (rows, filled or rows)):
             return
         used = np.array([slot for _, slot in self.modules])
-        if (got[used] == len(choice.expert_ids)).all():
+        if (got[used] == len(choice.chosen)).all():
             return
         wrong = int((read != got).nonzero()[0][0])
         raise ValueError(
@@ -119,7 +124,8 @@ def _choice_bias(site: Site) -> str | None:
     """The name of a bias for E experts, not zero, in a block whose router is a bare linear."""
     if type(site.router) is not nn.Linear:
         return None
-    names = {id(p) for m in (site.router, site.experts) for p in m.parameters()}
+    parts = (site.router, site.experts)
+    names = {id(p) for m in parts if m is not None for p in m.parameters()}
     for name, value in [*site.block.named_parameters(), *site.block.named_buffers()]:
         fits = "bias" in name and value.numel() == site.layer.num_experts and not value.is_meta
         if fits and id(value) not in names and bool(value.any()):

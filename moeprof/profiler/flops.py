@@ -5,12 +5,13 @@ formulas from one dictionary when it is made, and counts an operation that is no
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils import flop_counter
 
 _active = 0
-_added: list = []  # the operations whose formula is ours
+_added: list[Any] = []  # the operations whose formula is ours
 
 
 def count_grouped_mm() -> Callable[[], None]:
@@ -42,13 +43,15 @@ def count_grouped_mm() -> Callable[[], None]:
     return undo
 
 
-def _operations() -> list:
+def _operations() -> list[Any]:
     """The grouped products that this torch and this transformers have."""
     names = ((torch.ops.aten, "_grouped_mm"), (torch.ops.transformers, "grouped_mm_fallback"))
     return [getattr(space, name) for space, name in names if hasattr(space, name)]
 
 
-def _grouped_mm_flop(a, b, *args, out_val=None, **kwargs) -> int:
+def _grouped_mm_flop(
+    a: torch.Tensor, b: torch.Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
     """2 M K N of each group, of tensors as torch hands them to a raw formula.
 
     (T, K) x (G, K, N): the T rows that lie in a group; (G, M, K) x (K, T'): columns likewise;
@@ -69,19 +72,20 @@ def _grouped_mm_flop(a, b, *args, out_val=None, **kwargs) -> int:
     return 2 * rows * inner * columns
 
 
-_grouped_mm_flop._get_raw = True  # FlopCounterMode gives shapes only, unless a formula asks
+# FlopCounterMode gives shapes only, unless a formula asks.
+_grouped_mm_flop._get_raw = True  # type: ignore[attr-defined]  # of a function
 
 
-def _is_offsets(value) -> bool:
+def _is_offsets(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
-def _inside(offsets, size: int) -> int:
+def _inside(offsets: torch.Tensor | None, size: int) -> int:
     """How many of `size` rows lie in a group: up to the last offset, where it has a value."""
     if offsets is None or not offsets.numel() or offsets.is_meta or _is_fake(offsets):
         return size
     return min(size, int(offsets[-1]))
 
 
-def _is_fake(tensor) -> bool:
+def _is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)

@@ -1,19 +1,20 @@
 """The hooks that a profiler puts into a model: bound methods, so that a copy of the model does
 not count here."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from time import perf_counter_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..models.entry import Entry
-from ..models.find import Layer, Site
+from ..models.find import Site
+from ..models.layer import Layer
 from ..models.reading import read_choice, read_experts_call, read_logits, without_empty
 from ..models.routing import Routing
 from ..models.sizes import top_k_owner
@@ -21,10 +22,14 @@ from ..patching.observers import STOCK, Observer, Routed
 from .check import ExpertRows
 from .step import Step
 
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
 OWN_IN_C = "the model's own top-k, patched"
 
 # What torch.compile leaves to Python: it would trace the counting, and count what it traced.
-_uncompiled = torch.compiler.disable
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+_uncompiled: Callable[[_Hook], _Hook] = torch.compiler.disable
 
 
 class _Watch:
@@ -32,27 +37,29 @@ class _Watch:
 
     session: Any = None  # the session.Session that has put it in
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return object.__new__(type(self))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return object.__new__, (type(self),)
 
 
 class EntryWatch(_Watch):
     """Where the model is entered: a step begins and ends."""
 
-    def __init__(self, session):
+    def __init__(self, session: Any):
         self.session = session
 
     @_uncompiled
-    def enter(self, module, args, kwargs=None) -> None:
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         session = self.session
         if session is None:
             return
         # Without kwargs it is called in a thread that runs while another one starts or stops.
         step = session.begin(entered=True, known=kwargs is not None)
-        if not step.counted:
+        if kwargs is None or not step.counted:
             return
         entry = Entry(module, args, kwargs, session.local.decoded)
         if entry.shape is not None:
@@ -63,7 +70,7 @@ class EntryWatch(_Watch):
                 session.warn_of_padding(entry)
 
     @_uncompiled
-    def leave(self, module, args, output) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.session is not None:
             self.session.end()
 
@@ -71,11 +78,13 @@ class EntryWatch(_Watch):
 class ExpertWatch(_Watch):
     """Of one expert in a list: the rows that it gets from one block, of several that have it."""
 
-    def __init__(self, session, hooked: object, slot: int):
+    def __init__(self, session: Any, hooked: object, slot: int):
         self.session, self.hooked, self.slot = session, hooked, slot
 
     @_uncompiled
-    def called(self, module, args, kwargs=None) -> None:
+    def called(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         step = None if self.session is None else self.session.step
         if step is None or step.rows is None or step.hooked is not self.hooked:
             return
@@ -89,9 +98,9 @@ class ExpertWatch(_Watch):
 class LayerWatch(_Watch, Observer):
     """Of one block: its time, and what its router chose."""
 
-    def __init__(self, session, index: int, site: Site):
+    def __init__(self, session: Any, index: int, site: Site):
         self.session, self.index, self.site = session, index, site
-        self._handles: list = []
+        self._handles: list[RemovableHandle] = []
         path = site.layer.name.removeprefix(site.layer.block).lstrip(".")
         self._router_of = attrgetter(path)
         self._heard: nn.Module | None = None  # the router that has the hook
@@ -121,7 +130,7 @@ class LayerWatch(_Watch, Observer):
         self.session.add(self.index, step, event)
 
     @contextmanager
-    def stock(self, hidden):
+    def stock(self, hidden: Tensor) -> Iterator[None]:
         if self.session is None:
             yield
             return
@@ -155,18 +164,21 @@ class LayerWatch(_Watch, Observer):
             self._handles.append(block.register_forward_hook(self.after))
             self._hooked = hooked
 
-    def _hook_inside(self, hooked: object) -> Iterator:
+    def _hook_inside(self, hooked: object) -> Iterator["RemovableHandle"]:
         site = self.site
-        self._heard = self._router_of(site.block)
-        yield self._heard.register_forward_hook(self.heard)
-        if site.chooses == "experts" or self._rows.stacked is not None:
+        self._heard = heard = self._router_of(site.block)
+        yield heard.register_forward_hook(self.heard)
+        called = site.chooses == "experts" or self._rows.stacked is not None
+        if site.experts is not None and called:
             yield site.experts.register_forward_pre_hook(self.called, with_kwargs=True)
         for expert, slot in self._rows.modules:
             hook = ExpertWatch(self.session, hooked, slot).called
             yield expert.register_forward_pre_hook(hook, with_kwargs=True)
 
     @_uncompiled
-    def before(self, module, args, kwargs=None) -> None:
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         hidden = args[0] if args else next(iter((kwargs or {}).values()), None)
         step = self._step(hidden)
         if step is None or hidden is None:
@@ -186,7 +198,7 @@ class LayerWatch(_Watch, Observer):
         step.start = perf_counter_ns()
 
     @_uncompiled
-    def heard(self, module, args, output) -> None:
+    def heard(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The router has spoken."""
         step = self._step()
         if step is None or not step.start:
@@ -205,13 +217,15 @@ class LayerWatch(_Watch, Observer):
             session.passed_over.add(self.index)
 
     @_uncompiled
-    def called(self, module, args, kwargs=None) -> None:
+    def called(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         """The experts get their tokens."""
         if (step := self._step()) is not None:
             step.call = args, kwargs or {}
 
     @_uncompiled
-    def after(self, module, args, output) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         end = perf_counter_ns()
         step = self._step()
         if step is None or not step.start:  # hooked by another thread since the block began
@@ -276,7 +290,7 @@ class LayerWatch(_Watch, Observer):
             return layer
         return replace(layer, top_k=k)
 
-    def _name(self, router, name: str) -> None:
+    def _name(self, router: Any, name: str) -> None:
         self.session.last_router[self.index] = router
         names = self.session.routers[self.index]
         if name not in names:
@@ -296,7 +310,7 @@ class LayerWatch(_Watch, Observer):
         alone = getattr(self.site.experts, "_is_expert_parallel", True) is False
         return not alone or self._implementation() in (None, "eager")
 
-    def _refuse_skips(self, output) -> None:
+    def _refuse_skips(self, output: tuple[Any, ...] | list[Any]) -> None:
         if self._may_skip():
             return
         num_experts = self.site.layer.num_experts

@@ -5,13 +5,19 @@ import io
 import os
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ..files import check_folder, write_whole
-from ..files.npz import read_npz
+from ..files.npz import Header, read_npz
 from ..models.phases import PHASES
+
+if TYPE_CHECKING:
+    import pandas
 
 CHUNK = 1 << 16  # rows (a token in a layer) that are held before they are written
 COLUMNS = (
@@ -27,7 +33,7 @@ COLUMNS = (
     "slots",
 )
 _NO_ID = -1
-_PLAIN = {
+_PLAIN: dict[str, type[np.generic]] = {
     "layer": np.int32,
     "step": np.int64,
     "phase": np.uint8,
@@ -37,8 +43,10 @@ _PLAIN = {
     "entropy": np.float32,
     "slots": np.int32,
 }
-_DTYPES = {**_PLAIN, "experts": np.int32, "weights": np.float32}
+_DTYPES: dict[str, type[np.generic]] = {**_PLAIN, "experts": np.int32, "weights": np.float32}
 _MOST_SLOTS = 1024  # of a token: experts of a layer
+
+_Chunk = dict[str, NDArray[Any]]  # by the names of COLUMNS
 
 
 class RecordWriter:
@@ -71,10 +79,10 @@ class RecordWriter:
     >>> read_records("records.parquet")                          # doctest: +SKIP
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         check_records(path)
-        sink = (_Parquet if _is_parquet(self.path) else _Parts)(self.path)
+        sink: _Sink = _Parquet(self.path) if _is_parquet(self.path) else _Parts(self.path)
         self._rows = _Rows(sink)
         self._lock = threading.Lock()  # models run in several threads
         self._close = weakref.finalize(self, self._rows.close)
@@ -84,12 +92,12 @@ class RecordWriter:
         *,
         layer: int,
         step: int,
-        phase: str,
-        experts,
-        weights=None,
-        entropy=None,
-        real=None,
-        input_ids=None,
+        phase: str | Sequence[str],
+        experts: ArrayLike,
+        weights: ArrayLike | None = None,
+        entropy: ArrayLike | None = None,
+        real: ArrayLike | None = None,
+        input_ids: ArrayLike | None = None,
     ) -> None:
         """Append T tokens of one layer in one step; the arrays are copied.
 
@@ -143,11 +151,11 @@ class RecordWriter:
     def __enter__(self) -> "RecordWriter":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def check_records(path: str | os.PathLike) -> None:
+def check_records(path: str | os.PathLike[str]) -> None:
     """Raise what a RecordWriter of `path` would raise; makes nothing."""
     path = Path(path)
     parquet = _is_parquet(path)
@@ -166,7 +174,7 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix == ".parquet"
 
 
-def _phases(phase, experts):
+def _phases(phase: str | Sequence[str], experts: NDArray[Any]) -> NDArray[np.uint8]:
     """(T,) numbers in PHASES for the tokens of experts (T, k)."""
     names = [phase] if isinstance(phase, str) else list(phase)
     if wrong := [name for name in dict.fromkeys(names) if name not in PHASES]:
@@ -177,7 +185,9 @@ def _phases(phase, experts):
     return _column("phase", numbers, None, experts)
 
 
-def _column(name, values, default, experts):
+def _column(
+    name: str, values: ArrayLike | None, default: Any, experts: NDArray[Any]
+) -> NDArray[Any]:
     """Values of the tokens of experts (T, k), weights of their slots; `default` where None."""
     shape = experts.shape if name == "weights" else experts.shape[:1]
     if values is None:
@@ -191,19 +201,26 @@ def _column(name, values, default, experts):
 class _Rows:
     """The rows that are not written yet; apart from the writer, so as to outlive it."""
 
-    def __init__(self, sink):
-        self._sink, self._pieces, self.held = sink, [], 0
+    def __init__(self, sink: "_Sink"):
+        self._sink, self.held = sink, 0
+        self._pieces: list[_Chunk] = []
 
-    def append(self, place, experts, weights, columns):
+    def append(
+        self,
+        place: tuple[int, int],
+        experts: NDArray[Any],
+        weights: NDArray[Any],
+        columns: dict[str, NDArray[Any]],
+    ) -> None:
         start = 0
         while start < len(experts):
             part = slice(start, start + CHUNK - self.held)
-            piece = {name: values[part] for name, values in columns.items()}
+            piece: dict[str, Any] = {name: values[part] for name, values in columns.items()}
             count = len(piece["real"])
             piece |= dict(zip(("layer", "step"), place, strict=True))
             piece |= {"token": np.arange(start, start + count), "slots": experts.shape[1]}
             # In these dtypes they are copies: the caller may use its arrays again.
-            kept = {n: np.full(count, piece[n], dtype) for n, dtype in _PLAIN.items()}
+            kept: _Chunk = {n: np.full(count, piece[n], dtype) for n, dtype in _PLAIN.items()}
             kept["experts"] = experts[part].astype(np.int32).ravel()
             kept["weights"] = weights[part].astype(np.float32).ravel()
             self._pieces.append(kept)
@@ -212,12 +229,12 @@ class _Rows:
             if self.held == CHUNK:
                 self._flush()
 
-    def _flush(self):
+    def _flush(self) -> None:
         chunk = {n: np.concatenate([piece[n] for piece in self._pieces]) for n in COLUMNS}
         self._pieces, self.held = [], 0
         self._sink.write(chunk)
 
-    def close(self):
+    def close(self) -> None:
         try:
             if self.held:
                 self._flush()
@@ -228,23 +245,29 @@ class _Rows:
 # ---- the two kinds of files; a chunk has a flat array of each of COLUMNS ----
 
 
+class _Sink(Protocol):
+    def write(self, chunk: _Chunk) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _Parts:
-    def __init__(self, folder):
+    def __init__(self, folder: Path):
         self._folder, self._number = folder, 0
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, chunk):
+    def write(self, chunk: _Chunk) -> None:
         data = io.BytesIO()
-        np.savez(data, **chunk)
+        np.savez(data, **chunk)  # type: ignore[arg-type]  # none of COLUMNS is an option of it
         write_whole(self._folder / f"part-{self._number:05d}.npz", data.getvalue())
         self._number += 1
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
 class _Parquet:
-    def __init__(self, path):
+    def __init__(self, path: Path):
         import pyarrow
         from pyarrow import parquet
 
@@ -260,7 +283,7 @@ class _Parquet:
         self._schema = pyarrow.schema([(name, plain[name]) for name in COLUMNS])
         self._file = parquet.ParquetWriter(path, self._schema)
 
-    def write(self, chunk):
+    def write(self, chunk: _Chunk) -> None:
         offsets = np.concatenate([[0], np.cumsum(chunk["slots"], dtype=np.int32)])
         arrays = []
         for field in self._schema:
@@ -276,17 +299,17 @@ class _Parquet:
                 arrays.append(self._lists(offsets, values, field))
         self._file.write_table(self._arrow.Table.from_arrays(arrays, schema=self._schema))
 
-    def _lists(self, offsets, values, field):
+    def _lists(self, offsets: NDArray[Any], values: NDArray[Any], field: Any) -> Any:
         return self._arrow.ListArray.from_arrays(offsets, self._arrow.array(values), field.type)
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
 
 
 # ---- reading ----
 
 
-def read_records(path: str | os.PathLike):
+def read_records(path: str | os.PathLike[str]) -> "pandas.DataFrame":
     """What a RecordWriter wrote, as a pandas frame: all of it in memory.
 
     Parameters
@@ -317,11 +340,11 @@ def read_records(path: str | os.PathLike):
     return pandas.concat(frames, ignore_index=True)
 
 
-def _empty():
+def _empty() -> _Chunk:
     return {n: np.zeros(0, _PLAIN.get(n, np.int32)) for n in COLUMNS}
 
 
-def _read_parts(folder):
+def _read_parts(folder: Path) -> Iterator[_Chunk]:
     for path in sorted(folder.glob("part-*.npz")):
         try:
             chunk = read_npz(path.read_bytes(), _check_members)
@@ -331,7 +354,7 @@ def _read_parts(folder):
         yield chunk
 
 
-def _check_members(headers):
+def _check_members(headers: dict[str, Header]) -> None:
     """ValueError unless the arrays are those of a chunk, as many rows each as one can have."""
     if headers.keys() != set(COLUMNS):
         raise ValueError(f"expected the arrays {', '.join(COLUMNS)}, got {', '.join(headers)}")
@@ -343,7 +366,7 @@ def _check_members(headers):
             raise ValueError(f"{name}: {dtype} {shape} is no column of a chunk")
 
 
-def _check_values(chunk):
+def _check_values(chunk: _Chunk) -> None:
     """ValueError for what no chunk says: a phase that is none, slots that aren't there."""
     slots, phase = chunk["slots"], chunk["phase"]
     if (slots < 0).any() or slots.sum(dtype=np.int64) != len(chunk["experts"]):
@@ -352,7 +375,7 @@ def _check_values(chunk):
         raise ValueError(f"phase: expected 0 to {len(PHASES) - 1}, got {phase.max()}")
 
 
-def _read_parquet(path):
+def _read_parquet(path: Path) -> Iterator[_Chunk]:
     import pyarrow
     from pyarrow import parquet
 
@@ -364,7 +387,7 @@ def _read_parquet(path):
         raise ValueError(f"records: {path} can't be read (was it closed?): {error}") from error
 
 
-def _from_arrow(table):
+def _from_arrow(table: Any) -> _Chunk:
     chunk = {}
     for name in COLUMNS:
         column = table[name].combine_chunks()
@@ -374,20 +397,21 @@ def _from_arrow(table):
             index = {phase: number for number, phase in enumerate(PHASES)}
             chunk[name] = np.array([index[p] for p in column.to_pylist()], np.uint8)
         else:
-            missing = {"input_id": _NO_ID, "entropy": np.nan}.get(name)
+            missing: float | None = {"input_id": _NO_ID, "entropy": np.nan}.get(name)
             column = column if missing is None else column.fill_null(missing)
             chunk[name] = column.to_numpy(zero_copy_only=False)
     return chunk
 
 
-def _chunk_frame(chunk):
+def _chunk_frame(chunk: _Chunk) -> "pandas.DataFrame":
     import pandas
 
     ran = chunk["experts"] >= 0
     slots = np.concatenate([[0], np.cumsum(chunk["slots"], dtype=np.int64)])
     edges = np.concatenate([[0], np.cumsum(ran)])[slots]  # of the rows, without empty slots
     unknown = np.concatenate([[0], np.cumsum(np.isnan(chunk["weights"][ran]))])[edges]
-    weights = np.array([*_cut(chunk["weights"][ran], edges), None], object)[:-1]
+    cut: list[Any] = [*_cut(chunk["weights"][ran], edges), None]
+    weights: NDArray[Any] = np.array(cut, np.dtype(object))[:-1]
     weights[np.diff(unknown) > 0] = None
     return pandas.DataFrame(
         {
@@ -405,7 +429,7 @@ def _chunk_frame(chunk):
     )
 
 
-def _cut(flat, edges):
+def _cut(flat: NDArray[Any], edges: NDArray[Any]) -> list[list[Any]]:
     """A list for each row; row i ends where row i + 1 begins, at edges[i + 1]."""
-    flat, edges = flat.tolist(), edges.tolist()
-    return [flat[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    values, ends = flat.tolist(), edges.tolist()
+    return [values[a:b] for a, b in zip(ends, ends[1:], strict=False)]

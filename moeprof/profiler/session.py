@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from .. import _C
 from ..backends.tables import DTYPES, as_array
 from ..models.entry import Entry, find_entries
-from ..models.find import Layer, Site, find_layers
+from ..models.find import Site, find_layers
+from ..models.layer import Layer
 from ..models.names import layer_numbers
 from ..models.phases import PHASES
+from ..models.routing import Routing
 from ..models.sizes import active_adapters, wrappers
 from ..patching.observers import Routed, disregard, observe
 from .flops import count_grouped_mm
@@ -32,6 +34,10 @@ from .vocabulary import Vocabulary
 _CALL = nn.Module._call_impl.__code__
 MAX_EVENTS = 100_000  # of the trace: some 50 bytes each in its file
 
+# Of a call: experts (T, k), logits (T, E), which tokens are real (T,), the experts of the layer
+# before (T, k).
+_Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None]
+
 
 class _Local(threading.local):
     """What each thread has for itself."""
@@ -40,7 +46,7 @@ class _Local(threading.local):
     decoded: tuple[int, int] | None = None  # Entry.decoded of the last step
 
 
-class _ByPhase(dict):
+class _ByPhase(dict[str, list[Counts]]):
     """{phase: the Counts of each layer}; those of a phase are made when it first comes."""
 
     def __init__(self, sizes: list[int], pairs: bool):
@@ -56,7 +62,9 @@ class Session:
     that a profiler which is deleted takes its hooks along."""
 
     def __init__(self, model: nn.Module, options: "Options"):
-        self.model, self.sites, self.entries = model, [], []
+        self.model = model
+        self.sites: list[Site] = []
+        self.entries: list[tuple[nn.Module, list[int]]] = []
         self.options, self.mask, self.paused = options, options.mask, False
         self.warned = options.pad_token_id is not None  # of what looks like padding
         self._undo: list[Callable[[], None]] = []
@@ -97,10 +105,10 @@ class Session:
         self.joint = _ByPhase(sizes, self.options.pairs)
         self.recency = [np.full(s.layer.num_experts, -1, np.int32) for s in self.sites]
         self.steps = self.counted_steps = self.events_dropped = 0
-        self.events: deque = deque(maxlen=MAX_EVENTS)
+        self.events: deque[tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)
         self.routers: list[list[str]] = [[] for _ in self.sites]
         self.last_router: list[Any] = [self] * len(self.sites)  # to name each one once
-        self.vocabulary = None
+        self.vocabulary: Vocabulary | None = None
         self.switched = False  # other adapters than at the start were active in a step
         self.passed_over: set[int] = set()  # layers whose router ran without the block's hooks
         # Of experts in a list: was one of them called? Until then nothing counts as left out.
@@ -210,7 +218,9 @@ class Session:
 
     def warn_of_padding(self, entry: Entry) -> None:
         """Once, where a batch looks padded and nothing says so."""
-        if self.mask is not None or (found := entry.looks_padded()) is None:
+        if self.mask is not None or entry.shape is None:
+            return
+        if (found := entry.looks_padded()) is None:
             return
         self.warned = True
         rows, token = found
@@ -226,15 +236,16 @@ class Session:
     def add(self, index: int, step: Step, event: Routed) -> None:
         """Count one call of layer `index`."""
         choice, elapsed, skips = event.routing, event.end - event.start, event.skips
-        experts = choice.expert_ids.numpy()
+        experts = choice.chosen.numpy()
         if experts.dtype not in (np.int32, np.int64) or not experts.flags.c_contiguous:
             experts = np.ascontiguousarray(experts, np.int64)
-        logits, dtype = choice.logits, "float32"
-        if logits is not None:
-            dtype = DTYPES.get(logits.dtype)
-            if dtype is None:
-                logits, dtype = logits.float(), "float32"
-            logits = as_array(logits)
+        said, logits, dtype = choice.logits, None, "float32"
+        if said is not None:
+            if said.dtype in DTYPES:
+                dtype = DTYPES[said.dtype]
+            else:
+                said = said.float()
+            logits = as_array(said)
         real, tokens = step.real, len(experts)
         if real is not None and len(real) != tokens:
             raise ValueError(
@@ -262,7 +273,9 @@ class Session:
             times = event.start, elapsed, tokens, unique
             self._add_extras(index, step, choice, experts, times)
 
-    def _tally_phases(self, index, step, arrays, dtype, nanoseconds, skips) -> int:
+    def _tally_phases(
+        self, index: int, step: Step, arrays: _Arrays, dtype: str, nanoseconds: int, skips: bool
+    ) -> int:
         """Count a step of several phases, in each its tokens and by their number its time.
 
         Beside that it counts in `joint`, without what only tokens tell; returns its number of
@@ -278,17 +291,28 @@ class Session:
         recency = self.recency[index]
         by_part, again = recency.copy(), recency.copy()
         for phase, rows in step.parts():
-            part = [None if a is None else a[rows] for a in arrays]
+            chosen, *others = arrays
+            logits, real_part, previous = (None if a is None else a[rows] for a in others)
+            part = chosen[rows], logits, real_part, previous
             share = nanoseconds * len(rows) // len(experts)
-            for counts, last, of in (
+            for of_layers, last, of in (
                 (self.counts[phase], by_part, part),
                 (self.joint["parts"], again, (part[0], None, part[2], None)),
             ):
-                self._tally(index, counts[index], last, of, dtype, share, skips)
+                self._tally(index, of_layers[index], last, of, dtype, share, skips)
         counts, whole = self.joint["whole"][index], (experts, None, real, None)
         return self._tally(index, counts, recency, whole, dtype, nanoseconds, skips)
 
-    def _tally(self, index, counts, recency, arrays, dtype, nanoseconds, skips) -> int:
+    def _tally(
+        self,
+        index: int,
+        counts: Counts,
+        recency: np.ndarray,
+        arrays: _Arrays,
+        dtype: str,
+        nanoseconds: int,
+        skips: bool,
+    ) -> int:
         """Count tokens of one call of a layer; returns their number of distinct experts."""
         experts, logits, real, previous = arrays
         try:
@@ -335,7 +359,14 @@ class Session:
         sizes = [self.sites[i].layer.num_experts for i in (before, index)]
         return before == index - 1 and len(experts) == tokens and sizes[0] == sizes[1]
 
-    def _add_extras(self, index, step, choice, experts, times) -> None:
+    def _add_extras(
+        self,
+        index: int,
+        step: Step,
+        choice: Routing,
+        experts: np.ndarray,
+        times: tuple[int, int, int, int],
+    ) -> None:
         """What is kept on request only."""
         options = self.options
         if options.trace:

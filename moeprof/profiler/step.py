@@ -1,6 +1,7 @@
 """One call of the model while a profiler counts."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +19,9 @@ class Step:
     previous: tuple[int, np.ndarray] | None = None  # the layer that ran last, its experts
     # of one layer, between its hooks:
     start = tokens = 0
-    hidden = output = call = None
+    hidden: Any = None  # what the block was given
+    output: Any = None  # of its router
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of its experts
     hooked: object = None  # the LayerWatch's hooks that were in when the layer began
     rows: list[int] | None = None  # that the experts of a list got
     filled: list[int] | None = None  # those of them that are not all zero, in the first call

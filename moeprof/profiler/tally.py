@@ -1,11 +1,13 @@
 """The counts of one layer in one phase: fixed memory, however many tokens pass."""
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from .. import _C
 
+_Places = dict[str, tuple[int, int, int]]  # {field: (offset, rows, columns)}
 _SCALARS, _TABLES = ("steps", "nanoseconds"), ("k", "load", "pairs", "moves")
 
 
@@ -64,7 +66,7 @@ class Counts:
         self._open()
 
     @classmethod
-    def from_arrays(cls, num_experts: int, ints, floats, left_out=0) -> "Counts":
+    def from_arrays(cls, num_experts: int, ints: Any, floats: Any, left_out: Any = 0) -> "Counts":
         """Counts of a copy of stored `ints`, `floats` and `left_out`; ValueError for other
         lengths."""
         for pairs in (True, False):
@@ -105,7 +107,7 @@ class Counts:
         since.left_out -= before.left_out
         return since
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Counts)
             and self.num_experts == other.num_experts
@@ -114,7 +116,7 @@ class Counts:
             and np.array_equal(self.left_out, other.left_out)
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # they change
 
     @property
     def tokens(self) -> int:
@@ -127,11 +129,11 @@ class Counts:
 
 
 @lru_cache
-def _layout(num_experts: int, pairs: bool):
+def _layout(num_experts: int, pairs: bool) -> tuple[_Places, _Places]:
     return _C.tally_layout(num_experts, pairs)
 
 
-def _length(layout) -> int:
+def _length(layout: _Places) -> int:
     return max(offset + rows * columns for offset, rows, columns in layout.values())
 
 

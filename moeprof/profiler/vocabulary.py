@@ -17,7 +17,9 @@ class Vocabulary:
         self.seen = np.zeros(1024, np.int64)
         self.counts = [np.zeros((1024, width), np.int64) for width in num_experts]
 
-    def add(self, index: int, ids: np.ndarray, experts: np.ndarray, real) -> None:
+    def add(
+        self, index: int, ids: np.ndarray, experts: np.ndarray, real: np.ndarray | None
+    ) -> None:
         """Of layer `index`: experts (T, k) of the input tokens ids (T,)."""
         if real is not None:
             ids, experts = ids[real], experts[real]
@@ -42,7 +44,7 @@ class Vocabulary:
 
     def as_dict(self) -> dict[str, Any]:
         """As Profile takes it; layers of other sizes than the first are left out."""
-        order = sorted(self._rows, key=self._rows.get)
+        order = sorted(self._rows, key=self._rows.__getitem__)
         rows = len(order)
         layers = [i for i, width in enumerate(self._widths) if width == self._widths[0]]
         counts = np.stack([self.counts[i][:rows] for i in layers])

@@ -1,10 +1,10 @@
 """What all routers share: parameters, evidence, the reference; the registry."""
 
 import warnings
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -13,13 +13,31 @@ from ..backends.cpu import get_num_threads
 from ..backends.spec import RouteSpec
 from ..late import late
 
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ..checks import Tokenizer
+    from ..null import LayerNull, TokenNull
+    from ..null.resolve import AnyNull
+
 REGISTRY: dict[str, type["Router"]] = {}
 UNIT = "(0, 1)"
 ANY = "(-inf, inf)"
 CAP = 16  # of a router on a null without a max_k, where the model has more experts
 
 
-def parameter(default, interval="", *, words=(), per_layer=False, integer=False) -> Any:
+def parameter(
+    default: Any,
+    interval: str = "",
+    *,
+    words: tuple[Any, ...] = (),
+    per_layer: bool = False,
+    integer: bool = False,
+) -> Any:
     """A field of a router: a number in the interval, or one of the words.
 
     C gets a word as its place in ``words``; 0 lies in no interval that goes with words.
@@ -29,13 +47,16 @@ def parameter(default, interval="", *, words=(), per_layer=False, integer=False)
     return field(default=default, metadata=rule)
 
 
-def check(name: str, value: Any, interval: str, words: tuple = (), integer: bool = False) -> None:
+def check(
+    name: str, value: Any, interval: str, words: tuple[Any, ...] = (), integer: bool = False
+) -> None:
     """ValueError unless the value is one of the words or a number in the interval."""
     if any(value is word or (isinstance(word, str) and value == word) for word in words):
         return
     kind = "an integer" if integer else "a number"
     expected = [f"{kind} in {interval}"] if interval else []
-    if interval and isinstance(value, Integral if integer else Real) and fits_a_float(value):
+    number: Any = Integral if integer else Real
+    if interval and isinstance(value, number) and fits_a_float(value):
         low, high = map(float, interval[1:-1].split(","))
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
@@ -45,7 +66,7 @@ def check(name: str, value: Any, interval: str, words: tuple = (), integer: bool
     raise ValueError(f"{name}: expected {' or '.join(expected)}, got {shown(value)}")
 
 
-def fits_a_float(value: Real) -> bool:
+def fits_a_float(value: Any) -> bool:
     """False for what lies beyond a float's range, such as 10**400."""
     try:
         float(value)
@@ -63,11 +84,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
-@cache
-def own_fields(cls: type["Router"]) -> list:
+def _own_fields(cls: type["Router"]) -> list[Field[Any]]:
     """The fields of a router that not all routers share."""
     shared = {f.name for f in fields(Router)}
     return [f for f in fields(cls) if f.name not in shared]
+
+
+own_fields: "Callable[[type[Router]], list[Field[Any]]]"
+own_fields = cache(_own_fields)  # type: ignore[assignment]  # a class is hashable
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +103,7 @@ class Tokens:
     """
 
     z: np.ndarray
-    p: np.ndarray | None = None
+    p: np.ndarray = None  # type: ignore[assignment]  # a router that wants p has it
     lfdr: np.ndarray | None = None
     min_k: int = 1
     max_k: int = 1
@@ -139,7 +163,7 @@ class Router:
                 raise ValueError(f"{name}: expected an integer, got {shown(value)}")
         for f in own_fields(type(self)):
             value, rule = getattr(self, f.name), dict(f.metadata)
-            values = [value]
+            values: list[Any] | tuple[Any, ...] = [value]
             if rule and rule.pop("per_layer") and isinstance(value, (list, tuple)):
                 values = tuple(value)
                 object.__setattr__(self, f.name, values)
@@ -173,20 +197,20 @@ class Router:
                 own[f.name] = of_layer(f.name, values, layer, num_layers)
         return replace(self, **own) if own else self
 
-    def adapt(self, null):
+    def adapt(self, null: "AnyNull") -> "AnyNull":
         """The null that the router works with, of the one that a user gives."""
         return null
 
     def with_budget(
         self,
-        model,
-        tokenizer,
-        texts,
+        model: "nn.Module",
+        tokenizer: "Tokenizer",
+        texts: "Sequence[Any]",
         average_k: float = 6.0,
         per_layer: bool = False,
         *,
-        null=None,
-        heldout=None,
+        null: "AnyNull | str | os.PathLike[str] | None" = None,
+        heldout: "Sequence[Any] | None" = None,
         norm: str = "model",
         tokens: int = 32768,
         progress: bool = True,
@@ -253,21 +277,30 @@ class Router:
         )
         return router
 
-    def parameters(self, null=None) -> dict[str, float]:
+    def parameters(self, null: "LayerNull | TokenNull | None" = None) -> dict[str, float]:
         """The parameters of the C twin by name, in its order; words as their places."""
         return {f.name: self._number(f) for f in own_fields(type(self)) if f.metadata}
 
-    def _number(self, f) -> float:
+    def _number(self, f: Field[Any]) -> float:
         value, words = getattr(self, f.name), f.metadata["words"]
         if isinstance(value, tuple):
             raise ValueError(f"{f.name}: has a value for each layer; choose one by router.at()")
         return float(words.index(value) if value in words else value)
 
-    def table(self, num_experts: int, null) -> np.ndarray | None:
+    def table(
+        self, num_experts: int, null: "LayerNull | TokenNull | None"
+    ) -> "NDArray[np.float64] | None":
         """What the C twin reads besides parameters and null, float64."""
         return None
 
-    def spec(self, num_experts: int, *, norm: str, norm_k: int = 1, null: Any = None) -> RouteSpec:
+    def spec(
+        self,
+        num_experts: int,
+        *,
+        norm: str,
+        norm_k: int = 1,
+        null: "LayerNull | TokenNull | None" = None,
+    ) -> RouteSpec:
         """What a backend is told of this router at a layer; null: its LayerNull or TokenNull,
         None for the `normal` null."""
         min_k, max_k = self.limits(num_experts)
@@ -284,7 +317,9 @@ class Router:
             num_experts=num_experts,
         )
 
-    def count_tokens(self, router_logits: np.ndarray, null=None) -> tuple[np.ndarray, np.ndarray]:
+    def count_tokens(
+        self, router_logits: "NDArray[np.float32]", null: "LayerNull | TokenNull | None" = None
+    ) -> tuple["NDArray[np.int32]", "NDArray[np.int32]"]:
         """The experts of each token after and before clamping, (T,) int32 both.
 
         By the C path, of (T, E) float32 logits; ``null`` as in :meth:`spec`.
@@ -299,11 +334,13 @@ class Router:
         """R of each token before clamping, (T,): the formula in NumPy float64."""
         raise NotImplementedError  # abstract: each router has its own
 
-    def evidence(self, p: np.ndarray, null) -> np.ndarray:
+    def evidence(self, p: np.ndarray, null: "LayerNull | TokenNull | None") -> np.ndarray:
         """What orders the experts (T, E), ascending, before their logits do."""
         return p
 
-    def look(self, router_logits: np.ndarray, null=None) -> tuple[np.ndarray, Tokens]:
+    def look(
+        self, router_logits: np.ndarray, null: "LayerNull | TokenNull | None" = None
+    ) -> tuple[np.ndarray, Tokens]:
         """The experts of each token in order of evidence, and what the router sees of them."""
         z = np.asarray(router_logits, dtype=np.float64)
         bad = np.isnan(z).any(axis=1) | (z == -np.inf).all(axis=1)
@@ -316,16 +353,21 @@ class Router:
         order = np.lexsort((ids, -z, p), axis=1)
         lfdr, pi0 = self._local_fdr(z, null)
 
-        def by_evidence(values):
-            return None if values is None else np.take_along_axis(values, order, axis=1)
+        def by_evidence(values: np.ndarray) -> np.ndarray:
+            return np.take_along_axis(values, order, axis=1)
 
-        tokens = Tokens(*map(by_evidence, (z, p, lfdr)), *self.limits(z.shape[1]), pi0)
+        lfdr = None if lfdr is None else by_evidence(lfdr)
+        tokens = Tokens(by_evidence(z), by_evidence(p), lfdr, *self.limits(z.shape[1]), pi0)
         return order, tokens
 
-    def _local_fdr(self, z: np.ndarray, null) -> tuple[np.ndarray | None, float | None]:
+    def _local_fdr(
+        self, z: np.ndarray, null: "LayerNull | TokenNull | None"
+    ) -> tuple[np.ndarray | None, float | None]:
         return None, None
 
-    def reference(self, router_logits: np.ndarray, *, null=None) -> tuple[np.ndarray, np.ndarray]:
+    def reference(
+        self, router_logits: np.ndarray, *, null: "LayerNull | TokenNull | None" = None
+    ) -> tuple["NDArray[np.float64]", "NDArray[np.int64]"]:
         """The routing in NumPy float64, weights summing to 1: the oracle of the C path.
 
         Parameters
@@ -371,7 +413,7 @@ def warn_if_capped(
     return True
 
 
-def of_layer(name: str, values: tuple, layer: int, num_layers: int):
+def of_layer(name: str, values: tuple[Any, ...], layer: int, num_layers: int) -> Any:
     """The value of one layer; ValueError unless there is one for each."""
     if len(values) != num_layers:
         raise ValueError(f"{name}: expected {num_layers} values, one a layer, got {len(values)}")
@@ -396,7 +438,7 @@ def last_rank(holds: np.ndarray) -> np.ndarray:
     return np.where(holds.any(axis=1), last, 0)
 
 
-def make_router(router: str | Router, **parameters) -> Router:
+def make_router(router: str | Router, **parameters: Any) -> Router:
     """A router from a name and keywords, or the object itself (then without keywords)."""
     if isinstance(router, Router):
         if parameters:
@@ -413,17 +455,17 @@ def make_router(router: str | Router, **parameters) -> Router:
     return cls(**parameters)
 
 
-def _is_real(value) -> bool:
+def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _p_reference(z: np.ndarray, null) -> np.ndarray:
+def _p_reference(z: np.ndarray, null: "LayerNull | TokenNull | None") -> np.ndarray:
     from ..null import normal_reference
 
     return normal_reference(z) if null is None else null.reference(z)
 
 
-def local_fdr_of(z: np.ndarray, null) -> np.ndarray:
+def local_fdr_of(z: np.ndarray, null: "LayerNull") -> np.ndarray:
     """(T, E) local fdr of logits: linear between the table's edges, clamped outside."""
     from ..null.scores import scores_of
 

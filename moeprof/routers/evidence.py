@@ -6,14 +6,20 @@ router promises it promises of R before the clamping to min_k..max_k.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
 from .base import ANY, UNIT, Router, Tokens, argmax, last_rank, local_fdr_of, of_layer, parameter
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def step_up(p: np.ndarray, alpha) -> np.ndarray:
+    from ..null import LayerNull, TokenNull
+    from ..null.resolve import AnyNull
+
+
+def step_up(p: np.ndarray, alpha: float | np.ndarray) -> np.ndarray:
     """max{r : p_(r) E <= alpha r} of each row (T, E), ascending; alpha a number or (T, 1).
 
     Exact where a long double has 64 bits or more: 53 of p or alpha, 11 of E or r.
@@ -148,7 +154,9 @@ class WeightedBH(OnNull):
             own["v"] = of_layer("v", self.v, layer, num_layers)
         return replace(router, **own) if own else router
 
-    def table(self, num_experts: int, null=None) -> np.ndarray:
+    def table(
+        self, num_experts: int, null: "LayerNull | TokenNull | None" = None
+    ) -> "NDArray[np.float64]":
         u = np.ones(num_experts) if self.u is None else np.array(self.u, dtype=np.float64)
         if u.ndim == 2 or isinstance(self.v, tuple):
             raise ValueError("u, v: have values for each layer; choose one by router.at()")
@@ -167,7 +175,7 @@ class WeightedBH(OnNull):
         self.table(num_experts)  # min_k against the weights
         return limits
 
-    def evidence(self, p: np.ndarray, null) -> np.ndarray:
+    def evidence(self, p: np.ndarray, null: "LayerNull | TokenNull | None") -> np.ndarray:
         weights = self.table(p.shape[1])
         return np.divide(p, weights, out=np.full_like(p, np.inf), where=weights > 0)
 
@@ -175,7 +183,7 @@ class WeightedBH(OnNull):
         return step_up(tokens.p, self.alpha)
 
 
-def _weights(name: str, values, ndims: tuple[int, int]):
+def _weights(name: str, values: Any, ndims: tuple[int, int]) -> Any:
     """Numbers or nested tuples of weights >= 0 with row mean 1; of 0-D no mean is asked."""
     array = np.asarray(values)
     if array.dtype.kind not in "fiu" or array.ndim not in ndims or array.size == 0:
@@ -188,7 +196,7 @@ def _weights(name: str, values, ndims: tuple[int, int]):
     return _nested(array.tolist())
 
 
-def _nested(values):
+def _nested(values: Any) -> Any:
     return tuple(map(_nested, values)) if isinstance(values, list) else values
 
 
@@ -215,42 +223,46 @@ class EBH(OnNull):
     main: ClassVar[str] = "alpha"
 
     @property
-    def null_kind(self) -> str:
+    def null_kind(self) -> str:  # type: ignore[override]  # here `e` decides
         return "efron" if self.e == "lr" else "trimmed"
 
-    def parameters(self, null=None) -> dict[str, float]:
+    def parameters(self, null: "LayerNull | TokenNull | None" = None) -> dict[str, float]:
         alpha = super().parameters()["alpha"]
-        return {"alpha": alpha, "pi0": float(_efron(null, "pi0")) if self.e == "lr" else 0.0}
+        return {"alpha": alpha, "pi0": float(_efron(null, "pi0").pi0) if self.e == "lr" else 0.0}
 
-    def table(self, num_experts: int, null) -> np.ndarray | None:
-        return _efron(null, "local_fdr") if self.e == "lr" else None
+    def table(
+        self, num_experts: int, null: "LayerNull | TokenNull | None"
+    ) -> "NDArray[np.float64] | None":
+        return _efron(null, "local_fdr").local_fdr if self.e == "lr" else None
 
-    def _local_fdr(self, z, null):
+    def _local_fdr(
+        self, z: np.ndarray, null: "LayerNull | TokenNull | None"
+    ) -> tuple[np.ndarray | None, float | None]:
         if self.e != "lr":
             return None, None
-        _efron(null, "pi0")
-        return local_fdr_of(z, null), null.pi0
+        fitted = _efron(null, "pi0")
+        return local_fdr_of(z, fitted), fitted.pi0
 
     def count(self, tokens: Tokens) -> np.ndarray:
         with np.errstate(divide="ignore"):
             if tokens.lfdr is None:
                 e = 0.5 / np.sqrt(tokens.p)
-            elif tokens.pi0 < 1:
+            elif tokens.pi0 is not None and tokens.pi0 < 1:
                 e = (1 / tokens.lfdr - 1) * (tokens.pi0 / (1 - tokens.pi0))
             else:
                 e = np.zeros_like(tokens.lfdr)
         return last_rank(e * (self.alpha * tokens.ranks) >= e.shape[1])
 
 
-def _efron(null, what: str):
-    """A property that only an efron null by layer has; ValueError of others."""
+def _efron(null: "LayerNull | TokenNull | None", what: str) -> "LayerNull":
+    """The null, if it has this, as only an efron null by layer does; ValueError of others."""
     if not hasattr(null, what):
         from ..null.layers import FIT_EFRON
 
         raise ValueError(
             f"null: expected one of kind efron, by layer (for its {what}): {FIT_EFRON}"
         )
-    return getattr(null, what)
+    return cast("LayerNull", null)
 
 
 @dataclass(frozen=True)
@@ -273,17 +285,21 @@ class LocalFDR(OnNull):
     null_kind: ClassVar[str] = "efron"
     main: ClassVar[str] = "q"
 
-    def table(self, num_experts: int, null) -> np.ndarray:
-        return _efron(null, "local_fdr")
+    def table(
+        self, num_experts: int, null: "LayerNull | TokenNull | None"
+    ) -> "NDArray[np.float64]":
+        return _efron(null, "local_fdr").local_fdr
 
-    def evidence(self, p: np.ndarray, null) -> np.ndarray:
+    def evidence(self, p: np.ndarray, null: "LayerNull | TokenNull | None") -> np.ndarray:
         return np.zeros_like(p)  # the logits decide: under one null per layer it is the same
 
-    def _local_fdr(self, z, null):
-        _efron(null, "local_fdr")
-        return local_fdr_of(z, null), None
+    def _local_fdr(
+        self, z: np.ndarray, null: "LayerNull | TokenNull | None"
+    ) -> tuple[np.ndarray | None, float | None]:
+        return local_fdr_of(z, _efron(null, "local_fdr")), None
 
     def count(self, tokens: Tokens) -> np.ndarray:
+        assert tokens.lfdr is not None  # of an efron null, see `_local_fdr`
         return (tokens.lfdr <= self.q).sum(axis=1)
 
 
@@ -328,7 +344,7 @@ class ExpertThreshold(OnNull):
     null_kind: ClassVar[str] = "efron"
     main: ClassVar[str] = "rho"
 
-    def adapt(self, null):
+    def adapt(self, null: "AnyNull") -> "AnyNull":
         if not hasattr(null, "as_kind"):
             return null
         own = null.as_kind("all").per_expert(1.0)

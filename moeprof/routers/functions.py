@@ -2,8 +2,9 @@
 
 import math
 import sys
+from collections.abc import Callable
 from inspect import Signature, signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,13 @@ from .base import REGISTRY, UNIT, Router, check, warn_if_capped
 from .evidence import BH
 from .logits import TopK
 from .table import indented, lines_of
+
+if TYPE_CHECKING:
+    import os
+
+    from ..null import LayerNull, TokenNull
+    from ..null.resolve import AnyNull
+    from ..null.scores import Logits
 
 
 class RoutingResult(NamedTuple):
@@ -39,13 +47,13 @@ class RoutingStats(NamedTuple):
 
 
 def benjamini_hochberg_routing(
-    router_logits,
+    router_logits: "Logits",
     alpha: float = 0.05,
     temperature: float = 1.0,
     min_k: int = 1,
     max_k: int | None = None,
     *,
-    null=None,
+    null: "AnyNull | str | os.PathLike[str] | None" = None,
     return_stats: bool = False,
 ) -> RoutingResult | RoutingStats:
     """Route each token to the experts whose router score stands out from the null.
@@ -87,7 +95,12 @@ def benjamini_hochberg_routing(
 
 
 def topk_routing(
-    router_logits, k: int = 8, temperature: float = 1.0, *, null=None, return_stats: bool = False
+    router_logits: "Logits",
+    k: int = 8,
+    temperature: float = 1.0,
+    *,
+    null: "AnyNull | str | os.PathLike[str] | None" = None,
+    return_stats: bool = False,
 ) -> RoutingResult | RoutingStats:
     """Route each token to its k highest logits; see :func:`benjamini_hochberg_routing`.
 
@@ -97,10 +110,16 @@ def topk_routing(
     return _route(TopK(k, temperature=temperature), router_logits, null, return_stats)
 
 
-def routing_function(cls: type[Router]):
+def routing_function(cls: type[Router]) -> Callable[..., RoutingResult | RoutingStats]:
     """The function form of a router, ``moeprof.<name>_routing``."""
 
-    def function(router_logits, *args, null=None, return_stats=False, **parameters):
+    def function(
+        router_logits: "Logits",
+        *args: Any,
+        null: "AnyNull | str | os.PathLike[str] | None" = None,
+        return_stats: bool = False,
+        **parameters: Any,
+    ) -> RoutingResult | RoutingStats:
         return _route(cls(*args, **parameters), router_logits, null, return_stats)
 
     function.__name__ = function.__qualname__ = f"{cls.name}_routing"
@@ -114,11 +133,12 @@ def routing_function(cls: type[Router]):
         for name in ("router_logits", "null", "return_stats")
     )
     own = list(signature(cls).parameters.values())
-    function.__signature__ = Signature([logits, *own, null, stats])
+    signed = Signature([logits, *own, null, stats])
+    function.__signature__ = signed  # type: ignore[attr-defined]  # of a function
     return function
 
 
-def benjamini_hochberg(p, alpha: float):
+def benjamini_hochberg(p: Any, alpha: float) -> Any:
     """Mark the hypotheses that the Benjamini-Hochberg procedure rejects, row by row.
 
     Parameters
@@ -155,15 +175,20 @@ def benjamini_hochberg(p, alpha: float):
     return back(mask.reshape(array.shape))
 
 
-def _route(router: Router, router_logits, null, return_stats: bool):
+def _route(
+    router: Router,
+    router_logits: "Logits",
+    null: "AnyNull | str | os.PathLike[str] | None",
+    return_stats: bool,
+) -> RoutingResult | RoutingStats:
     array, back = _as_numpy(router_logits, "router_logits")
     dtype, carrier = _dtype(array, router_logits)
     if array.ndim not in (2, 3):
         raise ValueError(f"router_logits: expected (T, E) or (B, S, E), got shape {array.shape}")
     lead, num_experts = array.shape[:-1], array.shape[-1]
     spec = router.spec(num_experts, norm="sum", null=_layer_null(router, null, return_stats))
-    native = np.require(array, array.dtype.newbyteorder("="), "CA")
-    rows = native.reshape(math.prod(lead), num_experts).view(carrier)
+    native = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])
+    rows: Any = native.reshape(math.prod(lead), num_experts).view(carrier)
     weights, experts, counts, found, p = _C.route(
         rows, spec.in_c(dtype), get_num_threads(), return_stats
     )
@@ -174,12 +199,12 @@ def _route(router: Router, router_logits, null, return_stats: bool):
     dense = np.zeros((len(rows), num_experts + 1), np.float32)  # the last takes the padding
     np.put_along_axis(dense, selected, weights, axis=1)
     dense = dense[:, :num_experts]
-    parts = [
+    parts = (
         back(dense.reshape(array.shape), like_input=True),
         back(selected.reshape(*lead, selected.shape[1])),
         back(counts.astype(np.int64).reshape(lead)),
-    ]
-    if not return_stats:
+    )
+    if p is None:  # not wanted
         return RoutingResult(*parts)
     mask = np.zeros((len(rows), num_experts + 1), bool)
     np.put_along_axis(mask, selected, True, axis=1)
@@ -187,7 +212,9 @@ def _route(router: Router, router_logits, null, return_stats: bool):
     return RoutingStats(*parts, back(p.reshape(array.shape)), back(mask.reshape(array.shape)))
 
 
-def _layer_null(router: Router, null, return_stats: bool):
+def _layer_null(
+    router: Router, null: "AnyNull | str | os.PathLike[str] | None", return_stats: bool
+) -> "LayerNull | TokenNull | None":
     """The null to use; warns where that is a fallback, at the line of the function's caller."""
     from ..null import resolve_layer_null, resolve_null
 
@@ -196,13 +223,13 @@ def _layer_null(router: Router, null, return_stats: bool):
     return resolve_layer_null(router.adapt(resolve_null(null, stacklevel=5)))
 
 
-def is_tensor(value) -> bool:
+def is_tensor(value: Any) -> bool:
     """True for a torch.Tensor; torch is not imported to find out."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _as_numpy(value, argument: str):
+def _as_numpy(value: Any, argument: str) -> tuple[np.ndarray, Callable[..., Any]]:
     """A NumPy view of a tensor or array, and the way back: array -> the caller's kind.
 
     bfloat16 comes as its bits, uint16.
@@ -215,7 +242,7 @@ def _as_numpy(value, argument: str):
             raise TypeError(f"{argument}: expected a dense tensor, got one of {value.layout}")
         data = value.detach().resolve_conj().resolve_neg()
 
-        def back(array, like_input=False):
+        def back(array: np.ndarray, like_input: bool = False) -> Any:
             tensor = torch.from_numpy(np.ascontiguousarray(array))
             return tensor.to(value.dtype) if like_input else tensor
 
@@ -231,7 +258,7 @@ def _as_numpy(value, argument: str):
     )
 
 
-def _dtype(array: np.ndarray, original) -> tuple[str, type]:
+def _dtype(array: np.ndarray, original: Any) -> tuple[str, type[np.float32] | type[np.uint16]]:
     """The dtype's name for C and the NumPy type that carries it."""
     name = getattr(original.dtype, "name", str(original.dtype)).removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):

@@ -5,7 +5,7 @@ function, and in docs/routers.md.
 """
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from inspect import cleandoc
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ def _short(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def _values(cls: type[Router], f) -> str:
+def _values(cls: type[Router], f: Field[Any]) -> str:
     rule = f.metadata
     if not rule:  # read by the router itself
         return cls.notes[f.name]
@@ -130,7 +130,7 @@ def indented(text: str) -> str:
 # ---- of routers that are in use ----
 
 
-def describe(routers: list) -> str:
+def describe(routers: list[Any]) -> str:
     """One phrase for the routers of some layers: "bh alpha=0.05 max_k=8".
 
     routers: of each layer a Router, a callable, or None for the model's own top-k. What differs
@@ -165,7 +165,7 @@ def _brief(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _name(router: Router | Callable | None) -> str:
+def _name(router: Router | Callable[..., Any] | None) -> str:
     if router is None:
         return "the model's own top-k"
     if isinstance(router, Router):
