@@ -103,8 +103,6 @@ def read_gate(output: Any, tokens: int, num_experts: int, name: str) -> Routing:
         "Router output format unexpected ...", with what came.
     """
     parts = [output] if isinstance(output, Tensor) else output
-    if isinstance(parts, tuple) and len(parts) == 3 and parts[1] is parts[2] is None:
-        parts = parts[:1]  # the stock router of a patched block, asked for its logits only
     if isinstance(parts, tuple | list) and parts and all(isinstance(p, Tensor) for p in parts):
         rows = [p.reshape(-1, p.shape[-1]) for p in parts if p.dim() in (2, 3)]
         if len(rows) == len(parts) and all(len(r) == tokens for r in rows):

@@ -113,6 +113,8 @@ def _window_logits(name: str, output: Any, tokens: int, experts: int) -> NDArray
     """
     from ..models.reading import describe_output, read_gate
 
+    if isinstance(output, tuple) and len(output) == 3 and output[1] is output[2] is None:
+        output = output[0]  # the stock router of a patched block gives its logits only
     logits = read_gate(output, tokens, experts, name).logits
     if logits is None:
         raise ValueError(
