@@ -92,7 +92,7 @@ def test_long_documents_weigh_more_in_the_interval():
     predicted = np.array([10.0, 400, 20, 30, 10, 300, 15, 25])
     whole = 3 * predicted
     changed = (whole + predicted * (0.5 + rng.normal(0, 0.02, 8)))[None]
-    row = _frame([(0, 1)], ["mlp"], changed, whole, predicted, 1, 4000).iloc[0]
+    row = _frame([(0, 1)], ["mlp"], ["mlp.gate"], changed, whole, predicted, 1, 4000).iloc[0]
     drawn = rng.integers(0, 8, (4000, 8))
     means = (changed[0] - whole)[drawn].sum(1) / predicted[drawn].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])

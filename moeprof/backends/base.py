@@ -1,6 +1,5 @@
 """What a backend is: who runs routing and experts. `c` is the one that there is."""
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -24,10 +23,6 @@ class Backend(Protocol):
 
     Errors: ValueError for a routing or for logits that can't be; the caller names the layer.
     """
-
-    def obstacle(self, tensors: Sequence[Tensor]) -> str | None:
-        """Why it can't read these tensors as one layer's, or None."""
-        ...
 
     def moe(self, hidden: Tensor, logits: Tensor, table: WeightTable, spec: RouteSpec) -> MoEOutput:
         """Route hidden (T, H) by logits (T, E) and run the experts that were selected."""

@@ -1,22 +1,17 @@
 """The backend in C: tensors in the CPU's memory, read where they lie."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .. import _C
-from .base import MoEOutput
+from .base import Backend, MoEOutput
 from .cpu import get_num_threads
 from .spec import RouteSpec
-from .tables import DTYPES, WeightTable, as_array, as_tensor, tensor_obstacle
+from .tables import DTYPES, WeightTable, as_array, as_tensor
 
 
 class CBackend:
     """See `Backend`."""
-
-    def obstacle(self, tensors: Sequence[Tensor]) -> str | None:
-        return tensor_obstacle(tensors)
 
     def moe(self, hidden: Tensor, logits: Tensor, table: WeightTable, spec: RouteSpec) -> MoEOutput:
         dtype = hidden.dtype
@@ -63,4 +58,4 @@ class CBackend:
         return as_tensor(out, weight.dtype)
 
 
-C = CBackend()
+C: Backend = CBackend()

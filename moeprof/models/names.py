@@ -67,8 +67,3 @@ def listed(parts: Sequence[str]) -> str:
     """ "a, b and c"."""
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def gate_name(block: str) -> str:
-    """The qualified name of the gate of a block that `moeprof.patch` knows."""
-    return f"{block}.gate".lstrip(".")

@@ -14,7 +14,7 @@ from ..checks import check_model, check_token_ids, check_tokenizer
 from ..measure.bootstrap import bootstrap
 from ..measure.passes import batches, evaluating
 from ..models.blocks import runnable_blocks
-from ..models.names import gate_name, layer_keys, layer_labels, layer_numbers, spans
+from ..models.names import layer_keys, layer_labels, layer_numbers, spans
 from ..patching.patch import patch
 from ..routers import TopK
 from ..show.console import Bar, make_console
@@ -101,7 +101,8 @@ def layer_ablation(
     blocks = runnable_blocks(model)
     names = [block.name for block in blocks]
     own = [block.family.settings(block.module)[0] for block in blocks]
-    chosen = _places(layers, names)
+    gates = [block.gate_name for block in blocks]
+    chosen = _places(layers, names, gates)
     plan = [
         (layer, k)
         for layer, block in enumerate(blocks)
@@ -125,7 +126,7 @@ def layer_ablation(
                 for layer, k in plan
             ]
         )
-    frame = _frame(plan, names, changed, whole, _predicted(text), seed, draws)
+    frame = _frame(plan, names, gates, changed, whole, _predicted(text), seed, draws)
     frame.attrs |= {
         "loss": float(whole.sum() / _predicted(text).sum()),
         "own_k": own,
@@ -136,11 +137,11 @@ def layer_ablation(
     return frame
 
 
-def _places(layers: Collection[int | str] | None, names: list[str]) -> set[int]:
-    """Where in `names`, of the blocks, the layers stand that a user names; None: all."""
+def _places(layers: Collection[int | str] | None, names: list[str], gates: list[str]) -> set[int]:
+    """Where the layers stand that a user names, by block or gate; None: all of them."""
     if layers is None:
         return set(range(len(names)))
-    keys = layer_keys(names, [gate_name(name) for name in names])
+    keys = layer_keys(names, gates)
     if unknown := [layer for layer in layers if layer not in keys]:
         raise ValueError(
             f"layers: expected {spans(layer_labels(names))} or the names of blocks or gates, got "
@@ -192,6 +193,7 @@ def _predicted(text: HeldOut) -> NDArray[np.float64]:
 def _frame(
     plan: list[tuple[int, int]],
     names: list[str],
+    gates: list[str],
     changed: NDArray[np.float64],
     whole: NDArray[np.float64],
     predicted: NDArray[np.float64],
@@ -210,7 +212,7 @@ def _frame(
     labels, blocks = layer_numbers(names), [names[layer] for layer in layers]
     columns = (
         [labels[layer] for layer in layers],
-        [gate_name(b) for b in blocks],
+        [gates[layer] for layer in layers],
         blocks,
         ks,
         changed.sum(1) / predicted.sum(),
