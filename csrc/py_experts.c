@@ -92,15 +92,6 @@ PyDoc_STRVAR(moe_doc,
 "hidden (T,H), logits (T,E) -> out (T,H) and the routing as in route(). The RouteSpec is of\n"
 "the dtype of hidden, which is that of the Layer; the logits are of it too, or float32.");
 
-/* Logits of the dtype of the hidden states, or float32. */
-static PyArrayObject *logits_view(PyObject *logits, mp_float hidden, mp_float *dtype)
-{
-    int wide = PyArray_Check(logits)
-            && PyArray_TYPE((PyArrayObject *)logits) == NPY_FLOAT32;
-    *dtype = wide ? MP_FLOAT32 : hidden;
-    return mp_array(logits, "router_logits", mp_carrier(*dtype), 2);
-}
-
 /* Whether layer, router and logits are made for each other; -1 with an error if not. */
 static int check_moe(const mp_layer *layer, const mp_route_spec_object *s, npy_intp tokens,
                      PyArrayObject *logits)
@@ -113,11 +104,11 @@ static int check_moe(const mp_layer *layer, const mp_route_spec_object *s, npy_i
                      (Py_ssize_t)PyArray_DIM(logits, 1));
         return -1;
     }
-    if (s->num_experts == E && s->spec.round_to == layer->dtype)
+    if (s->num_experts == E && s->dtype == layer->dtype)
         return 0;
     PyErr_Format(PyExc_ValueError, "spec: expected a RouteSpec of %zd experts and %s, as the "
                  "Layer has, got one of %zd and %s", E, mp_dtype_name(layer->dtype),
-                 (Py_ssize_t)s->num_experts, mp_dtype_name(s->spec.round_to));
+                 (Py_ssize_t)s->num_experts, mp_dtype_name(s->dtype));
     return -1;
 }
 
@@ -137,7 +128,7 @@ static PyObject *moe(PyObject *module, PyObject *args)
                           &threads)
         || !(layer = mp_layer_of(module, layer_object))
         || !(s = mp_spec_of(module, spec_object)) || !(x = hidden_view(hidden, layer))
-        || !(z = logits_view(logits, layer->dtype, &logits_dtype))
+        || !(z = mp_logits(logits, layer->dtype, &logits_dtype))
         || mp_check_threads(threads) || check_moe(layer, s, PyArray_DIM(x, 0), z))
         return NULL;
     const npy_intp T = PyArray_DIM(x, 0);

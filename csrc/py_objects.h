@@ -19,7 +19,8 @@ extern PyType_Spec mp_route_spec_type, mp_layer_type;
  * be cleared, and a call never meets one that was. */
 typedef struct {
     PyObject_HEAD
-    mp_route_spec spec; /* its round_to is also the dtype of logits */
+    mp_route_spec spec;
+    mp_float dtype; /* of the hidden states; the logits are of it too, or float32 */
     npy_intp num_experts;
     PyObject *tuple; /* holds the arrays that spec points into */
 } mp_route_spec_object;
@@ -38,6 +39,9 @@ const mp_layer *mp_layer_of(PyObject *module, PyObject *object);
 /* A tuple (form, score, p_table): p_table is None for normal and softmax, else (N,) for
  * the layer or (E,N), one for each expert. Borrowed. */
 int mp_parse_null(PyObject *tuple, npy_intp num_experts, mp_null *null);
+
+/* Logits (T,E) of the dtype of the hidden states, or float32, and which. Borrowed. */
+PyArrayObject *mp_logits(PyObject *logits, mp_float hidden, mp_float *dtype);
 
 /* New arrays for a routing of (T,max_k): routing_weights, expert_ids, counts, rejections.
  * On failure some of `arrays` may be set: the caller releases what is not NULL. */

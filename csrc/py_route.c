@@ -1,6 +1,8 @@
 /* Bindings: routers, p-values, the multiple test. */
 #include "py_objects.h"
 
+#include "convert.h"
+
 #include <stdlib.h>
 
 int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
@@ -35,9 +37,17 @@ int mp_check_row(ptrdiff_t bad_row)
     return -1;
 }
 
+PyArrayObject *mp_logits(PyObject *logits, mp_float hidden, mp_float *dtype)
+{
+    int wide = PyArray_Check(logits)
+            && PyArray_TYPE((PyArrayObject *)logits) == NPY_FLOAT32;
+    *dtype = wide ? MP_FLOAT32 : hidden;
+    return mp_array(logits, "router_logits", mp_carrier(*dtype), 2);
+}
+
 PyDoc_STRVAR(route_doc,
 "route(logits, spec, threads, want_p)\n--\n\n"
-"logits (T,E) of the dtype of the RouteSpec -> routing_weights (T,max_k) float32,\n"
+"logits (T,E) of the dtype of the RouteSpec, or float32 -> routing_weights (T,max_k) float32,\n"
 "expert_ids (T,max_k) int32 padded with -1, counts (T,) int32, rejections (T,) int32,\n"
 "p (T,E) float64 or None.");
 
@@ -48,11 +58,12 @@ static PyObject *route(PyObject *module, PyObject *args)
     int threads, want_p;
     const mp_route_spec_object *s;
     mp_routing routing;
+    mp_float dtype;
     ptrdiff_t bad_row;
 
     if (!PyArg_ParseTuple(args, "OOip:route", &logits, &spec_object, &threads, &want_p)
         || mp_check_threads(threads) || !(s = mp_spec_of(module, spec_object))
-        || !(view = mp_array(logits, "router_logits", mp_carrier(s->spec.round_to), 2)))
+        || !(view = mp_logits(logits, s->dtype, &dtype)))
         return NULL;
     npy_intp shape[2] = {PyArray_DIM(view, 0), PyArray_DIM(view, 1)};
     const void *z = PyArray_DATA(view);
@@ -66,7 +77,7 @@ static PyObject *route(PyObject *module, PyObject *args)
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    bad_row = mp_route(&s->spec, z, s->spec.round_to, shape[0], shape[1], threads,
+    bad_row = mp_route(&s->spec, z, dtype, shape[0], shape[1], threads,
                        &routing, p ? PyArray_DATA((PyArrayObject *)p) : NULL);
     Py_END_ALLOW_THREADS
     if (mp_check_row(bad_row))
@@ -78,6 +89,39 @@ done:
         Py_XDECREF(arrays[i]);
     Py_XDECREF(p);
     return result;
+}
+
+PyDoc_STRVAR(choice_logits_doc,
+"choice_logits(logits, spec)\n--\n\n"
+"logits (T,E) of the dtype of the RouteSpec, or float32 -> (T,E) float32: what a router sees\n"
+"in place of the logits, by which the model chooses (csrc/rule.h).");
+
+static PyObject *choice_logits(PyObject *module, PyObject *args)
+{
+    PyObject *logits, *spec_object, *out;
+    PyArrayObject *view;
+    mp_float dtype;
+    const mp_route_spec_object *s;
+    if (!PyArg_ParseTuple(args, "OO:choice_logits", &logits, &spec_object)
+        || !(s = mp_spec_of(module, spec_object))
+        || !(view = mp_logits(logits, s->dtype, &dtype)))
+        return NULL;
+    const npy_intp T = PyArray_DIM(view, 0), E = PyArray_DIM(view, 1);
+    if (E != s->num_experts)
+        return PyErr_Format(PyExc_ValueError,
+                            "router_logits: expected %zd experts, as the RouteSpec has, got "
+                            "%zd", (Py_ssize_t)s->num_experts, (Py_ssize_t)E);
+    float *row = malloc(2 * (size_t)E * sizeof *row);
+    if (!row)
+        return PyErr_NoMemory();
+    if ((out = PyArray_SimpleNew(2, PyArray_DIMS(view), NPY_FLOAT32)))
+        for (npy_intp t = 0; t < T; t++) {
+            mp_widen(row, PyArray_BYTES(view) + t * E * mp_float_size(dtype), E, dtype);
+            mp_choice_logits(&s->spec.rule, row, E, row + E,
+                             (float *)PyArray_DATA((PyArrayObject *)out) + t * E);
+        }
+    free(row);
+    return out;
 }
 
 PyDoc_STRVAR(p_values_doc,
@@ -155,6 +199,7 @@ static PyObject *step_up(PyObject *module, PyObject *args)
 
 PyMethodDef mp_route_methods[] = {
     {"route", route, METH_VARARGS, route_doc},
+    {"choice_logits", choice_logits, METH_VARARGS, choice_logits_doc},
     {"p_values", p_values, METH_VARARGS, p_values_doc},
     {"step_up", step_up, METH_VARARGS, step_up_doc},
     {NULL, NULL, 0, NULL},

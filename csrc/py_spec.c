@@ -1,6 +1,7 @@
 /* RouteSpec: what a router is told, the tuples of moeprof/routers/ as C has them. */
 #include "py_objects.h"
 
+#include <math.h>
 #include <string.h>
 
 static int parse_router(const char *name, PyObject *parameters, mp_route_spec *spec)
@@ -150,50 +151,136 @@ static int parse_table(PyObject *table, npy_intp num_experts, mp_route_spec *spe
 
 static int check_range(const mp_route_spec *s, npy_intp num_experts)
 {
-    if (s->min_k < 1 || s->min_k > s->max_k || s->max_k > num_experts
-        || s->norm_k < 1 || s->norm_k > num_experts) {
+    const ptrdiff_t most = mp_eligible(&s->rule, num_experts);
+    if (s->min_k < 1 || s->min_k > s->max_k || s->max_k > most
+        || s->norm_k < 1 || s->norm_k > most) {
         PyErr_Format(PyExc_ValueError,
                      "expected 1 <= min_k <= max_k <= %zd, got min_k=%zd, max_k=%zd "
-                     "(norm over %zd)", (Py_ssize_t)num_experts, (Py_ssize_t)s->min_k,
+                     "(norm over %zd)", (Py_ssize_t)most, (Py_ssize_t)s->min_k,
                      (Py_ssize_t)s->max_k, (Py_ssize_t)s->norm_k);
         return -1;
     }
     return 0;
 }
 
+/* (E,) finite float32, or None. */
+static int parse_by_expert(PyObject *object, const char *argument, npy_intp num_experts,
+                           const float **values)
+{
+    *values = NULL;
+    if (object == Py_None)
+        return 0;
+    PyArrayObject *array = mp_array(object, argument, NPY_FLOAT32, 1);
+    if (!array)
+        return -1;
+    *values = PyArray_DATA(array);
+    int good = PyArray_DIM(array, 0) == num_experts;
+    for (npy_intp e = 0; good && e < num_experts; e++)
+        good = isfinite((*values)[e]);
+    if (good)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected a finite number for each of %zd experts",
+                 argument, (Py_ssize_t)num_experts);
+    return -1;
+}
+
+/* Whether all are equal: such a bias changes no choice, and the least of it leaves nothing. */
+static int are_equal(const float *values, npy_intp count)
+{
+    for (npy_intp i = 1; i < count; i++)
+        if (values[i] != values[0])
+            return 0;
+    return 1;
+}
+
+static int fit_rule(PyObject *bias, PyObject *expert_scale, npy_intp num_experts,
+                    mp_rule *rule)
+{
+    if (rule->groups < 1 || rule->groups > MP_MAX_GROUPS || num_experts % rule->groups
+        || rule->top_groups < 1 || rule->top_groups > rule->groups || rule->best < 1
+        || rule->best > num_experts / rule->groups) {
+        PyErr_Format(PyExc_ValueError,
+                     "rule: expected %zd experts in 1 to %d groups of equal size, got %zd "
+                     "groups, the best %zd by %zd experts each", (Py_ssize_t)num_experts,
+                     (int)MP_MAX_GROUPS, (Py_ssize_t)rule->groups,
+                     (Py_ssize_t)rule->top_groups, (Py_ssize_t)rule->best);
+        return -1;
+    }
+    if (parse_by_expert(bias, "bias", num_experts, &rule->bias)
+        || parse_by_expert(expert_scale, "expert_scale", num_experts, &rule->expert_scale))
+        return -1;
+    if (rule->bias && are_equal(rule->bias, num_experts))
+        rule->bias = NULL;
+    return 0;
+}
+
 /* The tuple of moeprof/routers/ (Router.spec): (router, parameters, min_k, max_k,
- * temperature, norm, norm_k, null, table or None), the table what the router wants
- * besides.
+ * temperature, norm, norm_k, null, table or None[, rule]), the table what the router wants
+ * besides, the rule what moeprof/backends/spec.py says, softmax where there is none.
  *
  * Two steps, because its numbers may be objects whose __float__ or __index__ is Python
  * code, which may reshape any array: parse_spec reads them and comes before the first
  * view of an array; fit_spec, which runs no Python code, checks the rest against the
- * number of experts. null and table are borrowed. */
+ * number of experts. The objects are borrowed. */
 typedef struct {
     mp_route_spec spec;
-    PyObject *null, *table;
+    PyObject *null, *table, *bias, *expert_scale;
 } spec_parts;
+
+static int parse_rule(PyObject *object, mp_float dtype, spec_parts *parts)
+{
+    static const char *const affinities[] = {"softmax", "sigmoid", "sqrt_softplus"};
+    const char *affinity_name;
+    int rounds;
+    mp_rule *rule = &parts->spec.rule;
+    if (!PyTuple_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "rule: expected a tuple");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(object, "sOpnnndddOp;rule", &affinity_name, &parts->bias,
+                          &rule->on_logits, &rule->groups, &rule->top_groups, &rule->best,
+                          &rule->epsilon, &rule->floor, &rule->scale, &parts->expert_scale,
+                          &rounds))
+        return -1;
+    const int affinity = choice("affinity", affinity_name, affinities, MP_AFFINITIES,
+                                "softmax, sigmoid or sqrt_softplus");
+    if (affinity < 0)
+        return -1;
+    rule->affinity = (mp_affinity)affinity;
+    parts->spec.round_to = rounds ? dtype : MP_FLOAT32;
+    return 0;
+}
+
+static int plain_rule(mp_float dtype, spec_parts *parts)
+{
+    parts->spec.rule = (mp_rule){.affinity = MP_SOFTMAX, .groups = 1, .top_groups = 1,
+                                 .best = 1, .scale = 1};
+    parts->bias = parts->expert_scale = Py_None;
+    parts->spec.round_to = dtype;
+    return 0;
+}
 
 static int parse_spec(PyObject *object, mp_float dtype, spec_parts *parts)
 {
     static const char *const norms[] = {"none", "sum", "mass"};
     const char *router, *norm_name;
-    PyObject *parameters;
+    PyObject *parameters, *rule = NULL;
     mp_route_spec *spec = &parts->spec;
     if (!PyTuple_Check(object)) {
         PyErr_SetString(PyExc_TypeError, "spec: expected a tuple");
         return -1;
     }
     memset(parts, 0, sizeof *parts);
-    if (!PyArg_ParseTuple(object, "sO!nndsnOO;spec", &router, &PyTuple_Type, &parameters,
+    if (!PyArg_ParseTuple(object, "sO!nndsnOO|O;spec", &router, &PyTuple_Type, &parameters,
                           &spec->min_k, &spec->max_k, &spec->temperature, &norm_name,
-                          &spec->norm_k, &parts->null, &parts->table))
+                          &spec->norm_k, &parts->null, &parts->table, &rule))
         return -1;
-    spec->round_to = dtype;
     const int norm = choice("norm", norm_name, norms, 3, "none, sum or mass");
     if (norm < 0)
         return -1;
     spec->norm = (mp_norm)norm;
+    if (rule ? parse_rule(rule, dtype, parts) : plain_rule(dtype, parts))
+        return -1;
     return parse_router(router, parameters, spec);
 }
 
@@ -201,6 +288,7 @@ static int fit_spec(spec_parts *parts, npy_intp num_experts)
 {
     mp_route_spec *spec = &parts->spec;
     if (mp_parse_null(parts->null, num_experts, &spec->null)
+        || fit_rule(parts->bias, parts->expert_scale, num_experts, &spec->rule)
         || check_range(spec, num_experts))
         return -1;
     return parse_table(parts->table, num_experts, spec);
@@ -209,9 +297,9 @@ static int fit_spec(spec_parts *parts, npy_intp num_experts)
 PyDoc_STRVAR(route_spec_doc,
 "RouteSpec(spec, dtype, num_experts, /)\n--\n\n"
 "What route() and moe() need to know of a router: the tuple of Router.spec(), the dtype of\n"
-"the logits of route() and of the hidden states of moe(), to which routing weights are\n"
-"rounded, and the number of experts. All is checked here, once. The arrays in the tuple are\n"
-"kept, not copied: they must not change any more.");
+"the hidden states, to which routing weights are rounded if the rule says so, and the number\n"
+"of experts. All is checked here, once. The arrays in the tuple are kept, not copied: they\n"
+"must not change any more.");
 
 static PyObject *route_spec_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -233,6 +321,7 @@ static PyObject *route_spec_new(PyTypeObject *type, PyObject *args, PyObject *kw
         return NULL;
     }
     self->spec = parts.spec;
+    self->dtype = dtype;
     self->num_experts = num_experts;
     self->tuple = Py_NewRef(tuple);
     return (PyObject *)self;

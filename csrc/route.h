@@ -5,16 +5,18 @@
 #include "kernels.h"
 #include "null.h"
 #include "routers.h"
+#include "rule.h"
 
-/* The weights of the selected set S; p is the softmax over all experts. */
+/* The weights of the selected set S, before the rule's scale; a are the affinities. */
 typedef enum {
-    MP_NORM_NONE, /* p_e */
-    MP_NORM_SUM,  /* p_e / sum_S p */
-    MP_NORM_MASS, /* p_e * (sum of the k largest p) / sum_S p */
+    MP_NORM_NONE, /* a_e */
+    MP_NORM_SUM,  /* a_e / sum_S a */
+    MP_NORM_MASS, /* a_e * (sum over the k that the model would choose) / sum_S a */
 } mp_norm;
 
 typedef struct {
     const mp_router *router;
+    mp_rule rule;
     double parameters[MP_MAX_PARAMETERS];
     ptrdiff_t min_k, max_k; /* 1 <= min_k <= max_k <= E */
     double temperature;     /* acts on the weights only */

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .spec import RouteSpec
@@ -34,8 +35,16 @@ class Backend(Protocol):
         """(T, H): run a routing that is given, (T, k); -1 or E is no expert."""
         ...
 
-    def route(self, logits: Tensor, spec: RouteSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The routing of logits (T, E) alone, as `MoEOutput` has it."""
+    def route(
+        self, logits: Tensor, spec: RouteSpec, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The routing of logits (T, E) alone, as `MoEOutput` has it; dtype: that of the hidden
+        states, to which the weights are rounded if the rule says so."""
+        ...
+
+    def choice_logits(self, logits: Tensor, spec: RouteSpec, dtype: torch.dtype) -> Tensor:
+        """(T, E) float32: what a router sees in place of the logits, by which the model
+        chooses."""
         ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -40,11 +40,15 @@ class CBackend:
         )
         return as_tensor(out, hidden.dtype)
 
-    def route(self, logits: Tensor, spec: RouteSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dtype = DTYPES[logits.dtype]
-        routing = _C.route(as_array(logits), spec.in_c(dtype), get_num_threads(), False)
+    def route(
+        self, logits: Tensor, spec: RouteSpec, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        routing = _C.route(as_array(logits), spec.in_c(DTYPES[dtype]), get_num_threads(), False)
         weights, expert_ids, counts, rejections = map(torch.from_numpy, routing[:4])
         return weights, expert_ids, counts, rejections
+
+    def choice_logits(self, logits: Tensor, spec: RouteSpec, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(_C.choice_logits(as_array(logits), spec.in_c(DTYPES[dtype])))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = _C.dense(

@@ -1,7 +1,7 @@
 """The experts of a layer on the C path, as torch operators.
 
-Two operators, both opaque to torch.compile and counted by torch's FlopCounterMode:
-``moeprof::experts`` runs a routing that is given, ``moeprof::moe`` routes and runs in one call.
+Opaque to torch.compile, and counted by torch's FlopCounterMode: ``moeprof::experts`` runs a
+routing that is given, ``moeprof::moe`` routes and runs in one call, ``moeprof::route`` routes.
 """
 
 from collections.abc import Sequence
@@ -94,11 +94,45 @@ def _(
     return (torch.empty_like(hidden), slots.float(), slots, counts, torch.empty_like(counts))
 
 
+def _route(
+    logits: Tensor,
+    hidden: Tensor,
+    spec: str,
+    p_table: Tensor | None,
+    table: Tensor | None,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arrays = (None if t is None else t.numpy() for t in (p_table, table))
+    return _run_route(logits, hidden, RouteSpec.from_operands(spec, *arrays), name)
+
+
+route_op = torch.library.custom_op("moeprof::route", _route, mutates_args=())
+
+
+@route_op.register_fake
+def _(
+    logits: Tensor, hidden: Tensor, spec: str, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = logits.shape[0]
+    slots = logits.new_empty((tokens, max_k_of(spec)), dtype=torch.int32)
+    counts = logits.new_empty((tokens,), dtype=torch.int32)
+    return slots.float(), slots, counts, torch.empty_like(counts)
+
+
 def _run_experts(
     hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Any, name: str
 ) -> Tensor:
     try:
         return C.experts(hidden, expert_ids, routing_weights, table)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _run_route(
+    logits: Tensor, hidden: Tensor, spec: RouteSpec, name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    try:
+        return C.route(logits, spec, hidden.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -135,17 +169,22 @@ def _refuse(ctx: Any, *gradients: Any) -> NoReturn:
 
 experts_op.register_autograd(_refuse, setup_context=_remember_name)
 moe_op.register_autograd(_refuse, setup_context=_remember_name)
+route_op.register_autograd(_refuse, setup_context=_remember_name)
 
 
 # While a compiler traces there is no memory to make a table of: then the matrices themselves.
 Matrices = WeightTable | list[Tensor]
 
 
+def matrices_of(table: Matrices) -> list[Tensor]:
+    return [*table.matrices] if isinstance(table, WeightTable) else table
+
+
 def run_experts(
     hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Matrices, name: str
 ) -> Tensor:
     """`experts_op`, without the dispatcher where nothing observes."""
-    matrices = [*table.matrices] if isinstance(table, WeightTable) else table
+    matrices = matrices_of(table)
     if unobserved(hidden, routing_weights, *matrices):
         return _run_experts(hidden, expert_ids, routing_weights, table, name)
     _refuse_tangents(name, hidden, routing_weights, *matrices)
@@ -156,11 +195,23 @@ def run_moe(
     hidden: Tensor, logits: Tensor, table: Matrices, spec: RouteSpec, operands: Any, name: str
 ) -> MoEOutput:
     """`moe_op`, without the dispatcher where nothing observes; operands: `operands_of(spec)`."""
-    matrices = [*table.matrices] if isinstance(table, WeightTable) else table
+    matrices = matrices_of(table)
     if unobserved(hidden, logits, *matrices):
         return _run_moe(hidden, logits, table, spec, name)
     _refuse_tangents(name, hidden, logits, *matrices)
     return MoEOutput(*moe_op(hidden, logits, matrices, *operands, name))
+
+
+def run_route(
+    logits: Tensor, hidden: Tensor, spec: RouteSpec, operands: Any, name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`route_op`, without the dispatcher where nothing observes; of the hidden states the dtype
+    counts."""
+    if unobserved(logits):
+        return _run_route(logits, hidden, spec, name)
+    _refuse_tangents(name, logits)
+    weights, expert_ids, counts, rejections = route_op(logits, hidden, *operands, name)
+    return weights, expert_ids, counts, rejections
 
 
 def table_of(matrices: list[Tensor]) -> Matrices:

@@ -1,13 +1,55 @@
 """What a backend is told of a router at one layer: made once a layer, used in every step."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .. import _C
 
+AFFINITIES = ("softmax", "sigmoid", "sqrt_softplus")
+
+
+class Rule(NamedTuple):
+    """What a model makes of its router's logits (T, E), besides how many experts it takes.
+
+    The score that a model computes from an expert's logit is its *affinity*. Experts are chosen
+    by affinity plus bias, and weighted by their affinities. The formulas are in csrc/rule.h.
+
+    affinity : one of AFFINITIES
+    bias : (E,) float32, added to what experts are chosen by; None for none
+    on_logits : the bias is added to the logits, and experts are chosen by these
+    groups, top_groups, best : experts lie in `groups` groups, of which a token may use the
+        `top_groups` best, by the sum of the `best` largest of each
+    epsilon, floor : weights that sum to 1 are divided by max(sum + epsilon, floor)
+    scale : of all weights
+    expert_scale : (E,) float32, of each expert's weight; None for none
+    rounds : weights are rounded to the dtype of the hidden states, else they are float32
+    """
+
+    affinity: str = "softmax"
+    bias: Any = None
+    on_logits: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    best: int = 1
+    epsilon: float = 0.0
+    floor: float = 0.0
+    scale: float = 1.0
+    expert_scale: Any = None
+    rounds: bool = True
+
+    def eligible(self, num_experts: int) -> int:
+        """How many of E experts a token may use."""
+        return num_experts // self.groups * self.top_groups
+
+
+PLAIN = Rule()
+
 
 class RouteSpec:
-    """A router, its null and how its weights are scaled, for a layer of so many experts.
+    """A router, its null, the model's rule and how weights are scaled, for a layer of so many
+    experts.
 
     Parameters
     ----------
@@ -24,6 +66,7 @@ class RouteSpec:
         `LayerNull.spec`.
     table : float64 array or None
         What the router wants besides.
+    rule : Rule
     num_experts : int
     """
 
@@ -38,15 +81,18 @@ class RouteSpec:
         norm_k: int,
         null: tuple[str, str, Any],
         table: Any,
+        rule: Rule = PLAIN,
         *,
         num_experts: int,
     ):
-        self.arguments = (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table)
+        self.arguments = (
+            router, parameters, min_k, max_k, temperature, norm, norm_k, null, table, tuple(rule)
+        )  # fmt: skip
         self.max_k, self.num_experts = max_k, num_experts
         self._in_c: dict[str, Any] = {}
 
     def in_c(self, dtype: str) -> Any:
-        """The `_C.RouteSpec` for logits, or hidden states, of this dtype."""
+        """The `_C.RouteSpec` for hidden states of this dtype."""
         found = self._in_c.get(dtype)
         if found is None:
             found = self._in_c[dtype] = _C.RouteSpec(self.arguments, dtype, self.num_experts)
@@ -54,24 +100,29 @@ class RouteSpec:
 
     def operands(self) -> tuple[str, Any, Any]:
         """The same for an operator of torch, which takes texts and arrays: see `from_operands`."""
-        *plain, (form, score, p_table), table = self.arguments
-        return json.dumps([*plain, form, score, self.num_experts]), p_table, table
+        *plain, (form, score, p_table), table, rule = self.arguments
+        rule = Rule(*rule)
+        lists = {
+            name: None if values is None else values.tolist()
+            for name, values in (("bias", rule.bias), ("expert_scale", rule.expert_scale))
+        }
+        text = [*plain, form, score, self.num_experts, rule._replace(**lists)]
+        return json.dumps(text), p_table, table
 
     @classmethod
     def from_operands(cls, text: str, p_table: Any, table: Any) -> "RouteSpec":
-        router, parameters, min_k, max_k, temperature, norm, norm_k, form, score, num_experts = (
-            json.loads(text)
-        )
+        router, parameters, *numbers, form, score, num_experts, rule = json.loads(text)
+        arrays = {
+            name: None if values is None else np.array(values, np.float32)
+            for name, values in (("bias", rule[1]), ("expert_scale", rule[9]))
+        }
         return cls(
             router,
             tuple(parameters),
-            min_k,
-            max_k,
-            temperature,
-            norm,
-            norm_k,
+            *numbers,
             (form, score, p_table),
             table,
+            Rule(*rule)._replace(**arrays),
             num_experts=num_experts,
         )
 

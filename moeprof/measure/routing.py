@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor
 
 from ..backends.c import C
@@ -39,4 +40,4 @@ def choose(
     router: a Router with scalar parameters; logits (T, E); null: its LayerNull, or None.
     """
     spec = router.spec(logits.shape[1], norm=norm, norm_k=norm_k, null=null)
-    return C.route(logits.float(), spec)
+    return C.route(logits.float(), spec, torch.float32)

@@ -8,6 +8,7 @@ from ..backends.tables import tensor_obstacle
 from .families import FAMILIES, family_of
 from .families.base import Layout
 from .families.packed import read_packed
+from .families.rules import Checked
 from .find import find_sites
 from .guards import explained
 
@@ -33,6 +34,13 @@ class Block(NamedTuple):
         """Why it can't run on the C path now, and what of that the user can change; or None."""
         reason = self.family.readable(self.module)[1]
         return explained(reason, self.module) if reason else None
+
+    def check(self) -> Checked:
+        """What is known of its own router."""
+        if not self.family.has_stock_gate(self.module):  # a user's, which may choose or not
+            return Checked(self.family.rule(self.module), False, "")
+        dtype = next(self.family.experts_of(self.module).parameters()).dtype
+        return self.family.check(self.module, dtype)
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -76,8 +84,8 @@ def experts_of(model: nn.Module) -> tuple[int, int]:
 def model_norm(model: nn.Module) -> tuple[str, int]:
     """(norm, top_k): how the model weighs its experts ("sum" or "none"), and how many it takes."""
     _, module, family = find_blocks(model)[0]
-    top_k, renormalises = family.settings(module)
-    return ("sum" if renormalises else "none"), top_k
+    settings = family.settings(module)
+    return ("sum" if settings.renormalises else "none"), settings.top_k
 
 
 def _no_routers(model: nn.Module) -> str:
@@ -86,7 +94,7 @@ def _no_routers(model: nn.Module) -> str:
     alike = sorted(c for c in classes if any(s in c.lower() for s in ("moe", "router", "expert")))
     text = (
         f"No routers found in {type(model).__name__}: looked for the blocks that moeprof.patch "
-        f"knows, {', '.join(family.block for family in FAMILIES)}, with a gate and experts; found "
+        f"knows, of {len(FAMILIES)} families of transformers 5, with a gate and experts; found "
         f"{len(classes)} classes of modules, of a mixture of experts: {', '.join(alike) or 'none'}"
     )
     if _profiler_reads(model):

@@ -91,16 +91,23 @@ def hooked(module: nn.Module) -> str | None:
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
     if hooks and all(getattr(h, "__module__", "").startswith("moeprof.") for h in _hooks(module)):
         hooks = None  # the profiler's, which the C path tells by itself what it ran
-    if hooks or "forward" in own:
+    if hooks or _own_forward(module):
         return f"a hook or a forward of its own on {type(module).__name__} in the experts"
     return None
 
 
-def gate_obstacle(gate: nn.Module, stock: type[nn.Module], patched: Any) -> str | None:
+def _own_forward(module: nn.Module) -> bool:
+    """Has it a forward of its own, other than one of `moeprof.patch`?"""
+    forward = vars(module).get("forward")
+    return forward is not None and not (getattr(forward, "__module__", "") or "").startswith(
+        "moeprof."
+    )
+
+
+def gate_obstacle(gate: nn.Module, is_stock: bool) -> str | None:
     """What stands before the experts of a block and would be passed by, or None.
 
-    stock: the class of gates whose own choice the C path passes by; patched: the forward that
-    `moeprof.patch` gives such a gate.
+    is_stock: the C path passes by the choice of such a gate, which has to be the class's then.
     """
     if torch.is_autocast_enabled("cpu"):
         return "CPU autocast is active"
@@ -108,11 +115,10 @@ def gate_obstacle(gate: nn.Module, stock: type[nn.Module], patched: Any) -> str 
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         if foreign := [h for h in _global_hooks() if not _is_known(h)]:
             return f"a hook on all modules: {foreign[0]!r}"
-    if type(gate) is not stock:
+    if not is_stock:
         return None
     own = vars(gate)
-    forward = own.get("forward")
-    if forward is not None and getattr(forward, "__func__", None) is not patched:
+    if _own_forward(gate):
         return "the gate has a forward of its own"
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         if foreign := [h for h in _hooks(gate) if not _is_known(h)]:

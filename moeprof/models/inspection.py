@@ -151,8 +151,8 @@ def _inspected(label: int | str, site: Site) -> InspectedLayer:
     path, reason = _path(site)
     rule = None
     if family is not None:
-        scaled = family.settings(site.block)[1]
-        rule = family.family.rule + (", weights scaled to sum 1" if scaled else "")
+        scaled = family.settings(site.block).renormalises
+        rule = family.family.rule.words + (", weights scaled to sum 1" if scaled else "")
     parts = [] if site.experts is None else [p for p in site.experts.parameters()]
     return InspectedLayer(
         label,

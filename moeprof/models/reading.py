@@ -31,7 +31,7 @@ def read_choice(output: Any, tokens: int, layer: Layer) -> Routing:
     if type(output) is tuple and len(output) == 3:  # transformers 5: called for each step
         logits, weights, experts = output
         if _is_triple(logits, weights, experts, (tokens, layer.num_experts)):
-            return Routing(weights, experts, logits=_as_logits(logits))
+            return Routing(weights, experts, logits=as_logits(logits))
     if choice := _read(output, tokens, layer):
         return choice
     missing = "" if layer.top_k else ", whose k neither router, block nor configuration says"
@@ -46,7 +46,7 @@ def read_logits(output: Any, tokens: int, layer: Layer) -> Tensor | None:
     """The logits (T, E) of a router whose experts' call tells the choice; None if unclear."""
     rows = _rows(output, tokens)
     if rows is not None and len(rows) == 1 and _is_scores(rows[0], layer.num_experts):
-        return _as_logits(rows[0])
+        return as_logits(rows[0])
     return None
 
 
@@ -195,7 +195,7 @@ def _flat(part: Any, tokens: int) -> Tensor | None:
 def _of_logits(logits: Tensor, layer: Layer) -> Routing | None:
     if not _is_scores(logits, layer.num_experts) or layer.top_k is None:
         return None
-    read = _as_logits(logits)
+    read = as_logits(logits)
     # In float32, as stock blocks do, so that ties fall the same way.
     given = logits if read is not logits else logits.softmax(-1, dtype=torch.float32)
     weights, experts = given.topk(layer.top_k, dim=-1)
@@ -213,7 +213,7 @@ def _of_scores(values: list[Tensor], layer: Layer) -> Routing | None:
         (experts, weights), logits = second, values[0]
     else:
         return None
-    return Routing(weights, experts, logits=_as_logits(logits))
+    return Routing(weights, experts, logits=as_logits(logits))
 
 
 def _of_mask(mask: Tensor, values: list[Tensor], layer: Layer) -> Routing | None:
@@ -234,7 +234,7 @@ def _of_mask(mask: Tensor, values: list[Tensor], layer: Layer) -> Routing | None
         ones, indices = mask.float().topk(max(1, int(mask.sum(-1).max())), dim=-1)
         experts = indices.masked_fill(ones == 0, -1)
         weight = next((w for w in weights if w.shape == experts.shape), None)
-    return Routing(weight, experts, logits=None if logits is None else _as_logits(logits))
+    return Routing(weight, experts, logits=None if logits is None else as_logits(logits))
 
 
 def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Routing | None:
@@ -250,7 +250,7 @@ def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Routing 
             if weights.shape[1] != size:
                 return None
             weights = _at(weights, experts)
-        return Routing(weights, experts, logits=_as_logits(logits))
+        return Routing(weights, experts, logits=as_logits(logits))
     scores = values[0]
     if scores.shape == experts.shape:
         return Routing(scores, experts)
@@ -258,7 +258,7 @@ def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Routing 
         return None
     if _nonzero(scores, experts.shape[1]) is not None:
         return Routing(_at(scores, experts), experts)
-    logits = _as_logits(scores)
+    logits = as_logits(scores)
     return Routing(None if logits is scores else _at(scores, experts), experts, logits=logits)
 
 
@@ -285,7 +285,7 @@ def _by_expert(output: tuple[Any, ...] | list[Any], tokens: int, layer: Layer) -
     experts[order] = sorted_experts
     weights = torch.empty_like(sorted_weights)
     weights[order] = sorted_weights
-    return Routing(weights.view(tokens, -1), experts.view(tokens, -1), logits=_as_logits(logits))
+    return Routing(weights.view(tokens, -1), experts.view(tokens, -1), logits=as_logits(logits))
 
 
 # ---- values ----
@@ -304,7 +304,7 @@ def _is_mask(numbers: Tensor, layer: Layer) -> bool:
     return int(numbers.min()) >= 0 and int(numbers.max()) <= 1
 
 
-def _as_logits(values: Tensor) -> Tensor:
+def as_logits(values: Tensor) -> Tensor:
     """Logits (T, E) as they are, probabilities as their logarithm."""
     if not len(values) or float(values.detach().min()) < 0:
         return values

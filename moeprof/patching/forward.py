@@ -1,4 +1,7 @@
-"""What runs in place of a patched block's forward."""
+"""What runs in place of the forward of a patched block that is *fused*: one call to C.
+
+A block is fused that does nothing but to call its gate and its experts; the others are in seam.py.
+"""
 
 import types
 import warnings
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import Matrices, run_experts, run_moe
+from ..backends.ops import Matrices, matrices_of, run_experts, run_moe
 from ..backends.tables import WeightTable, routing_obstacle, tensor_obstacle
 from ..models.blocks import not_runnable
 from ..models.guards import explained
@@ -22,7 +25,7 @@ from .state import STATE, Absent, earlier
 
 
 def block_forward(self: Any, hidden_states: Tensor) -> Any:
-    """The forward of a patched block; bound to the block, so that a copy uses its own weights."""
+    """The forward of a fused block; bound to the block, so that a copy uses its own weights."""
     layer: PatchedLayer | None = vars(self).get(STATE)
     if layer is None:  # another thread unpatched the block since it looked this forward up
         return self.forward(hidden_states)
@@ -30,43 +33,64 @@ def block_forward(self: Any, hidden_states: Tensor) -> Any:
     start = perf_counter_ns() if observers else 0
     family = layer.family
     table, reason = layer.table(self)
-    if reason := reason or _input_obstacle(table, hidden_states):
-        return _own_forward(self, layer, reason, hidden_states)
+    if reason := reason or input_obstacle(table, hidden_states):
+        return own_forward(self, layer, reason, (hidden_states,), {})
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     said = family.route(self, x, layer.name)
     out, routing = _run(self, layer, x, said, table)
+    tell(self, layer, hidden_states, routing, said.expert_ids is not None, start)
+    return family.output(out.reshape(hidden_states.shape), said)
+
+
+def tell(
+    block: nn.Module,
+    layer: PatchedLayer,
+    hidden_states: Tensor,
+    routing: Routing,
+    chosen: bool,
+    start: int,
+) -> None:
+    """Tell callbacks and observers what ran. chosen: by a gate of a user."""
+    observers = observers_of(block)
     end = perf_counter_ns() if observers else 0
     for callback in layer.callbacks:
         callback(layer.index, routing)
     if observers:
-        skips = layer.router is None and said.expert_ids is not None
+        skips = layer.router is None and chosen
         event = Routed(layer.router, hidden_states, routing, skips, start, end)
         for observer in observers:
             observer.routed(event)
-    return family.output(out.reshape(hidden_states.shape), said)
 
 
 def _run(
     block: nn.Module, layer: PatchedLayer, x: Tensor, said: Routing, table: Matrices
 ) -> tuple[Tensor, Routing]:
     """(the output (T, H), the routing that ran) of x (T, H), after what the gate said of it."""
-    router, logits = layer.router, said.logits
+    chosen = choose_in_python(layer, said)
+    if chosen is not None:
+        return _run_chosen(layer, x, *chosen, table, said.logits)
+    assert said.logits is not None
+    spec, operands = layer.spec(block)
+    given = said.logits if said.logits.dtype == x.dtype else said.logits.float()
+    out, weights, experts, counts, rejections = run_moe(x, given, table, spec, operands, layer.name)
+    if layer.cap is not None:
+        layer.cap.see(rejections)
+    return out, Routing(weights, experts, counts, rejections, said.logits)
+
+
+def choose_in_python(layer: PatchedLayer, said: Routing) -> tuple[Tensor | None, Tensor] | None:
+    """(weights, expert_ids) where a user's gate or a callable chooses; None where C does."""
+    router = layer.router
     if router is None and said.expert_ids is not None:  # a user's gate has chosen
-        return _run_chosen(layer, x, said.weights, said.expert_ids, table, logits)
-    if logits is None:
+        return said.weights, said.expert_ids
+    if said.logits is None:
         raise ValueError(
             f"Router output format unexpected: {layer.name}: the router {router!r} works on "
             "logits, and the gate returned weights and indices only"
         )
     if router is not None and not isinstance(router, Router):
-        chosen = read_routing(router(logits), logits, layer.name)
-        return _run_chosen(layer, x, *chosen, table, logits)
-    spec, operands = layer.spec(layer.family.settings(block))
-    given = logits if logits.dtype == x.dtype else logits.float()
-    out, weights, experts, counts, rejections = run_moe(x, given, table, spec, operands, layer.name)
-    if layer.cap is not None:
-        layer.cap.see(rejections)
-    return out, Routing(weights, experts, counts, rejections, logits)
+        return read_routing(router(said.logits), said.logits, layer.name)
+    return None
 
 
 def _run_chosen(
@@ -80,13 +104,20 @@ def _run_chosen(
     if reason := routing_obstacle(expert_ids, routing_weights):
         raise ValueError(f"{layer.name}: {reason}")
     out = run_experts(x, expert_ids, routing_weights, table, layer.name)
+    return out, ran(layer, routing_weights, expert_ids, logits)
+
+
+def ran(
+    layer: PatchedLayer, routing_weights: Tensor, expert_ids: Tensor, logits: Tensor | None
+) -> Routing:
+    """The routing of experts that ran, which was given."""
     ids = expert_ids.to(dtype=torch.int32)
     ids = ids.masked_fill(ids == layer.num_experts, -1)  # an empty slot too
     counts = (ids >= 0).sum(1, dtype=torch.int32)
-    return out, Routing(routing_weights.float(), ids, counts, counts, logits)
+    return Routing(routing_weights.float(), ids, counts, counts, logits)
 
 
-def _input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
+def input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
     if isinstance(table, WeightTable):
         if (
             type(hidden_states) is Tensor
@@ -97,17 +128,29 @@ def _input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
             and not hidden_states.is_neg()
         ):
             return None
-        first = table.matrices[0]
-    else:
-        first = table[0]
-    reason = tensor_obstacle([first, hidden_states])
+    first = matrices_of(table)[0]
+    reason = hidden_obstacle(first, hidden_states)
     hidden_size = first.shape[-1]  # gate (I, H) or gate_up (E, 2I, H)
     if not reason and hidden_states.shape[-1] != hidden_size:
-        reason = f"{hidden_states.shape[-1]} columns, the experts have {hidden_size}"
+        width = hidden_states.shape[-1]
+        reason = f"the hidden states: {width} columns, the experts have {hidden_size}"
+    return reason
+
+
+def hidden_obstacle(matrix: Tensor, hidden_states: Tensor) -> str | None:
+    """Why hidden states don't go with an expert's matrix, or None; their width is not looked
+    at."""
+    reason = tensor_obstacle([matrix, hidden_states])
     return f"the hidden states: {reason}" if reason else None
 
 
-def _own_forward(block: nn.Module, layer: PatchedLayer, reason: str, hidden_states: Tensor) -> Any:
+def own_forward(
+    block: nn.Module,
+    layer: PatchedLayer,
+    reason: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """The forward that the model had before any patch, or an error where that is asked for."""
     if layer.strict:
         raise RuntimeError(not_runnable(layer.name, explained(reason, block)))
@@ -115,14 +158,22 @@ def _own_forward(block: nn.Module, layer: PatchedLayer, reason: str, hidden_stat
         reason = explained(reason, block)
         warn_fallback(layer.name, reason)
         layer.fallback = reason
-    # From the layer on, not from the block: another thread may have unpatched that.
-    forward = earlier(layer)[-1].saved[0][1]["forward"]
-    if forward is Absent:
-        forward = types.MethodType(type(block).forward, block)
+    hidden_states = args[0] if args else next(iter(kwargs.values()))
     with ExitStack() as observed:
         for observer in observers_of(block):
             observed.enter_context(observer.stock(hidden_states))
-        return forward(hidden_states)
+        return unpatched_forward(block, layer)(*args, **kwargs)
+
+
+def unpatched_forward(module: nn.Module, layer: PatchedLayer) -> Any:
+    """What the forward of a module of this layer was before any patch.
+
+    From the layer on, not from the module: another thread may have unpatched that.
+    """
+    for saved, attributes in earlier(layer)[-1].saved:
+        if saved is module and attributes["forward"] is not Absent:
+            return attributes["forward"]
+    return types.MethodType(type(module).forward, module)
 
 
 def warn_fallback(name: str, reason: str) -> None:

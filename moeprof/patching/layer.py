@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.ops import Matrices, operands_of
-from ..backends.spec import RouteSpec
+from ..backends.spec import RouteSpec, Rule
 from ..backends.tables import WeightTable
 from ..models.families.base import Layout
+from ..models.families.rules import Settings
 from ..models.guards import Unchanged
 from ..models.routing import Routing
 from ..null import LayerNull, TokenNull
@@ -31,35 +32,40 @@ class PatchedLayer(Patched):
     index: int  # among the model's MoE blocks
     num_experts: int
     family: Layout
-    router: Router | Callable[..., Any] | None  # None: the model's own top-k
+    router: Router | Callable[..., Any] | None  # None: the model's own
     null: LayerNull | TokenNull | None
     norm: str
     strict: bool
+    fused: bool  # one call to C runs the whole block; else its gate and its experts are ours
+    own_logits: bool  # they can be had without the choice of the gate, which has a known rule
     callbacks: tuple[Callback, ...] = ()  # of `Handle.on_routing`, in the order that they came
     fallback: str | None = None  # why the model's own forward runs, once it does
     cap: "CapWatch | None" = None  # of a router on a null whose max_k is None
     # The model's settings, and what was made of them; the block's experts, as they were read.
-    _spec: tuple[tuple[int, bool], RouteSpec, Any] | None = None
+    _spec: tuple[Settings, RouteSpec, Any] | None = None
     _read: tuple[nn.Module, Unchanged, WeightTable] | None = None
 
-    def spec(self, settings: tuple[int, bool]) -> tuple[RouteSpec, Any]:
+    def spec(self, block: nn.Module) -> tuple[RouteSpec, Any]:
         """(what the router is told, the same as operands of `moe_op`).
 
-        settings: (top_k, norm_topk_prob) of the model. They are read in every call, and the spec
-        made anew when they have changed.
+        The model's settings are read in every call, and the spec is made anew when they have
+        changed.
         """
+        settings = self.family.settings(block)
         if self._spec is None or self._spec[0] != settings:
-            spec = self._make_spec(*settings)
+            spec = self._make_spec(settings, self.family.rule(block))
             self._spec = settings, spec, operands_of(spec)
         return self._spec[1:]
 
-    def _make_spec(self, top_k: int, renormalises: bool) -> RouteSpec:
-        router = TopK(top_k) if self.router is None else self.router
+    def _make_spec(self, settings: Settings, rule: Rule) -> RouteSpec:
+        router = TopK(settings.top_k) if self.router is None else self.router
         norm = self.norm
         if norm == "model":
-            norm = "sum" if renormalises else "none"
+            norm = "sum" if settings.renormalises else "none"
         assert isinstance(router, Router)
-        return router.spec(self.num_experts, norm=norm, norm_k=top_k, null=self.null)
+        return router.spec(
+            self.num_experts, norm=norm, norm_k=settings.top_k, null=self.null, rule=rule
+        )
 
     def table(self, block: nn.Module) -> tuple[Matrices, str | None]:
         """(where the matrices of the block's experts lie, None), or ([], why it can't run in C).

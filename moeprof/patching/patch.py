@@ -21,6 +21,7 @@ from .handle import UNDO_ALL, Handle, in_words
 from .install import install, restore
 from .layer import CapWatch, PatchedLayer
 from .linears import PatchedLinear, find_linears, linear_forward
+from .seam import experts_forward, gate_forward, seam_forward
 from .state import STATE
 
 NORMS = ("model", "none", "sum", "mass")
@@ -138,22 +139,45 @@ def plan_patch(
                 raise ValueError(not_runnable(block.title, reason))
             skipped[block.title] = reason
             continue
-        num_experts = block.family.num_experts(block.module)
-        layer = PatchedLayer(
-            block.title,
-            index,
-            num_experts,
-            block.family,
-            routers[index],
-            nulls[index],
-            norm,
-            strict,
-        )
-        if layer.router is None or isinstance(layer.router, Router):
-            layer.spec(block.family.settings(block.module))  # raises what only the layer tells
+        layer = _layer(block, index, routers[index], nulls[index], norm, strict)
         layers.append((block.module, layer))
     _watch_caps([layer for _, layer in layers])
     return Planned(blocks, layers, skipped)
+
+
+def _layer(
+    block: Block,
+    index: int,
+    router: Router | Callable[..., Any] | None,
+    null: LayerNull | TokenNull | None,
+    norm: str,
+    strict: bool,
+) -> PatchedLayer:
+    """What a patched block carries; raises what only the layer tells."""
+    family, module = block.family, block.module
+    checked = block.check()
+    layer = PatchedLayer(
+        block.title,
+        index,
+        family.num_experts(module),
+        family,
+        router,
+        null,
+        norm,
+        strict,
+        fused=family.is_fused(module) and checked.rule is not None and checked.own_logits,
+        own_logits=checked.own_logits and checked.rule is not None,
+    )
+    if isinstance(router, Router) and checked.rule is None:
+        raise ValueError(
+            f"{block.title}: a router of moeprof needs the rule by which the model's own weighs "
+            f"experts, and it isn't known of a {family.family.name} block here: {checked.reason}; "
+            "moeprof.inspect(model) shows it. Without a router, moeprof.patch(model) runs the "
+            "experts that the model's own router chooses"
+        )
+    if checked.rule is not None and (router is None or isinstance(router, Router)):
+        layer.spec(module)
+    return layer
 
 
 def unpatch(model: nn.Module) -> None:
@@ -298,7 +322,14 @@ def _warn_nested(left: list[PatchedLayer]) -> None:
 
 def _changes(block: nn.Module, layer: PatchedLayer) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """(module, its forward while patched), the block first."""
+    family = layer.family
+    if not layer.fused:
+        return [
+            (block, seam_forward),
+            (family.gate_of(block), gate_forward),
+            (family.experts_of(block), experts_forward),
+        ]
     changes = [(block, block_forward)]
-    if layer.family.gate_forward and layer.family.has_stock_gate(block):
-        changes.append((layer.family.gate_of(block), layer.family.gate_forward))
+    if family.gate_forward and family.has_stock_gate(block):
+        changes.append((family.gate_of(block), family.gate_forward))
     return changes

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import _C
 from ..backends.cpu import get_num_threads
-from ..backends.spec import RouteSpec
+from ..backends.spec import PLAIN, RouteSpec, Rule
 from ..late import late
 
 if TYPE_CHECKING:
@@ -170,15 +170,17 @@ class Router:
             for one in values if rule else ():
                 check(f.name, one, **rule)
 
-    def limits(self, num_experts: int) -> tuple[int, int]:
-        """(min_k, max_k) for E = ``num_experts``; ValueError if they do not fit."""
-        max_k = self.max_k
+    def limits(self, num_experts: int, eligible: int | None = None) -> tuple[int, int]:
+        """(min_k, max_k) for E = ``num_experts``, of which a token may use ``eligible``, None for
+        all; ValueError if they do not fit."""
+        max_k, most = self.max_k, num_experts if eligible is None else eligible
         if max_k is None:
-            max_k = min(CAP, num_experts) if self.wants_null else num_experts
+            max_k = min(CAP, most) if self.wants_null else most
         for name, value in (("min_k", self.min_k), ("max_k", max_k)):
-            if not 1 <= value <= num_experts:
-                got = shown(value)
-                raise ValueError(f"{name}: expected 1 to {num_experts} (experts), got {got}")
+            if not 1 <= value <= most:
+                raise ValueError(
+                    f"{name}: expected 1 to {most} ({_of(most, num_experts)}), got {shown(value)}"
+                )
         if self.min_k > max_k:
             raise ValueError(f"min_k: expected at most max_k={max_k}, got {self.min_k}")
         return self.min_k, max_k
@@ -300,10 +302,11 @@ class Router:
         norm: str,
         norm_k: int = 1,
         null: "LayerNull | TokenNull | None" = None,
+        rule: Rule = PLAIN,
     ) -> RouteSpec:
         """What a backend is told of this router at a layer; null: its LayerNull or TokenNull,
-        None for the `normal` null."""
-        min_k, max_k = self.limits(num_experts)
+        None for the `normal` null; rule: what the model makes of its logits."""
+        min_k, max_k = self.limits(num_experts, rule.eligible(num_experts))
         return RouteSpec(
             self.name,
             tuple(self.parameters(null).values()),
@@ -314,6 +317,7 @@ class Router:
             norm_k,
             ("normal", "logit", None) if null is None else null.spec,
             self.table(num_experts, null),
+            rule,
             num_experts=num_experts,
         )
 
@@ -392,6 +396,13 @@ class Router:
         total = softmax.sum(axis=1, keepdims=True)
         np.put_along_axis(weights, order, softmax / total, axis=1)
         return weights, rejections
+
+
+def _of(eligible: int, num_experts: int) -> str:
+    """What the number of experts that a token may use is."""
+    if eligible == num_experts:
+        return "experts"
+    return f"of {num_experts} experts, those in the groups that a token may use"
 
 
 def warn_if_capped(

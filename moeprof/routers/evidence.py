@@ -170,8 +170,8 @@ class WeightedBH(OnNull):
             )
         return weights
 
-    def limits(self, num_experts: int) -> tuple[int, int]:
-        limits = super().limits(num_experts)
+    def limits(self, num_experts: int, eligible: int | None = None) -> tuple[int, int]:
+        limits = super().limits(num_experts, eligible)
         self.table(num_experts)  # min_k against the weights
         return limits
 

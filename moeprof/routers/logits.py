@@ -38,11 +38,12 @@ class TopK(Router):
         if self.max_k is None and not isinstance(self.k, tuple):
             object.__setattr__(self, "max_k", self.k)
 
-    def limits(self, num_experts: int) -> tuple[int, int]:
-        if not isinstance(self.k, tuple) and self.k > num_experts:
+    def limits(self, num_experts: int, eligible: int | None = None) -> tuple[int, int]:
+        most = num_experts if eligible is None else eligible
+        if not isinstance(self.k, tuple) and self.k > most:
             got = shown(self.k)
-            raise ValueError(f"k: expected at most {num_experts} (experts), got {got}")
-        return super().limits(num_experts)
+            raise ValueError(f"k: expected at most {most} (experts), got {got}")
+        return super().limits(num_experts, eligible)
 
     def count(self, tokens: Tokens) -> np.ndarray:
         return np.full(len(tokens.z), self.k)

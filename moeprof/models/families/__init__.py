@@ -1,38 +1,257 @@
 """The families of MoE blocks that `moeprof.patch` knows, a record each.
 
-To add one whose blocks hold a gate and SwiGLU experts and do nothing else: a record here, and a
-row in tests/zoo.py.
+To add one: a record here, and a row in tests/zoo.py. `GateRule` in rules.py says what a rule
+may name; a gate that doesn't do what its record says keeps its own choice.
 """
 
 import sys
-from functools import lru_cache
+from functools import cache
 
 from torch import nn
 
 from .base import Family, Layout
 from .listed import Listed
 from .packed import Packed
+from .rules import GateRule
+
+# ---- rules that several families share ----
+
+SOFTMAX = GateRule(renormalises="norm_topk_prob")
+SOFTMAX_SCALED = GateRule()  # always to sum 1
+SOFTMAX_FLOAT = GateRule(rounds=False)
+SOFTMAX_PLAIN = GateRule(renormalises=False)
+# Of DeepSeek-V3: sigmoid, a bias that balances the load, groups by their two best experts.
+SIGMOID_GROUPS = GateRule(
+    affinity="sigmoid",
+    renormalises="norm_topk_prob",
+    bias="e_score_correction_bias",
+    groups=("num_group", "topk_group"),
+    epsilon=1e-20,
+    scale="routed_scaling_factor",
+    rounds=False,
+    logits="float32",
+)
+# Of DeepSeek-V2: softmax, groups by their best expert.
+SOFTMAX_GROUPS = GateRule(
+    renormalises=False,
+    groups=("num_group", "topk_group"),
+    groups_if=("topk_method", "group_limited_greedy"),
+    best=1,
+    scale="routed_scaling_factor",
+    rounds=False,
+    logits="float32",
+)
+# Of Ernie 4.5: softmax, a bias in a module of its own.
+SOFTMAX_BIAS = GateRule(
+    bias="moe_statics.e_score_correction_bias", floor="norm_min", logits="float32"
+)
+# The block keeps the bias and gives it to its gate.
+SIGMOID_GIVEN = GateRule(
+    affinity="sigmoid",
+    bias="block.e_score_correction_bias",
+    takes=("block.e_score_correction_bias",),
+    rounds=False,
+)
+SIGMOID_SCORE_FN = GateRule(
+    affinity="score_fn",
+    bias="e_score_correction_bias",
+    epsilon=1e-20,
+    scale="routed_scaling_factor",
+    rounds=False,
+)
+
+_ROUTER = "router"  # the attribute of a block that holds its gate, where that isn't "gate"
 
 FAMILIES = (
-    Family(
-        name="olmoe",
-        module="transformers.models.olmoe.modeling_olmoe",
-        block="OlmoeSparseMoeBlock",
-        router="OlmoeTopKRouter",
-        experts="OlmoeExperts",
-        expert="OlmoeMLP",
+    Family("olmoe", SOFTMAX, fused=True, blocks=("OlmoeSparseMoeBlock",), expert="OlmoeMLP"),
+    # softmax, top-k
+    *(Family(name, SOFTMAX, fused=True) for name in ("flex_olmo", "mellum", "qwen3_moe")),
+    *(Family(name, SOFTMAX) for name in ("qwen2_moe", "qwen3_next", "qwen3_omni_moe", "qwen4_exp")),
+    *(Family(name, SOFTMAX_SCALED) for name in ("qwen3_5_moe", "qwen3_vl_moe")),
+    *(Family(name, SOFTMAX_FLOAT, fused="jitter_noise") for name in ("mixtral", "minimax")),
+    Family("jamba", SOFTMAX_PLAIN, _ROUTER, fused=True),
+    Family("lara_mini", GateRule(renormalises="norm_topk_prob", logits="float32")),
+    Family("hunyuan_v1_moe", GateRule(logits="", weight="wg.weight"), config_top_k="moe_topk"),
+    # top-k, then a softmax of these: the same as softmax, top-k, to sum 1
+    *(
+        Family(name, SOFTMAX_SCALED, _ROUTER, fused=True)
+        for name in ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
     ),
+    Family("gpt_oss", SOFTMAX_SCALED, _ROUTER),
+    Family("aria", SOFTMAX_SCALED, _ROUTER, config_top_k="moe_topk"),
+    Family("cohere2_moe", GateRule(affinity="expert_selection_fn", renormalises=True)),
+    Family(
+        "openai_privacy_filter",
+        GateRule(renormalises=True, rounds=False, logits="float32"),
+        _ROUTER,
+    ),
+    # softmax, with groups or a bias or a scale for each expert
+    *(Family(name, SOFTMAX_GROUPS) for name in ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")),
+    *(
+        Family(
+            name,
+            GateRule(
+                renormalises=scaled,
+                groups=("num_group", "topk_group"),
+                epsilon=1e-20,
+                scale="routed_scaling_factor",
+                rounds=False,
+                logits=logits,
+            ),
+        )
+        for name, scaled, logits in (
+            ("mistral4", "norm_topk_prob", "plain"),
+            ("mistral_large4", True, "float32"),
+        )
+    ),
+    *(Family(name, SOFTMAX_BIAS) for name in ("ernie4_5_moe", "ernie4_5_vl_moe")),
+    *(
+        Family(
+            name,
+            GateRule(
+                top_k="config.top_k_experts",
+                expert_scale="per_expert_scale",
+                logits="",
+                rounds=False,
+            ),
+            _ROUTER,
+            config_top_k="top_k_experts",
+        )
+        for name in ("gemma4", "diffusion_gemma")
+    ),
+    # sigmoid, a bias, groups
+    *(
+        Family(name, SIGMOID_GROUPS)
+        for name in (
+            "axk1",
+            "bailing_hybrid",
+            "deepseek_v3",
+            "deepseek_v32",
+            "dots1",
+            "exaone_moe",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "glm4v_moe",
+            "glm5_next",
+            "glm_moe_dsa",
+            "hy_v4",
+            "hy_v4_vl",
+            "kimi_linear",
+            "mimo_v2_flash",
+            "nemotron_h",
+            "solar_open",
+        )
+    ),
+    Family("dots3_note", SIGMOID_GROUPS, blocks=("Dots3NoteTextMoE",)),
+    Family(
+        "beam",
+        GateRule(
+            affinity="sigmoid",
+            renormalises="norm_topk_prob",
+            bias="e_score_correction_bias",
+            groups=("num_group", "topk_group"),
+            epsilon=1e-20,
+            rounds=False,
+            logits="float32",
+        ),
+    ),
+    # sigmoid, without groups
+    Family("minimax_m2", SIGMOID_GIVEN),
+    Family(
+        "minimax_m3_vl",
+        GateRule(affinity="sigmoid", bias="e_score_correction_bias", rounds=False),
+    ),
+    *(
+        Family(
+            name,
+            GateRule(
+                affinity="sigmoid",
+                bias="block.e_score_correction_bias",
+                takes=("block.e_score_correction_bias",),
+                epsilon=1e-20,
+                scale="router_scaling_factor",
+                rounds=False,
+                logits="float32",
+            ),
+            blocks=blocks,
+        )
+        for name, blocks in (("hy_v3", ()), ("dots3_note", ("Dots3NoteVisionMoE",)))
+    ),
+    Family(
+        "afmoe",
+        GateRule(
+            affinity="sigmoid",
+            bias="block.expert_bias",
+            takes=("block.expert_bias",),
+            epsilon=1e-20,
+            scale="route_scale",
+            rounds=False,
+            logits="",
+        ),
+        _ROUTER,
+    ),
+    Family(
+        "lfm2_moe",
+        GateRule(
+            affinity="sigmoid",
+            renormalises="norm_topk_prob",
+            bias="block.expert_bias",
+            takes=("block.expert_bias",),
+            epsilon=1e-6,
+            scale="routed_scaling_factor",
+        ),
+    ),
+    Family(
+        "flint",
+        GateRule(affinity="sigmoid", renormalises="norm_topk_prob", rounds=False, logits="float32"),
+    ),
+    Family(
+        "laguna",
+        GateRule(affinity="sigmoid", bias="e_score_correction_bias", logits=""),
+    ),
+    Family(
+        "kolibri1",
+        GateRule(
+            affinity="sigmoid",
+            renormalises="norm_topk_prob",
+            bias="e_score_correction_bias",
+            on_logits=True,
+            rounds=False,
+            logits="float32",
+        ),
+    ),
+    Family(
+        "muse_spark",
+        GateRule(
+            affinity="sigmoid",
+            bias="e_score_correction_bias",
+            epsilon=1e-15,
+            scale="routed_scaling_factor",
+            rounds=False,
+            logits="",
+        ),
+    ),
+    # the function in the gate
+    *(Family(name, SIGMOID_SCORE_FN) for name in ("deepseek_v4", "inkling2", "inkling2_loop")),
+    # Their own router chooses, by a rule that is none of these: masks and shares of their own.
+    *(Family(name, GateRule(logits="")) for name in ("axk2", "inkling", "zaya")),
+    Family("phimoe", GateRule(logits=""), _ROUTER),
 )
 
 
 def family_of(block: nn.Module) -> Layout | None:
     """How to read this block, or None if it is of no family that is known here."""
-    family = next((f for f in FAMILIES if f.is_of(block)), None)
-    return None if family is None else _layout(family)
+    module = type(block).__module__
+    if not module.startswith("transformers.models."):
+        return None
+    for family in FAMILIES:
+        if family.module == module and _layout(family).is_of(block):
+            return _layout(family)
+    return None
 
 
-@lru_cache
+@cache
 def _layout(family: Family) -> Layout:
     """In the layout of the transformers that the family's module is of."""
-    is_packed = hasattr(sys.modules[family.module], family.experts)
+    is_packed = "use_experts_implementation" in vars(sys.modules[family.module])
     return Packed(family) if is_packed else Listed(family)

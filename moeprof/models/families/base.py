@@ -6,14 +6,18 @@ one differ by their records alone.
 
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from ...backends.spec import Rule
 from ...backends.tables import tensor_obstacle
 from ..guards import Unchanged, gate_obstacle
 from ..reading import read_gate
 from ..routing import Routing
+from .rules import Checked, GateRule, RuleReader, Settings, check_gate
 
 
 @dataclass(frozen=True)
@@ -21,44 +25,40 @@ class Family:
     """What of a family of blocks can't be read from its modules. Names are those of classes.
 
     name : as transformers calls the model's folder, "olmoe"
-    module : the Python module that the classes are from
-    block : holds gate and experts, and does nothing else
-    router, experts : the gate, and the module of all experts, of transformers 5
+    rule : how its own router chooses
+    gate_at, experts_at : the attributes of the block that hold gate and experts
+    fused : the block does nothing else than to call its gate and its experts; a text is an
+        attribute of the block that makes it do more, unless it is 0
+    config_top_k : what the configuration calls the number of experts that a token gets
+    blocks : the classes of transformers 4, where experts are no module with a call of its own;
+        of transformers 5 a block is what holds a gate and experts
     expert : one expert of transformers 4, where the gate is torch's Linear
-    gate_at, experts_at : the attributes of the block that hold them
-    top_k, renormalises : the attributes by which the model's own router says how many experts
-        it takes, and whether their weights are scaled to sum 1
-    config_top_k : the first of them in the model's configuration
-    rule : the model's own router in words
     """
 
     name: str
-    module: str
-    block: str
-    router: str
-    experts: str
-    expert: str
+    rule: GateRule = GateRule()
     gate_at: str = "gate"
     experts_at: str = "experts"
-    top_k: str = "top_k"
-    renormalises: str = "norm_topk_prob"
+    fused: bool | str = False
     config_top_k: str = "num_experts_per_tok"
-    rule: str = "softmax, top-k"
+    blocks: tuple[str, ...] = ()
+    expert: str = ""
 
-    def is_of(self, block: nn.Module) -> bool:
-        kind = type(block)
-        return kind.__name__ == self.block and kind.__module__ == self.module
+    @cached_property
+    def module(self) -> str:
+        """The Python module that its classes are from."""
+        return f"transformers.models.{self.name}.modeling_{self.name}"
 
 
 class Layout:
     """The blocks of one family, read in the layout of the transformers that is installed."""
 
+    gate_forward: Any = None  # replaces gate.forward of a fused block, where one is needed
     flags: ClassVar[tuple[str, ...]] = ()  # attributes of modules that `read_experts` looks at
-    gate_forward: ClassVar[Any] = None  # replaces gate.forward, where one is needed
-    gate_class: type[nn.Module]
 
     def __init__(self, family: Family):
         self.family = family
+        self.reader = RuleReader(family.rule)
         self.classes = vars(sys.modules[family.module])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Layout":
@@ -66,12 +66,15 @@ class Layout:
 
     # What a layout has to say:
 
+    def is_of(self, block: nn.Module) -> bool:
+        """Is this a block of the family? It is of one of the family's classes."""
+        raise NotImplementedError  # abstract
+
     def num_experts(self, block: nn.Module) -> int:
         raise NotImplementedError  # abstract
 
-    def settings(self, block: nn.Module) -> tuple[int, bool]:
-        """(top_k, whether the weights are scaled to sum 1) of the model's own router, as it is
-        set now."""
+    def settings(self, block: nn.Module) -> Settings:
+        """What the model's own router is set to now."""
         raise NotImplementedError  # abstract
 
     def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
@@ -79,6 +82,10 @@ class Layout:
 
         Not where the modules, a hook or a forward among them are others than the stock ones.
         """
+        raise NotImplementedError  # abstract
+
+    def has_stock_gate(self, block: nn.Module) -> bool:
+        """Has it the gate that transformers gave it? Otherwise a user has put in another."""
         raise NotImplementedError  # abstract
 
     def logits(self, gate: nn.Module, x: Tensor) -> Tensor:
@@ -99,9 +106,18 @@ class Layout:
         experts: nn.Module = vars(block)["_modules"][self.family.experts_at]
         return experts
 
-    def has_stock_gate(self, block: nn.Module) -> bool:
-        """Has it the gate that transformers gave it? Otherwise a user has put in another."""
-        return type(self.gate_of(block)) is self.gate_class
+    def rule(self, block: nn.Module) -> Rule:
+        """What the model's own router makes of its logits, as it is set now."""
+        return self.reader.rule(block, self.gate_of(block))
+
+    def is_fused(self, block: nn.Module) -> bool:
+        """Does it nothing else than to call its gate and its experts?"""
+        fused = self.family.fused
+        return not getattr(block, fused) if isinstance(fused, str) else fused
+
+    def check(self, block: nn.Module, dtype: torch.dtype) -> Checked:
+        """Does the stock gate do what the record says? dtype: of the hidden states."""
+        return check_gate(self.reader, block, self.gate_of(block), dtype)
 
     def readable(self, block: nn.Module) -> tuple[list[Tensor], str | None]:
         """(the matrices of the experts, None), or ([], why this block can't run on the C path
@@ -115,7 +131,7 @@ class Layout:
 
     def obstacle(self, block: nn.Module) -> str | None:
         """What stands before the experts of this block and would be passed by, or None."""
-        return gate_obstacle(self.gate_of(block), self.gate_class, type(self).gate_forward)
+        return gate_obstacle(self.gate_of(block), self.has_stock_gate(block))
 
     def unchanged(self, block: nn.Module) -> Unchanged:
         """Tells later whether what `read_experts` read is still so."""
@@ -124,7 +140,7 @@ class Layout:
     def route(self, block: nn.Module, x: Tensor, name: str) -> Routing:
         """What the gate of the block `name`, stock or a user's, says of x (T, H)."""
         gate = self.gate_of(block)
-        if type(gate) is self.gate_class:
+        if self.has_stock_gate(block):
             return Routing(None, None, logits=self.logits(gate, x))
         return read_gate(gate(x), len(x), self.num_experts(block), name)
 

@@ -1,10 +1,13 @@
 """The layout of transformers 4.57: the gate is a Linear, each expert a module of three Linears."""
 
+import torch
 from torch import Tensor, nn
 
+from ...backends.spec import Rule
 from ..guards import full_name, hooked
 from ..routing import Routing
 from .base import Layout, is_silu
+from .rules import Checked, Settings
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -59,13 +62,25 @@ class Listed(Layout):
     logits beside the hidden states."""
 
     flags = ("act_fn",)
-    gate_class = nn.Linear
+    gate_forward = None  # a Linear gives logits and nothing else
+
+    def is_of(self, block: nn.Module) -> bool:
+        return type(block).__name__ in self.family.blocks
+
+    def has_stock_gate(self, block: nn.Module) -> bool:
+        return type(self.gate_of(block)) is nn.Linear
 
     def num_experts(self, block: nn.Module) -> int:
         return len(vars(self.experts_of(block))["_modules"])
 
-    def settings(self, block: nn.Module) -> tuple[int, bool]:
-        return getattr(block, self.family.top_k), getattr(block, self.family.renormalises)
+    def settings(self, block: nn.Module) -> Settings:
+        return self.reader.settings(block, block)  # what is a gate's there, is the block's here
+
+    def rule(self, block: nn.Module) -> Rule:
+        return self.reader.rule(block, block)
+
+    def check(self, block: nn.Module, dtype: torch.dtype) -> Checked:
+        return Checked(self.rule(block), True, "")  # the gate has no choice of its own to check
 
     def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
         if type(experts) is not nn.ModuleList:

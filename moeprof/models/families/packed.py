@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from ..guards import full_name, hooked
 from ..routing import Routing
-from .base import Family, Layout, is_silu
+from .base import Layout, is_silu
+from .rules import Settings
 
 # Of a module of experts, in its class or its instance: how it keeps and uses its tensors.
 FLAGS = (
@@ -20,40 +21,62 @@ FLAGS = (
 
 
 def _gate_forward(self: Any, hidden_states: Tensor, *, logits_only: bool = False) -> Any:
-    """The router's forward while its block is patched; bound to the router.
+    """The router's forward while its block is patched and makes one call to C; bound to it.
 
     The block asks for logits only: no top-k runs, and the recorder of router logits, a hook
     on the router, still sees them. For everyone else it is the stock router.
     """
     if not logits_only:
         return type(self).forward(self, hidden_states)
-    logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-    return logits, None, None
+    return F.linear(hidden_states, self.weight, getattr(self, "bias", None)), None, None
+
+
+def _gate_forward_float32(self: Any, hidden_states: Tensor, *, logits_only: bool = False) -> Any:
+    """The same of a router whose logits are computed in float32."""
+    if not logits_only:
+        return type(self).forward(self, hidden_states)
+    return F.linear(hidden_states.float(), self.weight.float()), None, None
 
 
 class Packed(Layout):
     """Experts in `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I); a router that chooses."""
 
     flags = (*FLAGS, "act_fn")
-    gate_forward = staticmethod(_gate_forward)
 
-    def __init__(self, family: Family):
-        super().__init__(family)
-        self.gate_class = self.classes[family.router]
-        self.experts_class: type[nn.Module] = self.classes[family.experts]
+    @property
+    def gate_forward(self) -> Any:
+        """Replaces gate.forward where a block makes one call to C."""
+        return _gate_forward if self.family.rule.logits == "plain" else _gate_forward_float32
+
+    def is_of(self, block: nn.Module) -> bool:
+        children = vars(block)["_modules"]
+        names = self.family.blocks
+        return (
+            children.get(self.family.experts_at) is not None
+            and children.get(self.family.gate_at) is not None
+            and (not names or type(block).__name__ in names)
+        )
 
     def num_experts(self, block: nn.Module) -> int:
         return len(self.experts_of(block).down_proj)  # type: ignore[arg-type]  # a parameter
 
-    def settings(self, block: nn.Module) -> tuple[int, bool]:
-        gate, family = self.gate_of(block), self.family
-        if type(gate) is self.gate_class:
-            return getattr(gate, family.top_k), getattr(gate, family.renormalises)
+    def has_stock_gate(self, block: nn.Module) -> bool:
+        return type(self.gate_of(block)).__module__ == self.family.module
+
+    def settings(self, block: nn.Module) -> Settings:
+        gate, rule = self.gate_of(block), self.family.rule
+        if self.has_stock_gate(block):
+            return self.reader.settings(block, gate)
         config = self.experts_of(block).config  # a user's router: what the model was made with
-        return getattr(config, family.config_top_k), getattr(config, family.renormalises)
+        scaled = rule.renormalises
+        return Settings(
+            getattr(config, self.family.config_top_k),
+            bool(getattr(config, scaled)) if isinstance(scaled, str) else scaled,
+            (),
+        )
 
     def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
-        if type(experts) is not self.experts_class:
+        if type(experts).__module__ != self.family.module:
             return [], f"experts of class {full_name(experts)}"
         for module in experts.modules():
             if reason := hooked(module):

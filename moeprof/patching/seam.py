@@ -1,0 +1,139 @@
+"""What runs where a patched block does more than to call its gate and its experts.
+
+The block's own forward runs, and its gate and its experts are ours. Both know by `_CALLS` which
+call of their block they are in; outside one they are what they were.
+"""
+
+import threading
+from time import perf_counter_ns
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..backends.ops import Matrices, matrices_of, run_experts, run_route
+from ..backends.tables import routing_obstacle
+from ..models.blocks import not_runnable
+from ..models.reading import as_logits, read_gate
+from ..models.routing import Routing
+from .forward import (
+    choose_in_python,
+    hidden_obstacle,
+    input_obstacle,
+    own_forward,
+    ran,
+    tell,
+    unpatched_forward,
+)
+from .layer import PatchedLayer
+from .observers import observers_of
+from .state import STATE
+
+
+class _Call:
+    """One call of a block."""
+
+    def __init__(self, block: nn.Module, layer: PatchedLayer, table: Matrices):
+        self.block, self.layer, self.table = block, layer, table
+        self.gate, self.experts = layer.family.gate_of(block), layer.family.experts_of(block)
+        self.said: Routing | None = None  # what the gate returned
+        self.given: tuple[Tensor, Tensor] | None = None  # (weights, expert_ids) that ran
+
+    def ran(self) -> Routing:
+        """The routing that ran."""
+        assert self.given is not None
+        weights, expert_ids = self.given
+        said = self.said
+        if said is not None and said.expert_ids is expert_ids and said.counts is not None:
+            return said
+        return ran(self.layer, weights, expert_ids, None if said is None else said.logits)
+
+
+_CALLS = threading.local()  # .stack: the calls that this thread is in, the innermost last
+
+
+def _call_of(module: nn.Module) -> _Call | None:
+    """The call that this gate, or these experts, are in; None outside."""
+    stack: list[_Call] = getattr(_CALLS, "stack", [])
+    inside = stack and (stack[-1].gate is module or stack[-1].experts is module)
+    return stack[-1] if inside else None
+
+
+def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The block's forward; bound to the block, so that a copy uses its own weights."""
+    layer: PatchedLayer | None = vars(self).get(STATE)
+    if layer is None:  # another thread unpatched the block since it looked this forward up
+        return self.forward(*args, **kwargs)
+    watched = bool(layer.callbacks or observers_of(self))
+    start = perf_counter_ns() if watched else 0
+    hidden_states = args[0] if args else next(iter(kwargs.values()))
+    table, reason = layer.table(self)
+    if reason := reason or hidden_obstacle(matrices_of(table)[0], hidden_states):
+        return own_forward(self, layer, reason, args, kwargs)
+    call = _Call(self, layer, table)
+    stack = vars(_CALLS).setdefault("stack", [])
+    stack.append(call)
+    try:
+        output = unpatched_forward(self, layer)(*args, **kwargs)
+    finally:
+        stack.pop()
+    if watched and call.given is not None:
+        by_user = not layer.family.has_stock_gate(self)
+        tell(self, layer, hidden_states, call.ran(), by_user, start)
+    return output
+
+
+def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The gate's forward: it returns what it did, with our choice of experts."""
+    call = _call_of(self)
+    if call is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    layer = call.layer
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    is_stock = layer.family.has_stock_gate(call.block)
+    rest: tuple[Any, ...] = ()
+    if layer.own_logits and is_stock:
+        recorded = layer.family.reader.logits(self, x)
+        said = Routing(None, None, logits=recorded)
+    else:
+        output = type(self).forward(self, hidden_states, *args, **kwargs)
+        # Of what a stock router returns, what comes after its choice is for its block.
+        said = read_gate(output[:3] if is_stock else output, len(x), layer.num_experts, layer.name)
+        if is_stock and said.logits is not None:
+            said = said._replace(logits=as_logits(said.logits))
+        if layer.router is None:
+            call.said = said
+            return output
+        recorded, rest = (output[0], output[3:]) if is_stock else (said.logits, ())
+    call.said = _choose(call, said, x)
+    return recorded, call.said.weights, call.said.expert_ids, *rest
+
+
+def _choose(call: _Call, said: Routing, x: Tensor) -> Routing:
+    """The routing of hidden states x (T, H) of which the gate said `said`."""
+    layer = call.layer
+    chosen = choose_in_python(layer, said)
+    if chosen is not None:
+        return Routing(*chosen, logits=said.logits)
+    assert said.logits is not None
+    spec, operands = layer.spec(call.block)
+    given = said.logits if said.logits.dtype == x.dtype else said.logits.float()
+    routing = run_route(given, x, spec, operands, layer.name)
+    if layer.cap is not None:
+        layer.cap.see(routing[3])
+    return Routing(*routing, logits=said.logits)
+
+
+def experts_forward(
+    self: Any, hidden_states: Tensor, expert_ids: Tensor, routing_weights: Tensor
+) -> Tensor:
+    """The experts' forward: what the block gives them, whoever chose it, in C."""
+    call = _call_of(self)
+    if call is None:
+        out: Tensor = type(self).forward(self, hidden_states, expert_ids, routing_weights)
+        return out
+    name = call.layer.name
+    reason = input_obstacle(call.table, hidden_states)
+    if reason := reason or routing_obstacle(expert_ids, routing_weights):
+        raise RuntimeError(not_runnable(name, reason))
+    call.given = routing_weights, expert_ids
+    return run_experts(hidden_states, expert_ids, routing_weights, call.table, name)
