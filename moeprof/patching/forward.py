@@ -39,7 +39,7 @@ def block_forward(self: Any, hidden_states: Tensor) -> Any:
     said = family.route(self, x, layer.name)
     out, routing = _run(self, layer, x, said, table)
     tell(self, layer, hidden_states, routing, said.expert_ids is not None, start)
-    return family.output(out.reshape(hidden_states.shape), said)
+    return family.output(self, hidden_states, out.reshape(hidden_states.shape), said)
 
 
 def tell(

@@ -25,7 +25,7 @@ SIGMOID_GROUPS = GateRule(
     affinity="sigmoid",
     renormalises="norm_topk_prob",
     bias="e_score_correction_bias",
-    groups=("num_group", "topk_group"),
+    groups=("num_group|n_group", "topk_group"),
     epsilon=1e-20,
     scale="routed_scaling_factor",
     rounds=False,
@@ -34,7 +34,7 @@ SIGMOID_GROUPS = GateRule(
 # Of DeepSeek-V2: softmax, groups by their best expert.
 SOFTMAX_GROUPS = GateRule(
     renormalises=False,
-    groups=("num_group", "topk_group"),
+    groups=("num_group|n_group", "topk_group"),
     groups_if=("topk_method", "group_limited_greedy"),
     best=1,
     scale="routed_scaling_factor",
@@ -63,13 +63,43 @@ SIGMOID_SCORE_FN = GateRule(
 _ROUTER = "router"  # the attribute of a block that holds its gate, where that isn't "gate"
 
 FAMILIES = (
-    Family("olmoe", SOFTMAX, fused=True, blocks=("OlmoeSparseMoeBlock",), expert="OlmoeMLP"),
     # softmax, top-k
-    *(Family(name, SOFTMAX, fused=True) for name in ("flex_olmo", "mellum", "qwen3_moe")),
-    *(Family(name, SOFTMAX) for name in ("qwen2_moe", "qwen3_next", "qwen3_omni_moe", "qwen4_exp")),
+    *(
+        Family(
+            name, SOFTMAX, fused=True, blocks=(f"{prefix}SparseMoeBlock",), expert=f"{prefix}MLP"
+        )
+        for name, prefix in (
+            ("olmoe", "Olmoe"),
+            ("flex_olmo", "FlexOlmo"),
+            ("qwen3_moe", "Qwen3Moe"),
+        )
+    ),
+    Family("mellum", SOFTMAX, fused=True),
+    *(
+        Family(name, SOFTMAX, blocks=(f"{prefix}SparseMoeBlock",), expert=f"{prefix}MLP")
+        for name, prefix in (("qwen2_moe", "Qwen2Moe"), ("qwen3_next", "Qwen3Next"))
+    ),
+    *(Family(name, SOFTMAX) for name in ("qwen3_omni_moe", "qwen4_exp")),
     *(Family(name, SOFTMAX_SCALED) for name in ("qwen3_5_moe", "qwen3_vl_moe")),
-    *(Family(name, SOFTMAX_FLOAT, fused="jitter_noise") for name in ("mixtral", "minimax")),
-    Family("jamba", SOFTMAX_PLAIN, _ROUTER, fused=True),
+    *(
+        Family(
+            name,
+            SOFTMAX_FLOAT,
+            fused="jitter_noise",
+            blocks=(f"{prefix}SparseMoeBlock",),
+            expert=f"{prefix}BlockSparseTop2MLP",
+            projections=("w1", "w3", "w2"),
+        )
+        for name, prefix in (("mixtral", "Mixtral"), ("minimax", "MiniMax"))
+    ),
+    Family(
+        "jamba",
+        SOFTMAX_PLAIN,
+        _ROUTER,
+        fused=True,
+        blocks=("JambaSparseMoeBlock",),
+        expert="JambaMLP",
+    ),
     Family("lara_mini", GateRule(renormalises="norm_topk_prob", logits="float32")),
     Family("hunyuan_v1_moe", GateRule(logits="", weight="wg.weight"), config_top_k="moe_topk"),
     # top-k, then a softmax of these: the same as softmax, top-k, to sum 1
@@ -86,13 +116,20 @@ FAMILIES = (
         _ROUTER,
     ),
     # softmax, with groups or a bias or a scale for each expert
-    *(Family(name, SOFTMAX_GROUPS) for name in ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr")),
+    Family(
+        "deepseek_v2",
+        SOFTMAX_GROUPS,
+        blocks=("DeepseekV2Moe", "DeepseekV2MoE"),
+        expert="DeepseekV2MLP",
+        logged=False,
+    ),
+    *(Family(name, SOFTMAX_GROUPS) for name in ("deepseek_ocr2", "unlimited_ocr")),
     *(
         Family(
             name,
             GateRule(
                 renormalises=scaled,
-                groups=("num_group", "topk_group"),
+                groups=("num_group|n_group", "topk_group"),
                 epsilon=1e-20,
                 scale="routed_scaling_factor",
                 rounds=False,
@@ -104,7 +141,13 @@ FAMILIES = (
             ("mistral_large4", True, "float32"),
         )
     ),
-    *(Family(name, SOFTMAX_BIAS) for name in ("ernie4_5_moe", "ernie4_5_vl_moe")),
+    Family(
+        "ernie4_5_moe",
+        SOFTMAX_BIAS,
+        blocks=("Ernie4_5_MoeSparseMoeBlock",),
+        expert="Ernie4_5_MoeMLP",
+    ),
+    Family("ernie4_5_vl_moe", SOFTMAX_BIAS),
     *(
         Family(
             name,
@@ -121,17 +164,22 @@ FAMILIES = (
     ),
     # sigmoid, a bias, groups
     *(
+        Family(name, SIGMOID_GROUPS, blocks=(f"{prefix}MoE",), expert=f"{prefix}MLP", logged=False)
+        for name, prefix in (
+            ("deepseek_v3", "DeepseekV3"),
+            ("dots1", "Dots1"),
+            ("glm4_moe", "Glm4Moe"),
+            ("glm4v_moe", "Glm4vMoeText"),
+        )
+    ),
+    *(
         Family(name, SIGMOID_GROUPS)
         for name in (
             "axk1",
             "bailing_hybrid",
-            "deepseek_v3",
             "deepseek_v32",
-            "dots1",
             "exaone_moe",
-            "glm4_moe",
             "glm4_moe_lite",
-            "glm4v_moe",
             "glm5_next",
             "glm_moe_dsa",
             "hy_v4",
@@ -149,7 +197,7 @@ FAMILIES = (
             affinity="sigmoid",
             renormalises="norm_topk_prob",
             bias="e_score_correction_bias",
-            groups=("num_group", "topk_group"),
+            groups=("num_group|n_group", "topk_group"),
             epsilon=1e-20,
             rounds=False,
             logits="float32",

@@ -30,9 +30,11 @@ class Family:
     fused : the block does nothing else than to call its gate and its experts; a text is an
         attribute of the block that makes it do more, unless it is 0
     config_top_k : what the configuration calls the number of experts that a token gets
-    blocks : the classes of transformers 4, where experts are no module with a call of its own;
-        of transformers 5 a block is what holds a gate and experts
-    expert : one expert of transformers 4, where the gate is torch's Linear
+    blocks : the classes of its blocks; none stands for whatever holds a gate and experts, and
+        for no class of transformers 4
+    expert, projections : of transformers 4, the class of an expert and the attributes of it that
+        hold gate, up and down
+    logged : a block of transformers 4 returns the logits beside the hidden states
     """
 
     name: str
@@ -43,6 +45,8 @@ class Family:
     config_top_k: str = "num_experts_per_tok"
     blocks: tuple[str, ...] = ()
     expert: str = ""
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    logged: bool = True
 
     @cached_property
     def module(self) -> str:
@@ -92,8 +96,9 @@ class Layout:
         """What the stock gate says of x (T, H), through its __call__."""
         raise NotImplementedError  # abstract
 
-    def output(self, hidden: Tensor, said: Routing) -> Any:
-        """What the block's forward returns."""
+    def output(self, block: nn.Module, x: Tensor, hidden: Tensor, said: Routing) -> Any:
+        """What the block's forward returns: of its input x, and of `hidden`, what the experts
+        gave, in the same shape."""
         raise NotImplementedError  # abstract
 
     # Shared:

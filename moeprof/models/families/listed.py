@@ -1,18 +1,19 @@
-"""The layout of transformers 4.57: the gate is a Linear, each expert a module of three Linears."""
+"""The layout of transformers 4.57: each expert is a module of three Linears."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...backends.spec import Rule
 from ..guards import full_name, hooked
 from ..routing import Routing
 from .base import Layout, is_silu
-from .rules import Checked, Settings
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+from .rules import Checked, Settings, check_gate
 
 
-def _read_expert(expert: nn.Module, kind: type, matrices: list[Tensor]) -> str | None:
+def _read_expert(
+    expert: nn.Module, kind: type, projections: tuple[str, ...], matrices: list[Tensor]
+) -> str | None:
     """Append gate, up and down of an expert to `matrices`; or why they can't be read.
 
     A model has hundreds of these modules: so from their dicts, since an attribute of a module
@@ -28,7 +29,7 @@ def _read_expert(expert: nn.Module, kind: type, matrices: list[Tensor]) -> str |
         return f"activation {activation!r} (SiLU is supported)"
     if isinstance(activation, nn.Module) and (reason := hooked(activation)):
         return reason
-    for name in PROJECTIONS:
+    for name in projections:
         linear = parts[name]
         own = vars(linear)["_parameters"]
         if type(linear) is not nn.Linear:
@@ -58,29 +59,45 @@ def _shape_obstacle(matrices: list[Tensor]) -> str | None:
 
 
 class Listed(Layout):
-    """Experts in a ModuleList; the block chooses among what its Linear gives, and returns the
-    logits beside the hidden states."""
+    """Experts in a ModuleList, which the block runs one after the other; it chooses among what a
+    Linear gives, or its gate does that. Experts that all tokens share are added."""
 
     flags = ("act_fn",)
-    gate_forward = None  # a Linear gives logits and nothing else
 
     def is_of(self, block: nn.Module) -> bool:
         return type(block).__name__ in self.family.blocks
 
     def has_stock_gate(self, block: nn.Module) -> bool:
-        return type(self.gate_of(block)) is nn.Linear
+        gate = type(self.gate_of(block))
+        return gate is nn.Linear or gate.__module__ == self.family.module
 
     def num_experts(self, block: nn.Module) -> int:
         return len(vars(self.experts_of(block))["_modules"])
 
+    def _chooser(self, block: nn.Module) -> nn.Module:
+        """What has the settings: the gate, or the block where that is a Linear or a user's."""
+        gate = self.gate_of(block)
+        return gate if type(gate).__module__ == self.family.module else block
+
     def settings(self, block: nn.Module) -> Settings:
-        return self.reader.settings(block, block)  # what is a gate's there, is the block's here
+        return self.reader.settings(block, self._chooser(block))
 
     def rule(self, block: nn.Module) -> Rule:
-        return self.reader.rule(block, block)
+        return self.reader.rule(block, self._chooser(block))
 
     def check(self, block: nn.Module, dtype: torch.dtype) -> Checked:
-        return Checked(self.rule(block), True, "")  # the gate has no choice of its own to check
+        gate = self._chooser(block)
+        if gate is block:  # the gate has no choice of its own, and the block shows none
+            return Checked(self.rule(block), True, "")
+        return check_gate(self.reader, block, gate, dtype)
+
+    def is_fused(self, block: nn.Module) -> bool:
+        return True  # or nothing: its experts have no call that could be ours
+
+    def obstacle(self, block: nn.Module) -> str | None:
+        if not super().is_fused(block) and isinstance(self.family.fused, str):
+            return f"{self.family.fused} {getattr(block, self.family.fused)} where 0 is supported"
+        return super().obstacle(block)
 
     def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
         if type(experts) is not nn.ModuleList:
@@ -88,14 +105,22 @@ class Listed(Layout):
         if reason := hooked(experts):
             return [], reason
         matrices: list[Tensor] = []
+        kind, projections = self.classes[self.family.expert], self.family.projections
         for expert in vars(experts)["_modules"].values():
-            if reason := _read_expert(expert, self.classes[self.family.expert], matrices):
+            if reason := _read_expert(expert, kind, projections, matrices):
                 return [], reason
         return matrices, _shape_obstacle(matrices)
 
     def logits(self, gate: nn.Module, x: Tensor) -> Tensor:
-        logits: Tensor = gate(x)
+        if type(gate) is not nn.Linear:
+            return self.reader.logits(gate, x)
+        logits: Tensor = gate(x.float() if self.family.rule.logits == "float32" else x)
         return logits
 
-    def output(self, hidden: Tensor, said: Routing) -> tuple[Tensor, Tensor | None]:
-        return hidden, said.logits
+    def output(self, block: nn.Module, x: Tensor, hidden: Tensor, said: Routing) -> Any:
+        parts = vars(block)["_modules"]
+        if (shared := parts.get("shared_expert")) is not None:
+            hidden = hidden + F.sigmoid(block.shared_expert_gate(x)) * shared(x)
+        if (shared := parts.get("shared_experts")) is not None:
+            hidden = hidden + shared(x)
+        return (hidden, said.logits) if self.family.logged else hidden

@@ -94,7 +94,7 @@ class Packed(Layout):
             logits = gate(x)[0]
         return logits
 
-    def output(self, hidden: Tensor, said: Routing) -> Tensor:
+    def output(self, block: nn.Module, x: Tensor, hidden: Tensor, said: Routing) -> Tensor:
         return hidden
 
 

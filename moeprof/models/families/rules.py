@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backends.c import C
-from ...backends.spec import AFFINITIES, Rule, RouteSpec
+from ...backends.spec import AFFINITIES, RouteSpec, Rule
 from ..reading import as_logits
 
 ROWS = 32  # that a gate is checked on
@@ -25,7 +24,7 @@ class GateRule:
     """What of `moeprof.backends.spec.Rule` is fixed for a family, and the names of the rest.
 
     A text where a number could stand is an attribute of the gate, "config.top_k" one of what the
-    gate holds, and "block.bias" one of the block around it.
+    gate holds, "block.bias" one of the block around it, and "a|b" the first of two that is there.
 
     top_k, renormalises : how many experts; whether their weights are scaled to sum 1
     groups : attributes of `groups` and `top_groups`; groups_if : (attribute, value), else there
@@ -147,8 +146,9 @@ class RuleReader:
         first, _, rest = path.partition(".")
         start: Any = block if first == "block" else gate
         names = (rest if first == "block" else path).split(".")
-        for name in names:
-            start = getattr(start, name, None)
+        for alternatives in names:
+            found = (getattr(start, name, None) for name in alternatives.split("|"))
+            start = next((value for value in found if value is not None), None)
         return start
 
 
@@ -189,10 +189,12 @@ def check_gate(
         settings, rule = reader.settings(block, gate), reader.rule(block, gate)
         x = _hidden(gate, dtype)
         with torch.no_grad():
-            said = type(gate).forward(gate, x, *reader.extras(block, gate))
-            logits = said[0].reshape(ROWS, -1)
-            weights, ids = (part.reshape(ROWS, -1) for part in said[1:3])
+            said = _said(gate, x, reader.extras(block, gate))
+            *first, weights, ids = (part.reshape(ROWS, -1) for part in said[:3])
+            if weights.dtype == torch.int64:  # as transformers 4 has them
+                weights, ids = ids, weights
             mine = reader.logits(gate, x) if reader.record.logits else None
+            logits = first[0] if first else mine
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as e:
         return Checked(None, False, f"its router can't be read ({type(e).__name__}: {e})")
     own = (
@@ -203,6 +205,14 @@ def check_gate(
     if found := _difference(rule, settings, as_logits(logits), weights, ids, dtype):
         return Checked(None, own, found)
     return Checked(rule, own, "")
+
+
+def _said(gate: nn.Module, x: Tensor, extras: list[Any]) -> Any:
+    """What the gate returns of x (T, H), or of (1, T, H) where it wants that."""
+    try:
+        return type(gate).forward(gate, x, *extras)
+    except ValueError:
+        return type(gate).forward(gate, x[None], *extras)
 
 
 def _hidden(gate: nn.Module, dtype: torch.dtype) -> Tensor:
