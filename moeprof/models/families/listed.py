@@ -1,5 +1,7 @@
 """The layout of transformers 4.57: each expert is a module of three Linears."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
