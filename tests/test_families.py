@@ -1,6 +1,6 @@
-"""A family of MoE blocks is a record: with one more, `patch` runs that family too.
+"""A family of MoE blocks is a record: without it `patch` doesn't know its blocks, with it does.
 
-Each family that moeprof knows runs here on its model of tests/zoo.py, and two that it doesn't.
+All families run in test_every_family.py; here is what holds for the records.
 """
 
 import pytest
@@ -10,33 +10,13 @@ import zoo
 import moeprof
 from moeprof.models import families
 from moeprof.models.families.base import Family
+from moeprof.models.families.rules import GateRule
 
-QWEN3 = Family(
-    name="qwen3_moe",
-    module="transformers.models.qwen3_moe.modeling_qwen3_moe",
-    block="Qwen3MoeSparseMoeBlock",
-    router="Qwen3MoeTopKRouter",
-    experts="Qwen3MoeExperts",
-    expert="Qwen3MoeMLP",
-)
+SAMPLE = ("olmoe", "qwen3_moe", "mixtral", "deepseek_v3")  # a rule or layout each
 
 
-MIXTRAL = Family(  # its router always renormalises, and transformers 4.57 has other names
-    name="mixtral",
-    module="transformers.models.mixtral.modeling_mixtral",
-    block="MixtralSparseMoeBlock",
-    router="MixtralTopKRouter",
-    experts="MixtralExperts",
-    expert="MixtralBlockSparseTop2MLP",
-    projections=("w1", "w3", "w2"),
-    renormalises=True,
-)
-ALL = {family.name: family for family in (*families.FAMILIES, QWEN3, MIXTRAL)}
-
-
-@pytest.fixture(params=ALL)
-def family(request, monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", tuple(ALL.values()))
+@pytest.fixture(params=SAMPLE)
+def family(request):
     return request.param
 
 
@@ -61,6 +41,34 @@ def test_inspect_knows_it(family):
     assert found == {(family, "patch")}
 
 
-def test_without_the_record_it_is_named_as_unknown():
-    with pytest.raises(ValueError, match="No routers found in Qwen3Moe.*OlmoeSparseMoeBlock"):
-        moeprof.patch(zoo.build("qwen3_moe"))
+def test_without_the_record_it_is_named_as_unknown(family, monkeypatch):
+    left = tuple(record for record in families.FAMILIES if record.name != family)
+    monkeypatch.setattr(families, "FAMILIES", left)
+    with pytest.raises(ValueError, match="No routers found in .*families of transformers"):
+        moeprof.patch(zoo.build(family))
+
+
+def only(monkeypatch, record):
+    monkeypatch.setattr(families, "FAMILIES", (record,))
+
+
+@pytest.mark.skipif(not zoo.V5, reason="on transformers 4 the block chooses, and shows nothing")
+@pytest.mark.parametrize(
+    "wrong",
+    [GateRule(renormalises=False), GateRule(affinity="sigmoid"), GateRule(scale=2.0)],
+    ids=["unscaled", "sigmoid", "twice"],
+)
+def test_a_gate_that_does_not_do_what_its_record_says_keeps_its_own_choice(wrong, monkeypatch):
+    only(monkeypatch, Family("mixtral", wrong))
+    model, inputs = zoo.build("mixtral"), zoo.inputs("mixtral")
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with moeprof.patch(model) as handle:
+            seen = []
+            handle.on_routing(lambda layer, routing: seen.append(routing.weights.sum(1)))
+            assert (model(**inputs).logits - stock).abs().max() < 1e-4
+        assert all(torch.allclose(total, torch.ones_like(total)) for total in seen) and seen
+        for router, options in (("topk", {"k": 1}), ("bh", {"null": "normal"})):
+            with pytest.raises(ValueError, match="layers.0.*rule.*mixtral.*moeprof.inspect"):
+                moeprof.patch(model, router, **options)
+        assert torch.equal(model(**inputs).logits, stock)
