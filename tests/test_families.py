@@ -38,13 +38,15 @@ def test_a_record_is_all_that_a_family_of_these_layouts_takes(family):
 
 def test_inspect_knows_it(family):
     found = {(layer.family, layer.path) for layer in moeprof.inspect(zoo.build(family))}
-    assert found == {(family, "patch")}
+    # transformers 4 has no seam: the block is one call to C, or it isn't run.
+    path = "seam" if family == "deepseek_v3" and zoo.V5 else "fused"
+    assert found == {(family, path)}
 
 
 def test_without_the_record_it_is_named_as_unknown(family, monkeypatch):
     left = tuple(record for record in families.FAMILIES if record.name != family)
     monkeypatch.setattr(families, "FAMILIES", left)
-    with pytest.raises(ValueError, match="No routers found in .*families of transformers"):
+    with pytest.raises(ValueError, match="No routers found in .*families that moeprof.patch knows"):
         moeprof.patch(zoo.build(family))
 
 

@@ -21,19 +21,19 @@ def test_of_olmoe():
     assert (first.hidden_size, first.intermediate_size) == (32, 16)
     assert (first.dtype, first.device, first.activation) == ("float32", "cpu", "SiLU")
     assert first.bytes == sum(p.nbytes for p in blocks(model)[0].parameters())
-    assert (first.path, first.reason) == ("patch", "")
+    assert (first.path, first.reason) == ("fused", "")
     assert first.rule == "softmax, top-k"
     scaled = moeprof.inspect(olmoe(norm_topk_prob=True))[0].rule
     assert scaled.startswith("softmax, top-k") and "sum 1" in scaled
     with moeprof.patch(model):
-        assert [layer.path for layer in moeprof.inspect(model)] == ["patch", "patch"]
+        assert [layer.path for layer in moeprof.inspect(model)] == ["fused", "fused"]
 
 
 def test_what_can_not_run_says_why():
     model = olmoe()
     blocks(model)[1].to("meta")
     first, second = moeprof.inspect(model)
-    assert first.path == "patch" and second.path == "the model's own"
+    assert first.path == "fused" and second.path == "the model's own"
     assert second.device == "meta" and "meta" in second.reason
     text = str(moeprof.inspect(model))
     assert "Layer 1: " in text and "moeprof.patch(model)" in text
@@ -45,7 +45,7 @@ def test_of_every_family(name):
     for layer in moeprof.inspect(zoo.build(name)):
         assert layer.num_experts == zoo.E and layer.hidden_size == zoo.H
         assert layer.intermediate_size in (None, zoo.INTERMEDIATE)
-        assert (layer.path == "patch") == (not layer.reason)
+        assert (layer.path in ("fused", "seam")) == (not layer.reason)
         assert layer.dtype == "float32"
 
 
@@ -53,7 +53,7 @@ def test_as_table_page_and_frame():
     pytest.importorskip("pandas")
     found = moeprof.inspect(olmoe())
     frame = found.to_frame()
-    assert list(frame["layer"]) == [0, 1] and frame["path"][0] == "patch"
+    assert list(frame["layer"]) == [0, 1] and frame["path"][0] == "fused"
     lines = str(found).splitlines()
     assert lines[0].split()[:3] == ["layer", "block", "family"]
     assert lines[1].startswith("0-1") and "OlmoeSparseMoeBlock" in lines[1]
@@ -70,4 +70,4 @@ def test_what_is_no_model_is_refused():
 def test_on_the_command_line(capsys):
     assert cli.main(["inspect"]) == 0
     printed = capsys.readouterr().out
-    assert "OlmoeSparseMoeBlock" in printed and "patch" in printed
+    assert "OlmoeSparseMoeBlock" in printed and "fused" in printed

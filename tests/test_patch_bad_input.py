@@ -166,11 +166,11 @@ def llama():
 @pytest.mark.parametrize("face", [moeprof.patch, moeprof.OLMoERouterPatcher])
 @pytest.mark.parametrize(
     "make, found",
-    [(llama, "none"), (lambda: build("mixtral"), "MixtralSparseMoeBlock")],
-    ids=["llama", "mixtral"],
+    [(llama, "none"), (lambda: build("jetmoe"), "JetMoeMoE")],
+    ids=["llama", "jetmoe"],
 )
 def test_model_without_known_blocks(make, found, face):
     other = make()
-    words = f"No routers found in {type(other).__name__}: looked for .*OlmoeSparseMoeBlock.*: "
+    words = f"No routers found in {type(other).__name__}: looked for .*a gate and experts.*: "
     with pytest.raises(ValueError, match=f"{words}.*{found}"):
         face(other)

@@ -12,6 +12,10 @@ from .families.rules import Checked
 from .find import find_sites
 from .guards import explained
 
+# How a patched block runs: in one call to C; by its own forward, with moeprof's router and
+# experts; the same, but its own router chooses, since its rule isn't known.
+FUSED, SEAM, EXPERTS_ONLY = "fused", "seam", "experts only"
+
 
 class Block(NamedTuple):
     """A block of a known family."""
@@ -41,6 +45,14 @@ class Block(NamedTuple):
             return Checked(self.family.rule(self.module), False, "")
         dtype = next(self.family.experts_of(self.module).parameters()).dtype
         return self.family.check(self.module, dtype)
+
+    def path(self, checked: Checked) -> str:
+        """How it runs when it is patched; checked: what `check` said."""
+        if checked.rule is None:
+            return EXPERTS_ONLY
+        users = not self.family.has_stock_gate(self.module)
+        one_call = self.family.is_fused(self.module) and (checked.own_logits or users)
+        return FUSED if one_call else SEAM
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -93,8 +105,8 @@ def _no_routers(model: nn.Module) -> str:
     classes = {type(m).__name__ for m in model.modules()}
     alike = sorted(c for c in classes if any(s in c.lower() for s in ("moe", "router", "expert")))
     text = (
-        f"No routers found in {type(model).__name__}: looked for the blocks that moeprof.patch "
-        f"knows, of {len(FAMILIES)} families of transformers 5, with a gate and experts; found "
+        f"No routers found in {type(model).__name__}: looked for blocks with a gate and experts, of "
+        f"the {len(FAMILIES)} families that moeprof.patch knows; found "
         f"{len(classes)} classes of modules, of a mixture of experts: {', '.join(alike) or 'none'}"
     )
     if _profiler_reads(model):

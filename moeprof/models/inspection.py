@@ -9,21 +9,27 @@ from torch import nn
 
 from ..checks import check_model
 from ..files import printable
-from .blocks import interface_obstacle, is_behind_interface
+from .blocks import (
+    EXPERTS_ONLY,
+    FUSED,
+    SEAM,
+    Block,
+    interface_obstacle,
+    is_behind_interface,
+)
 from .families import family_of
 from .find import Site, find_layers
-from .guards import explained
 from .names import layer_labels
 from .sizes import expert_slots, is_list, parameter_bytes
 
 if TYPE_CHECKING:
     import pandas
 
-PATCH, EXPERTS, OWN = "patch", "experts", "the model's own"
+OWN = "the model's own"
 _LEGEND = {
-    PATCH: "moeprof.patch(model) runs the layer in C",
-    EXPERTS: 'model.set_experts_implementation("moeprof") runs the experts in C, with the model\'s '
-    "own router",
+    FUSED: "moeprof.patch(model) runs router and experts in one call to C",
+    SEAM: "moeprof.patch(model) puts its router and experts into the block's own forward",
+    EXPERTS_ONLY: "the experts run in C; the model's own router chooses, and no other can",
     OWN: "moeprof can profile the layer, and not run it",
     "–": "not known, or not the same for all experts",
 }
@@ -41,8 +47,8 @@ class InspectedLayer(NamedTuple):
     dtype, device : of the experts' parameters, several separated by commas
     activation : the experts', its class or function
     bytes : of router, experts and shared experts
-    path : "patch", "experts" or "the model's own"
-    reason : why it isn't "patch"; ""
+    path : "fused", "seam", "experts only" or "the model's own"
+    reason : why it is one of the last two; else ""
     """
 
     layer: int | str
@@ -132,7 +138,7 @@ def inspect(model: nn.Module) -> Inspection:
     Examples
     --------
     >>> moeprof.inspect(model)[0].path                          # doctest: +SKIP
-    'patch'
+    'fused'
     """
     check_model("inspect", model)
     sites, unread = find_layers(model)
@@ -176,16 +182,20 @@ def _inspected(label: int | str, site: Site) -> InspectedLayer:
 
 
 def _path(site: Site) -> tuple[str, str]:
-    """(how moeprof can run this layer, why not by patch)."""
+    """(how moeprof can run this layer, what stands against more)."""
     family = family_of(site.block)
     if family is not None:
-        reason = family.readable(site.block)[1]
-        return (PATCH, "") if reason is None else (OWN, explained(reason, site.block))
+        block = Block(site.layer.block, site.block, family)
+        if reason := block.readable():
+            return OWN, reason
+        checked = block.check()
+        return block.path(checked), checked.reason
     reason = f"moeprof.patch has no record of {type(site.block).__name__}"
     if site.experts is None or not is_behind_interface(site.experts):
         return OWN, reason
-    obstacle = interface_obstacle(site.experts)
-    return (EXPERTS, reason) if obstacle is None else (OWN, f"{reason}; its experts: {obstacle}")
+    if obstacle := interface_obstacle(site.experts):
+        return OWN, f"{reason}; its experts: {obstacle}"
+    return EXPERTS_ONLY, f'{reason}; model.set_experts_implementation("moeprof") runs its experts'
 
 
 def _joined(names: Iterator[str]) -> str | None:

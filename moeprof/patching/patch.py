@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeGuard, cast
 from torch import nn
 
 from ..checks import check_model
-from ..models.blocks import Block, find_blocks, not_runnable
+from ..models.blocks import FUSED, Block, find_blocks, not_runnable
 from ..models.names import layer_keys, layer_labels, spans
 from ..null import LayerNull, Null, TokenNull, resolve_null
 from ..null.resolve import AnyNull
@@ -165,7 +165,7 @@ def _layer(
         null,
         norm,
         strict,
-        fused=family.is_fused(module) and checked.rule is not None and checked.own_logits,
+        fused=block.path(checked) == FUSED,
         own_logits=checked.own_logits and checked.rule is not None,
     )
     if isinstance(router, Router) and checked.rule is None:

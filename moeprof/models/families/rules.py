@@ -200,8 +200,10 @@ def check_gate(
     own = (
         mine is not None
         and mine.shape == logits.shape
-        and torch.allclose(mine.float(), logits.float(), rtol=1e-5, atol=1e-6)
+        and torch.allclose(mine.float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
     )
+    if not bool(logits.isfinite().all()):  # no rule can be seen, and each call will say so
+        return Checked(rule, own, "")
     if found := _difference(rule, settings, as_logits(logits), weights, ids, dtype):
         return Checked(None, own, found)
     return Checked(rule, own, "")
