@@ -1,13 +1,15 @@
 """The C extension: routing and experts. Arrays are NumPy, C-contiguous; bf16 and f16 are uint16."""
 
+from typing import Any
+
 from numpy import bool_, float32, float64, int32, int64, uint16, uint64
 from numpy.typing import NDArray
 
 _Bits = NDArray[float32] | NDArray[uint16]
 # (form, score, p_table): the layer's table (N,), or one for each expert (E,N)
 _Null = tuple[str, str, NDArray[float64] | None]
-# (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table)
-_Spec = tuple[str, tuple[float, ...], int, int, float, str, int, _Null, NDArray[float64] | None]
+# (router, parameters, min_k, max_k, temperature, norm, norm_k, null, table[, rule])
+_Spec = tuple[Any, ...]  # the rule is moeprof.backends.spec.Rule as a tuple
 
 # what a call is told besides its arrays; read and checked once, immutable
 class RouteSpec:
@@ -29,6 +31,7 @@ def route(
 ) -> tuple[
     NDArray[float32], NDArray[int32], NDArray[int32], NDArray[int32], NDArray[float64] | None
 ]: ...
+def choice_logits(logits: _Bits, spec: RouteSpec, /) -> NDArray[float32]: ...
 def p_values(logits: NDArray[float32], null: _Null, threads: int = 1, /) -> NDArray[float64]: ...
 def step_up(p: NDArray[float64], alpha: float, /) -> NDArray[int64]: ...
 

@@ -201,6 +201,7 @@ CALLS = {
               24), (pointers * 0, "float32", 32, 24), (p, "float32", 32, 24), (pointers,)],
     "route": [(z, made, 2, True), (z, made, 2, False), (bad_row, made, 1, True), (z, spec, 1,
               True), (p, made, 1, True), (short, made, 1, True), (z,)],
+    "choice_logits": [(z, made), (bad_row, made), (z, spec), (z[:, :3], made), (1, 2)],
     "p_values": [(z, null), (z, normal), (bad_row, normal), (z, ("table", "centred", each)),
                  (z, ("nope", "logit", None)), (z, ("table", "logit", p)), (p, normal), ()],
     "experts": [(hidden, ids, weights, layer, 2), (hidden, ids.astype(np.int64), weights, layer,

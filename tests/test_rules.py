@@ -5,7 +5,7 @@ import pytest
 from scipy import special, stats
 
 from moeprof import _C
-from moeprof.backends.spec import PLAIN, Rule, RouteSpec
+from moeprof.backends.spec import PLAIN, RouteSpec, Rule
 from moeprof.routers import BH, Entropy, TopK, TopP
 
 pytestmark = pytest.mark.once

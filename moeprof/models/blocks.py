@@ -105,8 +105,8 @@ def _no_routers(model: nn.Module) -> str:
     classes = {type(m).__name__ for m in model.modules()}
     alike = sorted(c for c in classes if any(s in c.lower() for s in ("moe", "router", "expert")))
     text = (
-        f"No routers found in {type(model).__name__}: looked for blocks with a gate and experts, of "
-        f"the {len(FAMILIES)} families that moeprof.patch knows; found "
+        f"No routers found in {type(model).__name__}: looked for blocks with a gate and "
+        f"experts, of the {len(FAMILIES)} families that moeprof.patch knows; found "
         f"{len(classes)} classes of modules, of a mixture of experts: {', '.join(alike) or 'none'}"
     )
     if _profiler_reads(model):
