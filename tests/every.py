@@ -30,6 +30,7 @@ EOS, PAD = 0, 1
 TINY = dict(
     # the model
     vocab_size=VOCABULARY,
+    unpadded_vocab_size=VOCABULARY,
     hidden_size=H,
     num_hidden_layers=2,
     intermediate_size=40,
