@@ -1,0 +1,273 @@
+"""Every model type of transformers that has an experts class, as a tiny random model.
+
+What transformers computes is the truth, in float64. Stock experts run eagerly.
+"""
+
+import copy
+from functools import cache
+from typing import NamedTuple
+
+import every
+import pytest
+import torch
+from models import V5, assert_unchanged, relative, snapshot
+from safetensors.torch import load_file
+
+import moeprof
+
+BUILT = [family for family in every.families() if family not in every.NOT_BUILT]
+# What `patch` refuses: {family: what the reason contains}
+_NO_RECORD = "looked for the blocks that moeprof.patch knows"
+FALLBACKS = (
+    {}
+    if V5
+    else dict.fromkeys(
+        (
+            "aria",
+            "dots1",
+            "flex_olmo",
+            "glm4v_moe",
+            "granitemoehybrid",
+            "granitemoeshared",
+            "hunyuan_v1_moe",
+            "jetmoe/JetMoeMoA",
+            "jetmoe/JetMoeMoE",
+            "llama4",
+            "minimax",
+            "qwen3_next",
+            "qwen3_omni_moe/Qwen3OmniMoeTalkerTextSparseMoeBlock",
+            "qwen3_omni_moe/Qwen3OmniMoeThinkerTextSparseMoeBlock",
+            "qwen3_vl_moe",
+        ),
+        _NO_RECORD,
+    )
+)
+PATCHED = [family for family in BUILT if family not in FALLBACKS]
+# What the experts implementation "moeprof" can't run: {family: what the reason contains}
+_OWN_GATING = "a gating of its own"
+NOT_IN_C = {
+    "aria": "transposed or interleaved",
+    "beam": _OWN_GATING,
+    "deepseek_v4": _OWN_GATING,
+    "diffusion_gemma": "activation GELUTanh",
+    "gemma4": "activation GELUTanh",
+    "glm5_next": _OWN_GATING,
+    "gpt_oss": "with a bias",
+    "hy_v4": _OWN_GATING,
+    "hy_v4_vl": _OWN_GATING,
+    "inkling2": _OWN_GATING,
+    "inkling2_loop": _OWN_GATING,
+    "lfm2_moe": "activation <function silu",
+    "minimax_m3_vl": _OWN_GATING,
+    "muse_spark": "a norm after each expert",
+    "nemotron_h": "no tensors gate_up_proj",
+    "openai_privacy_filter": "with a bias",
+}
+
+each = pytest.mark.parametrize("family", BUILT)
+each_patched = pytest.mark.parametrize("family", PATCHED)
+only_5 = pytest.mark.skipif(not V5, reason="transformers 4.57 has no experts interface")
+
+
+class Stock(NamedTuple):
+    """What the model of a family computes by itself; shared, so not to be changed."""
+
+    model: every.PreTrainedModel
+    inputs: dict[str, torch.Tensor]
+    output: torch.Tensor
+    truth: torch.Tensor
+
+    @property
+    def error(self) -> float:
+        return every.error(self.output, self.truth)
+
+    @property
+    def bound(self) -> float:
+        """Another order of fp32 sums, in two layers: a few times what stock's own order costs."""
+        return max(4 * self.error, 1e-6)
+
+    def check(self, output: torch.Tensor) -> None:
+        assert output.shape == self.output.shape and output.dtype == torch.float32
+        assert every.error(output, self.truth) <= self.bound
+        assert relative(output, self.output) <= 2 * self.bound  # where float64 has nothing too
+
+
+@cache
+def stock(family: str) -> Stock:
+    model = every.build(family)
+    inputs = every.inputs(model)
+    output = every.run(model, inputs)
+    return Stock(model, inputs, output, every.truth(model, inputs))
+
+
+def generate(model, inputs):
+    """(8 new tokens of each row (2, 8), their logits (2, 8, V)), greedily."""
+    output = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=8,
+        min_new_tokens=8,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return output.sequences[:, -8:], torch.stack(output.logits, 1)
+
+
+def own_k(family):
+    """Options of `patch`: BH that takes as many experts as the model's own router."""
+    k = every.top_k(family)
+    return dict(router="bh", null="normal", min_k=k, max_k=k)
+
+
+# ---- which there are ----
+
+
+def test_what_cannot_be_built_is_known():
+    """All else is built below: a new family in transformers fails there, and says what to do."""
+    assert len(every.NOT_BUILT) == (0 if V5 else 6) and all(every.NOT_BUILT.values())
+    assert set(every.NOT_BUILT) <= set(every.families())
+    assert set(FALLBACKS) | set(NOT_IN_C if V5 else ()) <= set(BUILT)
+    assert {"mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "jamba", "olmoe"} <= set(BUILT)
+
+
+@each
+def test_stock_computes(family):
+    """Weights that make a test of it: finite, not all alike, no tie that float64 breaks."""
+    found = stock(family)
+    assert found.output.isfinite().all()
+    assert found.output.std(0).mean() > 0.1 * found.output.std()
+    assert 0 < found.error < 2e-6
+    assert relative(torch.zeros_like(found.output), found.truth.nan_to_num()) > found.bound
+
+
+@each
+def test_experts_matter(family):
+    """A test whose model does not show its experts would pass whatever they computed."""
+    model = every.build(family)
+    every.scale_experts(model, family, 0.9)
+    assert relative(every.run(model, stock(family).inputs), stock(family).output) > 1e-3
+
+
+# ---- the experts alone, behind transformers' interface ----
+
+
+@only_5
+@each
+def test_experts_implementation(family):
+    found = stock(family)
+    model = every.build(family)
+    model.set_experts_implementation("moeprof")
+    if reason := NOT_IN_C.get(family):
+        with pytest.raises(ValueError, match=reason):
+            every.run(model, found.inputs)
+    else:
+        found.check(every.run(model, found.inputs))
+
+
+# ---- patched ----
+
+
+@pytest.mark.parametrize("family", sorted(FALLBACKS))
+def test_what_cannot_be_patched_says_why_and_stays_as_it_is(family):
+    found = stock(family)
+    before = snapshot(found.model)
+    with pytest.raises(ValueError, match=FALLBACKS[family]):
+        moeprof.patch(found.model)
+    assert_unchanged(found.model, before)
+    assert torch.equal(every.run(found.model, found.inputs), found.output)
+
+
+@each_patched
+def test_own_router(family):
+    found = stock(family)
+    with moeprof.patch(found.model) as handle:
+        assert handle.layers and not handle.fallbacks
+        found.check(every.run(found.model, found.inputs))
+
+
+@each_patched
+def test_generate(family):
+    model, inputs, *_ = stock(family)
+    if not model.can_generate():
+        pytest.skip(f"{type(model).__name__} has no generate")
+    inputs = {name: tensor[:, :7] for name, tensor in inputs.items()}  # padded on the left only
+    tokens, logits = generate(model, inputs)
+    for options in ({}, own_k(family)):
+        with moeprof.patch(model, **options):
+            our_tokens, our_logits = generate(model, inputs)
+        assert torch.equal(our_tokens, tokens)
+        assert relative(our_logits, logits) <= 5e-6
+
+
+@each_patched
+def test_another_router_that_takes_as_many(family):
+    found = stock(family)
+    with moeprof.patch(found.model, **own_k(family)):
+        found.check(every.run(found.model, found.inputs))
+
+
+@each_patched
+def test_another_router_that_takes_fewer(family):
+    """So that what a patch does is not the model's own by chance."""
+    found = stock(family)
+    counts = []
+    with moeprof.patch(found.model, "topk", k=1) as handle:
+        handle.on_routing(lambda layer, routing: counts.append(routing.counts))
+        output = every.run(found.model, found.inputs)
+    assert counts and all((each_token == 1).all() for each_token in counts)
+    assert output.isfinite().all()
+    if every.top_k(family) > 1:
+        assert relative(output, found.output) > 1e-2
+
+
+@each_patched
+def test_unpatch_leaves_nothing(family):
+    found = stock(family)
+    before = snapshot(found.model)
+    for options in ({}, own_k(family)):
+        with moeprof.patch(found.model, **options):
+            every.run(found.model, found.inputs)
+        assert_unchanged(found.model, before)
+        assert torch.equal(every.run(found.model, found.inputs), found.output)
+
+
+@each_patched
+def test_a_copy_of_a_patched_model_has_weights_of_its_own(family):
+    found = stock(family)
+    with moeprof.patch(found.model):
+        patched = every.run(found.model, found.inputs)
+        copied = copy.deepcopy(found.model)
+    assert torch.equal(every.run(copied, found.inputs), patched)
+    every.scale_experts(copied, family, 0)
+    assert relative(every.run(copied, found.inputs), patched) > 1e-3
+    assert torch.equal(every.run(found.model, found.inputs), found.output)
+
+
+@each_patched
+def test_saved_while_patched(family, tmp_path):
+    model = stock(family).model
+    model.save_pretrained(tmp_path / "stock")
+    with moeprof.patch(model):
+        model.save_pretrained(tmp_path / "patched")
+    expected, saved = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("stock", "patched")
+    )
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
+@each_patched
+def test_recorded_router_logits(family):
+    """Those of the stock model, where a model of the family records any."""
+    model, inputs = every.build(family), stock(family).inputs  # it keeps the recorder's hooks
+    with torch.no_grad():
+        expected = getattr(model(**inputs, output_router_logits=True), "router_logits", None)
+        if expected is None:
+            pytest.skip(f"{type(model).__name__} records no router logits")
+        with moeprof.patch(model):
+            recorded = model(**inputs, output_router_logits=True).router_logits
+    assert len(recorded) == len(expected) > 0
+    for ours, theirs in zip(recorded, expected, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        real = theirs.isfinite().all(-1)
+        assert relative(ours[real], theirs[real]) <= stock(family).bound
