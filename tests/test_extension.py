@@ -187,7 +187,7 @@ bad_specs = [("nope", *spec[1:]), ("bh", (0.1, 0.2), *spec[2:]), ("bh", ("x",), 
              (*spec[:5], "nope", *spec[6:]), (*spec[:2], 9, *spec[3:]), spec[:4], [],
              (*spec[:8], np.ones(3)), (*spec[:7], ("nope", "logit", table), None), (*spec[:7],
              ("table", "logit", each[:3]), None), (*spec[:7], None, None)]
-layer = util.Layer(16, 32, 24)
+layer, silu = util.Layer(16, 32, 24), util.SWIGLU
 pointers, hidden, layer = layer.pointers, layer.hidden(40), layer.layer
 made = _C.RouteSpec(spec, "float32", 16)
 ids, weights = util.random_slots(40, 3, 16)
@@ -201,8 +201,11 @@ tallied = (counts, sums, recency, ids, z, "float32")
 CALLS = {
     "RouteSpec": [(spec, "float32", 16), (spec, "nope", 16), (spec, "float32", 3), (spec,),
                   *[(bad, "float32", 16) for bad in bad_specs]],
-    "Layer": [(pointers, "float32", 32, 24), (pointers, "nope", 32, 24), (pointers, "float32", 0,
-              24), (pointers * 0, "float32", 32, 24), (p, "float32", 32, 24), (pointers,)],
+    "Layer": [(pointers, "float32", 32, 24, silu), (pointers[:2], "float32", 32, 24, silu),
+              (pointers, "nope", 32, 24, silu), (pointers, "float32", 0, 24, silu),
+              (pointers * 0, "float32", 32, 24, silu), (p, "float32", 32, 24, silu),
+              (pointers, "float32", 32, 24, None), (pointers, "float32", 32, 24, silu[:3]),
+              (pointers, "float32", 32, 24, ("silu", -1.0, 1.0, 0.0)), (pointers,)],
     "route": [(z, made, 2, True), (z, made, 2, False), (bad_row, made, 1, True), (z, spec, 1,
               True), (p, made, 1, True), (short, made, 1, True), (z,)],
     "p_values": [(z, null), (z, normal), (bad_row, normal), (z, ("table", "centred", each)),
@@ -220,8 +223,9 @@ CALLS = {
               (x, w.ctypes.data, 24, 0, "nope", 2), (p, w.ctypes.data, 24, 0, "float32", 1), ()],
     "gemm": [(x, index, w, "float32"), (x, index + 99, w, "float32"), (x, index, short,
              "float32"), (x, index, w, "nope"), (x,)],
-    "swiglu": [(x[0], x[0], "float32"), (x[0], x[0], "bfloat16"), (x[0], z[0], "float32"),
-               (x, x, "float32"), (x[0], x[0], "nope"), (x[0],)],
+    "glu": [(silu, x[0], x[0], "float32"), (silu, None, x[0], "bfloat16"), (silu, x[0], z[0],
+            "float32"), (silu, x, x, "float32"), (silu, x[0], x[0], "nope"), (("nope", 1.0, 1.0,
+            0.0), x[0], x[0], "float32"), (silu[:2], x[0], x[0], "float32"), (silu, None), ()],
     "softmax": [(z, 1.0), (p, 1.0), (z, "x"), (z,)],
     "logprob": [(z,), (p,), (None,)],
     "order": [(p, z), (None, z), (p, short), (z, z), (p,)],
@@ -397,8 +401,16 @@ def p_of(null):
     return _C.p_values(F32, null)
 
 
-def layer(dtype="float32", pointers=POINTERS, size=4, inner=2):
-    return _C.Layer(pointers, dtype, size, inner)
+def layer(dtype="float32", pointers=POINTERS, size=4, inner=2, activation=util.SWIGLU):
+    return _C.Layer(pointers, dtype, size, inner, activation)
+
+
+def glu(g, u, activation=util.SWIGLU):
+    return _kernels.glu(activation, g, u, "float32")
+
+
+def activation(changed):
+    return layer(activation=changed)
 
 
 def experts(hidden=F32, ids=I32, weights=ONES, dtype="float32"):
@@ -510,7 +522,11 @@ BAD = [
     ),
     (lambda: experts(ids=I32[:1], weights=ONES[:1]), ValueError, r"expected \(2, k\) both"),
     (lambda: layer(pointers=F64), TypeError, "pointers: expected dtype uint64, got float64"),
-    (lambda: layer(pointers=POINTERS[:2]), ValueError, r"pointers: expected \(3, num_experts\)"),
+    (
+        lambda: layer(pointers=POINTERS[:1]),
+        ValueError,
+        r"expected \(3, num_experts\), or",
+    ),
     (lambda: layer(pointers=POINTERS[:, :0].copy()), ValueError, r"pointers: expected \(3, num"),
     (lambda: layer(pointers=POINTERS * 0), ValueError, "pointers: weights without memory"),
     (lambda: layer(inner=0), ValueError, "intermediate_size"),
@@ -555,8 +571,26 @@ BAD = [
     (lambda: _kernels.gemm(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected"),
     (lambda: _kernels.gemm(F32, INDEX, U16, "float32"), TypeError, "w: expected"),
     (lambda: _kernels.gemm(F32, INDEX, F32.T, "float32"), TypeError, "w: expected contiguous"),
-    (lambda: _kernels.swiglu(ONES[0], F32[0], "float32"), ValueError, "g and u: expected the same"),
-    (lambda: _kernels.swiglu(ONES, ONES, "float32"), ValueError, "g: expected 1 dimensions"),
+    (lambda: glu(ONES[0], F32[0]), ValueError, "g and u: expected the same"),
+    (lambda: glu(ONES, ONES), ValueError, "g: expected 1 dimensions"),
+    (lambda: glu(None, ONES), ValueError, "u: expected 1 dimensions"),
+    (lambda: activation([]), TypeError, r"activation: expected a tuple \(name, alpha, .* got list"),
+    (
+        lambda: activation(("tanh", 1.0, 1.0, 0.0)),
+        ValueError,
+        "expected one of silu gelu gelu_tanh relu relu2, got tanh",
+    ),
+    (lambda: activation(("silu", 0.0, 1.0, 0.0)), ValueError, "alpha: expected a finite number"),
+    (lambda: activation(("silu", np.inf, 1.0, 0.0)), ValueError, "alpha: expected a finite number"),
+    (lambda: activation(("relu", 2.0, 1.0, 0.0)), ValueError, "alpha: expected 1, since only silu"),
+    (lambda: activation(("silu", 1.0, 0.0, 0.0)), ValueError, "limit: expected a number above 0"),
+    (lambda: activation(("silu", 1.0, np.nan, 0.0)), ValueError, "limit: expected .* got .*nan"),
+    (lambda: activation(("silu", 1.0, 1.0, np.inf)), ValueError, "shift: expected a finite number"),
+    (
+        lambda: layer(pointers=POINTERS[:2], activation=("silu", 1.0, 7.0, 0.0)),
+        ValueError,
+        "limit and shift: expected inf and 0, since experts without gate",
+    ),
     (lambda: _kernels.softmax(F64, 1.0), TypeError, "z: expected dtype float32, got float64"),
     (lambda: _kernels.logprob(F32[0]), ValueError, "z: expected 2 dimensions, got 1"),
     (lambda: _kernels.order(F32, F32), TypeError, "p: expected dtype float64, got float32"),

@@ -97,11 +97,9 @@ def _input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
             and not hidden_states.is_neg()
         ):
             return None
-        first = table.matrices[0]
-    else:
-        first = table[0]
+    first = table.matrices[0]
     reason = tensor_obstacle([first, hidden_states])
-    hidden_size = first.shape[-1]  # gate (I, H) or gate_up (E, 2I, H)
+    hidden_size = first.shape[-1]  # gate or up (I, H), gate_up (E, 2I, H) or up (E, I, H)
     if not reason and hidden_states.shape[-1] != hidden_size:
         reason = f"{hidden_states.shape[-1]} columns, the experts have {hidden_size}"
     return f"the hidden states: {reason}" if reason else None

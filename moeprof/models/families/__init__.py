@@ -1,6 +1,6 @@
 """The families of MoE blocks that `moeprof.patch` knows, a record each.
 
-To add one whose blocks hold a gate and SwiGLU experts and do nothing else: a record here, and a
+To add one whose blocks hold a gate and experts and do nothing else: a record here, and a
 row in tests/zoo.py.
 """
 
