@@ -210,7 +210,7 @@ static mp_matrix rows_from(const mp_layer *l, const void *matrix, ptrdiff_t row,
     return mp_rows_from(mp_matrix_of(l->format, matrix, NULL, k), row);
 }
 
-/* A task of the first region: rows i..i+n-1 of gate and of up of one expert. */
+/* A task of the first region: rows i..i+n-1 of gate, if there is one, and up of an expert. */
 typedef struct {
     ptrdiff_t a, i, n; /* number of the active expert, rows */
     mp_matrix gate, up;
@@ -224,15 +224,16 @@ static gate_up_block gate_up_of(const chunk *c, ptrdiff_t task)
     const ptrdiff_t count = blocks(I, MP_BLOCK_N), a = task / count;
     const ptrdiff_t i = task % count * MP_BLOCK_N;
     const int32_t e = c->active[a];
+    const void *const *first = l->gate ? l->gate : l->up;
     const void *next = i + MP_BLOCK_N < I
-                     ? rows_from(l, l->gate[e], i + MP_BLOCK_N, H).data
-                     : a + 1 < c->num_active ? l->gate[c->active[a + 1]] : NULL;
+                     ? rows_from(l, first[e], i + MP_BLOCK_N, H).data
+                     : a + 1 < c->num_active ? first[c->active[a + 1]] : NULL;
     return (gate_up_block){a, i, smaller(MP_BLOCK_N, I - i),
-                           rows_from(l, l->gate[e], i, H),
+                           rows_from(l, first[e], i, H),
                            rows_from(l, l->up[e], i, H), next};
 }
 
-/* act rows = silu(x G^T) * (x U^T), for few rows. */
+/* act rows from x G^T and x U^T, for few rows. */
 static void gate_up_few(const chunk *c, const gate_up_block *b, worker_state *w)
 {
     const mp_layer *l = c->layer;
@@ -240,12 +241,13 @@ static void gate_up_few(const chunk *c, const gate_up_block *b, worker_state *w)
     const ptrdiff_t size = mp_act_size(act_of(l)), first = c->first[c->active[b->a]];
     const mp_rows x = {c->hidden, H, c->token + first, pairs_of(c, b->a)};
     mp_linear_fn *const linear = mp_linear(l->format);
-    linear(&x, &b->gate, b->n, H, b->up.data, w->gate, b->n, w->scratch);
+    if (l->gate)
+        linear(&x, &b->gate, b->n, H, b->up.data, w->gate, b->n, w->scratch);
     linear(&x, &b->up, b->n, H, b->next, w->up, b->n, w->scratch);
     char *act = c->act + c->act_at[b->a] + b->i * size;
     for (ptrdiff_t r = 0; r < x.count; r++)
-        mp_swiglu(act_of(l))(w->gate + r * b->n, w->up + r * b->n, b->n,
-                             act + r * I * size);
+        mp_glu(act_of(l))(&l->activation, l->gate ? w->gate + r * b->n : NULL,
+                          w->up + r * b->n, b->n, act + r * I * size);
 }
 
 /* The hidden states of the pairs from `pair` on as panels; those of the task before, if
@@ -271,11 +273,13 @@ static void gate_up_many(const chunk *c, const gate_up_block *b, worker_state *w
     for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
         const ptrdiff_t m = smaller(c->block_m, pairs - r);
         pack_hidden(c, first + r, m, w);
-        gemm(w->panels, m, &b->gate, b->n, H, b->up.data, w->panels, w->gate, b->n,
-             w->scratch);
+        if (l->gate)
+            gemm(w->panels, m, &b->gate, b->n, H, b->up.data, w->panels, w->gate, b->n,
+                 w->scratch);
         gemm(w->panels, m, &b->up, b->n, H, b->next, w->panels, w->up, b->n,
              w->scratch);
-        mp_swiglu(act_of(l))(w->gate, w->up, m * b->n, w->act);
+        mp_glu(act_of(l))(&l->activation, l->gate ? w->gate : NULL, w->up, m * b->n,
+                          w->act);
         const mp_rows act = {w->act, b->n, NULL, m};
         mp_pack(act_of(l))(&act, b->n, b->i, I,
                            c->act + c->act_at[b->a] + r * (ptrdiff_t)act_row(l));

@@ -5,11 +5,13 @@
 #include "kernels.h"
 
 /* Where the matrices of one layer lie. gate[e] and up[e]: (I,H), down[e]: (H,I), all of
- * `format`, as mp_matrix has them. Hidden states and outputs are of `dtype`. */
+ * `format`, as mp_matrix has them; gate is NULL where experts have none. Hidden states and
+ * outputs are of `dtype`. */
 typedef struct {
     mp_format format;
     mp_float dtype;
     ptrdiff_t num_experts, hidden_size, intermediate_size;
+    mp_activation activation;
     const void *const *gate, *const *up, *const *down;
 } mp_layer;
 

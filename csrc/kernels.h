@@ -10,6 +10,7 @@
 #ifndef MP_KERNELS_H
 #define MP_KERNELS_H
 
+#include "activation.h"
 #include "formats.h"
 
 #include <stddef.h>
@@ -89,10 +90,19 @@ typedef void mp_gemm_fn(const void *panels, ptrdiff_t m, const mp_matrix *w,
                         const void *next_panels, float *out, ptrdiff_t ldout,
                         float *scratch);
 
-/* act[i] = silu(g[i]) * u[i], silu(g) = g / (1 + exp(-g)), in fp32, then rounded once
- * to the activations' type. |error of silu| <= 4 eps32 |silu| + 2^-121, since exp(-g) is
- * inf for g < -88.7; NaN for g = -inf. */
-typedef void mp_swiglu_fn(const float *g, const float *u, ptrdiff_t count, void *act);
+/* act[i] = f(min(g[i], limit)) * (clamp(u[i], -limit, limit) + shift), or f(u[i]) where g is
+ * NULL, in fp32, then rounded once to the activations' type. By a->function, f(x) is
+ *   silu       x / (1 + exp(-alpha x))
+ *   gelu       x Phi(x), Phi the normal distribution function
+ *   gelu_tanh  x / (1 + exp(-z)), z = 2 sqrt(2 / pi) (x + 0.044715 x^3)
+ *   relu       max(x, 0)
+ *   relu2      max(x, 0)^2
+ * |error| <= 4 eps32 |act| of silu with alpha 1, 8 eps32 |act| of gelu, eps32 |act| of relu
+ * and relu2, (4 + 2 max(-z, 0)) eps32 |act| of gelu_tanh and, with z = alpha x, of silu; a
+ * shift adds eps32 |act|. And 2^-121 / alpha |u|, since exp is inf above 88.7, or 0 below -104
+ * (gelu). NaN gives NaN, and so does f(-inf) where there is exp. */
+typedef void mp_glu_fn(const mp_activation *a, const float *g, const float *u,
+                       ptrdiff_t count, void *act);
 
 /* prob[e] = exp(z_e / temperature) / sum_j exp(z_j / temperature), fp32, the
  * maximum subtracted first. Several +inf share equally. z has no NaN and is not
@@ -131,8 +141,8 @@ typedef ptrdiff_t mp_step_up_fn(const double *p, ptrdiff_t num_experts, double a
 #define MP_KERNELS(X)                                                                  \
     X(pack_f32, pack)                                                                  \
     X(pack_bf16, pack)                                                                 \
-    X(swiglu_f32, swiglu)                                                              \
-    X(swiglu_bf16, swiglu)                                                             \
+    X(glu_f32, glu)                                                                    \
+    X(glu_bf16, glu)                                                                   \
     X(softmax, softmax)                                                                \
     X(logprob, logprob)                                                                \
     X(p_table, p_table)                                                                \
@@ -190,11 +200,11 @@ static inline mp_pack_fn *mp_pack(mp_act act)
     MP_NEVER();
 }
 
-static inline mp_swiglu_fn *mp_swiglu(mp_act act)
+static inline mp_glu_fn *mp_glu(mp_act act)
 {
     switch (act) {
-    case MP_ACT_f32: return mp_ops.swiglu_f32;
-    case MP_ACT_bf16: return mp_ops.swiglu_bf16;
+    case MP_ACT_f32: return mp_ops.glu_f32;
+    case MP_ACT_bf16: return mp_ops.glu_bf16;
     }
     MP_NEVER();
 }

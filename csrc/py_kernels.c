@@ -145,28 +145,32 @@ static PyObject *gemm(PyObject *module, PyObject *args)
     return multiplied(args, "OOOs:gemm", 1);
 }
 
-PyDoc_STRVAR(swiglu_doc,
-"swiglu(g, u, format)\n--\n\n"
-"silu(g) * u, (N,) float32 both -> (N,) of the activations of this format of weights,\n"
-"float32 or bfloat16 bits.");
+PyDoc_STRVAR(glu_doc,
+"glu(activation, g, u, format)\n--\n\n"
+"What experts compute of g and u, (N,) float32 both, g None without gate -> (N,) of the\n"
+"activations of this format of weights, float32 or bfloat16 bits. activation: (name, alpha,\n"
+"limit, shift).");
 
-static PyObject *swiglu(PyObject *module, PyObject *args)
+static PyObject *glu(PyObject *module, PyObject *args)
 {
-    PyObject *g_object, *u_object, *out;
-    PyArrayObject *g, *u;
+    PyObject *tuple, *g_object, *u_object, *out;
+    PyArrayObject *g = NULL, *u;
     const char *format_name;
     mp_format format;
+    mp_activation activation;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OOs:swiglu", &g_object, &u_object, &format_name)
+    if (!PyArg_ParseTuple(args, "OOOs:glu", &tuple, &g_object, &u_object, &format_name)
         || mp_parse_format(format_name, &format)
-        || !(g = mp_array(g_object, "g", NPY_FLOAT32, 1))
+        || mp_parse_activation(tuple, &activation)
+        || mp_check_gate(&activation, g_object != Py_None)
+        || (g_object != Py_None && !(g = mp_array(g_object, "g", NPY_FLOAT32, 1)))
         || !(u = mp_array(u_object, "u", NPY_FLOAT32, 1)))
         return NULL;
-    if (!PyArray_SAMESHAPE(g, u))
+    if (g && !PyArray_SAMESHAPE(g, u))
         return PyErr_Format(PyExc_ValueError, "g and u: expected the same shape");
-    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(g), activations_type(format))))
-        mp_swiglu(mp_format_act(format))(PyArray_DATA(g), PyArray_DATA(u), PyArray_DIM(g, 0),
-                                         PyArray_DATA((PyArrayObject *)out));
+    if ((out = PyArray_SimpleNew(1, PyArray_DIMS(u), activations_type(format))))
+        mp_glu(mp_format_act(format))(&activation, g ? PyArray_DATA(g) : NULL, PyArray_DATA(u),
+                                      PyArray_DIM(u, 0), PyArray_DATA((PyArrayObject *)out));
     return out;
 }
 
@@ -259,7 +263,7 @@ static PyObject *formats(PyObject *module, PyObject *unused)
 PyMethodDef mp_kernel_methods[] = {
     {"linear", linear, METH_VARARGS, linear_doc},
     {"gemm", gemm, METH_VARARGS, gemm_doc},
-    {"swiglu", swiglu, METH_VARARGS, swiglu_doc},
+    {"glu", glu, METH_VARARGS, glu_doc},
     {"softmax", softmax, METH_VARARGS, softmax_doc},
     {"logprob", logprob, METH_O, logprob_doc},
     {"order", order, METH_VARARGS, order_doc},

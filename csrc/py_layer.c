@@ -3,62 +3,75 @@
 
 #include <string.h>
 
-/* pointers: (3,E) uint64, the addresses of gate, up and down of each expert. Borrowed. */
+/* pointers: (3,E) uint64, the addresses of gate, up and down of each expert, or (2,E) without
+ * gate. Borrowed. */
 static PyArrayObject *parse_pointers(PyObject *pointers)
 {
     _Static_assert(sizeof(void *) == sizeof(npy_uint64), "addresses are 64-bit");
     PyArrayObject *array = mp_array(pointers, "pointers", NPY_UINT64, 2);
-    if (!array || (PyArray_DIM(array, 0) == 3 && PyArray_DIM(array, 1) >= 1))
+    if (!array)
+        return NULL;
+    const npy_intp matrices = PyArray_DIM(array, 0);
+    if ((matrices == 3 || matrices == 2) && PyArray_DIM(array, 1) >= 1)
         return array;
-    PyErr_SetString(PyExc_ValueError, "pointers: expected (3, num_experts)");
+    PyErr_SetString(PyExc_ValueError, "pointers: expected (3, num_experts), or (2, num_experts) "
+                                      "without gate");
     return NULL;
 }
 
 /* Copies the addresses: what is checked is then what is used, whoever writes to the array. */
 static int set_layer(mp_layer_object *self, PyArrayObject *pointers, mp_format format,
-                     Py_ssize_t hidden_size, Py_ssize_t intermediate_size)
+                     Py_ssize_t hidden_size, Py_ssize_t intermediate_size,
+                     mp_activation activation)
 {
-    const npy_intp E = PyArray_DIM(pointers, 1);
+    const npy_intp E = PyArray_DIM(pointers, 1), all = PyArray_SIZE(pointers);
     const void **at = self->addresses = PyMem_Malloc((size_t)PyArray_NBYTES(pointers));
     if (!at) {
         PyErr_NoMemory();
         return -1;
     }
     memcpy(at, PyArray_DATA(pointers), (size_t)PyArray_NBYTES(pointers));
-    for (npy_intp i = 0; i < 3 * E; i++)
+    for (npy_intp i = 0; i < all; i++)
         if (!at[i]) {
             PyErr_SetString(PyExc_ValueError, "pointers: weights without memory");
             return -1;
         }
+    const void **down = at + all - E;
     self->layer = (mp_layer){format, mp_formats[format].hidden, E, hidden_size,
-                             intermediate_size, at, at + E, at + 2 * E};
+                             intermediate_size, activation,
+                             PyArray_DIM(pointers, 0) == 3 ? at : NULL, down - E, down};
     return 0;
 }
 
 PyDoc_STRVAR(layer_doc,
-"Layer(pointers, format, hidden_size, intermediate_size, /)\n--\n\n"
+"Layer(pointers, format, hidden_size, intermediate_size, activation, /)\n--\n\n"
 "Where the matrices of a layer's experts lie. pointers (3,E) uint64: the addresses of gate,\n"
-"up (I,H) and down (H,I) of each expert, all of the format, rows without gaps. They are\n"
-"copied; the memory behind them has to outlive the Layer.");
+"up (I,H) and down (H,I) of each expert, all of the format, rows without gaps; (2,E): of up\n"
+"and down of experts without gate. They are copied; the memory behind them has to outlive\n"
+"the Layer. activation: (name, alpha, limit, shift).");
 
 static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"", "", "", "", NULL};
-    PyObject *pointers;
+    static char *names[] = {"", "", "", "", "", NULL};
+    PyObject *pointers, *tuple;
     PyArrayObject *array;
     const char *format_name;
     Py_ssize_t hidden_size, intermediate_size;
     mp_format format;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Osnn:Layer", names, &pointers,
-                                     &format_name, &hidden_size, &intermediate_size)
-        || mp_parse_format(format_name, &format) || !(array = parse_pointers(pointers)))
+    mp_activation activation;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OsnnO:Layer", names, &pointers,
+                                     &format_name, &hidden_size, &intermediate_size, &tuple)
+        || mp_parse_format(format_name, &format) || mp_parse_activation(tuple, &activation)
+        || !(array = parse_pointers(pointers))
+        || mp_check_gate(&activation, PyArray_DIM(array, 0) == 3))
         return NULL;
     if (intermediate_size < 1 || hidden_size < 1)
         return PyErr_Format(PyExc_ValueError,
                             "hidden_size, intermediate_size: expected sizes of at least 1, "
                             "got %zd, %zd", hidden_size, intermediate_size);
     mp_layer_object *self = (mp_layer_object *)type->tp_alloc(type, 0);
-    if (self && set_layer(self, array, format, hidden_size, intermediate_size))
+    if (self && set_layer(self, array, format, hidden_size, intermediate_size,
+                          activation))
         Py_CLEAR(self);
     return (PyObject *)self;
 }

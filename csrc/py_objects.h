@@ -28,7 +28,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     mp_layer layer;
-    const void **addresses; /* (3,E), of our own */
+    const void **addresses; /* (3,E) or (2,E), of our own */
 } mp_layer_object;
 
 /* The object behind an argument of a function of `module`; NULL with a TypeError if it is

@@ -1,5 +1,6 @@
 #include "pyargs.h"
 
+#include <math.h>
 #include <string.h>
 
 PyArrayObject *mp_array(PyObject *object, const char *argument, int type, int ndim)
@@ -87,6 +88,61 @@ int mp_parse_format(const char *name, mp_format *format)
 #include "formats.def"
 #undef FORMAT
                  ", got %s", name);
+    return -1;
+}
+
+static int parse_function(const char *name, mp_function *function)
+{
+    static const char *const names[] = {
+#define X(name) #name,
+        MP_FUNCTIONS(X)
+#undef X
+    };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *function = (mp_function)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "activation: expected one of"
+#define X(name) " " #name
+                 MP_FUNCTIONS(X)
+#undef X
+                 ", got %s", name);
+    return -1;
+}
+
+int mp_parse_activation(PyObject *tuple, mp_activation *a)
+{
+    const char *name, *wrong = NULL;
+    if (!PyTuple_Check(tuple)) {
+        PyErr_Format(PyExc_TypeError,
+                     "activation: expected a tuple (name, alpha, limit, shift), got %s",
+                     Py_TYPE(tuple)->tp_name);
+        return -1;
+    }
+    if (!PyArg_ParseTuple(tuple, "sfff:activation", &name, &a->alpha, &a->limit, &a->shift)
+        || parse_function(name, &a->function))
+        return -1;
+    if (!(a->alpha > 0 && isfinite(a->alpha)))
+        wrong = "alpha: expected a finite number above 0";
+    else if (a->alpha != 1 && a->function != MP_FUNCTION_silu)
+        wrong = "alpha: expected 1, since only silu has another";
+    else if (!(a->limit > 0))
+        wrong = "limit: expected a number above 0, or inf for none";
+    else if (!isfinite(a->shift))
+        wrong = "shift: expected a finite number";
+    if (!wrong)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "activation: %s, got %R", wrong, tuple);
+    return -1;
+}
+
+int mp_check_gate(const mp_activation *a, int gated)
+{
+    if (gated || (a->limit == INFINITY && a->shift == 0))
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "activation: limit and shift: expected inf and 0, since "
+                                      "experts without gate have none");
     return -1;
 }
 

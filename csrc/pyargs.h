@@ -13,6 +13,7 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include "activation.h"
 #include "formats.h"
 
 /* An array of this NumPy type and ndim, C-contiguous, aligned, native; borrowed. */
@@ -30,6 +31,13 @@ const char *mp_dtype_name(mp_float dtype);
 
 /* A name of formats.def. */
 int mp_parse_format(const char *name, mp_format *format);
+
+/* A tuple (name, alpha, limit, shift), see activation.h. Runs code of the caller's, as of an
+ * object that becomes a number: before arrays are looked at. */
+int mp_parse_activation(PyObject *tuple, mp_activation *activation);
+
+/* ValueError for an activation that wants a gate where there is none. */
+int mp_check_gate(const mp_activation *activation, int gated);
 
 /* The NumPy type that carries a dtype: 16-bit floats travel as uint16. */
 int mp_carrier(mp_float dtype);

@@ -22,6 +22,7 @@ class Layer:
         format: str,
         hidden_size: int,
         intermediate_size: int,
+        activation: tuple[str, float, float, float],
         /,
     ) -> Layer: ...
 

@@ -64,6 +64,11 @@ MUTATIONS = [
              "test_experts.py"),
     Mutation("csrc/experts.c", "to[j] += weight * y[r * n + j];", "to[j] = weight * y[r * n + j];",
              "test_experts.py"),
+    Mutation("csrc/experts.c", "&l->activation, l->gate ? w->gate : NULL",
+             "&l->activation, w->gate", "test_experts.py -k activations"),
+    Mutation("csrc/scalar/glu_scalar.c", "x < limit ? limit : x", "x > limit ? x : limit",
+             "test_experts.py -k nan_reaches"),
+    Mutation("csrc/x86/glu_impl.h", "vf_max(u, vf_set(-a.limit))", "u", "test_kernels.py -k glu"),
     # ---- C: tally ----
     Mutation("csrc/tally.c", "t->reuse[known ? depth : E]++", "t->reuse[depth]++",
              "test_tally.py"),
@@ -72,6 +77,13 @@ MUTATIONS = [
     Mutation("csrc/tally.c", "lanes[0] -= p[e] > 0", "lanes[0] += p[e] > 0", "test_tally.py"),
     Mutation("csrc/tally.c", "if (padding || !t->has_pairs)", "if (!t->has_pairs)",
              "test_tally.py"),
+    # ---- activations ----
+    Mutation("moeprof/models/families/activations.py", "torch.allclose(got[0].double(), expected",
+             "torch.allclose(expected, expected", "test_activations.py"),
+    Mutation("moeprof/models/families/activations.py", "seen.numbers != numbers",
+             "seen.numbers is None", "test_activations.py -k changes"),
+    Mutation("moeprof/backends/tables.py", "return 3 if self.gated else 2", "return 3",
+             "test_activations.py"),
     # ---- routers ----
     Mutation("moeprof/routers/logits.py", "sums[:, :-1] < self.P", "sums[:, 1:] < self.P",
              "test_router_kernels.py -k top_p"),

@@ -132,7 +132,7 @@ def test_kernels(capsys, tmp_path, monkeypatch):
     wanted = (
         "linear_bf16",
         "gemm_bf16",
-        "swiglu_bf16",
+        "glu_bf16",
         "softmax",
         "logprob",
         "p_table",

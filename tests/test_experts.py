@@ -82,6 +82,47 @@ def test_experts(level, dtype, name):
             util.assert_close(np.zeros_like(ref), ref, tol)
 
 
+@cache
+def with_activation(name, dtype):
+    """Few and many rows of experts of this kind, in odd sizes; as `with_reference`."""
+    activation, gated = util.ACTIVATIONS[name]
+    layer = util.Layer(6, 41, 71, dtype, activation=activation, gated=gated)
+    ids, weights = util.random_slots(90, 2, 6)
+    ids = np.where(ids >= 0, np.minimum(ids, np.arange(90)[:, None] % 40), -1).astype(np.int32)
+    arrays = layer.hidden(90), ids, weights
+    return (layer, *arrays), layer.reference(*arrays)
+
+
+@pytest.mark.parametrize("level", util.level_names())
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("name", util.ACTIVATIONS)
+def test_activations(level, dtype, name):
+    util.force_level(level)
+    arguments, reference = with_activation(name, dtype)
+    hold_experts(*arguments, name, reference)
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("name", ("SwiGLU", "gelu with limits and a shift", "relu2 without gate"))
+def test_many_experts_and_many_of_a_token(dtype, name):
+    activation, gated = util.ACTIVATIONS[name]
+    layer = util.Layer(512, 7, 5, dtype, activation=activation, gated=gated)
+    hold_experts(layer, layer.hidden(3), *util.random_slots(3, 32, 512), name)
+
+
+@pytest.mark.parametrize("name", util.ACTIVATIONS)
+def test_nan_reaches_the_output_through_limits(name):
+    activation, gated = util.ACTIVATIONS[name]
+    layer = util.Layer(2, 8, 3, activation=activation, gated=gated)
+    ids, ones = np.array([[0], [1]], np.int32), np.ones((2, 1), np.float32)
+    for kind in layer.matrices[:-1]:  # of the gate alone, of up alone
+        kept = kind[1][0, 0]
+        kind[1][0, 0] = np.nan
+        out = layer(layer.hidden(2), ids, ones)
+        assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
+        kind[1][0, 0] = kept
+
+
 @posix
 @pytest.mark.parametrize("dtype", util.DTYPES)
 @pytest.mark.parametrize("side", ("start", "end"))

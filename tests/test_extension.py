@@ -183,7 +183,7 @@ bad_specs = [("nope", *spec[1:]), ("bh", (0.1, 0.2), *spec[2:]), ("bh", ("x",), 
              (*spec[:5], "nope", *spec[6:]), (*spec[:2], 9, *spec[3:]), spec[:4], [],
              (*spec[:8], np.ones(3)), (*spec[:7], ("nope", "logit", table), None), (*spec[:7],
              ("table", "logit", each[:3]), None), (*spec[:7], None, None)]
-layer = util.Layer(16, 32, 24)
+layer, silu = util.Layer(16, 32, 24), util.SWIGLU
 pointers, hidden, layer = layer.pointers, layer.hidden(40), layer.layer
 made = _C.RouteSpec(spec, "float32", 16)
 ids, weights = util.random_slots(40, 3, 16)
@@ -197,8 +197,11 @@ tallied = (counts, sums, recency, ids, z, "float32")
 CALLS = {
     "RouteSpec": [(spec, "float32", 16), (spec, "nope", 16), (spec, "float32", 3), (spec,),
                   *[(bad, "float32", 16) for bad in bad_specs]],
-    "Layer": [(pointers, "float32", 32, 24), (pointers, "nope", 32, 24), (pointers, "float32", 0,
-              24), (pointers * 0, "float32", 32, 24), (p, "float32", 32, 24), (pointers,)],
+    "Layer": [(pointers, "float32", 32, 24, silu), (pointers[:2], "float32", 32, 24, silu),
+              (pointers, "nope", 32, 24, silu), (pointers, "float32", 0, 24, silu),
+              (pointers * 0, "float32", 32, 24, silu), (p, "float32", 32, 24, silu),
+              (pointers, "float32", 32, 24, None), (pointers, "float32", 32, 24, silu[:3]),
+              (pointers, "float32", 32, 24, ("silu", -1.0, 1.0, 0.0)), (pointers,)],
     "route": [(z, made, 2, True), (z, made, 2, False), (bad_row, made, 1, True), (z, spec, 1,
               True), (p, made, 1, True), (short, made, 1, True), (z,)],
     "choice_logits": [(z, made), (bad_row, made), (z, spec), (z[:, :3], made), (1, 2)],
@@ -217,8 +220,9 @@ CALLS = {
               (x, w.ctypes.data, 24, 0, "nope", 2), (p, w.ctypes.data, 24, 0, "float32", 1), ()],
     "gemm": [(x, index, w, "float32"), (x, index + 99, w, "float32"), (x, index, short,
              "float32"), (x, index, w, "nope"), (x,)],
-    "swiglu": [(x[0], x[0], "float32"), (x[0], x[0], "bfloat16"), (x[0], z[0], "float32"),
-               (x, x, "float32"), (x[0], x[0], "nope"), (x[0],)],
+    "glu": [(silu, x[0], x[0], "float32"), (silu, None, x[0], "bfloat16"), (silu, x[0], z[0],
+            "float32"), (silu, x, x, "float32"), (silu, x[0], x[0], "nope"), (("nope", 1.0, 1.0,
+            0.0), x[0], x[0], "float32"), (silu[:2], x[0], x[0], "float32"), (silu, None), ()],
     "softmax": [(z, 1.0), (p, 1.0), (z, "x"), (z,)],
     "logprob": [(z,), (p,), (None,)],
     "order": [(p, z), (None, z), (p, short), (z, z), (p,)],

@@ -126,8 +126,16 @@ def p_of(null):
     return _C.p_values(F32, null)
 
 
-def layer(dtype="float32", pointers=POINTERS, size=4, inner=2):
-    return _C.Layer(pointers, dtype, size, inner)
+def layer(dtype="float32", pointers=POINTERS, size=4, inner=2, activation=util.SWIGLU):
+    return _C.Layer(pointers, dtype, size, inner, activation)
+
+
+def glu(g, u, activation=util.SWIGLU):
+    return _kernels.glu(activation, g, u, "float32")
+
+
+def activation(changed):
+    return layer(activation=changed)
 
 
 def experts(hidden=F32, ids=I32, weights=ONES, dtype="float32"):
@@ -246,7 +254,11 @@ BAD = [
     ),
     (lambda: experts(ids=I32[:1], weights=ONES[:1]), ValueError, r"expected \(2, k\) both"),
     (lambda: layer(pointers=F64), TypeError, "pointers: expected dtype uint64, got float64"),
-    (lambda: layer(pointers=POINTERS[:2]), ValueError, r"pointers: expected \(3, num_experts\)"),
+    (
+        lambda: layer(pointers=POINTERS[:1]),
+        ValueError,
+        r"expected \(3, num_experts\), or",
+    ),
     (lambda: layer(pointers=POINTERS[:, :0].copy()), ValueError, r"pointers: expected \(3, num"),
     (lambda: layer(pointers=POINTERS * 0), ValueError, "pointers: weights without memory"),
     (lambda: layer(inner=0), ValueError, "intermediate_size"),
@@ -291,8 +303,26 @@ BAD = [
     (lambda: _kernels.gemm(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected"),
     (lambda: _kernels.gemm(F32, INDEX, U16, "float32"), TypeError, "w: expected"),
     (lambda: _kernels.gemm(F32, INDEX, F32.T, "float32"), TypeError, "w: expected contiguous"),
-    (lambda: _kernels.swiglu(ONES[0], F32[0], "float32"), ValueError, "g and u: expected the same"),
-    (lambda: _kernels.swiglu(ONES, ONES, "float32"), ValueError, "g: expected 1 dimensions"),
+    (lambda: glu(ONES[0], F32[0]), ValueError, "g and u: expected the same"),
+    (lambda: glu(ONES, ONES), ValueError, "g: expected 1 dimensions"),
+    (lambda: glu(None, ONES), ValueError, "u: expected 1 dimensions"),
+    (lambda: activation([]), TypeError, r"activation: expected a tuple \(name, alpha, .* got list"),
+    (
+        lambda: activation(("tanh", 1.0, 1.0, 0.0)),
+        ValueError,
+        "expected one of silu gelu gelu_tanh relu relu2, got tanh",
+    ),
+    (lambda: activation(("silu", 0.0, 1.0, 0.0)), ValueError, "alpha: expected a finite number"),
+    (lambda: activation(("silu", np.inf, 1.0, 0.0)), ValueError, "alpha: expected a finite number"),
+    (lambda: activation(("relu", 2.0, 1.0, 0.0)), ValueError, "alpha: expected 1, since only silu"),
+    (lambda: activation(("silu", 1.0, 0.0, 0.0)), ValueError, "limit: expected a number above 0"),
+    (lambda: activation(("silu", 1.0, np.nan, 0.0)), ValueError, "limit: expected .* got .*nan"),
+    (lambda: activation(("silu", 1.0, 1.0, np.inf)), ValueError, "shift: expected a finite number"),
+    (
+        lambda: layer(pointers=POINTERS[:2], activation=("silu", 1.0, 7.0, 0.0)),
+        ValueError,
+        "limit and shift: expected inf and 0, since experts without gate",
+    ),
     (lambda: _kernels.softmax(F64, 1.0), TypeError, "z: expected dtype float32, got float64"),
     (lambda: _kernels.logprob(F32[0]), ValueError, "z: expected 2 dimensions, got 1"),
     (lambda: _kernels.order(F32, F32), TypeError, "p: expected dtype float64, got float32"),

@@ -99,9 +99,9 @@ def set_weight(block, change):
     setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
 
-def use_gelu(block):
+def use_tanh(block):
     for module in activations(block):
-        module.act_fn = ACT2FN["gelu"]
+        module.act_fn = ACT2FN["tanh"]
 
 
 def hook_experts(block):
@@ -150,7 +150,7 @@ def no_longer_contiguous(block):
 
 
 OBSTACLES = {
-    "activation": (use_gelu, "activation .*GELU"),
+    "activation": (use_tanh, "activation .*Tanh"),
     "hook": (hook_experts, "a hook or a forward of its own on .* in the experts"),
     "pre-hook": (pre_hook_experts, "a hook or a forward of its own on .* in the experts"),
     "hook on the activation": (hook_activation, "a hook .* on SiLU.* in the experts"),
@@ -290,7 +290,7 @@ def test_forward_from_before_the_patch_is_the_models_own(model):
 
 
 def test_model_with_another_activation():
-    model = olmoe(hidden_act="gelu")
+    model = olmoe(hidden_act="tanh")
     expected = logits(model)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: .*activation"):
         moeprof.patch(model)

@@ -226,26 +226,27 @@ def test_each_16_bit_pattern_is_widened_as_it_is(kernel, variant):
     hold(kernel, variant, cases)
 
 
-# ---- swiglu ----
+# ---- glu ----
 
 
-def swiglu_cases(kernel):
+def glu_cases(kernel):
     dtype = act_type(DTYPE[kernel.rpartition("_")[2]])
     rng, edges = np.random.default_rng(0), [0, -0.0, 1e-30, 20, 87, 88, 89, 104, 150, 1e30, 3e38]
-    around = np.array([*edges, *np.linspace(0, 110, 4001), np.inf])
+    around = np.array([*edges, *np.linspace(0, 110, 4001), *np.linspace(0, 16, 2001), np.inf])
     g = np.concatenate([around, -around, [np.nan]]).astype(np.float32)
     inputs = [(f"N={n}", *rng.standard_normal((2, n)).astype(np.float32)) for n in LANES]
-    inputs += [("edges of exp", g, u) for u in (np.ones_like(g), np.full_like(g, -0.37))]
-    for what, g, u in inputs:
-        with np.errstate(over="ignore", invalid="ignore"):
-            wide = g.astype(np.float64)
-            silu = np.where(g == -np.inf, np.nan, wide / (1 + np.exp(-wide)))  # -inf / inf
-            ref = silu * u
-            tol = 4 * EPS32 * np.abs(ref) + 2.0**-121 * np.abs(u) + TINY32
-            rounding = util.HALF_ULP["bfloat16"] * (np.abs(ref) + tol)
-        run = partial(_kernels.swiglu, g, u, dtype)
-        tol = np.nan_to_num(tol + rounding if dtype == "bfloat16" else tol, posinf=0)
-        yield Case(what, lambda run=run: widen(run(), dtype), ref, tol)
+    inputs += [("edges", g, u) for u in (np.ones_like(g), np.full_like(g, -0.37), g[::-1].copy())]
+    for name, (activation, gated) in util.ACTIVATIONS.items():
+        for what, g, u in inputs if gated else [(what, None, g) for what, g, _ in inputs]:
+            with np.errstate(over="ignore", invalid="ignore"):
+                ref, tol = util.glu(activation, *[(x, 0.0) for x in (g, u) if x is not None])
+                if dtype == "bfloat16":
+                    tol = tol + util.HALF_ULP["bfloat16"] * (np.abs(ref) + tol)
+                # what float32 can't hold is inf
+                ref = np.where(np.abs(ref) < 3.4e38, ref, np.sign(ref) * np.inf)
+            run = partial(_kernels.glu, activation, g, u, dtype)
+            tol = np.nan_to_num(tol, posinf=0)
+            yield Case(f"{name} {what}", lambda run=run: widen(run(), dtype), ref, tol)
 
 
 def bf16_roundings():
@@ -257,14 +258,14 @@ def bf16_roundings():
     return np.concatenate([values * scale for scale in scales]).astype(np.float32)
 
 
-@pytest.mark.parametrize("variant", util.variants_of("swiglu_bf16"))
+@pytest.mark.parametrize("variant", util.variants_of("glu_bf16"))
 def test_act_is_rounded_once_to_nearest_even(variant):
     u = bf16_roundings() / 128
     g = np.full_like(u, 128.0)  # silu(128) is 128 in fp32, and the product exact
-    util.force("swiglu_bf16", variant)
+    util.force("glu_bf16", variant)
     with np.errstate(over="ignore"):
         expected = narrow(128 * u, "bfloat16")
-    np.testing.assert_array_equal(_kernels.swiglu(g, u, "bfloat16"), expected)
+    np.testing.assert_array_equal(_kernels.glu(util.SWIGLU, g, u, "bfloat16"), expected)
 
 
 # ---- softmax, logprob, p-values, order, step_up ----
@@ -372,8 +373,8 @@ ROW_CASES = {
 def cases_of(kernel):
     if kernel in ROW_CASES:
         return list(ROW_CASES[kernel]())
-    if kernel.startswith("swiglu_"):
-        return list(swiglu_cases(kernel))
+    if kernel.startswith("glu_"):
+        return list(glu_cases(kernel))
     return [random_case(kernel, 8, 33, 48)]  # the shapes have tests of their own
 
 

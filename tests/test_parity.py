@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moeprof
 from moeprof import demo
 from moeprof.backends.ops import operands_of
+from moeprof.backends.tables import SWIGLU
 
 TIE = 1e-5  # selections are compared where the k-th lies further than this above the next
 
@@ -479,9 +480,11 @@ def test_operators_keep_what_they_declare(tokens):
     weights = [p for p in block.experts.parameters()]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     spec = moeprof.BH(0.5, max_k=5).spec(8, norm="none", norm_k=2)
-    moe = (x, gate_logits(block, x), weights, *operands_of(spec), "mlp")
+    act = SWIGLU.as_text()
+    moe = (x, gate_logits(block, x), weights, act, *operands_of(spec), "mlp")
     torch.library.opcheck(torch.ops.moeprof.moe.default, moe, test_utils=checks)
-    experts = (x, torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3), weights, "mlp")
+    ids, ones = torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3)
+    experts = (x, ids, ones, weights, act, "mlp")
     torch.library.opcheck(torch.ops.moeprof.experts.default, experts, test_utils=checks)
 
 

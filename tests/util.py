@@ -4,6 +4,7 @@ No torch here: these also run in processes that have NumPy alone.
 """
 
 import ctypes
+import math
 import mmap
 import os
 import re
@@ -227,24 +228,54 @@ def shifted(array, offset):
     return copy
 
 
+SWIGLU = ("silu", 1.0, np.inf, 0.0)
+# What experts compute between their matrices: (name, alpha, limit, shift), and have they a gate?
+ACTIVATIONS = {
+    "SwiGLU": (SWIGLU, True),
+    "silu, its alpha, limits and a shift": (("silu", 1.702, 0.75, 1.0), True),
+    "silu with limits": (("silu", 1.0, 1.5, 0.0), True),
+    "gelu": (("gelu", 1.0, np.inf, 0.0), True),
+    "gelu with limits and a shift": (("gelu", 1.0, 0.5, -0.25), True),
+    "gelu_tanh": (("gelu_tanh", 1.0, np.inf, 0.0), True),
+    "relu": (("relu", 1.0, np.inf, 0.0), True),
+    "relu2": (("relu2", 1.0, np.inf, 0.0), True),
+    "relu2 without gate": (("relu2", 1.0, np.inf, 0.0), False),
+    "relu without gate": (("relu", 1.0, np.inf, 0.0), False),
+    "gelu without gate": (("gelu", 1.0, np.inf, 0.0), False),
+    "gelu_tanh without gate": (("gelu_tanh", 1.0, np.inf, 0.0), False),
+    "silu without gate, its alpha": (("silu", 1.702, np.inf, 0.0), False),
+}
+
+
 class Layer:
-    """Random SwiGLU experts of one layer: gate, up (E,I,H), down (E,H,I).
+    """Random experts of one layer: gate (unless there is none), up (E,I,H), down (E,H,I).
 
     `place` copies each matrix to where it should lie.
     """
 
-    def __init__(self, experts, hidden, inner, dtype="float32", *, seed=0, place=np.array):
+    def __init__(
+        self,
+        experts,
+        hidden,
+        inner,
+        dtype="float32",
+        *,
+        seed=0,
+        place=np.array,
+        activation=SWIGLU,
+        gated=True,
+    ):
         rng = np.random.default_rng(seed)
-        self.shape, self.dtype = (experts, hidden, inner), dtype
-        shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
+        self.shape, self.dtype, self.activation = (experts, hidden, inner), dtype, activation
+        shapes = [*[(inner, hidden)] * (2 if gated else 1), (hidden, inner)]
         self.matrices = [
             [place(narrow(rng.standard_normal(s) / np.sqrt(s[1]), dtype)) for _ in range(experts)]
             for s in shapes
         ]
         self.pointers = np.array(
             [[m.ctypes.data for m in kind] for kind in self.matrices], np.uint64
-        ).reshape(3, experts)
-        self.layer = _C.Layer(self.pointers, dtype, hidden, inner)
+        ).reshape(len(shapes), experts)
+        self.layer = _C.Layer(self.pointers, dtype, hidden, inner, activation)
 
     def hidden(self, tokens, seed=1):
         values = np.random.default_rng(seed).standard_normal((tokens, self.shape[1]))
@@ -261,9 +292,12 @@ class Layer:
         x = widen(hidden, self.dtype).astype(np.float64)
         out, tol = np.zeros_like(x), np.zeros_like(x)
         for e in range(self.shape[0]):
-            gate, up, down = (widen(kind[e], self.dtype) for kind in self.matrices)
+            *into, down = (widen(kind[e], self.dtype) for kind in self.matrices)
             rows, slots = np.nonzero(experts == e)
-            act, act_tol = swiglu(x[rows], gate, up, self.dtype == "bfloat16")
+            products = [matmul(x[rows], matrix) for matrix in into]
+            act, act_tol = glu(self.activation, *products)
+            if self.dtype == "bfloat16":
+                act_tol = act_tol + HALF_ULP["bfloat16"] * (np.abs(act) + act_tol)
             y, y_tol = matmul(act, down, act_tol)
             w = weights[rows, slots].astype(np.float64)[:, None]
             np.add.at(out, rows, w * y)
@@ -294,14 +328,41 @@ def matmul(x, w, x_tol=0.0):
     return x @ w.T, EPS32 * w.shape[1] * size + carried + subnormal
 
 
-def swiglu(x, gate, up, to_bf16):
-    """silu(x gate^T) * (x up^T) in float64 and its bound; |silu'| < 1.1."""
-    (g, g_tol), (u, u_tol) = matmul(x, gate), matmul(x, up)
+erfc = np.vectorize(math.erfc, otypes=[float])
+
+
+def function(name, alpha, x):
+    """f(x) in float64, the bound of f(x) * 1 (kernels.h), and one for the slope."""
+    x = np.asarray(x, np.float64)
+    if name.startswith("relu"):
+        f = np.where(x <= 0, 0, x)
+        f, slope = (f * f, 2 * np.abs(x)) if name == "relu2" else (f, np.ones_like(x))
+        return f, EPS32 * f, slope
     with np.errstate(over="ignore", invalid="ignore"):
-        silu = g / (1 + np.exp(-g))
-        act = silu * u
-        tol = 1.1 * g_tol * (np.abs(u) + u_tol) + np.abs(silu) * u_tol + 16 * EPS32 * np.abs(act)
-        return act, tol + (HALF_ULP["bfloat16"] * (np.abs(act) + tol) if to_bf16 else 0) + TINY32
+        if name == "gelu":
+            f, relative = 0.5 * x * erfc(-x * np.sqrt(0.5)), 8.0
+        else:
+            tanh = name == "gelu_tanh"
+            z = np.sqrt(8 / np.pi) * (x + 0.044715 * x**3) if tanh else alpha * x
+            f = x / (1 + np.exp(-z))
+            relative = 4 + (2 * np.maximum(-z, 0) if tanh or alpha != 1 else 0)
+        tol = np.where(f == 0, 0, relative * EPS32 * np.abs(f)) + 2.0**-121 / alpha
+    return f, tol, np.full_like(x, 1.13)
+
+
+def glu(activation, *products):
+    """What experts compute of (g, its bound) and (u, its bound), or of u alone: float64, bound."""
+    name, alpha, limit, shift = activation
+    (x, x_tol), (u, u_tol) = (*products, (1.0, 0.0))[:2]
+    if len(products) == 2:
+        x, u = np.minimum(x, limit), np.clip(u, -limit, limit) + shift
+        u_tol = u_tol + (EPS32 * np.abs(u) if shift else 0)
+    f, f_tol, slope = function(name, alpha, x)
+    slope = slope + (2 * x_tol if name == "relu2" else 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        act = f * u
+        tol = (f_tol + slope * x_tol) * (np.abs(u) + u_tol) + np.abs(f) * u_tol
+    return act, tol + TINY32
 
 
 def random_slots(tokens, slots, experts, seed=0, skipped=0.25):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .base import MoEOutput
 from .c import C
 from .spec import RouteSpec, max_k_of
-from .tables import WeightTable
+from .tables import Activation, LayerMatrices, WeightTable
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -45,9 +45,11 @@ def _experts(
     expert_ids: Tensor,
     routing_weights: Tensor,
     matrices: list[Tensor],
+    activation: str,
     name: str,
 ) -> Tensor:
-    return _run_experts(hidden, expert_ids, routing_weights, WeightTable(matrices), name)
+    table = WeightTable(matrices, Activation.from_text(activation))
+    return _run_experts(hidden, expert_ids, routing_weights, table, name)
 
 
 experts_op = torch.library.custom_op("moeprof::experts", _experts, mutates_args=())
@@ -59,6 +61,7 @@ def _(
     expert_ids: Tensor,
     routing_weights: Tensor,
     matrices: list[Tensor],
+    activation: str,
     name: str,
 ) -> Tensor:
     return torch.empty_like(hidden)
@@ -68,6 +71,7 @@ def _moe(
     hidden: Tensor,
     logits: Tensor,
     matrices: list[Tensor],
+    activation: str,
     spec: str,
     p_table: Tensor | None,
     table: Tensor | None,
@@ -75,8 +79,9 @@ def _moe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arrays = (None if t is None else t.numpy() for t in (p_table, table))
     given = RouteSpec.from_operands(spec, *arrays)
+    experts_table = WeightTable(matrices, Activation.from_text(activation))
     output, weights, experts, counts, rejections = _run_moe(
-        hidden, logits, WeightTable(matrices), given, name
+        hidden, logits, experts_table, given, name
     )
     return output, weights, experts, counts, rejections
 
@@ -86,7 +91,12 @@ moe_op = torch.library.custom_op("moeprof::moe", _moe, mutates_args=())
 
 @moe_op.register_fake
 def _(
-    hidden: Tensor, logits: Tensor, matrices: list[Tensor], spec: str, *rest: Any
+    hidden: Tensor,
+    logits: Tensor,
+    matrices: list[Tensor],
+    activation: str,
+    spec: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = hidden.shape[0]
     slots = hidden.new_empty((tokens, max_k_of(spec)), dtype=torch.int32)
@@ -172,34 +182,31 @@ moe_op.register_autograd(_refuse, setup_context=_remember_name)
 route_op.register_autograd(_refuse, setup_context=_remember_name)
 
 
-# While a compiler traces there is no memory to make a table of: then the matrices themselves.
-Matrices = WeightTable | list[Tensor]
-
-
-def matrices_of(table: Matrices) -> list[Tensor]:
-    return [*table.matrices] if isinstance(table, WeightTable) else table
+Matrices = WeightTable | LayerMatrices
 
 
 def run_experts(
     hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Matrices, name: str
 ) -> Tensor:
     """`experts_op`, without the dispatcher where nothing observes."""
-    matrices = matrices_of(table)
+    matrices = [*table.matrices]
     if unobserved(hidden, routing_weights, *matrices):
         return _run_experts(hidden, expert_ids, routing_weights, table, name)
     _refuse_tangents(name, hidden, routing_weights, *matrices)
-    return experts_op(hidden, expert_ids, routing_weights, matrices, name)
+    activation = table.activation.as_text()
+    return experts_op(hidden, expert_ids, routing_weights, matrices, activation, name)
 
 
 def run_moe(
     hidden: Tensor, logits: Tensor, table: Matrices, spec: RouteSpec, operands: Any, name: str
 ) -> MoEOutput:
     """`moe_op`, without the dispatcher where nothing observes; operands: `operands_of(spec)`."""
-    matrices = matrices_of(table)
+    matrices = [*table.matrices]
     if unobserved(hidden, logits, *matrices):
         return _run_moe(hidden, logits, table, spec, name)
     _refuse_tangents(name, hidden, logits, *matrices)
-    return MoEOutput(*moe_op(hidden, logits, matrices, *operands, name))
+    activation = table.activation.as_text()
+    return MoEOutput(*moe_op(hidden, logits, matrices, activation, *operands, name))
 
 
 def run_route(
@@ -214,9 +221,10 @@ def run_route(
     return weights, expert_ids, counts, rejections
 
 
-def table_of(matrices: list[Tensor]) -> Matrices:
+def table_of(matrices: Sequence[Tensor], activation: Activation) -> Matrices:
     """A table of these matrices, or they themselves while a compiler traces."""
-    return matrices if torch.compiler.is_compiling() else WeightTable(matrices)
+    kind = LayerMatrices if torch.compiler.is_compiling() else WeightTable
+    return kind(matrices, activation)
 
 
 def operands_of(spec: RouteSpec) -> tuple[str, Tensor | None, Tensor | None]:
@@ -234,12 +242,12 @@ def _refuse_tangents(name: str, *tensors: Tensor) -> None:
         raise RuntimeError(f"{name}: the C path has no derivatives; {_instead(name)}")
 
 
-# ---- FLOPs: 6 H I for each expert that a token was sent to ----
+# ---- FLOPs: 2 H I for each matrix of each expert that a token was sent to ----
 
 
-def _expert_flops(matrices: Sequence[Tensor]) -> int:
+def _expert_flops(matrices: Sequence[Tensor], activation: str) -> int:
     down = matrices[-1]  # (E, H, I) or (H, I)
-    return 6 * down.shape[-1] * down.shape[-2]
+    return 2 * Activation.from_text(activation).matrices * down.shape[-1] * down.shape[-2]
 
 
 def _total(counts: Tensor, upper_bound: int) -> int:
@@ -254,14 +262,16 @@ def _(
     expert_ids: Tensor,
     routing_weights: Tensor,
     matrices: list[Tensor],
+    activation: str,
     name: str,
     *,
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
-    num_experts = len(matrices[-1]) if matrices[-1].dim() == 3 else len(matrices) // 3
+    own = Activation.from_text(activation).matrices
+    num_experts = len(matrices[-1]) if matrices[-1].dim() == 3 else len(matrices) // own
     ran = (expert_ids >= 0) & (expert_ids < num_experts)
-    return _expert_flops(matrices) * _total(ran, expert_ids.numel())
+    return _expert_flops(matrices, activation) * _total(ran, expert_ids.numel())
 
 
 @register_flop_formula(torch.ops.moeprof.moe, get_raw=True)
@@ -269,9 +279,10 @@ def _(
     hidden: Tensor,
     logits: Tensor,
     matrices: list[Tensor],
+    activation: str,
     *spec: Any,
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
     _, _, expert_ids, counts, _ = out_val
-    return _expert_flops(matrices) * _total(counts, expert_ids.numel())
+    return _expert_flops(matrices, activation) * _total(counts, expert_ids.numel())

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,48 @@ def as_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array).view(dtype)
 
 
+class Activation(NamedTuple):
+    """What an expert computes between its matrices; csrc/kernels.h has the functions.
+
+    Of what gate and up give: ``f(min(gate, limit)) * (clamp(up, -limit, limit) + shift)``.
+    Without gate: ``f(up)``.
+    """
+
+    name: str = "silu"  # "silu", "gelu", "gelu_tanh", "relu" or "relu2"
+    alpha: float = 1.0  # of silu alone: x * sigmoid(alpha * x)
+    limit: float = inf
+    shift: float = 0.0
+    gated: bool = True
+
+    @property
+    def matrices(self) -> int:
+        """Of one expert."""
+        return 3 if self.gated else 2
+
+    def as_text(self) -> str:
+        """As an operator of torch takes it."""
+        return f"{self.name} {self.alpha} {self.limit} {self.shift} {self.gated}"
+
+    @classmethod
+    def from_text(cls, text: str) -> "Activation":
+        name, alpha, limit, shift, gated = text.split()
+        return cls(name, float(alpha), float(limit), float(shift), gated == "True")
+
+
+SWIGLU = Activation()
+
+
+class LayerMatrices(NamedTuple):
+    """The experts of a layer, as `WeightTable` takes them; while a compiler traces, instead of
+    one: its tensors lie nowhere."""
+
+    matrices: Sequence[Tensor]
+    activation: Activation
+
+
+NOTHING_READ = LayerMatrices([], SWIGLU)
+
+
 class WeightTable:
     """Where the matrices of a layer's experts lie, for the kernels.
 
@@ -39,17 +82,20 @@ class WeightTable:
     ----------
     matrices
         Either the packed pair ``[gate_up (E, 2I, H), down (E, H, I)]`` of transformers 5, or
-        the list ``[gate_0, up_0, down_0, gate_1, ...]`` of transformers 4. Contiguous, of one
-        dtype, on the CPU; see `tensor_obstacle`.
+        the list ``[gate_0, up_0, down_0, gate_1, ...]`` of transformers 4; of experts without
+        gate, ``[up (E, I, H), down (E, H, I)]`` or ``[up_0, down_0, up_1, ...]``. Contiguous,
+        of one dtype, on the CPU; see `tensor_obstacle`.
+    activation
+        What the experts compute between them.
     """
 
-    def __init__(self, matrices: Sequence[Tensor]):
-        self.matrices = tuple(matrices)
+    def __init__(self, matrices: Sequence[Tensor], activation: Activation = SWIGLU):
+        self.matrices, self.activation = tuple(matrices), activation
         self.dtype = matrices[0].dtype
         self._addresses = tuple(map(Tensor.data_ptr, self.matrices))
         *sizes, self.hidden_size, intermediate_size = matrices[-1].shape
         packed = bool(sizes)
-        self.num_experts: int = sizes[0] if packed else len(matrices) // 3
+        self.num_experts: int = sizes[0] if packed else len(matrices) // activation.matrices
         half = intermediate_size * self.hidden_size * matrices[-1].element_size() if packed else 0
         self.layer = _layer(
             self._addresses,
@@ -58,6 +104,7 @@ class WeightTable:
             DTYPES[self.dtype],
             self.hidden_size,
             intermediate_size,
+            activation,
         )  # what the functions of _C take
 
     def is_current(self) -> bool:
@@ -73,18 +120,20 @@ def _layer(
     dtype: str,
     hidden_size: int,
     intermediate_size: int,
+    activation: Activation,
 ) -> Any:
     """The `_C.Layer` of these addresses; matrix_bytes: of one matrix in packed tensors, or 0."""
     if matrix_bytes:
-        gate_up, down = addresses
+        first, down = addresses  # gate and up of an expert, or up alone, lie one behind the other
+        beside = activation.matrices - 1
         experts = np.arange(num_experts, dtype=np.uint64) * np.uint64(matrix_bytes)
-        gate = 2 * experts + np.uint64(gate_up)
-        pointers = np.stack([gate, gate + np.uint64(matrix_bytes), experts + np.uint64(down)])
+        own = [beside * experts + np.uint64(first + n * matrix_bytes) for n in range(beside)]
+        pointers = np.stack([*own, experts + np.uint64(down)])
     else:
         at = np.array(addresses, dtype=np.uint64)
-        pointers = np.ascontiguousarray(at.reshape(-1, 3).T)
+        pointers = np.ascontiguousarray(at.reshape(-1, activation.matrices).T)
     pointers.setflags(write=False)
-    return _C.Layer(pointers, dtype, hidden_size, intermediate_size)
+    return _C.Layer(pointers, dtype, hidden_size, intermediate_size, activation[:4])
 
 
 def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import _C, _kernels
-from ..backends.tables import as_array
+from ..backends.tables import SWIGLU, as_array
 from ..measure.limits import SIZE, limit_calls
 from ..measure.machine import cache_bytes
 from ..measure.timing import interleave, steps
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SUFFIX = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 GEMM_WEIGHTS = 256  # rows; they stay in L2, so that the FMA units are the limit
 ROUTED = 512  # tokens
-SWIGLU = 2**16  # numbers
+GLU = 2**16  # numbers
 WORDS = (
     "One call of a binding, the allocation of its result included, in gemm_* pack_*, in "
     "step_up the sorting. "
@@ -158,7 +158,7 @@ def _cases(settings: Settings) -> list[Callable[[], Case]]:
     shape = settings.shape
     made = [partial(_linear, shape, dtype) for dtype in dtypes]
     made += [partial(_gemm, shape, dtype, rows) for dtype in dtypes for rows in settings.tokens]
-    made += [partial(_swiglu, dtype) for dtype in dtypes if dtype != "float16"]
+    made += [partial(_glu, dtype) for dtype in dtypes if dtype != "float16"]
     kernels = ("softmax", "logprob", "p_table", "p_normal", "order", "step_up")
     return made + [partial(_routing, shape, kernel) for kernel in kernels]
 
@@ -193,10 +193,10 @@ def _gemm(shape: Shape, dtype: str, rows: int) -> Case:
     return Case(f"gemm_{SUFFIX[dtype]}", what, partial(_kernels.gemm, *operands), limit)
 
 
-def _swiglu(dtype: str) -> Case:
-    gate, up = (torch.randn(SWIGLU).numpy() for _ in range(2))
-    call = partial(_kernels.swiglu, gate, up, dtype)
-    return Case(f"swiglu_{SUFFIX[dtype]}", f"{SWIGLU} numbers", call)
+def _glu(dtype: str) -> Case:
+    gate, up = (torch.randn(GLU).numpy() for _ in range(2))
+    call = partial(_kernels.glu, SWIGLU[:4], gate, up, dtype)
+    return Case(f"glu_{SUFFIX[dtype]}", f"{GLU} numbers, SwiGLU", call)
 
 
 def _routing(shape: Shape, kernel: str) -> Case:

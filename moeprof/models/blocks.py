@@ -141,5 +141,5 @@ def is_behind_interface(experts: nn.Module) -> bool:
 
 def interface_obstacle(experts: nn.Module) -> str | None:
     """Why the experts implementation "moeprof" can't run these, or None."""
-    matrices, reason = read_packed(experts)
+    matrices, _, reason = read_packed(experts)
     return reason or tensor_obstacle(matrices)

@@ -14,14 +14,15 @@ def experts_forward(
     """Run the experts that a routing names, skipping the others and every empty slot.
 
     On transformers 5 this is also the experts implementation "moeprof":
-    ``model.set_experts_implementation("moeprof")``, for every class on that interface with
-    SwiGLU experts without bias.
+    ``model.set_experts_implementation("moeprof")``, for every class on that interface whose
+    experts have no bias, lie as below and compute with SiLU, GELU, ReLU or squared ReLU, with
+    or without gate and limits.
 
     Parameters
     ----------
     experts : torch.nn.Module
-        Holds ``gate_up_proj`` (E, 2I, H) and ``down_proj`` (E, H, I), float32, bfloat16 or
-        float16, on the CPU.
+        Holds ``gate_up_proj`` (E, 2I, H), or without gate ``up_proj`` (E, I, H), and
+        ``down_proj`` (E, H, I), float32, bfloat16 or float16, on the CPU.
     hidden : (T, H), dtype of the weights
     idx : (T, k) integer, expert ids; -1, or E as transformers writes it, for an empty slot
     weights : (T, k) floating point
@@ -45,7 +46,7 @@ def experts_forward(
             kind = type(value).__name__
             raise TypeError(f"experts_forward: {argument}: expected a torch.Tensor, got {kind}")
     name = BY_ITSELF + type(experts).__name__
-    matrices, reason = read_packed(experts)
+    matrices, activation, reason = read_packed(experts)
     if reason:
         raise ValueError(f"{name}: not on moeprof's path: {reason}")
     if hidden.dim() != 2 or hidden.shape[1] != matrices[1].shape[1]:
@@ -61,4 +62,4 @@ def experts_forward(
         )
     if reason := tensor_obstacle([*matrices, hidden]) or routing_obstacle(idx, weights):
         raise ValueError(f"{name}: {reason}")
-    return run_experts(hidden, idx, weights, table_of(matrices), name)
+    return run_experts(hidden, idx, weights, table_of(matrices, activation), name)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import Matrices, matrices_of, run_experts, run_moe
+from ..backends.ops import Matrices, run_experts, run_moe
 from ..backends.tables import WeightTable, routing_obstacle, tensor_obstacle
 from ..models.blocks import not_runnable
 from ..models.guards import explained
@@ -128,9 +128,9 @@ def input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
             and not hidden_states.is_neg()
         ):
             return None
-    first = matrices_of(table)[0]
+    first = table.matrices[0]
     reason = hidden_obstacle(first, hidden_states)
-    hidden_size = first.shape[-1]  # gate (I, H) or gate_up (E, 2I, H)
+    hidden_size = first.shape[-1]  # gate or up (I, H), gate_up (E, 2I, H) or up (E, I, H)
     if not reason and hidden_states.shape[-1] != hidden_size:
         width = hidden_states.shape[-1]
         reason = f"the hidden states: {width} columns, the experts have {hidden_size}"

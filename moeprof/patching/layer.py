@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backends.ops import Matrices, operands_of
 from ..backends.spec import RouteSpec, Rule
-from ..backends.tables import WeightTable
+from ..backends.tables import NOTHING_READ, WeightTable
 from ..models.families.base import Layout
 from ..models.families.rules import Settings
 from ..models.guards import Unchanged
@@ -68,23 +68,23 @@ class PatchedLayer(Patched):
         )
 
     def table(self, block: nn.Module) -> tuple[Matrices, str | None]:
-        """(where the matrices of the block's experts lie, None), or ([], why it can't run in C).
+        """(where the matrices of the block's experts lie, None), or (none, why it can't run in C).
 
         The experts are read once, and again when anything about them has changed.
         """
         if torch.compiler.is_compiling():  # a tracer's tensors lie nowhere
             return self.family.readable(block)
         if reason := self.family.obstacle(block):
-            return [], reason
+            return NOTHING_READ, reason
         if self._read is not None:
             experts, unchanged, table = self._read
             if self.family.experts_of(block) is experts and unchanged and table.is_current():
                 return table, None
-        matrices, reason = self.family.readable(block)
+        read, reason = self.family.readable(block)
         if reason:
-            return [], reason
+            return read, reason
         experts, unchanged = self.family.experts_of(block), self.family.unchanged(block)
-        table = WeightTable(matrices)
+        table = WeightTable(*read)
         self._read = experts, unchanged, table
         return table, None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backends.ops import Matrices, matrices_of, run_experts, run_route
+from ..backends.ops import Matrices, run_experts, run_route
 from ..backends.tables import routing_obstacle
 from ..models.blocks import not_runnable
 from ..models.reading import as_logits, read_gate
@@ -67,7 +67,7 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     start = perf_counter_ns() if watched else 0
     hidden_states = args[0] if args else next(iter(kwargs.values()))
     table, reason = layer.table(self)
-    if reason := reason or hidden_obstacle(matrices_of(table)[0], hidden_states):
+    if reason := reason or hidden_obstacle(table.matrices[0], hidden_states):
         return own_forward(self, layer, reason, args, kwargs)
     call = _Call(self, layer, table)
     stack = vars(_CALLS).setdefault("stack", [])

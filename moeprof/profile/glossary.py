@@ -66,7 +66,8 @@ METRICS = {
             "flops_expert",
             "FLOP",
             "Of the routed experts, over the rows of real tokens that ran: "
-            "6·H·I a row for SwiGLU, with I the expert's width. What was dropped costs nothing.",
+            "6·H·I a row with a gate, 4·H·I without, with I the expert's width. What was dropped "
+            "costs nothing.",
         ),
         ("flops_shared", "FLOP", "Of the experts that every token passes, over the real tokens."),
         (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends.spec import Rule
-from ...backends.tables import tensor_obstacle
+from ...backends.tables import NOTHING_READ, Activation, LayerMatrices, tensor_obstacle
 from ..guards import Unchanged, gate_obstacle
 from ..reading import read_gate
 from ..routing import Routing
@@ -81,8 +81,9 @@ class Layout:
         """What the model's own router is set to now."""
         raise NotImplementedError  # abstract
 
-    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
-        """(the matrices as `WeightTable` takes them, None), or ([], why not).
+    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
+        """(the matrices as `WeightTable` takes them, the activation, None), or ([], `SWIGLU`,
+        why not).
 
         Not where the modules, a hook or a forward among them are others than the stock ones.
         """
@@ -124,15 +125,15 @@ class Layout:
         """Does the stock gate do what the record says? dtype: of the hidden states."""
         return check_gate(self.reader, block, self.gate_of(block), dtype)
 
-    def readable(self, block: nn.Module) -> tuple[list[Tensor], str | None]:
-        """(the matrices of the experts, None), or ([], why this block can't run on the C path
+    def readable(self, block: nn.Module) -> tuple[LayerMatrices, str | None]:
+        """(the matrices of the experts, None), or (none, why this block can't run on the C path
         now)."""
         if reason := self.obstacle(block):
-            return [], reason
-        matrices, reason = self.read_experts(self.experts_of(block))
+            return NOTHING_READ, reason
+        matrices, activation, reason = self.read_experts(self.experts_of(block))
         if reason := reason or tensor_obstacle(matrices):
-            return [], reason
-        return matrices, None
+            return NOTHING_READ, reason
+        return LayerMatrices(matrices, activation), None
 
     def obstacle(self, block: nn.Module) -> str | None:
         """What stands before the experts of this block and would be passed by, or None."""
@@ -148,8 +149,3 @@ class Layout:
         if self.has_stock_gate(block):
             return Routing(None, None, logits=self.logits(gate, x))
         return read_gate(gate(x), len(x), self.num_experts(block), name)
-
-
-def is_silu(activation: object) -> bool:
-    """True for torch's and transformers' SiLU."""
-    return type(activation).__name__ in ("SiLU", "SiLUActivation")

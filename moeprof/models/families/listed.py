@@ -7,43 +7,47 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backends.spec import Rule
+from ...backends.tables import SWIGLU, Activation
 from ..guards import full_name, hooked
 from ..routing import Routing
-from .base import Layout, is_silu
+from .activations import READ, read_function
+from .base import Layout
 from .rules import Checked, Settings, check_gate
 
 
 def _read_expert(
     expert: nn.Module, kind: type, projections: tuple[str, ...], matrices: list[Tensor]
-) -> str | None:
-    """Append gate, up and down of an expert to `matrices`; or why they can't be read.
+) -> tuple[Activation, str | None]:
+    """Append gate, up and down of an expert to `matrices`, and say what it computes between
+    them; or why they can't be read.
 
     A model has hundreds of these modules: so from their dicts, since an attribute of a module
     takes ten times as long.
     """
     if type(expert) is not kind:
-        return f"an expert of class {full_name(expert)}"
+        return SWIGLU, f"an expert of class {full_name(expert)}"
     if reason := hooked(expert):
-        return reason
+        return SWIGLU, reason
     parts = vars(expert)["_modules"]
-    activation = parts.get("act_fn") or expert.act_fn
-    if not is_silu(activation):
-        return f"activation {activation!r} (SiLU is supported)"
-    if isinstance(activation, nn.Module) and (reason := hooked(activation)):
-        return reason
+    act_fn = parts.get("act_fn") or expert.act_fn
+    activation, reason = read_function(act_fn)
+    if not reason and isinstance(act_fn, nn.Module):
+        reason = hooked(act_fn)
+    if reason:
+        return SWIGLU, reason
     for name in projections:
         linear = parts[name]
         own = vars(linear)["_parameters"]
         if type(linear) is not nn.Linear:
-            return f"{name} of class {full_name(linear)} where torch's Linear is supported"
+            return SWIGLU, f"{name} of class {full_name(linear)} where torch's Linear is supported"
         if own.get("bias") is not None:
-            return f"{name} with a bias"
+            return SWIGLU, f"{name} with a bias"
         if reason := hooked(linear):
-            return reason
+            return SWIGLU, reason
         if own.get("weight") is None:
-            return "a projection without a weight"
+            return SWIGLU, "a projection without a weight"
         matrices.append(own["weight"])
-    return None
+    return activation, None
 
 
 def _shape_obstacle(matrices: list[Tensor]) -> str | None:
@@ -64,7 +68,7 @@ class Listed(Layout):
     """Experts in a ModuleList, which the block runs one after the other; it chooses among what a
     Linear gives, or its gate does that. Experts that all tokens share are added."""
 
-    flags = ("act_fn",)
+    flags = READ
 
     def is_of(self, block: nn.Module) -> bool:
         return type(block).__name__ in self.family.blocks
@@ -101,17 +105,23 @@ class Listed(Layout):
             return f"{self.family.fused} {getattr(block, self.family.fused)} where 0 is supported"
         return super().obstacle(block)
 
-    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
+    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
         if type(experts) is not nn.ModuleList:
-            return [], f"experts of class {full_name(experts)}"
+            return [], SWIGLU, f"experts of class {full_name(experts)}"
         if reason := hooked(experts):
-            return [], reason
+            return [], SWIGLU, reason
         matrices: list[Tensor] = []
         kind, projections = self.classes[self.family.expert], self.family.projections
+        activations = set()
         for expert in vars(experts)["_modules"].values():
-            if reason := _read_expert(expert, kind, projections, matrices):
-                return [], reason
-        return matrices, _shape_obstacle(matrices)
+            activation, reason = _read_expert(expert, kind, projections, matrices)
+            if reason:
+                return [], SWIGLU, reason
+            activations.add(activation)
+        if len(activations) > 1:
+            return [], SWIGLU, "experts with different activations"
+        reason = _shape_obstacle(matrices)
+        return ([], SWIGLU, reason) if reason else (matrices, activations.pop(), None)
 
     def logits(self, gate: nn.Module, x: Tensor) -> Tensor:
         if type(gate) is not nn.Linear:

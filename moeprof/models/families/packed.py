@@ -5,13 +5,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...backends.tables import SWIGLU, Activation
 from ..guards import full_name, hooked
 from ..routing import Routing
-from .base import Layout, is_silu
+from .activations import READ, read_activation
+from .base import Layout
 from .rules import Settings
 
 # Of a module of experts, in its class or its instance: how it keeps and uses its tensors.
 FLAGS = (
+    "has_gate",
     "has_bias",
     "is_transposed",
     "is_concatenated",
@@ -41,7 +44,7 @@ def _gate_forward_float32(self: Any, hidden_states: Tensor, *, logits_only: bool
 class Packed(Layout):
     """Experts in `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I); a router that chooses."""
 
-    flags = (*FLAGS, "act_fn")
+    flags = (*FLAGS, *READ)
 
     @property
     def gate_forward(self) -> Any:
@@ -75,12 +78,12 @@ class Packed(Layout):
             (),
         )
 
-    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
+    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
         if type(experts).__module__ != self.family.module:
-            return [], f"experts of class {full_name(experts)}"
+            return [], SWIGLU, f"experts of class {full_name(experts)}"
         for module in experts.modules():
             if reason := hooked(module):
-                return [], reason
+                return [], SWIGLU, reason
         return read_packed(experts)
 
     def logits(self, gate: nn.Module, x: Tensor) -> Tensor:
@@ -98,43 +101,46 @@ class Packed(Layout):
         return hidden
 
 
-def read_packed(experts: nn.Module) -> tuple[list[Tensor], str | None]:
-    """([gate_up_proj, down_proj], None) of packed experts of transformers 5, or ([], why not)."""
-    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
-        return [], "no tensors gate_up_proj and down_proj"
-    if reason := _flag_obstacle(experts):
-        return [], reason
-    activation = getattr(experts, "act_fn", None)
-    if not is_silu(activation):
-        return [], f"activation {activation!r} (SiLU is supported)"
-    if down.dim() != 3:
-        return [], f"down_proj of shape {tuple(down.shape)} (expected (E, H, I))"
-    num_experts, hidden_size, intermediate_size = down.shape
-    if gate_up.shape != (num_experts, 2 * intermediate_size, hidden_size):
-        return [], f"gate_up_proj {tuple(gate_up.shape)} beside down_proj {tuple(down.shape)}"
-    if not (gate_up.is_contiguous() and down.is_contiguous()):
-        return [], "expert weights that are not contiguous"
-    return [gate_up, down], None
+def read_packed(experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
+    """Of packed experts of transformers 5: ([gate_up_proj, down_proj], activation, None), or
+    ([up_proj, down_proj], activation, None) without gate, or ([], `SWIGLU`, why not)."""
+    gated = _flag(experts, "has_gate", True)
+    first = "gate_up_proj" if gated else "up_proj"
+    into, down = getattr(experts, first, None), getattr(experts, "down_proj", None)
+    if not (isinstance(into, Tensor) and isinstance(down, Tensor)):
+        return [], SWIGLU, f"no tensors {first} and down_proj"
+    reason = _flag_obstacle(experts) or _shape_obstacle(first, into, down, 2 if gated else 1)
+    if reason:
+        return [], SWIGLU, reason
+    activation, reason = read_activation(experts, gated)
+    return ([], SWIGLU, reason) if reason else ([into, down], activation, None)
+
+
+def _flag(experts: nn.Module, name: str, default: bool) -> bool:
+    # Not getattr: on a module, what is not there costs ten times what is.
+    return bool(vars(experts).get(name, getattr(type(experts), name, default)))
 
 
 def _flag_obstacle(experts: nn.Module) -> str | None:
-    """What of its flags says that these are no plain SwiGLU experts, or None."""
-    own, kind = vars(experts), type(experts)
-
-    def flag(name: str, default: bool) -> bool:
-        # Not getattr: on a module, what is not there costs ten times what is.
-        return bool(own.get(name, getattr(kind, name, default)))
-
-    if flag("has_bias", False):
+    """What of its flags says that the C path can't run these experts, or None."""
+    if _flag(experts, "has_bias", False):
         return "experts with a bias"
-    if flag("is_transposed", False) or not flag("is_concatenated", True):
+    if _flag(experts, "is_transposed", False) or not _flag(experts, "is_concatenated", True):
         return "transposed or interleaved expert weights"
-    if flag("has_post_expert_norm", False):
+    if _flag(experts, "has_post_expert_norm", False):
         return "a norm after each expert"
-    if flag("_is_expert_parallel", False):
+    if _flag(experts, "_is_expert_parallel", False):
         return "expert parallelism"
-    apply_gate = getattr(kind, "_apply_gate", None)
-    if apply_gate is not None and apply_gate.__name__ != "_default_apply_gate":
-        return "a gating of its own (_apply_gate)"
+    return None
+
+
+def _shape_obstacle(first: str, into: Tensor, down: Tensor, beside: int) -> str | None:
+    """Why these are not one layer's, or None; beside: gate and up, or up alone."""
+    if down.dim() != 3:
+        return f"down_proj of shape {tuple(down.shape)} (expected (E, H, I))"
+    num_experts, hidden_size, intermediate_size = down.shape
+    if into.shape != (num_experts, beside * intermediate_size, hidden_size):
+        return f"{first} {tuple(into.shape)} beside down_proj {tuple(down.shape)}"
+    if not (into.is_contiguous() and down.is_contiguous()):
+        return "expert weights that are not contiguous"
     return None

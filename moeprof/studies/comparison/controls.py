@@ -158,8 +158,8 @@ class Oracle:
     def _sizes(self, layer: int, experts: Tensor, weights: Tensor) -> Tensor:
         """(T, k) norms of what each slot adds to the block's output."""
         block, x = self.blocks[layer], self._hidden[layer]
-        matrices, _ = block.family.readable(block.module)
-        table = WeightTable(matrices)
+        read, _ = block.family.readable(block.module)
+        table = WeightTable(*read)
         slots = [
             run_experts(x, experts[:, [slot]], weights[:, [slot]].to(x.dtype), table, "oracle")
             for slot in range(self.top_k)
