@@ -17,24 +17,31 @@ import moeprof
 
 BUILT = [family for family in every.families() if family not in every.NOT_BUILT]
 # What `patch` refuses: {family: what the reason contains}
-_NO_RECORD = "looked for the blocks that moeprof.patch knows"
+_NO_RECORD = "looked for blocks with a gate and experts"
+# What experts in C can't be: {family: what the reason contains}
+NOT_IN_C = {
+    "aria": "transposed or interleaved",
+    "gpt_oss": "with a bias",
+    "inkling2": "activation Inkling2Softcapped",
+    "inkling2_loop": "activation Inkling2LoopSoftcapped",
+    "muse_spark": "a norm after each expert",
+    "openai_privacy_filter": "with a bias",
+}
 FALLBACKS = (
-    {}
+    NOT_IN_C
     if V5
     else dict.fromkeys(
         (
             "aria",
-            "dots1",
-            "flex_olmo",
-            "glm4v_moe",
+            "gpt_oss",
+            "granitemoe",
             "granitemoehybrid",
             "granitemoeshared",
             "hunyuan_v1_moe",
             "jetmoe/JetMoeMoA",
             "jetmoe/JetMoeMoE",
             "llama4",
-            "minimax",
-            "qwen3_next",
+            "phimoe",
             "qwen3_omni_moe/Qwen3OmniMoeTalkerTextSparseMoeBlock",
             "qwen3_omni_moe/Qwen3OmniMoeThinkerTextSparseMoeBlock",
             "qwen3_vl_moe",
@@ -42,30 +49,20 @@ FALLBACKS = (
         _NO_RECORD,
     )
 )
-PATCHED = [family for family in BUILT if family not in FALLBACKS]
-# What the experts implementation "moeprof" can't run: {family: what the reason contains}
-_OWN_GATING = "a gating of its own"
-NOT_IN_C = {
-    "aria": "transposed or interleaved",
-    "beam": _OWN_GATING,
-    "deepseek_v4": _OWN_GATING,
-    "diffusion_gemma": "activation GELUTanh",
-    "gemma4": "activation GELUTanh",
-    "glm5_next": _OWN_GATING,
-    "gpt_oss": "with a bias",
-    "hy_v4": _OWN_GATING,
-    "hy_v4_vl": _OWN_GATING,
-    "inkling2": _OWN_GATING,
-    "inkling2_loop": _OWN_GATING,
-    "lfm2_moe": "activation <function silu",
-    "minimax_m3_vl": _OWN_GATING,
-    "muse_spark": "a norm after each expert",
-    "nemotron_h": "no tensors gate_up_proj",
-    "openai_privacy_filter": "with a bias",
+# Whose own router chooses by a rule that moeprof has no name for: {family: why}
+OWN_RULE = {
+    "axk2": "groups that a token may not use count as 0",
+    "deepseek_v4": "the first layer looks its experts up by token id",
+    "inkling": "shared experts take part of the weights",
+    "phimoe": "the weight of an expert depends on those before it",
+    "zaya": "a token may choose no expert",
 }
+PATCHED = [family for family in BUILT if family not in FALLBACKS]
+ROUTED = [family for family in PATCHED if family not in OWN_RULE]
 
 each = pytest.mark.parametrize("family", BUILT)
 each_patched = pytest.mark.parametrize("family", PATCHED)
+each_routed = pytest.mark.parametrize("family", ROUTED)
 only_5 = pytest.mark.skipif(not V5, reason="transformers 4.57 has no experts interface")
 
 
@@ -117,6 +114,11 @@ def own_k(family):
     """Options of `patch`: BH that takes as many experts as the model's own router."""
     k = every.top_k(family)
     return dict(router="bh", null="normal", min_k=k, max_k=k)
+
+
+def routers(family):
+    """Options of `patch` that leave the output as it is."""
+    return ({}, own_k(family)) if family in ROUTED else ({},)
 
 
 # ---- which there are ----
@@ -192,21 +194,21 @@ def test_generate(family):
         pytest.skip(f"{type(model).__name__} has no generate")
     inputs = {name: tensor[:, :7] for name, tensor in inputs.items()}  # padded on the left only
     tokens, logits = generate(model, inputs)
-    for options in ({}, own_k(family)):
+    for options in routers(family):
         with moeprof.patch(model, **options):
             our_tokens, our_logits = generate(model, inputs)
         assert torch.equal(our_tokens, tokens)
         assert relative(our_logits, logits) <= 5e-6
 
 
-@each_patched
+@each_routed
 def test_another_router_that_takes_as_many(family):
     found = stock(family)
     with moeprof.patch(found.model, **own_k(family)):
         found.check(every.run(found.model, found.inputs))
 
 
-@each_patched
+@each_routed
 def test_another_router_that_takes_fewer(family):
     """So that what a patch does is not the model's own by chance."""
     found = stock(family)
@@ -220,11 +222,27 @@ def test_another_router_that_takes_fewer(family):
         assert relative(output, found.output) > 1e-2
 
 
+@pytest.mark.parametrize("family", sorted(set(PATCHED) & set(OWN_RULE)))
+def test_a_rule_without_a_name_is_left_to_the_model(family):
+    """Its experts run in C; another router is refused, or leaves the layer as it is."""
+    found = stock(family)
+    before = snapshot(found.model)
+    unnamed = [layer for layer in moeprof.inspect(found.model) if layer.path == "experts only"]
+    assert unnamed and all("its router" in layer.reason for layer in unnamed)
+    with pytest.raises(ValueError, match=f"{unnamed[0].name}.*rule.*moeprof.inspect"):
+        moeprof.patch(found.model, "topk", k=1)
+    assert_unchanged(found.model, before)
+    with pytest.warns(UserWarning, match="the model's own forward.*rule"):
+        handle = moeprof.patch(found.model, "topk", k=1, strict=False)
+    with handle:
+        assert set(handle.fallbacks) == {layer.name for layer in unnamed}
+
+
 @each_patched
 def test_unpatch_leaves_nothing(family):
     found = stock(family)
     before = snapshot(found.model)
-    for options in ({}, own_k(family)):
+    for options in routers(family):
         with moeprof.patch(found.model, **options):
             every.run(found.model, found.inputs)
         assert_unchanged(found.model, before)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checks import check_model
 from ..models.blocks import FUSED, Block, find_blocks, not_runnable
+from ..models.families.rules import Checked
 from ..models.names import layer_keys, layer_labels, spans
 from ..null import LayerNull, Null, TokenNull, resolve_null
 from ..null.resolve import AnyNull
@@ -139,45 +140,41 @@ def plan_patch(
                 raise ValueError(not_runnable(block.title, reason))
             skipped[block.title] = reason
             continue
-        layer = _layer(block, index, routers[index], nulls[index], norm, strict)
+        checked = block.check()
+        if reason := _rule_obstacle(block, routers[index], checked):
+            if strict:
+                raise ValueError(f"{block.title}: {reason}")
+            skipped[block.title] = reason
+            continue
+        layer = PatchedLayer(
+            block.title,
+            index,
+            block.family.num_experts(block.module),
+            block.family,
+            routers[index],
+            nulls[index],
+            norm,
+            strict,
+            fused=block.path(checked) == FUSED,
+            own_logits=checked.own_logits and checked.rule is not None,
+        )
+        if isinstance(layer.router, Router) or (layer.router is None and checked.rule is not None):
+            layer.spec(block.module)  # raises what only the layer tells
         layers.append((block.module, layer))
     _watch_caps([layer for _, layer in layers])
     return Planned(blocks, layers, skipped)
 
 
-def _layer(
-    block: Block,
-    index: int,
-    router: Router | Callable[..., Any] | None,
-    null: LayerNull | TokenNull | None,
-    norm: str,
-    strict: bool,
-) -> PatchedLayer:
-    """What a patched block carries; raises what only the layer tells."""
-    family, module = block.family, block.module
-    checked = block.check()
-    layer = PatchedLayer(
-        block.title,
-        index,
-        family.num_experts(module),
-        family,
-        router,
-        null,
-        norm,
-        strict,
-        fused=block.path(checked) == FUSED,
-        own_logits=checked.own_logits and checked.rule is not None,
+def _rule_obstacle(block: Block, router: Any, checked: Checked) -> str | None:
+    """Why no router of moeprof can take the place of the model's own, or None."""
+    if checked.rule is not None or not isinstance(router, Router):
+        return None
+    return (
+        "a router of moeprof needs the rule by which the model's own chooses and weighs experts, "
+        f"and that isn't known of this {block.family.family.name} block: {checked.reason}; "
+        "moeprof.inspect(model) shows it. Without a router, moeprof.patch(model) runs the experts "
+        "that the model's own router chooses"
     )
-    if isinstance(router, Router) and checked.rule is None:
-        raise ValueError(
-            f"{block.title}: a router of moeprof needs the rule by which the model's own weighs "
-            f"experts, and it isn't known of a {family.family.name} block here: {checked.reason}; "
-            "moeprof.inspect(model) shows it. Without a router, moeprof.patch(model) runs the "
-            "experts that the model's own router chooses"
-        )
-    if checked.rule is not None and (router is None or isinstance(router, Router)):
-        layer.spec(module)
-    return layer
 
 
 def unpatch(model: nn.Module) -> None:

@@ -96,16 +96,25 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
         said = Routing(None, None, logits=recorded)
     else:
         output = type(self).forward(self, hidden_states, *args, **kwargs)
-        # Of what a stock router returns, what comes after its choice is for its block.
-        said = read_gate(output[:3] if is_stock else output, len(x), layer.num_experts, layer.name)
-        if is_stock and said.logits is not None:
-            said = said._replace(logits=as_logits(said.logits))
+        if is_stock:
+            said = _stock_choice(output, layer.num_experts)
+        else:
+            said = read_gate(output, len(x), layer.num_experts, layer.name)
         if layer.router is None:
             call.said = said
             return output
         recorded, rest = (output[0], output[3:]) if is_stock else (said.logits, ())
     call.said = _choose(call, said, x)
     return recorded, call.said.weights, call.said.expert_ids, *rest
+
+
+def _stock_choice(output: Any, num_experts: int) -> Routing:
+    """What a router of transformers returns: logits or probabilities, weights, indices; what
+    comes after them is for its block."""
+    logits, weights, expert_ids = output[:3]
+    # One of more columns has a choice that is no expert.
+    known = logits.shape[-1] == num_experts
+    return Routing(weights, expert_ids, logits=as_logits(logits) if known else None)
 
 
 def _choose(call: _Call, said: Routing, x: Tensor) -> Routing:

@@ -53,7 +53,8 @@ def read_function(act_fn: object) -> tuple[Activation, str | None]:
     elif not isinstance(act_fn, nn.Module):
         found = next((a for function, a in _FUNCTIONS if function is act_fn), None)
     if found is None:
-        return SWIGLU, f"activation {act_fn!r} ({_SUPPORTED})"
+        name = type(act_fn).__name__ if isinstance(act_fn, nn.Module) else repr(act_fn)
+        return SWIGLU, f"activation {name} ({_SUPPORTED})"
     return found, None
 
 
