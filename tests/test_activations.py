@@ -99,8 +99,9 @@ class SiLU(nn.Module):
 @pytest.mark.parametrize("act_fn", (nn.Tanh(), ACT2FN["gelu_10"], SiLU(), torch.tanh, None))
 def test_what_is_none_of_them_is_named(act_fn):
     activation, reason = read_function(act_fn)
+    named = type(act_fn).__name__ if isinstance(act_fn, nn.Module) else repr(act_fn)
     assert activation == SWIGLU
-    assert reason.startswith(f"activation {act_fn!r}") and "ReLU are supported" in reason
+    assert reason.startswith(f"activation {named}") and "ReLU are supported" in reason
 
 
 @pytest.mark.parametrize("name", ("gelu", "relu2"))
@@ -302,7 +303,7 @@ def test_a_gating_of_its_own_is_recognised_by_what_it_computes(name):
         ({"has_post_expert_norm": True}, "a norm after each expert"),
         ({"_is_expert_parallel": True}, "expert parallelism"),
         ({"has_gate": False}, "no tensors up_proj and down_proj"),
-        ({"act_fn": nn.Tanh()}, r"activation Tanh\(\)"),
+        ({"act_fn": nn.Tanh()}, "activation Tanh"),
     ],
 )
 def test_what_the_c_path_lacks_is_the_reason(flag, reason):

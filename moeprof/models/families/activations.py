@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backends.tables import SWIGLU, Activation
+from ..guards import full_name
 
 GELU_TANH = Activation("gelu_tanh")
 
@@ -53,8 +54,8 @@ def read_function(act_fn: object) -> tuple[Activation, str | None]:
     elif not isinstance(act_fn, nn.Module):
         found = next((a for function, a in _FUNCTIONS if function is act_fn), None)
     if found is None:
-        name = type(act_fn).__name__ if isinstance(act_fn, nn.Module) else repr(act_fn)
-        return SWIGLU, f"activation {name} ({_SUPPORTED})"
+        name = full_name(act_fn) if isinstance(act_fn, nn.Module) else repr(act_fn)
+        return SWIGLU, f"activation {name}: {_SUPPORTED}"
     return found, None
 
 
