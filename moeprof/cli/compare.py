@@ -165,23 +165,14 @@ def _comparison(
 def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, Any]:
     """What the JSON says of machine, model and command."""
     from ..measure import machine
+    from ..models.blocks import model_sizes
 
-    config = model.config
-    sizes = (
-        "model_type",
-        "num_experts",
-        "num_experts_per_tok",
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "norm_topk_prob",
-    )
     return {
         "command": _command(arguments),
         "machine": machine.describe(),
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "model_config": {size: getattr(config, size, None) for size in sizes},
+        "model_config": model_sizes(model),
         "test_tokens": arguments.test_tokens,
         "budget_tokens": arguments.budget_tokens,
     }

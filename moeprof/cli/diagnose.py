@@ -71,7 +71,7 @@ def _alpha(text: str) -> float:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.blocks import experts_of
+    from ..models.blocks import fewest_experts, runnable_blocks
     from ..null import resolve_null
     from ..routers import BH
     from ..studies.diagnosis import diagnose
@@ -85,7 +85,8 @@ def _run(arguments: argparse.Namespace) -> None:
         check_folder(arguments.out)
     router = BH(arguments.alpha, min_k=arguments.min_k, max_k=arguments.max_k)
     model, tokenizer = load(arguments)
-    router.limits(experts_of(model)[0])  # raises where the router doesn't fit the model
+    runnable_blocks(model)  # raises where the model can't be patched
+    router.limits(fewest_experts(model))  # raises where the router doesn't fit the model
     if null is None:
         null = default_null(model, tokenizer, seed=arguments.seed, kind="efron")
     found = diagnose(

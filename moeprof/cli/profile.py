@@ -120,7 +120,7 @@ def _value(text: str) -> Any:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.blocks import experts_of
+    from ..models.blocks import runnable_blocks
     from ..null import resolve_null
     from ..profiler.records import check_records
 
@@ -139,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
     documents = heldout_documents() if arguments.text is None else _documents(arguments.text)
     model, tokenizer = load(arguments)
     if arguments.router is not None or arguments.patched or arguments.ablation:
-        experts_of(model)  # raises where the model can't be patched
+        runnable_blocks(model)  # raises where the model can't be patched
     patch = _patch(arguments, model, tokenizer, null)
     _profile(arguments, model, tokenizer, documents, patch)
 

@@ -138,7 +138,7 @@ def plan_patch(
                 raise ValueError(not_runnable(block.title, reason))
             skipped[block.title] = reason
             continue
-        num_experts = block.family.num_experts(block.module)
+        num_experts = block.num_experts
         layer = PatchedLayer(
             block.title,
             index,

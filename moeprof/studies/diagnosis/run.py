@@ -13,6 +13,7 @@ from ... import demo
 from ...checks import check_model, check_token_ids, check_tokenizer
 from ...measure.bootstrap import DRAWS
 from ...measure.passes import collect, evaluating
+from ...models.blocks import fewest_experts
 from ...null import Null, resolve_null
 from ...routers import BH, FixedP, Router, TopK
 from ...show.console import Bar, make_console
@@ -189,8 +190,7 @@ class _Work:
         self.norm, self.seed, self.draws, self.text = norm, seed, draws, text
         self.domains = np.array([d["domain"] for d in text.documents])
         self.groups = np.unique(self.domains, return_inverse=True)[1]
-        config: Any = model.config
-        self.num_experts: int = config.num_experts
+        self.num_experts = fewest_experts(model)
         self.limits = router.limits(self.num_experts)
         self.stock: Seen | None = None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...backends.cpu import cpu_info
 from ...checks import check_type
-from ...models.blocks import experts_of
+from ...models.blocks import experts_of, model_sizes
 from ...show.console import WIDTH, make_console, progress
 from ...version import __version__
 from .advice import advice
@@ -193,7 +193,6 @@ def describe(
     import torch
 
     model = experiment.model
-    config: Any = model.config
     packages = ("torch", "transformers", "numpy")
     prompts = zip(experiment.complexities, experiment.prompts, strict=True)
     return {
@@ -205,15 +204,7 @@ def describe(
             **{name: version(name) for name in packages},
             "python": platform.python_version(),
         },
-        "model_config": {
-            "model_type": config.model_type,
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.num_experts_per_tok,
-            "num_hidden_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "norm_topk_prob": config.norm_topk_prob,
-        },
+        "model_config": model_sizes(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "cpu": cpu_info(),
         "threads": torch.get_num_threads(),

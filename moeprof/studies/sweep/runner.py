@@ -15,7 +15,7 @@ from ...checks import check_model, check_token_ids, check_tokenizer, check_type
 from ...demo.defaults import default_null, load_once
 from ...measure.generate import greedy
 from ...measure.loss import evaluate
-from ...models.blocks import experts_of
+from ...models.blocks import experts_of, own_top_k
 from ...models.tokens import prompt_ids
 from ...patching.patch import patch
 from ...texts.prompts import COMPLEXITIES
@@ -155,8 +155,7 @@ class Experiment:
             **measured,
             "seconds": time.perf_counter() - start,
         }
-        config: Any = self.model.config
-        top_k = config.num_experts_per_tok
+        top_k = own_top_k(self.model)
         baseline = result if configuration.is_baseline(top_k) else baseline
         return result | _compare(result, baseline, top_k)
 
@@ -182,7 +181,7 @@ class Experiment:
         }
 
     def _tally(self, handle: Handle) -> Tally:
-        return Tally(len(handle.layers), handle.layers[0].num_experts)
+        return Tally(len(handle.layers), max(layer.num_experts for layer in handle.layers))
 
     def _generate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
         """Greedy generation on all prompts, batch 1: experts, tokens per second, tokens, texts."""
