@@ -4,8 +4,10 @@ import copy
 import io
 import itertools
 import math
+import pickle
 import warnings
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from nulls import null_of, random_logits  # noqa: E402
 from moeprof import demo  # noqa: E402
 from moeprof.measure.passes import collect  # noqa: E402
 from moeprof.models.blocks import model_norm  # noqa: E402
-from moeprof.routers import BH, REGISTRY, Router, TopK  # noqa: E402
+from moeprof.routers import BH, REGISTRY, Router, TopK, WeightedBH, make_router  # noqa: E402
 from moeprof.studies import budget  # noqa: E402
 from moeprof.studies.budget import search, setting  # noqa: E402
 from moeprof.texts.windows import heldout_windows  # noqa: E402
@@ -499,3 +501,27 @@ def test_without_a_null_there_is_one_warning(loaded):
         tuned(BH(max_k=8), loaded, 4.0, tokens=2000)
     about = [w for w in caught if "calibrate" in str(w.message) or "null" in str(w.message)]
     assert len(about) == 1 and about[0].filename == __file__
+
+
+# ---- the report on a router ----
+
+
+@pytest.mark.parametrize("router", [BH(0.3), TopK(4), TopK((2, 4)), WeightedBH(0.3, v=[1, 1])])
+def test_the_report_goes_with_the_router_that_it_is_of(router):
+    report = SimpleNamespace(router=repr(router))
+    tuned = replace(router, budget=report)
+    assert tuned.budget is report and replace(tuned).budget is report
+    assert pickle.loads(pickle.dumps(tuned)).budget == report
+    assert tuned == router and hash(tuned) == hash(router) and repr(tuned) == repr(router)
+    assert router.budget is None and "budget" not in repr(tuned)
+
+
+def test_the_report_does_not_speak_of_another_router():
+    tuned = replace(BH(0.3), budget=SimpleNamespace(router=repr(BH(0.3))))
+    changes = [{"alpha": 0.2}, {"min_k": 2}, {"max_k": 4}, {"temperature": 2.0}]
+    assert [replace(tuned, **change).budget for change in changes] == [None] * 4
+    of_layers = TopK((2, 4))
+    tuned = replace(of_layers, budget=SimpleNamespace(router=repr(of_layers)))
+    assert tuned.budget is not None and tuned.at(0, 2).budget is None
+    with pytest.raises(TypeError, match="unknown parameters.*budget"):
+        make_router("bh", budget=4)

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -263,8 +263,7 @@ def with_budget(
         time.perf_counter() - begun,
         short,
     )
-    object.__setattr__(result, "budget", report)  # no field: equality and hash are as before
-    return result
+    return replace(result, budget=report)
 
 
 def _texts(
