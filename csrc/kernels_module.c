@@ -11,13 +11,7 @@ static int exec(PyObject *module)
     return 0;
 }
 
-static PyModuleDef_Slot slots[] = {
-    {Py_mod_exec, exec},
-#ifdef Py_mod_multiple_interpreters /* the kernel table is per process, as is NumPy */
-    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
-#endif
-    {0, NULL},
-};
+static PyModuleDef_Slot slots[] = MP_SLOTS(exec);
 
 static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,

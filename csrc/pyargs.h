@@ -44,4 +44,15 @@ extern PyMethodDef mp_route_methods[], mp_experts_methods[], mp_kernel_methods[]
  * with an error for a name that is none. */
 int mp_init_kernels(void);
 
+/* The slots of a module whose import runs `exec`, in one interpreter of the process: the
+ * table of kernels is per process, as is NumPy. Python 3.11 has no word for that. */
+#ifdef Py_mod_multiple_interpreters
+#define MP_SLOTS(exec)                                                                 \
+    {{Py_mod_exec, exec},                                                              \
+     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},       \
+     {0, NULL}}
+#else
+#define MP_SLOTS(exec) {{Py_mod_exec, exec}, {0, NULL}}
+#endif
+
 #endif

@@ -24,6 +24,14 @@ def memory(request, monkeypatch):
     return request.param == "memory"
 
 
+@pytest.fixture
+def no_grad():
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def profile():
     """A profile of three layers and two phases; not to be changed."""

@@ -42,6 +42,15 @@ def olmoe(seed: int = 0, **changes) -> OlmoeForCausalLM:
     return OlmoeForCausalLM(olmoe_config(**changes)).eval()
 
 
+def eager_olmoe() -> OlmoeForCausalLM:
+    """With the experts of transformers, and after a call: transformers 5 installs its recorder."""
+    model = olmoe()
+    if V5:
+        model.set_experts_implementation("eager")
+    model(token_ids(), output_router_logits=True)
+    return model
+
+
 def token_ids(rows: int = 2, columns: int = 11, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 64, (rows, columns), generator=torch.Generator().manual_seed(seed))
 

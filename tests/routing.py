@@ -81,8 +81,8 @@ def conformal_table(calibration):
 def conformal_p(s, table):
     """The definition, score by score; counts of what is below the stored ones by whole bins."""
     n, at_least, largest = table[0], table[1 : 1 + 8193], table[1 + 8193 :]
-    kept = largest[: int(min(n, 1024))]
-    exact = (kept >= s[..., None]).sum(axis=-1)
+    kept = np.sort(largest[: int(min(n, 1024))])
+    exact = kept.size - np.searchsorted(kept, s, side="left")  # those >= s
     bins = np.clip(np.floor(s * 128) + 4096, 0, 8191).astype(int)
     return (1 + np.where((s > largest[-1]) | (n <= 1024), exact, at_least[bins])) / (n + 1)
 

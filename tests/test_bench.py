@@ -24,7 +24,7 @@ from moeprof.measure import limits
 from moeprof.measure.limits import roof
 from moeprof.measure.machine import check_memory
 from moeprof.measure.timing import interleave
-from moeprof.routers import REGISTRY, make_router
+from moeprof.routers import make_router
 from moeprof.show.figures import COLOURS, colours, plain
 
 SHAPE = ("--shape", "8,32,16,4", "--repeats", 2)
@@ -163,7 +163,7 @@ def test_router(capsys, tmp_path):
         assert row["bh_over_topk_share"] == pytest.approx((bh - topk) / layer)
     assert "(BH - top-k) / layer" in out and "Routing share" in out
     routers = result["routers"]
-    assert routers["tokens"] == 3 and [r["router"] for r in routers["rows"]] == [*REGISTRY]
+    assert routers["tokens"] == 3 and [r["router"] for r in routers["rows"]] == [*twins.COUNTS]
     layer = result["rows"][1]["times"]["layer"]["median_ms"]
     for row in routers["rows"]:
         assert row["layer_share"] == row["c"]["median_ms"] / layer
@@ -172,7 +172,7 @@ def test_router(capsys, tmp_path):
     assert image.imread(picture).size
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("name", sorted(twins.COUNTS))
 def test_the_torch_twins_route_as_the_routers_do(name):
     shape = SHAPES["olmoe"]
     z, null = router.random_logits(500, shape.experts), router.nulls_of_all(shape)[name]

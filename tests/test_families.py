@@ -1,4 +1,7 @@
-"""A family of MoE blocks is a record: with one more, `patch` runs that family too."""
+"""A family of MoE blocks is a record: with one more, `patch` runs that family too.
+
+Each family that moeprof knows runs here on its model of tests/zoo.py, and two that it doesn't.
+"""
 
 import pytest
 import torch
@@ -22,31 +25,44 @@ QWEN3 = Family(
 )
 
 
-@pytest.fixture
-def model(monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, QWEN3))
-    return zoo.build("qwen3_moe")
+MIXTRAL = Family(  # its router always renormalises, and transformers 4.57 has other names
+    name="mixtral",
+    module="transformers.models.mixtral.modeling_mixtral",
+    block="MixtralSparseMoeBlock",
+    router="MixtralTopKRouter",
+    experts="MixtralExperts",
+    expert="MixtralBlockSparseTop2MLP",
+    projections=("w1", "w3", "w2"),
+    renormalises=True,
+)
+ALL = {family.name: family for family in (*families.FAMILIES, QWEN3, MIXTRAL)}
 
 
-def test_a_record_is_all_that_a_family_of_these_layouts_takes(model):
-    inputs = zoo.inputs("qwen3_moe")
+@pytest.fixture(params=ALL)
+def family(request, monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", tuple(ALL.values()))
+    return request.param
+
+
+def test_a_record_is_all_that_a_family_of_these_layouts_takes(family):
+    model, inputs = zoo.build(family), zoo.inputs(family)
+    layers = len(zoo.ZOO[family].layers)
     with torch.no_grad():
         stock = model(**inputs).logits
         with moeprof.patch(model) as handle:
-            assert len(handle.layers) == 2 and not handle.fallbacks
+            assert len(handle.layers) == layers and not handle.fallbacks
             assert (model(**inputs).logits - stock).abs().max() < 1e-4
         with moeprof.patch(model, "topk", k=1) as handle:
             seen = []
             handle.on_routing(lambda layer, routing: seen.append(routing.counts))
             assert (model(**inputs).logits - stock).abs().max() > 1e-2
-            assert all((counts == 1).all() for counts in seen) and len(seen) == 2
+            assert all((counts == 1).all() for counts in seen) and len(seen) == layers
         assert torch.equal(model(**inputs).logits, stock)
 
 
-def test_inspect_knows_it(model):
-    assert {(layer.family, layer.path) for layer in moeprof.inspect(model)} == {
-        ("qwen3_moe", "patch")
-    }
+def test_inspect_knows_it(family):
+    found = {(layer.family, layer.path) for layer in moeprof.inspect(zoo.build(family))}
+    assert found == {(family, "patch")}
 
 
 def test_without_the_record_it_is_named_as_unknown():

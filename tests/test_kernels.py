@@ -459,6 +459,14 @@ def test_every_format_has_its_kernels():
     assert matrix_kernels == {f"{kind}_{name}" for kind in ("linear", "gemm") for name in names}
 
 
+@pytest.mark.parametrize("level", util.level_names())
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith("gemm_")])
+def test_a_gemm_reads_the_panels_that_pack_makes_at_its_level(kernel, level):
+    util.force_level(level)
+    case = random_case(kernel, 20, 33, 48)
+    util.assert_close(case.run(), case.ref, case.tol, f"{kernel} at {level}")
+
+
 def test_levels_only_ever_add_variants():
     """Each level chooses one variant of each kernel, no worse than the level below did."""
     at = [-1] * len(KERNELS)

@@ -10,7 +10,8 @@ import torch
 from models import V5, assert_unchanged, blocks, fit_null, olmoe, snapshot, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import build
 
 import moeprof
 
@@ -287,17 +288,7 @@ def test_routers_and_nulls_of_the_wrong_kind(model, options):
 
 @needs_5
 def test_another_family_is_told_what_works(model):
-    mixtral = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            num_local_experts=4,
-        )
-    ).eval()
+    mixtral = build("mixtral")
     with pytest.raises(ValueError, match="No routers found") as caught:
         moeprof.patch(mixtral)
     message = str(caught.value)

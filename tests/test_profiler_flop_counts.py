@@ -5,27 +5,13 @@ import torch
 from models import V5, blocks, olmoe, token_ids
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from zoo import build
 
 import moeprof
 
 
 def mixtral():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=56,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=8,
-            num_experts_per_tok=2,
-            initializer_range=0.2,
-        )
-    ).eval()
+    return build("mixtral", num_key_value_heads=2, intermediate_size=56, num_experts_per_tok=2)
 
 
 def qwen3():

@@ -14,7 +14,7 @@ import torch
 from models import V5, assert_unchanged, blocks, olmoe, snapshot, token_ids, wrap_gates
 from torch import nn
 from torch.utils import flop_counter
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from zoo import build
 
 import moeprof
 from moeprof.models.phases import PHASES
@@ -505,21 +505,7 @@ def test_the_vocabulary_holds_the_experts_of_each_token(model):
 
 
 def test_the_vocabulary_of_an_encoder_and_a_decoder_is_the_encoders():
-    config = SwitchTransformersConfig(
-        vocab_size=64,
-        d_model=32,
-        d_kv=8,
-        d_ff=16,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        num_heads=4,
-        num_experts=4,
-        expert_capacity=64,
-        decoder_start_token_id=0,
-    )
-    model, ids = SwitchTransformersForConditionalGeneration(config).eval(), token_ids(3, 9)
+    model, ids = build("switch_transformers"), token_ids(3, 9)
     mask = torch.ones_like(ids)
     mask[0, 5:] = 0
     with moeprof.MoEProfiler(model, vocabulary=True) as profiler, torch.no_grad():

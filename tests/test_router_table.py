@@ -60,10 +60,9 @@ def patch_entry(cls) -> str:
     return re.split(r"\n(?=\S)", after)[0]
 
 
-def test_all_fifteen_are_there():
+def test_all_are_there():
     entries = re.findall(r"^(\w+) \((\w+)\); max_k None is ", inspect.getdoc(moeprof.patch), re.M)
-    assert entries == [(name, cls.__name__) for name, cls in REGISTRY.items()]
-    assert len(entries) == 15
+    assert entries and entries == [(name, cls.__name__) for name, cls in REGISTRY.items()]
 
 
 # ---- max_k=None ----

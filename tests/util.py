@@ -84,7 +84,10 @@ def force(kernel, variant):
         limit_cpu(level)
         if in_use()[kernel] == variant:
             return
-    pytest.fail(f"{kernel}: no level of MOEPROF_CPU selects {variant}, which this CPU has")
+    pytest.fail(
+        f"{kernel}: no level of MOEPROF_CPU selects {variant}, which this CPU has. "
+        "Does a later line of csrc/kernels.def need the same features?"
+    )
 
 
 def force_level(level):

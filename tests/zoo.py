@@ -369,13 +369,14 @@ def router_names(name: str) -> list[str]:
     return names
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
+def build(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """`changes`: settings in place of the species' own."""
     species = ZOO[name]
     folder = f"transformers.models.{species.folder}."
     config_module = importlib.import_module(f"{folder}configuration_{species.folder}")
     module = importlib.import_module(f"{folder}modeling_{species.folder}")
     common = {} if name in ("dbrx", *_ENCODER_DECODERS) else _COMMON
-    config = getattr(config_module, species.config)(**{**common, **species.settings})
+    config = getattr(config_module, species.config)(**{**common, **species.settings, **changes})
     torch.manual_seed(seed)
     model = getattr(module, species.model)(config).eval()
     for site_name in router_names(name):  # some start at zero: every choice would be a tie

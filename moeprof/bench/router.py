@@ -63,7 +63,7 @@ def nulls_of_all(shape: Shape) -> dict[str, LayerNull | None]:
     own = [
         counted_table(*pooled(counts[e : e + 1], largest[e : e + 1])) for e in range(shape.experts)
     ]
-    nulls = {name: efron if cls.wants_null else None for name, cls in REGISTRY.items()}
+    nulls = {name: efron if REGISTRY[name].wants_null else None for name in twins.COUNTS}
     return nulls | {"expert_threshold": LayerNull("logprob", np.stack(own))}
 
 
@@ -92,7 +92,7 @@ def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
 
 
 def _all_routers(settings: Settings, rows: list[dict[str, Any]], bar: Bar) -> dict[str, Any]:
-    """Every router of the registry at the most tokens: C, its torch twin, share of the layer."""
+    """Every router that has a torch twin at the most tokens: C, twin, share of the layer."""
     tokens, shape = max(settings.tokens), settings.shape
     bar.note(f"router: all of them, {tokens} tokens")
     z = random_logits(tokens, shape.experts)
@@ -106,7 +106,7 @@ def _all_routers(settings: Settings, rows: list[dict[str, Any]], bar: Bar) -> di
         calls[name, "torch"] = partial(twins.route, router, tensor, null)
     times = interleave(calls, settings.rounds(tokens), lambda name: (), bar)
     layer = next(row["times"]["layer"]["median_ms"] for row in rows if row["tokens"] == tokens)
-    return {"tokens": tokens, "rows": [_of_router(name, times, layer) for name in REGISTRY]}
+    return {"tokens": tokens, "rows": [_of_router(name, times, layer) for name in twins.COUNTS]}
 
 
 def _of_router(name: str, times: Mapping[Any, Mapping[str, float]], layer: float) -> dict[str, Any]:

@@ -41,7 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     from .profile import add_profile
     from .sweep import add_sweep
 
-    parser = _Parser(prog="moeprof", description="Mixture-of-experts routing, on the CPU.")
+    parser = _Parser(
+        prog="moeprof",
+        description="Look into, change and run the mixture-of-experts layers of Hugging Face "
+        "models, on the CPU.",
+        epilog="The commands run on a small demo model unless you name one. `moeprof sweep` is "
+        "the one to begin with; `moeprof COMMAND --help` explains a command.",
+    )
     parser.add_argument("--version", action="version", version=f"moeprof {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (

@@ -22,7 +22,7 @@ def add_calibrate(commands: Commands) -> None:
     """Add `calibrate` to the commands of `moeprof`."""
     parser = commands.add_parser(
         "calibrate",
-        help="fit null distributions to a model's routers",
+        help="learn from text which scores are usual, as routers on p-values need (a null)",
         description="Fit null distributions to a model's routers, or add fitted ones up.",
     )
     add_model(parser)

@@ -31,7 +31,8 @@ ALPHA, POSITIONS = 0.3, 1000
 def add_diagnose(commands: Commands) -> None:
     """Add `diagnose` to the commands of `moeprof`."""
     parser = commands.add_parser(
-        "diagnose", help="what a null and BH routing on it do to a model, on held-out text"
+        "diagnose",
+        help="check whether p-values are what they say, and what BH routing on them selects",
     )
     add_model(parser)
     add_null(

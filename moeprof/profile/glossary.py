@@ -293,9 +293,10 @@ HEADINGS = {
 }
 
 INTRODUCTION = (
-    "Of one MoE layer with E experts, in one phase. Real tokens only, unless a name says "
-    "with_padding; times, steps, bytes and distinct experts are what the machine did, padding "
-    "included. What was not measured is nan, never 0."
+    "Each number is of one MoE layer with E experts, in one phase of the run (prefill, decode and "
+    "so on; see `phase` below). It is of real tokens only, unless its name says with_padding; "
+    "times, steps, bytes and distinct experts are what the machine did, padding included. What "
+    "was not measured is nan, never 0."
 )
 
 

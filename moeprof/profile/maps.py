@@ -224,7 +224,7 @@ def _square(
 def _named(order: NDArray[np.int64]) -> str:
     """What the axis says of its numbers, where they are not all there."""
     step = np.diff(ticks_for(len(order), NAMES)[:2])
-    return f"; every {step[0]}th is named" if step.size and step[0] > 1 else ""
+    return f"; 1 in {step[0]} is named" if step.size and step[0] > 1 else ""
 
 
 def _largest(

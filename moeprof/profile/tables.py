@@ -58,7 +58,7 @@ LAYER_COLUMNS: tuple[tuple[str, Callable[[LayerMetrics], str]], ...] = (
 )
 LAYER_NOTE = (
     "k: experts per token. Gini, max: inequality of the experts' load, the largest over the mean. "
-    "conf: 1 − H/ln E of the router. uniq: distinct experts a step. p50, p99: ms a step."
+    "conf: how sure the router is, 0 to 1. uniq: distinct experts a step. p50, p99: ms a step."
 )
 ROOF_NOTE = " roof: % of the measured bandwidth or matrix product rate, whichever is nearer."
 

@@ -25,9 +25,10 @@ class Family:
     block : holds gate and experts, and does nothing else
     router, experts : the gate, and the module of all experts, of transformers 5
     expert : one expert of transformers 4, where the gate is torch's Linear
+    projections : the attributes of such an expert that hold gate, up and down
     gate_at, experts_at : the attributes of the block that hold them
     top_k, renormalises : the attributes by which the model's own router says how many experts
-        it takes, and whether their weights are scaled to sum 1
+        it takes, and whether their weights are scaled to sum 1; True where it always does that
     config_top_k : the first of them in the model's configuration
     rule : the model's own router in words
     """
@@ -38,16 +39,22 @@ class Family:
     router: str
     experts: str
     expert: str
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     gate_at: str = "gate"
     experts_at: str = "experts"
     top_k: str = "top_k"
-    renormalises: str = "norm_topk_prob"
+    renormalises: str | bool = "norm_topk_prob"
     config_top_k: str = "num_experts_per_tok"
     rule: str = "softmax, top-k"
 
     def is_of(self, block: nn.Module) -> bool:
         kind = type(block)
         return kind.__name__ == self.block and kind.__module__ == self.module
+
+    def renormalised_by(self, owner: object) -> bool:
+        """Whether the weights are scaled to sum 1, as a router, block or configuration says."""
+        said = self.renormalises
+        return said if isinstance(said, bool) else bool(getattr(owner, said))
 
 
 class Layout:

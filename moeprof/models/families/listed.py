@@ -6,10 +6,10 @@ from ..guards import full_name, hooked
 from ..routing import Routing
 from .base import Layout, is_silu
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
-
-def _read_expert(expert: nn.Module, kind: type, matrices: list[Tensor]) -> str | None:
+def _read_expert(
+    expert: nn.Module, kind: type, projections: tuple[str, ...], matrices: list[Tensor]
+) -> str | None:
     """Append gate, up and down of an expert to `matrices`; or why they can't be read.
 
     A model has hundreds of these modules: so from their dicts, since an attribute of a module
@@ -25,7 +25,7 @@ def _read_expert(expert: nn.Module, kind: type, matrices: list[Tensor]) -> str |
         return f"activation {activation!r} (SiLU is supported)"
     if isinstance(activation, nn.Module) and (reason := hooked(activation)):
         return reason
-    for name in PROJECTIONS:
+    for name in projections:
         linear = parts[name]
         own = vars(linear)["_parameters"]
         if type(linear) is not nn.Linear:
@@ -65,7 +65,7 @@ class Listed(Layout):
         return len(vars(self.experts_of(block))["_modules"])
 
     def settings(self, block: nn.Module) -> tuple[int, bool]:
-        return getattr(block, self.family.top_k), getattr(block, self.family.renormalises)
+        return getattr(block, self.family.top_k), self.family.renormalised_by(block)
 
     def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
         if type(experts) is not nn.ModuleList:
@@ -73,8 +73,9 @@ class Listed(Layout):
         if reason := hooked(experts):
             return [], reason
         matrices: list[Tensor] = []
+        kind, projections = self.classes[self.family.expert], self.family.projections
         for expert in vars(experts)["_modules"].values():
-            if reason := _read_expert(expert, self.classes[self.family.expert], matrices):
+            if reason := _read_expert(expert, kind, projections, matrices):
                 return [], reason
         return matrices, _shape_obstacle(matrices)
 

@@ -48,9 +48,9 @@ class Packed(Layout):
     def settings(self, block: nn.Module) -> tuple[int, bool]:
         gate, family = self.gate_of(block), self.family
         if type(gate) is self.gate_class:
-            return getattr(gate, family.top_k), getattr(gate, family.renormalises)
+            return getattr(gate, family.top_k), family.renormalised_by(gate)
         config = self.experts_of(block).config  # a user's router: what the model was made with
-        return getattr(config, family.config_top_k), getattr(config, family.renormalises)
+        return getattr(config, family.config_top_k), family.renormalised_by(config)
 
     def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], str | None]:
         if type(experts) is not self.experts_class:
