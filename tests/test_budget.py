@@ -38,7 +38,7 @@ def null():
 
 @pytest.fixture(scope="module")
 def text(loaded):
-    return heldout_windows(loaded[1], demo.calibration_documents(), TOKENS)
+    return heldout_windows(loaded[1], demo.calibration_texts(), TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -372,13 +372,13 @@ def test_a_split_is_whole_where_it_can_be():
 
 def tuned(router, loaded, average_k, **options):
     options = {"tokens": TOKENS, "progress": False} | options
-    return router.with_budget(*loaded, demo.calibration_documents(), average_k, **options)
+    return router.with_budget(*loaded, demo.calibration_texts(), average_k, **options)
 
 
 def test_with_budget_reports_what_it_did(loaded, null):
     before = models.snapshot(loaded[0])
     plain = BH(max_k=8)
-    router = tuned(plain, loaded, 4.0, null=null, heldout=demo.heldout_documents())
+    router = tuned(plain, loaded, 4.0, null=null, heldout=demo.heldout_texts())
     models.assert_unchanged(loaded[0], before)
     report = router.budget
     assert plain.budget is None and type(router) is BH and router == replace(router)
@@ -388,7 +388,7 @@ def test_with_budget_reports_what_it_did(loaded, null):
     errors = math.hypot(report.calibration.error, report.heldout.error)
     assert abs(report.heldout.average_k - 4) <= 0.02 * 4 + 4 * errors
     assert 0 < report.heldout.error < 0.2
-    heldout = heldout_windows(loaded[1], demo.heldout_documents(), TOKENS)
+    heldout = heldout_windows(loaded[1], demo.heldout_texts(), TOKENS)
     assert report.heldout.average_k == pytest.approx(
         collect(loaded[0], heldout, router, null=null).counts.mean()
     )
@@ -422,7 +422,7 @@ def test_the_report_as_tables(loaded, null):
 def test_a_fifth_is_set_aside_by_domain():
     from moeprof.studies.budget import report
 
-    documents = demo.calibration_documents()
+    documents = demo.calibration_texts()
     kept, aside = report._texts(documents, None)
     assert len(kept) + len(aside) == len(documents) and len(aside) == len(documents) // 5
     assert {text.domain for text in aside} == {document.domain for document in documents}

@@ -140,7 +140,7 @@ def test_fdp_by_hand():
 
 
 def test_positions_are_even_over_documents(loaded):
-    text = heldout_windows(loaded[1], demo.heldout_documents(), 33000)
+    text = heldout_windows(loaded[1], demo.heldout_texts(), 33000)
     places = ab.sample_positions(text, 1000, seed=3)
     documents = np.repeat([w.document for w in text.windows], [len(p) for p in places])
     counts = np.bincount(documents)
@@ -170,7 +170,7 @@ def test_a_row_is_the_position_decoded_alone(loaded, null, router, monkeypatch):
     """Of each kind of change, in pieces of a few rows; the row without one: the plain forward."""
     monkeypatch.setattr(ab, "ROWS", 37)
     model, tokenizer = loaded
-    ids = torch.tensor([tokenizer(demo.heldout_documents()[40].text)["input_ids"][:90]])
+    ids = torch.tensor([tokenizer(demo.heldout_texts()[40].text)["input_ids"][:90]])
     routers = ab.changed_routers(model, router, null if router.wants_null else None)
     places = np.array([1, 30, 77])
     with moeprof.patch(model, routers), torch.inference_mode():
@@ -348,10 +348,10 @@ def test_a_null_without_a_fit_has_no_domains(loaded):
 def test_bad_input_of_the_function(loaded, null):
     with pytest.raises(TypeError, match="router: expected a moeprof.routers.Router"):
         null.diagnose(*loaded, router="bh")
-    with pytest.raises(TypeError, match="documents: expected objects with domain"):
-        null.diagnose(*loaded, documents=["a text"])
+    with pytest.raises(TypeError, match="texts: expected objects with domain"):
+        null.diagnose(*loaded, texts=["a text"])
     with pytest.raises(ValueError, match="at least one"):
-        null.diagnose(*loaded, documents=[])
+        null.diagnose(*loaded, texts=[])
     with pytest.raises(ValueError, match="fitted to"):
         null.diagnose(olmoe(), loaded[1])
 
@@ -359,7 +359,7 @@ def test_bad_input_of_the_function(loaded, null):
 @pytest.mark.slow
 def test_command(tmp_path, capsys):
     out = tmp_path / "out"
-    options = ("--positions", "24", "--heldout-tokens", "2048", "--alpha", "0.2", "--seed", "5")
+    options = ("--positions", "24", "--tokens", "2048", "--alpha", "0.2", "--seed", "5")
     assert main(["diagnose", *options, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "False discoveries by ablation, beside alpha" in printed
@@ -376,7 +376,7 @@ def test_command(tmp_path, capsys):
         (("--null", "nowhere.safetensors"), "no such null file"),
         (("--min-k", "9", "--max-k", "3"), "min_k: expected at most max_k=3"),
         (("--max-k", "65"), "max_k: expected 1 to 64"),
-        (("--positions", "5000", "--heldout-tokens", "600"), "positions: 5000 asked for"),
+        (("--positions", "5000", "--tokens", "600"), "positions: 5000 asked for"),
     ],
 )
 def test_bad_input_is_one_line(options, message, capsys):

@@ -36,10 +36,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB = "allenai/OLMoE-1B-7B-0924"
 QUICK = {
-    "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --heldout-tokens 512 --prompts prompts.txt",
-    "profile": "--tokens 256 --prompts 1 --new-tokens 2",
-    "diagnose": "--positions 5 --heldout-tokens 512",
-    "compare": "--test-tokens 512 --budget-tokens 1024 --tables reduction --budgets 4",
+    "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --tokens 512 --prompts prompts.txt",
+    "profile": "--tokens 256 --continuations 1 --new-tokens 2",
+    "diagnose": "--positions 5 --tokens 512",
+    "compare": "--tokens 512 --budget-tokens 1024 --tables reduction --budgets 4",
 }
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -86,7 +86,7 @@ def of(language: str) -> list[Block]:
 
 def in_folder(folder: Path):
     """The working folder of what runs inside, with the files that the pages speak of."""
-    text = "\n\n".join(document.text for document in demo.heldout_documents()[::32])
+    text = "\n\n".join(document.text for document in demo.heldout_texts()[::32])
     (folder / "my_text.txt").write_text(text, encoding="utf-8")
     (folder / "more_text.txt").write_text(text[::-1], encoding="utf-8")
     (folder / "prompts.txt").write_text("simple\tThe list is\n", encoding="utf-8")
@@ -231,7 +231,7 @@ def test_the_command_line_page_is_made_from_the_parsers():
     headings = re.findall(r"^## moeprof (.+)$", made, re.M)
     assert {"sweep", "profile", "calibrate", "compare", "diagnose", "bench layer"} <= set(headings)
     assert all(command in headings for command in ["cpu", "bench kernels", "bench model"])
-    assert "| `--heldout-tokens N` |" in made and "%(default)s" not in made
+    assert "| `--tokens N` |" in made and "%(default)s" not in made
     assert "| `--out FILE` **needed** |" in made  # of calibrate
     rows = [line for line in made.splitlines() if line.startswith("| `--")]
     assert len(rows) > 60 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)

@@ -55,7 +55,7 @@ def add_diagnose(commands: Commands) -> None:
         0,
         10**6,
     )
-    add_number(parser, "--heldout-tokens", HELDOUT_TOKENS, "of the held-out text", 1, 10**6)
+    add_number(parser, "--tokens", HELDOUT_TOKENS, "of the held-out text", 1, 10**6)
     add_heldout_text(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..texts.documents import read_documents
 
     null = None if arguments.null is None else resolve_null(arguments.null)
-    documents = None if arguments.text is None else read_documents(arguments.text)
+    texts = None if arguments.text is None else read_documents(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
     if arguments.out is not None:
@@ -96,9 +96,9 @@ def _run(arguments: argparse.Namespace) -> None:
         tokenizer,
         router=router,
         positions=arguments.positions,
-        tokens=arguments.heldout_tokens,
+        tokens=arguments.tokens,
         seed=arguments.seed,
-        documents=documents,
+        texts=texts,
     )
     console = make_console()
     console.print(found.summary())

@@ -51,7 +51,7 @@ def diagnose(
     model: nn.Module,
     tokenizer: Tokenizer,
     *,
-    documents: Iterable[Text] | None = None,
+    texts: Iterable[Text] | None = None,
     calibration: Iterable[Text] | None = None,
     router: Router | None = None,
     positions: int = POSITIONS,
@@ -69,7 +69,7 @@ def diagnose(
         What p-values are measured against.
     model, tokenizer
         An unpatched model; it is afterwards as it was.
-    documents : objects with .domain, .name and .text
+    texts : objects with .domain, .name and .text
         Held-out text, not what the null was fitted to. Default: what ships with the demo model.
     calibration : the same, or an empty list
         Every other document of a domain (the first, third, ...) is for the nulls by domain, the
@@ -100,11 +100,11 @@ def diagnose(
     router = BH(ALPHA) if router is None else router
     if not isinstance(router, Router):
         raise TypeError(f"router: expected a moeprof.routers.Router, got {router!r}")
-    documents = _checked("documents", demo.heldout_documents() if documents is None else documents)
+    documents = _checked("texts", demo.heldout_texts() if texts is None else texts)
     if not documents:
-        raise ValueError("documents: expected at least one, got none")
+        raise ValueError("texts: expected at least one, got none")
     if calibration is None:
-        calibration = demo.calibration_documents()
+        calibration = demo.calibration_texts()
     for_nulls, for_budget = _halves(_checked("calibration", calibration))
     text = heldout_windows(tokenizer, documents, tokens, seed)
     check_token_ids(model, (window.ids for window in text.windows))
