@@ -35,7 +35,13 @@ def null():
 def small(loaded, null):
     """A diagnosis of little text."""
     return null.diagnose(
-        *loaded, router=BH(0.3), positions=48, tokens=4096, draws=100, progress=False
+        *loaded,
+        calibration=demo.calibration_texts()[::4],
+        router=BH(0.3),
+        positions=48,
+        tokens=4096,
+        draws=100,
+        progress=False,
     )
 
 
@@ -357,7 +363,9 @@ def test_bad_input_of_the_function(loaded, null):
 
 
 @pytest.mark.slow
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
+    fewer = demo.calibration_texts()[::4]  # a null is fitted to each domain of them
+    monkeypatch.setattr(demo, "calibration_texts", lambda: fewer)
     out = tmp_path / "out"
     options = ("--positions", "24", "--tokens", "2048", "--alpha", "0.2", "--seed", "5")
     assert main(["diagnose", *options, "--out", str(out)]) == 0
