@@ -486,7 +486,7 @@ def test_the_halves_share_no_document_and_have_each_domain():
     halves = demo.calibration_halves()
     names = [{(d.domain, d.name) for d in half} for half in halves]
     assert len(names[0]) == len(names[1]) == 64 and not names[0] & names[1]
-    everything = {(d.domain, d.name) for d in demo.calibration_documents()}
+    everything = {(d.domain, d.name) for d in demo.calibration_texts()}
     assert names[0] | names[1] == everything
     for half in halves:
         domains = [d.domain for d in half]

@@ -52,7 +52,7 @@ def test_windows_are_one_of_each_document():
     for part, documents in ((splits.budget, 64), (splits.test, 128)):
         assert len(part.windows) == len(part.documents) == documents
         assert {window.ids.shape[1] for window in part.windows} == {128}
-    small = make_splits(tokenizer, demo_documents(), test_tokens=1024)
+    small = make_splits(tokenizer, demo_documents(), tokens=1024)
     assert Counter(small.domains) == {"bible": 2, "jargon": 2, "docs": 2, "code": 2}
 
 

@@ -35,7 +35,13 @@ def null():
 def small(loaded, null):
     """A diagnosis of little text."""
     return null.diagnose(
-        *loaded, router=BH(0.3), positions=48, tokens=4096, draws=100, progress=False
+        *loaded,
+        calibration=demo.calibration_texts()[::4],
+        router=BH(0.3),
+        positions=48,
+        tokens=4096,
+        draws=100,
+        progress=False,
     )
 
 
@@ -140,7 +146,7 @@ def test_fdp_by_hand():
 
 
 def test_positions_are_even_over_documents(loaded):
-    text = heldout_windows(loaded[1], demo.heldout_documents(), 33000)
+    text = heldout_windows(loaded[1], demo.heldout_texts(), 33000)
     places = ab.sample_positions(text, 1000, seed=3)
     documents = np.repeat([w.document for w in text.windows], [len(p) for p in places])
     counts = np.bincount(documents)
@@ -170,7 +176,7 @@ def test_a_row_is_the_position_decoded_alone(loaded, null, router, monkeypatch):
     """Of each kind of change, in pieces of a few rows; the row without one: the plain forward."""
     monkeypatch.setattr(ab, "ROWS", 37)
     model, tokenizer = loaded
-    ids = torch.tensor([tokenizer(demo.heldout_documents()[40].text)["input_ids"][:90]])
+    ids = torch.tensor([tokenizer(demo.heldout_texts()[40].text)["input_ids"][:90]])
     routers = ab.changed_routers(model, router, null if router.wants_null else None)
     places = np.array([1, 30, 77])
     with moeprof.patch(model, routers), torch.inference_mode():
@@ -348,18 +354,20 @@ def test_a_null_without_a_fit_has_no_domains(loaded):
 def test_bad_input_of_the_function(loaded, null):
     with pytest.raises(TypeError, match="router: expected a moeprof.routers.Router"):
         null.diagnose(*loaded, router="bh")
-    with pytest.raises(TypeError, match="documents: expected objects with domain"):
-        null.diagnose(*loaded, documents=["a text"])
+    with pytest.raises(TypeError, match="texts: expected objects with domain"):
+        null.diagnose(*loaded, texts=["a text"])
     with pytest.raises(ValueError, match="at least one"):
-        null.diagnose(*loaded, documents=[])
+        null.diagnose(*loaded, texts=[])
     with pytest.raises(ValueError, match="fitted to"):
         null.diagnose(olmoe(), loaded[1])
 
 
 @pytest.mark.slow
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
+    fewer = demo.calibration_texts()[::4]  # a null is fitted to each domain of them
+    monkeypatch.setattr(demo, "calibration_texts", lambda: fewer)
     out = tmp_path / "out"
-    options = ("--positions", "24", "--heldout-tokens", "2048", "--alpha", "0.2", "--seed", "5")
+    options = ("--positions", "24", "--tokens", "2048", "--alpha", "0.2", "--seed", "5")
     assert main(["diagnose", *options, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "False discoveries by ablation, beside alpha" in printed
@@ -376,7 +384,7 @@ def test_command(tmp_path, capsys):
         (("--null", "nowhere.safetensors"), "no such null file"),
         (("--min-k", "9", "--max-k", "3"), "min_k: expected at most max_k=3"),
         (("--max-k", "65"), "max_k: expected 1 to 64"),
-        (("--positions", "5000", "--heldout-tokens", "600"), "positions: 5000 asked for"),
+        (("--positions", "5000", "--tokens", "600"), "positions: 5000 asked for"),
     ],
 )
 def test_bad_input_is_one_line(options, message, capsys):

@@ -1,6 +1,6 @@
 """The MoE blocks of a model that `moeprof.patch` knows, each with its family."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -33,6 +33,16 @@ class Block(NamedTuple):
     def gate_name(self) -> str:
         """The qualified name of its gate."""
         return f"{self.name}.{self.family.family.gate_at}".lstrip(".")
+
+    @property
+    def num_experts(self) -> int:
+        """E of this layer."""
+        return self.family.num_experts(self.module)
+
+    @property
+    def top_k(self) -> int:
+        """How many experts its own router takes, as it is set now."""
+        return self.family.settings(self.module).top_k
 
     def readable(self) -> str | None:
         """Why it can't run on the C path now, and what of that the user can change; or None."""
@@ -84,13 +94,36 @@ def not_runnable(name: str, reason: str) -> str:
     return f"{name}: can't run on moeprof's path: {reason}"
 
 
-def experts_of(model: nn.Module) -> tuple[int, int]:
-    """(experts of a layer, experts that the model's own router takes).
+def fewest_experts(model: nn.Module) -> int:
+    """E of the layer with the fewest: what one number of experts for all layers has to fit."""
+    return min(block.num_experts for block in find_blocks(model))
 
-    Raises ValueError, as moeprof.patch does, for a model that can't be patched.
+
+def own_top_k(model: nn.Module) -> int:
+    """How many experts the model's own routers take, the same number in every layer.
+
+    Raises ValueError where layers take different numbers: what is named by k, or compared with
+    it, has no such k then.
     """
-    _, module, family = runnable_blocks(model)[0]
-    return family.num_experts(module), family.settings(module)[0]
+    taken = {block.title: block.top_k for block in find_blocks(model)}
+    if len(set(taken.values())) == 1:
+        return next(iter(taken.values()))
+    each = ", ".join(f"{name} takes {k}" for name, k in taken.items())
+    raise ValueError(
+        f"the model's own routers take different numbers of experts ({each}): expected one number "
+        "for all layers, which others are compared with; moeprof.patch and moeprof.MoEProfiler "
+        "run such a model"
+    )
+
+
+def experts_of(model: nn.Module) -> tuple[int, int]:
+    """(fewest experts of a layer, experts that the model's own routers take).
+
+    Raises ValueError, as moeprof.patch does, for a model that can't be patched, and for one of
+    which layers take different numbers of experts.
+    """
+    runnable_blocks(model)
+    return fewest_experts(model), own_top_k(model)
 
 
 def model_norm(model: nn.Module) -> tuple[str, int]:
@@ -98,6 +131,20 @@ def model_norm(model: nn.Module) -> tuple[str, int]:
     _, module, family = find_blocks(model)[0]
     settings = family.settings(module)
     return ("sum" if settings.renormalises else "none"), settings.top_k
+
+
+def model_sizes(model: Any) -> dict[str, Any]:
+    """What a study's JSON says of a model's size. E and k are read from the layers, since
+    families name them differently in the configuration; the rest is None where that lacks it."""
+    num_experts, top_k = experts_of(model)
+    rest = ("num_hidden_layers", "hidden_size", "intermediate_size")
+    return {
+        "model_type": model.config.model_type,
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        **{name: getattr(model.config, name, None) for name in rest},
+        "norm_topk_prob": model_norm(model)[0] == "sum",
+    }
 
 
 def _no_routers(model: nn.Module) -> str:

@@ -226,9 +226,11 @@ def _trimming(
         if r_high or r_low:
             raise ValueError("r_high and r_low belong to kind='trimmed'")
         return 0, 0
+    from ..models.blocks import find_blocks
+
     # Rounded up, so that a top-1 router's own choice is left out; a score at least stays.
-    config: Any = model.config
-    half: int = min((config.num_experts_per_tok + 1) // 2, (experts - 1) // 2)
+    top_k = max(block.top_k for block in find_blocks(model))
+    half = min((top_k + 1) // 2, (experts - 1) // 2)
     high, low = (half if r is None else r for r in (r_high, r_low))
     if min(high, low) < 0 or high + low >= experts:
         raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ...measure.routing import by_layer, choose
-from ...models.blocks import experts_of, find_blocks, model_norm
+from ...models.blocks import find_blocks, model_norm
 from ...models.decoding import cache_of, decode
 from ...patching.patch import patch
 from ...texts.windows import HeldOut
@@ -199,7 +199,10 @@ def _ablate_window(
     cache = prefill(model, ids[:, :-1], routers)
     seen = [tuple(part[places] for part in router.seen or ()) for router in routers]
     counts, rejections = (np.stack([s[i] for s in seen], axis=1) for i in (1, 2))
-    experts = [_unselected(s[0], experts_of(model)[0], rng) for s in seen]
+    experts = [
+        _unselected(s[0], block.num_experts, rng)
+        for s, block in zip(seen, find_blocks(model), strict=True)
+    ]
     rows, label = plan(places, counts, np.stack(experts, axis=1))
     loss = changed_losses(model, ids, cache, rows, routers)
     before = loss[: len(places)]
