@@ -11,6 +11,7 @@ from wording import says
 
 import moeprof
 from moeprof import demo
+from moeprof.backends.spec import PLAIN
 from moeprof.cli import main
 from moeprof.measure.bootstrap import bootstrap
 from moeprof.models.decoding import cache_of, decode
@@ -202,7 +203,7 @@ def test_an_emptied_slot_is_minus_one_and_the_other_weights_stay():
     """And an added expert has its own softmax weight, times what the norm makes of the others'."""
     logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]] * 3)
     for norm in ("none", "sum"):
-        router = ab.ChangedRouter(0, TopK(2), None, norm, 2)
+        router = ab.ChangedRouter(0, TopK(2), None, norm, 2, PLAIN)
         weights, experts = router(logits)
         assert experts.tolist() == [[0, 2]] * 3
         router.changes = ab.Changes(

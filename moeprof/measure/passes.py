@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ..models.blocks import find_blocks
 from ..patching.patch import patch
 from ..routers import Router
 from ..texts.windows import HeldOut
@@ -31,7 +32,7 @@ BATCH = 512  # tokens in a call of the model
 class Pass(NamedTuple):
     """What the routers of a model did on a text of T tokens, in L layers.
 
-    logits : (L, T, E) float32, what each gate said
+    logits : (L, T, E) float32, what a router sees of what each gate said: `Block.choice_logits`
     counts : (L, T) int32, experts of each token
     rejections : (L, T) int32, before min_k and max_k
     documents : (T,) int64, the index of each token's document
@@ -98,16 +99,13 @@ def collect(
     if any(routing.logits is None for layer in calls for routing in layer):
         raise ValueError("the model's gates give no logits, so no router can be set by them")
 
-    def joined(field: str) -> NDArray[np.float32]:
-        return np.stack(
-            [
-                np.concatenate([getattr(routing, field).float().numpy() for routing in layer])
-                for layer in calls
-            ]
-        )
+    def joined(field: str) -> list[Tensor]:
+        return [torch.cat([getattr(routing, field) for routing in layer]) for layer in calls]
 
-    counts, rejections = joined("counts").astype(np.int32), joined("rejections").astype(np.int32)
-    return Pass(joined("logits"), counts, rejections, documents_of(text))
+    counts, rejections = (torch.stack(joined(field)).numpy() for field in ("counts", "rejections"))
+    blocks = zip(find_blocks(model), joined("logits"), strict=True)
+    logits = torch.stack([block.choice_logits(said) for block, said in blocks]).numpy()
+    return Pass(logits, counts, rejections, documents_of(text))
 
 
 @contextmanager

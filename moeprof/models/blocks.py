@@ -2,8 +2,11 @@
 
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..backends.c import C
+from ..backends.spec import RouteSpec, Rule
 from ..backends.tables import tensor_obstacle
 from .families import FAMILIES, family_of
 from .families.base import Layout
@@ -11,6 +14,7 @@ from .families.packed import read_packed
 from .families.rules import Checked
 from .find import find_sites
 from .guards import explained
+from .reading import as_logits, read_gate
 
 # How a patched block runs: in one call to C; by its own forward, with moeprof's router and
 # experts; the same, but its own router chooses, since its rule isn't known.
@@ -55,6 +59,35 @@ class Block(NamedTuple):
             return Checked(self.family.rule(self.module), False, "")
         dtype = next(self.family.experts_of(self.module).parameters()).dtype
         return self.family.check(self.module, dtype)
+
+    def rule(self) -> Rule:
+        """What its own router makes of its logits, as it is set now."""
+        return self.family.rule(self.module)
+
+    def gate_logits(self, output: Any, hidden: Tensor) -> Tensor | None:
+        """(T, E) of what its gate returned for hidden states; None where that says none.
+
+        A stock router of transformers 4 may return its choice alone.
+        """
+        gate = self.family.gate_of(self.module)
+        x = hidden.reshape(-1, hidden.shape[-1])
+        if not self.family.has_stock_gate(self.module):
+            return read_gate(output, len(x), self.num_experts, self.gate_name).logits
+        first = output[0] if isinstance(output, tuple) else output
+        if first.is_floating_point() and first.shape[-1] == self.num_experts:
+            return as_logits(first.reshape(-1, self.num_experts))
+        return self.family.reader.logits(gate, x) if self.family.family.rule.logits else None
+
+    def choice_logits(self, logits: Tensor) -> Tensor:
+        """(T, E) float32: what a router sees in place of the gate's logits, by which the model
+        chooses; the same for a softmax without bias. Groups are not looked at."""
+        rule = self.rule()._replace(groups=1, top_groups=1, best=1)
+        if rule.affinity == "softmax" and rule.bias is None:
+            return logits.float()
+        null = ("normal", "logit", None)
+        size = self.num_experts
+        spec = RouteSpec("topk", (1.0,), 1, 1, 1.0, "none", 1, null, None, rule, num_experts=size)
+        return C.choice_logits(logits.float(), spec, torch.float32)
 
     def path(self, checked: Checked) -> str:
         """How it runs when it is patched; checked: what `check` said."""
