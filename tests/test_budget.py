@@ -21,6 +21,7 @@ import models  # noqa: E402
 from nulls import null_of, random_logits  # noqa: E402
 
 from moeprof import demo  # noqa: E402
+from moeprof.backends.spec import PLAIN  # noqa: E402
 from moeprof.measure.passes import collect  # noqa: E402
 from moeprof.models.blocks import model_norm  # noqa: E402
 from moeprof.routers import BH, REGISTRY, Router, TopK, WeightedBH, make_router  # noqa: E402
@@ -110,7 +111,7 @@ def test_every_router_is_solved_on_stored_logits(cls):
         needed = logits + 4 * (np.arange(32) < 3)  # so that pi0 < 1: e-values are of what is left
         null = router.adapt(null_of(*needed, kind="efron", score="centred"))
     logits[:, :, :6] += 8  # what stands out from the null
-    stored = setting.Stored(router, logits, null)
+    stored = setting.Stored(router, logits, null, [PLAIN] * len(logits))
     low, high = np.mean([stored.averages(end) for end in stored.ends], axis=1)
     assert 1 == low < high <= 8
     for part in (0.1, 0.5, 0.9):
@@ -182,7 +183,7 @@ def gap(self, logits):
 )
 def test_ranges_and_directions(router):
     logits = np.stack([random_logits(5000, 32, seed=seed) for seed in range(2)])
-    stored = setting.Stored(router, logits, None)
+    stored = setting.Stored(router, logits, None, [PLAIN] * len(logits))
     low, high = (stored.averages(end).mean() for end in stored.ends)
     assert (low, high) == (1, 8)
     for target in (1.2, 3, 6.9):

@@ -93,7 +93,8 @@ def test_floor_and_ceiling_count_rejections_not_experts():
     """Of R = 0, 1, 2 .. 9, with min_k 2 and max_k 6: two below, three above."""
     r = np.tile(np.arange(10, dtype=np.int32), (1, 10))
     logits = np.random.default_rng(0).normal(size=(1, 100, 4)).astype(np.float32)
-    seen = Seen(logits, np.linspace(0, 1, 100), np.repeat(np.arange(10), 10), 10)
+    rules = [PLAIN] * len(logits)
+    seen = Seen(logits, np.linspace(0, 1, 100), np.repeat(np.arange(10), 10), 10, rules)
     selected = Selected(np.clip(r, 2, 6), r)
     rows = list(selection_rows(seen, selected, (2, 6), "stock", np.zeros(10, int), 50))
     found = {row["quantity"]: row["estimate"] for row in rows if row["layer"] == 0}

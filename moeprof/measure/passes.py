@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from ..backends.spec import Rule
     from ..null.resolve import AnyNull
     from ..routers.base import Router
     from ..texts.windows import Window
@@ -36,12 +37,14 @@ class Pass(NamedTuple):
     counts : (L, T) int32, experts of each token
     rejections : (L, T) int32, before min_k and max_k
     documents : (T,) int64, the index of each token's document
+    rules : of each layer, what a router on these logits has to keep to: `Block.choice_rule`
     """
 
     logits: NDArray[np.float32]
     counts: NDArray[np.int32]
     rejections: NDArray[np.int32]
     documents: NDArray[np.int64]
+    rules: list[Rule]
 
 
 class Quality(NamedTuple):
@@ -103,9 +106,11 @@ def collect(
         return [torch.cat([getattr(routing, field) for routing in layer]) for layer in calls]
 
     counts, rejections = (torch.stack(joined(field)).numpy() for field in ("counts", "rejections"))
-    blocks = zip(find_blocks(model), joined("logits"), strict=True)
-    logits = torch.stack([block.choice_logits(said) for block, said in blocks]).numpy()
-    return Pass(logits, counts, rejections, documents_of(text))
+    blocks = find_blocks(model)
+    each = zip(blocks, joined("logits"), strict=True)
+    logits = torch.stack([block.choice_logits(said) for block, said in each]).numpy()
+    rules = [block.choice_rule() for block in blocks]
+    return Pass(logits, counts, rejections, documents_of(text), rules)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Block(NamedTuple):
 
     def choice_logits(self, logits: Tensor) -> Tensor:
         """(T, E) float32: what a router sees in place of the gate's logits, by which the model
-        chooses; the same for a softmax without bias. Groups are not looked at."""
+        chooses; the same for a softmax without bias. Groups are left: see `choice_rule`."""
         rule = self.rule()._replace(groups=1, top_groups=1, best=1)
         if rule.affinity == "softmax" and rule.bias is None:
             return logits.float()
@@ -88,6 +88,12 @@ class Block(NamedTuple):
         size = self.num_experts
         spec = RouteSpec("topk", (1.0,), 1, 1, 1.0, "none", 1, null, None, rule, num_experts=size)
         return C.choice_logits(logits.float(), spec, torch.float32)
+
+    def choice_rule(self) -> Rule:
+        """What is left of its rule where choice logits stand for its logits: the groups. Their
+        softmax orders the sums of a group's best as the model's own scores do."""
+        rule = self.rule()
+        return Rule(groups=rule.groups, top_groups=rule.top_groups, best=rule.best)
 
     def path(self, checked: Checked) -> str:
         """How it runs when it is patched; checked: what `check` said."""

@@ -332,13 +332,16 @@ class Router:
         )
 
     def count_tokens(
-        self, router_logits: "NDArray[np.float32]", null: "LayerNull | TokenNull | None" = None
+        self,
+        router_logits: "NDArray[np.float32]",
+        null: "LayerNull | TokenNull | None" = None,
+        rule: Rule = PLAIN,
     ) -> tuple["NDArray[np.int32]", "NDArray[np.int32]"]:
         """The experts of each token after and before clamping, (T,) int32 both.
 
-        By the C path, of (T, E) float32 logits; ``null`` as in :meth:`spec`.
+        By the C path, of (T, E) float32 logits; ``null`` and ``rule`` as in :meth:`spec`.
         """
-        spec = self.spec(router_logits.shape[1], norm="none", null=null)
+        spec = self.spec(router_logits.shape[1], norm="none", null=null, rule=rule)
         routing = _C.route(router_logits, spec.in_c("float32"), get_num_threads(), False)
         return routing[2], routing[3]
 

@@ -62,8 +62,8 @@ def with_counts(
     """Callables for `patch`, one a layer: the router's own order of experts, cut at given counts.
 
     router: a Router. counts: (L, T) integers from 1 to the router's max_k, for the tokens in the
-    order in which they come: the callables serve one pass over a text. rules: of each layer. null: a Null (or one by
-    token), None for a router without p-values.
+    order in which they come: the callables serve one pass over a text. rules: of each layer.
+    null: a Null (or one by token), None for a router without p-values.
     """
     layers = len(counts)
     pairs = by_layer(router, null, layers)

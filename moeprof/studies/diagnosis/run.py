@@ -205,7 +205,7 @@ class _Work:
             seen = see(self.model, self.text, router, null=null, norm=self.norm, step=bar.step)
             if router is None:
                 self.stock = seen
-            selected = select(self.router, seen.logits, self.null)
+            selected = select(self.router, seen, self.null)
             bar.note("p-values")
             yield from p_value_rows(seen, self.null, routing, self.groups, self.draws)
             yield from selection_rows(seen, selected, self.limits, routing, self.groups, self.draws)

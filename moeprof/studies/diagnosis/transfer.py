@@ -74,7 +74,7 @@ def transfer_rows(
     calibration, calibration_domains = fitted_on
     layers = len(seen.logits)
     for name, null in nulls.items():
-        selected = select(router, seen.logits, null)
+        selected = select(router, seen, null)
         source = np.flatnonzero((calibration_domains == name) | (name == POOLED))
         counts, shares = [], []
         for layer in range(layers):
