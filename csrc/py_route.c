@@ -111,13 +111,13 @@ static PyObject *choice_logits(PyObject *module, PyObject *args)
         return PyErr_Format(PyExc_ValueError,
                             "router_logits: expected %zd experts, as the RouteSpec has, got "
                             "%zd", (Py_ssize_t)s->num_experts, (Py_ssize_t)E);
-    float *row = malloc(2 * (size_t)E * sizeof *row);
+    float *row = malloc((size_t)E * (2 * sizeof *row + sizeof(int32_t)));
     if (!row)
         return PyErr_NoMemory();
     if ((out = PyArray_SimpleNew(2, PyArray_DIMS(view), NPY_FLOAT32)))
         for (npy_intp t = 0; t < T; t++) {
             mp_widen(row, PyArray_BYTES(view) + t * E * mp_float_size(dtype), E, dtype);
-            mp_choice_logits(&s->spec.rule, row, E, row + E,
+            mp_choice_logits(&s->spec.rule, row, E, row + E, (int32_t *)(row + 2 * E),
                              (float *)PyArray_DATA((PyArrayObject *)out) + t * E);
         }
     free(row);

@@ -209,7 +209,7 @@ static int fit_rule(PyObject *bias, PyObject *expert_scale, npy_intp num_experts
     if (parse_by_expert(bias, "bias", num_experts, &rule->bias)
         || parse_by_expert(expert_scale, "expert_scale", num_experts, &rule->expert_scale))
         return -1;
-    if (rule->bias && are_equal(rule->bias, num_experts))
+    if (rule->bias && !rule->zeroed && are_equal(rule->bias, num_experts))
         rule->bias = NULL;
     return 0;
 }
@@ -237,9 +237,9 @@ static int parse_rule(PyObject *object, mp_float dtype, spec_parts *parts)
         PyErr_SetString(PyExc_TypeError, "rule: expected a tuple");
         return -1;
     }
-    if (!PyArg_ParseTuple(object, "sOpnnndddOp;rule", &affinity_name, &parts->bias,
+    if (!PyArg_ParseTuple(object, "sOpnnnpdddOp;rule", &affinity_name, &parts->bias,
                           &rule->on_logits, &rule->groups, &rule->top_groups, &rule->best,
-                          &rule->epsilon, &rule->floor, &rule->scale, &parts->expert_scale,
+                          &rule->zeroed, &rule->epsilon, &rule->floor, &rule->scale, &parts->expert_scale,
                           &rounds))
         return -1;
     const int affinity = choice("affinity", affinity_name, affinities, MP_AFFINITIES,

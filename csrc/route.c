@@ -173,7 +173,7 @@ static void keep_eligible(const mp_route_spec *spec, ptrdiff_t num_experts, cons
 /* The number of an expert among those that a token may use -> its id. */
 static int32_t id_of(const mp_rule *rule, const buffers *b, ptrdiff_t i)
 {
-    return rule->groups > 1 ? b->eligible[i] : (int32_t)i;
+    return mp_excludes(rule) ? b->eligible[i] : (int32_t)i;
 }
 
 /* The n experts that a token may use in the order of evidence, their ids in b->order, and
@@ -199,7 +199,7 @@ static ptrdiff_t judge(const mp_route_spec *spec, const float *z, ptrdiff_t n, d
             b->z_sorted[i] = z[b->order[i]];
         token.z = b->z_sorted;
     }
-    if (rule->groups > 1)
+    if (mp_excludes(rule))
         for (ptrdiff_t i = 0; i < n; i++)
             b->order[i] = b->eligible[b->order[i]];
     if (lfdr)
@@ -225,7 +225,7 @@ static ptrdiff_t rejections_of(const mp_route_spec *spec, ptrdiff_t num_experts,
         own = b->p_eligible;
         memcpy(own, p, (size_t)num_experts * sizeof *own);
     }
-    if (spec->rule.groups == 1)
+    if (!mp_excludes(&spec->rule))
         return judge(spec, b->z, num_experts, own, lfdr, b);
     keep_eligible(spec, num_experts, own ? p : NULL, b);
     return judge(spec, b->z_eligible, n, own, lfdr, b);
@@ -266,7 +266,7 @@ static void route_tokens(void *context, ptrdiff_t task, int worker)
             continue;
         }
         if (j->spec)
-            mp_choice_logits(&j->spec->rule, b.logits, E, b.affinity, b.z);
+            mp_choice_logits(&j->spec->rule, b.logits, E, b.affinity, b.eligible, b.z);
         if (wants_p)
             mp_null_p_values(j->null, j->spec ? b.z : b.logits, E, b.work, p);
         if (j->spec)

@@ -77,22 +77,6 @@ static void log_affinities(const mp_rule *rule, const float *logits, ptrdiff_t n
     MP_NEVER();
 }
 
-void mp_choice_logits(const mp_rule *rule, const float *logits, ptrdiff_t num_experts,
-                      float *affinity, float *z)
-{
-    if (rule->groups > 1 || (rule->bias && !rule->on_logits))
-        mp_affinities(rule, logits, num_experts, 1, affinity);
-    if (rule->on_logits)
-        for (ptrdiff_t e = 0; e < num_experts; e++)
-            z[e] = logits[e] + (rule->bias ? rule->bias[e] : 0);
-    else if (rule->bias) {
-        const float least = least_of(rule->bias, num_experts);
-        for (ptrdiff_t e = 0; e < num_experts; e++)
-            z[e] = logf(affinity[e] + (rule->bias[e] - least));
-    } else
-        log_affinities(rule, logits, num_experts, z);
-}
-
 /* What the model chooses by. */
 static float choice_score(const mp_rule *rule, const float *logits, const float *affinity,
                           ptrdiff_t e)
@@ -141,4 +125,35 @@ ptrdiff_t mp_eligible_experts(const mp_rule *rule, const float *logits,
             eligible[count++] = (int32_t)(g * n + i);
     }
     return count;
+}
+
+/* The same of a rule in which experts of other groups are chosen by 0. */
+static void zeroed_choice_logits(const mp_rule *rule, const float *logits,
+                                 const float *affinity, ptrdiff_t num_experts,
+                                 int32_t *eligible, float *z)
+{
+    const float least = rule->bias ? fminf(least_of(rule->bias, num_experts), 0) : 0;
+    const ptrdiff_t count = mp_eligible_experts(rule, logits, affinity, num_experts, eligible);
+    for (ptrdiff_t e = 0; e < num_experts; e++)
+        z[e] = logf(0 - least);
+    for (ptrdiff_t i = 0; i < count; i++)
+        z[eligible[i]] = logf(choice_score(rule, logits, affinity, eligible[i]) - least);
+}
+
+void mp_choice_logits(const mp_rule *rule, const float *logits, ptrdiff_t num_experts,
+                      float *affinity, int32_t *eligible, float *z)
+{
+    if (rule->groups > 1 || (rule->bias && !rule->on_logits))
+        mp_affinities(rule, logits, num_experts, 1, affinity);
+    if (rule->groups > 1 && rule->zeroed)
+        zeroed_choice_logits(rule, logits, affinity, num_experts, eligible, z);
+    else if (rule->on_logits)
+        for (ptrdiff_t e = 0; e < num_experts; e++)
+            z[e] = logits[e] + (rule->bias ? rule->bias[e] : 0);
+    else if (rule->bias) {
+        const float least = least_of(rule->bias, num_experts);
+        for (ptrdiff_t e = 0; e < num_experts; e++)
+            z[e] = logf(affinity[e] + (rule->bias[e] - least));
+    } else
+        log_affinities(rule, logits, num_experts, z);
 }

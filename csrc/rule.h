@@ -26,16 +26,23 @@ typedef struct {
     /* The experts are in so many groups of equal size, one after the other. A token may
      * use those of the top_groups best, by the sum of the `best` largest of a group. */
     ptrdiff_t groups, top_groups, best;
+    int zeroed; /* the experts of the other groups stay, chosen by 0: some models do so */
     /* Weights that are to sum 1 are divided by max(sum + epsilon, floor). */
     double epsilon, floor;
     double scale;              /* of all weights */
     const float *expert_scale; /* (E,): of each expert's; or NULL */
 } mp_rule;
 
+/* Whether there are experts that a token may not use. */
+static inline int mp_excludes(const mp_rule *rule)
+{
+    return rule->groups > 1 && !rule->zeroed;
+}
+
 /* How many of E experts a token may use. */
 static inline ptrdiff_t mp_eligible(const mp_rule *rule, ptrdiff_t num_experts)
 {
-    return num_experts / rule->groups * rule->top_groups;
+    return mp_excludes(rule) ? num_experts / rule->groups * rule->top_groups : num_experts;
 }
 
 /* affinity[e] of E logits, each divided by the temperature first. The logits have no NaN
@@ -49,12 +56,14 @@ void mp_affinities(const mp_rule *rule, const float *logits, ptrdiff_t num_exper
  *   chosen by logits     the logit plus the bias
  *   else                 log(affinity + bias - the least bias): a bias means the same
  *                        whatever is added to all of it
- * affinity: at temperature 1; written where it is needed. */
+ *   zeroed               log(affinity + bias - least), or log(0 - least) in other groups;
+ *                        least: the least bias, or 0 if that is above
+ * affinity: at temperature 1; written where it is needed. eligible: (E,) to write to. */
 void mp_choice_logits(const mp_rule *rule, const float *logits, ptrdiff_t num_experts,
-                      float *affinity, float *z);
+                      float *affinity, int32_t *eligible, float *z);
 
 /* The experts of the best groups, ascending; of groups that tie the first. z and affinity
- * as mp_choice_logits left them. Returns their number, mp_eligible. */
+ * as mp_choice_logits left them. Returns their number. */
 ptrdiff_t mp_eligible_experts(const mp_rule *rule, const float *logits,
                               const float *affinity, ptrdiff_t num_experts,
                               int32_t *eligible);

@@ -51,7 +51,6 @@ FALLBACKS = (
 )
 # Whose own router chooses by a rule that moeprof has no name for: {family: why}
 OWN_RULE = {
-    "axk2": "groups that a token may not use count as 0",
     "deepseek_v4": "the first layer looks its experts up by token id",
     "inkling": "shared experts take part of the weights",
     "phimoe": "the weight of an expert depends on those before it",

@@ -27,6 +27,7 @@ RULES = {
     "on logits": Rule("sigmoid", bias=BIAS, on_logits=True),
     "groups by the best": Rule(groups=4, top_groups=2, best=1),
     "DeepSeek-V3": Rule("sigmoid", BIAS, groups=6, top_groups=3, best=2, epsilon=1e-20, scale=2.5),
+    "zeroed": Rule("sigmoid", BIAS - 0.3, groups=6, top_groups=3, best=2, zeroed=True),
     "scales": Rule(expert_scale=SCALES, scale=3.0, rounds=False),
     "floor": Rule(floor=0.9),
     "epsilon": Rule("sigmoid", epsilon=0.5),
@@ -53,7 +54,7 @@ def chosen_by(rule, logits):
     value = np.sort(by_group, axis=2)[:, :, -rule.best :].sum(axis=2)
     worse = np.argsort(value, axis=1)[:, : rule.groups - rule.top_groups]
     for row, groups in zip(by_group, worse, strict=True):
-        row[groups] = -np.inf
+        row[groups] = 0 if rule.zeroed else -np.inf
     return by_group.reshape(score.shape)
 
 
@@ -64,6 +65,8 @@ def choice_logits(rule, logits):
         return logits + bias
     if rule.affinity == "softmax" and not np.ptp(bias):
         return logits.astype(np.float64)
+    if rule.zeroed:
+        return np.log(chosen_by(rule, logits) - min(bias.min(), 0))
     return np.log(affinities(rule, logits) + (bias - bias.min()))
 
 
@@ -125,7 +128,7 @@ def test_a_router_counts_by_what_the_model_chooses_by(rule, router):
         assert rejections[t] == expected
         assert counts[t] == np.clip(expected, 1, router.limits(E, len(own))[1])
         chosen = ids[t, : counts[t]]
-        assert set(chosen) == set(own[np.argsort(-z[t, own])][: counts[t]])
+        assert set(chosen) == set(own[np.argsort(-z[t, own], kind="stable")][: counts[t]])
     assert np.allclose(weights, weights_of(rule, LOGITS, ids, "sum", 4), rtol=2e-6, atol=1e-7)
 
 

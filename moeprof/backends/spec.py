@@ -21,6 +21,7 @@ class Rule(NamedTuple):
     on_logits : the bias is added to the logits, and experts are chosen by these
     groups, top_groups, best : experts lie in `groups` groups, of which a token may use the
         `top_groups` best, by the sum of the `best` largest of each
+    zeroed : a token may use those of other groups too, which are chosen by 0
     epsilon, floor : weights that sum to 1 are divided by max(sum + epsilon, floor)
     scale : of all weights
     expert_scale : (E,) float32, of each expert's weight; None for none
@@ -33,6 +34,7 @@ class Rule(NamedTuple):
     groups: int = 1
     top_groups: int = 1
     best: int = 1
+    zeroed: bool = False
     epsilon: float = 0.0
     floor: float = 0.0
     scale: float = 1.0
@@ -41,7 +43,7 @@ class Rule(NamedTuple):
 
     def eligible(self, num_experts: int) -> int:
         """How many of E experts a token may use."""
-        return num_experts // self.groups * self.top_groups
+        return num_experts if self.zeroed else num_experts // self.groups * self.top_groups
 
 
 PLAIN = Rule()

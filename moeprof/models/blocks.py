@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.c import C
-from ..backends.spec import RouteSpec, Rule
+from ..backends.spec import PLAIN, RouteSpec, Rule
 from ..backends.tables import tensor_obstacle
 from .families import FAMILIES, family_of
 from .families.base import Layout
@@ -81,8 +81,10 @@ class Block(NamedTuple):
     def choice_logits(self, logits: Tensor) -> Tensor:
         """(T, E) float32: what a router sees in place of the gate's logits, by which the model
         chooses; the same for a softmax without bias. Groups are left: see `choice_rule`."""
-        rule = self.rule()._replace(groups=1, top_groups=1, best=1)
-        if rule.affinity == "softmax" and rule.bias is None:
+        rule = self.rule()
+        if not rule.zeroed:
+            rule = rule._replace(groups=1, top_groups=1, best=1)
+        if rule.affinity == "softmax" and rule.bias is None and not rule.zeroed:
             return logits.float()
         null = ("normal", "logit", None)
         size = self.num_experts
@@ -93,6 +95,8 @@ class Block(NamedTuple):
         """What is left of its rule where choice logits stand for its logits: the groups. Their
         softmax orders the sums of a group's best as the model's own scores do."""
         rule = self.rule()
+        if rule.zeroed:  # choice logits know its groups
+            return PLAIN
         return Rule(groups=rule.groups, top_groups=rule.top_groups, best=rule.best)
 
     def path(self, checked: Checked) -> str:

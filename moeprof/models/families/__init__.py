@@ -5,6 +5,7 @@ may name; a gate that doesn't do what its record says keeps its own choice.
 """
 
 import sys
+from dataclasses import replace
 from functools import cache
 
 from torch import nn
@@ -190,6 +191,7 @@ FAMILIES = (
             "solar_open",
         )
     ),
+    Family("axk2", replace(SIGMOID_GROUPS, zeroed=True)),
     Family("dots3_note", SIGMOID_GROUPS, blocks=("Dots3NoteTextMoE",)),
     Family(
         "beam",
@@ -282,7 +284,7 @@ FAMILIES = (
     # the function in the gate
     *(Family(name, SIGMOID_SCORE_FN) for name in ("deepseek_v4", "inkling2", "inkling2_loop")),
     # Their own router chooses, by a rule that is none of these: masks and shares of their own.
-    *(Family(name, GateRule(logits="")) for name in ("axk2", "inkling", "zaya")),
+    *(Family(name, GateRule(logits="")) for name in ("inkling", "zaya")),
     Family("phimoe", GateRule(logits=""), _ROUTER),
 )
 

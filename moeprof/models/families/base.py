@@ -123,7 +123,11 @@ class Layout:
 
     def check(self, block: nn.Module, dtype: torch.dtype) -> Checked:
         """Does the stock gate do what the record says? dtype: of the hidden states."""
-        return check_gate(self.reader, block, self.gate_of(block), dtype)
+        try:
+            rule = self.rule(block)
+        except (TypeError, ValueError, AttributeError) as error:
+            return Checked(None, False, f"its router can't be read ({error})")
+        return check_gate(self.reader, block, self.gate_of(block), dtype, rule)
 
     def readable(self, block: nn.Module) -> tuple[LayerMatrices, str | None]:
         """(the matrices of the experts, None), or (none, why this block can't run on the C path

@@ -89,13 +89,16 @@ class Listed(Layout):
         return self.reader.settings(block, self._chooser(block))
 
     def rule(self, block: nn.Module) -> Rule:
-        return self.reader.rule(block, self._chooser(block))
+        rule = self.reader.rule(block, self._chooser(block))
+        # transformers 4 chooses the experts of other groups by 0, which is above what a negative
+        # bias can leave.
+        return rule._replace(zeroed=rule.groups > 1 and rule.affinity == "sigmoid")
 
     def check(self, block: nn.Module, dtype: torch.dtype) -> Checked:
         gate = self._chooser(block)
         if gate is block:  # the gate has no choice of its own, and the block shows none
             return Checked(self.rule(block), True, "")
-        return check_gate(self.reader, block, gate, dtype)
+        return check_gate(self.reader, block, gate, dtype, self.rule(block))
 
     def is_fused(self, block: nn.Module) -> bool:
         return True  # or nothing: its experts have no call that could be ours

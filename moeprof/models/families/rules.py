@@ -42,6 +42,7 @@ class GateRule:
     groups: tuple[str, str] | None = None
     groups_if: tuple[str, Any] | None = None
     best: int = 2
+    zeroed: bool = False
     epsilon: float = 0.0
     floor: float | str = 0.0
     scale: float | str = 1.0
@@ -105,6 +106,7 @@ class RuleReader:
             groups=groups,
             top_groups=top_groups,
             best=record.best if groups > 1 else 1,
+            zeroed=record.zeroed and groups > 1,
             epsilon=record.epsilon,
             floor=number(record.floor),
             scale=number(record.scale),
@@ -178,7 +180,7 @@ class Checked(NamedTuple):
 
 
 def check_gate(
-    reader: RuleReader, block: nn.Module, gate: nn.Module, dtype: torch.dtype
+    reader: RuleReader, block: nn.Module, gate: nn.Module, dtype: torch.dtype, rule: Rule
 ) -> Checked:
     """Run the gate, as its class has it, on random hidden states, and compare.
 
@@ -186,7 +188,7 @@ def check_gate(
     they are the same their weights must agree.
     """
     try:
-        settings, rule = reader.settings(block, gate), reader.rule(block, gate)
+        settings = reader.settings(block, gate)
         x = _hidden(gate, dtype)
         with torch.no_grad():
             said = _said(gate, x, reader.extras(block, gate))
