@@ -12,7 +12,7 @@ from ..guards import full_name, hooked
 from ..routing import Routing
 from .activations import READ, read_function
 from .base import Layout
-from .rules import Checked, Settings, check_gate
+from .rules import Checked, Settings, check_gate, is_zeroed
 
 
 def _read_expert(
@@ -90,9 +90,7 @@ class Listed(Layout):
 
     def rule(self, block: nn.Module) -> Rule:
         rule = self.reader.rule(block, self._chooser(block))
-        # transformers 4 chooses the experts of other groups by 0, which is above what a negative
-        # bias can leave.
-        return rule._replace(zeroed=rule.groups > 1 and rule.affinity == "sigmoid")
+        return rule._replace(zeroed=is_zeroed(rule))  # as transformers 4 has it
 
     def check(self, block: nn.Module, dtype: torch.dtype) -> Checked:
         gate = self._chooser(block)

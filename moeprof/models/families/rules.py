@@ -99,14 +99,13 @@ class RuleReader:
         groups, top_groups = 1, 1
         if record.groups and self._has_groups(block, gate):
             groups, top_groups = (int(self._at(gate, block, p) or 1) for p in record.groups)
-        return Rule(
+        rule = Rule(
             affinity=self._affinity(block, gate),
             bias=_array(self._at(gate, block, record.bias)) if record.bias else None,
             on_logits=record.on_logits,
             groups=groups,
             top_groups=top_groups,
             best=record.best if groups > 1 else 1,
-            zeroed=record.zeroed and groups > 1,
             epsilon=record.epsilon,
             floor=number(record.floor),
             scale=number(record.scale),
@@ -115,6 +114,7 @@ class RuleReader:
             else None,
             rounds=record.rounds,
         )
+        return rule._replace(zeroed=record.zeroed and is_zeroed(rule))
 
     def extras(self, block: nn.Module, gate: nn.Module) -> list[Any]:
         """What the block gives the gate besides the hidden states."""
@@ -152,6 +152,13 @@ class RuleReader:
             found = (getattr(start, name, None) for name in alternatives.split("|"))
             start = next((value for value in found if value is not None), None)
         return start
+
+
+def is_zeroed(rule: Rule) -> bool:
+    """Can 0, by which experts of other groups are chosen, be above the score of a better one? Only
+    a negative bias leaves a score below it; else those experts come last, as if they weren't
+    there."""
+    return rule.groups > 1 and rule.bias is not None and bool(rule.bias.min() < 0)
 
 
 def _mark(value: Any) -> Any:
