@@ -21,13 +21,14 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
-    "sweep": "sweep --heldout-tokens 2048 --alphas 0.05,0.2 --max-k 4,8 --static 2,4,6 --out {}",
+    "sweep": "sweep --tokens 2048 --alphas 0.05,0.2 --max-k 4,8 --static 2,4,6 --out {}",
     "compare": "compare --routers bh,fixed_p,top_p --budgets 4,6 --tables reduction "
-    "--test-tokens 2048 --budget-tokens 2048 --out {}",
-    "diagnose": "diagnose --positions 40 --heldout-tokens 2048 --out {}",
-    "profile": "profile --tokens 2048 --prompts 4 --new-tokens 8 --batch 1 2 --vocabulary --out {}",
-    "routed": "profile --router bh:alpha=0.3,max_k=8 --tokens 1024 --prompts 2 --new-tokens 4 "
+    "--tokens 2048 --budget-tokens 2048 --out {}",
+    "diagnose": "diagnose --positions 40 --tokens 2048 --out {}",
+    "profile": "profile --tokens 2048 --continuations 4 --new-tokens 8 --batch 1 2 --vocabulary "
     "--out {}",
+    "routed": "profile --router bh:alpha=0.3,max_k=8 --tokens 1024 --continuations 2 "
+    "--new-tokens 4 --out {}",
     "null": "calibrate --text LICENSE --kind efron --out {}/null.npz",
 }
 # Of the machine, the day or the version, and what is said in words of those.

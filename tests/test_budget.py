@@ -4,8 +4,10 @@ import copy
 import io
 import itertools
 import math
+import pickle
 import warnings
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +21,10 @@ import models  # noqa: E402
 from nulls import null_of, random_logits  # noqa: E402
 
 from moeprof import demo  # noqa: E402
+from moeprof.backends.spec import PLAIN  # noqa: E402
 from moeprof.measure.passes import collect  # noqa: E402
 from moeprof.models.blocks import model_norm  # noqa: E402
-from moeprof.routers import BH, REGISTRY, Router, TopK  # noqa: E402
+from moeprof.routers import BH, REGISTRY, Router, TopK, WeightedBH, make_router  # noqa: E402
 from moeprof.studies import budget  # noqa: E402
 from moeprof.studies.budget import search, setting  # noqa: E402
 from moeprof.texts.windows import heldout_windows  # noqa: E402
@@ -36,7 +39,7 @@ def null():
 
 @pytest.fixture(scope="module")
 def text(loaded):
-    return heldout_windows(loaded[1], demo.calibration_documents(), TOKENS)
+    return heldout_windows(loaded[1], demo.calibration_texts(), TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def test_every_router_is_solved_on_stored_logits(cls):
         needed = logits + 4 * (np.arange(32) < 3)  # so that pi0 < 1: e-values are of what is left
         null = router.adapt(null_of(*needed, kind="efron", score="centred"))
     logits[:, :, :6] += 8  # what stands out from the null
-    stored = setting.Stored(router, logits, null)
+    stored = setting.Stored(router, logits, null, [PLAIN] * len(logits))
     low, high = np.mean([stored.averages(end) for end in stored.ends], axis=1)
     assert 1 == low < high <= 8
     for part in (0.1, 0.5, 0.9):
@@ -180,7 +183,7 @@ def gap(self, logits):
 )
 def test_ranges_and_directions(router):
     logits = np.stack([random_logits(5000, 32, seed=seed) for seed in range(2)])
-    stored = setting.Stored(router, logits, None)
+    stored = setting.Stored(router, logits, None, [PLAIN] * len(logits))
     low, high = (stored.averages(end).mean() for end in stored.ends)
     assert (low, high) == (1, 8)
     for target in (1.2, 3, 6.9):
@@ -370,13 +373,13 @@ def test_a_split_is_whole_where_it_can_be():
 
 def tuned(router, loaded, average_k, **options):
     options = {"tokens": TOKENS, "progress": False} | options
-    return router.with_budget(*loaded, demo.calibration_documents(), average_k, **options)
+    return router.with_budget(*loaded, demo.calibration_texts(), average_k, **options)
 
 
 def test_with_budget_reports_what_it_did(loaded, null):
     before = models.snapshot(loaded[0])
     plain = BH(max_k=8)
-    router = tuned(plain, loaded, 4.0, null=null, heldout=demo.heldout_documents())
+    router = tuned(plain, loaded, 4.0, null=null, heldout=demo.heldout_texts())
     models.assert_unchanged(loaded[0], before)
     report = router.budget
     assert plain.budget is None and type(router) is BH and router == replace(router)
@@ -386,7 +389,7 @@ def test_with_budget_reports_what_it_did(loaded, null):
     errors = math.hypot(report.calibration.error, report.heldout.error)
     assert abs(report.heldout.average_k - 4) <= 0.02 * 4 + 4 * errors
     assert 0 < report.heldout.error < 0.2
-    heldout = heldout_windows(loaded[1], demo.heldout_documents(), TOKENS)
+    heldout = heldout_windows(loaded[1], demo.heldout_texts(), TOKENS)
     assert report.heldout.average_k == pytest.approx(
         collect(loaded[0], heldout, router, null=null).counts.mean()
     )
@@ -420,7 +423,7 @@ def test_the_report_as_tables(loaded, null):
 def test_a_fifth_is_set_aside_by_domain():
     from moeprof.studies.budget import report
 
-    documents = demo.calibration_documents()
+    documents = demo.calibration_texts()
     kept, aside = report._texts(documents, None)
     assert len(kept) + len(aside) == len(documents) and len(aside) == len(documents) // 5
     assert {text.domain for text in aside} == {document.domain for document in documents}
@@ -499,3 +502,27 @@ def test_without_a_null_there_is_one_warning(loaded):
         tuned(BH(max_k=8), loaded, 4.0, tokens=2000)
     about = [w for w in caught if "calibrate" in str(w.message) or "null" in str(w.message)]
     assert len(about) == 1 and about[0].filename == __file__
+
+
+# ---- the report on a router ----
+
+
+@pytest.mark.parametrize("router", [BH(0.3), TopK(4), TopK((2, 4)), WeightedBH(0.3, v=[1, 1])])
+def test_the_report_goes_with_the_router_that_it_is_of(router):
+    report = SimpleNamespace(router=repr(router))
+    tuned = replace(router, budget=report)
+    assert tuned.budget is report and replace(tuned).budget is report
+    assert pickle.loads(pickle.dumps(tuned)).budget == report
+    assert tuned == router and hash(tuned) == hash(router) and repr(tuned) == repr(router)
+    assert router.budget is None and "budget" not in repr(tuned)
+
+
+def test_the_report_does_not_speak_of_another_router():
+    tuned = replace(BH(0.3), budget=SimpleNamespace(router=repr(BH(0.3))))
+    changes = [{"alpha": 0.2}, {"min_k": 2}, {"max_k": 4}, {"temperature": 2.0}]
+    assert [replace(tuned, **change).budget for change in changes] == [None] * 4
+    of_layers = TopK((2, 4))
+    tuned = replace(of_layers, budget=SimpleNamespace(router=repr(of_layers)))
+    assert tuned.budget is not None and tuned.at(0, 2).budget is None
+    with pytest.raises(TypeError, match="unknown parameters.*budget"):
+        make_router("bh", budget=4)

@@ -238,15 +238,26 @@ def test_bad_arguments(model):
         null_of(np.full((3, 2), -40, np.float32), score="logit")
 
 
-def test_an_unreadable_gate_is_named():
+def test_an_unreadable_gate_is_named(model):
     torch = pytest.importorskip("torch")
-    scores, indices = torch.zeros(3, 8), torch.zeros(3, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match="Router output format unexpected: g: .* got NoneType"):
-        calibration._window_logits("g", None, 3, 8)
-    with pytest.raises(ValueError, match=r"logits \(3, 8\).* got .*\(8, 3\)"):
-        calibration._window_logits("g", torch.zeros(8, 3), 3, 8)
+    from moeprof.models.blocks import find_blocks
+
+    block = find_blocks(copy.deepcopy(model))[0]
+    block.module.gate = torch.nn.Identity()  # a user's
+    E, hidden = block.num_experts, torch.zeros(3, 4)
+    scores, indices = torch.zeros(3, E), torch.zeros(3, 2, dtype=torch.long)
+
+    def read(output):
+        calibration._window_logits(block, (hidden, output), 3, E)
+
+    with pytest.raises(
+        ValueError, match="Router output format unexpected: .*gate: .* got NoneType"
+    ):
+        read(None)
+    with pytest.raises(ValueError, match=rf"logits \(3, {E}\).* got .*\({E}, 3\)"):
+        read(torch.zeros(E, 3))
     with pytest.raises(ValueError, match="fitted to logits .*got tuple"):
-        calibration._window_logits("g", (scores, indices), 3, 8)
+        read((scores, indices))
 
 
 def test_a_users_router_around_the_gate_counts_alike(model):
@@ -486,7 +497,7 @@ def test_the_halves_share_no_document_and_have_each_domain():
     halves = demo.calibration_halves()
     names = [{(d.domain, d.name) for d in half} for half in halves]
     assert len(names[0]) == len(names[1]) == 64 and not names[0] & names[1]
-    everything = {(d.domain, d.name) for d in demo.calibration_documents()}
+    everything = {(d.domain, d.name) for d in demo.calibration_texts()}
     assert names[0] | names[1] == everything
     for half in halves:
         domains = [d.domain for d in half]

@@ -136,8 +136,8 @@ def folder(tokenizer, tmp_path_factory):
         "calibrate --text text.txt --out out.npz",
         "profile --text text.txt --out out",
         "profile --text text.txt --out out --patched --ablation",
-        "sweep --prompts prompts.txt --null normal --heldout-tokens 600 --out out",
-        "sweep --null-text text.txt --heldout-tokens 600 --out out",
+        "sweep --prompts prompts.txt --null normal --tokens 600 --out out",
+        "sweep --null-text text.txt --tokens 600 --out out",
         "compare --text texts.jsonl --out out",
     ],
 )

@@ -74,7 +74,7 @@ RESULTS = [
 def test_sweep_of_the_demo_model(tmp_path, prompts):
     """All 21, as a user runs it: four files, the promised lines and nothing on stderr."""
     out = tmp_path / "new" / "folder"
-    options = ("--prompts", prompts, "--heldout-tokens", 512, "--threads", 1, "--out", out)
+    options = ("--prompts", prompts, "--tokens", 512, "--threads", 1, "--out", out)
     process = python_m("sweep", *options)
     stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stderr) == (0, "")
@@ -108,7 +108,7 @@ def test_ctrl_c(tmp_path, tiny, prompts):
         tmp_path / "r",
         "--null",
         "normal",
-        "--heldout-tokens",
+        "--tokens",
         30000,
     )
     for line in process.stdout:
@@ -126,12 +126,12 @@ def test_ctrl_c(tmp_path, tiny, prompts):
 
 def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
     text, null, out = tmp_path / "text.txt", tmp_path / "null.npz", tmp_path / "out"
-    text.write_text(demo.calibration_documents()[0].text)
+    text.write_text(demo.calibration_texts()[0].text)
     arguments = ["--model", str(tiny), "--text", str(text), "--out", str(null), "--score", "logit"]
     assert main(["calibrate", *arguments]) == 0
     described = moeprof.Null.load(null).describe()
     assert "logit" in described and described in capsys.readouterr().out
-    options = ["--null", str(null), "--prompts", str(prompts), "--heldout-tokens", "600"]
+    options = ["--null", str(null), "--prompts", str(prompts), "--tokens", "600"]
     assert main(["sweep", "--model", str(tiny), *options, "--out", str(out)]) == 0
     run = json.loads((out / RESULTS[0]).read_text())
     assert run["null"] == described
@@ -141,7 +141,7 @@ def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
 def test_a_grid_and_text_of_the_users_own(tmp_path, tiny, prompts, capsys):
     """--alphas, --max-k, --static and --text are what runs, and the files say so."""
     text, out = tmp_path / "mine.jsonl", tmp_path / "out"
-    documents = [document.text[:1500] for document in demo.heldout_documents()[:3]]
+    documents = [document.text[:1500] for document in demo.heldout_texts()[:3]]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     options = ["--null", "normal", "--prompts", prompts, "--text", text, "--out", out]
     grid = ["--alphas", "0.025,0.3", "--max-k", "2,4", "--static", "1,3"]
@@ -161,7 +161,7 @@ def test_a_grid_and_text_of_the_users_own(tmp_path, tiny, prompts, capsys):
 def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
     """The merged null is the one fitted to all files, to the bit, in whichever order."""
     texts = [tmp_path / f"{i}.txt" for i in range(3)]
-    for path, document in zip(texts, demo.calibration_documents()[::40], strict=False):
+    for path, document in zip(texts, demo.calibration_texts()[::40], strict=False):
         path.write_text(document.text[:2000])
 
     def calibrate(*arguments):
@@ -201,8 +201,8 @@ def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
 
 def test_null_text(tmp_path, tiny, prompts):
     text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text(demo.calibration_documents()[0].text)
-    options = ["--null-text", str(text), "--prompts", str(prompts), "--heldout-tokens", "600"]
+    text.write_text(demo.calibration_texts()[0].text)
+    options = ["--null-text", str(text), "--prompts", str(prompts), "--tokens", "600"]
     assert main(["sweep", "--model", str(tiny), *options, "--out", str(out)]) == 0
     run = json.loads((out / RESULTS[0]).read_text())
     assert "--null-text" in run["null_source"]
@@ -211,7 +211,7 @@ def test_null_text(tmp_path, tiny, prompts):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes(tmp_path, tiny, prompts, dtype):
-    options = ["--dtype", dtype, "--null", "normal", "--heldout-tokens", "600"]
+    options = ["--dtype", dtype, "--null", "normal", "--tokens", "600"]
     options += ["--prompts", str(prompts), "--out", str(tmp_path / "out")]
     assert main(["sweep", "--model", str(tiny), *options]) == 0
     run = json.loads((tmp_path / "out" / RESULTS[0]).read_text())
@@ -357,7 +357,7 @@ def test_the_seed_chooses_the_passages(tmp_path, tiny, prompts):
     chosen = []
     for seed in (1, 1, 2):
         out = tmp_path / str(len(chosen))
-        options = ["--prompts", str(prompts), "--heldout-tokens", "600", "--null", "normal"]
+        options = ["--prompts", str(prompts), "--tokens", "600", "--null", "normal"]
         main(["sweep", "--model", str(tiny), *options, "--seed", str(seed), "--out", str(out)])
         chosen.append(json.loads((out / RESULTS[0]).read_text())["heldout_documents"])
     assert chosen[0] == chosen[1] != chosen[2]
@@ -442,7 +442,7 @@ def test_an_output_folder_under_a_file(capsys, tmp_path, monkeypatch):
 
 def test_a_null_of_another_model(capsys, tmp_path, tiny, prompts):
     text, null = tmp_path / "text.txt", tmp_path / "null.safetensors"
-    text.write_text(demo.calibration_documents()[0].text)
+    text.write_text(demo.calibration_texts()[0].text)
     fitted = ["--model", str(tiny), "--text", str(text), "--out", str(null)]
     assert main(["calibrate", *fitted]) == 0
     line = fails(capsys, "sweep", "--null", null, "--out", tmp_path / "out")
@@ -477,7 +477,7 @@ def test_more_threads_than_any_machine_has(capsys, command):
         (["sweep", "--null-text", "missing.txt"], "null text missing.txt can't be read"),
         (["sweep", "--threads", "0"], "--threads: expected a number from 1 to 1024, got 0"),
         (["sweep", "--threads", "two"], "--threads: expected a number from 1 to 1024, got two"),
-        (["sweep", "--heldout-tokens", "0"], "expected a number from 1 to 1000000, got 0"),
+        (["sweep", "--tokens", "0"], "expected a number from 1 to 1000000, got 0"),
         (["sweep", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["sweep", "--seed", "x"], "--seed: expected a number from 0 to 4294967295, got x"),
         (["sweep", "--alphas", "0.1,1"], "--alphas: expected numbers in (0, 1), got '1'"),

@@ -33,8 +33,8 @@ def folder(good, tmp_path):
 
 
 COMMANDS = {
-    "sweep": ["--heldout-tokens", "300", "--null", "normal", "--out", "out"],
-    "profile": ["--tokens", "300", "--prompts", "0", "--out", "out"],
+    "sweep": ["--tokens", "300", "--null", "normal", "--out", "out"],
+    "profile": ["--tokens", "300", "--continuations", "0", "--out", "out"],
     "compare": ["--out", "out"],
     "diagnose": ["--null", "normal", "--positions", "0", "--out", "out"],
     "calibrate": ["--text", "text.txt", "--out", "out.npz"],
@@ -47,7 +47,7 @@ def fails(tmp_path, monkeypatch, capsys):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    (work / "text.txt").write_text(demo.heldout_documents()[0].text[:3000])
+    (work / "text.txt").write_text(demo.heldout_texts()[0].text[:3000])
 
     def failed(folder, command="profile", *options):
         capsys.readouterr()
@@ -174,7 +174,7 @@ def test_code_that_comes_with_a_model_is_run_when_asked(remote, tmp_path, monkey
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
-    (tmp_path / "text.txt").write_text(demo.heldout_documents()[0].text[:3000])
+    (tmp_path / "text.txt").write_text(demo.heldout_texts()[0].text[:3000])
     options = ["--text", "text.txt", "--out", "out.npz", "--trust-remote-code"]
     main(["calibrate", "--model", str(remote), *options])
     assert (remote / "ran").exists() and "trust" not in capsys.readouterr().err

@@ -42,7 +42,7 @@ def folder(tmp_path):
     """The folder that a command runs in, with a text."""
     folder = tmp_path / "work"
     folder.mkdir()
-    (folder / "text.txt").write_text(demo.heldout_documents()[0].text[:3000])
+    (folder / "text.txt").write_text(demo.heldout_texts()[0].text[:3000])
     return folder
 
 

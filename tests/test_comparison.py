@@ -9,6 +9,7 @@ from models import V5, assert_unchanged, expert_weights, olmoe, snapshot, token_
 
 import moeprof
 from moeprof import demo
+from moeprof.backends.spec import PLAIN
 from moeprof.measure.passes import Reference, collect
 from moeprof.studies.comparison import runner
 from moeprof.studies.comparison.contenders import CONTENDERS, popularity
@@ -52,7 +53,7 @@ def test_windows_are_one_of_each_document():
     for part, documents in ((splits.budget, 64), (splits.test, 128)):
         assert len(part.windows) == len(part.documents) == documents
         assert {window.ids.shape[1] for window in part.windows} == {128}
-    small = make_splits(tokenizer, demo_documents(), test_tokens=1024)
+    small = make_splits(tokenizer, demo_documents(), tokens=1024)
     assert Counter(small.domains) == {"bible": 2, "jargon": 2, "docs": 2, "code": 2}
 
 
@@ -129,7 +130,7 @@ def test_identity_in_place_of_a_shuffle_is_the_router_itself(norm):
     counts = np.stack([torch.cat(layer).numpy() for layer in counts])
     assert len(np.unique(counts)) > 2
     null = moeprof.null.NORMAL
-    routers = with_counts(router, counts, null=null, norm=norm, top_k=2)
+    routers = with_counts(router, counts, [PLAIN] * len(counts), null=null, norm=norm, top_k=2)
     with moeprof.patch(model, routers), torch.no_grad():
         again = [model(input_ids=window.ids).logits for window in heldout.windows]
     for one, other in zip(own, again, strict=True):
@@ -144,7 +145,9 @@ def test_a_shuffle_has_the_routers_numbers_of_experts():
     assert (dealt != counts).any()
     for own, other in zip(counts, dealt, strict=True):
         assert Counter(own.tolist()) == Counter(other.tolist())
-    routers = with_counts(router, dealt, null=moeprof.null.NORMAL, norm="none", top_k=2)
+    routers = with_counts(
+        router, dealt, [PLAIN] * len(dealt), null=moeprof.null.NORMAL, norm="none", top_k=2
+    )
     assert np.array_equal(collect(model, heldout, routers).counts, dealt)
 
 

@@ -10,14 +10,14 @@ import moeprof
 from moeprof import demo
 from moeprof.cli import main
 from moeprof.studies.comparison import runner
+from moeprof.studies.comparison.files import ComparisonFiles
 from moeprof.studies.comparison.report import report
-from moeprof.studies.comparison.store import Store
 
 # ---------------------------------------------------------------- the command
 
 
 FILES = ["comparison.csv", "comparison.json", "comparison.png", "comparison_report.md"]
-SMALL = ("--test-tokens", "512", "--budget-tokens", "512", "--tables", "reduction")
+SMALL = ("--tokens", "512", "--budget-tokens", "512", "--tables", "reduction")
 
 
 def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, cap
         assert {"kl", "nats", "agree"} == set(cell["effect"])
         if cell["role"] == "router":
             assert cell["tokens_per_s"] > 0 and cell["set_k"] == pytest.approx(4, rel=0.02)
-    assert run["command"].endswith("--tables reduction --test-tokens 512 --budget-tokens 512")
+    assert run["command"].endswith("--tables reduction --tokens 512 --budget-tokens 512")
     for name in ("machine", "nulls", "model_config", "seed", "splits", "sensitivity"):
         assert run[name] is not None
     page = (tmp_path / "comparison_report.md").read_text()
@@ -128,4 +128,4 @@ def test_text_of_ones_own_says_what_is_expected(tmp_path, monkeypatch, capsys):
 def test_a_store_that_cannot_be_written_is_refused_first(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="can't be written"):
-        Store(tmp_path / "file")
+        ComparisonFiles(tmp_path / "file")

@@ -8,11 +8,11 @@ from wording import says
 
 from moeprof.studies.comparison.contenders import CONTENDERS, choose_contenders
 from moeprof.studies.comparison.effects import Table, interpolate, verdict
+from moeprof.studies.comparison.files import frame
 from moeprof.studies.comparison.findings import findings
 from moeprof.studies.comparison.plan import plan_tables
 from moeprof.studies.comparison.plots import figure
 from moeprof.studies.comparison.report import console_tables, report
-from moeprof.studies.comparison.store import frame
 
 pytestmark = pytest.mark.once
 

@@ -25,7 +25,7 @@ RECORD = json.loads((demo.PATH / "training.json").read_text())
 
 def few_documents(each):
     """The first `each` held-out documents of every domain."""
-    documents = demo.heldout_documents()
+    documents = demo.heldout_texts()
     return [d for name in corpus.DOMAINS for d in [x for x in documents if x.domain == name][:each]]
 
 
@@ -45,7 +45,7 @@ def test_import_needs_no_torch():
 
 
 def test_documents_are_split_and_small():
-    calibration, heldout = demo.calibration_documents(), demo.heldout_documents()
+    calibration, heldout = demo.calibration_texts(), demo.heldout_texts()
     for documents in (calibration, heldout):
         assert min(Counter(d.domain for d in documents).values()) >= 30
         assert {d.domain for d in documents} == set(corpus.DOMAINS)
@@ -148,7 +148,7 @@ def check_results(results, margin):
 
 
 def test_recorded_results():
-    assert RECORD["heldout"]["documents"] == len(demo.heldout_documents())
+    assert RECORD["heldout"]["documents"] == len(demo.heldout_texts())
     check_results(RECORD["heldout"], margin=0.9)
 
 

@@ -11,6 +11,7 @@ from wording import says
 
 import moeprof
 from moeprof import demo
+from moeprof.backends.spec import PLAIN
 from moeprof.cli import main
 from moeprof.measure.bootstrap import bootstrap
 from moeprof.models.decoding import cache_of, decode
@@ -35,7 +36,13 @@ def null():
 def small(loaded, null):
     """A diagnosis of little text."""
     return null.diagnose(
-        *loaded, router=BH(0.3), positions=48, tokens=4096, draws=100, progress=False
+        *loaded,
+        calibration=demo.calibration_texts()[::4],
+        router=BH(0.3),
+        positions=48,
+        tokens=4096,
+        draws=100,
+        progress=False,
     )
 
 
@@ -86,7 +93,8 @@ def test_floor_and_ceiling_count_rejections_not_experts():
     """Of R = 0, 1, 2 .. 9, with min_k 2 and max_k 6: two below, three above."""
     r = np.tile(np.arange(10, dtype=np.int32), (1, 10))
     logits = np.random.default_rng(0).normal(size=(1, 100, 4)).astype(np.float32)
-    seen = Seen(logits, np.linspace(0, 1, 100), np.repeat(np.arange(10), 10), 10)
+    rules = [PLAIN] * len(logits)
+    seen = Seen(logits, np.linspace(0, 1, 100), np.repeat(np.arange(10), 10), 10, rules)
     selected = Selected(np.clip(r, 2, 6), r)
     rows = list(selection_rows(seen, selected, (2, 6), "stock", np.zeros(10, int), 50))
     found = {row["quantity"]: row["estimate"] for row in rows if row["layer"] == 0}
@@ -140,7 +148,7 @@ def test_fdp_by_hand():
 
 
 def test_positions_are_even_over_documents(loaded):
-    text = heldout_windows(loaded[1], demo.heldout_documents(), 33000)
+    text = heldout_windows(loaded[1], demo.heldout_texts(), 33000)
     places = ab.sample_positions(text, 1000, seed=3)
     documents = np.repeat([w.document for w in text.windows], [len(p) for p in places])
     counts = np.bincount(documents)
@@ -170,7 +178,7 @@ def test_a_row_is_the_position_decoded_alone(loaded, null, router, monkeypatch):
     """Of each kind of change, in pieces of a few rows; the row without one: the plain forward."""
     monkeypatch.setattr(ab, "ROWS", 37)
     model, tokenizer = loaded
-    ids = torch.tensor([tokenizer(demo.heldout_documents()[40].text)["input_ids"][:90]])
+    ids = torch.tensor([tokenizer(demo.heldout_texts()[40].text)["input_ids"][:90]])
     routers = ab.changed_routers(model, router, null if router.wants_null else None)
     places = np.array([1, 30, 77])
     with moeprof.patch(model, routers), torch.inference_mode():
@@ -196,7 +204,7 @@ def test_an_emptied_slot_is_minus_one_and_the_other_weights_stay():
     """And an added expert has its own softmax weight, times what the norm makes of the others'."""
     logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]] * 3)
     for norm in ("none", "sum"):
-        router = ab.ChangedRouter(0, TopK(2), None, norm, 2)
+        router = ab.ChangedRouter(0, TopK(2), None, norm, 2, PLAIN)
         weights, experts = router(logits)
         assert experts.tolist() == [[0, 2]] * 3
         router.changes = ab.Changes(
@@ -348,18 +356,20 @@ def test_a_null_without_a_fit_has_no_domains(loaded):
 def test_bad_input_of_the_function(loaded, null):
     with pytest.raises(TypeError, match="router: expected a moeprof.routers.Router"):
         null.diagnose(*loaded, router="bh")
-    with pytest.raises(TypeError, match="documents: expected objects with domain"):
-        null.diagnose(*loaded, documents=["a text"])
+    with pytest.raises(TypeError, match="texts: expected objects with domain"):
+        null.diagnose(*loaded, texts=["a text"])
     with pytest.raises(ValueError, match="at least one"):
-        null.diagnose(*loaded, documents=[])
+        null.diagnose(*loaded, texts=[])
     with pytest.raises(ValueError, match="fitted to"):
         null.diagnose(olmoe(), loaded[1])
 
 
 @pytest.mark.slow
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
+    fewer = demo.calibration_texts()[::4]  # a null is fitted to each domain of them
+    monkeypatch.setattr(demo, "calibration_texts", lambda: fewer)
     out = tmp_path / "out"
-    options = ("--positions", "24", "--heldout-tokens", "2048", "--alpha", "0.2", "--seed", "5")
+    options = ("--positions", "24", "--tokens", "2048", "--alpha", "0.2", "--seed", "5")
     assert main(["diagnose", *options, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "False discoveries by ablation, beside alpha" in printed
@@ -376,7 +386,7 @@ def test_command(tmp_path, capsys):
         (("--null", "nowhere.safetensors"), "no such null file"),
         (("--min-k", "9", "--max-k", "3"), "min_k: expected at most max_k=3"),
         (("--max-k", "65"), "max_k: expected 1 to 64"),
-        (("--positions", "5000", "--heldout-tokens", "600"), "positions: 5000 asked for"),
+        (("--positions", "5000", "--tokens", "600"), "positions: 5000 asked for"),
     ],
 )
 def test_bad_input_is_one_line(options, message, capsys):

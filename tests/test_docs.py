@@ -9,7 +9,8 @@ A comment above a block says where that isn't so:
     <!-- the main command -->, <!-- the test command -->: README's, which install; looked at
 
 The demo model stands in for a model of the hub. Commands that would take minutes run on fewer
-tokens, see QUICK; their options are those of the page otherwise.
+tokens, see QUICK; their options are those of the page otherwise. A quarter of the shipped
+calibration text does here.
 """
 
 import contextlib
@@ -36,10 +37,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB = "allenai/OLMoE-1B-7B-0924"
 QUICK = {
-    "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --heldout-tokens 512 --prompts prompts.txt",
-    "profile": "--tokens 256 --prompts 1 --new-tokens 2",
-    "diagnose": "--positions 5 --heldout-tokens 512",
-    "compare": "--test-tokens 512 --budget-tokens 1024 --tables reduction --budgets 4",
+    "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --tokens 512 --prompts prompts.txt",
+    "profile": "--tokens 256 --continuations 1 --new-tokens 2",
+    "diagnose": "--positions 5 --tokens 512",
+    "compare": "--tokens 512 --budget-tokens 1024 --tables reduction --budgets 4",
 }
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -86,12 +87,14 @@ def of(language: str) -> list[Block]:
 
 def in_folder(folder: Path):
     """The working folder of what runs inside, with the files that the pages speak of."""
-    text = "\n\n".join(document.text for document in demo.heldout_documents()[::32])
+    text = "\n\n".join(document.text for document in demo.heldout_texts()[::32])
     (folder / "my_text.txt").write_text(text, encoding="utf-8")
     (folder / "more_text.txt").write_text(text[::-1], encoding="utf-8")
     (folder / "prompts.txt").write_text("simple\tThe list is\n", encoding="utf-8")
     patched = pytest.MonkeyPatch()
     patched.chdir(folder)
+    fewer = demo.calibration_texts()[::4]  # a diagnosis fits a null to each domain of them
+    patched.setattr(demo, "calibration_texts", lambda: fewer)
     stack = contextlib.ExitStack()
     stack.callback(patched.undo)
     return stack
@@ -160,6 +163,18 @@ def is_ours(words: list[str]) -> bool:
     return Path(words[0]).name == "moeprof"
 
 
+CODES: dict[str, int] = {}
+
+
+def ended(arguments: list[str]) -> int:
+    """The exit code. A command that several blocks show, but for its folder, runs once."""
+    options = vars(cli._parser().parse_args(arguments)) | {"out": None}
+    same = repr(sorted(options.items()))
+    if same not in CODES:
+        CODES[same] = cli.main(arguments)
+    return CODES[same]
+
+
 RUN = [pytest.param(b, id=str(b), marks=marks_of([b])) for b in of("sh") if b.is_run]
 
 
@@ -172,7 +187,7 @@ def test_the_commands_of_a_block_run(block, tmp_path, capsys):
             assert is_ours(words), f"{block}: {words[0]}: what is not run needs a comment and why"
             arguments = [demo.PATH.as_posix() if word == HUB else word for word in words[1:]]
             quick = shlex.split(QUICK.get(arguments[0], ""))
-            code = cli.main(arguments + quick)
+            code = ended(arguments + quick)
             assert code == 0, f"{block}: {capsys.readouterr().err}"
 
 
@@ -186,7 +201,7 @@ def test_what_a_command_names_exists(block):
             assert extra in project["optional-dependencies"]
         for word in words:
             if word.startswith(("tests/", "notebooks/", "docs/")):
-                assert (ROOT / word).exists(), f"{block}: {word}"
+                assert any(ROOT.glob(word)), f"{block}: {word}"  # may have a *
 
 
 # ---- what the pages are made of ----
@@ -231,7 +246,7 @@ def test_the_command_line_page_is_made_from_the_parsers():
     headings = re.findall(r"^## moeprof (.+)$", made, re.M)
     assert {"sweep", "profile", "calibrate", "compare", "diagnose", "bench layer"} <= set(headings)
     assert all(command in headings for command in ["cpu", "bench kernels", "bench model"])
-    assert "| `--heldout-tokens N` |" in made and "%(default)s" not in made
+    assert "| `--tokens N` |" in made and "%(default)s" not in made
     assert "| `--out FILE` **needed** |" in made  # of calibrate
     rows = [line for line in made.splitlines() if line.startswith("| `--")]
     assert len(rows) > 60 and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)

@@ -6,11 +6,15 @@ All families run in test_every_family.py; here is what holds for the records.
 import pytest
 import torch
 import zoo
+from models import V5, olmoe
 
 import moeprof
 from moeprof.models import families
+from moeprof.models.blocks import experts_of, find_blocks, model_sizes
 from moeprof.models.families.base import Family
 from moeprof.models.families.rules import GateRule
+from moeprof.null.fitting import _trimming
+from moeprof.studies.sweep import configurations, dropped_max_ks
 
 SAMPLE = ("olmoe", "qwen3_moe", "mixtral", "deepseek_v3")  # a rule or layout each
 
@@ -74,3 +78,33 @@ def test_a_gate_that_does_not_do_what_its_record_says_keeps_its_own_choice(wrong
             with pytest.raises(ValueError, match="layers.0.*rule.*mixtral.*moeprof.inspect"):
                 moeprof.patch(model, router, **options)
         assert torch.equal(model(**inputs).logits, stock)
+
+
+# ---- what studies ask of the layers, not of a configuration ----
+
+
+def test_experts_and_k_are_the_layers_own_whatever_the_configuration_calls_them():
+    model = zoo.build("qwen3_moe")
+    experts, k = (getattr(find_blocks(model)[0], name) for name in ("num_experts", "top_k"))
+    model.config.num_experts = model.config.num_experts_per_tok = 99
+    assert experts_of(model) == (experts, k)
+    sizes = model_sizes(model)
+    assert (sizes["num_experts"], sizes["num_experts_per_tok"]) == (experts, k)
+    assert _trimming("trimmed", None, None, model, experts)[0] == (k + 1) // 2
+    names = [c.name for c in configurations(*experts_of(model))]
+    assert names[0] == f"topk_{k}_baseline" and len(names) == 1 + 4 * (
+        5 - len(dropped_max_ks(experts))
+    )
+    with configurations(*experts_of(model))[0].patch(model, None) as handle:
+        assert all(layer.router is None for layer in handle.layers)  # its own top-k
+
+
+def test_layers_that_take_different_numbers_of_experts():
+    model = olmoe()
+    block = find_blocks(model)[1].module
+    (block.gate if V5 else block).top_k = 4
+    assert [block.top_k for block in find_blocks(model)] == [2, 4]
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp takes 2, .*layers\.1\.mlp takes 4"):
+        experts_of(model)
+    assert _trimming("trimmed", None, None, model, 8) == (2, 2)  # no layer's own choice counts
+    moeprof.patch(model).unpatch()

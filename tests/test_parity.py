@@ -204,9 +204,9 @@ def bh_of(k):
 @pytest.mark.parametrize("null", ["normal", "fitted"])
 def test_bh_of_8_selects_what_topk_selects(loaded, null):
     model, tokenizer = loaded
-    ids = tokenizer(demo.heldout_documents()[0].text, return_tensors="pt")["input_ids"][:, :200]
+    ids = tokenizer(demo.heldout_texts()[0].text, return_tensors="pt")["input_ids"][:, :200]
     if null == "fitted":
-        texts = [d.text[:500] for d in demo.calibration_documents()[:4]]
+        texts = [d.text[:500] for d in demo.calibration_texts()[:4]]
         with pytest.warns(UserWarning, match="null was fitted to 538 tokens"):
             null = moeprof.fit_null(model, tokenizer, texts, progress=False)
     router_logits = model(ids, output_router_logits=True).router_logits

@@ -9,7 +9,7 @@ from models import V5, assert_unchanged, blocks, olmoe, snapshot
 from moeprof import demo
 from moeprof.studies.ablation import COLUMNS, _frame, ablation_figure, layer_ablation
 
-TEXTS = [document.text[:700] for document in demo.heldout_documents()[::16]]
+TEXTS = [document.text[:700] for document in demo.heldout_texts()[::16]]
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def no_roofline(monkeypatch):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "prose.txt"
-    path.write_text(demo.heldout_documents()[0].text[:4000])
+    path.write_text(demo.heldout_texts()[0].text[:4000])
     return path
 
 
@@ -94,7 +94,7 @@ def unloaded(monkeypatch):
 
 
 def profile(*options):
-    quick = ("--tokens", 300, "--prompts", 2, "--new-tokens", 2)
+    quick = ("--tokens", 300, "--continuations", 2, "--new-tokens", 2)
     return cli.main(["profile", *map(str, (*quick, *options))])
 
 
@@ -159,15 +159,15 @@ def test_everything_at_once(tiny, text, tmp_path, capsys):
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "Agreement with the model" in page and "What a layer" in page
     assert any(isinstance(word, str) and word.strip() for word in result.vocabulary["text"])
-    assert profile("--model", tiny, "--text", text, "--out", out, "--prompts", 0) == 0
+    assert profile("--model", tiny, "--text", text, "--out", out, "--continuations", 0) == 0
     assert sorted(p.name for p in out.iterdir()) == SAVED  # nothing of the profile before is left
 
 
 def test_without_a_text_the_shipped_one_runs(tiny, tmp_path, capsys):
-    assert profile("--model", tiny, "--out", tmp_path / "out", "--prompts", 0) == 0
+    assert profile("--model", tiny, "--out", tmp_path / "out", "--continuations", 0) == 0
     result = moeprof.Profile.load(tmp_path / "out")
     assert result.phases == ["prefill"] and "decode" not in capsys.readouterr().out
-    assert set(result.domains) <= {d.domain for d in demo.heldout_documents()}
+    assert set(result.domains) <= {d.domain for d in demo.heldout_texts()}
 
 
 def test_a_model_that_is_not_patched_is_profiled_as_it_is(mixtral, text, tmp_path, capsys):
@@ -189,9 +189,9 @@ def test_a_model_that_cannot_be_patched_leaves_nothing(mixtral, text, tmp_path, 
 def test_files_of_the_same_name_are_domains_of_their_own(tiny, text, tmp_path):
     other = tmp_path / "other" / text.name
     other.parent.mkdir()
-    other.write_text(demo.heldout_documents()[-1].text[:2000])
+    other.write_text(demo.heldout_texts()[-1].text[:2000])
     out = tmp_path / "out"
-    given = "--text", text, other, text, "--tokens", 900, "--prompts", 0
+    given = "--text", text, other, text, "--tokens", 900, "--continuations", 0
     assert profile("--model", tiny, *given, "--out", out) == 0
     assert sorted(moeprof.Profile.load(out).domains) == sorted([str(text), str(other)])
 
@@ -206,17 +206,17 @@ def test_short_texts(tiny, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert says(said, "No decode steps", "no passage of 64 tokens")
     assert moeprof.Profile.load(out).phases == ["prefill"] and (out / "index.html").exists()
-    assert profile(*given, "--prompts", 0) == 0  # none were asked for
+    assert profile(*given, "--continuations", 0) == 0  # none were asked for
     assert "No decode steps" not in capsys.readouterr().out
     one = tmp_path / "one.txt"
     one.write_text("a")
-    assert profile("--model", tiny, "--text", one, "--prompts", 0, "--out", out) == 2
+    assert profile("--model", tiny, "--text", one, "--continuations", 0, "--out", out) == 2
     assert "two tokens" in error(capsys)
 
 
 def test_fewer_prompts_than_asked_for(tiny, text, tmp_path, capsys):
     out = tmp_path / "out"
-    options = "--text", text, "--out", out, "--prompts", 64, "--batch", 32, 64
+    options = "--text", text, "--out", out, "--continuations", 64, "--batch", 32, 64
     assert profile("--model", tiny, *options) == 0
     assert "of 64 prompts were continued" in " ".join(capsys.readouterr().out.split())
     result = moeprof.Profile.load(out)
@@ -243,10 +243,10 @@ def test_fewer_prompts_than_asked_for(tiny, text, tmp_path, capsys):
         (("--records", "full/file/x"), "can't be written"),
         (("--out", "full/file"), "can't be written"),
         (("--out", "full/file/x"), "can't be written"),
-        (("--batch", 3), "--batch 3: --prompts are 2"),
+        (("--batch", 3), "--batch 3: expected at most --continuations, which is 2"),
         (("--batch", 0), "--batch"),
         (("--tokens", 1), "--tokens"),
-        (("--prompts", -1), "--prompts"),
+        (("--continuations", -1), "--continuations"),
         (("--new-tokens", 0), "--new-tokens"),
         (("--model", "nowhere"), "nowhere"),
     ],
@@ -310,7 +310,7 @@ def test_ctrl_c_leaves_nothing_half_written(tiny, tmp_path):
         records,
         "--tokens",
         200_000,
-        "--prompts",
+        "--continuations",
         0,
     ]
     process = subprocess.Popen(
@@ -343,7 +343,7 @@ class TestRun:
     @pytest.fixture
     def documents(self):
         """The first and the last of the shipped ones, of two domains."""
-        shipped = demo.heldout_documents()
+        shipped = demo.heldout_texts()
         cut = [demo.Document(d.domain, d.name, d.text[:1000]) for d in (shipped[0], shipped[-1])]
         assert cut[0].domain != cut[1].domain
         return cut

@@ -139,7 +139,7 @@ def test_a_layer_may_not_be_named_twice_in_two_ways():
 def test_the_ablation_of_one_layer(key):
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo.PATH, local_files_only=True)
     model = olmoe(vocab_size=len(tokenizer), max_position_embeddings=1024)
-    texts = [document.text[:300] for document in demo.heldout_documents()[:2]]
+    texts = [document.text[:300] for document in demo.heldout_texts()[:2]]
     frame = layer_ablation(model, tokenizer, texts, layers=[key], ks=[1], progress=False)
     assert frame[["layer", "name", "block"]].values.tolist() == [
         [1, "model.layers.1.mlp.gate", "model.layers.1.mlp"]

@@ -3,7 +3,6 @@
 import inspect
 import re
 import warnings
-from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from routing import NAMES, any_null, make, route
 
 import moeprof
 from moeprof.routers import REGISTRY, table
-from moeprof.routers.base import own_fields
+from moeprof.routers.base import own_fields, parameters_of
 
 pytestmark = pytest.mark.once
 
@@ -38,7 +37,7 @@ def test_the_page_is_current():
 def test_every_parameter_stands_in_every_help(name):
     cls = REGISTRY[name]
     function = getattr(moeprof, f"{name}_routing")
-    for f in fields(cls):
+    for f in parameters_of(cls):
         default = f'"{f.default}"' if isinstance(f.default, str) else str(f.default)
         line = re.compile(rf"^    {f.name} *= {re.escape(default)} ", re.M)
         assert line.search(cls.__doc__), f.name
@@ -153,7 +152,7 @@ HUGE = [10**400, -(10**400), Fraction(10**400, 3), 10**5000]
 @every_router
 def test_numbers_beyond_a_float_are_value_errors(name, value):
     cls = REGISTRY[name]
-    for f in fields(cls):
+    for f in parameters_of(cls):
         if f.name in ("u", "v") or (f.metadata and not f.metadata["interval"]):
             continue
         with pytest.raises((ValueError, TypeError), match=f.name) as caught:

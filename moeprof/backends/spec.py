@@ -101,28 +101,25 @@ class RouteSpec:
     def operands(self) -> tuple[str, Any, Any]:
         """The same for an operator of torch, which takes texts and arrays: see `from_operands`."""
         *plain, (form, score, p_table), table, rule = self.arguments
-        rule = Rule(*rule)
-        lists = {
-            name: None if values is None else values.tolist()
-            for name, values in (("bias", rule.bias), ("expert_scale", rule.expert_scale))
-        }
-        text = [*plain, form, score, self.num_experts, rule._replace(**lists)]
-        return json.dumps(text), p_table, table
+        lists = [value.tolist() if isinstance(value, np.ndarray) else value for value in rule]
+        return json.dumps([*plain, form, score, self.num_experts, lists]), p_table, table
 
     @classmethod
     def from_operands(cls, text: str, p_table: Any, table: Any) -> "RouteSpec":
         router, parameters, *numbers, form, score, num_experts, rule = json.loads(text)
-        arrays = {
-            name: None if values is None else np.array(values, np.float32)
-            for name, values in (("bias", rule[1]), ("expert_scale", rule[9]))
-        }
+        values: Any = [np.array(v, np.float32) if isinstance(v, list) else v for v in rule]
+        min_k, max_k, temperature, norm, norm_k = numbers
         return cls(
             router,
             tuple(parameters),
-            *numbers,
+            min_k,
+            max_k,
+            temperature,
+            norm,
+            norm_k,
             (form, score, p_table),
             table,
-            Rule(*rule)._replace(**arrays),
+            Rule(*values),
             num_experts=num_experts,
         )
 

@@ -69,13 +69,16 @@ def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
 
 def add_heldout_text(parser: argparse.ArgumentParser) -> None:
     """--text, files of documents in place of the shipped held-out ones."""
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        nargs="+",
-        help="your own held-out text in place of the shipped one; a .jsonl file has a document a "
+    add_texts(
+        parser,
+        "your own held-out text in place of the shipped one; a .jsonl file has a document a "
         'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
     )
+
+
+def add_out(parser: argparse.ArgumentParser, default: str) -> None:
+    """--out, the folder that files are written to."""
+    parser.add_argument("--out", default=default, metavar="DIR", help="default: %(default)s")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ from .arguments import (
     add_model,
     add_null,
     add_number,
+    add_out,
     add_seed,
     add_texts,
-    integer,
     integers,
     load,
 )
@@ -36,7 +36,7 @@ def add_compare(commands: Commands) -> None:
         "compare", help="compare routers at an equal budget of experts, and with static top-k"
     )
     add_model(parser)
-    parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
+    add_out(parser, "results")
     parser.add_argument(
         "--routers",
         type=_names,
@@ -61,16 +61,11 @@ def add_compare(commands: Commands) -> None:
         "your own text in place of the shipped one, split by document into what fits the "
         f"nulls, sets the budgets and tests; {EXPECTED.removeprefix('--text: ')}",
     )
-    parser.add_argument(
-        "--test-tokens",
-        type=integer(256),
-        default=TEST_TOKENS,
-        metavar="N",
-        help="default: %(default)s, one window of 128 from each of the 128 documents",
-    )
-    add_number(
-        parser, "--budget-tokens", BUDGET_TOKENS, "tokens that budgets are set on", 256, 10**6
-    )
+    few, many = 256, 10**6
+    held_out = "held-out tokens of the test; shipped are 128 documents, a window of 128 from each"
+    add_number(parser, "--tokens", TEST_TOKENS, held_out, few, many)
+    set_on = "tokens that budgets are set on"
+    add_number(parser, "--budget-tokens", BUDGET_TOKENS, set_on, few, many)
     add_null(
         parser,
         "a null of `moeprof calibrate` (efron, on logprob, one per layer: what the tables "
@@ -92,8 +87,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..show.console import make_console
     from ..studies.comparison.compare import compare
     from ..studies.comparison.contenders import choose_contenders
+    from ..studies.comparison.files import ComparisonFiles
     from ..studies.comparison.splits import demo_documents, split_documents
-    from ..studies.comparison.store import Store
     from ..texts.documents import read_documents
 
     for name in arguments.tables:
@@ -108,12 +103,12 @@ def _run(arguments: argparse.Namespace) -> None:
     null = None if arguments.null is None else _efron(Null.load(arguments.null))
     if arguments.model is not None:
         check_model(arguments.model)
-    store = Store(arguments.out)
+    files = ComparisonFiles(arguments.out)
     model, tokenizer = load(arguments)
     comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
     console = make_console()
     name = DEMO if arguments.model is None else arguments.model
-    compare(comparison, store, _facts(arguments, model, name), console)
+    compare(comparison, files, _facts(arguments, model, name), console)
 
 
 def _efron(null: Null) -> Null:
@@ -149,7 +144,7 @@ def _comparison(
         tokenizer,
         documents,
         budget_tokens=arguments.budget_tokens,
-        test_tokens=arguments.test_tokens,
+        tokens=arguments.tokens,
         seed=arguments.seed,
     )
     if null is None and arguments.model is None and arguments.text is None:
@@ -165,24 +160,15 @@ def _comparison(
 def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, Any]:
     """What the JSON says of machine, model and command."""
     from ..measure import machine
+    from ..models.blocks import model_sizes
 
-    config = model.config
-    sizes = (
-        "model_type",
-        "num_experts",
-        "num_experts_per_tok",
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "norm_topk_prob",
-    )
     return {
         "command": _command(arguments),
         "machine": machine.describe(),
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "model_config": {size: getattr(config, size, None) for size in sizes},
-        "test_tokens": arguments.test_tokens,
+        "model_config": model_sizes(model),
+        "test_tokens": arguments.tokens,
         "budget_tokens": arguments.budget_tokens,
     }
 
@@ -199,7 +185,7 @@ def _command(arguments: argparse.Namespace) -> str:
         "budgets": None,
         "tables": TABLES,
         "text": None,
-        "test_tokens": TEST_TOKENS,
+        "tokens": TEST_TOKENS,
         "budget_tokens": BUDGET_TOKENS,
         "null": None,
         "seed": 0,

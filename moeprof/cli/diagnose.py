@@ -55,7 +55,7 @@ def add_diagnose(commands: Commands) -> None:
         0,
         10**6,
     )
-    add_number(parser, "--heldout-tokens", HELDOUT_TOKENS, "of the held-out text", 1, 10**6)
+    add_number(parser, "--tokens", HELDOUT_TOKENS, "of the held-out text", 1, 10**6)
     add_heldout_text(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
@@ -72,21 +72,22 @@ def _alpha(text: str) -> float:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.blocks import experts_of
+    from ..models.blocks import fewest_experts, runnable_blocks
     from ..null import resolve_null
     from ..routers import BH
     from ..studies.diagnosis import diagnose
     from ..texts.documents import read_documents
 
     null = None if arguments.null is None else resolve_null(arguments.null)
-    documents = None if arguments.text is None else read_documents(arguments.text)
+    texts = None if arguments.text is None else read_documents(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
     if arguments.out is not None:
         check_folder(arguments.out)
     router = BH(arguments.alpha, min_k=arguments.min_k, max_k=arguments.max_k)
     model, tokenizer = load(arguments)
-    router.limits(experts_of(model)[0])  # raises where the router doesn't fit the model
+    runnable_blocks(model)  # raises where the model can't be patched
+    router.limits(fewest_experts(model))  # raises where the router doesn't fit the model
     if null is None:
         null = default_null(model, tokenizer, seed=arguments.seed, kind="efron")
     found = diagnose(
@@ -95,9 +96,9 @@ def _run(arguments: argparse.Namespace) -> None:
         tokenizer,
         router=router,
         positions=arguments.positions,
-        tokens=arguments.heldout_tokens,
+        tokens=arguments.tokens,
         seed=arguments.seed,
-        documents=documents,
+        texts=texts,
     )
     console = make_console()
     console.print(found.summary())

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..demo import heldout_documents
+from ..demo import heldout_texts
 from ..demo.defaults import default_null
 from ..files import as_csv, check_folder, write_whole
 from ..models.load import check_model
@@ -17,7 +17,7 @@ from ..routers import REGISTRY, make_router
 from ..show.console import make_console
 from ..texts.documents import Document
 from ..texts.streams import TextFiles
-from .arguments import add_model, add_null, add_number, add_seed, add_texts, integer, load
+from .arguments import add_model, add_null, add_number, add_out, add_seed, add_texts, integer, load
 
 if TYPE_CHECKING:
     from ..null.resolve import AnyNull
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .arguments import Commands
 
 
-TOKENS, PROMPTS, NEW_TOKENS = 8192, 8, 32
+TOKENS, CONTINUATIONS, NEW_TOKENS = 8192, 8, 32
 PIECES = 64  # of 65,536 characters at most, read of a text
 
 
@@ -62,12 +62,17 @@ def add_profile(commands: Commands) -> None:
         "trimmed null on logprob (efron for local_fdr, ebh and expert_threshold), the demo "
         "model's own or fitted first",
     )
-    parser.add_argument("--out", default="profile", metavar="DIR", help="default: profile")
+    add_out(parser, "profile")
     add_number(
         parser, "--tokens", TOKENS, "about so many tokens as prefills of up to 512", 2, 10**9
     )
     add_number(
-        parser, "--prompts", PROMPTS, "so many of them continued greedily, 0 for none", 0, 10**6
+        parser,
+        "--continuations",
+        CONTINUATIONS,
+        "so many passages continued greedily, 0 for none",
+        0,
+        10**6,
     )
     add_number(parser, "--new-tokens", NEW_TOKENS, "decode steps of each", 1, 10**6)
     parser.add_argument(
@@ -76,7 +81,7 @@ def add_profile(commands: Commands) -> None:
         nargs="+",
         default=[1],
         metavar="B",
-        help="prompts decoded at a time; several sizes run one after another; default: 1",
+        help="passages continued at a time; several sizes run one after another; default: 1",
     )
     parser.add_argument("--trace", action="store_true", help="also write trace.json for Perfetto")
     parser.add_argument(
@@ -120,7 +125,7 @@ def _value(text: str) -> Any:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.blocks import experts_of
+    from ..models.blocks import runnable_blocks
     from ..null import resolve_null
     from ..profiler.records import check_records
 
@@ -131,15 +136,16 @@ def _run(arguments: argparse.Namespace) -> None:
     null = None if arguments.null is None else resolve_null(arguments.null)
     if arguments.model is not None:
         check_model(arguments.model)
-    if arguments.prompts and max(arguments.batch) > arguments.prompts:
-        raise ValueError(f"--batch {max(arguments.batch)}: --prompts are {arguments.prompts}")
+    asked, largest = arguments.continuations, max(arguments.batch)
+    if asked and largest > asked:
+        raise ValueError(f"--batch {largest}: expected at most --continuations, which is {asked}")
     check_folder(arguments.out)
     if arguments.records is not None:
         check_records(arguments.records)
-    documents = heldout_documents() if arguments.text is None else _documents(arguments.text)
+    documents = heldout_texts() if arguments.text is None else _documents(arguments.text)
     model, tokenizer = load(arguments)
     if arguments.router is not None or arguments.patched or arguments.ablation:
-        experts_of(model)  # raises where the model can't be patched
+        runnable_blocks(model)  # raises where the model can't be patched
     patch = _patch(arguments, model, tokenizer, null)
     _profile(arguments, model, tokenizer, documents, patch)
 
@@ -183,7 +189,7 @@ def _profile(
         tokenizer,
         documents,
         tokens=arguments.tokens,
-        prompts=arguments.prompts,
+        prompts=arguments.continuations,
         new_tokens=arguments.new_tokens,
         batches=arguments.batch,
         seed=arguments.seed,

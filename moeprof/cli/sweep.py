@@ -21,6 +21,7 @@ from .arguments import (
     add_model,
     add_null,
     add_number,
+    add_out,
     add_seed,
     integers,
     level,
@@ -28,7 +29,7 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    from ..studies.sweep.store import Store
+    from ..studies.sweep.files import SweepFiles
     from ..texts.documents import Document
     from .arguments import Commands
 
@@ -45,7 +46,7 @@ def add_sweep(commands: Commands) -> None:
         "sweep", help="compare the model's own top-k with 20 settings of BH routing"
     )
     add_model(parser)
-    parser.add_argument("--out", default="results", metavar="DIR", help="default: results")
+    add_out(parser, "results")
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -88,7 +89,7 @@ def add_sweep(commands: Commands) -> None:
     )
     add_number(
         parser,
-        "--heldout-tokens",
+        "--tokens",
         HELDOUT_TOKENS,
         "held-out tokens a configuration for perplexity, a matter of time for large models",
         1,
@@ -110,7 +111,7 @@ def _alphas(text: str) -> tuple[float, ...]:
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..models.blocks import experts_of
-    from ..studies.sweep import Experiment, Store, sweep
+    from ..studies.sweep import Experiment, SweepFiles, sweep
 
     prompts = demo.prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
     if arguments.null is not None and arguments.null_text is not None:
@@ -121,12 +122,12 @@ def _run(arguments: argparse.Namespace) -> None:
     documents = _heldout_documents(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
-    store = Store(arguments.out)
+    files = SweepFiles(arguments.out)
     model, tokenizer = load(arguments)
     seed = arguments.seed
     _check_grid(arguments, experts_of(model)[0])  # raises where the model can't be patched
-    heldout = heldout_windows(tokenizer, documents, arguments.heldout_tokens, seed)
-    null, facts = _null_for(model, tokenizer, null, null_text, seed, store)
+    heldout = heldout_windows(tokenizer, documents, arguments.tokens, seed)
+    null, facts = _null_for(model, tokenizer, null, null_text, seed, files)
     experiment = Experiment(
         model,
         tokenizer,
@@ -140,7 +141,7 @@ def _run(arguments: argparse.Namespace) -> None:
     facts["null_code"] = repr(arguments.null) if arguments.null else facts["null_code"]
     sweep(
         experiment,
-        store,
+        files,
         facts,
         alphas=arguments.alphas,
         max_ks=arguments.max_ks,
@@ -150,7 +151,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _heldout_documents(paths: list[str] | None) -> list[Document]:
     """The documents of --text, the shipped ones without it."""
-    return demo.heldout_documents() if paths is None else read_documents(paths)
+    return demo.heldout_texts() if paths is None else read_documents(paths)
 
 
 def _check_grid(arguments: argparse.Namespace, num_experts: int) -> None:
@@ -173,9 +174,9 @@ def _given_null(name: str | None) -> Null | str | None:
 
 
 def _null_for(
-    model: Any, tokenizer: Any, given: Any, text: str | None, seed: int, store: Store
+    model: Any, tokenizer: Any, given: Any, text: str | None, seed: int, files: SweepFiles
 ) -> tuple[Null | str, dict[str, Any]]:
-    """(null, facts) for the sweep; a null that was fitted is written to the store.
+    """(null, facts) for the sweep; a null that was fitted is one of the files.
 
     facts: null, its description; null_source, where it is from; null_code, what to give to
     `moeprof.patch` to have the same one.
@@ -203,7 +204,7 @@ def _null_for(
             "documents that no evaluation uses."
         )
     if text is not None or shipped_null(model) is None:
-        store.null.parent.mkdir(parents=True, exist_ok=True)
-        null.save(store.null)
-        code = repr(str(store.null))
+        files.null.parent.mkdir(parents=True, exist_ok=True)
+        null.save(files.null)
+        code = repr(str(files.null))
     return null, {"null": null.describe(), "null_source": source, "null_code": code}

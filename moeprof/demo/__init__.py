@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 __all__ = [
     "PATH",
     "Document",
-    "calibration_documents",
+    "calibration_texts",
     "calibration_halves",
-    "heldout_documents",
+    "heldout_texts",
     "load",
     "null",
     "prompts",
@@ -52,7 +52,7 @@ def load(dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(PATH, local_files_only=True)
 
 
-def calibration_documents() -> list[Document]:
+def calibration_texts() -> list[Document]:
     """32 documents a domain to fit null distributions on; not trained on, not evaluated on."""
     return _documents("calibration.jsonl")
 
@@ -64,7 +64,7 @@ def calibration_halves() -> tuple[list[Document], list[Document]]:
     a null that was fitted to the first, is set on text that the null hasn't seen.
     """
     by_domain: dict[str, list[Document]] = {}
-    for document in calibration_documents():
+    for document in calibration_texts():
         by_domain.setdefault(document.domain, []).append(document)
     halves: tuple[list[Document], list[Document]] = ([], [])
     for documents in by_domain.values():
@@ -73,7 +73,7 @@ def calibration_halves() -> tuple[list[Document], list[Document]]:
     return halves
 
 
-def heldout_documents() -> list[Document]:
+def heldout_texts() -> list[Document]:
     """32 documents a domain to evaluate on; not trained on, not calibrated on."""
     return _documents("heldout.jsonl")
 

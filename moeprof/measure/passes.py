@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ..models.blocks import find_blocks
 from ..patching.patch import patch
 from ..routers import Router
 from ..texts.windows import HeldOut
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from ..backends.spec import Rule
     from ..null.resolve import AnyNull
     from ..routers.base import Router
     from ..texts.windows import Window
@@ -31,16 +33,18 @@ BATCH = 512  # tokens in a call of the model
 class Pass(NamedTuple):
     """What the routers of a model did on a text of T tokens, in L layers.
 
-    logits : (L, T, E) float32, what each gate said
+    logits : (L, T, E) float32, what a router sees of what each gate said: `Block.choice_logits`
     counts : (L, T) int32, experts of each token
     rejections : (L, T) int32, before min_k and max_k
     documents : (T,) int64, the index of each token's document
+    rules : of each layer, what a router on these logits has to keep to: `Block.choice_rule`
     """
 
     logits: NDArray[np.float32]
     counts: NDArray[np.int32]
     rejections: NDArray[np.int32]
     documents: NDArray[np.int64]
+    rules: list[Rule]
 
 
 class Quality(NamedTuple):
@@ -98,16 +102,15 @@ def collect(
     if any(routing.logits is None for layer in calls for routing in layer):
         raise ValueError("the model's gates give no logits, so no router can be set by them")
 
-    def joined(field: str) -> NDArray[np.float32]:
-        return np.stack(
-            [
-                np.concatenate([getattr(routing, field).float().numpy() for routing in layer])
-                for layer in calls
-            ]
-        )
+    def joined(field: str) -> list[Tensor]:
+        return [torch.cat([getattr(routing, field) for routing in layer]) for layer in calls]
 
-    counts, rejections = joined("counts").astype(np.int32), joined("rejections").astype(np.int32)
-    return Pass(joined("logits"), counts, rejections, documents_of(text))
+    counts, rejections = (torch.stack(joined(field)).numpy() for field in ("counts", "rejections"))
+    blocks = find_blocks(model)
+    each = zip(blocks, joined("logits"), strict=True)
+    logits = torch.stack([block.choice_logits(said) for block, said in each]).numpy()
+    rules = [block.choice_rule() for block in blocks]
+    return Pass(logits, counts, rejections, documents_of(text), rules)
 
 
 @contextmanager

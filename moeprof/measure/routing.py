@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.c import C
+from ..backends.spec import PLAIN, Rule
 
 if TYPE_CHECKING:
     from ..null.layers import LayerNull, TokenNull
@@ -33,11 +34,26 @@ def by_layer(
 
 
 def choose(
-    router: Router, logits: Tensor, null: LayerNull | TokenNull | None, norm: str, norm_k: int
+    router: Router,
+    logits: Tensor,
+    null: LayerNull | TokenNull | None,
+    norm: str,
+    norm_k: int,
+    rule: Rule = PLAIN,
 ) -> tuple[Tensor, ...]:
     """(weights (T, k), expert_ids (T, k), counts, rejections (T,)), as a patched layer has them.
 
-    router: a Router with scalar parameters; logits (T, E); null: its LayerNull, or None.
+    router: a Router with scalar parameters; logits (T, E); null: its LayerNull, or None; rule: what
+    the model makes of its logits.
     """
-    spec = router.spec(logits.shape[1], norm=norm, norm_k=norm_k, null=null)
+    spec = router.spec(logits.shape[1], norm=norm, norm_k=norm_k, null=null, rule=rule)
     return C.route(logits.float(), spec, torch.float32)
+
+
+def affinities(logits: Tensor, rule: Rule) -> Tensor:
+    """(T, E): the scores that the model computes from its logits, see `Rule`."""
+    if rule.affinity == "softmax":
+        return torch.softmax(logits, -1)
+    if rule.affinity == "sigmoid":
+        return torch.sigmoid(logits)
+    return torch.nn.functional.softplus(logits).sqrt()

@@ -1,9 +1,12 @@
 """The MoE blocks of a model that `moeprof.patch` knows, each with its family."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..backends.c import C
+from ..backends.spec import RouteSpec, Rule
 from ..backends.tables import tensor_obstacle
 from .families import FAMILIES, family_of
 from .families.base import Layout
@@ -11,6 +14,7 @@ from .families.packed import read_packed
 from .families.rules import Checked
 from .find import find_sites
 from .guards import explained
+from .reading import as_logits, read_gate
 
 # How a patched block runs: in one call to C; by its own forward, with moeprof's router and
 # experts; the same, but its own router chooses, since its rule isn't known.
@@ -34,6 +38,16 @@ class Block(NamedTuple):
         """The qualified name of its gate."""
         return f"{self.name}.{self.family.family.gate_at}".lstrip(".")
 
+    @property
+    def num_experts(self) -> int:
+        """E of this layer."""
+        return self.family.num_experts(self.module)
+
+    @property
+    def top_k(self) -> int:
+        """How many experts its own router takes, as it is set now."""
+        return self.family.settings(self.module).top_k
+
     def readable(self) -> str | None:
         """Why it can't run on the C path now, and what of that the user can change; or None."""
         reason = self.family.readable(self.module)[1]
@@ -45,6 +59,41 @@ class Block(NamedTuple):
             return Checked(self.family.rule(self.module), False, "")
         dtype = next(self.family.experts_of(self.module).parameters()).dtype
         return self.family.check(self.module, dtype)
+
+    def rule(self) -> Rule:
+        """What its own router makes of its logits, as it is set now."""
+        return self.family.rule(self.module)
+
+    def gate_logits(self, output: Any, hidden: Tensor) -> Tensor | None:
+        """(T, E) of what its gate returned for hidden states; None where that says none.
+
+        A stock router of transformers 4 may return its choice alone.
+        """
+        gate = self.family.gate_of(self.module)
+        x = hidden.reshape(-1, hidden.shape[-1])
+        if not self.family.has_stock_gate(self.module):
+            return read_gate(output, len(x), self.num_experts, self.gate_name).logits
+        first = output[0] if isinstance(output, tuple) else output
+        if first.is_floating_point() and first.shape[-1] == self.num_experts:
+            return as_logits(first.reshape(-1, self.num_experts))
+        return self.family.reader.logits(gate, x) if self.family.family.rule.logits else None
+
+    def choice_logits(self, logits: Tensor) -> Tensor:
+        """(T, E) float32: what a router sees in place of the gate's logits, by which the model
+        chooses; the same for a softmax without bias. Groups are left: see `choice_rule`."""
+        rule = self.rule()._replace(groups=1, top_groups=1, best=1)
+        if rule.affinity == "softmax" and rule.bias is None:
+            return logits.float()
+        null = ("normal", "logit", None)
+        size = self.num_experts
+        spec = RouteSpec("topk", (1.0,), 1, 1, 1.0, "none", 1, null, None, rule, num_experts=size)
+        return C.choice_logits(logits.float(), spec, torch.float32)
+
+    def choice_rule(self) -> Rule:
+        """What is left of its rule where choice logits stand for its logits: the groups. Their
+        softmax orders the sums of a group's best as the model's own scores do."""
+        rule = self.rule()
+        return Rule(groups=rule.groups, top_groups=rule.top_groups, best=rule.best)
 
     def path(self, checked: Checked) -> str:
         """How it runs when it is patched; checked: what `check` said."""
@@ -84,13 +133,36 @@ def not_runnable(name: str, reason: str) -> str:
     return f"{name}: can't run on moeprof's path: {reason}"
 
 
-def experts_of(model: nn.Module) -> tuple[int, int]:
-    """(experts of a layer, experts that the model's own router takes).
+def fewest_experts(model: nn.Module) -> int:
+    """E of the layer with the fewest: what one number of experts for all layers has to fit."""
+    return min(block.num_experts for block in find_blocks(model))
 
-    Raises ValueError, as moeprof.patch does, for a model that can't be patched.
+
+def own_top_k(model: nn.Module) -> int:
+    """How many experts the model's own routers take, the same number in every layer.
+
+    Raises ValueError where layers take different numbers: what is named by k, or compared with
+    it, has no such k then.
     """
-    _, module, family = runnable_blocks(model)[0]
-    return family.num_experts(module), family.settings(module)[0]
+    taken = {block.title: block.top_k for block in find_blocks(model)}
+    if len(set(taken.values())) == 1:
+        return next(iter(taken.values()))
+    each = ", ".join(f"{name} takes {k}" for name, k in taken.items())
+    raise ValueError(
+        f"the model's own routers take different numbers of experts ({each}): expected one number "
+        "for all layers, which others are compared with; moeprof.patch and moeprof.MoEProfiler "
+        "run such a model"
+    )
+
+
+def experts_of(model: nn.Module) -> tuple[int, int]:
+    """(fewest experts of a layer, experts that the model's own routers take).
+
+    Raises ValueError, as moeprof.patch does, for a model that can't be patched, and for one of
+    which layers take different numbers of experts.
+    """
+    runnable_blocks(model)
+    return fewest_experts(model), own_top_k(model)
 
 
 def model_norm(model: nn.Module) -> tuple[str, int]:
@@ -98,6 +170,20 @@ def model_norm(model: nn.Module) -> tuple[str, int]:
     _, module, family = find_blocks(model)[0]
     settings = family.settings(module)
     return ("sum" if settings.renormalises else "none"), settings.top_k
+
+
+def model_sizes(model: Any) -> dict[str, Any]:
+    """What a study's JSON says of a model's size. E and k are read from the layers, since
+    families name them differently in the configuration; the rest is None where that lacks it."""
+    num_experts, top_k = experts_of(model)
+    rest = ("num_hidden_layers", "hidden_size", "intermediate_size")
+    return {
+        "model_type": model.config.model_type,
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        **{name: getattr(model.config, name, None) for name in rest},
+        "norm_topk_prob": model_norm(model)[0] == "sum",
+    }
 
 
 def _no_routers(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from ..checks import check_model, check_token_ids, check_tokenizer
-from ..models.identity import NO_TEXT, add_digests, gate_weight, gates_of, model_name, router_sample
+from ..models.identity import NO_TEXT, add_digests, gates_of, model_name, router_sample
 from ..models.tokens import token_ids
 from .model import KINDS, Null, trim_padding
 from .scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from ..checks import Tokenizer
+    from ..models.blocks import Block
 
 
 # BH's first threshold is p <= alpha/E. Of n tokens' scores of E experts n * alpha lie beyond it:
@@ -87,13 +88,13 @@ class Histograms:
 
 
 def _recorder(outputs: dict[int, Any], layer: int) -> Callable[[nn.Module, Any, Any], None]:
-    """Forward hook of a gate: keeps its last output under its layer's number.
+    """Forward hook of a gate: keeps its last input and output under its layer's number.
 
     A function of this module: `moeprof.patch` knows the hook by that.
     """
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        outputs[layer] = output
+        outputs[layer] = args[0], output
 
     return record
 
@@ -106,22 +107,21 @@ def _windows(text: str, tokenizer: Tokenizer, window: int) -> Iterator[tuple[lis
             yield ids[start : start + window], min(window, len(ids) - start) / len(ids)
 
 
-def _window_logits(name: str, output: Any, tokens: int, experts: int) -> NDArray[np.float32]:
-    """The logits in a gate's output for one window, float32 (T-1,E): the first token is left out.
+def _window_logits(block: Block, said: Any, tokens: int, experts: int) -> NDArray[np.float32]:
+    """What a router sees of one window, float32 (T-1,E): the first token is left out.
 
-    Logits alone (4.57), or first of three (5.x); of two values the first are no logits.
+    said: (hidden states, output) of the block's gate.
     """
-    from ..models.reading import describe_output, read_gate
+    from ..models.reading import describe_output
 
-    if isinstance(output, tuple) and len(output) == 3 and output[1] is output[2] is None:
-        output = output[0]  # the stock router of a patched block gives its logits only
-    logits = read_gate(output, tokens, experts, name).logits
+    name, (hidden, output) = block.gate_name, said
+    logits = block.gate_logits(output, hidden)
     if logits is None:
         raise ValueError(
             f"Router output format unexpected: {name}: a null is fitted to logits "
             f"({tokens}, {experts}), got {describe_output(output)}"
         )
-    values = logits.detach().float().cpu().numpy().reshape(tokens, experts)
+    values = block.choice_logits(logits.detach().cpu()).numpy().reshape(tokens, experts)
     if not np.isfinite(values).all():
         what = "NaN" if np.isnan(values).any() else "infinite values"
         raise ValueError(f"the router logits of {name} contain {what}: no null can be fitted")
@@ -166,7 +166,7 @@ def _encoded(text: object) -> bytes:
 
 def _run(
     model: nn.Module,
-    gates: list[tuple[str, nn.Module]],
+    blocks: list[Block],
     texts: _Texts,
     tokenizer: Tokenizer,
     window: int,
@@ -177,14 +177,15 @@ def _run(
     import torch
 
     base = getattr(model, "base_model", model)  # the head isn't needed
-    device = gate_weight(*gates[0]).device
+    gates = [block.family.gate_of(block.module) for block in blocks]
+    device = next(gates[0].parameters()).device
     outputs: dict[int, Any] = {}
     tokens, experts = 0, histograms.counts.shape[1]
     training = [(module, module.training) for module in model.modules()]
     handles = []
     try:
         model.eval()
-        for layer, (_, gate) in enumerate(gates):
+        for layer, gate in enumerate(gates):
             handles.append(gate.register_forward_hook(_recorder(outputs, layer)))
         with torch.inference_mode(), _bar(texts.total, progress) as bar:
             for text, size in texts:
@@ -192,8 +193,8 @@ def _run(
                     check_token_ids(model, [ids])
                     outputs.clear()
                     base(input_ids=torch.tensor([ids], device=device), use_cache=False)
-                    for layer, (name, _) in enumerate(gates):
-                        logits = _window_logits(name, outputs.get(layer), len(ids), experts)
+                    for layer, block in enumerate(blocks):
+                        logits = _window_logits(block, outputs[layer], len(ids), experts)
                         histograms.add(layer, logits)
                     tokens += len(ids) - 1
                     bar.update(_within(bar, share * size))
@@ -226,9 +227,11 @@ def _trimming(
         if r_high or r_low:
             raise ValueError("r_high and r_low belong to kind='trimmed'")
         return 0, 0
+    from ..models.blocks import find_blocks
+
     # Rounded up, so that a top-1 router's own choice is left out; a score at least stays.
-    config: Any = model.config
-    half: int = min((config.num_experts_per_tok + 1) // 2, (experts - 1) // 2)
+    top_k = max(block.top_k for block in find_blocks(model))
+    half = min((top_k + 1) // 2, (experts - 1) // 2)
     high, low = (half if r is None else r for r in (r_high, r_low))
     if min(high, low) < 0 or high + low >= experts:
         raise ValueError(
@@ -295,12 +298,14 @@ def fit_null(
     check_choice("score", score, SCORES)
     if not isinstance(window, numbers.Integral) or window < 2:
         raise ValueError(f"window: expected at least 2 tokens, got {window}")
+    from ..models.blocks import find_blocks  # with torch, which `import moeprof` has no use for
+
     texts = _Texts(texts)
-    gates = gates_of(model)
-    experts = gate_weight(*gates[0]).shape[0]
+    blocks = find_blocks(model)
+    experts = blocks[0].num_experts
     r_high, r_low = _trimming(kind, r_high, r_low, model, experts)
-    histograms = Histograms(len(gates), experts, score, r_high, r_low)
-    tokens = _run(model, gates, texts, tokenizer, window, histograms, progress)
+    histograms = Histograms(len(blocks), experts, score, r_high, r_low)
+    tokens = _run(model, blocks, texts, tokenizer, window, histograms, progress)
     _check_amount(tokens, texts.count)
     return Null(
         kind=kind,
@@ -311,6 +316,6 @@ def fit_null(
         largest=histograms.largest,
         tokens=tokens,
         model_name=model_name(model),
-        router_sample=router_sample(gates),
+        router_sample=router_sample(gates_of(model)),
         text_digest=texts.digest,
     )

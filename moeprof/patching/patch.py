@@ -149,7 +149,7 @@ def plan_patch(
         layer = PatchedLayer(
             block.title,
             index,
-            block.family.num_experts(block.module),
+            block.num_experts,
             block.family,
             routers[index],
             nulls[index],

@@ -90,6 +90,7 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
     layer = call.layer
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     is_stock = layer.family.has_stock_gate(call.block)
+    recorded: Any = None
     rest: tuple[Any, ...] = ()
     if layer.own_logits and is_stock:
         recorded = layer.family.reader.logits(self, x)
@@ -103,7 +104,10 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
         if layer.router is None:
             call.said = said
             return output
-        recorded, rest = (output[0], output[3:]) if is_stock else (said.logits, ())
+        if is_stock:
+            recorded, rest = output[0], output[3:]
+        elif said.logits is not None:
+            recorded = said.logits
     call.said = _choose(call, said, x)
     return recorded, call.said.weights, call.said.expert_ids, *rest
 

@@ -39,14 +39,6 @@ def figure(
     return fig, fig.subplots(rows, columns, width_ratios=widths)
 
 
-def style(axis: Axes, x: str, y: str, title: str) -> None:
-    axis.set_xlabel(x, size=11)
-    axis.set_ylabel(y, size=11)
-    axis.set_title(title, loc="left", size=11)
-    axis.grid(color="#e5e5e5")
-    axis.set_axisbelow(True)
-
-
 def of_phase(phase: str) -> dict[str, Any]:
     """Colour and label of a line."""
     return {"color": _OF[phase], "label": phase}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..show.figures import COLOURS, MARKERS, whole_ticks
+from ..show.figures import COLOURS, MARKERS, style, whole_ticks
 from . import maps
-from .drawing import by_layer, figure, marked, of_phase, style
+from .drawing import by_layer, figure, marked, of_phase
 from .metrics import ratio_each
 from .structure import pair_structure, strongest
 from .wording import counted, percent, scaled, short

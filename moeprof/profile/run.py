@@ -64,7 +64,7 @@ class Plan(NamedTuple):
 
 def plan(
     tokenizer: Tokenizer,
-    documents: Iterable[Text],
+    texts: Iterable[Text],
     *,
     tokens: int,
     prompts: int,
@@ -72,8 +72,8 @@ def plan(
     batches: Iterable[int],
     seed: int = 0,
 ) -> Plan:
-    """A Plan for documents with .domain, .name and .text: about `tokens` tokens of them."""
-    text = heldout_windows(tokenizer, documents, tokens, seed)
+    """A Plan for texts with .domain, .name and .text: about `tokens` tokens of them."""
+    text = heldout_windows(tokenizer, texts, tokens, seed)
     long = _long(text)
     number = min(prompts, len(long))
     # Batches that all prompts are less than would be the same one several times.

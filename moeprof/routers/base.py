@@ -84,6 +84,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
+def parameters_of(cls: "type[Router]") -> list[Field[Any]]:
+    """The fields of a router that say how it routes: all but the report on its budget."""
+    return [f for f in fields(cls) if f.name != "budget"]
+
+
 def _own_fields(cls: type["Router"]) -> list[Field[Any]]:
     """The fields of a router that not all routers share."""
     shared = {f.name for f in fields(Router)}
@@ -127,6 +132,9 @@ class Router:
         null; there a warning says so where that cuts more than 1 % of the tokens. A min_k of
         1 or more voids any statement about false discoveries: some tokens get experts that
         the test did not select.
+    budget : BudgetReport or None
+        How `with_budget` set it. It goes where any parameter is changed, for it says nothing
+        of another router; it counts for no comparison.
     temperature : float
         Divides the logits before the softmax that gives the weights; > 0. It never acts on
         the selection.
@@ -140,13 +148,13 @@ class Router:
     min_k: int = field(default=1, kw_only=True)
     max_k: int | None = field(default=None, kw_only=True)
     temperature: float = field(default=1.0, kw_only=True)
+    budget: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
     name: ClassVar[str]
     wants_null: ClassVar[bool] = False  # works on p-values or on a null's local fdr
     main: ClassVar[str]  # the parameter that sets the budget, in the open interval main_range
     main_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     increasing: ClassVar[bool] = True  # R never falls as the main parameter grows
-    budget: ClassVar[Any] = None  # a BudgetReport on what `with_budget` returns
     notes: ClassVar[dict[str, str]] = {}  # of parameters, for the help, where no rule says it
 
     def __init_subclass__(cls) -> None:
@@ -169,6 +177,8 @@ class Router:
                 object.__setattr__(self, f.name, values)
             for one in values if rule else ():
                 check(f.name, one, **rule)
+        if self.budget is not None and getattr(self.budget, "router", None) != repr(self):
+            object.__setattr__(self, "budget", None)
 
     def limits(self, num_experts: int, eligible: int | None = None) -> tuple[int, int]:
         """(min_k, max_k) for E = ``num_experts``, of which a token may use ``eligible``, None for
@@ -322,13 +332,16 @@ class Router:
         )
 
     def count_tokens(
-        self, router_logits: "NDArray[np.float32]", null: "LayerNull | TokenNull | None" = None
+        self,
+        router_logits: "NDArray[np.float32]",
+        null: "LayerNull | TokenNull | None" = None,
+        rule: Rule = PLAIN,
     ) -> tuple["NDArray[np.int32]", "NDArray[np.int32]"]:
         """The experts of each token after and before clamping, (T,) int32 both.
 
-        By the C path, of (T, E) float32 logits; ``null`` as in :meth:`spec`.
+        By the C path, of (T, E) float32 logits; ``null`` and ``rule`` as in :meth:`spec`.
         """
-        spec = self.spec(router_logits.shape[1], norm="none", null=null)
+        spec = self.spec(router_logits.shape[1], norm="none", null=null, rule=rule)
         routing = _C.route(router_logits, spec.in_c("float32"), get_num_threads(), False)
         return routing[2], routing[3]
 
@@ -460,7 +473,7 @@ def make_router(router: str | Router, **parameters: Any) -> Router:
     if router not in REGISTRY:
         raise ValueError(f"router: expected one of {sorted(REGISTRY)}, got {router!r}")
     cls = REGISTRY[router]
-    known = [f.name for f in fields(cls)]
+    known = [f.name for f in parameters_of(cls)]
     if unknown := sorted(set(parameters) - set(known)):
         raise TypeError(f"router {router!r}: unknown parameters {unknown}; it takes {known}")
     return cls(**parameters)

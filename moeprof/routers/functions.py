@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import _C
 from ..backends.cpu import get_num_threads
-from .base import REGISTRY, UNIT, Router, check, warn_if_capped
+from .base import REGISTRY, UNIT, Router, check, parameters_of, warn_if_capped
 from .evidence import BH
 from .logits import TopK
 from .table import indented, lines_of
@@ -132,7 +132,8 @@ def routing_function(cls: type[Router]) -> Callable[..., RoutingResult | Routing
         signature(benjamini_hochberg_routing).parameters[name]
         for name in ("router_logits", "null", "return_stats")
     )
-    own = list(signature(cls).parameters.values())
+    known = {f.name for f in parameters_of(cls)}
+    own = [p for p in signature(cls).parameters.values() if p.name in known]
     signed = Signature([logits, *own, null, stats])
     function.__signature__ = signed  # type: ignore[attr-defined]  # of a function
     return function

@@ -5,11 +5,11 @@ function, and in docs/routers.md.
 """
 
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field
 from inspect import cleandoc
 from typing import Any, NamedTuple
 
-from .base import CAP, REGISTRY, Router, own_fields
+from .base import CAP, REGISTRY, Router, own_fields, parameters_of
 
 
 class Row(NamedTuple):
@@ -149,7 +149,7 @@ def _describe_alike(routers: list[Router]) -> str:
     """Routers of one class: the main parameter, and what differs from the defaults."""
     words = [routers[0].name]
     own = own_fields(type(routers[0]))
-    for f in [*own, *(f for f in fields(routers[0]) if f not in own)]:
+    for f in [*own, *(f for f in parameters_of(type(routers[0])) if f not in own)]:
         values = [getattr(r, f.name) for r in routers]
         if any(v != values[0] for v in values):
             words.append(f"{f.name} per layer")

@@ -45,6 +45,15 @@ def line_styles(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def style(axis: Axes, x: str, y: str, title: str) -> None:
+    """The labels of a panel's axes, its title, and a grid behind what is drawn."""
+    axis.set_xlabel(x, size=11)
+    axis.set_ylabel(y, size=11)
+    axis.set_title(title, loc="left", size=11)
+    axis.grid(color="#e5e5e5")
+    axis.set_axisbelow(True)
+
+
 def whole_ticks(axis: Axes) -> None:
     """Ticks along x at whole numbers only."""
     locator: Any = axis.xaxis.get_major_locator()

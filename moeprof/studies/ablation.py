@@ -100,14 +100,14 @@ def layer_ablation(
     check_tokenizer("layer_ablation", tokenizer)
     blocks = runnable_blocks(model)
     names = [block.name for block in blocks]
-    own = [block.family.settings(block.module)[0] for block in blocks]
+    own = [block.top_k for block in blocks]
     gates = [block.gate_name for block in blocks]
     chosen = _places(layers, names, gates)
     plan = [
         (layer, k)
         for layer, block in enumerate(blocks)
         if layer in chosen
-        for k in _ks(ks, own[layer], block.family.num_experts(block.module))
+        for k in _ks(ks, own[layer], block.num_experts)
     ]
     if not plan:
         raise ValueError("ks: the model takes one expert per token, so there is none to take away")

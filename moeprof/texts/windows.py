@@ -46,20 +46,20 @@ class HeldOut(NamedTuple):
 
 def heldout_windows(
     tokenizer: Tokenizer,
-    documents: Iterable[Text],
+    texts: Iterable[Text],
     tokens: int = HELDOUT_TOKENS,
     seed: int = 0,
     *,
     window: int = WINDOW,
     whole: bool = False,
 ) -> HeldOut:
-    """About `tokens` tokens of `documents` in windows, spread evenly over domains and documents.
+    """About `tokens` tokens of `texts` in windows, spread evenly over domains and documents.
 
-    documents: objects with .domain, .name and .text. A document is cut into windows of `window`
-    tokens from its first token on; `seed` decides which of the windows are taken. whole: a
+    texts: objects with .domain, .name and .text, each a document. It is cut into windows of
+    `window` tokens from its first token on; `seed` decides which of the windows are taken. whole: a
     shorter one at a document's end is left out, unless the document has no other.
     """
-    documents = list(documents)
+    documents = list(texts)
     pieces: dict[str, list[list[Window]]] = {}
     for index, document in enumerate(documents):
         windows = _cut(tokenizer, index, document.text, window)
@@ -98,11 +98,11 @@ def _cut(tokenizer: Tokenizer, index: int, text: str, window: int) -> list[Windo
 
 
 def calibration_passages(
-    documents: Iterable[Text], characters: int = CALIBRATION_CHARACTERS, seed: int = 0
+    texts: Iterable[Text], characters: int = CALIBRATION_CHARACTERS, seed: int = 0
 ) -> list[str]:
-    """About `characters` of `documents` in passages of 1,500, spread like the held-out windows."""
+    """About `characters` of `texts` in passages of 1,500, spread like the held-out windows."""
     pieces: dict[str, list[list[str]]] = {}
-    for document in documents:
+    for document in texts:
         text = document.text
         cut = [text[start : start + PASSAGE] for start in range(0, len(text), PASSAGE)]
         pieces.setdefault(document.domain, []).append(cut)

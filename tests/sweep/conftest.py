@@ -7,7 +7,7 @@ from sweep_setting import FACTS, NEW_TOKENS, PROMPTS
 
 import moeprof
 from moeprof import demo
-from moeprof.studies.sweep import Configuration, Experiment, Store, configurations, sweep
+from moeprof.studies.sweep import Configuration, Experiment, SweepFiles, configurations, sweep
 from moeprof.texts.windows import heldout_windows
 
 
@@ -24,13 +24,13 @@ def model(tokenizer):
 
 @pytest.fixture(scope="session")
 def null(model, tokenizer):
-    texts = [document.text for document in demo.calibration_documents()[::40]]
+    texts = [document.text for document in demo.calibration_texts()[::40]]
     return moeprof.fit_null(model, tokenizer, texts, kind="trimmed", progress=False)
 
 
 @pytest.fixture(scope="session")
 def experiment(model, tokenizer, null):
-    heldout = heldout_windows(tokenizer, demo.heldout_documents()[::24], 2500)
+    heldout = heldout_windows(tokenizer, demo.heldout_texts()[::24], 2500)
     complexities, texts = zip(*PROMPTS, strict=True)
     return Experiment(model, tokenizer, texts, complexities, heldout, null, NEW_TOKENS)
 
@@ -49,4 +49,4 @@ def bh(experiment, baseline):
 def run(experiment, tmp_path_factory):
     """A whole sweep, and the folder that it wrote."""
     folder = tmp_path_factory.mktemp("results")
-    return sweep(experiment, Store(folder), FACTS), Store(folder)
+    return sweep(experiment, SweepFiles(folder), FACTS), SweepFiles(folder)

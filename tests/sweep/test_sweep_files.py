@@ -10,7 +10,7 @@ from sweep_setting import FACTS
 from wording import says
 
 from moeprof import files
-from moeprof.studies.sweep import COLUMNS, Store, configurations, sweep
+from moeprof.studies.sweep import COLUMNS, SweepFiles, configurations, sweep
 from moeprof.studies.sweep import runner as runner_module
 from moeprof.studies.sweep.report import report
 
@@ -20,19 +20,19 @@ def is_patched(model):
 
 
 def test_the_sweep_writes_its_files(run):
-    result, store = run
+    result, files = run
     names = [configuration.name for configuration in configurations(8, 2)]
-    table = pandas.read_csv(store.csv)
+    table = pandas.read_csv(files.csv)
     assert list(table.columns) == list(COLUMNS)
     assert table["config"].tolist() == names
     assert table["avg_experts"].tolist() == [r["avg_experts"] for r in result["results"]]
     assert math.isnan(table["alpha"][0]) and table["avg_experts_medium"].isna().all()
-    loaded = json.loads(store.json.read_text(), parse_constant=pytest.fail)
+    loaded = json.loads(files.json.read_text(), parse_constant=pytest.fail)
     assert loaded == json.loads(json.dumps(result))
     assert loaded["dropped_max_k"] == [16, 32, 64]
     assert [r["config"] for r in loaded["results"]] == names
-    assert store.figure.read_bytes().startswith(b"\x89PNG")
-    assert store.report.read_text() == report(result)
+    assert files.figure.read_bytes().startswith(b"\x89PNG")
+    assert files.report.read_text() == report(result)
 
 
 def test_the_sweep_says_where_it_is(experiment, tmp_path, capsys):
@@ -67,11 +67,11 @@ def test_interrupted(experiment, tmp_path, monkeypatch, capsys):
         sweep(experiment, tmp_path, FACTS)
     assert calls == [True] * 3
     assert_unchanged(experiment.model, before)
-    store = Store(tmp_path)
-    assert pandas.read_csv(store.csv)["config"].tolist() == ["topk_2_baseline", "bh_k4_a001"]
-    assert len(json.loads(store.json.read_text())["results"]) == 2
-    assert says(store.report.read_text(), "Interrupted", "2 of 9")
-    assert store.figure.exists()
+    files = SweepFiles(tmp_path)
+    assert pandas.read_csv(files.csv)["config"].tolist() == ["topk_2_baseline", "bh_k4_a001"]
+    assert len(json.loads(files.json.read_text())["results"]) == 2
+    assert says(files.report.read_text(), "Interrupted", "2 of 9")
+    assert files.figure.exists()
     assert says(capsys.readouterr().out, "Interrupted", "2 of 9")
     assert not list(tmp_path.rglob("*.part"))
 
@@ -93,9 +93,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
 
 def test_json_has_no_nan(run, tmp_path):
     result, _ = run
-    store = Store(tmp_path)
+    files = SweepFiles(tmp_path)
     broken = result["results"][0] | {"tokens_per_s": math.nan, "generated_tokens": [[math.inf]]}
-    store.save_results(result | {"results": [broken]})
-    loaded = json.loads(store.json.read_text(), parse_constant=pytest.fail)
+    files.save_results(result | {"results": [broken]})
+    loaded = json.loads(files.json.read_text(), parse_constant=pytest.fail)
     assert loaded["results"][0]["tokens_per_s"] is None
     assert loaded["results"][0]["generated_tokens"] == [[None]]

@@ -155,7 +155,7 @@ def test_run_configuration_is_the_sweeps_own(experiment, baseline, bh):
         model=experiment.model,
         tokenizer=experiment.tokenizer,
         null=experiment.null,
-        heldout_documents=demo.heldout_documents()[:1],
+        texts=demo.heldout_texts()[:1],
     )
     again = moeprof.run_configuration("bh_k4_a020", **arguments, baseline=baseline)
     for name in ("avg_experts", "generated_tokens", "token_agreement", "experts_by_layer"):

@@ -54,7 +54,7 @@ def test_a_configuration_that_says_too_little_or_too_much(fields, message):
 
 
 def test_windows_are_the_documents_text_and_nothing_else(tokenizer):
-    document = demo.heldout_documents()[0]
+    document = demo.heldout_texts()[0]
     heldout = heldout_windows(tokenizer, [document], 10**6)
     ids = tokenizer(document.text, verbose=False)["input_ids"]
     assert heldout.tokens == len(ids)
@@ -67,17 +67,17 @@ def test_windows_are_the_documents_text_and_nothing_else(tokenizer):
 
 
 def test_windows_are_spread_over_domains_and_documents(tokenizer):
-    heldout = heldout_windows(tokenizer, demo.heldout_documents(), 32768)
+    heldout = heldout_windows(tokenizer, demo.heldout_texts(), 32768)
     assert 32768 <= heldout.tokens < 32768 + WINDOW
     domains = [heldout.documents[w.document]["domain"] for w in heldout.windows]
     counts = [domains.count(domain) for domain in set(domains)]
     assert max(counts) - min(counts) <= 1
-    assert len(heldout.documents) == min(len(heldout.windows), len(demo.heldout_documents()))
+    assert len(heldout.documents) == min(len(heldout.windows), len(demo.heldout_texts()))
 
 
 def test_calibration_and_heldout_text_share_no_document():
-    calibration = {document.text for document in demo.calibration_documents()}
-    assert not calibration & {document.text for document in demo.heldout_documents()}
+    calibration = {document.text for document in demo.calibration_texts()}
+    assert not calibration & {document.text for document in demo.heldout_texts()}
 
 
 def test_spread_takes_turns_and_stops_at_the_budget():

@@ -132,7 +132,7 @@ class Listed(Layout):
     def output(self, block: nn.Module, x: Tensor, hidden: Tensor, said: Routing) -> Any:
         parts = vars(block)["_modules"]
         if (shared := parts.get("shared_expert")) is not None:
-            hidden = hidden + F.sigmoid(block.shared_expert_gate(x)) * shared(x)
+            hidden = hidden + F.sigmoid(parts["shared_expert_gate"](x)) * shared(x)
         if (shared := parts.get("shared_experts")) is not None:
             hidden = hidden + shared(x)
         return (hidden, said.logits) if self.family.logged else hidden

@@ -193,15 +193,13 @@ def check_gate(
             *first, weights, ids = (part.reshape(ROWS, -1) for part in said[:3])
             if weights.dtype == torch.int64:  # as transformers 4 has them
                 weights, ids = ids, weights
-            mine = reader.logits(gate, x) if reader.record.logits else None
+            mine = reader.logits(gate, x) if reader.record.logits else first[0]
             logits = first[0] if first else mine
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as e:
-        return Checked(None, False, f"its router can't be read ({type(e).__name__}: {e})")
-    own = (
-        mine is not None
-        and mine.shape == logits.shape
-        and torch.allclose(mine.float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
-    )
+        error = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        return Checked(None, False, f"its router can't be read ({error})")
+    own = bool(reader.record.logits) and mine.shape == logits.shape
+    own = own and torch.allclose(mine.float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
     if not bool(logits.isfinite().all()):  # no rule can be seen, and each call will say so
         return Checked(rule, own, "")
     if found := _difference(rule, settings, as_logits(logits), weights, ids, dtype):

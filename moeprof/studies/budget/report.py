@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from ...checks import check_model, check_token_ids, check_tokenizer
 from ...measure.bootstrap import bootstrap
 from ...measure.passes import collect, evaluating
-from ...models.blocks import find_blocks, model_norm
+from ...models.blocks import fewest_experts, find_blocks, model_norm
 from ...routers import Router, TopK
 from ...show.console import WIDTH
 from ...texts.documents import Document, read_texts
@@ -263,8 +263,7 @@ def with_budget(
         time.perf_counter() - begun,
         short,
     )
-    object.__setattr__(result, "budget", report)  # no field: equality and hash are as before
-    return result
+    return replace(result, budget=report)
 
 
 def _texts(
@@ -294,9 +293,8 @@ def _windows(tokenizer: Tokenizer, texts: list[Document], tokens: int, argument:
 
 def _candidates(router: Router, model: nn.Module, average_k: float) -> range:
     """1 to the largest number of experts that the split may give to a layer."""
-    blocks = find_blocks(model)
-    num_experts = blocks[0].family.num_experts(blocks[0].module)
-    most = router.at(0, len(blocks)).limits(num_experts)[1]
+    num_experts = fewest_experts(model)
+    most = router.at(0, len(find_blocks(model))).limits(num_experts)[1]
     if isinstance(router, TopK):
         most = max(most, model_norm(model)[1], math.ceil(average_k))
     return range(1, min(most, num_experts) + 1)

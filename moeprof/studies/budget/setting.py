@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from ...backends.spec import Rule
     from ...null import Null, TokenNull
     from ...null.resolve import AnyNull
     from ...texts.windows import HeldOut
@@ -130,10 +131,19 @@ def resolve(
 
 
 class Stored:
-    """A router on stored logits (L, T, E): experts per token as its parameter moves."""
+    """A router on stored logits (L, T, E): experts per token as its parameter moves.
 
-    def __init__(self, router: Router, logits: NDArray[np.float32], null: AnyNull | None) -> None:
-        self.logits = logits
+    rules : as in `Pass`
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        logits: NDArray[np.float32],
+        null: AnyNull | None,
+        rules: Sequence[Rule],
+    ) -> None:
+        self.logits, self.rules = logits, rules
         self.name, bounds, increasing = main_of(router)
         self.scale, self.sign = Scale(*bounds), 1 if increasing else -1
         self.routers, self.nulls = zip(*by_layer(router, null, len(logits)), strict=True)
@@ -152,7 +162,8 @@ class Stored:
     def average(self, layer: int, position: float) -> float:
         """Experts per token of one layer; never falls as the position grows."""
         router = replace(self.routers[layer], **{self.name: self.value(position)})
-        return mean_count(router, self.logits[layer], self.nulls[layer])
+        counts, _ = router.count_tokens(self.logits[layer], self.nulls[layer], self.rules[layer])
+        return float(counts.mean())
 
     def averages(self, position: float) -> NDArray[np.float64]:
         return np.array([self.average(layer, position) for layer in range(len(self.logits))])
@@ -166,13 +177,6 @@ class Stored:
         return solve(mean, target, self.ends, guess, tolerance)
 
 
-def mean_count(
-    router: Router, logits: NDArray[np.float32], null: LayerNull | TokenNull | None
-) -> float:
-    """Experts per token of a router with scalar parameters on logits (T, E), through C."""
-    return float(router.count_tokens(logits, null)[0].mean())
-
-
 def reach(
     router: Router, passed: Pass, null: AnyNull | str | os.PathLike[str] | None = None
 ) -> NDArray[np.float64]:
@@ -183,10 +187,11 @@ def reach(
     its min_k and max_k say otherwise.
     """
     count, _, experts = passed.logits.shape
+    experts = min(rule.eligible(experts) for rule in passed.rules)
     if isinstance(router, TopK):
         free = router.max_k in (None, _largest(router.k))
         return np.array([[router.min_k, experts if free else router.max_k]] * count, float)
-    stored = Stored(router, passed.logits, resolve(router, null))
+    stored = Stored(router, passed.logits, resolve(router, null), passed.rules)
     return np.stack([stored.averages(end) for end in stored.ends], axis=1)
 
 
@@ -387,7 +392,7 @@ def _solve(
     if isinstance(router, TopK):
         k = tuple(map(round, target.tolist())) if np.ndim(target) else round(target)
         return k, np.broadcast_to(np.asarray(target, float), len(passed.logits)), {}
-    stored = Stored(router, passed.logits, null)
+    stored = Stored(router, passed.logits, null, passed.rules)
     count = len(passed.logits)
     given = guess if isinstance(guess, tuple) else (guess,)
     guesses = [0.0 if g is None else stored.position(g) for g in given]

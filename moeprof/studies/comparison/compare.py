@@ -18,14 +18,14 @@ from .runner import Comparison
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .files import ComparisonFiles
     from .runner import Comparison
-    from .store import Store
 
 
 def compare(
-    comparison: Comparison, store: Store, facts: dict[str, Any], console: Console
+    comparison: Comparison, files: ComparisonFiles, facts: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Run a Comparison and write the four files of a Store.
+    """Run a Comparison and write the four `ComparisonFiles`.
 
     facts: a dict that goes into the JSON as it is. Returns the run, a dict as in the JSON. When
     it is interrupted, what is finished is written and KeyboardInterrupt goes on.
@@ -46,7 +46,7 @@ def compare(
             bar.step()
             if cell["role"] in (ROUTER, STATIC):
                 console.print(_line(cell))
-            store.save_now_and_then(run)
+            files.save_now_and_then(run)
 
         comparison.after = after
         try:
@@ -55,18 +55,21 @@ def compare(
             done = len(comparison.static) + len(comparison.cells)
             console.print(f"Interrupted: {done} of {total} cells are finished")
             if comparison.static:
-                _finish(comparison, run, store, console)
+                _finish(comparison, run, files, console)
             raise
-    return _finish(comparison, run, store, console)
+    return _finish(comparison, run, files, console)
 
 
 def _finish(
-    comparison: Comparison, run: Callable[[], dict[str, Any]], store: Store, console: Console
+    comparison: Comparison,
+    run: Callable[[], dict[str, Any]],
+    files: ComparisonFiles,
+    console: Console,
 ) -> dict[str, Any]:
     comparison.analyse()
     result = run()
-    store.save(result)
-    store.save_report(report(result), figure(result))
+    files.save(result)
+    files.save_report(report(result), figure(result))
     for part in console_tables(result):
         if isinstance(part, str):
             part = textwrap.fill(part, WIDTH)
@@ -74,7 +77,7 @@ def _finish(
     if comparison.cells:
         for line in findings(result):
             console.print(textwrap.fill(f"- {line}", WIDTH, subsequent_indent="  "))
-    for path in store.files:
+    for path in files.paths:
         console.print(f"Written: {path}")
     return result
 

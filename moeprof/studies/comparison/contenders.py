@@ -95,7 +95,7 @@ class Nulls:
 
     model: nn.Module
     tokenizer: Tokenizer
-    documents: Sequence[Text]
+    texts: Sequence[Text]
     given: Null | None = None
     progress: bool = False
     fitted: dict[str, Null] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Nulls:
     def _fit(self, name: str) -> Null:
         from ...null.fitting import fit_null
 
-        texts = [document.text for document in self.documents]
+        texts = [document.text for document in self.texts]
         kind, score = {
             EFRON: ("efron", "logprob"),
             LOGIT: ("efron", "logit"),

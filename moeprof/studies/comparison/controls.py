@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...backends.ops import run_experts
+from ...backends.spec import Rule
 from ...backends.tables import WeightTable
 from ...measure.passes import collect
 from ...measure.routing import by_layer, choose
@@ -50,13 +51,19 @@ def reweigh(weights: Tensor, kept: Tensor, norm: str, mass: Tensor | None = None
 
 
 def with_counts(
-    router: Router, counts: NDArray[np.int32], *, null: AnyNull | None, norm: str, top_k: int
+    router: Router,
+    counts: NDArray[np.int32],
+    rules: list[Rule],
+    *,
+    null: AnyNull | None,
+    norm: str,
+    top_k: int,
 ) -> list[Route]:
     """Callables for `patch`, one a layer: the router's own order of experts, cut at given counts.
 
     router: a Router. counts: (L, T) integers from 1 to the router's max_k, for the tokens in the
-    order in which they come: the callables serve one pass over a text. null: a Null (or one by
-    token), None for a router without p-values.
+    order in which they come: the callables serve one pass over a text. rules: of each layer.
+    null: a Null (or one by token), None for a router without p-values.
     """
     layers = len(counts)
     pairs = by_layer(router, null, layers)
@@ -67,18 +74,19 @@ def with_counts(
         ordered = replace(scalar, min_k=most, max_k=most)
         if isinstance(scalar, TopK):
             ordered = TopK(most, temperature=scalar.temperature)
-        position = 0
+        position, plain = 0, rules[layer]._replace(scale=1.0)  # which acts last
 
         def route(logits: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal position
             wanted = torch.from_numpy(counts[layer, position : position + len(logits)])
             position += len(logits)
-            weights, experts, *_ = choose(ordered, logits, own, "none", top_k)
+            weights, experts, *_ = choose(ordered, logits, own, "none", top_k, plain)
             kept = torch.arange(experts.shape[1]) < wanted[:, None]
             mass = None
             if norm == "mass":
-                mass = choose(TopK(top_k), logits, None, "none", top_k)[0].sum(1)
-            return reweigh(weights, kept, norm, mass), torch.where(kept, experts, -1)
+                mass = choose(TopK(top_k), logits, None, "none", top_k, plain)[0].sum(1)
+            weights = reweigh(weights, kept, norm, mass) * rules[layer].scale
+            return weights, torch.where(kept, experts, -1)
 
         return route
 
@@ -145,12 +153,14 @@ class Oracle:
     def _router(self, layer: int, tau: float) -> Route:
         def route(logits: Tensor) -> tuple[Tensor, Tensor]:
             top = TopK(self.top_k)
-            plain, experts, *_ = choose(top, logits, None, "none", self.top_k)
-            own = reweigh(plain, experts >= 0, self.own_norm)
+            rule = self.blocks[layer].rule()
+            unscaled = rule._replace(scale=1.0)  # the scale acts last
+            plain, experts, *_ = choose(top, logits, None, "none", self.top_k, unscaled)
+            own = reweigh(plain, experts >= 0, self.own_norm) * rule.scale
             sizes = self._sizes(layer, experts, own)
             self.sizes[layer].append(sizes)
             kept = sizes >= torch.clamp(sizes.max(1, keepdim=True).values, max=tau)
-            weights = reweigh(plain, kept, self.norm, plain.sum(1))
+            weights = reweigh(plain, kept, self.norm, plain.sum(1)) * rule.scale
             return weights, torch.where(kept, experts, -1)
 
         return route

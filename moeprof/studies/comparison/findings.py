@@ -47,6 +47,11 @@ class View:
         """The one of them, or None."""
         return next(iter(self.cells(**wanted)), None)
 
+    def twin(self, cell: dict[str, Any], **changes: str) -> dict[str, Any] | None:
+        """The measured cell that differs from this one by the changes only, or None."""
+        place = ("role", "table", "contender", "allocation", "budget")
+        return self.cell(**{name: cell[name] for name in place} | changes)
+
     def budgets(self, table: str) -> list[int]:
         """The budgets to speak of: those fixed before, or the middle one of the table."""
         there = self.tables[table]["budgets"]
@@ -196,13 +201,7 @@ def _thresholds(view: View) -> Iterator[str]:
     one, other = THRESHOLDS
     gaps = []
     for cell in view.cells(role=ROUTER, contender=one, allocation="equal"):
-        twin = view.cell(
-            role=ROUTER,
-            contender=other,
-            allocation="equal",
-            table=cell["table"],
-            budget=cell["budget"],
-        )
+        twin = view.twin(cell, contender=other)
         if twin:
             gaps.append(abs(twin["effect"]["kl"]["estimate"] - cell["effect"]["kl"]["estimate"]))
     if gaps:
@@ -281,13 +280,7 @@ def _wide(view: View) -> Iterator[str]:
     top_k = view.run["model_config"]["num_experts_per_tok"]
     pairs = []
     for cell in view.cells(role=ROUTER, table=WIDE, allocation="equal"):
-        twin = view.cell(
-            role=ROUTER,
-            table=REDUCTION,
-            allocation="equal",
-            budget=cell["budget"],
-            contender=cell["contender"],
-        )
+        twin = view.twin(cell, table=REDUCTION)
         if twin:
             pairs.append((cell, twin))
     if pairs:

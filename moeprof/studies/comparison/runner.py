@@ -25,7 +25,7 @@ import numpy as np
 
 from ...checks import check_token_ids
 from ...measure.passes import Reference, collect
-from ...models.blocks import model_norm
+from ...models.blocks import find_blocks, model_norm
 from ...routers import TopK
 from ...version import __version__
 from ..budget import BudgetError, allocate, sensitivity
@@ -231,7 +231,8 @@ class Comparison:
                 self._measure(cell, oracle.routers(thresholds), None)
 
     def _cut(self, router: Router, counts: NDArray[np.int32], null: AnyNull | None) -> list[Route]:
-        return with_counts(router, counts, null=null, norm=self.norm, top_k=self.top_k)
+        rules = [block.rule() for block in find_blocks(self.model)]
+        return with_counts(router, counts, rules, null=null, norm=self.norm, top_k=self.top_k)
 
     # ---- routers ----
 

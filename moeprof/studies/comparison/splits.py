@@ -64,15 +64,15 @@ def split_documents(documents: Iterable[Text]) -> dict[str, list[Text]]:
 def demo_documents() -> dict[str, list[Document]]:
     """The same of the text that ships: calibration documents in halves, all held-out ones."""
     null, budget = demo.calibration_halves()
-    return {"null": null, "budget": budget, "test": demo.heldout_documents()}
+    return {"null": null, "budget": budget, "test": demo.heldout_texts()}
 
 
 def make_splits(
     tokenizer: Tokenizer,
-    documents: Mapping[str, Sequence[Text]],
+    texts: Mapping[str, Sequence[Text]],
     *,
     budget_tokens: int = BUDGET_TOKENS,
-    test_tokens: int = TEST_TOKENS,
+    tokens: int = TEST_TOKENS,
     seed: int = 0,
 ) -> Splits:
     """Splits of what `split_documents` or `demo_documents` gave; windows of 128 tokens.
@@ -80,8 +80,8 @@ def make_splits(
     One window of each document before a second of any, domains in turns; `seed` chooses them.
     """
 
-    def windows(part: str, tokens: int) -> HeldOut:
-        return heldout_windows(tokenizer, documents[part], tokens, seed, window=WINDOW, whole=True)
+    def windows(part: str, count: int) -> HeldOut:
+        return heldout_windows(tokenizer, texts[part], count, seed, window=WINDOW, whole=True)
 
-    budget, test = windows("budget", budget_tokens), windows("test", test_tokens)
-    return Splits(documents["null"], budget, test)
+    budget, test = windows("budget", budget_tokens), windows("test", tokens)
+    return Splits(texts["null"], budget, test)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from ...measure.routing import by_layer, choose
-from ...models.blocks import experts_of, find_blocks, model_norm
+from ...measure.routing import affinities, by_layer, choose
+from ...models.blocks import find_blocks, model_norm
 from ...models.decoding import cache_of, decode
 from ...patching.patch import patch
 from ...texts.windows import HeldOut
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from ...backends.spec import Rule
     from ...null.layers import LayerNull, TokenNull
     from ...null.resolve import AnyNull
     from ...routers.base import Router
@@ -105,16 +106,22 @@ class ChangedRouter:
     """
 
     def __init__(
-        self, layer: int, router: Router, null: LayerNull | TokenNull | None, norm: str, norm_k: int
+        self,
+        layer: int,
+        router: Router,
+        null: LayerNull | TokenNull | None,
+        norm: str,
+        norm_k: int,
+        rule: Rule,
     ) -> None:
         self.layer, self.router, self.null = layer, router, null
-        self.norm, self.norm_k = norm, norm_k
+        self.norm, self.norm_k, self.rule = norm, norm_k, rule
         self.changes: Changes | None = None
         self.seen: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]] | None = None
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         weights, experts, counts, rejections = choose(
-            self.router, logits, self.null, self.norm, self.norm_k
+            self.router, logits, self.null, self.norm, self.norm_k, self.rule
         )
         if self.changes is None:
             self.seen = experts.numpy(), counts.numpy(), rejections.numpy()
@@ -129,12 +136,12 @@ class ChangedRouter:
             torch.from_numpy(getattr(changes, name))[:, None] for name in ("first", "last", "extra")
         )
         emptied = mine & (slot >= first) & (slot < last)
-        # An added expert weighs its softmax times what the norm makes of the selected ones'.
-        softmax = torch.softmax(logits.float() / self.router.temperature, -1)
-        own = softmax.gather(1, experts.long().clamp(min=0)) * (experts >= 0)
+        # An added expert weighs its affinity times what the norm makes of the selected ones'.
+        every = affinities(logits.float() / self.router.temperature, self.rule)
+        own = every.gather(1, experts.long().clamp(min=0)) * (experts >= 0)
         scale = weights.sum(1, keepdim=True) / own.sum(1, keepdim=True)
         extra = torch.where(mine, extra, -1)
-        added = torch.where(extra >= 0, softmax.gather(1, extra.clamp(min=0)) * scale, 0)
+        added = torch.where(extra >= 0, every.gather(1, extra.clamp(min=0)) * scale, 0)
         experts = torch.where(emptied, -1, experts)
         return torch.cat([weights, added], 1), torch.cat([experts, extra.to(experts.dtype)], 1)
 
@@ -183,8 +190,12 @@ def changed_routers(
     """One for each layer; null: a Null or None."""
     own_norm, norm_k = model_norm(model)
     norm = own_norm if norm == "model" else norm
-    layers = enumerate(by_layer(router, null, len(find_blocks(model))))
-    return [ChangedRouter(i, scalar, own, norm, norm_k) for i, (scalar, own) in layers]
+    blocks = find_blocks(model)
+    layers = zip(blocks, by_layer(router, null, len(blocks)), strict=True)
+    return [
+        ChangedRouter(i, scalar, own, norm, norm_k, block.rule())
+        for i, (block, (scalar, own)) in enumerate(layers)
+    ]
 
 
 def _ablate_window(
@@ -199,7 +210,10 @@ def _ablate_window(
     cache = prefill(model, ids[:, :-1], routers)
     seen = [tuple(part[places] for part in router.seen or ()) for router in routers]
     counts, rejections = (np.stack([s[i] for s in seen], axis=1) for i in (1, 2))
-    experts = [_unselected(s[0], experts_of(model)[0], rng) for s in seen]
+    experts = [
+        _unselected(s[0], block.num_experts, rng)
+        for s, block in zip(seen, find_blocks(model), strict=True)
+    ]
     rows, label = plan(places, counts, np.stack(experts, axis=1))
     loss = changed_losses(model, ids, cache, rows, routers)
     before = loss[: len(places)]

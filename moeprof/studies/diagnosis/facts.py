@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ...measure import machine
+from ...models.blocks import fewest_experts
 from ...models.identity import model_name
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ def describe(model: nn.Module, null: AnyNull, router: Router, text: HeldOut) -> 
     facts = machine.describe()
     facts["versions"] |= {"scipy": scipy.__version__, "statsmodels": statsmodels.__version__}
     facts["versions"] |= {name: version(name) for name in ("pandas",)}
-    config: Any = model.config
-    limits = router.limits(config.num_experts)
+    limits = router.limits(fewest_experts(model))
     return {
         "started": facts.pop("started"),
         "model": model_name(model),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import COLOURS, pads, plain, whole_ticks
+from ...show.figures import COLOURS, pads, plain, style, whole_ticks
 from .discoveries import DOCUMENTS
 from .rows import ALL, PATCHED, STOCK
 from .statistics import BINS
@@ -60,14 +60,6 @@ def _shown(frame: pandas.DataFrame) -> list[int]:
 
 def _columns(rows: pandas.DataFrame, *names: str) -> Iterator[NDArray[np.float64]]:
     return (rows[name].to_numpy(dtype=float) for name in names)
-
-
-def _style(axis: Axes, x: str, y: str, title: str) -> None:
-    axis.set_xlabel(x, size=11)
-    axis.set_ylabel(y, size=11)
-    axis.set_title(title, loc="left", size=12)
-    axis.grid(color="#e5e5e5")
-    axis.set_axisbelow(True)
 
 
 def uniform_verdict(pi0: pandas.DataFrame) -> str:
@@ -127,8 +119,8 @@ def p_values(diagnosis: Diagnosed) -> Figure:
         end = max(axes[1, column].get_xlim()[1], 1)
         axes[1, column].plot([0, end], [0, end], color="black", linestyle="--", linewidth=1)
         axes[0, column].set_ylim(bottom=0)
-        _style(axes[0, column], "p", "density (uniform = 1)", f"layer {layer}")
-        _style(axes[1, column], "−log10 of the uniform quantile", "−log10 of p", "")
+        style(axes[0, column], "p", "density (uniform = 1)", f"layer {layer}")
+        style(axes[1, column], "−log10 of the uniform quantile", "−log10 of p", "")
     axes[0, 0].legend(frameon=False, fontsize=11)
     return fig
 
@@ -164,7 +156,7 @@ def selection(diagnosis: Diagnosed) -> Figure:
     _pi0(axes[0, 0], diagnosis.to_frame("pi0"))
     frame = diagnosis.to_frame("selection")
     _bars(axes[0, 1], frame, ("P(R < min_k)", "P(R > max_k)"), ("floor", "ceiling"), 100)
-    _style(axes[0, 1], "layer", "% of tokens", "How often min_k or max_k decides")
+    style(axes[0, 1], "layer", "% of tokens", "How often min_k or max_k decides")
     axes[0, 1].set_ylim(bottom=0)
     _bars(
         axes[0, 2],
@@ -174,7 +166,7 @@ def selection(diagnosis: Diagnosed) -> Figure:
         1,
     )
     axes[0, 2].axhline(0, color="black", linewidth=1)
-    _style(axes[0, 2], "layer", "Spearman's correlation", "Does R follow entropy and loss?")
+    style(axes[0, 2], "layer", "Spearman's correlation", "Does R follow entropy and loss?")
     if not between:
         return fig
     frame = diagnosis.to_frame("transfer")
@@ -207,7 +199,7 @@ def _pi0(axis: Axes, frame: pandas.DataFrame) -> None:
         )
     axis.axhline(1, color="black", linestyle="--", linewidth=1)
     axis.legend(frameon=False, fontsize=10)
-    _style(axis, "λ", "π̂0 (can exceed 1)", "Share of nulls by λ; thick: mean of layers")
+    style(axis, "λ", "π̂0 (can exceed 1)", "Share of nulls by λ; thick: mean of layers")
 
 
 def _bars(
@@ -304,7 +296,7 @@ def ablation(diagnosis: Diagnosed) -> Figure:
             axis.axhline(own, color="black", linestyle="--", linewidth=1, label="alpha")
         axis.set_xscale("log")
         axis.set_ylim(0, 1)
-        _style(
+        style(
             axis,
             "δ (nats of next-token loss)",
             "FDP (share, 0 to 1)",
@@ -319,7 +311,7 @@ def ablation(diagnosis: Diagnosed) -> Figure:
 
 def _together(axis: Axes, diagnosis: Diagnosed, layer: int, router: str, colour: str) -> None:
     """What removing all ranks > r costs, beside the sum of the single costs."""
-    _style(
+    style(
         axis,
         "r (experts kept; all of rank > r emptied)",
         "change of loss (nats)",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...measure.bootstrap import bootstrap
-from .rows import ALL, rows
+from .rows import rows, rows_by_layer
 from .seen import entropy
 from .statistics import (
     BINS,
@@ -98,7 +98,6 @@ def selection_rows(
             )
         )
     names = (*SELECTION, *CORRELATIONS)
-    layers = len(statistics)
 
     def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         each = np.stack([one(weights) for one in statistics], axis=1)  # (B, L, M)
@@ -107,11 +106,4 @@ def selection_rows(
         )
 
     found = bootstrap(statistic, seen.size, groups=groups, draws=draws)
-    yield from rows(
-        "selection",
-        routing,
-        np.repeat([*range(layers), ALL], len(names)),
-        np.tile(names, layers + 1),
-        None,
-        found,
-    )
+    yield from rows_by_layer("selection", routing, len(statistics), names, None, found)

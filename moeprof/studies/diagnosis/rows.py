@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -54,6 +54,20 @@ def rows(
         row = {"table": table}
         row |= zip(COLUMNS[1:5], (label[index] for label in labels), strict=True)
         yield row | {name: float(getattr(intervals, name)[index]) for name in COLUMNS[5:]}
+
+
+def rows_by_layer(
+    table: str,
+    routing: object,
+    layers: int,
+    names: Sequence[str],
+    at: object,
+    intervals: Intervals,
+) -> Iterator[dict[str, Any]]:
+    """The same for statistics (L + 1, M) in one row: the M quantities of each layer, then their
+    means over the layers."""
+    layer = np.repeat([*range(layers), ALL], len(names))
+    yield from rows(table, routing, layer, np.tile(names, layers + 1), at, intervals)
 
 
 STOCK, PATCHED = "stock", "patched"

@@ -13,6 +13,7 @@ from ... import demo
 from ...checks import check_model, check_token_ids, check_tokenizer
 from ...measure.bootstrap import DRAWS
 from ...measure.passes import collect, evaluating
+from ...models.blocks import fewest_experts
 from ...null import Null, resolve_null
 from ...routers import BH, FixedP, Router, TopK
 from ...show.console import Bar, make_console
@@ -50,7 +51,7 @@ def diagnose(
     model: nn.Module,
     tokenizer: Tokenizer,
     *,
-    documents: Iterable[Text] | None = None,
+    texts: Iterable[Text] | None = None,
     calibration: Iterable[Text] | None = None,
     router: Router | None = None,
     positions: int = POSITIONS,
@@ -68,7 +69,7 @@ def diagnose(
         What p-values are measured against.
     model, tokenizer
         An unpatched model; it is afterwards as it was.
-    documents : objects with .domain, .name and .text
+    texts : objects with .domain, .name and .text
         Held-out text, not what the null was fitted to. Default: what ships with the demo model.
     calibration : the same, or an empty list
         Every other document of a domain (the first, third, ...) is for the nulls by domain, the
@@ -99,11 +100,11 @@ def diagnose(
     router = BH(ALPHA) if router is None else router
     if not isinstance(router, Router):
         raise TypeError(f"router: expected a moeprof.routers.Router, got {router!r}")
-    documents = _checked("documents", demo.heldout_documents() if documents is None else documents)
+    documents = _checked("texts", demo.heldout_texts() if texts is None else texts)
     if not documents:
-        raise ValueError("documents: expected at least one, got none")
+        raise ValueError("texts: expected at least one, got none")
     if calibration is None:
-        calibration = demo.calibration_documents()
+        calibration = demo.calibration_texts()
     for_nulls, for_budget = _halves(_checked("calibration", calibration))
     text = heldout_windows(tokenizer, documents, tokens, seed)
     check_token_ids(model, (window.ids for window in text.windows))
@@ -189,8 +190,7 @@ class _Work:
         self.norm, self.seed, self.draws, self.text = norm, seed, draws, text
         self.domains = np.array([d["domain"] for d in text.documents])
         self.groups = np.unique(self.domains, return_inverse=True)[1]
-        config: Any = model.config
-        self.num_experts: int = config.num_experts
+        self.num_experts = fewest_experts(model)
         self.limits = router.limits(self.num_experts)
         self.stock: Seen | None = None
 
@@ -205,7 +205,7 @@ class _Work:
             seen = see(self.model, self.text, router, null=null, norm=self.norm, step=bar.step)
             if router is None:
                 self.stock = seen
-            selected = select(self.router, seen.logits, self.null)
+            selected = select(self.router, seen, self.null)
             bar.note("p-values")
             yield from p_value_rows(seen, self.null, routing, self.groups, self.draws)
             yield from selection_rows(seen, selected, self.limits, routing, self.groups, self.draws)

@@ -10,6 +10,7 @@ import torch
 
 from ...measure.passes import documents_of
 from ...measure.routing import by_layer, choose
+from ...models.blocks import find_blocks
 from ...patching.patch import patch
 from ...texts.windows import HeldOut
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from ...backends.spec import Rule
     from ...null.resolve import AnyNull
     from ...routers.base import Router
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 class Seen(NamedTuple):
     """T tokens, L layers, E experts; the first token of each window is left out.
 
-    logits : (L, T, E) float32, what the gates said
+    logits : (L, T, E) float32, what a router sees of what the gates said; rules: as in `Pass`
     loss : (T,) nats, the loss of the token after; NaN for the last of a window
     documents : (T,) the index of each token's document; size : how many documents there are
     """
@@ -33,6 +35,7 @@ class Seen(NamedTuple):
     loss: NDArray[np.float64]
     documents: NDArray[np.int64]
     size: int
+    rules: list[Rule]
 
 
 class Selected(NamedTuple):
@@ -63,17 +66,27 @@ def see(
             step()
     if any(logits is None for layer in calls for logits in layer):
         raise ValueError("the model's gates give no logits, so there is nothing to diagnose")
-    logits = np.stack([torch.cat([z.float()[1:] for z in layer]).numpy() for layer in calls])
+    blocks = find_blocks(model)
+    logits = np.stack(
+        [
+            block.choice_logits(torch.cat([z[1:] for z in layer])).numpy()
+            for block, layer in zip(blocks, calls, strict=True)
+        ]
+    )
     sizes = np.array([window.ids.shape[1] for window in text.windows])
     later = np.ones(sizes.sum(), bool)
     later[np.cumsum(sizes) - sizes] = False
-    return Seen(logits, np.concatenate(losses), documents_of(text)[later], len(text.documents))
+    documents, rules = documents_of(text)[later], [block.choice_rule() for block in blocks]
+    return Seen(logits, np.concatenate(losses), documents, len(text.documents), rules)
 
 
-def select(router: Router, logits: NDArray[np.float32], null: AnyNull | None) -> Selected:
-    """The router on logits (L, T, E), through C; null: a Null, or None for `normal`."""
-    layers = zip(by_layer(router, null, len(logits)), logits, strict=True)
-    found = [choose(scalar, torch.from_numpy(z), own, "none", 1)[2:] for (scalar, own), z in layers]
+def select(router: Router, seen: Seen, null: AnyNull | None) -> Selected:
+    """The router on what was seen, through C; null: a Null, or None for `normal`."""
+    layers = zip(by_layer(router, null, len(seen.logits)), seen.logits, seen.rules, strict=True)
+    found = [
+        choose(scalar, torch.from_numpy(z), own, "none", 1, rule)[2:]
+        for (scalar, own), z, rule in layers
+    ]
     return Selected(*(np.stack([f[i].numpy() for f in found]) for i in range(2)))
 
 

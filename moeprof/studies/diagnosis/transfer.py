@@ -9,7 +9,7 @@ import numpy as np
 
 from ...measure.bootstrap import bootstrap
 from ...null.fitting import fit_null
-from .rows import ALL, rows
+from .rows import rows_by_layer
 from .seen import select
 from .statistics import cdf_statistic, count_p, joined, mean_statistic
 
@@ -74,7 +74,7 @@ def transfer_rows(
     calibration, calibration_domains = fitted_on
     layers = len(seen.logits)
     for name, null in nulls.items():
-        selected = select(router, seen.logits, null)
+        selected = select(router, seen, null)
         source = np.flatnonzero((calibration_domains == name) | (name == POOLED))
         counts, shares = [], []
         for layer in range(layers):
@@ -88,14 +88,7 @@ def transfer_rows(
             statistic = _of_domain(documents, seen, selected, counts, shares)
             found = bootstrap(statistic, len(documents), draws=draws)
             names = ("P(R >= 1)", "experts", "KS distance")
-            yield from rows(
-                "transfer",
-                name,
-                np.repeat([*range(layers), ALL], len(names)),
-                np.tile(names, layers + 1),
-                domain,
-                found,
-            )
+            yield from rows_by_layer("transfer", name, layers, names, domain, found)
 
 
 def _of_domain(

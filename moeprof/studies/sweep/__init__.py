@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 from ...late import exports
 
 if TYPE_CHECKING:
+    from .files import COLUMNS, SweepFiles, results_frame
     from .grid import Configuration, configurations, dropped_max_ks
     from .plots import figure
     from .run import sweep
     from .runner import Experiment, run_configuration
-    from .store import COLUMNS, Store, results_frame
 
 __all__ = [
     "COLUMNS",
     "Configuration",
     "Experiment",
-    "Store",
+    "SweepFiles",
     "configurations",
     "dropped_max_ks",
     "figure",
@@ -34,14 +34,14 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
-        "COLUMNS": "store",
+        "COLUMNS": "files",
         "Configuration": "grid",
         "Experiment": "runner",
-        "Store": "store",
+        "SweepFiles": "files",
         "configurations": "grid",
         "dropped_max_ks": "grid",
         "figure": "plots",
-        "results_frame": "store",
+        "results_frame": "files",
         "run_configuration": "runner",
         "sweep": "run",
     },

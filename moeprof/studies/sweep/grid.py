@@ -48,12 +48,12 @@ class Configuration:
 
         null: the null distributions for "bh" (a Null, a path or "normal").
         """
-        from ...patching.patch import patch  # with torch, which nobody needs to list these
+        from ...models.blocks import own_top_k  # with torch, which nobody needs to list these
+        from ...patching.patch import patch
 
         if self.routing_type == "bh":
             return patch(model, "bh", null=null, alpha=self.alpha, max_k=self.max_k)
-        config: Any = model.config
-        if self.is_baseline(config.num_experts_per_tok):
+        if self.is_baseline(own_top_k(model)):
             return patch(model)  # the original top-k on the C path
         return patch(model, "topk", k=self.max_k)
 

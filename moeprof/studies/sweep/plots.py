@@ -9,8 +9,8 @@ import numpy as np
 
 from ...show.figures import MARKERS, pads, whole_ticks
 from .drawing import blank, label, shades, title
+from .files import results_frame
 from .quality import quality
-from .store import results_frame
 
 if TYPE_CHECKING:
     import pandas

@@ -10,8 +10,8 @@ import numpy as np
 
 from .advice import advice, is_above, is_below
 from .compared import compared, interval
+from .files import results_frame
 from .merged import merged, same_results
-from .store import results_frame
 
 if TYPE_CHECKING:
     import pandas

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from ...backends.cpu import cpu_info
 from ...checks import check_type
-from ...models.blocks import experts_of
+from ...models.blocks import experts_of, model_sizes
 from ...show.console import WIDTH, make_console, progress
 from ...version import __version__
 from .advice import advice
 from .beside import Budgets, budget_text, budgets, routers_by_budget, run_static
 from .compared import compared
+from .files import SweepFiles
 from .grid import ALPHAS, MAX_KS, configurations, dropped_max_ks
 from .merged import merged, same_results
 from .plots import figure
 from .report import report
 from .runner import Experiment
-from .store import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,12 +32,11 @@ if TYPE_CHECKING:
     from ...show.console import Bar
     from ...texts.windows import HeldOut
     from .grid import Configuration
-    from .store import Store
 
 
 def sweep(
     experiment: Experiment,
-    store: Store | str | os.PathLike[str],
+    files: SweepFiles | str | os.PathLike[str],
     facts: dict[str, Any],
     console: Console | None = None,
     *,
@@ -46,19 +45,19 @@ def sweep(
     static: Iterable[int] | None = None,
     calibration: HeldOut | None = None,
 ) -> dict[str, Any]:
-    """Run all configurations that fit the model and write the files of `Store`.
+    """Run all configurations that fit the model and write `SweepFiles`.
 
-    experiment: Experiment; store: Store, or the path of a folder; facts: a dict that goes into
-    the JSON as it is: model, seed, null, null_source (both in words) and null_code (what to give
-    to `moeprof.patch`); console: a rich Console; alphas, max_ks: the grid; static: the values of
-    k that static top-k is run with, 1 to the model's own when not given; calibration: HeldOut,
+    experiment: Experiment; files: SweepFiles, or the path of a folder; facts: a dict that goes
+    into the JSON as it is: model, seed, null, null_source (both in words) and null_code (what to
+    give to `moeprof.patch`); console: a rich Console; alphas, max_ks: the grid; static: the values
+    of k that static top-k is run with, 1 to the model's own when not given; calibration: HeldOut,
     the text that budgets are set on, shipped calibration text when not given.
     Returns the run: a dict as in the JSON. When it is interrupted, what is finished stays on
     disk, and KeyboardInterrupt goes on to the caller. The model is unpatched in every case.
     ValueError for a k that the model hasn't as many experts for, or a grid without BH.
     """
     check_type("sweep: experiment", experiment, Experiment, "an Experiment")
-    store = store if isinstance(store, Store) else Store(store)
+    files = files if isinstance(files, SweepFiles) else SweepFiles(files)
     console = console or make_console()
     num_experts, top_k = experts_of(experiment.model)
     planned = configurations(num_experts, top_k, alphas, max_ks)
@@ -77,16 +76,16 @@ def sweep(
     steps = len(planned) * experiment.steps + len(static) * windows + setter.steps
     try:
         with progress(console, steps, "sweep") as bar:
-            _grid(run, planned, experiment, store, console, bar)
+            _grid(run, planned, experiment, files, console, bar)
             _beside(run, static, setter, experiment, top_k, bar)
             run["finished"] = True
     except KeyboardInterrupt:
         console.print(f"Interrupted: {len(run['results'])} of {len(planned)} are finished")
         if run["results"]:
-            _finish(run, store, console)  # saves too: it may be saving that was interrupted
+            _finish(run, files, console)  # saves too: it may be saving that was interrupted
         raise
     console.print("ALL EXPERIMENTS COMPLETE!")
-    return _finish(run, store, console)
+    return _finish(run, files, console)
 
 
 def _static(ks: Iterable[int] | None, num_experts: int, top_k: int) -> list[int]:
@@ -102,7 +101,7 @@ def _grid(
     run: dict[str, Any],
     planned: list[Configuration],
     experiment: Experiment,
-    store: Store,
+    files: SweepFiles,
     console: Console,
     bar: Bar,
 ) -> None:
@@ -112,7 +111,7 @@ def _grid(
         baseline = run["results"][0] if run["results"] else None
         result = experiment.run(configuration, baseline, bar.step)
         run["results"].append(result)
-        store.save_results(run)
+        files.save_results(run)
         console.print(f"Completed in {result['seconds']:.1f}s")
         console.print(f"Avg experts: {result['avg_experts']:.2f}")
 
@@ -135,12 +134,12 @@ def _beside(
             run["budgets"].append(setter.run(router, budget, bar.step))
 
 
-def _finish(run: dict[str, Any], store: Store, console: Console) -> dict[str, Any]:
+def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[str, Any]:
     """Intervals, advice, report and figure from what is there, and the tables on the console."""
     run = compared(run)
     run = run | {"advice": advice(run)}
-    store.save_results(run)
-    store.save_report(report(run), figure(run["results"], run))
+    files.save_results(run)
+    files.save_report(report(run), figure(run["results"], run))
     for item in run["advice"]:
         console.print("")
         console.print(textwrap.fill(item["head"], WIDTH))
@@ -156,7 +155,7 @@ def _finish(run: dict[str, Any], store: Store, console: Console) -> dict[str, An
     console.print(_table(groups), width=min(WIDTH, console.width))
     for line in same_results(groups):
         console.print(textwrap.fill(line, WIDTH))
-    for path in (store.json, store.csv, store.quality, store.report, store.figure):
+    for path in (files.json, files.csv, files.quality, files.report, files.figure):
         console.print(f"Written: {path}")
     return run
 
@@ -193,7 +192,6 @@ def describe(
     import torch
 
     model = experiment.model
-    config: Any = model.config
     packages = ("torch", "transformers", "numpy")
     prompts = zip(experiment.complexities, experiment.prompts, strict=True)
     return {
@@ -205,15 +203,7 @@ def describe(
             **{name: version(name) for name in packages},
             "python": platform.python_version(),
         },
-        "model_config": {
-            "model_type": config.model_type,
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.num_experts_per_tok,
-            "num_hidden_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "norm_topk_prob": config.norm_topk_prob,
-        },
+        "model_config": model_sizes(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "cpu": cpu_info(),
         "threads": torch.get_num_threads(),

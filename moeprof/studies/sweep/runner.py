@@ -15,9 +15,10 @@ from ...checks import check_model, check_token_ids, check_tokenizer, check_type
 from ...demo.defaults import default_null, load_once
 from ...measure.generate import greedy
 from ...measure.loss import evaluate
-from ...models.blocks import experts_of
+from ...models.blocks import experts_of, own_top_k
 from ...models.tokens import prompt_ids
 from ...patching.patch import patch
+from ...texts.documents import read_texts
 from ...texts.prompts import COMPLEXITIES
 from ...texts.windows import heldout_windows
 from .grid import as_configuration
@@ -155,8 +156,7 @@ class Experiment:
             **measured,
             "seconds": time.perf_counter() - start,
         }
-        config: Any = self.model.config
-        top_k = config.num_experts_per_tok
+        top_k = own_top_k(self.model)
         baseline = result if configuration.is_baseline(top_k) else baseline
         return result | _compare(result, baseline, top_k)
 
@@ -182,7 +182,7 @@ class Experiment:
         }
 
     def _tally(self, handle: Handle) -> Tally:
-        return Tally(len(handle.layers), handle.layers[0].num_experts)
+        return Tally(len(handle.layers), max(layer.num_experts for layer in handle.layers))
 
     def _generate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
         """Greedy generation on all prompts, batch 1: experts, tokens per second, tokens, texts."""
@@ -246,7 +246,7 @@ def run_configuration(
     tokenizer: Tokenizer | None = None,
     null: AnyNull | str | os.PathLike[str] | None = None,
     baseline: dict[str, Any] | None = None,
-    heldout_documents: Iterable[Text] | None = None,
+    texts: Iterable[str | Text] | None = None,
 ) -> dict[str, Any]:
     """Run one configuration of the experiment, for notebooks; the sweep does the same 21 times.
 
@@ -263,7 +263,8 @@ def run_configuration(
         calibration text, once
     baseline : the dict of the baseline's run; without it delta_perplexity and token_agreement
         are None (but the baseline's own)
-    heldout_documents : objects with .domain, .name and .text; the shipped ones when not given
+    texts : list of str, or of objects with .text and .domain, each a document: the held-out text
+        that perplexity is measured on; what ships with the demo model when not given
 
     Returns
     -------
@@ -285,18 +286,18 @@ def run_configuration(
         model, tokenizer = load_once()
     check_model("run_configuration", model)
     check_tokenizer("run_configuration", tokenizer)
-    for name, texts in (("prompts", prompts), ("prompt_complexities", prompt_complexities)):
-        check_type(f"run_configuration: {name}", texts, Iterable, "a list of texts")
+    for name, given in (("prompts", prompts), ("prompt_complexities", prompt_complexities)):
+        check_type(f"run_configuration: {name}", given, Iterable, "a list of texts")
     configuration = as_configuration(config, *experts_of(model))
     if null is None and configuration.routing_type == "bh":
         null = default_null(model, tokenizer)
-    documents = heldout_documents or demo.heldout_documents()
+    heldout = demo.heldout_texts() if texts is None else read_texts(texts, "texts")
     experiment = Experiment(
         model,
         tokenizer,
         prompts if isinstance(prompts, str) else tuple(prompts),  # type: ignore[arg-type]  # refused
         tuple(prompt_complexities),
-        heldout_windows(tokenizer, documents),
+        heldout_windows(tokenizer, heldout),
         null,
         max_new_tokens,
     )

@@ -57,7 +57,7 @@ QUALITY = (
 )
 
 
-class Store:
+class SweepFiles:
     """The folder that a run's files are written to; made with the first of them.
 
     Raises OSError, before anything is run, when it can't be made or written to.

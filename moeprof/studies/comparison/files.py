@@ -42,7 +42,7 @@ COLUMNS = (
 INTERVAL = ("estimate", "low", "high", "band_low", "band_high")
 
 
-class Store:
+class ComparisonFiles:
     """The folder that the files are written to; made with the first of them.
 
     OSError, before anything is run, when it can't be made or written to.
@@ -59,7 +59,7 @@ class Store:
         self._written = time.monotonic()
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[Path, ...]:
         return self.json, self.csv, self.report, self.figure
 
     def save_now_and_then(self, run: Callable[[], dict[str, Any]]) -> None:
