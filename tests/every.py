@@ -2,8 +2,9 @@
 
 A family is the folder of transformers.models that defines the class; one that defines several
 has a name for each, "folder/Class". Most need no line here: the shapes of a config are made small
-by name (TINY), and what a family needs beyond that is in EXTRAS. As a program it writes the table of docs/models.md for the installed
-transformers.
+by name (TINY), and what a family needs beyond that is in EXTRAS.
+
+As a program it writes the table of docs/models.md for the installed transformers.
 """
 
 import copy
