@@ -3,12 +3,16 @@
 A family is the folder of transformers.models that defines the class; one that defines several
 has a name for each, "folder/Class". Most need no line here: the shapes of a config are made small
 by name (TINY), and what a family needs beyond that is in EXTRAS.
+
+As a program it writes the table of docs/models.md for the installed transformers.
 """
 
 import copy
 import importlib
 import inspect
 import re
+from dataclasses import replace
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +21,13 @@ import routing
 import torch
 import transformers
 from models import V5, relative
+from nulls import null_of, random_logits
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 import moeprof
+from moeprof.models.identity import gates_of, router_sample
 from moeprof.routers import REGISTRY
 
 VOCABULARY, H, E, K = 64, 32, 8, 3
@@ -328,43 +334,56 @@ def error(values: torch.Tensor, reference: torch.Tensor) -> float:
     return relative(values[finite], reference[finite])
 
 
-# ---- the table of docs/models.md ----
+# ---- the tables of docs/models.md ----
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+# What stands before and after the table of the installed transformers
+START, END = f"<!-- table of transformers {4 + V5} -->", f"<!-- end of transformers {4 + V5} -->"
 
 
 class Parity(NamedTuple):
     """How far a family's output lies from float64, patched and by itself.
 
-    path : what `moeprof.inspect` says of its MoE layers, and why it isn't `patch`
+    paths : what `moeprof.inspect` says of its MoE layers
     ours : None where it can't be patched
     routers : those that run, patched in
     """
 
     family: str
-    path: str
+    paths: str
     ours: float | None
     stock: float
     routers: list[str]
+
+
+def paths(model: nn.Module) -> str:
+    """How its MoE layers run, each way once."""
+    return ", ".join(dict.fromkeys(layer.path for layer in moeprof.inspect(model)))
 
 
 def parity(family: str) -> Parity:
     model = build(family)
     given = inputs(model)
     reference = truth(model, given)
-    layers = moeprof.inspect(model)
-    path = "; ".join(dict.fromkeys(f"{x.path}: {x.reason}".strip(": ") for x in layers))
     stock = error(run(model, given), reference)
     try:
-        with moeprof.patch(model):
-            ours = error(run(model, given), reference)
+        with moeprof.patch(model) as handle:
+            ours, layers = error(run(model, given), reference), len(handle.layers)
     except ValueError:
-        return Parity(family, path, None, stock, [])
-    return Parity(family, path, ours, stock, [n for n in REGISTRY if _runs(model, given, n)])
+        return Parity(family, paths(model), None, stock, [])
+    logits = [random_logits(2000, E, seed) for seed in range(layers)]
+    sample = router_sample(gates_of(model))
+    null = replace(null_of(*logits, kind="efron"), router_sample=sample)
+    routers = [name for name in REGISTRY if _runs(model, given, name, top_k(family), null)]
+    return Parity(family, paths(model), ours, stock, routers)
 
 
-def _runs(model: PreTrainedModel, given: dict[str, torch.Tensor], name: str) -> bool:
-    router = routing.make(name, E)
+def _runs(
+    model: PreTrainedModel, given: dict[str, torch.Tensor], name: str, k: int, null: moeprof.Null
+) -> bool:
+    router = routing.make(name, E, **({"k": k} if name == "topk" else {}))
     try:
-        with moeprof.patch(model, router, null="normal" if router.wants_null else None):
+        with moeprof.patch(model, router, null=null if router.wants_null else None):
             return bool(run(model, given).isfinite().all())
     except ValueError:
         return False
@@ -373,17 +392,34 @@ def _runs(model: PreTrainedModel, given: dict[str, torch.Tensor], name: str) -> 
 def table() -> str:
     """Markdown, a row a family."""
     lines = [
-        f"transformers {transformers.__version__}, float32, relative to float64",
+        f"transformers {transformers.__version__}, {date.today():%d %B %Y}",
         "",
-        "| family | path | patched | by itself | routers |",
+        "| family | path | error patched | error by itself | routers |",
         "|---|---|---|---|---|",
     ]
     for row in map(parity, [name for name in families() if name not in NOT_BUILT]):
         ours = "–" if row.ours is None else f"{row.ours:.1e}"
-        routers = "all" if len(row.routers) == len(REGISTRY) else ", ".join(row.routers) or "–"
-        lines.append(f"| {row.family} | {row.path} | {ours} | {row.stock:.1e} | {routers} |")
+        missing = [name for name in REGISTRY if name not in row.routers]
+        routers = f"all but {', '.join(missing)}" if missing else "all"
+        routers = routers if row.routers else "its own"
+        lines.append(f"| {row.family} | {row.paths} | {ours} | {row.stock:.1e} | {routers} |")
     return "\n".join(lines)
 
 
+def rows() -> dict[str, str]:
+    """{family: paths} of the page's table for the installed transformers."""
+    text = PAGE.read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
+    return dict(re.findall(r"^\| (\S+) \| ([^|]+) \| [\d–]", text, re.M))
+
+
+def main() -> None:
+    before, start, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{PAGE}: no {START} with {END} after it")
+    text = f"{before}{start}\n{table()}\n{end}{after}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(table())
+    main()

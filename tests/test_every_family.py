@@ -131,6 +131,16 @@ def test_what_cannot_be_built_is_known():
     assert {"mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "jamba", "olmoe"} <= set(BUILT)
 
 
+def test_the_page_has_a_row_for_each():
+    assert list(every.rows()) == BUILT, "python tests/every.py writes the table"
+
+
+@each
+def test_the_page_says_how_it_runs(family):
+    found = every.paths(stock(family).model)
+    assert every.rows()[family] == found, "python tests/every.py writes the table"
+
+
 @each
 def test_stock_computes(family):
     """Weights that make a test of it: finite, not all alike, no tie that float64 breaks."""

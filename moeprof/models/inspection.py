@@ -117,7 +117,8 @@ class Inspection(list[InspectedLayer]):
 def inspect(model: nn.Module) -> Inspection:
     """The MoE layers of a model: what they are, and whether moeprof can run them.
 
-    Nothing is run, and nothing in the model changes.
+    Of the model only its routers are run, on random hidden states, to see whether they choose by
+    the rule that moeprof has for them. Nothing in the model changes.
 
     Parameters
     ----------
@@ -127,6 +128,9 @@ def inspect(model: nn.Module) -> Inspection:
     -------
     Inspection
         A list of `InspectedLayer`, shown as a table; ``.to_frame()`` gives one of pandas.
+        `path` is "fused" (router and experts are one call to C), "seam" (they are moeprof's, in
+        the block's own forward), "experts only" (the model's own router chooses) or "the model's
+        own" (`moeprof.patch` refuses it).
 
     Raises
     ------

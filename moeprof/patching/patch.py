@@ -40,8 +40,9 @@ def patch(
 ) -> Handle:
     """Run the model's MoE blocks in C, with the model's own router or another.
 
-    Only the experts that a token is routed to are computed. Neither the original top-k nor
-    the original forward runs.
+    Only the experts that a token is routed to are computed. A block that does nothing else than
+    to route and to run experts is one call to C; in any other the block's own forward runs, with
+    moeprof's router and experts in it. `moeprof.inspect` says which, and what can't be patched.
 
     A model that is patched already gets this patch on top: it runs until its handle's
     ``unpatch()``, then the earlier one does again, and ``moeprof.unpatch(model)`` removes all.
@@ -51,9 +52,10 @@ def patch(
     Parameters
     ----------
     model : torch.nn.Module
-        Any model with ``OlmoeSparseMoeBlock`` in it, of transformers 4.57 or 5, on the CPU.
+        Of any family that moeprof knows (docs/models.md lists them), of transformers 4.57 or 5,
+        on the CPU.
     router : str, Router, callable, list, dict or None
-        None is the model's own top-k. A name takes its parameters as keywords:
+        None is the model's own rule. A name takes its parameters as keywords:
         ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
         dict has them by the layer's own number, its block's name or its gate's, and the layers
         that it leaves out keep the model's own. A callable takes the logits (T, E) and returns a
@@ -64,9 +66,10 @@ def patch(
         Where the p-values of the router come from: a fitted null, the path of a saved one, or
         "normal". None is "normal", with a warning.
     norm : {"model", "none", "sum", "mass"}
-        The weights of the selected experts, from the softmax p over all: "none" p_e; "sum"
-        p_e / sum p; "mass" scaled to the mass of the model's own top-k; "model" is "sum" where
-        the model has norm_topk_prob and "none" elsewhere.
+        The weights of the selected experts, from the score a that the model computes from a
+        logit (a softmax over all, or a sigmoid): "none" a_e; "sum" a_e / sum a; "mass" scaled
+        to the mass of the model's own top-k; "model" is "sum" where the model's weights sum to
+        1 and "none" elsewhere. The model's own scaling factors and epsilon apply in each.
     strict : bool
         A layer that can't run in C raises; with False it runs its own forward, with one
         warning, and ``handle.fallbacks`` names it.
@@ -87,7 +90,9 @@ def patch(
     ------
     ValueError
         "No routers found ..." for a model without such a block; a layer that can't run in C;
-        a parameter out of range; a null fitted to another model. The model is as it was.
+        a router for a layer whose own rule moeprof has no name for; a parameter out of range
+        (with groups of experts, `max_k` is at most the number that a token may use); a null
+        fitted to another model. The model is as it was.
     TypeError
         For what is no model, router or null.
     """
