@@ -41,7 +41,6 @@ FALLBACKS = (
             "jetmoe/JetMoeMoA",
             "jetmoe/JetMoeMoE",
             "llama4",
-            "phimoe",
             "qwen3_omni_moe/Qwen3OmniMoeTalkerTextSparseMoeBlock",
             "qwen3_omni_moe/Qwen3OmniMoeThinkerTextSparseMoeBlock",
             "qwen3_vl_moe",
@@ -54,7 +53,6 @@ OWN_RULE = {
     "axk2": "groups that a token may not use count as 0",
     "deepseek_v4": "the first layer looks its experts up by token id",
     "inkling": "shared experts take part of the weights",
-    "phimoe": "the weight of an expert depends on those before it",
     "zaya": "a token may choose no expert",
 }
 PATCHED = [family for family in BUILT if family not in FALLBACKS]
