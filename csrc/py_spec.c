@@ -229,7 +229,8 @@ typedef struct {
 
 static int parse_rule(PyObject *object, mp_float dtype, spec_parts *parts)
 {
-    static const char *const affinities[] = {"softmax", "sigmoid", "sqrt_softplus"};
+    static const char *const affinities[] = {"softmax", "sigmoid", "sqrt_softplus",
+                                             "sparsemixer"};
     const char *affinity_name;
     int rounds;
     mp_rule *rule = &parts->spec.rule;
@@ -237,13 +238,13 @@ static int parse_rule(PyObject *object, mp_float dtype, spec_parts *parts)
         PyErr_SetString(PyExc_TypeError, "rule: expected a tuple");
         return -1;
     }
-    if (!PyArg_ParseTuple(object, "sOpnnnpdddOp;rule", &affinity_name, &parts->bias,
+    if (!PyArg_ParseTuple(object, "sOpnnnpdddOpd;rule", &affinity_name, &parts->bias,
                           &rule->on_logits, &rule->groups, &rule->top_groups, &rule->best,
-                          &rule->zeroed, &rule->epsilon, &rule->floor, &rule->scale, &parts->expert_scale,
-                          &rounds))
+                          &rule->zeroed, &rule->epsilon, &rule->floor, &rule->scale,
+                          &parts->expert_scale, &rounds, &rule->jitter))
         return -1;
     const int affinity = choice("affinity", affinity_name, affinities, MP_AFFINITIES,
-                                "softmax, sigmoid or sqrt_softplus");
+                                "softmax, sigmoid, sqrt_softplus or sparsemixer");
     if (affinity < 0)
         return -1;
     rule->affinity = (mp_affinity)affinity;

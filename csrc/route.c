@@ -83,17 +83,28 @@ static double mass(const float *affinity, const int32_t *order, ptrdiff_t count)
     return sum;
 }
 
+/* b->affinity of the first `count` experts in `order`, where it depends on those before. */
+static void share_in_order(const mp_route_spec *spec, ptrdiff_t num_experts,
+                           const int32_t *order, ptrdiff_t count, const buffers *b)
+{
+    if (spec->rule.affinity == MP_SPARSEMIXER)
+        mp_shares_in_order(&spec->rule, b->logits, num_experts, spec->temperature,
+                           spec->round_to, order, count, b->below, b->affinity);
+}
+
 /* The affinities of the `norm_k` experts that the model would choose. `order` is mostly
  * theirs too, up to ties. */
 static double own_mass(const mp_route_spec *spec, ptrdiff_t num_experts, const buffers *b)
 {
     const ptrdiff_t eligible = mp_eligible(&spec->rule, num_experts);
-    for (ptrdiff_t i = 1; i < eligible; i++)
-        if (b->z[b->order[i - 1]] < b->z[b->order[i]]) {
+    const int32_t *order = b->order;
+    for (ptrdiff_t i = 1; i < eligible && order == b->order; i++)
+        if (b->z[order[i - 1]] < b->z[order[i]]) {
             mp_ops.order(NULL, b->z, num_experts, b->by_logit);
-            return mass(b->affinity, b->by_logit, spec->norm_k);
+            order = b->by_logit;
         }
-    return mass(b->affinity, b->order, spec->norm_k);
+    share_in_order(spec, num_experts, order, spec->norm_k, b);
+    return mass(b->affinity, order, spec->norm_k);
 }
 
 /* p_e / M_S by a softmax over S alone: where the fp32 softmax over all experts has
@@ -130,6 +141,7 @@ static void weigh(const mp_route_spec *spec, ptrdiff_t num_experts, const buffer
     double factor = rule->scale;
     if (spec->norm == MP_NORM_MASS)
         factor *= own_mass(spec, num_experts, b);
+    share_in_order(spec, num_experts, b->order, count, b);
     const double divisor = divisor_of(spec, b, count);
     const int lost = divisor < enough && rule->affinity != MP_SQRT_SOFTPLUS
                   && !(rule->epsilon > 0 || rule->floor > 0);

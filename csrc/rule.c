@@ -1,5 +1,6 @@
 #include "rule.h"
 
+#include "convert.h"
 #include "kernels.h"
 
 #include <math.h>
@@ -32,6 +33,7 @@ void mp_affinities(const mp_rule *rule, const float *logits, ptrdiff_t num_exper
 {
     switch (rule->affinity) {
     case MP_SOFTMAX:
+    case MP_SPARSEMIXER:
         mp_ops.softmax(logits, num_experts, temperature, affinity);
         return;
     case MP_SIGMOID:
@@ -45,6 +47,30 @@ void mp_affinities(const mp_rule *rule, const float *logits, ptrdiff_t num_exper
     case MP_AFFINITIES: break;
     }
     MP_NEVER();
+}
+
+void mp_shares_in_order(const mp_rule *rule, const float *logits, ptrdiff_t num_experts,
+                        double temperature, mp_float dtype, const int32_t *order,
+                        ptrdiff_t count, float *left, float *affinity)
+{
+    const float limit = mp_rounded((float)(2 * rule->jitter), dtype);
+    memcpy(left, logits, (size_t)num_experts * sizeof *left);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        float top = -INFINITY;
+        for (ptrdiff_t e = 0; e < num_experts; e++)
+            top = fmaxf(top, left[e]); /* not the NaN of those before */
+        double own = 0, sum = 0;
+        for (ptrdiff_t e = 0; e < num_experts; e++) {
+            const float l = left[e], gap = l == top ? 0 : top - l;
+            if (isnan(l) || mp_rounded(gap / fmaxf(fabsf(l), top), dtype) > limit)
+                continue;
+            const double part = exp(-gap / temperature);
+            sum += part;
+            own = e == order[i] ? part : own;
+        }
+        affinity[order[i]] = (float)(own / sum);
+        left[order[i]] = NAN;
+    }
 }
 
 static float least_of(const float *values, ptrdiff_t count)
@@ -61,7 +87,8 @@ static void log_affinities(const mp_rule *rule, const float *logits, ptrdiff_t n
                            float *z)
 {
     switch (rule->affinity) {
-    case MP_SOFTMAX: /* up to a number that is the same for all */
+    case MP_SOFTMAX:
+    case MP_SPARSEMIXER: /* up to a number that is the same for all */
         memcpy(z, logits, (size_t)num_experts * sizeof *z);
         return;
     case MP_SIGMOID:

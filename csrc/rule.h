@@ -6,6 +6,8 @@
 #ifndef MP_RULE_H
 #define MP_RULE_H
 
+#include "formats.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -16,6 +18,7 @@ typedef enum {
     MP_SOFTMAX,       /* over all experts */
     MP_SIGMOID,       /* 1 / (1 + exp(-l)) */
     MP_SQRT_SOFTPLUS, /* sqrt(log(1 + exp(l))) */
+    MP_SPARSEMIXER,   /* softmax to choose by; to weigh by, what mp_shares_in_order says */
     MP_AFFINITIES
 } mp_affinity;
 
@@ -31,6 +34,7 @@ typedef struct {
     double epsilon, floor;
     double scale;              /* of all weights */
     const float *expert_scale; /* (E,): of each expert's; or NULL */
+    double jitter;             /* of MP_SPARSEMIXER */
 } mp_rule;
 
 /* Whether there are experts that a token may not use. */
@@ -49,6 +53,15 @@ static inline ptrdiff_t mp_eligible(const mp_rule *rule, ptrdiff_t num_experts)
  * and are not -inf throughout. */
 void mp_affinities(const mp_rule *rule, const float *logits, ptrdiff_t num_experts,
                    double temperature, float *affinity);
+
+/* Of MP_SPARSEMIXER, as transformers' Phimoe has it in eval mode: the affinity of expert
+ * order[i], i < count, is its share in a softmax over the experts that are not in order[:i]
+ * and whose logit l is near the greatest of theirs, top:
+ *   (top - l) / max(|l|, top) <= 2 jitter
+ * compared in `dtype`, as the model does; 0 if its own is not near. left: (E,), written. */
+void mp_shares_in_order(const mp_rule *rule, const float *logits, ptrdiff_t num_experts,
+                        double temperature, mp_float dtype, const int32_t *order,
+                        ptrdiff_t count, float *left, float *affinity);
 
 /* z[e]: what a router sees in place of the logit: as the model orders experts, and so that
  * softmax(z) are their shares in what the model chooses by.

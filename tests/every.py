@@ -146,6 +146,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "mistral4": dict(head_dim=16),
     "muse_spark": dict(moe_hidden_size=H),
     "nemotron_h": dict(n_groups=2, ssm_state_size=4, mamba_num_heads=4, mamba_head_dim=8),
+    "phimoe": dict(num_experts_per_tok=2),
     "qwen3_5_moe": _QWEN_LINEAR,
     "qwen3_next": _QWEN_LINEAR,
     "qwen3_omni_moe/Qwen3OmniMoeTalkerTextExperts": dict(shared_expert_intermediate_size=20),

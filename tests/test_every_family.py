@@ -41,7 +41,6 @@ FALLBACKS = (
             "jetmoe/JetMoeMoA",
             "jetmoe/JetMoeMoE",
             "llama4",
-            "phimoe",
             "qwen3_omni_moe/Qwen3OmniMoeTalkerTextSparseMoeBlock",
             "qwen3_omni_moe/Qwen3OmniMoeThinkerTextSparseMoeBlock",
             "qwen3_vl_moe",
@@ -53,7 +52,6 @@ FALLBACKS = (
 OWN_RULE = {
     "deepseek_v4": "the first layer looks its experts up by token id",
     "inkling": "shared experts take part of the weights",
-    "phimoe": "the weight of an expert depends on those before it",
     "zaya": "a token may choose no expert",
 }
 PATCHED = [family for family in BUILT if family not in FALLBACKS]

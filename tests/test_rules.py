@@ -31,6 +31,7 @@ RULES = {
     "scales": Rule(expert_scale=SCALES, scale=3.0, rounds=False),
     "floor": Rule(floor=0.9),
     "epsilon": Rule("sigmoid", epsilon=0.5),
+    "sparsemixer": Rule("sparsemixer", jitter=0.2),
 }
 
 
@@ -38,6 +39,7 @@ def affinities(rule, logits):
     z = logits.astype(np.float64)
     return {
         "softmax": lambda: special.softmax(z, axis=1),
+        "sparsemixer": lambda: special.softmax(z, axis=1),
         "sigmoid": lambda: special.expit(z),
         "sqrt_softplus": lambda: np.sqrt(np.logaddexp(0, z)),
     }[rule.affinity]()
@@ -63,21 +65,38 @@ def choice_logits(rule, logits):
     bias = bias_of(rule)
     if rule.on_logits:
         return logits + bias
-    if rule.affinity == "softmax" and not np.ptp(bias):
+    if rule.affinity in ("softmax", "sparsemixer") and not np.ptp(bias):
         return logits.astype(np.float64)
     if rule.zeroed:
         return np.log(chosen_by(rule, logits) - min(bias.min(), 0))
     return np.log(affinities(rule, logits) + (bias - bias.min()))
 
 
+def affinities_of(rule, logits, ids):
+    """The affinities of the experts ids (T, k), in this order."""
+    if rule.affinity != "sparsemixer":
+        return np.take_along_axis(affinities(rule, logits), ids, 1)
+    logits = logits.astype(np.float64)
+    left, found = logits.copy(), np.empty(ids.shape)
+    for r in range(ids.shape[1]):
+        best = left.max(axis=1, keepdims=True)
+        near = best - left <= 2 * rule.jitter * np.maximum(abs(logits), best)
+        shares = special.softmax(np.where(near, left, -np.inf), axis=1)
+        found[:, r : r + 1] = np.take_along_axis(shares, ids[:, r : r + 1], 1)
+        np.put_along_axis(left, ids[:, r : r + 1], -np.inf, 1)
+    return found
+
+
 def weights_of(rule, logits, ids, norm, k):
     """The weights of the chosen experts ids (T, k), -1 for none."""
-    a, used = affinities(rule, logits), ids >= 0
-    weights = np.where(used, np.take_along_axis(a, np.maximum(ids, 0), 1), 0)
+    used = ids >= 0
+    weights = np.where(used, affinities_of(rule, logits, np.maximum(ids, 0)), 0)
     if norm != "none":
         total = weights.sum(axis=1, keepdims=True)
         own = np.argsort(-chosen_by(rule, logits), axis=1)[:, :k]
-        mass = np.take_along_axis(a, own, 1).sum(axis=1, keepdims=True) if norm == "mass" else 1
+        mass = 1
+        if norm == "mass":
+            mass = affinities_of(rule, logits, own).sum(axis=1, keepdims=True)
         weights = weights / np.maximum(total + rule.epsilon, rule.floor) * mass
     own = np.ones(E) if rule.expert_scale is None else rule.expert_scale
     return weights * rule.scale * np.where(used, own[ids], 0)
@@ -105,6 +124,11 @@ def test_top_k_is_the_models_own_choice_and_its_weights(rule, norm):
     best = np.argsort(-chosen_by(rule, LOGITS), axis=1)[:, :4]
     assert (np.sort(ids, axis=1) == np.sort(best, axis=1)).all() and (counts == 4).all()
     assert np.allclose(weights, weights_of(rule, LOGITS, ids, norm, 4), rtol=2e-6, atol=1e-7)
+
+
+def test_the_mass_of_more_experts_than_were_chosen(rule):
+    weights, ids, *_ = route(TopK(2), LOGITS, rule, "mass", 5)
+    assert np.allclose(weights, weights_of(rule, LOGITS, ids, "mass", 5), rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +204,10 @@ BAD = {
     "bias": (Rule(bias=BIAS[:-1]), "bias: expected a finite number for each of 24 experts"),
     "nan": (Rule(bias=np.full(E, np.nan, np.float32)), "bias: expected a finite number"),
     "expert_scale": (Rule(expert_scale=BIAS[:3]), "expert_scale: expected a finite number"),
-    "affinity": (Rule("tanh"), "affinity: expected softmax, sigmoid or sqrt_softplus, got tanh"),
+    "affinity": (
+        Rule("tanh"),
+        "affinity: expected softmax, sigmoid, sqrt_softplus or sparsemixer, got tanh",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import _C
 
-AFFINITIES = ("softmax", "sigmoid", "sqrt_softplus")
+AFFINITIES = ("softmax", "sigmoid", "sqrt_softplus", "sparsemixer")
 
 
 class Rule(NamedTuple):
@@ -26,6 +26,7 @@ class Rule(NamedTuple):
     scale : of all weights
     expert_scale : (E,) float32, of each expert's weight; None for none
     rounds : weights are rounded to the dtype of the hidden states, else they are float32
+    jitter : of sparsemixer: how near the best logit another must be, to share the weight
     """
 
     affinity: str = "softmax"
@@ -40,6 +41,7 @@ class Rule(NamedTuple):
     scale: float = 1.0
     expert_scale: Any = None
     rounds: bool = True
+    jitter: float = 0.0
 
     def eligible(self, num_experts: int) -> int:
         """How many of E experts a token may use."""

@@ -51,9 +51,10 @@ def choose(
 
 
 def affinities(logits: Tensor, rule: Rule) -> Tensor:
-    """(T, E): the scores that the model computes from its logits, see `Rule`."""
-    if rule.affinity == "softmax":
-        return torch.softmax(logits, -1)
+    """(T, E): the scores that the model computes from its logits, see `Rule`; of sparsemixer, whose
+    depend on the experts chosen before, the softmax that they are shares of."""
     if rule.affinity == "sigmoid":
         return torch.sigmoid(logits)
-    return torch.nn.functional.softplus(logits).sqrt()
+    if rule.affinity == "sqrt_softplus":
+        return torch.nn.functional.softplus(logits).sqrt()
+    return torch.softmax(logits, -1)

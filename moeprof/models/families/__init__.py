@@ -61,6 +61,10 @@ SIGMOID_SCORE_FN = GateRule(
     rounds=False,
 )
 
+SPARSEMIXER = GateRule(
+    affinity="sparsemixer", top_k=2, renormalises=False, jitter="router_jitter_noise"
+)
+
 _ROUTER = "router"  # the attribute of a block that holds its gate, where that isn't "gate"
 
 FAMILIES = (
@@ -162,6 +166,15 @@ FAMILIES = (
             config_top_k="top_k_experts",
         )
         for name in ("gemma4", "diffusion_gemma")
+    ),
+    # softmax to choose by; a weight depends on the experts before
+    Family("phimoe", SPARSEMIXER, _ROUTER),
+    Family(
+        "phimoe",
+        SPARSEMIXER,
+        blocks=("PhimoeSparseMoeBlock",),
+        expert="PhimoeBlockSparseTop2MLP",
+        projections=("w1", "w3", "w2"),
     ),
     # sigmoid, a bias, groups
     *(
@@ -285,7 +298,6 @@ FAMILIES = (
     *(Family(name, SIGMOID_SCORE_FN) for name in ("deepseek_v4", "inkling2", "inkling2_loop")),
     # Their own router chooses, by a rule that is none of these: masks and shares of their own.
     *(Family(name, GateRule(logits="")) for name in ("inkling", "zaya")),
-    Family("phimoe", GateRule(logits=""), _ROUTER),
 )
 
 

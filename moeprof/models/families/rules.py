@@ -29,13 +29,14 @@ class GateRule:
     top_k, renormalises : how many experts; whether their weights are scaled to sum 1
     groups : attributes of `groups` and `top_groups`; groups_if : (attribute, value), else there
         are none
+    jitter : of the affinity sparsemixer
     logits : "plain" is the product with `weight`, plus `bias` if the gate has one; "float32" the
         same in float32; "" what the gate itself returns
     takes : what the block gives the gate besides the hidden states
     """
 
     affinity: str = "softmax"
-    top_k: str = "top_k"
+    top_k: int | str = "top_k"
     renormalises: bool | str = True
     bias: str = ""
     on_logits: bool = False
@@ -48,6 +49,7 @@ class GateRule:
     scale: float | str = 1.0
     expert_scale: str = ""
     rounds: bool = True
+    jitter: float | str = 0.0
     logits: str = "plain"
     weight: str = "weight"
     takes: tuple[str, ...] = ()
@@ -73,7 +75,8 @@ class RuleReader:
 
     def __init__(self, record: GateRule):
         self.record = record
-        named = (record.floor, record.scale, record.bias, record.expert_scale, record.affinity)
+        named = (record.floor, record.scale, record.jitter, record.bias, record.expert_scale)
+        named = (*named, record.affinity)
         paths = [p for p in named if isinstance(p, str) and p and p not in AFFINITIES]
         self._others = [*paths, *(record.groups or ())]
         if record.groups_if:
@@ -83,12 +86,17 @@ class RuleReader:
         record = self.record
         scaled = record.renormalises
         return Settings(
-            getattr(gate, record.top_k)
-            if "." not in record.top_k
-            else self._at(gate, block, record.top_k),
+            self._top_k(block, gate),
             bool(getattr(gate, scaled)) if isinstance(scaled, str) else scaled,
             tuple([_mark(self._at(gate, block, path)) for path in self._others]),
         )
+
+    def _top_k(self, block: nn.Module, gate: nn.Module) -> int:
+        top_k = self.record.top_k
+        if isinstance(top_k, int):
+            return top_k
+        found: int = getattr(gate, top_k) if "." not in top_k else self._at(gate, block, top_k)
+        return found
 
     def rule(self, block: nn.Module, gate: nn.Module) -> Rule:
         record = self.record
@@ -113,6 +121,7 @@ class RuleReader:
             if record.expert_scale
             else None,
             rounds=record.rounds,
+            jitter=number(record.jitter),
         )
         return rule._replace(zeroed=record.zeroed and is_zeroed(rule))
 
