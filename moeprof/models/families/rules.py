@@ -74,8 +74,8 @@ class RuleReader:
 
     def __init__(self, record: GateRule):
         self.record = record
-        named = (record.floor, record.scale, record.jitter, record.bias, record.expert_scale)
-        named = (*named, record.affinity)
+        numbers = (record.floor, record.scale, record.jitter)
+        named = (*numbers, record.bias, record.expert_scale, record.affinity)
         paths = [p for p in named if isinstance(p, str) and p and p not in AFFINITIES]
         self._others = [*paths, *(record.groups or ())]
         if record.groups_if:
