@@ -117,7 +117,10 @@ def test_unreadable_output_of_a_router(model, output):
 @pytest.mark.parametrize("index", [9, -2, 2**40])
 def test_index_that_is_no_expert(model, index):
     wrap_gates(model, lambda z: (choose(z)[0], choose(z)[1].fill_(index)))
-    with moeprof.patch(model), pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: .*index"):
+    with (
+        moeprof.patch(model),
+        pytest.raises(ValueError, match=r"model\.layers\.0\.mlp \(olmoe\): .*index"),
+    ):
         logits(model)
 
 

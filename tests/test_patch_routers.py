@@ -164,7 +164,9 @@ def test_what_a_python_router_may_not_return(output):
 def test_what_is_no_routing_is_named(router, said):
     model = olmoe()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=f"unexpected: model.layers.0.mlp: the router .* {said}"):
+    with pytest.raises(
+        ValueError, match=f"unexpected: model.layers.0.mlp .olmoe.: the router .* {said}"
+    ):
         run(model, router)
     assert_unchanged(model, before)
 
@@ -230,7 +232,9 @@ def test_signs_that_are_still_to_be_turned():
 
 def test_an_index_outside_names_the_layer():
     bad = torch.full((22, 1), 9)
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp: experts: an index is outside"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.0.mlp \(olmoe\): experts: an index is outside"
+    ):
         run(olmoe(), lambda z: (torch.ones(22, 1), bad))
 
 

@@ -31,6 +31,9 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
         read = read_gate(output, tokens, num_experts, name)
         assert read.weights is not None and read.expert_ids is not None  # of a pair both are read
         weights, experts = read.weights, read.expert_ids
+        if experts.shape[1] > num_experts:
+            found = f"{experts.shape[1]} slots for each token, and there are {num_experts} experts"
+            raise _refused(name, found)
     else:
         raise ValueError(
             f"Router output format unexpected: {name}: wanted of a router in Python weights "

@@ -89,7 +89,7 @@ def choose_in_python(layer: PatchedLayer, said: Routing) -> tuple[Tensor | None,
             "logits, and the gate returned weights and indices only"
         )
     if router is not None and not isinstance(router, Router):
-        return read_routing(router(said.logits), said.logits, layer.name)
+        return read_routing(router(said.logits), said.logits, layer.title)
     return None
 
 
@@ -102,8 +102,8 @@ def _run_chosen(
     logits: Tensor | None,
 ) -> tuple[Tensor, Routing]:
     if reason := routing_obstacle(expert_ids, routing_weights):
-        raise ValueError(f"{layer.name}: {reason}")
-    out = run_experts(x, expert_ids, routing_weights, table, layer.name)
+        raise ValueError(f"{layer.title}: {reason}")
+    out = run_experts(x, expert_ids, routing_weights, table, layer.title)
     return out, ran(layer, routing_weights, expert_ids, logits)
 
 

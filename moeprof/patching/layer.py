@@ -45,6 +45,11 @@ class PatchedLayer(Patched):
     _spec: tuple[Settings, RouteSpec, Any] | None = None
     _read: tuple[nn.Module, Unchanged, WeightTable] | None = None
 
+    @property
+    def title(self) -> str:
+        """What it is called where what a router returned is refused."""
+        return f"{self.name} ({self.family.family.name})"
+
     def spec(self, block: nn.Module) -> tuple[RouteSpec, Any]:
         """(what the router is told, the same as operands of `moe_op`).
 

@@ -144,7 +144,7 @@ def experts_forward(
     if call is None:
         out: Tensor = type(self).forward(self, hidden_states, expert_ids, routing_weights)
         return out
-    name = call.layer.name
+    name = call.layer.title
     reason = input_obstacle(call.table, hidden_states)
     if reason := reason or routing_obstacle(expert_ids, routing_weights):
         raise RuntimeError(not_runnable(name, reason))

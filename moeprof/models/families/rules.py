@@ -75,8 +75,8 @@ class RuleReader:
 
     def __init__(self, record: GateRule):
         self.record = record
-        named: list[float | str] = [record.floor, record.scale, record.jitter]
-        named += [record.bias, record.expert_scale, record.affinity]
+        numbers = (record.floor, record.scale, record.jitter)
+        named = (*numbers, record.bias, record.expert_scale, record.affinity)
         paths = [p for p in named if isinstance(p, str) and p and p not in AFFINITIES]
         self._others = [*paths, *(record.groups or ())]
         if record.groups_if:
