@@ -45,6 +45,21 @@ PyArrayObject *mp_logits(PyObject *logits, mp_float hidden, mp_float *dtype)
     return mp_array(logits, "router_logits", mp_carrier(*dtype), 2);
 }
 
+/* The logits and the spec that they go with; NULL with an error if they don't. Borrowed. */
+static PyArrayObject *logits_of(PyObject *module, PyObject *logits, PyObject *spec,
+                                const mp_route_spec_object **s, mp_float *dtype)
+{
+    PyArrayObject *view;
+    if (!(*s = mp_spec_of(module, spec)) || !(view = mp_logits(logits, (*s)->dtype, dtype)))
+        return NULL;
+    if (PyArray_DIM(view, 1) == (*s)->num_experts)
+        return view;
+    PyErr_Format(PyExc_ValueError, "router_logits: expected %zd experts, as the RouteSpec "
+                 "has, got %zd", (Py_ssize_t)(*s)->num_experts,
+                 (Py_ssize_t)PyArray_DIM(view, 1));
+    return NULL;
+}
+
 PyDoc_STRVAR(route_doc,
 "route(logits, spec, threads, want_p)\n--\n\n"
 "logits (T,E) of the dtype of the RouteSpec, or float32 -> routing_weights (T,max_k) float32,\n"
@@ -62,15 +77,11 @@ static PyObject *route(PyObject *module, PyObject *args)
     ptrdiff_t bad_row;
 
     if (!PyArg_ParseTuple(args, "OOip:route", &logits, &spec_object, &threads, &want_p)
-        || mp_check_threads(threads) || !(s = mp_spec_of(module, spec_object))
-        || !(view = mp_logits(logits, s->dtype, &dtype)))
+        || mp_check_threads(threads)
+        || !(view = logits_of(module, logits, spec_object, &s, &dtype)))
         return NULL;
     npy_intp shape[2] = {PyArray_DIM(view, 0), PyArray_DIM(view, 1)};
     const void *z = PyArray_DATA(view);
-    if (shape[1] != s->num_experts)
-        return PyErr_Format(PyExc_ValueError,
-                            "router_logits: expected %zd experts, as the RouteSpec has, got "
-                            "%zd", (Py_ssize_t)s->num_experts, (Py_ssize_t)shape[1]);
     if (want_p && !(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
         goto done;
     if (mp_new_routing(shape[0], s->spec.max_k, arrays, &routing))
@@ -103,14 +114,9 @@ static PyObject *choice_logits(PyObject *module, PyObject *args)
     mp_float dtype;
     const mp_route_spec_object *s;
     if (!PyArg_ParseTuple(args, "OO:choice_logits", &logits, &spec_object)
-        || !(s = mp_spec_of(module, spec_object))
-        || !(view = mp_logits(logits, s->dtype, &dtype)))
+        || !(view = logits_of(module, logits, spec_object, &s, &dtype)))
         return NULL;
     const npy_intp T = PyArray_DIM(view, 0), E = PyArray_DIM(view, 1);
-    if (E != s->num_experts)
-        return PyErr_Format(PyExc_ValueError,
-                            "router_logits: expected %zd experts, as the RouteSpec has, got "
-                            "%zd", (Py_ssize_t)s->num_experts, (Py_ssize_t)E);
     float *row = malloc((size_t)E * (2 * sizeof *row + sizeof(int32_t)));
     if (!row)
         return PyErr_NoMemory();

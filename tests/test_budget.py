@@ -132,7 +132,7 @@ def test_every_router_is_solved_on_stored_logits(cls):
 def stand_in(main, bounds, increasing, counts):
     """A Router with one parameter whose count_tokens is `counts`; it is not registered."""
 
-    def count_tokens(self, logits, null):
+    def count_tokens(self, logits, null, rule=PLAIN):
         found = np.clip(counts(self, logits), 1, 8)
         return found, found
 

@@ -1,7 +1,8 @@
 """The families of MoE blocks that `moeprof.patch` knows, a record each.
 
-To add one: a record here, and a row in tests/zoo.py. `GateRule` in rules.py says what a rule
-may name; a gate that doesn't do what its record says keeps its own choice.
+To add one: a record here; the tests find its models by themselves (tests/every.py). `GateRule` in
+rules.py says what a rule may name; a gate that doesn't do what its record says keeps its own
+choice.
 """
 
 import sys

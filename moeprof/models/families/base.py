@@ -141,6 +141,8 @@ class Layout:
 
     def obstacle(self, block: nn.Module) -> str | None:
         """What stands before the experts of this block and would be passed by, or None."""
+        if block.training and self.family.rule.affinity == "sparsemixer":
+            return "its router draws experts at random in training mode: call model.eval()"
         return gate_obstacle(self.gate_of(block), self.has_stock_gate(block))
 
     def unchanged(self, block: nn.Module) -> Unchanged:
