@@ -27,7 +27,7 @@ def _choice(logits, k=2):
 BAD = {  # {what: (the router, the error)}
     "k above E": (
         lambda z: _choice(z, z.shape[1] + 1),
-        "9 slots for each token, and there are 8 experts",
+        "9 experts for a token, and there are 8",
     ),
     "an id above": (lambda z: (_choice(z)[0], _choice(z)[1] + z.shape[1] + 1), "index"),
     "an id below": (lambda z: (_choice(z)[0], _choice(z)[1] - 7), "index"),

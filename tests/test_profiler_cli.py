@@ -20,6 +20,7 @@ from wording import says
 import moeprof
 from moeprof import cli, demo
 from moeprof.cli import profile as profile_arguments
+from moeprof.models import families
 from moeprof.profile import run
 from moeprof.profiler.records import read_records
 
@@ -178,8 +179,11 @@ def test_a_model_that_is_not_patched_is_profiled_as_it_is(mixtral, text, tmp_pat
 @pytest.mark.parametrize(
     "option", [("--router", "topk:k=1"), ("--patched",), ("--ablation",), ("--router", "bh")]
 )
-def test_a_model_that_cannot_be_patched_leaves_nothing(mixtral, text, tmp_path, capsys, option):
+def test_a_model_that_cannot_be_patched_leaves_nothing(
+    mixtral, text, tmp_path, capsys, option, monkeypatch
+):
     """Told before anything runs: neither a folder nor records are left."""
+    monkeypatch.setattr(families, "FAMILIES", ())
     places = "--out", tmp_path / "out", "--records", tmp_path / "records"
     assert profile("--model", mixtral, "--text", text, *places, *option) == 2
     assert "No routers found in MixtralForCausalLM" in error(capsys)

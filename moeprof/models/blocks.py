@@ -56,9 +56,22 @@ class Block(NamedTuple):
     def check(self) -> Checked:
         """What is known of its own router."""
         if not self.family.has_stock_gate(self.module):  # a user's, which may choose or not
-            return Checked(self.family.rule(self.module), False, "")
+            return self._of_users_gate()
         dtype = next(self.family.experts_of(self.module).parameters()).dtype
         return self.family.check(self.module, dtype)
+
+    def _of_users_gate(self) -> Checked:
+        """A gate that a user put in has the rule of the family where it has what that names."""
+        try:
+            rule, settings = self.rule(), self.family.settings(self.module)
+            own = ("topk", (float(settings.top_k),), settings.top_k, settings.top_k, 1.0, "none")
+            null = ("normal", "logit", None)
+            size = self.num_experts
+            RouteSpec(*own, 1, null, None, rule, num_experts=size).in_c("float32")
+        except (TypeError, ValueError, AttributeError):
+            gate = type(self.family.gate_of(self.module)).__name__
+            return Checked(None, False, f"its router {gate} lacks what the family's rule names")
+        return Checked(rule, False, "")
 
     def rule(self) -> Rule:
         """What its own router makes of its logits, as it is set now."""

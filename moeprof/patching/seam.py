@@ -70,6 +70,10 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if reason := reason or hidden_obstacle(table.matrices[0], hidden_states):
         return own_forward(self, layer, reason, args, kwargs)
     call = _Call(self, layer, table)
+    if reason := _replaced(call):
+        if vars(self).get(STATE) is not layer:  # another thread unpatched the block meanwhile
+            return unpatched_forward(self, layer)(*args, **kwargs)
+        return own_forward(self, layer, reason, args, kwargs)
     stack = vars(_CALLS).setdefault("stack", [])
     stack.append(call)
     try:
@@ -80,6 +84,15 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         by_user = not layer.family.has_stock_gate(self)
         tell(self, layer, hidden_states, call.ran(), by_user, start)
     return output
+
+
+def _replaced(call: _Call) -> str | None:
+    """What of the block is no longer what was patched, or None."""
+    for part, forward in ((call.gate, gate_forward), (call.experts, experts_forward)):
+        own = vars(part).get("forward")
+        if getattr(own, "__func__", None) is not forward:
+            return f"its {type(part).__name__} was put in after patch: unpatch, and patch again"
+    return None
 
 
 def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +109,7 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
         recorded = layer.family.reader.logits(self, x)
         said = Routing(None, None, logits=recorded)
     else:
-        output = type(self).forward(self, hidden_states, *args, **kwargs)
+        output = unpatched_forward(self, layer)(hidden_states, *args, **kwargs)
         if is_stock:
             said = _stock_choice(output, layer.num_experts)
         else:
@@ -109,7 +122,11 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
         elif said.logits is not None:
             recorded = said.logits
     call.said = _choose(call, said, x)
-    return recorded, call.said.weights, call.said.expert_ids, *rest
+    expert_ids = call.said.expert_ids
+    if layer.router is None and expert_ids is not None:
+        # As its own router has them: another thread may unpatch the experts before they run.
+        expert_ids = expert_ids.long()
+    return recorded, call.said.weights, expert_ids, *rest
 
 
 def _stock_choice(output: Any, num_experts: int) -> Routing:

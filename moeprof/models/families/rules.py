@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...backends.c import C
 from ...backends.spec import AFFINITIES, RouteSpec, Rule
+from ...backends.tables import as_array
 from ..reading import as_logits
 
 ROWS = 32  # that a gate is checked on
@@ -67,7 +68,7 @@ class Settings(NamedTuple):
 
     top_k: int
     renormalises: bool
-    others: tuple[Any, ...]  # for tensors: where they lie, and how often they were written to
+    others: tuple[Any, ...]  # for tensors: their bytes
 
 
 class RuleReader:
@@ -174,8 +175,9 @@ def _mark(value: Any) -> Any:
     """Of a tensor, what changes when it does; anything else itself."""
     if not isinstance(value, Tensor):
         return value
-    version = 0 if value.is_inference() else value._version
-    return value.data_ptr(), version
+    if torch.compiler.is_compiling() or value.is_meta:  # those have no values
+        return value.data_ptr(), 0 if value.is_inference() else value._version
+    return as_array(value.cpu()).tobytes()  # not its version: `.data` and NumPy write past that
 
 
 def _array(values: Tensor | None) -> Any:
