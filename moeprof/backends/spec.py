@@ -128,6 +128,15 @@ class RouteSpec:
         )
 
 
+def topk_spec(rule: Rule, num_experts: int, top_k: int = 1, norm: str = "none") -> RouteSpec:
+    """Of a model's own top-k by its rule."""
+    null = ("normal", "logit", None)
+    k = (float(top_k),)
+    return RouteSpec(
+        "topk", k, top_k, top_k, 1.0, norm, top_k, null, None, rule, num_experts=num_experts
+    )
+
+
 def max_k_of(text: str) -> int:
     """The max_k in what `RouteSpec.operands` gave."""
     max_k: int = json.loads(text)[3]

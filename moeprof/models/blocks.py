@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.c import C
-from ..backends.spec import PLAIN, RouteSpec, Rule
+from ..backends.spec import PLAIN, Rule, topk_spec
 from ..backends.tables import tensor_obstacle
 from .families import FAMILIES, family_of
 from .families.base import Layout
@@ -64,10 +64,7 @@ class Block(NamedTuple):
         """A gate that a user put in has the rule of the family where it has what that names."""
         try:
             rule, settings = self.rule(), self.family.settings(self.module)
-            own = ("topk", (float(settings.top_k),), settings.top_k, settings.top_k, 1.0, "none")
-            null = ("normal", "logit", None)
-            size = self.num_experts
-            RouteSpec(*own, 1, null, None, rule, num_experts=size).in_c("float32")
+            topk_spec(rule, self.num_experts, settings.top_k).in_c("float32")
         except (TypeError, ValueError, AttributeError):
             gate = type(self.family.gate_of(self.module)).__name__
             return Checked(None, False, f"its router {gate} lacks what the family's rule names")
@@ -99,9 +96,7 @@ class Block(NamedTuple):
             rule = rule._replace(groups=1, top_groups=1, best=1)
         if rule.affinity == "softmax" and rule.bias is None and not rule.zeroed:
             return logits.float()
-        null = ("normal", "logit", None)
-        size = self.num_experts
-        spec = RouteSpec("topk", (1.0,), 1, 1, 1.0, "none", 1, null, None, rule, num_experts=size)
+        spec = topk_spec(rule, self.num_experts)
         return C.choice_logits(logits.float(), spec, torch.float32)
 
     def choice_rule(self) -> Rule:

@@ -158,11 +158,16 @@ def own_forward(
         reason = explained(reason, block)
         warn_fallback(layer.name, reason)
         layer.fallback = reason
-    hidden_states = args[0] if args else next(iter(kwargs.values()))
+    hidden_states = first_of(args, kwargs)
     with ExitStack() as observed:
         for observer in observers_of(block):
             observed.enter_context(observer.stock(hidden_states))
         return unpatched_forward(block, layer)(*args, **kwargs)
+
+
+def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a block's call: the hidden states."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def unpatched_forward(module: nn.Module, layer: PatchedLayer) -> Any:

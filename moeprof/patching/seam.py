@@ -17,6 +17,7 @@ from ..models.reading import as_logits, read_gate
 from ..models.routing import Routing
 from .forward import (
     choose_in_python,
+    first_of,
     hidden_obstacle,
     input_obstacle,
     own_forward,
@@ -65,7 +66,7 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
     watched = bool(layer.callbacks or observers_of(self))
     start = perf_counter_ns() if watched else 0
-    hidden_states = args[0] if args else next(iter(kwargs.values()))
+    hidden_states = first_of(args, kwargs)
     table, reason = layer.table(self)
     if reason := reason or hidden_obstacle(table.matrices[0], hidden_states):
         return own_forward(self, layer, reason, args, kwargs)

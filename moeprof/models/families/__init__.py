@@ -54,6 +54,9 @@ SIGMOID_GIVEN = GateRule(
     takes=("block.e_score_correction_bias",),
     rounds=False,
 )
+SIGMOID_GIVEN_SCALED = replace(
+    SIGMOID_GIVEN, epsilon=1e-20, scale="router_scaling_factor", logits="float32"
+)
 SIGMOID_SCORE_FN = GateRule(
     affinity="score_fn",
     bias="e_score_correction_bias",
@@ -207,18 +210,7 @@ FAMILIES = (
     ),
     Family("axk2", replace(SIGMOID_GROUPS, zeroed=True)),
     Family("dots3_note", SIGMOID_GROUPS, blocks=("Dots3NoteTextMoE",)),
-    Family(
-        "beam",
-        GateRule(
-            affinity="sigmoid",
-            renormalises="norm_topk_prob",
-            bias="e_score_correction_bias",
-            groups=("num_group|n_group", "topk_group"),
-            epsilon=1e-20,
-            rounds=False,
-            logits="float32",
-        ),
-    ),
+    Family("beam", replace(SIGMOID_GROUPS, scale=1.0)),  # its block scales
     # sigmoid, without groups
     Family("minimax_m2", SIGMOID_GIVEN),
     Family(
@@ -226,30 +218,16 @@ FAMILIES = (
         GateRule(affinity="sigmoid", bias="e_score_correction_bias", rounds=False),
     ),
     *(
-        Family(
-            name,
-            GateRule(
-                affinity="sigmoid",
-                bias="block.e_score_correction_bias",
-                takes=("block.e_score_correction_bias",),
-                epsilon=1e-20,
-                scale="router_scaling_factor",
-                rounds=False,
-                logits="float32",
-            ),
-            blocks=blocks,
-        )
+        Family(name, SIGMOID_GIVEN_SCALED, blocks=blocks)
         for name, blocks in (("hy_v3", ()), ("dots3_note", ("Dots3NoteVisionMoE",)))
     ),
     Family(
         "afmoe",
-        GateRule(
-            affinity="sigmoid",
+        replace(
+            SIGMOID_GIVEN_SCALED,
             bias="block.expert_bias",
             takes=("block.expert_bias",),
-            epsilon=1e-20,
             scale="route_scale",
-            rounds=False,
             logits="",
         ),
         _ROUTER,

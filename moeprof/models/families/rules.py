@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backends.c import C
-from ...backends.spec import AFFINITIES, RouteSpec, Rule
+from ...backends.spec import AFFINITIES, Rule, topk_spec
 from ...backends.tables import as_array
 from ..reading import as_logits
 
@@ -250,12 +250,7 @@ def _difference(
     top_k, num_experts = settings.top_k, logits.shape[1]
     if ids.shape[1] != top_k:
         return f"its router took {ids.shape[1]} experts, and {top_k} is what it is set to"
-    norm = "sum" if settings.renormalises else "none"
-    null = ("normal", "logit", None)
-    k = (float(top_k),)
-    spec = RouteSpec(
-        "topk", k, top_k, top_k, 1.0, norm, top_k, null, None, rule, num_experts=num_experts
-    )
+    spec = topk_spec(rule, num_experts, top_k, "sum" if settings.renormalises else "none")
     given = (logits if logits.dtype == dtype else logits.float()).contiguous()
     try:
         mine, mine_ids, *_ = C.route(given, spec, dtype)
