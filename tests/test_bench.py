@@ -12,18 +12,20 @@ import torch
 from matplotlib import image
 from matplotlib.colors import to_rgb
 from models import V5
+from transformers import AutoConfig
 from util import in_use
 
 import moeprof
 from moeprof import _C
 from moeprof.bench import kernels, layer, model, router, twins
-from moeprof.bench.settings import SHAPES, Shape
+from moeprof.bench.settings import FAMILIES, SHAPES, Shape, family_of
 from moeprof.bench.weights import Calls, layer_weights
 from moeprof.cli import main
 from moeprof.measure import limits
 from moeprof.measure.limits import roof
 from moeprof.measure.machine import check_memory
 from moeprof.measure.timing import interleave
+from moeprof.models.families.base import Layout
 from moeprof.routers import make_router
 from moeprof.show.figures import COLOURS, colours, plain
 
@@ -118,6 +120,42 @@ def test_layer_names_the_peers_that_are_left_out(capsys, tmp_path, monkeypatch):
     assert result["contenders"] == [*STOCK, "moeprof"]
     assert "left out: vllm: ValueError: VLLM_SO does not name its library" in out
     assert "left out: zentorch: " in out
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
+def test_block(family, capsys, tmp_path):
+    """The same output from every contender; the seam beside the one call, where there is one."""
+    picture = tmp_path / "block.png"
+    options = ("--family", family, "--tokens", "1,5", "--dtype", "float32", "--plot", picture)
+    out, result = bench(capsys, tmp_path, "block", *SHAPE, *options)
+    fused = family == "olmoe" or not V5
+    names = [*STOCK, *["batched_mm"] * V5, "moeprof", *["moeprof, seam"] * (fused and V5)]
+    assert result["contenders"] == names and result["missing"] == {}
+    assert result["path"] == ("fused" if fused else "seam")
+    assert [row["tokens"] for row in result["rows"]] == [1, 5]
+    for row in result["rows"]:
+        assert set(row["times"]) == set(names)
+        assert set(row["differences"]) == set(names) - {"eager"}
+        assert all(difference < 1e-6 for difference in row["differences"].values())
+    assert ("What the seam adds" in out) == (fused and V5)
+    assert f"Path of moeprof: {result['path']}" in out
+    assert image.imread(picture).shape[2] == 4
+
+
+def test_block_says_what_does_not_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Layout, "obstacle", lambda layout, block: "a cause")
+    out, result = bench(capsys, tmp_path, "block", *SHAPE, "--tokens", 1)
+    assert result["missing"] == {"moeprof": "a cause"} and "moeprof" not in result["contenders"]
+    assert "left out: moeprof: a cause" in out
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+def test_every_named_shape_has_its_family(shape):
+    """The config of the family takes the sizes under the names that the record says."""
+    family = FAMILIES[family_of(shape)]
+    config = AutoConfig.for_model(family_of(shape))
+    assert all(hasattr(config, name) for name in (*family.sizes, *family.others))
+    assert [name for name, f in FAMILIES.items() if shape.name in f.shapes] == [family_of(shape)]
 
 
 @pytest.mark.once

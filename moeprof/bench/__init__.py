@@ -1,6 +1,6 @@
-"""Benchmarks: the kernels, a layer, the router and a whole model, each against its limits.
+"""Benchmarks: the kernels, a layer, a block, the router and a whole model, each against its limits.
 
-``moeprof bench kernels|layer|router|model``. Machines drift, and one process sees twice the
+``moeprof bench kernels|layer|block|router|model``. Machines drift, and one process sees twice the
 bandwidth of another, so all contenders run in turn in every round and only ratios within one
 run are compared. Nothing here is imported until a benchmark is asked for.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..bench.settings import DTYPES, SHAPES, Settings, Shape
+from ..bench.settings import DTYPES, FAMILIES, SHAPES, Settings, Shape
 from .arguments import add_threads, integer
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ _MOST = 10**6
 
 
 def add_bench(commands: Commands) -> None:
-    """Add `bench` and its four benchmarks to the commands of `moeprof`."""
-    bench = commands.add_parser("bench", help="time kernels, layers, routers and models")
+    """Add `bench` and its benchmarks to the commands of `moeprof`."""
+    bench = commands.add_parser("bench", help="time kernels, layers, blocks, routers and models")
     names = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     kernels = names.add_parser(
         "kernels", help="every variant of every kernel against scalar and its limit, one thread"
@@ -33,6 +33,14 @@ def add_bench(commands: Commands) -> None:
         action="store_true",
         help="with AMD's zentorch, where installed, and vLLM's CPU kernel, where VLLM_SO names "
         "its library",
+    )
+    block = names.add_parser("block", help="an MoE block of a model family, stock and patched")
+    _add_common(block, (1, 4, 32, 128, 512, 2048), "tokens")
+    _add_dtype_and_threads(block)
+    block.add_argument(
+        "--family",
+        choices=FAMILIES,
+        help="whose block, in any shape; default: the family of the named shape, or olmoe",
     )
     router = names.add_parser("router", help="what routing costs, as a share of the layer")
     _add_common(router, (1, 4, 32, 128, 512, 2048), "tokens")
@@ -67,7 +75,7 @@ def _add_common(parser: argparse.ArgumentParser, tokens: tuple[int, ...], what: 
     )
     parser.add_argument("--json", metavar="FILE", help="write all numbers to FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them in FILE.png")
-    parser.set_defaults(run=_run, threads=None, peers=False)
+    parser.set_defaults(run=_run, threads=None, peers=False, family=None)
 
 
 def _add_dtype_and_threads(parser: argparse.ArgumentParser) -> None:
@@ -105,5 +113,6 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.repeats,
         arguments.threads,
         arguments.peers,
+        arguments.family,
     )
     run(settings, arguments.json, arguments.plot)

@@ -106,8 +106,7 @@ def patch(
     dense: list[tuple[nn.Module, PatchedLinear]] = [
         (module, PatchedLinear(name)) for name, module in around
     ]
-    for block, layer in planned.layers:
-        install(block, layer, _changes(block, layer))
+    put_in(planned)
     for module, linear in dense:
         install(module, linear, [(module, linear_forward)])
     return Handle(planned.layers, dense, planned.skipped)
@@ -168,6 +167,12 @@ def plan_patch(
         layers.append((block.module, layer))
     _watch_caps([layer for _, layer in layers])
     return Planned(blocks, layers, skipped)
+
+
+def put_in(planned: Planned) -> None:
+    """Change the blocks as planned."""
+    for block, layer in planned.layers:
+        install(block, layer, _changes(block, layer))
 
 
 def _rule_obstacle(block: Block, router: Any, checked: Checked) -> str | None:
