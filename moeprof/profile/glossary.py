@@ -301,6 +301,13 @@ INTRODUCTION = (
     "is that of a plain number."
 )
 
+# Below the heading of the metrics, in the documentation alone.
+BEYOND_THE_CSV = (
+    "Quartiles, `coactivation`, `moves`, `lru_hit_rates`, `unique_experts`, "
+    "`unique_experts_by_tokens` and `dropped_selections_with_padding` are not in metrics.csv: they "
+    "are attributes of what `MoEProfiler.get_metrics` gives."
+)
+
 
 def metric_of(name: str) -> str:
     """The entry that a name in the CSV belongs to: "k_distribution_3" to "k_distribution"."""
@@ -327,6 +334,7 @@ def as_markdown() -> str:
         "# Glossary of a profile's numbers",
         INTRODUCTION,
         "## Metrics",
+        BEYOND_THE_CSV,
         _rows(
             ("metric", "unit", "meaning"),
             ((f"`{name}`", *entry) for name, entry in METRICS.items()),
