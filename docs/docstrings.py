@@ -15,6 +15,8 @@ CHANGES = [
     (r"<NA>", "`<NA>`"),
     (r"^( *)Example\n *-------$", r"\1Examples\n\1--------"),
     (r"^( *)(?=Source: )", r"\1Notes\n\1-----\n\1"),
+    # The list of routers in the help of patch: as code, line by line.
+    (r"^(?=\w+ \(\w+\); max_k None is |  [* ] \w+ = \S+: )", "    "),
 ]
 BUILTIN = {kind.__doc__ for kind in (bool, dict, float, int, list, str, tuple, type(None))}
 

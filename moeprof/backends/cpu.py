@@ -19,7 +19,7 @@ def cpu_info() -> dict[str, Any]:
     dict
         ``features``: the CPU features kernels may use, as names of MOEPROF_CPU;
         ``kernels``: {kernel: variant in use}; ``threads``: their number;
-        ``pool``: "openmp" (torch's) or "pthreads" (ours).
+        ``pool``: "openmp" (torch's) or "pthreads" (moeprof's own).
     """
     threads = get_num_threads()  # looks for torch's OpenMP, which `pool` tells
     return {

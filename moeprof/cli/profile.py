@@ -222,9 +222,9 @@ def _agreement(model: Any, planned: Plan, patch: dict[str, Any]) -> Section:
     from ..profile.run import agreement_by_layer
 
     note = (
-        "The router beside the model's own top-k on the same text: mean of |E ∩ E'| / k, what it "
-        "would be at most with the router's number of experts, and the share of the tokens with "
-        "the very same experts."
+        "The router beside the model's own top-k on the same text: mean of |S ∩ S'| / k (S: the "
+        "model's own k experts, S': the router's), what it would be at most with the router's "
+        "number of experts, and the share of the tokens with the very same experts."
     )
     frame = agreement_by_layer(model, planned, patch)
     return Section("Agreement with the model's own router", note, frame)

@@ -81,8 +81,8 @@ def heldout_texts() -> list[Document]:
 def null(kind: str = "trimmed") -> Null:
     """The demo model's null on `logprob`, fitted to the first calibration half.
 
-    kind: "trimmed", for routing, or "efron", for diagnoses and for routers that need it
-    (`local_fdr`, `expert_threshold`, `ebh` with e="lr"). ValueError for any other.
+    kind: "trimmed", for routing, or "efron", for diagnoses and for routers that can't use a
+    trimmed one (`local_fdr`, `expert_threshold`, `ebh` with e="lr"). ValueError for any other.
     """
     from ..null import Null
 

@@ -8,12 +8,20 @@ from torch import Tensor
 class Routing(NamedTuple):
     """Which experts T tokens go to, in k_max slots each. None stands for what isn't known.
 
-    weights : (T, k_max) floating point, float32 where moeprof routed; those of the experts' outputs
-    expert_ids : (T, k_max) integer, int32 where moeprof routed; -1 for no expert in a slot. Best
-        first; with a user's own router in the user's order
-    counts : (T,) int32, experts of each token
-    rejections : (T,) int32, the router's count before min_k and max_k; may be 0
-    logits : (T, E), what the gate said
+    Attributes
+    ----------
+    weights
+        (T, k_max) floating point, float32 where moeprof routed: the factors of the experts'
+        outputs.
+    expert_ids
+        (T, k_max) integer, int32 where moeprof routed; -1 for no expert in a slot. Best first;
+        with a user's own router in the user's order.
+    counts
+        (T,) int32, the experts of each token.
+    rejections
+        (T,) int32, how many the rule selected before min_k and max_k; may be 0.
+    logits
+        (T, E), what the gate said.
     """
 
     weights: Tensor | None

@@ -269,26 +269,52 @@ def fit_null(
     window: int = 512,
     progress: bool = True,
 ) -> Null:
-    """Fit a null to the router scores of `model` on `texts`: strings, in any iterable.
-
-    An iterator is read as it goes, so that memory doesn't grow with the amount of text. Each
-    text is tokenised without special tokens and cut into windows of `window` tokens, which run
-    through the model one by one, without padding; the first token of each is left out.
-
-    `kind`: "efron", "all", "conformal", which count every score, or "trimmed", which leaves each
-    token's r_high highest and r_low lowest scores out (default k/2 each, rounded up, and never
-    so many that none is left). `score`: "logprob" (z - logsumexp(z)), "logit" (z)
-    or "centred" (z - mean(z)). The model is afterwards as it was. Returns a Null.
+    """Fit a null to the router scores of a model on texts.
 
     How far the tail of a null can be known is a matter of tokens: fewer than 20 are refused, as
     not one score is then expected beyond BH's first threshold at alpha 0.05; for fewer than 2,000
     (100 scores beyond it, so a tail known to 10 %) there is a warning. Counted are the tokens
     that scores are taken of: the first of each window isn't.
 
-    Raises ValueError: kind, score, window, r_high or r_low out of range; fewer than 20 tokens;
-    logits that are not finite (the layer is named); a model without a router; a token id that
-    its embedding has no row for. TypeError: texts that are not strings; no model, no tokenizer.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It is afterwards as it was.
+    tokenizer : callable
+        The model's, as transformers has them. It is told to add no special tokens.
+    texts : iterable of str
+        An iterator is read as it goes, so that memory doesn't grow with the amount of text.
+    kind : str
+        "efron", "all" or "conformal", which count every score, or "trimmed", which leaves out
+        each token's r_high highest and r_low lowest.
+    score : str
+        Of the logits z: "logprob" (z - logsumexp(z)), "logit" (z) or "centred" (z - mean(z)).
+    r_high : int or None
+        Of a trimmed null. None is half of the model's k, rounded up, and never so many that no
+        score is left.
+    r_low : int or None
+        As r_high.
+    window : int
+        Each text is cut into windows of so many tokens, which run through the model one by one,
+        without padding; the first token of each is left out.
+    progress : bool
+        Whether to show a bar.
 
+    Returns
+    -------
+    Null
+
+    Raises
+    ------
+    ValueError
+        kind, score, window, r_high or r_low out of range; fewer than 20 tokens; logits that are
+        not finite (the layer is named); a model without a router; a token id that its embedding
+        has no row for.
+    TypeError
+        Texts that are not strings; no model, no tokenizer.
+
+    Example
+    -------
     >>> null = moeprof.fit_null(model, tokenizer, texts)        # doctest: +SKIP
     >>> null.save("olmoe.safetensors")                          # doctest: +SKIP
     """

@@ -63,13 +63,35 @@ _TYPES = (
 class Null:
     """A calibrated null for each MoE layer of one model, or for each layer and expert.
 
-    Fields: kind ("efron", "trimmed", "all", "conformal"); score ("logprob", "logit", "centred");
-    r_high and r_low, how many of each token's highest and lowest scores were left out (0 but for
-    `trimmed`); counts (L,E,8192) uint64, histograms over [-32, 32] of the scores, rounded up to
-    float32; largest (L,E,at most 1024) float32, the largest scores of each expert, descending,
-    padded with -inf; tokens, how many were counted; model_name; router_sample (L, at most 16)
-    float32, the first weights of each router; text_digest; tail_rule; alpha_min, None for one
-    null per layer, else what `per_expert` was given.
+    `fit_null` and `Null.load` make one.
+
+    Attributes
+    ----------
+    kind
+        "efron", "trimmed", "all" or "conformal".
+    score
+        "logprob", "logit" or "centred".
+    r_high
+        How many of each token's highest scores were left out; 0 but for `trimmed`.
+    r_low
+        How many of the lowest.
+    counts
+        (L, E, 8192) uint64: histograms over [-32, 32] of the scores, rounded up to float32.
+    largest
+        (L, E, at most 1024) float32: the largest scores of each expert, descending, padded with
+        -inf.
+    tokens
+        How many were counted.
+    model_name
+        What the model is called in messages.
+    router_sample
+        (L, at most 16) float32: the first weights of each router.
+    text_digest
+        Tells which texts it was fitted to.
+    tail_rule
+        How p-values go on beyond the largest score.
+    alpha_min
+        None for one null per layer, else what `per_expert` was given.
     """
 
     kind: str
@@ -302,6 +324,8 @@ class Null:
 
         Options, returns and errors: `moeprof.studies.diagnosis.diagnose`.
 
+        Example
+        -------
         >>> found = null.diagnose(model, tokenizer, router=moeprof.BH(0.3))   # doctest: +SKIP
         >>> print(found.summary())                                            # doctest: +SKIP
         """

@@ -73,8 +73,8 @@ class Handle:
         Parameters
         ----------
         callback : function of (int, Routing)
-            The layer's place among those that are patched, and a `moeprof.Routing`. There may be
-            several; they are called in the order that they came.
+            The layer's place among the model's MoE layers, from 0, and a `moeprof.Routing`.
+            Several functions are called in the order in which they were given.
 
         Returns
         -------

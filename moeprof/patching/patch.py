@@ -52,8 +52,8 @@ def patch(
     Parameters
     ----------
     model : torch.nn.Module
-        Of any family that moeprof knows (docs/models.md lists them), of transformers 4.57 or 5,
-        on the CPU.
+        Of a family that moeprof knows (`moeprof.inspect` tells), of transformers 4.57 or 5, on
+        the CPU.
     router : str, Router, callable, list, dict or None
         None is the model's own rule. A name takes its parameters as keywords:
         ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
@@ -61,7 +61,7 @@ def patch(
         that it leaves out keep the model's own. A callable takes the logits (T, E) and returns a
         routing: weights (T, E), zero where an expert is not selected; or (weights (T, k), experts
         (T, k)), -1 for an empty slot; or what moeprof's routing functions return. Its weights
-        are used as they are, `norm` does not touch them. It is slower: for trying ideas.
+        are used as they are, without `norm` and the model's factors. It is slower.
     null : Null, str, path or None
         Where the p-values of the router come from: a fitted null, the path of a saved one, or
         "normal". None is "normal", with a warning.
@@ -90,7 +90,7 @@ def patch(
     ------
     ValueError
         "No routers found ..." for a model without such a block; a layer that can't run in C;
-        a router for a layer whose own rule moeprof has no name for; a parameter out of range
+        a router for a layer whose own rule is none that moeprof knows; a parameter out of range
         (with groups of experts, `max_k` is at most the number that a token may use); a null
         fitted to another model. The model is as it was.
     TypeError
@@ -202,7 +202,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 class OLMoERouterPatcher:
-    """patch() under the names of the original notebook.
+    """`patch` and `unpatch` as methods of an object that is made of a model.
 
     moe_blocks : [(name, block)];  original_forwards : {name: forward};  patched : bool
     """

@@ -20,14 +20,16 @@ _AT_ONCE = 1 << 24  # comparisons held in memory
 def router_agreement(
     first: Any, second: Any, *, k: int | None = None, num_experts: int | None = None
 ) -> Any:
-    """The share of one routing's experts that another chose too: |E ∩ E'| / k of each token.
+    """The share of one routing's experts that another chose too, token by token.
+
+    That is |S ∩ S'| / k, with S a token's experts in the first and S' those in the second.
 
     Parameters
     ----------
     first, second : integer arrays or tensors (T, k) and (T, k'), or paths or frames of records
         The experts of the same T tokens in any order; -1 is an empty slot, an expert that stands
-        twice in a row counts once. Records: what `moeprof.profiler.records` wrote, as paths or
-        as the frames of `read_records`.
+        twice in a row counts once. Records: what `MoEProfiler(model, records=...)` wrote, as
+        paths or as the frames of `read_records`.
     k : int, optional
         What to divide by; the number of experts of each token in `first` unless given.
     num_experts : int, optional

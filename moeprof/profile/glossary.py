@@ -30,20 +30,19 @@ METRICS = {
         (
             "steps",
             "calls",
-            "Calls of the layer, one in each forward of the model. A forward of "
-            "several phases, as in continuous batching, is one in each of them, with its tokens "
-            "and by their number its part of the time; in the phase all it is one, of all its "
-            "tokens.",
+            "Calls of the layer, one in each forward of the model. A forward that mixes phases, "
+            "as in continuous batching, is one step in each of them, with the tokens of that phase "
+            "and a part of the time by their number; in the phase all it is one step.",
         ),
         ("skipped_slots", "slots", "Slots of real tokens that the router set to -1."),
         ("skipped_slots_padding", "slots", "Slots of padding that the router set to -1."),
         (
             "dropped_selections",
             "selections",
-            "Selections of real tokens that no expert ran: above "
-            "its capacity, or of an expert that is not on this machine; less the rows that experts "
-            "ran without being selected, as one that takes what others drop or is filled up. "
-            "Negative: these are more. nan where padding was among them.",
+            "Selections of real tokens that no expert ran (it had reached its capacity, or is not "
+            "on this machine), less the rows that experts ran without being selected (one may take "
+            "what others drop, or be filled up to its capacity): negative where there are more of "
+            "these. nan where padding was among them.",
         ),
         (
             "dropped_selections_with_padding",
@@ -66,7 +65,8 @@ METRICS = {
             "flops_expert",
             "FLOP",
             "Of the routed experts, over the rows of real tokens that ran: "
-            "6·H·I a row with a gate, 4·H·I without, with I the expert's width. What was dropped "
+            "6·H·I a row where an expert has three matrices (gate, up, down), 4·H·I where it has "
+            "two, with I the expert's own size. What was dropped "
             "costs nothing.",
         ),
         ("flops_shared", "FLOP", "Of the experts that every token passes, over the real tokens."),
@@ -264,10 +264,10 @@ COLUMNS = {
         "name": "The qualified name of the layer's router.",
         "block": "The qualified name of the layer's block.",
         "tokens": "Tokens on which both routers were compared.",
-        "agreement": "Mean of |E ∩ E'| / k: of the model's own k experts, the share that the "
-        "router selects too.",
-        "at_most": "Mean of min(|E'|, k) / k: what agreement would be if the router selected no "
-        "other experts.",
+        "agreement": "Mean of |S ∩ S'| / k, with S the model's own k experts of a token and S' "
+        "the router's: the share of the first that the router selects too.",
+        "at_most": "Mean of min(|S'|, k) / k: what agreement would be if the router took experts "
+        "of the model's own first.",
         "same_experts": "Share of the tokens with the very same experts.",
     },
     "ablation.csv": {
@@ -297,7 +297,15 @@ INTRODUCTION = (
     "Each number is of one MoE layer with E experts, in one phase of the run (prefill, decode and "
     "so on; see `phase` below). It is of real tokens only, unless its name says with_padding; "
     "times, steps, bytes and distinct experts are what the machine did, padding included. What "
-    "was not measured is nan, never 0."
+    "was not measured is nan, never 0. A token gets k experts by the model's own rule; the unit 1 "
+    "is that of a plain number."
+)
+
+# Below the heading of the metrics, in the documentation alone.
+BEYOND_THE_CSV = (
+    "Quartiles, `coactivation`, `moves`, `lru_hit_rates`, `unique_experts`, "
+    "`unique_experts_by_tokens` and `dropped_selections_with_padding` are not in metrics.csv: they "
+    "are attributes of what `MoEProfiler.get_metrics` gives."
 )
 
 
@@ -326,6 +334,7 @@ def as_markdown() -> str:
         "# Glossary of a profile's numbers",
         INTRODUCTION,
         "## Metrics",
+        BEYOND_THE_CSV,
         _rows(
             ("metric", "unit", "meaning"),
             ((f"`{name}`", *entry) for name, entry in METRICS.items()),

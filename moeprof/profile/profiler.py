@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class MoEProfiler:
-    """Counts and times what the MoE layers of a model do, stock or patched.
+    """Counts and times what the MoE layers of a model do, patched or not.
 
     ``with moeprof.MoEProfiler(model) as profiler: model(**inputs)``, then
     ``profiler.print_summary()``. What was counted adds up until `reset`; stopping leaves the
@@ -40,13 +40,12 @@ class MoEProfiler:
     unpatched meanwhile. What `torch.compile` has compiled before the start may pass unseen:
     start first.
 
-    A step is one call of the model. Its phase is read from the cache, see
-    `moeprof.models.phases`: "prefill" without tokens in it, "decode" with one new token a row
-    behind them, "verify" for the drafts of assisted decoding and prompt lookup, "unknown" where
-    neither cache nor caller tells. A step that mixes phases, as in continuous batching, counts
-    in each with its own tokens, its time divided by their number, and as one step in all phases
-    together. Tokens that the attention mask
-    leaves out are padding: counted apart.
+    A step is one call of the model. Its phase is read from the cache: "prefill" without tokens
+    in it, "decode" with one new token a row behind them, "verify" for the drafts of assisted
+    decoding and prompt lookup, "unknown" where neither cache nor caller tells. A step that mixes
+    phases, as in continuous batching, counts in each with its own tokens, its time divided by
+    their number, and as one step in all phases together. Tokens that the attention mask leaves
+    out are padding: counted apart.
 
     Parameters
     ----------

@@ -34,19 +34,31 @@ if TYPE_CHECKING:
 class Profile:
     """Counts of a model's MoE layers by phase, and what they were counted on.
 
-    layers : list of finding.Layer
-    counts : {phase: [Counts of each layer]} for each of PHASES
-    facts : dict of model, model_class, config, machine, router, not_counted, passed_over, steps,
+    `MoEProfiler.result` and `Profile.load` make one.
+
+    Attributes
+    ----------
+    layers
+        What the MoE layers are, a record each.
+    counts
+        {phase: [counts of each layer]}.
+    facts
+        A dict of model, model_class, config, machine, router, not_counted, passed_over, steps,
         steps_left_out, warmup_steps, sampling_rate, memory_peak_mb, notes, and of
-        `moeprof profile` decode_by_batch; kept as JSON would
-    joint : Counts of each layer, or None: of steps of several phases, what they did as a whole
-        less what counts in their phases; all phases together are the sum of the phases and this
-    domains : {label: (L, E + 1) int64}: selections of real tokens, and in the last column
-        their number, of all phases; or None
-    vocabulary : {"tokens": ids, "layers": indices, "counts": (layers, tokens, E), "seen":
-        (tokens,), "text": [str] or None}, or None
-    roofline : roofline.Roofline or None
-    events : [(layer index, phase, start ns, duration ns, tokens, distinct experts)] or None
+        ``moeprof profile`` decode_by_batch; kept as JSON would.
+    joint
+        Counts of each layer, or None: of steps of several phases, what they did as a whole less
+        what counts in their phases; all phases together are the sum of the phases and this.
+    domains
+        {label: (L, E + 1) int64}: selections of real tokens, and in the last column their number,
+        of all phases; or None.
+    vocabulary
+        {"tokens": ids, "layers": indices, "counts": (layers, tokens, E), "seen": (tokens,),
+        "text": [str] or None}, or None.
+    roofline
+        What `moeprof.roofline` gave, or None.
+    events
+        [(layer index, phase, start ns, duration ns, tokens, distinct experts)] or None.
     """
 
     def __init__(
@@ -73,7 +85,7 @@ class Profile:
 
     @cached_property
     def labels(self) -> list[int | str]:
-        """What each layer is called: its own number in the model, see names.layer_labels."""
+        """What each layer is called: its own number in the model, or its block's name."""
         return layer_labels([layer.block for layer in self.layers])
 
     def place_of(self, layer: Label) -> int:
@@ -89,8 +101,8 @@ class Profile:
 
     @property
     def decode_by_batch(self) -> list[dict[str, Any]]:
-        """Of `moeprof profile`: what the decode steps of each batch size did, see run._decode_row;
-        nan for what was not measured."""
+        """Of `moeprof profile`: what the decode steps of each batch size did; nan for what was
+        not measured."""
         rows = self.facts.get("decode_by_batch") or []
         return [{n: float("nan") if v is None else v for n, v in row.items()} for row in rows]
 
@@ -138,7 +150,7 @@ class Profile:
         return z_loss(self.counts_of(phase))
 
     def domain_specialisation(self) -> pandas.DataFrame:
-        """A pandas table: which experts the tokens of a domain select; see specialisation.py.
+        """A pandas table: which experts the tokens of a domain select.
 
         ValueError where the texts had no domain labels.
         """
@@ -147,7 +159,7 @@ class Profile:
         return by_domain(self)
 
     def vocabulary_specialisation(self, minimum: int = 8, top: int = 10) -> pandas.DataFrame:
-        """A pandas table: the input tokens an expert is selected by; see specialisation.py.
+        """A pandas table: the input tokens that select an expert.
 
         minimum : occurrences below which a token is left out; top : tokens of each expert.
         ValueError where input tokens were not recorded.
@@ -160,10 +172,10 @@ class Profile:
         """A tidy pandas table: layer, name, block, expert, phase, metric, value.
 
         layer: the model's own number of the layer, see `labels`; name: its gate's, as in
-        `metrics`; <NA>: of the whole profile. expert is <NA> where a
-        number is not of one expert. A layer that could not be counted has one row, of the metric
-        "not_counted". phase: one of `phases`, "all", or where `moeprof profile` decoded with
-        several batch sizes "decode_batch_4" and so on, with layer <NA>.
+        `metrics`; <NA>: of the whole profile. expert is <NA> where a number is not of one
+        expert. A layer that could not be counted has one row, of the metric "not_counted".
+        phase: one of `phases`, "all", or where `moeprof profile` decoded with several batch
+        sizes "decode_batch_4" and so on, with layer <NA>.
         """
         from .frame import to_frame
 

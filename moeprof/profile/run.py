@@ -189,8 +189,9 @@ def agreement_by_layer(model: nn.Module, plan: Plan, patch: dict[str, Any]) -> p
     """A pandas table: how far a router agrees with the model's own top-k on the same text.
 
     Columns: layer (its own number), name (its gate's), block, tokens, agreement (mean of
-    |E ∩ E'| / k, k the model's own), at_most (what it would be if the router only took experts
-    that the model's own takes too, mean of min(|E'|, k) / k), same_experts (share of the tokens).
+    |S ∩ S'| / k, S the model's own k experts and S' the router's), at_most (what it would be if
+    the router only took experts that the model's own takes too, mean of min(|S'|, k) / k),
+    same_experts (share of the tokens).
     Both run in the model, so that deeper layers also differ by what the layers before them did.
     """
     import pandas

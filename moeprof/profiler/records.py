@@ -310,7 +310,7 @@ class _Parquet:
 
 
 def read_records(path: str | os.PathLike[str]) -> "pandas.DataFrame":
-    """What a RecordWriter wrote, as a pandas frame: all of it in memory.
+    """What `MoEProfiler(model, records=...)` wrote, as a pandas frame: all of it in memory.
 
     Parameters
     ----------

@@ -126,18 +126,20 @@ class Router:
 
     Parameters
     ----------
-    min_k, max_k : int
-        A token gets at least and at most so many experts, 1 <= min_k <= max_k <= E.
-        max_k None is no cap, E, for routers on the logits, and min(16, E) for routers on a
-        null; there a warning says so where that cuts more than 1 % of the tokens. A min_k of
-        1 or more voids any statement about false discoveries: some tokens get experts that
-        the test did not select.
-    budget : BudgetReport or None
-        How `with_budget` set it. It goes where any parameter is changed, for it says nothing
-        of another router; it counts for no comparison.
+    min_k : int
+        A token gets at least so many experts, 1 <= min_k <= max_k. As that is 1 or more, some
+        tokens get experts that the rule did not select, which voids any statement about false
+        discoveries.
+    max_k : int or None
+        A token gets at most so many, max_k <= E. None is no cap, E, for routers on the logits,
+        and min(16, E) for routers on a null; there a warning says so where that cuts more than
+        1 % of the tokens.
     temperature : float
-        Divides the logits before the softmax that gives the weights; > 0. It never acts on
+        Above 0. Divides the logits before the softmax that gives the weights. It never acts on
         the selection.
+    budget : BudgetReport or None
+        What `with_budget` reports. A copy with another parameter has none. Two routers that
+        differ only in it are equal.
 
     Raises
     ------
@@ -229,15 +231,16 @@ class Router:
     ) -> "Router":
         """This router with its main parameter set so that `model` takes `average_k` experts.
 
-        The parameter is solved for on the stock model's logits. Then the texts run through the
-        patched model, whose deeper layers see other inputs, and it is solved for again on the
-        logits found there, until the average is within 1 % or after 4 passes. All that these
-        parameters are is knobs for compute.
+        The parameter is solved for on the logits of the model as it is. Then the texts run
+        through the patched model, whose deeper layers see other inputs, and it is solved for
+        again on the logits found there, until the average is within 1 % or after 4 passes.
 
         Parameters
         ----------
-        model, tokenizer
-            Of Hugging Face transformers, on the CPU. The model is afterwards as it was.
+        model : torch.nn.Module
+            Of Hugging Face transformers, on the CPU. It is afterwards as it was.
+        tokenizer : callable
+            The model's, of Hugging Face transformers.
         texts : list of str
             Or of objects with .text and .domain, as moeprof.demo has them: one a document.
         average_k : float

@@ -267,7 +267,7 @@ def _efron(null: "LayerNull | TokenNull | None", what: str) -> "LayerNull":
 
 @dataclass(frozen=True)
 class LocalFDR(OnNull):
-    """R = #{lfdr <= q}: the experts that are each more likely needed than not, at q = 1/2.
+    """R = #{lfdr <= q}; at q = 1/2 those that are each more likely needed than not.
 
     lfdr is a function of the score, fitted to the layer's calibration scores; it never rises
     with the score.

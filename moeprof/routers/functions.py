@@ -62,18 +62,27 @@ def benjamini_hochberg_routing(
     ----------
     router_logits : torch.Tensor or numpy.ndarray, (T, E) or (B, S, E)
         float32, float16, or bfloat16 (torch); any strides, on the CPU. No gradient flows.
-    alpha, temperature, min_k, max_k
-        See :class:`BH`. A max_k of None is min(16, E), with a warning where that cuts more than
-        1 % of the tokens.
+    alpha : float
+        In (0, 1); see :class:`BH`.
+    temperature : float
+        Above 0. The logits are divided by it before the softmax that gives the weights.
+    min_k : int
+        The fewest experts of a token, at least 1.
+    max_k : int or None
+        The most. None is min(16, E), with a warning where that cuts more than 1 % of the tokens.
     null : LayerNull, Null of one layer, or None
-        None is the `normal` null: a fallback, see :mod:`moeprof.null`.
+        `Null.layer` gives a LayerNull. None is the null "normal", each token's own median and
+        spread, with a warning.
     return_stats : bool
         Also return the p-values and the mask of the selected experts.
 
     Returns
     -------
     RoutingResult or RoutingStats
-        torch in, torch out; NumPy in, NumPy out.
+        A named tuple: routing_weights (T, E), 0 where not selected, each row of sum 1;
+        selected_experts (T, max_k), best first, -1 for no expert; expert_counts (T,). With
+        return_stats also p_values (T, E) and mask (T, E), True for selected. Tensors for a
+        tensor, arrays for an array.
 
     Raises
     ------

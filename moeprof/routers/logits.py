@@ -103,7 +103,7 @@ class Entropy(Router):
     Parameters
     ----------
     c : float, or one per layer
-        > 0.
+        Above 0.
 
     Source: Hill 1973, "Diversity and Evenness", Ecology 54, for exp(H).
     """

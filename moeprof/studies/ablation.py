@@ -85,11 +85,10 @@ def layer_ablation(
     Raises
     ------
     ValueError
-        "No routers found …", or a layer that can't be patched; layers that are none; ks out of
-        range; nothing to try
-        (a top-1 model without ks); no text of two tokens.
+        "No routers found …"; a layer that can't be patched, or that isn't there; ks out of range;
+        nothing to try (a top-1 model without ks); no text of two tokens.
     TypeError
-        Texts that are none.
+        Texts that are not strings.
 
     Example
     -------

@@ -55,7 +55,7 @@ class SimpleBenchmark:
     Example
     -------
     >>> bench = SimpleBenchmark(model, tokenizer)                               # doctest: +SKIP
-    >>> bench.run_config("stock", texts)                                        # doctest: +SKIP
+    >>> bench.run_config("as it is", texts)                                     # doctest: +SKIP
     >>> bench.run_config("bh", texts, lambda m: moeprof.patch(m, "bh", null=null))  # doctest: +SKIP
     >>> print(bench.compare())                                                  # doctest: +SKIP
     """
@@ -120,7 +120,8 @@ class SimpleBenchmark:
             Texts or a `configure` of another kind.
         RuntimeError
             If weights were changed in place and there was no memory to copy them before.
-        Whatever `configure` or the model raises; the model is as it was then, too.
+        Exception
+            Whatever `configure` or the model raises; the model is as it was then, too.
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"name: expected a text, got {name!r}")
@@ -159,7 +160,8 @@ class SimpleBenchmark:
         ------
         ValueError
             Before any `run_config`, or if they were given different texts.
-        Whatever `run_config` raises.
+        Exception
+            Whatever `run_config` raises.
         """
         if not self._runs:
             raise ValueError("compare: no configuration yet; call run_config first")

@@ -61,14 +61,16 @@ def diagnose(
     draws: int = DRAWS,
     progress: bool = True,
 ) -> Diagnosis:
-    """What a null and a router on it do to a model: see `moeprof.studies.diagnosis`.
+    """What a null and a router on it do to a model on held-out text; `Null.diagnose` calls it.
 
     Parameters
     ----------
     null : Null, path, "normal" or "softmax"
         What p-values are measured against.
-    model, tokenizer
-        An unpatched model; it is afterwards as it was.
+    model : torch.nn.Module
+        Not patched; it is afterwards as it was.
+    tokenizer : callable
+        The model's, as transformers has them.
     texts : objects with .domain, .name and .text
         Held-out text, not what the null was fitted to. Default: what ships with the demo model.
     calibration : the same, or an empty list
@@ -80,7 +82,8 @@ def diagnose(
         Positions at which experts are ablated, 0 for none.
     tokens : int
         Of the held-out text.
-    norm : as for `moeprof.patch`
+    norm : {"model", "none", "sum", "mass"}
+        As for `moeprof.patch`.
     seed : int
         Chooses the windows, the positions and the experts that are added.
     draws : int

@@ -252,28 +252,42 @@ def run_configuration(
 
     Parameters
     ----------
-    config : a name such as "bh_k8_a005", a Configuration, or a Configuration's fields as a dict
-    prompts, prompt_complexities : texts, and "simple", "medium", "complex", "technical" or None
-        for each of them
-    max_new_tokens : tokens to generate after every prompt, greedy and without an early stop
-    model, tokenizer : the demo model when not given; on a patched model the configuration runs on
-        top of that patch
-    null : for BH a Null, a path or "normal"; when not given, the `trimmed` null on the score
-        `logprob` that ships with the demo model; for another model one is fitted to the shipped
-        calibration text, once
-    baseline : the dict of the baseline's run; without it delta_perplexity and token_agreement
-        are None (but the baseline's own)
-    texts : list of str, or of objects with .text and .domain, each a document: the held-out text
-        that perplexity is measured on; what ships with the demo model when not given
+    config : str, dict or Configuration
+        A name: "bh_k8_a005" is BH with max_k 8 and alpha 0.05. Or a Configuration's fields.
+    prompts : list of str
+        Texts to continue.
+    prompt_complexities : list of str or None
+        "simple", "medium", "complex", "technical" or None for each of them.
+    max_new_tokens : int
+        Tokens to generate after every prompt, greedy and without an early stop.
+    model : torch.nn.Module
+        The demo model when not given. On a patched model the configuration runs on top of that
+        patch.
+    tokenizer : callable
+        The model's; give both or none.
+    null : Null, str, path or None
+        For BH: a null, the path of one, or "normal". When not given, the `trimmed` null on the
+        score `logprob` that ships with the demo model; for another model one is fitted to the
+        shipped calibration text, once.
+    baseline : dict
+        What the baseline's run returned. Without it delta_perplexity and token_agreement are
+        None (but the baseline's own).
+    texts : list of str, or of objects with .text and .domain
+        Each is a document: the held-out text that perplexity is measured on. What ships with the
+        demo model when not given.
 
     Returns
     -------
-    dict with the columns of the sweep's CSV, and more: experts_by_layer, generated_texts, …
+    dict
+        The columns of the sweep's CSV, and more: experts_by_layer, generated_texts, …
 
     Raises
     ------
-    ValueError: an unknown configuration, no prompts, lists of different lengths, a model that
-        can't be patched, a tokenizer of another model. TypeError: no model, no tokenizer.
+    ValueError
+        An unknown configuration, no prompts, lists of different lengths, a model that can't be
+        patched, a tokenizer of another model.
+    TypeError
+        No model, no tokenizer.
 
     Example
     -------
