@@ -1,6 +1,8 @@
 """Fixtures of several files, and what holds for all tests.
 
-Nothing here may reach a network; said before anything imports huggingface_hub.
+Nothing here may reach a network; said before anything imports huggingface_hub. Where several
+processes run tests beside each other (`pytest -n auto`), each keeps to one thread: said before
+anything imports torch.
 """
 
 import os
@@ -8,6 +10,17 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _pages_without_drawing(request, monkeypatch):
+    """HTML pages have empty pictures, which take most of a page's time, but for `drawn` tests."""
+    if "drawn" not in request.keywords:
+        from moeprof.profile import pictures
+
+        monkeypatch.setattr(pictures, "svg", lambda figure: b"<svg></svg>")
 
 
 @pytest.fixture(params=["memory", "no memory"])

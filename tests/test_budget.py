@@ -432,6 +432,7 @@ def test_a_fifth_is_set_aside_by_domain():
     assert list(map(len, report._texts(["a", "b"], None))) == [1, 1]
 
 
+@pytest.mark.slow
 def test_with_budget_by_layer(loaded, null, monkeypatch):
     monkeypatch.setattr("moeprof.studies.budget.report.SENSITIVITY_TOKENS", 1500)
     router = tuned(BH(max_k=8), loaded, 4.0, per_layer=True, null=null)
@@ -449,6 +450,7 @@ def test_top_k_above_the_default_limit(loaded, text):
     assert found.by_layer.tolist() == [20, 8, 17, 8] and found.router.k == (20, 8, 17, 8)
 
 
+@pytest.mark.slow
 def test_top_k_takes_whole_numbers(loaded, monkeypatch):
     monkeypatch.setattr("moeprof.studies.budget.report.SENSITIVITY_TOKENS", 1000)
     assert tuned(TopK(8), loaded, 6, tokens=1000).k == 6

@@ -96,6 +96,7 @@ def test_sweep_of_the_demo_model(tmp_path, prompts):
     assert run["null"] in (out / RESULTS[2]).read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c(tmp_path, tiny, prompts):
     """Exit code 130, what is finished is on disk, no traceback."""
     process = python_m(
@@ -138,6 +139,7 @@ def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
     assert "Left out: max_k 64, the model has 8 experts" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_grid_and_text_of_the_users_own(tmp_path, tiny, prompts, capsys):
     """--alphas, --max-k, --static and --text are what runs, and the files say so."""
     text, out = tmp_path / "mine.jsonl", tmp_path / "out"
@@ -218,6 +220,7 @@ def test_dtypes(tmp_path, tiny, prompts, dtype):
     assert run["dtype"] == dtype and run["results"][1]["perplexity"] > 1
 
 
+@pytest.mark.slow
 def test_a_warning_is_a_line_without_a_path(tmp_path, tiny):
     text = tmp_path / "short.txt"
     text.write_text("In the beginning God created the heaven and the earth. " * 8)

@@ -13,6 +13,8 @@ from moeprof.studies.comparison import runner
 from moeprof.studies.comparison.files import ComparisonFiles
 from moeprof.studies.comparison.report import report
 
+pytestmark = pytest.mark.slow  # test_comparison and test_every_study compare on both versions
+
 # ---------------------------------------------------------------- the command
 
 
@@ -59,7 +61,6 @@ def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, cap
     assert len(pandas.read_csv(tmp_path / "comparison.csv")) == 8 + len(run["cells"])
 
 
-@pytest.mark.slow
 def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt

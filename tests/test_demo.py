@@ -158,6 +158,7 @@ def own():
     return demo.load()
 
 
+@pytest.mark.slow
 def test_routing_matters_and_text_is_compressed(own):
     results = evaluation.evaluate(*own, few_documents(6))
     check_results(results, margin=0.9)
@@ -273,6 +274,7 @@ def test_duplicates_and_empty_files_are_dropped(text):
     assert len(corpus.read_text(text)["docs"]) == 9
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_for_bit(text, tmp_path, monkeypatch):
     whole = run_main(text, tmp_path / "whole", "--steps", "6")
     monkeypatch.setattr(train, "Stop", lambda: StopAfter(3))

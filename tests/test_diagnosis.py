@@ -26,6 +26,8 @@ from moeprof.studies.diagnosis.seen import Seen, Selected, entropy
 from moeprof.studies.diagnosis.views import views
 from moeprof.texts.windows import HeldOut, Window, heldout_windows
 
+pytestmark = pytest.mark.slow  # test_every_study runs a diagnosis on both versions
+
 
 @pytest.fixture(scope="module")
 def null():
@@ -364,7 +366,6 @@ def test_bad_input_of_the_function(loaded, null):
         null.diagnose(olmoe(), loaded[1])
 
 
-@pytest.mark.slow
 def test_command(tmp_path, capsys, monkeypatch):
     fewer = demo.calibration_texts()[::4]  # a null is fitted to each domain of them
     monkeypatch.setattr(demo, "calibration_texts", lambda: fewer)

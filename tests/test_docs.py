@@ -5,7 +5,7 @@ A comment above a block says where that isn't so:
     <!-- not yet: X -->         X does not exist yet, the block is skipped
     <!-- not run: the reason --> its commands are only looked at: what they name has to exist
     <!-- transformers 5 -->     it is skipped on 4.57
-    <!-- slow -->               it takes more than ten seconds, and so does its page
+    <!-- slow -->               Python that takes more than ten seconds, and so does its page
     <!-- the main command -->, <!-- the test command -->: README's, which install; looked at
 
 The demo model stands in for a model of the hub. Commands that would take minutes run on fewer
@@ -100,10 +100,6 @@ def in_folder(folder: Path):
     return stack
 
 
-def marks_of(some: list[Block]) -> list:
-    return [pytest.mark.slow] if any(block.note == "slow" for block in some) else []
-
-
 # ---- Python ----
 
 
@@ -127,9 +123,11 @@ def ran(tmp_path_factory):
 PYTHON = {b.page: [c for c in of("python") if c.page == b.page] for b in of("python")}
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, id=p.stem, marks=marks_of(PYTHON[p])) for p in PYTHON]
-)
+def marks_of(page: Path) -> list:
+    return [pytest.mark.slow] if any(block.note == "slow" for block in PYTHON[page]) else []
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.stem, marks=marks_of(p)) for p in PYTHON])
 def test_the_python_of_a_page_runs(ran, page):
     scope, _ = ran(page)
     assert "moeprof" in scope  # each page imports what it uses, so that one can begin with any
@@ -175,11 +173,12 @@ def ended(arguments: list[str]) -> int:
     return CODES[same]
 
 
-RUN = [pytest.param(b, id=str(b), marks=marks_of([b])) for b in of("sh") if b.is_run]
+RUN = [pytest.param(block, id=str(block)) for block in of("sh") if block.is_run]
 
 
 # In a diagnosis of so few documents a bootstrap draw can leave out all of a domain: 0 / 0.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+@pytest.mark.slow  # test_cli and test_profiler_cli run the commands on both versions
 @pytest.mark.parametrize("block", RUN)
 def test_the_commands_of_a_block_run(block, tmp_path, capsys):
     with in_folder(tmp_path):

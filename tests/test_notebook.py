@@ -50,6 +50,7 @@ def shown(notebook, kind):
     return [item[kind] for item in data if kind in item]
 
 
+@pytest.mark.slow
 def test_the_experiment_runs_and_shows_its_table_and_both_figures(tmp_path):
     executed = execute("bh_routing_experiment.ipynb", tmp_path)
     assert "The logits are bit for bit those from before." in printed(executed)
@@ -58,6 +59,7 @@ def test_the_experiment_runs_and_shows_its_table_and_both_figures(tmp_path):
     assert "topk_8_baseline" in table and "bh_k16_a020" in table
 
 
+@pytest.mark.slow
 def test_profiling_a_model_runs_and_shows_its_tables_and_figures(tmp_path):
     executed = execute("profile_a_model.ipynb", tmp_path)
     assert "Saved, and the logits are bit for bit those from before." in printed(executed)

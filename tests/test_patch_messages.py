@@ -255,7 +255,9 @@ class Envoy:
 
 
 @pytest.mark.parametrize(
-    "function", [moeprof.patch, moeprof.unpatch, moeprof.OLMoERouterPatcher], ids=str
+    "function",
+    [moeprof.patch, moeprof.unpatch, moeprof.OLMoERouterPatcher],
+    ids=lambda function: function.__name__,
 )
 def test_what_is_no_model(model, function):
     for wrong, message in (
@@ -276,7 +278,7 @@ def test_what_is_no_model(model, function):
         {"router": moeprof.BH},
         {"router": "bh", "null": 5},
         {"router": "bh", "null": [0.1]},
-        {"router": "bh", "null": object()},
+        {"router": "bh", "null": 0.1j},
     ],
     ids=str,
 )

@@ -218,6 +218,7 @@ def test_short_texts(tiny, tmp_path, capsys):
     assert "two tokens" in error(capsys)
 
 
+@pytest.mark.slow
 def test_fewer_prompts_than_asked_for(tiny, text, tmp_path, capsys):
     out = tmp_path / "out"
     options = "--text", text, "--out", out, "--continuations", 64, "--batch", 32, 64
@@ -297,6 +298,7 @@ def test_what_was_measured_is_on_disk_before_the_ablation(tiny, text, tmp_path, 
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_half_written(tiny, tmp_path):
     """In a process of its own, as a user would; the records before it are readable."""
     records, out = tmp_path / "records.parquet", tmp_path / "out"

@@ -17,7 +17,7 @@ from moeprof.profile import page as pages
 from moeprof.profile.page import divided
 from moeprof.profile.tables import Table, layers
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.drawn]
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -553,6 +553,7 @@ def resident():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.slow
 def test_a_million_tokens_take_no_more_memory():
     model = olmoe(num_hidden_layers=1, num_experts=64, num_experts_per_tok=8)
     block, hidden = blocks(model)[0], torch.randn(1, 8192, 32)
