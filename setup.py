@@ -13,6 +13,7 @@ import importlib.util
 import os
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -135,13 +136,17 @@ class BuildExt(build_ext):
             ) from error
 
     def compile_once(self) -> None:
-        """The second extension takes the objects of the first: their arguments are the same."""
+        """The second extension takes the objects of the first: their arguments are the same.
+
+        Files are compiled side by side, one on each core.
+        """
         compile_all, objects = self.compiler.compile, {}
 
         def compile_new(sources, **options):
-            for source in sources:
-                if source not in objects:
-                    objects[source] = compile_all([source], **options)
+            new = [source for source in sources if source not in objects]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda source: compile_all([source], **options), new)
+                objects.update(zip(new, made, strict=True))
             return [path for source in sources for path in objects[source]]
 
         self.compiler.compile = compile_new
