@@ -17,8 +17,8 @@ from .guards import explained
 from .reading import as_logits, read_gate
 
 # How a patched block runs: in one call to C; by its own forward, with moeprof's router and
-# experts; the same, but its own router chooses, since its rule isn't known.
-FUSED, SEAM, EXPERTS_ONLY = "fused", "seam", "experts only"
+# experts; the same, but its own router chooses, since its rule isn't known. Or it isn't patched.
+FUSED, SEAM, EXPERTS_ONLY, OWN = "fused", "seam", "experts only", "the model's own"
 
 
 class Block(NamedTuple):
@@ -110,7 +110,7 @@ class Block(NamedTuple):
     def path(self, checked: Checked) -> str:
         """How it runs when it is patched; checked: what `check` said."""
         if checked.rule is None:
-            return EXPERTS_ONLY
+            return EXPERTS_ONLY if self.family.has_seam else OWN
         users = not self.family.has_stock_gate(self.module)
         one_call = self.family.is_fused(self.module) and (checked.own_logits or users)
         return FUSED if one_call else SEAM

@@ -12,12 +12,14 @@ from ..files import printable
 from .blocks import (
     EXPERTS_ONLY,
     FUSED,
+    OWN,
     SEAM,
     Block,
     interface_obstacle,
     is_behind_interface,
 )
 from .families import family_of
+from .families.base import Layout
 from .find import Site, find_layers
 from .names import layer_labels
 from .sizes import expert_slots, is_list, parameter_bytes
@@ -25,7 +27,6 @@ from .sizes import expert_slots, is_list, parameter_bytes
 if TYPE_CHECKING:
     import pandas
 
-OWN = "the model's own"
 _LEGEND = {
     FUSED: "moeprof.patch(model) runs router and experts in one call to C",
     SEAM: "moeprof.patch(model) puts its router and experts into the block's own forward",
@@ -159,10 +160,7 @@ def inspect(model: nn.Module) -> Inspection:
 def _inspected(label: int | str, site: Site) -> InspectedLayer:
     layer, family = site.layer, family_of(site.block)
     path, reason = _path(site)
-    rule = None
-    if family is not None:
-        scaled = family.settings(site.block).renormalises
-        rule = family.family.rule.words + (", weights scaled to sum 1" if scaled else "")
+    rule = None if family is None else _rule(site.block, family)
     parts = [] if site.experts is None else [p for p in site.experts.parameters()]
     return InspectedLayer(
         label,
@@ -183,6 +181,15 @@ def _inspected(label: int | str, site: Site) -> InspectedLayer:
         path,
         reason,
     )
+
+
+def _rule(block: nn.Module, family: Layout) -> str:
+    """The rule in words."""
+    try:
+        scaled = family.settings(block).renormalises
+    except AttributeError:  # a user's gate need not say it
+        scaled = False
+    return family.family.rule.words + (", weights scaled to sum 1" if scaled else "")
 
 
 def _path(site: Site) -> tuple[str, str]:

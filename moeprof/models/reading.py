@@ -157,7 +157,7 @@ def _is_triple(logits: Any, weights: Any, experts: Any, shape: tuple[int, int]) 
 
 def _read(output: Any, tokens: int, layer: Layer) -> Routing | None:
     if isinstance(output, tuple | list) and len(output) == 5:
-        return _by_expert(output, tokens, layer)
+        return by_expert(output, tokens, layer.num_experts)
     rows = _rows(output, tokens)
     if rows is None:
         return None
@@ -262,7 +262,7 @@ def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Routing 
     return Routing(None if logits is scores else _at(scores, experts), experts, logits=logits)
 
 
-def _by_expert(output: tuple[Any, ...] | list[Any], tokens: int, layer: Layer) -> Routing | None:
+def by_expert(output: tuple[Any, ...] | list[Any], tokens: int, num_experts: int) -> Routing | None:
     """Granite of transformers 4: what sorts the T * k choices by expert, and the logits.
 
     (order (T k,) of the choices by expert, token (T k,) and weight (T k,) of each in that order,
@@ -275,10 +275,10 @@ def _by_expert(output: tuple[Any, ...] | list[Any], tokens: int, layer: Layer) -
     count = order.numel()
     if order.dtype not in INTEGERS or not (order.shape == token.shape == sorted_weights.shape):
         return None
-    if logits.shape != (tokens, layer.num_experts) or not tokens or count % tokens:
+    if logits.shape != (tokens, num_experts) or not tokens or count % tokens:
         return None
     sizes = torch.as_tensor(sizes, device=order.device)
-    if sizes.shape != (layer.num_experts,) or int(sizes.sum()) != count:
+    if sizes.shape != (num_experts,) or int(sizes.sum()) != count:
         return None
     sorted_experts = torch.repeat_interleave(sizes)
     experts = torch.empty_like(sorted_experts)

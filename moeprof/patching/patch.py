@@ -171,8 +171,16 @@ def plan_patch(
 
 
 def _rule_obstacle(block: Block, router: Any, checked: Checked) -> str | None:
-    """Why no router of moeprof can take the place of the model's own, or None."""
-    if checked.rule is not None or not isinstance(router, Router):
+    """Why no router of moeprof can take the place of the model's own, or None; where the block
+    is one call to C or nothing, why it can't be patched at all."""
+    if checked.rule is not None:
+        return None
+    if not block.family.has_seam:
+        return (
+            f"can't run on moeprof's path: {checked.reason}. A block of transformers 4 runs "
+            "in C only as a whole, by a rule that is known"
+        )
+    if not isinstance(router, Router):
         return None
     return (
         "a router of moeprof needs the rule by which the model's own chooses and weighs experts, "

@@ -14,6 +14,7 @@ from torch import nn
 from .base import Family, Layout
 from .listed import Listed
 from .packed import Packed
+from .paired import Paired
 from .rules import GateRule
 
 # ---- rules that several families share ----
@@ -115,6 +116,21 @@ FAMILIES = (
     *(
         Family(name, SOFTMAX_SCALED, _ROUTER, fused=True)
         for name in ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
+    ),
+    *(
+        Family(
+            name,
+            GateRule(weight="layer.weight"),
+            _ROUTER,
+            experts_at="",
+            blocks=(f"{prefix}MoE",),
+            expert=f"{prefix}ParallelExperts",
+        )
+        for name, prefix in (
+            ("granitemoe", "GraniteMoe"),
+            ("granitemoehybrid", "GraniteMoeHybrid"),
+            ("granitemoeshared", "GraniteMoeShared"),
+        )
     ),
     Family("gpt_oss", SOFTMAX_SCALED, _ROUTER),
     Family("aria", SOFTMAX_SCALED, _ROUTER, config_top_k="moe_topk"),
@@ -294,5 +310,6 @@ def family_of(block: nn.Module) -> Layout | None:
 @cache
 def _layout(family: Family) -> Layout:
     """In the layout of the transformers that the family's module is of."""
-    is_packed = "use_experts_implementation" in vars(sys.modules[family.module])
-    return Packed(family) if is_packed else Listed(family)
+    if "use_experts_implementation" in vars(sys.modules[family.module]):
+        return Packed(family)
+    return Listed(family) if family.experts_at else Paired(family)

@@ -26,7 +26,8 @@ class Family:
 
     name : as transformers calls the model's folder, "olmoe"
     rule : how its own router chooses
-    gate_at, experts_at : the attributes of the block that hold gate and experts
+    gate_at, experts_at : the attributes of the block that hold gate and experts; no experts_at
+        where the block itself holds the experts' tensors
     fused : the block does nothing else than to call its gate and its experts; a text is an
         attribute of the block that makes it do more, unless it is 0
     config_top_k : what the configuration calls the number of experts that a token gets
@@ -58,6 +59,7 @@ class Layout:
     """The blocks of one family, read in the layout of the transformers that is installed."""
 
     gate_forward: Any = None  # replaces gate.forward of a fused block, where one is needed
+    has_seam = True  # the block calls its experts as a module of their own
     flags: ClassVar[tuple[str, ...]] = ()  # attributes of modules that `read_experts` looks at
 
     def __init__(self, family: Family):

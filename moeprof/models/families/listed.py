@@ -68,6 +68,7 @@ class Listed(Layout):
     """Experts in a ModuleList, which the block runs one after the other; it chooses among what a
     Linear gives, or its gate does that. Experts that all tokens share are added."""
 
+    has_seam = False
     flags = READ
 
     def is_of(self, block: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ...backends.c import C
 from ...backends.spec import AFFINITIES, Rule, topk_spec
 from ...backends.tables import as_array
-from ..reading import as_logits
+from ..reading import as_logits, by_expert
 
 ROWS = 32  # that a gate is checked on
 
@@ -230,9 +230,12 @@ def check_gate(
 def _said(gate: nn.Module, x: Tensor, extras: list[Any]) -> Any:
     """What the gate returns of x (T, H), or of (1, T, H) where it wants that."""
     try:
-        return type(gate).forward(gate, x, *extras)
+        said = type(gate).forward(gate, x, *extras)
     except ValueError:
         return type(gate).forward(gate, x[None], *extras)
+    if len(said) == 5 and (read := by_expert(said, len(x), said[-1].shape[-1])):
+        return read.logits, read.weights, read.chosen
+    return said
 
 
 def _hidden(gate: nn.Module, dtype: torch.dtype) -> Tensor:
