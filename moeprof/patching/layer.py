@@ -54,9 +54,12 @@ class PatchedLayer(Patched):
         """(what the router is told, the same as operands of `moe_op`).
 
         The model's settings are read in every call, and the spec is made anew when they have
-        changed.
+        changed. Tensors among them have no values while a compiler traces: what was read last
+        stays, and is part of what it compiles.
         """
         settings = self.family.settings(block)
+        if self._spec is not None and torch.compiler.is_compiling():
+            settings = settings._replace(tensors=self._spec[0].tensors)
         if self._spec is None or self._spec[0] != settings:
             spec = self._make_spec(settings, self.family.rule(block))
             self._spec = settings, spec, operands_of(spec)

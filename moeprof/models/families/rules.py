@@ -68,7 +68,8 @@ class Settings(NamedTuple):
 
     top_k: int
     renormalises: bool
-    others: tuple[Any, ...]  # for tensors: their bytes
+    others: tuple[Any, ...]
+    tensors: tuple[Any, ...] = ()  # their bytes; None where they have none
 
 
 class RuleReader:
@@ -76,10 +77,10 @@ class RuleReader:
 
     def __init__(self, record: GateRule):
         self.record = record
-        numbers = (record.floor, record.scale, record.jitter)
-        named = (*numbers, record.bias, record.expert_scale, record.affinity)
-        paths = [p for p in named if isinstance(p, str) and p and p not in AFFINITIES]
+        named = (record.floor, record.scale, record.jitter, record.affinity)
+        paths = [p for p in named if isinstance(p, str) and p not in AFFINITIES]
         self._others = [*paths, *(record.groups or ())]
+        self._tensors = [p for p in (record.bias, record.expert_scale) if p]
         if record.groups_if:
             self._others.append(record.groups_if[0])
 
@@ -89,7 +90,8 @@ class RuleReader:
         return Settings(
             self._top_k(block, gate),
             bool(getattr(gate, scaled)) if isinstance(scaled, str) else scaled,
-            tuple([_mark(self._at(gate, block, path)) for path in self._others]),
+            tuple([self._at(gate, block, path) for path in self._others]),
+            tuple([_mark(self._at(gate, block, path)) for path in self._tensors]),
         )
 
     def _top_k(self, block: nn.Module, gate: nn.Module) -> int:
@@ -171,18 +173,18 @@ def is_zeroed(rule: Rule) -> bool:
     return rule.groups > 1 and rule.bias is not None and bool(rule.bias.min() < 0)
 
 
-def _mark(value: Any) -> Any:
-    """Of a tensor, what changes when it does; anything else itself."""
-    if not isinstance(value, Tensor):
-        return value
-    if torch.compiler.is_compiling() or value.is_meta:  # those have no values
-        return value.data_ptr(), 0 if value.is_inference() else value._version
+def _mark(value: Tensor | None) -> bytes | None:
+    """What changes when the values of a tensor do; None where there are none."""
+    if value is None or torch.compiler.is_compiling() or value.is_meta:
+        return None
     return as_array(value.cpu()).tobytes()  # not its version: `.data` and NumPy write past that
 
 
 def _array(values: Tensor | None) -> Any:
     if values is None:
         return None
+    if torch.compiler.is_compiling():
+        raise ValueError("its bias isn't read yet: call the model once before you compile it")
     return values.detach().reshape(-1).to(torch.float32).cpu().numpy().copy()
 
 
