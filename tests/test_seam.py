@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 import zoo
+from models import assert_unchanged, snapshot
 
 import moeprof
 from moeprof.models.blocks import find_blocks
@@ -106,3 +107,22 @@ def test_an_error_inside_a_block_leaves_no_call_behind():
         del shared.forward
         assert (logits(model, "qwen2_moe") - stock).abs().max() < 1e-4
     assert torch.equal(logits(model, "qwen2_moe"), stock)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("undo", ["handle", "unpatch"])
+def test_a_gate_that_two_blocks_share_is_left_as_it_was(name, undo):
+    model = zoo.build(name, num_hidden_layers=2, mlp_only_layers=[])
+    first, second = (block.module for block in find_blocks(model))
+    second.gate = first.gate
+    stock, before = logits(model, name), snapshot(model)
+    handle = moeprof.patch(model, "topk", k=1)
+    above = handle.__enter__() and moeprof.patch(model)
+    assert (logits(model, name) - stock).abs().max() < 1e-4
+    if undo == "handle":
+        above.unpatch()
+        handle.unpatch()
+    else:
+        moeprof.unpatch(model)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model, name), stock)

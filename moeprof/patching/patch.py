@@ -199,7 +199,7 @@ def unpatch(model: nn.Module) -> None:
         For what is no torch.nn.Module.
     """
     check_model("unpatch", model)
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # as they were patched: blocks may share a gate
         while STATE in vars(module):
             restore(module)
 
