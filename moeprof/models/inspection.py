@@ -17,6 +17,7 @@ from .blocks import (
     Block,
     interface_obstacle,
     is_behind_interface,
+    no_record,
 )
 from .families import family_of
 from .families.base import Layout
@@ -185,6 +186,8 @@ def _inspected(label: int | str, site: Site) -> InspectedLayer:
 
 def _rule(block: nn.Module, family: Layout) -> str:
     """The rule in words."""
+    if own := family.family.rule.own:
+        return own
     try:
         scaled = family.settings(block).renormalises
     except AttributeError:  # a user's gate need not say it
@@ -201,12 +204,12 @@ def _path(site: Site) -> tuple[str, str]:
             return OWN, reason
         checked = block.check()
         return block.path(checked), checked.reason
-    reason = f"moeprof.patch has no record of {type(site.block).__name__}"
+    reason = no_record(site.block)
     if site.experts is None or not is_behind_interface(site.experts):
         return OWN, reason
     if obstacle := interface_obstacle(site.experts):
         return OWN, f"{reason}; its experts: {obstacle}"
-    return EXPERTS_ONLY, f'{reason}; model.set_experts_implementation("moeprof") runs its experts'
+    return OWN, f'{reason}; model.set_experts_implementation("moeprof") runs its experts in C'
 
 
 def _joined(names: Iterator[str]) -> str | None:

@@ -306,13 +306,21 @@ def _is_mask(numbers: Tensor, layer: Layer) -> bool:
 
 def as_logits(values: Tensor) -> Tensor:
     """Logits (T, E) as they are, probabilities as their logarithm."""
+    if torch.compiler.is_compiling():  # nothing depends on values there
+        total = values.sum(-1, dtype=torch.float32)
+        are_probabilities = (values >= 0).all() & ((total - 1).abs() < 4e-3).all()
+        return torch.where(are_probabilities, _logarithm(values), values.float())
     if not len(values) or float(values.detach().min()) < 0:
         return values
     values_sum = values.detach().sum(-1, dtype=torch.float32)
     # the sum of E roundings to bfloat16, each of at most 2^-9 of a probability
     if float((values_sum - 1).abs().max()) < 4e-3:
-        return values.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return _logarithm(values)
     return values
+
+
+def _logarithm(probabilities: Tensor) -> Tensor:
+    return probabilities.float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def _nonzero(scores: Tensor, k: int | None = None) -> tuple[Tensor, Tensor] | None:

@@ -165,8 +165,8 @@ def own_forward(
 
 
 def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first argument of a block's call: the hidden states."""
-    return args[0] if args else next(iter(kwargs.values()))
+    """The hidden states that a block is called with: the first argument, or the keyword."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
 
 
 def run_unpatched(module: nn.Module, layer: PatchedLayer, *args: Any, **kwargs: Any) -> Any:

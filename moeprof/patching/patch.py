@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeGuard, cast
 from torch import nn
 
 from ..checks import check_model
-from ..models.blocks import FUSED, Block, find_blocks, not_runnable
+from ..models.blocks import FUSED, Block, changed_blocks, find_blocks, not_runnable
 from ..models.families.rules import Checked
 from ..models.names import layer_keys, layer_labels, spans
 from ..null import LayerNull, Null, TokenNull, resolve_null
@@ -138,7 +138,9 @@ def plan_patch(
     routers = routers_by_layer(router, blocks, router_parameters)
     nulls = _layer_nulls(model, routers, null)
     layers: list[tuple[nn.Module, PatchedLayer]] = []
-    skipped: dict[str, str] = {}
+    skipped = changed_blocks(model)
+    if strict and skipped:
+        raise ValueError(not_runnable(*next(iter(skipped.items()))))
     for index, block in enumerate(blocks):
         if reason := block.readable():
             if strict:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backends.ops import Matrices, run_experts, run_route
 from ..backends.tables import routing_obstacle
 from ..models.blocks import not_runnable
-from ..models.reading import as_logits, read_gate
+from ..models.reading import as_logits
 from ..models.routing import Routing
 from .forward import (
     choose_in_python,
@@ -123,7 +123,7 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
         if is_stock:
             said = _stock_choice(output, layer.num_experts)
         else:
-            said = read_gate(output, len(x), layer.num_experts, layer.name)
+            said = layer.family.read(output, len(x), layer.num_experts, layer.name)
         if layer.router is None:
             call.said = said
             return output

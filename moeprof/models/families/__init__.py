@@ -254,6 +254,7 @@ FAMILIES = (
             affinity="sigmoid",
             renormalises="norm_topk_prob",
             bias="block.expert_bias",
+            bias_if="use_expert_bias",
             takes=("block.expert_bias",),
             epsilon=1e-6,
             scale="routed_scaling_factor",
@@ -291,18 +292,29 @@ FAMILIES = (
     ),
     # the function in the gate
     *(Family(name, SIGMOID_SCORE_FN) for name in ("deepseek_v4", "inkling2", "inkling2_loop")),
-    # Their own router chooses, by a rule that is none of these: masks and shares of their own.
-    *(Family(name, GateRule(logits="")) for name in ("inkling", "zaya")),
+    # a rule that is none of these
+    Family("inkling", GateRule(own="shared experts take part of the weights", logits="")),
+    Family("zaya", GateRule(own="a token may choose no expert", logits="")),
 )
 
 
 def family_of(block: nn.Module) -> Layout | None:
     """How to read this block, or None if it is of no family that is known here."""
-    module = type(block).__module__
+    return _family_of(block, type(block))
+
+
+def stock_parent(block: nn.Module) -> type | None:
+    """The class of a known family's blocks that the class of this block is made from."""
+    parents = type(block).__mro__[1:]
+    return next((kind for kind in parents if _family_of(block, kind)), None)
+
+
+def _family_of(block: nn.Module, kind: type) -> Layout | None:
+    module = kind.__module__
     if not module.startswith("transformers.models."):
         return None
     for family in FAMILIES:
-        if family.module == module and _layout(family).is_of(block):
+        if family.module == module and _layout(family).is_of(block, kind):
             return _layout(family)
     return None
 

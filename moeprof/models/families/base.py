@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...backends.spec import Rule
 from ...backends.tables import NOTHING_READ, Activation, LayerMatrices, tensor_obstacle
 from ..guards import Unchanged, gate_obstacle
-from ..reading import read_gate
+from ..reading import as_logits, read_gate
 from ..routing import Routing
 from .rules import Checked, GateRule, RuleReader, Settings, check_gate
 
@@ -72,8 +72,8 @@ class Layout:
 
     # What a layout has to say:
 
-    def is_of(self, block: nn.Module) -> bool:
-        """Is this a block of the family? It is of one of the family's classes."""
+    def is_of(self, block: nn.Module, kind: type) -> bool:
+        """Is this a block of the family, as `kind`, a class from the family's module?"""
         raise NotImplementedError  # abstract
 
     def num_experts(self, block: nn.Module) -> int:
@@ -156,4 +156,11 @@ class Layout:
         gate = self.gate_of(block)
         if self.has_stock_gate(block):
             return Routing(None, None, logits=self.logits(gate, x))
-        return read_gate(gate(x), len(x), self.num_experts(block), name)
+        return self.read(gate(x), len(x), self.num_experts(block), name)
+
+    def read(self, output: Any, tokens: int, num_experts: int, name: str) -> Routing:
+        """What a user's gate `name` returned; as the family's own, it may give probabilities."""
+        said = read_gate(output, tokens, num_experts, name)
+        if said.logits is None or self.family.rule.logits:
+            return said
+        return said._replace(logits=as_logits(said.logits))

@@ -71,8 +71,8 @@ class Listed(Layout):
     has_seam = False
     flags = READ
 
-    def is_of(self, block: nn.Module) -> bool:
-        return type(block).__name__ in self.family.blocks
+    def is_of(self, block: nn.Module, kind: type) -> bool:
+        return kind.__name__ in self.family.blocks
 
     def has_stock_gate(self, block: nn.Module) -> bool:
         gate = type(self.gate_of(block))

@@ -6,6 +6,7 @@ does so is not taken on trust: `differs` runs it.
 
 from dataclasses import dataclass
 from functools import reduce
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,10 @@ class GateRule:
     A text where a number could stand is an attribute of the gate, "config.top_k" one of what the
     gate holds, "block.bias" one of the block around it, and "a|b" the first of two that is there.
 
+    own : what its rule does that none here does; then nothing else counts, and the model's own
+        router chooses
     top_k, renormalises : how many experts; whether their weights are scaled to sum 1
+    bias_if : an attribute that is true while the bias counts; "" where it always does
     groups : attributes of `groups` and `top_groups`; groups_if : (attribute, value), else there
         are none
     jitter : of the affinity sparsemixer
@@ -36,10 +40,12 @@ class GateRule:
     takes : what the block gives the gate besides the hidden states
     """
 
+    own: str = ""
     affinity: str = "softmax"
     top_k: int | str = "top_k"
     renormalises: bool | str = True
     bias: str = ""
+    bias_if: str = ""
     on_logits: bool = False
     groups: tuple[str, str] | None = None
     groups_if: tuple[str, Any] | None = None
@@ -80,9 +86,10 @@ class RuleReader:
         named = (record.floor, record.scale, record.jitter, record.affinity)
         paths = [p for p in named if isinstance(p, str) and p not in AFFINITIES]
         self._others = [*paths, *(record.groups or ())]
-        self._tensors = [p for p in (record.bias, record.expert_scale) if p]
         if record.groups_if:
             self._others.append(record.groups_if[0])
+        if record.bias_if:
+            self._others.append(record.bias_if)
 
     def settings(self, block: nn.Module, gate: nn.Module) -> Settings:
         record = self.record
@@ -90,9 +97,25 @@ class RuleReader:
         return Settings(
             self._top_k(block, gate),
             bool(getattr(gate, scaled)) if isinstance(scaled, str) else scaled,
-            tuple([self._at(gate, block, path) for path in self._others]),
-            tuple([_mark(self._at(gate, block, path)) for path in self._tensors]),
+            *self.others(block, gate),
         )
+
+    def others(self, block: nn.Module, gate: nn.Module) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The last two of `Settings`."""
+        return (
+            tuple([self._at(gate, block, path) for path in self._others]),
+            tuple([_mark(self._at(gate, block, p)) for p in self._tensors(block, gate) if p]),
+        )
+
+    def lacks(self, block: nn.Module, gate: nn.Module) -> bool:
+        """Does the gate, or the block, lack a tensor that the rule names?"""
+        return any(self._at(gate, block, p) is None for p in self._tensors(block, gate) if p)
+
+    def _tensors(self, block: nn.Module, gate: nn.Module) -> tuple[str, str]:
+        """Where the bias and the experts' scales are, "" where they don't count."""
+        record = self.record
+        counts = not record.bias_if or self._at(gate, block, record.bias_if)
+        return (record.bias if counts else ""), record.expert_scale
 
     def _top_k(self, block: nn.Module, gate: nn.Module) -> int:
         top_k = self.record.top_k
@@ -107,12 +130,16 @@ class RuleReader:
         def number(value: float | str) -> float:
             return float(self._at(gate, block, value) if isinstance(value, str) else value)
 
+        def array(path: str) -> Any:
+            return _array(self._at(gate, block, path)) if path else None
+
+        bias, expert_scale = self._tensors(block, gate)
         groups, top_groups = 1, 1
         if record.groups and self._has_groups(block, gate):
             groups, top_groups = (int(self._at(gate, block, p) or 1) for p in record.groups)
         rule = Rule(
             affinity=self._affinity(block, gate),
-            bias=_array(self._at(gate, block, record.bias)) if record.bias else None,
+            bias=array(bias),
             on_logits=record.on_logits,
             groups=groups,
             top_groups=top_groups,
@@ -120,9 +147,7 @@ class RuleReader:
             epsilon=record.epsilon,
             floor=number(record.floor),
             scale=number(record.scale),
-            expert_scale=_array(self._at(gate, block, record.expert_scale))
-            if record.expert_scale
-            else None,
+            expert_scale=array(expert_scale),
             rounds=record.rounds,
             jitter=number(record.jitter),
         )
@@ -207,6 +232,8 @@ def check_gate(
     Ties may fall either way: the chosen experts must be as good as those of the rule, and where
     they are the same their weights must agree.
     """
+    if wanted := _wanted(gate, reader.record.takes):
+        return Checked(None, False, f"its router chooses by {', '.join(wanted)}, not by its logits")
     try:
         settings = reader.settings(block, gate)
         x = _hidden(gate, dtype)
@@ -227,6 +254,15 @@ def check_gate(
     if found := _difference(rule, settings, as_logits(logits), weights, ids, dtype):
         return Checked(None, own, found)
     return Checked(rule, own, "")
+
+
+def _wanted(gate: nn.Module, given: tuple[str, ...]) -> list[str]:
+    """What the gate's forward can't do without, besides the hidden states and what is given."""
+    parameters = [*signature(type(gate).forward).parameters.values()][2 + len(given) :]
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in _VARIABLE]
+
+
+_VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def _said(gate: nn.Module, x: Tensor, extras: list[Any]) -> Any:
