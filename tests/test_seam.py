@@ -298,3 +298,32 @@ def test_a_changed_block_among_stock_ones_is_told_of():
         assert list(handle.fallbacks) == ["model.layers.1.mlp"]
         assert handle.fallbacks["model.layers.1.mlp"] in found[1].reason
         assert (logits(model, "qwen3_moe") - stock).abs().max() < 1e-4
+
+
+# ---- a gate is run once ----
+
+
+def test_a_gate_is_not_run_again_until_it_changes(monkeypatch):
+    """What `patch` has seen a gate do is kept: a loop of configurations patches often."""
+    model, ran = zoo.build("deepseek_v3"), []
+    gate = last_block(model).gate
+    stock = type(gate).forward
+    monkeypatch.setattr(type(gate), "forward", lambda *given: ran.append(1) or stock(*given))
+
+    def runs():
+        before = len(ran)
+        moeprof.patch(model).unpatch()
+        return len(ran) - before
+
+    assert (runs(), runs(), len(moeprof.inspect(model)), runs()) == (1, 0, 1, 0)
+    with torch.no_grad():
+        gate.weight.mul_(2)
+    assert (runs(), runs()) == (1, 0)
+    gate.e_score_correction_bias.data += 1
+    assert (runs(), runs()) == (1, 0)
+    gate.top_k = 2
+    assert (runs(), runs()) == (1, 0)
+    gate.of_a_user = True
+    assert (runs(), runs()) == (1, 0)
+    subclass(gate).__class__.__module__ = stock.__module__
+    assert (runs(), runs()) == (1, 0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +103,10 @@ class RuleReader:
 
     def others(self, block: nn.Module, gate: nn.Module) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The last two of `Settings`."""
-        return (
-            tuple([self._at(gate, block, path) for path in self._others]),
-            tuple([_mark(self._at(gate, block, p)) for p in self._tensors(block, gate) if p]),
-        )
+        paths = [*self._others, *self._tensors(block, gate)]
+        values = [self._at(gate, block, path) for path in paths if path]
+        tensors = [_mark(value) for value in values if isinstance(value, Tensor)]
+        return tuple([v for v in values if not isinstance(v, Tensor)]), tuple(tensors)
 
     def lacks(self, block: nn.Module, gate: nn.Module) -> bool:
         """Does the gate, or the block, lack a tensor that the rule names?"""
@@ -198,9 +199,9 @@ def is_zeroed(rule: Rule) -> bool:
     return rule.groups > 1 and rule.bias is not None and bool(rule.bias.min() < 0)
 
 
-def _mark(value: Tensor | None) -> bytes | None:
-    """What changes when the values of a tensor do; None where there are none."""
-    if value is None or torch.compiler.is_compiling() or value.is_meta:
+def _mark(value: Tensor) -> bytes | None:
+    """What changes when the values of a tensor do; None where it has none."""
+    if torch.compiler.is_compiling() or value.is_meta:
         return None
     return as_array(value.cpu()).tobytes()  # not its version: `.data` and NumPy write past that
 
@@ -230,12 +231,52 @@ def check_gate(
     """Run the gate, as its class has it, on random hidden states, and compare.
 
     Ties may fall either way: the chosen experts must be as good as those of the rule, and where
-    they are the same their weights must agree.
+    they are the same their weights must agree. What was found is kept as long as nothing of the
+    gate changes, since a study patches often.
     """
     if wanted := _wanted(gate, reader.record.takes):
         return Checked(None, False, f"its router chooses by {', '.join(wanted)}, not by its logits")
     try:
         settings = reader.settings(block, gate)
+    except (TypeError, ValueError, AttributeError) as error:
+        return _unread(error)
+    state = (reader.record, settings, dtype, *_state(gate))
+    kept = _kept.get(gate)
+    if kept is None or kept[0] != state:
+        kept = _kept[gate] = state, _run_gate(reader, block, gate, dtype, rule, settings)
+    return kept[1]
+
+
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, Checked]] = WeakKeyDictionary()
+
+
+def _state(gate: nn.Module) -> tuple[Any, ...]:
+    """What a gate's forward may depend on."""
+    tensors = [*gate.parameters(), *gate.buffers()]
+    return (
+        [(type(m), type(m).forward) for m in gate.modules()],
+        [{n: v for n, v in vars(m).items() if type(v) in _PLAIN} for m in gate.modules()],
+        [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors],
+    )
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _unread(error: Exception) -> Checked:
+    message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Checked(None, False, f"its router can't be read ({message})")
+
+
+def _run_gate(
+    reader: RuleReader,
+    block: nn.Module,
+    gate: nn.Module,
+    dtype: torch.dtype,
+    rule: Rule,
+    settings: Settings,
+) -> Checked:
+    try:
         x = _hidden(gate, dtype)
         with torch.no_grad():
             said = _said(gate, x, reader.extras(block, gate))
@@ -245,8 +286,7 @@ def check_gate(
             mine = reader.logits(gate, x) if reader.record.logits else first[0]
             logits = first[0] if first else mine
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as e:
-        error = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        return Checked(None, False, f"its router can't be read ({error})")
+        return _unread(e)
     own = bool(reader.record.logits) and mine.shape == logits.shape
     own = own and torch.allclose(mine.float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
     if not bool(logits.isfinite().all()):  # no rule can be seen, and each call will say so
