@@ -34,9 +34,6 @@ FALLBACKS = (
         (
             "aria",
             "gpt_oss",
-            "granitemoe",
-            "granitemoehybrid",
-            "granitemoeshared",
             "hunyuan_v1_moe",
             "jetmoe/JetMoeMoA",
             "jetmoe/JetMoeMoE",

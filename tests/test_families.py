@@ -16,7 +16,7 @@ from moeprof.models.families.rules import GateRule
 from moeprof.null.fitting import _trimming
 from moeprof.studies.sweep import configurations, dropped_max_ks
 
-SAMPLE = ("olmoe", "qwen3_moe", "mixtral", "deepseek_v3")  # a rule or layout each
+SAMPLE = ("olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "granitemoe")  # a rule or layout each
 
 
 @pytest.fixture(params=SAMPLE)
@@ -60,8 +60,6 @@ def only(monkeypatch, record):
 
 @pytest.mark.parametrize("name", ["olmoe", "mixtral", "deepseek_v3", "granitemoe"])
 def test_a_gate_of_zeros_has_its_rule_though_all_its_logits_tie(name):
-    if name == "granitemoe" and not zoo.V5:
-        pytest.skip("transformers 4 keeps Granite's experts in another layout")
     model = zoo.build(name)
     with torch.no_grad():
         for block in find_blocks(model):

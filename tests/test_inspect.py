@@ -1,5 +1,6 @@
 """moeprof.inspect: what it says of each family, beside what the zoo knows by hand."""
 
+import every
 import pytest
 import torch
 import zoo
@@ -7,6 +8,7 @@ from models import assert_unchanged, blocks, olmoe, snapshot
 
 import moeprof
 from moeprof import cli
+from moeprof.models import families
 
 
 def test_of_olmoe():
@@ -47,6 +49,34 @@ def test_of_every_family(name):
         assert layer.intermediate_size in (None, zoo.INTERMEDIATE)
         assert (layer.path in ("fused", "seam")) == (not layer.reason)
         assert layer.dtype == "float32"
+
+
+@pytest.mark.skipif(not zoo.V5, reason="transformers 4 has no experts implementations")
+def test_what_patch_has_no_record_of_is_the_models_own(monkeypatch):
+    """As of code that comes with a model from the hub: what it says is what patch does."""
+    model = zoo.build("mixtral")
+    left = tuple(record for record in families.FAMILIES if record.name != "mixtral")
+    monkeypatch.setattr(families, "FAMILIES", left)
+    for layer in moeprof.inspect(model):
+        assert layer.path == "the model's own" and "no record of Mixtral" in layer.reason
+        assert 'set_experts_implementation("moeprof") runs its experts in C' in layer.reason
+    with pytest.raises(ValueError, match="No routers found"):
+        moeprof.patch(model)
+
+
+@pytest.mark.skipif(not zoo.V5, reason="transformers 4 has none of these families")
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("deepseek_v4", "its router chooses by input_ids, not by its logits"),
+        ("inkling", "shared experts take part of the weights"),
+        ("zaya", "a token may choose no expert"),
+    ],
+)
+def test_why_a_rule_has_no_name(family, words):
+    layer = moeprof.inspect(every.build(family))[0]
+    assert layer.path == "experts only" and words in layer.reason
+    assert "Error" not in layer.reason
 
 
 def test_as_table_page_and_frame():

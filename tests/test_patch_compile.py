@@ -3,10 +3,12 @@
 The graph holds moeprof's operator once a layer, and nothing of the way to it.
 """
 
+import copy
 from contextlib import contextmanager
 
 import pytest
 import torch
+import zoo
 from models import (
     V5,
     assert_unchanged,
@@ -20,6 +22,7 @@ from models import (
 )
 
 import moeprof
+from moeprof.models.blocks import find_blocks
 
 CALL = {"input_ids": token_ids(1, 12), "use_cache": False}
 
@@ -128,3 +131,70 @@ def test_a_block_whose_own_k_changed(top_k):
         owner.top_k = top_k
         expected = run(block, x)
         assert torch.equal(run(torch.compile(block, backend="eager"), x), expected)
+
+
+# ---- blocks whose own forward runs ----
+
+only_5 = pytest.mark.skipif(not V5, reason="transformers 4 has no seam")
+SEAMS = ("qwen2_moe", "deepseek_v3", "lfm2_moe")  # the last two choose with a bias
+ROUTERS = {"own": {}, "bh": dict(router="bh", alpha=0.3, max_k=4, null="normal")}
+each_seam = pytest.mark.parametrize("name", SEAMS)
+each_router = pytest.mark.parametrize("router", ROUTERS)
+
+
+def seam(name):
+    """(its last MoE block, hidden states)."""
+    return find_blocks(zoo.build(name))[-1].module, torch.randn(1, 7, zoo.H)
+
+
+def operators(graph):
+    ours = torch.ops.moeprof
+    return [counted(graph, operator.default) for operator in (ours.route, ours.experts)]
+
+
+@only_5
+@each_seam
+@each_router
+def test_a_seam_is_one_graph(name, router):
+    (block, x), seen = seam(name), Seen()
+    with moeprof.patch(block, **ROUTERS[router]), torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend=seen)
+        first, again = compiled(x), compiled(x)
+        expected = block(x)
+    assert torch.equal(first, expected) and torch.equal(again, expected)
+    assert [operators(graph) for graph in seen.graphs] == [[1, 1]]
+
+
+@only_5
+@each_seam
+@each_router
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_a_seam_is_exported(name, router, strict):
+    block, x = seam(name)
+    with moeprof.patch(block, **ROUTERS[router]), torch.no_grad():
+        expected = block(x)
+        program = torch.export.export(block, (x,), strict=strict)
+        assert operators(program.graph) == [1, 1]
+        assert torch.equal(program.module()(x), expected)
+
+
+@only_5
+def test_a_bias_is_compiled_as_it_was_read_last():
+    block, x = seam("deepseek_v3")
+    with moeprof.patch(block), torch.no_grad():
+        block.gate.e_score_correction_bias += torch.linspace(-1, 1, zoo.E)
+        expected = block(x)
+        assert torch.equal(torch.compile(block, fullgraph=True, backend="eager")(x), expected)
+
+
+@only_5
+def test_a_copy_that_never_ran_says_what_to_do_before_it_is_compiled():
+    block, x = seam("deepseek_v3")
+    with moeprof.patch(block), torch.no_grad():
+        copied = copy.deepcopy(block)
+    with torch.no_grad():
+        with pytest.raises(Exception, match="call the model once before you compile it"):
+            torch.compile(copied, fullgraph=True, backend="eager")(x)
+        expected = copied(x)
+        assert torch.equal(torch.compile(copied, fullgraph=True, backend="eager")(x), expected)

@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 import torch
+import zoo
 from models import (
+    V5,
     assert_unchanged,
     blocks,
     moe_block,
@@ -19,6 +21,7 @@ from models import (
 from torch import nn
 
 import moeprof
+from moeprof.models.blocks import find_blocks
 from moeprof.patching.install import install
 from moeprof.patching.state import Patched, is_patched
 
@@ -167,3 +170,61 @@ def test_the_block_is_the_last_that_a_patch_changes():
     install(block, Patched("block"), [(block, lambda self: 1), (inner, lambda self: 2)])
     assert seen == [False] and is_patched(block) and inner.own["forward"]() == 2
     assert block.forward() == 1
+
+
+# ---- blocks whose own forward runs ----
+
+only_5 = pytest.mark.skipif(not V5, reason="transformers 4 has no seam")
+
+
+def slots(logits):
+    """The best expert of each token, and an empty slot."""
+    best = logits.argmax(1, keepdim=True)
+    return torch.ones(len(logits), 2), torch.cat([best, torch.full_like(best, -1)], 1)
+
+
+@only_5
+@pytest.mark.parametrize("undo", ["handle", "unpatch"])
+def test_a_seam_that_is_unpatched_between_its_gate_and_its_experts(undo):
+    """Empty slots never meet the model's own experts: the patch stays until the call has ended."""
+    model = zoo.build("qwen2_moe")
+    block, x, before = find_blocks(model)[-1].module, random_hidden(1, 3, zoo.H), snapshot(model)
+    with torch.no_grad(), moeprof.patch(model, slots):
+        expected = block(x)
+    threads = []
+
+    def meanwhile(logits):
+        threads.append(threading.Thread(target=undoing))
+        threads[0].start()
+        threads[0].join(0.2)
+        return slots(logits)
+
+    handle = moeprof.patch(model, meanwhile)
+    undoing = handle.unpatch if undo == "handle" else lambda: moeprof.unpatch(model)
+    with torch.no_grad():
+        assert torch.equal(block(x), expected)
+    threads[0].join()
+    assert not handle.active
+    assert_unchanged(model, before)
+
+
+@only_5
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_a_seam_is_patched_profiled_and_unpatched_while_threads_run_it(name):
+    """Each output is that of the stock block, or of the patched one, bit for bit."""
+    model, options = zoo.build(name), dict(router="bh", alpha=0.3, max_k=4, null="normal")
+    block, x, before = find_blocks(model)[-1].module, random_hidden(1, 9, zoo.H), snapshot(model)
+    with torch.no_grad():
+        right = [block(x)]
+        with moeprof.patch(model, **options):
+            right.append(block(x))
+
+    def meanwhile():
+        with moeprof.patch(model, **options), moeprof.MoEProfiler(model):
+            time.sleep(1e-4)
+        time.sleep(1e-4)
+
+    outputs, errors = in_threads(lambda: block(x), meanwhile)
+    assert not errors, errors[0]
+    assert all(any(torch.equal(out, r) for r in right) for out in outputs)
+    assert_unchanged(model, before)

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from ..backends.c import C
 from ..backends.spec import PLAIN, Rule, topk_spec
 from ..backends.tables import tensor_obstacle
-from .families import FAMILIES, family_of
+from .families import FAMILIES, family_of, stock_parent
 from .families.base import Layout
 from .families.packed import read_packed
 from .families.rules import Checked
 from .find import find_sites
-from .guards import explained
-from .reading import as_logits, read_gate
+from .guards import explained, full_name
+from .reading import as_logits
 
 # How a patched block runs: in one call to C; by its own forward, with moeprof's router and
-# experts; the same, but its own router chooses, since its rule isn't known.
-FUSED, SEAM, EXPERTS_ONLY = "fused", "seam", "experts only"
+# experts; the same, but its own router chooses, since its rule isn't known. Or it isn't patched.
+FUSED, SEAM, EXPERTS_ONLY, OWN = "fused", "seam", "experts only", "the model's own"
 
 
 class Block(NamedTuple):
@@ -55,6 +55,8 @@ class Block(NamedTuple):
 
     def check(self) -> Checked:
         """What is known of its own router."""
+        if own := self.family.family.rule.own:
+            return Checked(None, False, f"its router has a rule of its own: {own}")
         if not self.family.has_stock_gate(self.module):  # a user's, which may choose or not
             return self._of_users_gate()
         dtype = next(self.family.experts_of(self.module).parameters()).dtype
@@ -62,12 +64,15 @@ class Block(NamedTuple):
 
     def _of_users_gate(self) -> Checked:
         """A gate that a user put in has the rule of the family where it has what that names."""
+        gate = self.family.gate_of(self.module)
+        lacks = f"its router {type(gate).__name__} lacks what the family's rule names"
         try:
             rule, settings = self.rule(), self.family.settings(self.module)
             topk_spec(rule, self.num_experts, settings.top_k).in_c("float32")
         except (TypeError, ValueError, AttributeError):
-            gate = type(self.family.gate_of(self.module)).__name__
-            return Checked(None, False, f"its router {gate} lacks what the family's rule names")
+            return Checked(None, False, lacks)
+        if self.family.reader.lacks(self.module, gate):
+            return Checked(None, False, lacks)
         return Checked(rule, False, "")
 
     def rule(self) -> Rule:
@@ -82,7 +87,7 @@ class Block(NamedTuple):
         gate = self.family.gate_of(self.module)
         x = hidden.reshape(-1, hidden.shape[-1])
         if not self.family.has_stock_gate(self.module):
-            return read_gate(output, len(x), self.num_experts, self.gate_name).logits
+            return self.family.read(output, len(x), self.num_experts, self.gate_name).logits
         first = output[0] if isinstance(output, tuple) else output
         if first.is_floating_point() and first.shape[-1] == self.num_experts:
             return as_logits(first.reshape(-1, self.num_experts))
@@ -110,7 +115,7 @@ class Block(NamedTuple):
     def path(self, checked: Checked) -> str:
         """How it runs when it is patched; checked: what `check` said."""
         if checked.rule is None:
-            return EXPERTS_ONLY
+            return EXPERTS_ONLY if self.family.has_seam else OWN
         users = not self.family.has_stock_gate(self.module)
         one_call = self.family.is_fused(self.module) and (checked.own_logits or users)
         return FUSED if one_call else SEAM
@@ -129,6 +134,25 @@ def find_blocks(model: nn.Module) -> list[Block]:
     if blocks:
         return blocks
     raise ValueError(_no_routers(model))
+
+
+def no_record(block: nn.Module) -> str:
+    """Why a block is of no known family."""
+    if parent := stock_parent(block):
+        return (
+            f"{full_name(block)} is made from {parent.__name__}, and may do other things: "
+            "moeprof.patch runs blocks of transformers' own classes"
+        )
+    return f"moeprof.patch has no record of {type(block).__name__}"
+
+
+def changed_blocks(model: nn.Module) -> dict[str, str]:
+    """{name: why it isn't one} of what a user has made from the class of a family's blocks."""
+    return {
+        name or type(module).__name__: explained(no_record(module), module)
+        for name, module in model.named_modules()
+        if family_of(module) is None and stock_parent(module)
+    }
 
 
 def runnable_blocks(model: nn.Module) -> list[Block]:

@@ -12,12 +12,15 @@ from ..files import printable
 from .blocks import (
     EXPERTS_ONLY,
     FUSED,
+    OWN,
     SEAM,
     Block,
     interface_obstacle,
     is_behind_interface,
+    no_record,
 )
 from .families import family_of
+from .families.base import Layout
 from .find import Site, find_layers
 from .names import layer_labels
 from .sizes import expert_slots, is_list, parameter_bytes
@@ -25,7 +28,6 @@ from .sizes import expert_slots, is_list, parameter_bytes
 if TYPE_CHECKING:
     import pandas
 
-OWN = "the model's own"
 _LEGEND = {
     FUSED: "moeprof.patch(model) runs router and experts in one call to C",
     SEAM: "moeprof.patch(model) puts its router and experts into the block's own forward",
@@ -159,10 +161,7 @@ def inspect(model: nn.Module) -> Inspection:
 def _inspected(label: int | str, site: Site) -> InspectedLayer:
     layer, family = site.layer, family_of(site.block)
     path, reason = _path(site)
-    rule = None
-    if family is not None:
-        scaled = family.settings(site.block).renormalises
-        rule = family.family.rule.words + (", weights scaled to sum 1" if scaled else "")
+    rule = None if family is None else _rule(site.block, family)
     parts = [] if site.experts is None else [p for p in site.experts.parameters()]
     return InspectedLayer(
         label,
@@ -185,6 +184,17 @@ def _inspected(label: int | str, site: Site) -> InspectedLayer:
     )
 
 
+def _rule(block: nn.Module, family: Layout) -> str:
+    """The rule in words."""
+    if own := family.family.rule.own:
+        return own
+    try:
+        scaled = family.settings(block).renormalises
+    except AttributeError:  # a user's gate need not say it
+        scaled = False
+    return family.family.rule.words + (", weights scaled to sum 1" if scaled else "")
+
+
 def _path(site: Site) -> tuple[str, str]:
     """(how moeprof can run this layer, what stands against more)."""
     family = family_of(site.block)
@@ -194,12 +204,12 @@ def _path(site: Site) -> tuple[str, str]:
             return OWN, reason
         checked = block.check()
         return block.path(checked), checked.reason
-    reason = f"moeprof.patch has no record of {type(site.block).__name__}"
+    reason = no_record(site.block)
     if site.experts is None or not is_behind_interface(site.experts):
         return OWN, reason
     if obstacle := interface_obstacle(site.experts):
         return OWN, f"{reason}; its experts: {obstacle}"
-    return EXPERTS_ONLY, f'{reason}; model.set_experts_implementation("moeprof") runs its experts'
+    return OWN, f'{reason}; model.set_experts_implementation("moeprof") runs its experts in C'
 
 
 def _joined(names: Iterator[str]) -> str | None:

@@ -157,7 +157,7 @@ def _is_triple(logits: Any, weights: Any, experts: Any, shape: tuple[int, int]) 
 
 def _read(output: Any, tokens: int, layer: Layer) -> Routing | None:
     if isinstance(output, tuple | list) and len(output) == 5:
-        return _by_expert(output, tokens, layer)
+        return by_expert(output, tokens, layer.num_experts)
     rows = _rows(output, tokens)
     if rows is None:
         return None
@@ -262,7 +262,7 @@ def _of_indices(experts: Tensor, values: list[Tensor], layer: Layer) -> Routing 
     return Routing(None if logits is scores else _at(scores, experts), experts, logits=logits)
 
 
-def _by_expert(output: tuple[Any, ...] | list[Any], tokens: int, layer: Layer) -> Routing | None:
+def by_expert(output: tuple[Any, ...] | list[Any], tokens: int, num_experts: int) -> Routing | None:
     """Granite of transformers 4: what sorts the T * k choices by expert, and the logits.
 
     (order (T k,) of the choices by expert, token (T k,) and weight (T k,) of each in that order,
@@ -275,10 +275,10 @@ def _by_expert(output: tuple[Any, ...] | list[Any], tokens: int, layer: Layer) -
     count = order.numel()
     if order.dtype not in INTEGERS or not (order.shape == token.shape == sorted_weights.shape):
         return None
-    if logits.shape != (tokens, layer.num_experts) or not tokens or count % tokens:
+    if logits.shape != (tokens, num_experts) or not tokens or count % tokens:
         return None
     sizes = torch.as_tensor(sizes, device=order.device)
-    if sizes.shape != (layer.num_experts,) or int(sizes.sum()) != count:
+    if sizes.shape != (num_experts,) or int(sizes.sum()) != count:
         return None
     sorted_experts = torch.repeat_interleave(sizes)
     experts = torch.empty_like(sorted_experts)
@@ -306,13 +306,21 @@ def _is_mask(numbers: Tensor, layer: Layer) -> bool:
 
 def as_logits(values: Tensor) -> Tensor:
     """Logits (T, E) as they are, probabilities as their logarithm."""
+    if torch.compiler.is_compiling():  # nothing depends on values there
+        total = values.sum(-1, dtype=torch.float32)
+        are_probabilities = (values >= 0).all() & ((total - 1).abs() < 4e-3).all()
+        return torch.where(are_probabilities, _logarithm(values), values.float())
     if not len(values) or float(values.detach().min()) < 0:
         return values
     values_sum = values.detach().sum(-1, dtype=torch.float32)
     # the sum of E roundings to bfloat16, each of at most 2^-9 of a probability
     if float((values_sum - 1).abs().max()) < 4e-3:
-        return values.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return _logarithm(values)
     return values
+
+
+def _logarithm(probabilities: Tensor) -> Tensor:
+    return probabilities.float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def _nonzero(scores: Tensor, k: int | None = None) -> tuple[Tensor, Tensor] | None:

@@ -3,7 +3,6 @@
 A block is fused that does nothing but to call its gate and its experts; the others are in seam.py.
 """
 
-import types
 import warnings
 from contextlib import ExitStack
 from time import perf_counter_ns
@@ -162,23 +161,23 @@ def own_forward(
     with ExitStack() as observed:
         for observer in observers_of(block):
             observed.enter_context(observer.stock(hidden_states))
-        return unpatched_forward(block, layer)(*args, **kwargs)
+        return run_unpatched(block, layer, *args, **kwargs)
 
 
 def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first argument of a block's call: the hidden states."""
-    return args[0] if args else next(iter(kwargs.values()))
+    """The hidden states that a block is called with: the first argument, or the keyword."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
 
 
-def unpatched_forward(module: nn.Module, layer: PatchedLayer) -> Any:
-    """What the forward of a module of this layer was before any patch.
+def run_unpatched(module: nn.Module, layer: PatchedLayer, *args: Any, **kwargs: Any) -> Any:
+    """Call the forward that a module of this layer had before any patch.
 
     From the layer on, not from the module: another thread may have unpatched that.
     """
     for saved, attributes in earlier(layer)[-1].saved:
         if saved is module and attributes["forward"] is not Absent:
-            return attributes["forward"]
-    return types.MethodType(type(module).forward, module)
+            return attributes["forward"](*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
 
 
 def warn_fallback(name: str, reason: str) -> None:

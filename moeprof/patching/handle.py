@@ -105,7 +105,7 @@ class Handle:
             raise RuntimeError(
                 "unpatch: the model was patched again after this patch; unpatch that one first"
             )
-        for module, _ in mine:
+        for module, _ in reversed(mine):  # blocks may share a gate
             restore(module)
 
     def __enter__(self) -> "Handle":

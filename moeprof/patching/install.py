@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .observers import rehook
-from .state import STATE, Absent, Patched
+from .state import STATE, Absent, Patched, wait_until_left
 
 
 def install(
@@ -30,10 +30,18 @@ def install(
 
 def restore(patched: nn.Module) -> None:
     """Undo the last patch of a module."""
-    for module, attributes in vars(patched)[STATE].saved:
-        for name, value in attributes.items():
-            if value is Absent:
-                vars(module).pop(name, None)
-            else:
-                vars(module)[name] = value
+    state = vars(patched)[STATE]
+    block, *parts = state.saved
+    _put_back(*block)  # from now on no call of it begins
+    wait_until_left(state)
+    for part in parts:
+        _put_back(*part)
     rehook(patched)
+
+
+def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        if value is Absent:
+            vars(module).pop(name, None)
+        else:
+            vars(module)[name] = value

@@ -54,12 +54,19 @@ class PatchedLayer(Patched):
         """(what the router is told, the same as operands of `moe_op`).
 
         The model's settings are read in every call, and the spec is made anew when they have
-        changed.
+        changed. Tensors among them have no values while a compiler traces: what was read last
+        stays, and is part of what it compiles.
         """
-        settings = self.family.settings(block)
-        if self._spec is None or self._spec[0] != settings:
-            spec = self._make_spec(settings, self.family.rule(block))
-            self._spec = settings, spec, operands_of(spec)
+        try:
+            settings = self.family.settings(block)
+            if self._spec is not None and torch.compiler.is_compiling():
+                settings = settings._replace(tensors=self._spec[0].tensors)
+            if self._spec is None or self._spec[0] != settings:
+                spec = self._make_spec(settings, self.family.rule(block))
+                spec.in_c("float32")  # raises what only C tells
+                self._spec = settings, spec, operands_of(spec)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise type(error)(f"{self.title}: {error}") from None
         return self._spec[1:]
 
     def _make_spec(self, settings: Settings, rule: Rule) -> RouteSpec:
@@ -77,6 +84,9 @@ class PatchedLayer(Patched):
 
         The experts are read once, and again when anything about them has changed.
         """
+        if self.fused and block.training and not self.family.is_fused(block):
+            setting = self.family.family.fused
+            return NOTHING_READ, f"{setting} was set after patch: unpatch, and patch again"
         if torch.compiler.is_compiling():  # a tracer's tensors lie nowhere
             return self.family.readable(block)
         if reason := self.family.obstacle(block):

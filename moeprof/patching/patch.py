@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeGuard, cast
 from torch import nn
 
 from ..checks import check_model
-from ..models.blocks import FUSED, Block, find_blocks, not_runnable
+from ..models.blocks import FUSED, Block, changed_blocks, find_blocks, not_runnable
 from ..models.families.rules import Checked
 from ..models.names import layer_keys, layer_labels, spans
 from ..null import LayerNull, Null, TokenNull, resolve_null
@@ -137,7 +137,9 @@ def plan_patch(
     routers = routers_by_layer(router, blocks, router_parameters)
     nulls = _layer_nulls(model, routers, null)
     layers: list[tuple[nn.Module, PatchedLayer]] = []
-    skipped: dict[str, str] = {}
+    skipped = changed_blocks(model)
+    if strict and skipped:
+        raise ValueError(not_runnable(*next(iter(skipped.items()))))
     for index, block in enumerate(blocks):
         if reason := block.readable():
             if strict:
@@ -176,8 +178,16 @@ def put_in(planned: Planned) -> None:
 
 
 def _rule_obstacle(block: Block, router: Any, checked: Checked) -> str | None:
-    """Why no router of moeprof can take the place of the model's own, or None."""
-    if checked.rule is not None or not isinstance(router, Router):
+    """Why no router of moeprof can take the place of the model's own, or None; where the block
+    is one call to C or nothing, why it can't be patched at all."""
+    if checked.rule is not None:
+        return None
+    if not block.family.has_seam:
+        return (
+            f"can't run on moeprof's path: {checked.reason}. A block of transformers 4 runs "
+            "in C only as a whole, by a rule that is known"
+        )
+    if not isinstance(router, Router):
         return None
     return (
         "a router of moeprof needs the rule by which the model's own chooses and weighs experts, "
@@ -196,7 +206,7 @@ def unpatch(model: nn.Module) -> None:
         For what is no torch.nn.Module.
     """
     check_model("unpatch", model)
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):  # as they were patched: blocks may share a gate
         while STATE in vars(module):
             restore(module)
 

@@ -1,19 +1,21 @@
 """What runs where a patched block does more than to call its gate and its experts.
 
-The block's own forward runs, and its gate and its experts are ours. Both know by `_CALLS` which
+The block's own forward runs, and its gate and its experts are ours. Both know by `_HERE` which
 call of their block they are in; outside one they are what they were.
 """
 
 import threading
+from contextlib import nullcontext
 from time import perf_counter_ns
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..backends.ops import Matrices, run_experts, run_route
 from ..backends.tables import routing_obstacle
 from ..models.blocks import not_runnable
-from ..models.reading import as_logits, read_gate
+from ..models.reading import as_logits
 from ..models.routing import Routing
 from .forward import (
     choose_in_python,
@@ -22,12 +24,12 @@ from .forward import (
     input_obstacle,
     own_forward,
     ran,
+    run_unpatched,
     tell,
-    unpatched_forward,
 )
 from .layer import PatchedLayer
 from .observers import observers_of
-from .state import STATE
+from .state import STATE, inside
 
 
 class _Call:
@@ -49,14 +51,21 @@ class _Call:
         return ran(self.layer, weights, expert_ids, None if said is None else said.logits)
 
 
-_CALLS = threading.local()  # .stack: the calls that this thread is in, the innermost last
+class _Here(threading.local):
+    """Of this thread: the call that it is in, the innermost."""
+
+    call: _Call | None = None
+
+
+_HERE = _Here()
 
 
 def _call_of(module: nn.Module) -> _Call | None:
     """The call that this gate, or these experts, are in; None outside."""
-    stack: list[_Call] = getattr(_CALLS, "stack", [])
-    inside = stack and (stack[-1].gate is module or stack[-1].experts is module)
-    return stack[-1] if inside else None
+    call = _HERE.call
+    if call is not None and (call.gate is module or call.experts is module):
+        return call
+    return None
 
 
 def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,16 +80,16 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if reason := reason or hidden_obstacle(table.matrices[0], hidden_states):
         return own_forward(self, layer, reason, args, kwargs)
     call = _Call(self, layer, table)
-    if reason := _replaced(call):
+    with nullcontext() if torch.compiler.is_compiling() else inside(layer):
         if vars(self).get(STATE) is not layer:  # another thread unpatched the block meanwhile
-            return unpatched_forward(self, layer)(*args, **kwargs)
-        return own_forward(self, layer, reason, args, kwargs)
-    stack = vars(_CALLS).setdefault("stack", [])
-    stack.append(call)
-    try:
-        output = unpatched_forward(self, layer)(*args, **kwargs)
-    finally:
-        stack.pop()
+            return run_unpatched(self, layer, *args, **kwargs)
+        if reason := _replaced(call):
+            return own_forward(self, layer, reason, args, kwargs)
+        outer, _HERE.call = _HERE.call, call
+        try:
+            output = run_unpatched(self, layer, *args, **kwargs)
+        finally:
+            _HERE.call = outer
     if watched and call.given is not None:
         by_user = not layer.family.has_stock_gate(self)
         tell(self, layer, hidden_states, call.ran(), by_user, start)
@@ -110,11 +119,11 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
         recorded = layer.family.reader.logits(self, x)
         said = Routing(None, None, logits=recorded)
     else:
-        output = unpatched_forward(self, layer)(hidden_states, *args, **kwargs)
+        output = run_unpatched(self, layer, hidden_states, *args, **kwargs)
         if is_stock:
             said = _stock_choice(output, layer.num_experts)
         else:
-            said = read_gate(output, len(x), layer.num_experts, layer.name)
+            said = layer.family.read(output, len(x), layer.num_experts, layer.name)
         if layer.router is None:
             call.said = said
             return output
@@ -123,11 +132,7 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
         elif said.logits is not None:
             recorded = said.logits
     call.said = _choose(call, said, x)
-    expert_ids = call.said.expert_ids
-    if layer.router is None and expert_ids is not None:
-        # As its own router has them: another thread may unpatch the experts before they run.
-        expert_ids = expert_ids.long()
-    return recorded, call.said.weights, expert_ids, *rest
+    return recorded, call.said.weights, call.said.expert_ids, *rest
 
 
 def _stock_choice(output: Any, num_experts: int) -> Routing:

@@ -1,6 +1,10 @@
 """What a patched module carries, whatever was patched."""
 
 import copy
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -47,6 +51,27 @@ class Patched:
             f"{self.name}: a patched model can't be pickled (torch.save): unpatch it first, or "
             "use save_pretrained or state_dict"
         )
+
+
+_INSIDE: list[tuple[Patched, int]] = []  # (patch, thread) of the calls whose parts are ours
+
+
+@contextmanager
+def inside(state: Patched) -> Iterator[None]:
+    """Around a call whose parts are ours: `wait_until_left` waits for its end."""
+    call = state, threading.get_ident()
+    _INSIDE.append(call)
+    try:
+        yield
+    finally:
+        _INSIDE.remove(call)
+
+
+def wait_until_left(state: Patched) -> None:
+    """Return when no other thread is in a call whose parts are of this patch."""
+    here = threading.get_ident()
+    while any(patch is state and thread != here for patch, thread in [*_INSIDE]):
+        time.sleep(1e-4)
 
 
 def chain(module: nn.Module) -> list[Any]:

@@ -191,7 +191,7 @@ class Router:
         for name, value in (("min_k", self.min_k), ("max_k", max_k)):
             if not 1 <= value <= most:
                 raise ValueError(
-                    f"{name}: expected 1 to {most} ({_of(most, num_experts)}), got {shown(value)}"
+                    f"{name}: expected 1 to {most} ({whose(most, num_experts)}), got {shown(value)}"
                 )
         if self.min_k > max_k:
             raise ValueError(f"min_k: expected at most max_k={max_k}, got {self.min_k}")
@@ -414,7 +414,7 @@ class Router:
         return weights, rejections
 
 
-def _of(eligible: int, num_experts: int) -> str:
+def whose(eligible: int, num_experts: int) -> str:
     """What the number of experts that a token may use is."""
     if eligible == num_experts:
         return "experts"

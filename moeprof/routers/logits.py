@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .base import ANY, UNIT, Router, Tokens, argmax, below_top, parameter, shown
+from .base import ANY, UNIT, Router, Tokens, argmax, below_top, parameter, shown, whose
 
 TILT = 100.0  # of a search for a budget; more than gaps of logits are
 
@@ -41,8 +41,8 @@ class TopK(Router):
     def limits(self, num_experts: int, eligible: int | None = None) -> tuple[int, int]:
         most = num_experts if eligible is None else eligible
         if not isinstance(self.k, tuple) and self.k > most:
-            got = shown(self.k)
-            raise ValueError(f"k: expected at most {most} (experts), got {got}")
+            experts, got = whose(most, num_experts), shown(self.k)
+            raise ValueError(f"k: expected at most {most} ({experts}), got {got}")
         return super().limits(num_experts, eligible)
 
     def count(self, tokens: Tokens) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import nn
 from .base import Family, Layout
 from .listed import Listed
 from .packed import Packed
+from .paired import Paired
 from .rules import GateRule
 
 # ---- rules that several families share ----
@@ -115,6 +116,21 @@ FAMILIES = (
     *(
         Family(name, SOFTMAX_SCALED, _ROUTER, fused=True)
         for name in ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
+    ),
+    *(
+        Family(
+            name,
+            GateRule(weight="layer.weight"),
+            _ROUTER,
+            experts_at="",
+            blocks=(f"{prefix}MoE",),
+            expert=f"{prefix}ParallelExperts",
+        )
+        for name, prefix in (
+            ("granitemoe", "GraniteMoe"),
+            ("granitemoehybrid", "GraniteMoeHybrid"),
+            ("granitemoeshared", "GraniteMoeShared"),
+        )
     ),
     Family("gpt_oss", SOFTMAX_SCALED, _ROUTER),
     Family("aria", SOFTMAX_SCALED, _ROUTER, config_top_k="moe_topk"),
@@ -238,6 +254,7 @@ FAMILIES = (
             affinity="sigmoid",
             renormalises="norm_topk_prob",
             bias="block.expert_bias",
+            bias_if="use_expert_bias",
             takes=("block.expert_bias",),
             epsilon=1e-6,
             scale="routed_scaling_factor",
@@ -275,18 +292,29 @@ FAMILIES = (
     ),
     # the function in the gate
     *(Family(name, SIGMOID_SCORE_FN) for name in ("deepseek_v4", "inkling2", "inkling2_loop")),
-    # Their own router chooses, by a rule that is none of these: masks and shares of their own.
-    *(Family(name, GateRule(logits="")) for name in ("inkling", "zaya")),
+    # a rule that is none of these
+    Family("inkling", GateRule(own="shared experts take part of the weights", logits="")),
+    Family("zaya", GateRule(own="a token may choose no expert", logits="")),
 )
 
 
 def family_of(block: nn.Module) -> Layout | None:
     """How to read this block, or None if it is of no family that is known here."""
-    module = type(block).__module__
+    return _family_of(block, type(block))
+
+
+def stock_parent(block: nn.Module) -> type | None:
+    """The class of a known family's blocks that the class of this block is made from."""
+    parents = type(block).__mro__[1:]
+    return next((kind for kind in parents if _family_of(block, kind)), None)
+
+
+def _family_of(block: nn.Module, kind: type) -> Layout | None:
+    module = kind.__module__
     if not module.startswith("transformers.models."):
         return None
     for family in FAMILIES:
-        if family.module == module and _layout(family).is_of(block):
+        if family.module == module and _layout(family).is_of(block, kind):
             return _layout(family)
     return None
 
@@ -294,5 +322,6 @@ def family_of(block: nn.Module) -> Layout | None:
 @cache
 def _layout(family: Family) -> Layout:
     """In the layout of the transformers that the family's module is of."""
-    is_packed = "use_experts_implementation" in vars(sys.modules[family.module])
-    return Packed(family) if is_packed else Listed(family)
+    if "use_experts_implementation" in vars(sys.modules[family.module]):
+        return Packed(family)
+    return Listed(family) if family.experts_at else Paired(family)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...backends.spec import Rule
 from ...backends.tables import NOTHING_READ, Activation, LayerMatrices, tensor_obstacle
 from ..guards import Unchanged, gate_obstacle
-from ..reading import read_gate
+from ..reading import as_logits, read_gate
 from ..routing import Routing
 from .rules import Checked, GateRule, RuleReader, Settings, check_gate
 
@@ -26,7 +26,8 @@ class Family:
 
     name : as transformers calls the model's folder, "olmoe"
     rule : how its own router chooses
-    gate_at, experts_at : the attributes of the block that hold gate and experts
+    gate_at, experts_at : the attributes of the block that hold gate and experts; no experts_at
+        where the block itself holds the experts' tensors
     fused : the block does nothing else than to call its gate and its experts; a text is an
         attribute of the block that makes it do more, unless it is 0
     config_top_k : what the configuration calls the number of experts that a token gets
@@ -58,6 +59,7 @@ class Layout:
     """The blocks of one family, read in the layout of the transformers that is installed."""
 
     gate_forward: Any = None  # replaces gate.forward of a fused block, where one is needed
+    has_seam = True  # the block calls its experts as a module of their own
     flags: ClassVar[tuple[str, ...]] = ()  # attributes of modules that `read_experts` looks at
 
     def __init__(self, family: Family):
@@ -70,8 +72,8 @@ class Layout:
 
     # What a layout has to say:
 
-    def is_of(self, block: nn.Module) -> bool:
-        """Is this a block of the family? It is of one of the family's classes."""
+    def is_of(self, block: nn.Module, kind: type) -> bool:
+        """Is this a block of the family, as `kind`, a class from the family's module?"""
         raise NotImplementedError  # abstract
 
     def num_experts(self, block: nn.Module) -> int:
@@ -154,4 +156,11 @@ class Layout:
         gate = self.gate_of(block)
         if self.has_stock_gate(block):
             return Routing(None, None, logits=self.logits(gate, x))
-        return read_gate(gate(x), len(x), self.num_experts(block), name)
+        return self.read(gate(x), len(x), self.num_experts(block), name)
+
+    def read(self, output: Any, tokens: int, num_experts: int, name: str) -> Routing:
+        """What a user's gate `name` returned; as the family's own, it may give probabilities."""
+        said = read_gate(output, tokens, num_experts, name)
+        if said.logits is None or self.family.rule.logits:
+            return said
+        return said._replace(logits=as_logits(said.logits))

@@ -68,10 +68,11 @@ class Listed(Layout):
     """Experts in a ModuleList, which the block runs one after the other; it chooses among what a
     Linear gives, or its gate does that. Experts that all tokens share are added."""
 
+    has_seam = False
     flags = READ
 
-    def is_of(self, block: nn.Module) -> bool:
-        return type(block).__name__ in self.family.blocks
+    def is_of(self, block: nn.Module, kind: type) -> bool:
+        return kind.__name__ in self.family.blocks
 
     def has_stock_gate(self, block: nn.Module) -> bool:
         gate = type(self.gate_of(block))

@@ -51,13 +51,13 @@ class Packed(Layout):
         """Replaces gate.forward where a block makes one call to C."""
         return _gate_forward if self.family.rule.logits == "plain" else _gate_forward_float32
 
-    def is_of(self, block: nn.Module) -> bool:
+    def is_of(self, block: nn.Module, kind: type) -> bool:
         children = vars(block)["_modules"]
         names = self.family.blocks
         return (
             children.get(self.family.experts_at) is not None
             and children.get(self.family.gate_at) is not None
-            and (not names or type(block).__name__ in names)
+            and (not names or kind.__name__ in names)
         )
 
     def num_experts(self, block: nn.Module) -> int:
@@ -75,7 +75,7 @@ class Packed(Layout):
         return Settings(
             getattr(config, self.family.config_top_k),
             bool(getattr(config, scaled)) if isinstance(scaled, str) else scaled,
-            (),
+            *self.reader.others(block, gate),
         )
 
     def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:

@@ -6,7 +6,9 @@ does so is not taken on trust: `differs` runs it.
 
 from dataclasses import dataclass
 from functools import reduce
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 from ...backends.c import C
 from ...backends.spec import AFFINITIES, Rule, topk_spec
 from ...backends.tables import as_array
-from ..reading import as_logits
+from ..reading import as_logits, by_expert
 
 ROWS = 32  # that a gate is checked on
 
@@ -27,7 +29,10 @@ class GateRule:
     A text where a number could stand is an attribute of the gate, "config.top_k" one of what the
     gate holds, "block.bias" one of the block around it, and "a|b" the first of two that is there.
 
+    own : what its rule does that none here does; then nothing else counts, and the model's own
+        router chooses
     top_k, renormalises : how many experts; whether their weights are scaled to sum 1
+    bias_if : an attribute that is true while the bias counts; "" where it always does
     groups : attributes of `groups` and `top_groups`; groups_if : (attribute, value), else there
         are none
     jitter : of the affinity sparsemixer
@@ -36,10 +41,12 @@ class GateRule:
     takes : what the block gives the gate besides the hidden states
     """
 
+    own: str = ""
     affinity: str = "softmax"
     top_k: int | str = "top_k"
     renormalises: bool | str = True
     bias: str = ""
+    bias_if: str = ""
     on_logits: bool = False
     groups: tuple[str, str] | None = None
     groups_if: tuple[str, Any] | None = None
@@ -68,7 +75,8 @@ class Settings(NamedTuple):
 
     top_k: int
     renormalises: bool
-    others: tuple[Any, ...]  # for tensors: their bytes
+    others: tuple[Any, ...]
+    tensors: tuple[Any, ...] = ()  # their bytes; None where they have none
 
 
 class RuleReader:
@@ -76,12 +84,13 @@ class RuleReader:
 
     def __init__(self, record: GateRule):
         self.record = record
-        numbers = (record.floor, record.scale, record.jitter)
-        named = (*numbers, record.bias, record.expert_scale, record.affinity)
-        paths = [p for p in named if isinstance(p, str) and p and p not in AFFINITIES]
+        named = (record.floor, record.scale, record.jitter, record.affinity)
+        paths = [p for p in named if isinstance(p, str) and p not in AFFINITIES]
         self._others = [*paths, *(record.groups or ())]
         if record.groups_if:
             self._others.append(record.groups_if[0])
+        if record.bias_if:
+            self._others.append(record.bias_if)
 
     def settings(self, block: nn.Module, gate: nn.Module) -> Settings:
         record = self.record
@@ -89,8 +98,25 @@ class RuleReader:
         return Settings(
             self._top_k(block, gate),
             bool(getattr(gate, scaled)) if isinstance(scaled, str) else scaled,
-            tuple([_mark(self._at(gate, block, path)) for path in self._others]),
+            *self.others(block, gate),
         )
+
+    def others(self, block: nn.Module, gate: nn.Module) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The last two of `Settings`."""
+        paths = [*self._others, *self._tensors(block, gate)]
+        values = [self._at(gate, block, path) for path in paths if path]
+        tensors = [_mark(value) for value in values if isinstance(value, Tensor)]
+        return tuple([v for v in values if not isinstance(v, Tensor)]), tuple(tensors)
+
+    def lacks(self, block: nn.Module, gate: nn.Module) -> bool:
+        """Does the gate, or the block, lack a tensor that the rule names?"""
+        return any(self._at(gate, block, p) is None for p in self._tensors(block, gate) if p)
+
+    def _tensors(self, block: nn.Module, gate: nn.Module) -> tuple[str, str]:
+        """Where the bias and the experts' scales are, "" where they don't count."""
+        record = self.record
+        counts = not record.bias_if or self._at(gate, block, record.bias_if)
+        return (record.bias if counts else ""), record.expert_scale
 
     def _top_k(self, block: nn.Module, gate: nn.Module) -> int:
         top_k = self.record.top_k
@@ -105,12 +131,16 @@ class RuleReader:
         def number(value: float | str) -> float:
             return float(self._at(gate, block, value) if isinstance(value, str) else value)
 
+        def array(path: str) -> Any:
+            return _array(self._at(gate, block, path)) if path else None
+
+        bias, expert_scale = self._tensors(block, gate)
         groups, top_groups = 1, 1
         if record.groups and self._has_groups(block, gate):
             groups, top_groups = (int(self._at(gate, block, p) or 1) for p in record.groups)
         rule = Rule(
             affinity=self._affinity(block, gate),
-            bias=_array(self._at(gate, block, record.bias)) if record.bias else None,
+            bias=array(bias),
             on_logits=record.on_logits,
             groups=groups,
             top_groups=top_groups,
@@ -118,9 +148,7 @@ class RuleReader:
             epsilon=record.epsilon,
             floor=number(record.floor),
             scale=number(record.scale),
-            expert_scale=_array(self._at(gate, block, record.expert_scale))
-            if record.expert_scale
-            else None,
+            expert_scale=array(expert_scale),
             rounds=record.rounds,
             jitter=number(record.jitter),
         )
@@ -171,18 +199,18 @@ def is_zeroed(rule: Rule) -> bool:
     return rule.groups > 1 and rule.bias is not None and bool(rule.bias.min() < 0)
 
 
-def _mark(value: Any) -> Any:
-    """Of a tensor, what changes when it does; anything else itself."""
-    if not isinstance(value, Tensor):
-        return value
-    if torch.compiler.is_compiling() or value.is_meta:  # those have no values
-        return value.data_ptr(), 0 if value.is_inference() else value._version
+def _mark(value: Tensor) -> bytes | None:
+    """What changes when the values of a tensor do; None where it has none."""
+    if torch.compiler.is_compiling() or value.is_meta:
+        return None
     return as_array(value.cpu()).tobytes()  # not its version: `.data` and NumPy write past that
 
 
 def _array(values: Tensor | None) -> Any:
     if values is None:
         return None
+    if torch.compiler.is_compiling():
+        raise ValueError("its bias isn't read yet: call the model once before you compile it")
     return values.detach().reshape(-1).to(torch.float32).cpu().numpy().copy()
 
 
@@ -203,10 +231,52 @@ def check_gate(
     """Run the gate, as its class has it, on random hidden states, and compare.
 
     Ties may fall either way: the chosen experts must be as good as those of the rule, and where
-    they are the same their weights must agree.
+    they are the same their weights must agree. What was found is kept as long as nothing of the
+    gate changes, since a study patches often.
     """
+    if wanted := _wanted(gate, reader.record.takes):
+        return Checked(None, False, f"its router chooses by {', '.join(wanted)}, not by its logits")
     try:
         settings = reader.settings(block, gate)
+    except (TypeError, ValueError, AttributeError) as error:
+        return _unread(error)
+    state = (reader.record, settings, dtype, *_state(gate))
+    kept = _kept.get(gate)
+    if kept is None or kept[0] != state:
+        kept = _kept[gate] = state, _run_gate(reader, block, gate, dtype, rule, settings)
+    return kept[1]
+
+
+_kept: WeakKeyDictionary[nn.Module, tuple[Any, Checked]] = WeakKeyDictionary()
+
+
+def _state(gate: nn.Module) -> tuple[Any, ...]:
+    """What a gate's forward may depend on."""
+    tensors = [*gate.parameters(), *gate.buffers()]
+    return (
+        [(type(m), type(m).forward) for m in gate.modules()],
+        [{n: v for n, v in vars(m).items() if type(v) in _PLAIN} for m in gate.modules()],
+        [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors],
+    )
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _unread(error: Exception) -> Checked:
+    message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Checked(None, False, f"its router can't be read ({message})")
+
+
+def _run_gate(
+    reader: RuleReader,
+    block: nn.Module,
+    gate: nn.Module,
+    dtype: torch.dtype,
+    rule: Rule,
+    settings: Settings,
+) -> Checked:
+    try:
         x = _hidden(gate, dtype)
         with torch.no_grad():
             said = _said(gate, x, reader.extras(block, gate))
@@ -216,8 +286,7 @@ def check_gate(
             mine = reader.logits(gate, x) if reader.record.logits else first[0]
             logits = first[0] if first else mine
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as e:
-        error = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        return Checked(None, False, f"its router can't be read ({error})")
+        return _unread(e)
     own = bool(reader.record.logits) and mine.shape == logits.shape
     own = own and torch.allclose(mine.float(), logits.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
     if not bool(logits.isfinite().all()):  # no rule can be seen, and each call will say so
@@ -227,12 +296,24 @@ def check_gate(
     return Checked(rule, own, "")
 
 
+def _wanted(gate: nn.Module, given: tuple[str, ...]) -> list[str]:
+    """What the gate's forward can't do without, besides the hidden states and what is given."""
+    parameters = [*signature(type(gate).forward).parameters.values()][2 + len(given) :]
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in _VARIABLE]
+
+
+_VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
 def _said(gate: nn.Module, x: Tensor, extras: list[Any]) -> Any:
     """What the gate returns of x (T, H), or of (1, T, H) where it wants that."""
     try:
-        return type(gate).forward(gate, x, *extras)
+        said = type(gate).forward(gate, x, *extras)
     except ValueError:
         return type(gate).forward(gate, x[None], *extras)
+    if len(said) == 5 and (read := by_expert(said, len(x), said[-1].shape[-1])):
+        return read.logits, read.weights, read.chosen
+    return said
 
 
 def _hidden(gate: nn.Module, dtype: torch.dtype) -> Tensor:
