@@ -25,7 +25,8 @@ class GateRule:
     """What of `moeprof.backends.spec.Rule` is fixed for a family, and the names of the rest.
 
     A text where a number could stand is an attribute of the gate, "config.top_k" one of what the
-    gate holds, "block.bias" one of the block around it, and "a|b" the first of two that is there.
+    gate holds, "block.bias" one of the block around it, and "a|b" the first of two that is there;
+    "1/top_k" is the inverse of such a number.
 
     top_k, renormalises : how many experts; whether their weights are scaled to sum 1
     groups : attributes of `groups` and `top_groups`; groups_if : (attribute, value), else there
@@ -79,7 +80,7 @@ class RuleReader:
         numbers = (record.floor, record.scale, record.jitter)
         named = (*numbers, record.bias, record.expert_scale, record.affinity)
         paths = [p for p in named if isinstance(p, str) and p and p not in AFFINITIES]
-        self._others = [*paths, *(record.groups or ())]
+        self._others = [*(p.removeprefix("1/") for p in paths), *(record.groups or ())]
         if record.groups_if:
             self._others.append(record.groups_if[0])
 
@@ -103,7 +104,10 @@ class RuleReader:
         record = self.record
 
         def number(value: float | str) -> float:
-            return float(self._at(gate, block, value) if isinstance(value, str) else value)
+            if not isinstance(value, str):
+                return value
+            found = float(self._at(gate, block, value.removeprefix("1/")))
+            return 1 / found if value.startswith("1/") else found
 
         groups, top_groups = 1, 1
         if record.groups and self._has_groups(block, gate):
