@@ -14,13 +14,17 @@ static const size_t CHUNK_BYTES = (size_t)40 << 20, PANEL_BYTES = (size_t)3 << 2
  * one; but each passes through the activations of all. */
 enum { BLOCK_H = 32 };
 
+/* The same, and columns of activations, by weights that are stored transposed. */
+enum { LEAST_BLOCK = 128 };
+
 /* What a worker has to itself, on cache lines of its own. */
 typedef struct {
     _Alignas(64) const int32_t *packed; /* the pairs that lie in `panels`, or NULL */
     void *panels;     /* (block_m,H) */
-    float *gate, *up; /* (block_m,MP_BLOCK_N) products; `gate` also those of down */
-    void *act;        /* (block_m,MP_BLOCK_N) */
-    float *sum;       /* (T,BLOCK_H) */
+    float *gate, *up; /* (block_m,block_n) products; `gate` also those of down */
+    float *both;      /* (block_m,2 block_n) products of gate and up by turns */
+    void *act;        /* (block_m,block_n) */
+    float *sum;       /* (T,block_h) */
     float *scratch;   /* of the kernels */
 } worker_state;
 
@@ -33,12 +37,13 @@ typedef struct {
     ptrdiff_t num_active;
     int32_t *token;        /* (pairs,): a pair is one token at one of its experts */
     float *routing_weight; /* (pairs,) */
-    char *act;      /* each expert's activations: rows if they are few, else panels */
+    char *act;      /* each expert's activations: rows or panels, see in_panels */
     ptrdiff_t *act_at; /* (E,): where in act, by number of the active expert */
     void *out;         /* (T,H) of the layer's dtype */
     float *wide;       /* (T,H): hidden states that are not of the activations' type */
     worker_state *workers;
-    ptrdiff_t block_m; /* rows packed at a time, a multiple of 16 */
+    ptrdiff_t block_m; /* rows at a time; of those that are packed a multiple of 16 */
+    ptrdiff_t block_n, block_h; /* columns of act and of `out` in a task */
 } chunk;
 
 static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b)
@@ -56,6 +61,11 @@ static ptrdiff_t blocks(ptrdiff_t rows, ptrdiff_t block)
     return (rows + block - 1) / block;
 }
 
+static int in_rows(const mp_layer *l)
+{
+    return l->storage == MP_STORED_rows;
+}
+
 static mp_act act_of(const mp_layer *l)
 {
     return mp_format_act(l->format);
@@ -67,7 +77,7 @@ static int widens(const mp_layer *l)
     return l->dtype != mp_act_float(act_of(l));
 }
 
-/* ---- memory ---- */
+/* ---- memory, and the size of tasks ---- */
 
 /* Bytes of the activations of a pair. */
 static size_t act_row(const mp_layer *l)
@@ -75,12 +85,40 @@ static size_t act_row(const mp_layer *l)
     return (size_t)(mp_panel_width(l->intermediate_size) * mp_act_size(act_of(l)));
 }
 
-/* Rows that are packed at a time: multiples of three panels of 16, as gemm works. An
- * expert with more is packed anew in each task. */
+/* Rows at a time: what `transposed` takes, or those that are packed, multiples of three
+ * panels of 16, as gemm works. An expert with more is packed anew in each task. */
 static ptrdiff_t block_m(const mp_layer *l)
 {
+    if (!in_rows(l))
+        return MP_TRANSPOSED_ROWS;
     const size_t row = (size_t)(mp_panel_width(l->hidden_size) * mp_act_size(act_of(l)));
     return clamp((ptrdiff_t)(PANEL_BYTES / row) / 48 * 48, 48, 384);
+}
+
+/* Columns of a task, of `columns` that there are `times` over, by weights that are stored
+ * transposed. The more of each row a task reads, the fewer pages it has to look up: with few
+ * pairs (GB/s of GPT-OSS's experts in bf16, AMD Zen 3, 2 threads) 15 by 384 columns, 18 by
+ * 736, 24 by 1440, and 25 of weights in rows. With many the sums have to stay in L2. No sum
+ * depends on it, so it may depend on the threads: each has a task. */
+static ptrdiff_t block_transposed(ptrdiff_t columns, ptrdiff_t times, int few, int threads)
+{
+    const ptrdiff_t share = blocks(columns * times, threads);
+    const ptrdiff_t tasks = blocks(columns, clamp(share, LEAST_BLOCK, few ? 1536 : 256));
+    return (blocks(columns, tasks) + 31) & ~(ptrdiff_t)31;
+}
+
+static void set_blocks(chunk *c, ptrdiff_t pairs, int threads)
+{
+    const mp_layer *l = c->layer;
+    c->block_m = block_m(l);
+    c->block_n = MP_BLOCK_N;
+    c->block_h = BLOCK_H;
+    if (in_rows(l))
+        return;
+    const ptrdiff_t experts = smaller(l->num_experts, pairs > 0 ? pairs : 1);
+    const int few = pairs <= MP_FEW_ROWS * experts;
+    c->block_n = block_transposed(l->intermediate_size, experts, few, threads);
+    c->block_h = block_transposed(l->hidden_size, 1, few, threads);
 }
 
 static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
@@ -89,14 +127,20 @@ static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
     const ptrdiff_t size = mp_act_size(act_of(l));
     const ptrdiff_t widest = l->hidden_size > l->intermediate_size
                            ? l->hidden_size : l->intermediate_size;
-    const size_t tile = (size_t)c->block_m * MP_BLOCK_N;
+    const size_t tile = (size_t)(c->block_m * c->block_n);
+    const ptrdiff_t widest_block = c->block_n > c->block_h ? c->block_n : c->block_h;
     worker_state state = {0};
-    state.panels = mp_carve(base, used,
-                         (size_t)(mp_panel_size(c->block_m, l->hidden_size) * size));
-    state.gate = mp_carve(base, used, tile * sizeof(float));
+    if (in_rows(l)) {
+        state.panels = mp_carve(base, used,
+                             (size_t)(mp_panel_size(c->block_m, l->hidden_size) * size));
+        state.act = mp_carve(base, used, tile * (size_t)size);
+    }
+    state.gate = mp_carve(base, used,
+                          (size_t)(c->block_m * widest_block) * sizeof(float));
     state.up = mp_carve(base, used, tile * sizeof(float));
-    state.act = mp_carve(base, used, tile * (size_t)size);
-    state.sum = mp_carve(base, used, (size_t)c->tokens * BLOCK_H * sizeof(float));
+    if (l->storage == MP_STORED_interleaved)
+        state.both = mp_carve(base, used, 2 * tile * sizeof(float));
+    state.sum = mp_carve(base, used, (size_t)(c->tokens * c->block_h) * sizeof(float));
     state.scratch = mp_carve(base, used, mp_scratch_floats(widest) * sizeof(float));
     if (base)
         c->workers[worker] = state;
@@ -136,23 +180,25 @@ static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slo
 /* No more threads than there are tasks in the larger region: each costs scratch. */
 static int useful_threads(const mp_layer *l, ptrdiff_t pairs, int threads)
 {
-    const ptrdiff_t gate_up = pairs * blocks(l->intermediate_size, MP_BLOCK_N);
-    const ptrdiff_t down = blocks(l->hidden_size, BLOCK_H);
+    const ptrdiff_t n = in_rows(l) ? MP_BLOCK_N : LEAST_BLOCK;
+    const ptrdiff_t gate_up = pairs * blocks(l->intermediate_size, n);
+    const ptrdiff_t down = blocks(l->hidden_size, in_rows(l) ? BLOCK_H : LEAST_BLOCK);
     const ptrdiff_t most = clamp(gate_up > down ? gate_up : down, 1, MP_MAX_THREADS);
     return threads < most ? threads : (int)most;
 }
 
 /* ---- grouping ---- */
 
-/* The pairs of the active expert of number a, and whether they are few. */
+/* The pairs of the active expert of number a, and whether they are panels, for `gemm`; else
+ * they are rows, which are few or meet weights that are stored transposed. */
 static ptrdiff_t pairs_of(const chunk *c, ptrdiff_t a)
 {
     return c->first[c->active[a] + 1] - c->first[c->active[a]];
 }
 
-static int are_few(const chunk *c, ptrdiff_t a)
+static int in_panels(const chunk *c, ptrdiff_t a)
 {
-    return pairs_of(c, a) <= MP_FEW_ROWS;
+    return in_rows(c->layer) && pairs_of(c, a) > MP_FEW_ROWS;
 }
 
 /* Whether the slot of this id has an expert: -1 is an empty slot, and so is E, as
@@ -203,11 +249,45 @@ static int group(chunk *c, const int32_t *expert_ids, const float *routing_weigh
 
 /* ---- the two regions ---- */
 
-/* The rows from `row` on of a matrix of an expert, (N,K). */
-static mp_matrix rows_from(const mp_layer *l, const void *matrix, ptrdiff_t row,
-                           ptrdiff_t k)
+/* The rows from n on of a matrix of an expert, (N,K); or its columns from n on, where it is
+ * stored transposed, (K,N) with rows `width` numbers apart. */
+static mp_matrix part_from(const mp_layer *l, const void *matrix, ptrdiff_t n, ptrdiff_t k,
+                           ptrdiff_t width)
 {
-    return mp_rows_from(mp_matrix_of(l->format, matrix, NULL, k), row);
+    if (in_rows(l))
+        return mp_rows_from(mp_matrix_of(l->format, matrix, NULL, k), n);
+    const char *from = (const char *)matrix + mp_row_bytes(l->format, n);
+    return mp_matrix_of(l->format, from, NULL, width);
+}
+
+static mp_matrix down_from(const mp_layer *l, int32_t expert, ptrdiff_t h)
+{
+    return part_from(l, l->down[expert], h, l->intermediate_size, l->hidden_size);
+}
+
+/* The kernel for activations in rows. */
+static mp_linear_fn *product(const mp_layer *l)
+{
+    return in_rows(l) ? mp_linear(l->format) : mp_transposed(l->format);
+}
+
+/* y (m,n) += bias[first..first+n-1], whose numbers are `step` apart. */
+static void add_bias(const mp_layer *l, const void *bias, ptrdiff_t step, ptrdiff_t first,
+                     ptrdiff_t m, ptrdiff_t n, float *y)
+{
+    const ptrdiff_t size = mp_float_size(l->dtype);
+    for (ptrdiff_t j = 0; j < n; j++) {
+        float value;
+        mp_widen(&value, (const char *)bias + step * (first + j) * size, 1, l->dtype);
+        for (ptrdiff_t r = 0; r < m; r++)
+            y[r * n + j] += value;
+    }
+}
+
+/* How far numbers of gate and up, and of their biases, are from their neighbours. */
+static ptrdiff_t step_of(const mp_layer *l)
+{
+    return l->storage == MP_STORED_interleaved ? 2 : 1;
 }
 
 /* A task of the first region: rows i..i+n-1 of gate, if there is one, and up of an expert. */
@@ -220,34 +300,66 @@ typedef struct {
 static gate_up_block gate_up_of(const chunk *c, ptrdiff_t task)
 {
     const mp_layer *l = c->layer;
-    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
-    const ptrdiff_t count = blocks(I, MP_BLOCK_N), a = task / count;
-    const ptrdiff_t i = task % count * MP_BLOCK_N;
+    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size, block = c->block_n;
+    const ptrdiff_t count = blocks(I, block), a = task / count, i = task % count * block;
+    const ptrdiff_t width = l->gate ? 2 * I : I, step = step_of(l);
     const int32_t e = c->active[a];
     const void *const *first = l->gate ? l->gate : l->up;
-    const void *next = i + MP_BLOCK_N < I
-                     ? rows_from(l, first[e], i + MP_BLOCK_N, H).data
+    const void *next = i + block < I
+                     ? part_from(l, first[e], step * (i + block), H, width).data
                      : a + 1 < c->num_active ? first[c->active[a + 1]] : NULL;
-    return (gate_up_block){a, i, smaller(MP_BLOCK_N, I - i),
-                           rows_from(l, first[e], i, H),
-                           rows_from(l, l->up[e], i, H), next};
+    return (gate_up_block){a, i, smaller(block, I - i),
+                           part_from(l, first[e], step * i, H, width),
+                           part_from(l, l->up[e], step * i, H, width), next};
 }
 
-/* act rows from x G^T and x U^T, for few rows. */
-static void gate_up_few(const chunk *c, const gate_up_block *b, worker_state *w)
+/* The biases of gate and up, where there are any, to m rows of the products of a block. */
+static void add_biases(const chunk *c, const gate_up_block *b, ptrdiff_t m,
+                       worker_state *w)
 {
     const mp_layer *l = c->layer;
-    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
-    const ptrdiff_t size = mp_act_size(act_of(l)), first = c->first[c->active[b->a]];
-    const mp_rows x = {c->hidden, H, c->token + first, pairs_of(c, b->a)};
-    mp_linear_fn *const linear = mp_linear(l->format);
+    const int32_t e = c->active[b->a];
+    if (l->gate_bias)
+        add_bias(l, l->gate_bias[e], step_of(l), b->i, m, b->n, w->gate);
+    if (l->up_bias)
+        add_bias(l, l->up_bias[e], step_of(l), b->i, m, b->n, w->up);
+}
+
+/* x G^T and x U^T for rows x, of a block. */
+static void multiply(const chunk *c, const gate_up_block *b, const mp_rows *x,
+                     worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const ptrdiff_t H = l->hidden_size, n = b->n;
+    if (l->storage == MP_STORED_interleaved) {
+        product(l)(x, &b->gate, 2 * n, H, b->next, w->both, 2 * n, w->scratch);
+        for (ptrdiff_t i = 0; i < x->count * n; i++) {
+            w->gate[i] = w->both[2 * i];
+            w->up[i] = w->both[2 * i + 1];
+        }
+        return;
+    }
     if (l->gate)
-        linear(&x, &b->gate, b->n, H, b->up.data, w->gate, b->n, w->scratch);
-    linear(&x, &b->up, b->n, H, b->next, w->up, b->n, w->scratch);
+        product(l)(x, &b->gate, n, H, b->up.data, w->gate, n, w->scratch);
+    product(l)(x, &b->up, n, H, b->next, w->up, n, w->scratch);
+}
+
+/* act rows of a block. */
+static void gate_up_rows(const chunk *c, const gate_up_block *b, worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const ptrdiff_t I = l->intermediate_size, size = mp_act_size(act_of(l));
+    const ptrdiff_t first = c->first[c->active[b->a]], pairs = pairs_of(c, b->a);
     char *act = c->act + c->act_at[b->a] + b->i * size;
-    for (ptrdiff_t r = 0; r < x.count; r++)
-        mp_glu(act_of(l))(&l->activation, l->gate ? w->gate + r * b->n : NULL,
-                          w->up + r * b->n, b->n, act + r * I * size);
+    for (ptrdiff_t p = 0; p < pairs; p += c->block_m, act += c->block_m * I * size) {
+        const mp_rows x = {c->hidden, l->hidden_size, c->token + first + p,
+                           smaller(c->block_m, pairs - p)};
+        multiply(c, b, &x, w);
+        add_biases(c, b, x.count, w);
+        for (ptrdiff_t r = 0; r < x.count; r++)
+            mp_glu(act_of(l))(&l->activation, l->gate ? w->gate + r * b->n : NULL,
+                              w->up + r * b->n, b->n, act + r * I * size);
+    }
 }
 
 /* The hidden states of the pairs from `pair` on as panels; those of the task before, if
@@ -263,8 +375,8 @@ static void pack_hidden(const chunk *c, ptrdiff_t pair, ptrdiff_t count,
     w->packed = x.index;
 }
 
-/* The same for many rows: act panels. */
-static void gate_up_many(const chunk *c, const gate_up_block *b, worker_state *w)
+/* The same as panels. */
+static void gate_up_panels(const chunk *c, const gate_up_block *b, worker_state *w)
 {
     const mp_layer *l = c->layer;
     const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
@@ -278,6 +390,7 @@ static void gate_up_many(const chunk *c, const gate_up_block *b, worker_state *w
                  w->scratch);
         gemm(w->panels, m, &b->up, b->n, H, b->next, w->panels, w->up, b->n,
              w->scratch);
+        add_biases(c, b, m, w);
         mp_glu(act_of(l))(&l->activation, l->gate ? w->gate : NULL, w->up, m * b->n,
                           w->act);
         const mp_rows act = {w->act, b->n, NULL, m};
@@ -290,13 +403,17 @@ static void gate_up_task(void *context, ptrdiff_t task, int worker)
 {
     const chunk *c = context;
     const gate_up_block b = gate_up_of(c, task);
-    (are_few(c, b.a) ? gate_up_few : gate_up_many)(c, &b, c->workers + worker);
+    (in_panels(c, b.a) ? gate_up_panels : gate_up_rows)(c, &b, c->workers + worker);
 }
 
-/* sum[token] += routing_weight * y for the rows y (m,n) of the pairs from `pair` on. */
-static void combine(const chunk *c, const float *y, ptrdiff_t pair, ptrdiff_t m,
-                    ptrdiff_t n, float *restrict sum)
+/* sum[token] += routing_weight * (y + bias) for the products y (m,n) of the pairs from `pair`
+ * on of an expert, columns h..h+n-1 of `out`. */
+static void combine(const chunk *c, int32_t expert, ptrdiff_t h, float *y, ptrdiff_t pair,
+                    ptrdiff_t m, ptrdiff_t n, float *restrict sum)
 {
+    const mp_layer *l = c->layer;
+    if (l->down_bias)
+        add_bias(l, l->down_bias[expert], 1, h, m, n, y);
     for (ptrdiff_t r = 0; r < m; r++) {
         float *restrict to = sum + c->token[pair + r] * n;
         const float weight = c->routing_weight[pair + r];
@@ -319,22 +436,21 @@ static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
 {
     const mp_layer *l = c->layer;
     const ptrdiff_t I = l->intermediate_size, pairs = pairs_of(c, a);
-    const ptrdiff_t first = c->first[c->active[a]];
-    const mp_matrix down = rows_from(l, l->down[c->active[a]], h, I);
-    const char *act = c->act + c->act_at[a];
-    if (are_few(c, a)) {
-        const mp_rows x = {act, I, NULL, pairs};
-        mp_linear(l->format)(&x, &down, n, I, next, w->gate, n, w->scratch);
-        combine(c, w->gate, first, pairs, n, w->sum);
-        return;
-    }
+    const int32_t e = c->active[a];
+    const mp_matrix down = down_from(l, e, h);
     for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
         const ptrdiff_t m = smaller(c->block_m, pairs - r);
-        const char *panels = act + r * (ptrdiff_t)act_row(l);
-        const char *behind = panels + mp_panel_rows(m) * (ptrdiff_t)act_row(l);
-        mp_gemm(l->format)(panels, m, &down, n, I, next, behind, w->gate, n,
-                           w->scratch);
-        combine(c, w->gate, first + r, m, n, w->sum);
+        const char *act = c->act + c->act_at[a];
+        if (in_panels(c, a)) {
+            const char *panels = act + r * (ptrdiff_t)act_row(l);
+            const char *behind = panels + mp_panel_rows(m) * (ptrdiff_t)act_row(l);
+            mp_gemm(l->format)(panels, m, &down, n, I, next, behind, w->gate, n,
+                               w->scratch);
+        } else {
+            const mp_rows x = {act + r * I * mp_act_size(act_of(l)), I, NULL, m};
+            product(l)(&x, &down, n, I, next, w->gate, n, w->scratch);
+        }
+        combine(c, e, h, w->gate, c->first[e] + r, m, n, w->sum);
     }
 }
 
@@ -346,14 +462,13 @@ static void down_task(void *context, ptrdiff_t task, int worker)
     const chunk *c = context;
     const mp_layer *l = c->layer;
     worker_state *w = c->workers + worker;
-    const ptrdiff_t h = task * BLOCK_H, n = smaller(BLOCK_H, l->hidden_size - h);
+    const ptrdiff_t h = task * c->block_h, n = smaller(c->block_h, l->hidden_size - h);
     memset(w->sum, 0, (size_t)(c->tokens * n) * sizeof *w->sum);
     for (ptrdiff_t a = 0; a < c->num_active; a++) {
         const int last = a + 1 == c->num_active;
         const ptrdiff_t next_h = last ? h + n : h;
-        const void *next_down = l->down[c->active[last ? 0 : a + 1]];
-        const void *next = next_h < l->hidden_size
-                         ? rows_from(l, next_down, next_h, l->intermediate_size).data : NULL;
+        const int32_t next_e = c->active[last ? 0 : a + 1];
+        const void *next = next_h < l->hidden_size ? down_from(l, next_e, next_h).data : NULL;
         down_expert(c, a, h, n, next, w);
     }
     round_columns(c, w->sum, h, n);
@@ -370,9 +485,9 @@ static int run_chunk(chunk *c, const int32_t *expert_ids, const float *routing_w
         return error;
     for (int i = 0; i < threads; i++)
         c->workers[i].packed = NULL;
-    mp_parallel(c->num_active * blocks(l->intermediate_size, MP_BLOCK_N), threads,
+    mp_parallel(c->num_active * blocks(l->intermediate_size, c->block_n), threads,
                 gate_up_task, c);
-    mp_parallel(blocks(l->hidden_size, BLOCK_H), threads, down_task, c);
+    mp_parallel(blocks(l->hidden_size, c->block_h), threads, down_task, c);
     return MP_OK;
 }
 
@@ -395,7 +510,8 @@ int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,
         return MP_OK;
     threads = useful_threads(layer, tokens * slots, threads);
     const ptrdiff_t step = chunk_tokens(layer, tokens, slots);
-    chunk c = {.layer = layer, .tokens = step, .block_m = block_m(layer)};
+    chunk c = {.layer = layer, .tokens = step};
+    set_blocks(&c, step * slots, threads);
     char *memory = mp_take_scratch(lay_out(&c, NULL, slots, threads));
     if (!memory)
         return MP_NO_MEMORY;

@@ -70,7 +70,8 @@ static inline ptrdiff_t mp_row_bytes(mp_format format, ptrdiff_t k)
     return (k + info->block - 1) / info->block * info->bytes;
 }
 
-/* Weights (N,K), at any alignment: row n lies at data + n * row_bytes, without gaps. The
+/* Weights (N,K), at any alignment: row n lies at data + n * row_bytes, without gaps but
+ * where a kernel says otherwise. The
  * scales of its blocks, if the format keeps them apart, lie row by row at `scales`. */
 typedef struct {
     mp_format format;

@@ -44,7 +44,10 @@ enum { MP_FEW_ROWS = 10 };
  * panels pass, and a tile of products (M,N) stays small. */
 enum { MP_BLOCK_N = 64 };
 
-/* Floats of scratch of linear and gemm. */
+/* Rows that `transposed` has at most at a time; more pass over the weights again. */
+enum { MP_TRANSPOSED_ROWS = 96 };
+
+/* Floats of scratch of linear, gemm and transposed. */
 static inline size_t mp_scratch_floats(ptrdiff_t k)
 {
     return (size_t)(k + 32) * MP_BLOCK_N;
@@ -89,6 +92,13 @@ typedef void mp_gemm_fn(const void *panels, ptrdiff_t m, const mp_matrix *w,
                         ptrdiff_t n, ptrdiff_t k, const void *next,
                         const void *next_panels, float *out, ptrdiff_t ldout,
                         float *scratch);
+
+/* As mp_linear_fn, of weights that are stored transposed, (K,N) with row k at
+ * w->data + k * w->row_bytes: out[r, n] = sum_k x[r, k] * w[k, n]. Any M and N; the sums are
+ * in the order of K. next: weights whose rows are as far apart. */
+typedef void mp_transposed_fn(const mp_rows *x, const mp_matrix *w, ptrdiff_t n,
+                              ptrdiff_t k, const void *next, float *out, ptrdiff_t ldout,
+                              float *scratch);
 
 /* act[i] = f(min(g[i], limit)) * (clamp(u[i], -limit, limit) + shift), or f(u[i]) where g is
  * NULL, in fp32, then rounded once to the activations' type. By a->function, f(x) is
@@ -137,7 +147,7 @@ typedef void mp_order_fn(const double *p, const float *z, ptrdiff_t num_experts,
 typedef ptrdiff_t mp_step_up_fn(const double *p, ptrdiff_t num_experts, double alpha);
 
 /* X(kernel, contract): every entry of the table of function pointers, besides
- * linear_<name> and gemm_<name> of each format of weights. */
+ * linear_<name>, gemm_<name> and transposed_<name> of each format of weights. */
 #define MP_KERNELS(X)                                                                  \
     X(pack_f32, pack)                                                                  \
     X(pack_bf16, pack)                                                                 \
@@ -151,7 +161,8 @@ typedef ptrdiff_t mp_step_up_fn(const double *p, ptrdiff_t num_experts, double a
     X(step_up, step_up)
 
 #define X(kernel, contract) typedef mp_##contract##_fn mp_##kernel##_fn;
-#define FORMAT(name, ...) X(linear_##name, linear) X(gemm_##name, gemm)
+#define FORMAT(name, ...)                                                              \
+    X(linear_##name, linear) X(gemm_##name, gemm) X(transposed_##name, transposed)
 MP_KERNELS(X)
 #include "formats.def"
 #undef X
@@ -184,6 +195,17 @@ static inline mp_gemm_fn *mp_gemm(mp_format format)
     switch (format) {
 #define FORMAT(name, ...)                                                              \
     case MP_FORMAT_##name: return mp_ops.gemm_##name;
+#include "formats.def"
+#undef FORMAT
+    }
+    MP_NEVER();
+}
+
+static inline mp_transposed_fn *mp_transposed(mp_format format)
+{
+    switch (format) {
+#define FORMAT(name, ...)                                                              \
+    case MP_FORMAT_##name: return mp_ops.transposed_##name;
 #include "formats.def"
 #undef FORMAT
     }

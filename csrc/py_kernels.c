@@ -54,29 +54,38 @@ typedef struct {
     npy_intp shape[2], k; /* M,N; K */
 } product;
 
+/* Sets the rows of a product: x[index] for weights of a format. */
+static int parse_rows(PyObject *x_object, PyObject *index_object, mp_format format,
+                      product *p)
+{
+    PyArrayObject *x = mp_array(x_object, "x", activations_type(format), 2);
+    if (!x || !(p->index = mp_ids(index_object, "index", 1))
+        || check_index(p->index, PyArray_DIM(x, 0)))
+        return -1;
+    p->k = PyArray_DIM(x, 1);
+    p->x = (mp_rows){PyArray_DATA(x), p->k, PyArray_DATA(p->index),
+                     PyArray_DIM(p->index, 0)};
+    p->shape[0] = p->x.count;
+    return 0;
+}
+
 static int parse_product(PyObject *args, const char *arguments, product *p)
 {
     PyObject *x_object, *index_object, *w_object;
-    PyArrayObject *x, *w;
+    PyArrayObject *w;
     const char *format_name;
     mp_format format;
     if (!PyArg_ParseTuple(args, arguments, &x_object, &index_object, &w_object,
                           &format_name)
         || mp_parse_format(format_name, &format)
-        || !(x = mp_array(x_object, "x", activations_type(format), 2))
-        || !(w = weights_view(w_object, "w", format))
-        || !(p->index = mp_ids(index_object, "index", 1))
-        || check_index(p->index, PyArray_DIM(x, 0)))
+        || parse_rows(x_object, index_object, format, p)
+        || !(w = weights_view(w_object, "w", format)))
         return -1;
-    p->k = PyArray_DIM(x, 1);
     p->w = mp_matrix_of(format, PyArray_DATA(w), NULL, p->k);
     if (PyArray_DIM(w, 1) * PyArray_ITEMSIZE(w) != p->w.row_bytes || p->k < 1) {
         PyErr_SetString(PyExc_ValueError, "x and w: expected the same K of at least 1");
         return -1;
     }
-    p->x = (mp_rows){PyArray_DATA(x), p->k, PyArray_DATA(p->index),
-                     PyArray_DIM(p->index, 0)};
-    p->shape[0] = p->x.count;
     p->shape[1] = PyArray_DIM(w, 0);
     return 0;
 }
@@ -143,6 +152,58 @@ static PyObject *gemm(PyObject *module, PyObject *args)
 {
     (void)module;
     return multiplied(args, "OOOs:gemm", 1);
+}
+
+PyDoc_STRVAR(transposed_doc,
+"transposed(x, index, w, first, n, format)\n--\n\n"
+"As linear(), of weights that are stored transposed: x[index] (M,K) times the columns\n"
+"first..first+n-1 of w (K,N) -> (M,n) float32.");
+
+static int parse_transposed(PyObject *args, product *p)
+{
+    PyObject *x_object, *index_object, *w_object;
+    PyArrayObject *w;
+    const char *format_name;
+    Py_ssize_t first, n;
+    mp_format format;
+    if (!PyArg_ParseTuple(args, "OOOnns:transposed", &x_object, &index_object, &w_object,
+                          &first, &n, &format_name)
+        || mp_parse_format(format_name, &format)
+        || parse_rows(x_object, index_object, format, p)
+        || !(w = weights_view(w_object, "w", format)))
+        return -1;
+    const npy_intp columns = PyArray_DIM(w, 1);
+    if (PyArray_DIM(w, 0) != p->k || p->k < 1) {
+        PyErr_SetString(PyExc_ValueError, "x and w: expected the same K of at least 1");
+        return -1;
+    }
+    if (first < 0 || n < 0 || first > columns || n > columns - first) {
+        PyErr_SetString(PyExc_ValueError, "first, n: outside the columns of w");
+        return -1;
+    }
+    const char *from = (const char *)PyArray_DATA(w) + mp_row_bytes(format, first);
+    p->w = mp_matrix_of(format, from, NULL, columns);
+    p->shape[1] = n;
+    return 0;
+}
+
+static PyObject *transposed(PyObject *module, PyObject *args)
+{
+    product p = {0};
+    PyObject *out = NULL;
+    float *scratch = NULL;
+    (void)module;
+    if (parse_transposed(args, &p))
+        goto done;
+    if (!(scratch = malloc(mp_scratch_floats(p.k) * sizeof *scratch)))
+        PyErr_NoMemory();
+    else if ((out = PyArray_SimpleNew(2, p.shape, NPY_FLOAT32)))
+        mp_transposed(p.w.format)(&p.x, &p.w, p.shape[1], p.k, NULL,
+                                  PyArray_DATA((PyArrayObject *)out), p.shape[1], scratch);
+done:
+    free(scratch);
+    Py_XDECREF(p.index);
+    return out;
 }
 
 PyDoc_STRVAR(glu_doc,
@@ -263,6 +324,7 @@ static PyObject *formats(PyObject *module, PyObject *unused)
 PyMethodDef mp_kernel_methods[] = {
     {"linear", linear, METH_VARARGS, linear_doc},
     {"gemm", gemm, METH_VARARGS, gemm_doc},
+    {"transposed", transposed, METH_VARARGS, transposed_doc},
     {"glu", glu, METH_VARARGS, glu_doc},
     {"softmax", softmax, METH_VARARGS, softmax_doc},
     {"logprob", logprob, METH_O, logprob_doc},

@@ -3,26 +3,60 @@
 
 #include <string.h>
 
-/* pointers: (3,E) uint64, the addresses of gate, up and down of each expert, or (2,E) without
- * gate. Borrowed. */
+/* pointers: uint64, the addresses of gate, up and down of each expert, (3,E), or (2,E) without
+ * gate; with biases, as many rows more. Borrowed. */
 static PyArrayObject *parse_pointers(PyObject *pointers)
 {
     _Static_assert(sizeof(void *) == sizeof(npy_uint64), "addresses are 64-bit");
     PyArrayObject *array = mp_array(pointers, "pointers", NPY_UINT64, 2);
     if (!array)
         return NULL;
-    const npy_intp matrices = PyArray_DIM(array, 0);
-    if ((matrices == 3 || matrices == 2) && PyArray_DIM(array, 1) >= 1)
+    const npy_intp rows = PyArray_DIM(array, 0);
+    if ((rows == 2 || rows == 3 || rows == 4 || rows == 6) && PyArray_DIM(array, 1) >= 1)
         return array;
     PyErr_SetString(PyExc_ValueError, "pointers: expected (3, num_experts), or (2, num_experts) "
-                                      "without gate");
+                                      "without gate, or twice as many rows with biases");
     return NULL;
+}
+
+static int parse_storage(const char *name, mp_storage *storage)
+{
+    static const char *const names[] = {
+#define X(name) #name,
+        MP_STORAGES(X)
+#undef X
+    };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *storage = (mp_storage)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "storage: expected one of"
+#define X(name) " " #name
+                 MP_STORAGES(X)
+#undef X
+                 ", got %s", name);
+    return -1;
+}
+
+static int is_gated(PyArrayObject *pointers)
+{
+    return PyArray_DIM(pointers, 0) % 3 == 0;
+}
+
+static int check_storage(mp_storage storage, PyArrayObject *pointers)
+{
+    if (storage != MP_STORED_interleaved || is_gated(pointers))
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "storage: expected rows or transposed, since experts "
+                                      "without gate have nothing to interleave");
+    return -1;
 }
 
 /* Copies the addresses: what is checked is then what is used, whoever writes to the array. */
 static int set_layer(mp_layer_object *self, PyArrayObject *pointers, mp_format format,
                      Py_ssize_t hidden_size, Py_ssize_t intermediate_size,
-                     mp_activation activation)
+                     mp_activation activation, mp_storage storage)
 {
     const npy_intp E = PyArray_DIM(pointers, 1), all = PyArray_SIZE(pointers);
     const void **at = self->addresses = PyMem_Malloc((size_t)PyArray_NBYTES(pointers));
@@ -36,34 +70,49 @@ static int set_layer(mp_layer_object *self, PyArrayObject *pointers, mp_format f
             PyErr_SetString(PyExc_ValueError, "pointers: weights without memory");
             return -1;
         }
-    const void **down = at + all - E;
-    self->layer = (mp_layer){format, mp_formats[format].hidden, E, hidden_size,
-                             intermediate_size, activation,
-                             PyArray_DIM(pointers, 0) == 3 ? at : NULL, down - E, down};
+    const int gated = is_gated(pointers);
+    const void **up = gated ? at + E : at, **rest = up + 2 * E; /* behind down: biases */
+    mp_layer layer = {.format = format, .dtype = mp_formats[format].hidden,
+                      .num_experts = E, .hidden_size = hidden_size,
+                      .intermediate_size = intermediate_size, .activation = activation,
+                      .storage = storage, .gate = gated ? at : NULL, .up = up,
+                      .down = up + E};
+    if (rest < at + all) {
+        layer.gate_bias = gated ? rest : NULL;
+        layer.up_bias = gated ? rest + E : rest;
+        layer.down_bias = layer.up_bias + E;
+    }
+    self->layer = layer;
     return 0;
 }
 
 PyDoc_STRVAR(layer_doc,
-"Layer(pointers, format, hidden_size, intermediate_size, activation, /)\n--\n\n"
+"Layer(pointers, format, hidden_size, intermediate_size, activation, storage, /)\n--\n\n"
 "Where the matrices of a layer's experts lie. pointers (3,E) uint64: the addresses of gate,\n"
-"up (I,H) and down (H,I) of each expert, all of the format, rows without gaps; (2,E): of up\n"
-"and down of experts without gate. They are copied; the memory behind them has to outlive\n"
-"the Layer. activation: (name, alpha, limit, shift).");
+"up and down of each expert, all of the format, without gaps; (2,E): of up and down of\n"
+"experts without gate. With biases, of the dtype of the hidden states, twice as many rows:\n"
+"the addresses of the biases in the same order. The addresses are copied; the memory behind\n"
+"them has to outlive the Layer. activation: (name, alpha, limit, shift). storage: 'rows' for\n"
+"gate and up (I,H), down (H,I); 'transposed' for down (I,H), gate and up beside each other in\n"
+"rows of 2 I, or up alone in rows of I; 'interleaved' for gate and up by turns in these rows,\n"
+"and in their bias.");
 
 static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"", "", "", "", "", NULL};
+    static char *names[] = {"", "", "", "", "", "", NULL};
     PyObject *pointers, *tuple;
     PyArrayObject *array;
-    const char *format_name;
+    const char *format_name, *storage_name;
     Py_ssize_t hidden_size, intermediate_size;
     mp_format format;
     mp_activation activation;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OsnnO:Layer", names, &pointers,
-                                     &format_name, &hidden_size, &intermediate_size, &tuple)
+    mp_storage storage;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OsnnOs:Layer", names, &pointers,
+                                     &format_name, &hidden_size, &intermediate_size, &tuple,
+                                     &storage_name)
         || mp_parse_format(format_name, &format) || mp_parse_activation(tuple, &activation)
-        || !(array = parse_pointers(pointers))
-        || mp_check_gate(&activation, PyArray_DIM(array, 0) == 3))
+        || parse_storage(storage_name, &storage) || !(array = parse_pointers(pointers))
+        || mp_check_gate(&activation, is_gated(array)) || check_storage(storage, array))
         return NULL;
     if (intermediate_size < 1 || hidden_size < 1)
         return PyErr_Format(PyExc_ValueError,
@@ -71,7 +120,7 @@ static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                             "got %zd, %zd", hidden_size, intermediate_size);
     mp_layer_object *self = (mp_layer_object *)type->tp_alloc(type, 0);
     if (self && set_layer(self, array, format, hidden_size, intermediate_size,
-                          activation))
+                          activation, storage))
         Py_CLEAR(self);
     return (PyObject *)self;
 }

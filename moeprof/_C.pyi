@@ -23,6 +23,7 @@ class Layer:
         hidden_size: int,
         intermediate_size: int,
         activation: tuple[str, float, float, float],
+        storage: str,
         /,
     ) -> Layer: ...
 

@@ -12,6 +12,9 @@ _Weights = _Bits | NDArray[uint8]
 
 def linear(x: _Bits, index: NDArray[int32], w: _Weights, format: str, /) -> NDArray[float32]: ...
 def gemm(x: _Bits, index: NDArray[int32], w: _Weights, format: str, /) -> NDArray[float32]: ...
+def transposed(
+    x: _Bits, index: NDArray[int32], w: _Weights, first: int, n: int, format: str, /
+) -> NDArray[float32]: ...
 def glu(
     activation: tuple[str, float, float, float],
     g: NDArray[float32] | None,

@@ -20,12 +20,9 @@ BUILT = [family for family in every.families() if family not in every.NOT_BUILT]
 _NO_RECORD = "looked for blocks with a gate and experts"
 # What experts in C can't be: {family: what the reason contains}
 NOT_IN_C = {
-    "aria": "transposed or interleaved",
-    "gpt_oss": "with a bias",
     "inkling2": "activation Inkling2Softcapped",
     "inkling2_loop": "activation Inkling2LoopSoftcapped",
     "muse_spark": "a norm after each expert",
-    "openai_privacy_filter": "with a bias",
 }
 FALLBACKS = (
     NOT_IN_C

@@ -123,6 +123,121 @@ def test_nan_reaches_the_output_through_limits(name):
         kind[1][0, 0] = kept
 
 
+STORED = {
+    # name: (storage, are there biases, have they a gate, activation)
+    "as Aria": ("transposed", False, True, util.SWIGLU),
+    "as GPT-OSS": ("interleaved", True, True, ("silu", 1.702, 0.75, 1.0)),
+    "as its privacy filter": ("transposed", True, True, ("silu", 1.702, 0.75, 1.0)),
+    "interleaved, no bias": ("interleaved", False, True, util.SWIGLU),
+    "transposed, without gate": ("transposed", True, False, ("relu2", 1.0, np.inf, 0.0)),
+    "rows with biases": ("rows", True, True, util.SWIGLU),
+    "rows with biases, without gate": ("rows", True, False, ("gelu", 1.0, np.inf, 0.0)),
+}
+SIZES = {
+    # name: (E, H, I, T, most rows of the first expert)
+    "one of everything": (1, 1, 1, 1, 1),
+    "few rows, odd sizes": (6, 41, 71, 5, 5),
+    "few and many rows": (6, 41, 71, 90, 40),
+    "more than one task and pass": (3, 290, 300, 130, 130),
+    "few rows of wide matrices": (4, 64, 640, 3, 3),
+}
+
+
+def stored(name, size, dtype, **place):
+    storage, biased, gated, activation = STORED[name]
+    E, H, I, T, most = SIZES[size]  # noqa: E741
+    layer = util.Layer(
+        *(E, H, I, dtype),
+        activation=activation,
+        gated=gated,
+        storage=storage,
+        biased=biased,
+        **place,
+    )
+    ids, weights = util.random_slots(T, min(2, E), E, skipped=0.0 if E == 1 else 0.25)
+    ids = np.where(ids >= 0, np.minimum(ids, np.arange(T)[:, None] % most), -1).astype(np.int32)
+    return layer, layer.hidden(T), ids, weights
+
+
+@cache
+def stored_with_reference(name, size, dtype):
+    layer, *arrays = stored(name, size, dtype)
+    return (layer, *arrays), layer.reference(*arrays)
+
+
+each_stored = pytest.mark.parametrize("name", STORED)
+
+
+@pytest.mark.parametrize("level", util.level_names())
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@each_stored
+def test_matrices_stored_otherwise_and_biases(level, dtype, size, name):
+    util.force_level(level)
+    arguments, reference = stored_with_reference(name, size, dtype)
+    ref, tol = hold_experts(*arguments, f"{name} {size}", reference)
+    with pytest.raises(AssertionError):
+        util.assert_close(np.zeros_like(ref), ref, tol)
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@each_stored
+def test_stored_otherwise_the_bits_do_not_depend_on_the_threads(dtype, size, name):
+    layer, *arrays = stored(name, size, dtype)
+    first = layer(*arrays)
+    for threads in (2, 4, 300):
+        np.testing.assert_array_equal(layer(*arrays, threads), first)
+
+
+@pytest.mark.parametrize("level", util.level_names())
+@each_stored
+def test_stored_otherwise_a_token_alone_is_a_token_in_a_batch(level, name):
+    """Bit for bit, however many rows an expert has: where no other kernel is chosen then."""
+    util.force_level(level)
+    if level == "openblas" or STORED[name][0] == "rows":
+        pytest.skip("its kernels are chosen by the number of rows")
+    layer, hidden, ids, weights = stored(name, "more than one task and pass", "bfloat16")
+    out = layer(hidden, ids, weights)
+    for t in (0, 5, 96, 129):
+        alone = layer(hidden[t : t + 1], ids[t : t + 1], weights[t : t + 1])
+        np.testing.assert_array_equal(alone[0], out[t])
+
+
+@posix
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("side", ("start", "end"))
+@pytest.mark.parametrize("size", ("one of everything", "few rows, odd sizes", "few and many rows"))
+@each_stored
+def test_stored_otherwise_no_byte_too_many_is_read(dtype, side, size, name):
+    place = partial(util.guarded, side=side)
+    layer, *arrays = stored(name, size, dtype, place=place)
+    hold_experts(layer, *map(place, arrays))
+
+
+@pytest.mark.parametrize("dtype", util.DTYPES)
+@pytest.mark.parametrize("offset", (1, 2, 3))
+@each_stored
+def test_stored_otherwise_they_lie_anywhere(dtype, offset, name):
+    place = partial(util.shifted, offset=offset)
+    hold_experts(*stored(name, "few and many rows", dtype, place=place))
+
+
+@each_stored
+def test_stored_otherwise_nan_reaches_the_output_of_its_expert_alone(name):
+    storage, biased, gated, activation = STORED[name]
+    layer = util.Layer(3, 9, 5, activation=activation, gated=gated, storage=storage, biased=biased)
+    ids, ones = np.array([[0], [1], [-1], [2]], np.int32), np.ones((4, 1), np.float32)
+    for kind in (*layer.matrices, *layer.biases):
+        place = (1,) * kind[1].ndim
+        kept = kind[1][place]
+        kind[1][place] = np.nan
+        out = layer(layer.hidden(4), ids, ones)
+        assert np.isnan(out[1]).any() and np.isfinite(out[[0, 2, 3]]).all()
+        assert (out[2] == 0).all()
+        kind[1][place] = kept
+
+
 @posix
 @pytest.mark.parametrize("dtype", util.DTYPES)
 @pytest.mark.parametrize("side", ("start", "end"))

@@ -101,6 +101,7 @@ INDEX, ONES = np.zeros(2, np.int32), np.ones((2, 1), np.float32)
 NORMAL, SURVIVAL = ("normal", "logit", None), np.ones(8196)
 SPEC = ("bh", (0.05,), 1, 2, 1.0, "sum", 1, NORMAL, None)
 POINTERS = np.array([[F32.ctypes.data] * 2] * 3, np.uint64)  # of 8 floats each
+FIVE = np.repeat(POINTERS[:1], 5, axis=0)
 MADE = _C.RouteSpec(SPEC, "float32", 4)
 BIG, TWO = F32.astype(">f4"), F32[:, :2].copy()
 SWAPPED = "C-contiguous, aligned array of native byte order"
@@ -126,8 +127,14 @@ def p_of(null):
     return _C.p_values(F32, null)
 
 
-def layer(dtype="float32", pointers=POINTERS, size=4, inner=2, activation=util.SWIGLU):
-    return _C.Layer(pointers, dtype, size, inner, activation)
+def layer(
+    dtype="float32", pointers=POINTERS, size=4, inner=2, activation=util.SWIGLU, storage="rows"
+):
+    return _C.Layer(pointers, dtype, size, inner, activation, storage)
+
+
+def by_columns(index, w, first=0, n=1):
+    return _kernels.transposed(F32, index, w, first, n, "float32")
 
 
 def glu(g, u, activation=util.SWIGLU):
@@ -261,6 +268,13 @@ BAD = [
     ),
     (lambda: layer(pointers=POINTERS[:, :0].copy()), ValueError, r"pointers: expected \(3, num"),
     (lambda: layer(pointers=POINTERS * 0), ValueError, "pointers: weights without memory"),
+    (lambda: layer(pointers=FIVE), ValueError, r"pointers: expected \(3, num.*twice as many"),
+    (lambda: layer(storage="columns"), ValueError, "storage: expected one of rows transposed"),
+    (
+        lambda: layer(pointers=POINTERS[:2].copy(), storage="interleaved"),
+        ValueError,
+        "storage: expected rows or transposed.* nothing to interleave",
+    ),
     (lambda: layer(inner=0), ValueError, "intermediate_size"),
     (lambda: _C.dense(F32[:, :0].copy(), 1, 4, 0, "float32", 1), ValueError, "x: expected"),
     (
@@ -301,6 +315,11 @@ BAD = [
         "x and w: expected the same K",
     ),
     (lambda: _kernels.gemm(F32, INDEX, ONES, "float32"), ValueError, "x and w: expected"),
+    (lambda: by_columns(INDEX, F32), ValueError, "x and w: expected the same K"),
+    (lambda: by_columns(INDEX, np.ones((4, 3), "f4"), 2, 2), ValueError, "first, n: outside"),
+    (lambda: by_columns(INDEX, np.ones((4, 3), "f4"), -1, 2), ValueError, "first, n: outside"),
+    (lambda: by_columns(INDEX, F64), TypeError, "w: expected contiguous"),
+    (lambda: by_columns(INDEX + 2, np.ones((4, 3), "f4")), ValueError, "index: outside the rows"),
     (lambda: _kernels.gemm(F32, INDEX, U16, "float32"), TypeError, "w: expected"),
     (lambda: _kernels.gemm(F32, INDEX, F32.T, "float32"), TypeError, "w: expected contiguous"),
     (lambda: glu(ONES[0], F32[0]), ValueError, "g and u: expected the same"),

@@ -21,8 +21,11 @@ pytestmark = pytest.mark.once
 
 VARIANTS = [(kernel, variant) for kernel, variant, _, _ in _C.variants()]
 KERNELS = list(dict.fromkeys(kernel for kernel, _ in VARIANTS))
+CONTRACTS = ("linear", "gemm", "transposed")  # of the products with weights
 DTYPE = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}  # of the weights
-MATRIX_VARIANTS = [kv for kv in VARIANTS if kv[0].startswith(("linear_", "pack_", "gemm_"))]
+MATRIX_VARIANTS = [
+    kv for kv in VARIANTS if kv[0].startswith(("linear_", "pack_", "gemm_", "transposed_"))
+]
 all_variants = pytest.mark.parametrize(("kernel", "variant"), VARIANTS)
 matrix_variants = pytest.mark.parametrize(("kernel", "variant"), MATRIX_VARIANTS)
 posix = pytest.mark.skipif(sys.platform != "linux", reason="mprotect and /proc are Linux's")
@@ -74,12 +77,29 @@ def act_type(dtype):
     return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
+def product_of(contract):
+    """(x, index, w (N,K), dtype) -> x[index] w^T by the kernels of a contract."""
+    if contract == "transposed":
+        return by_columns
+    return _kernels.linear if contract == "linear" else _kernels.gemm
+
+
+def by_columns(x, index, w, dtype):
+    """By weights stored transposed; without a copy where w is a view of such."""
+    return _kernels.transposed(x, index, np.ascontiguousarray(w.T), 0, len(w), dtype)
+
+
+def placed(kernel, w, place):
+    """w where `place` copies it to, as the kernel reads it."""
+    return place(np.ascontiguousarray(w.T)).T if kernel.startswith("transposed_") else place(w)
+
+
 def matrix_case(kernel, x, index, w, what=""):
     """x[index] w^T in the form the extension takes; pack is seen through its gemm."""
     contract, _, suffix = kernel.rpartition("_")
     dtype = DTYPE[suffix]
     rows = widen(x, act_type(dtype))[index].astype(np.float64)
-    run = partial(_kernels.linear if contract == "linear" else _kernels.gemm, x, index, w, dtype)
+    run = partial(product_of(contract), x, index, w, dtype)
     with np.errstate(invalid="ignore", over="ignore"):
         return Case(what, run, *util.matmul(rows, widen(w, dtype)))
 
@@ -126,7 +146,7 @@ def moved_cases(kernel, offset):
     cases = []
     for m, n, k in ((1, 5, 7), (8, 33, 48), (129, 65, 31)):
         x, index, w = matrices(kernel, m, n, k)
-        moved = util.shifted(w, offset)
+        moved = placed(kernel, w, partial(util.shifted, offset=offset))
         cases.append(matrix_case(kernel, x, index, moved, what=f"+{offset} {m, n, k}"))
     return cases
 
@@ -141,7 +161,9 @@ def test_weights_at_any_address(kernel, variant, offset):
 def guarded_cases(kernel, side):
     cases = []
     for n, k in [(n, k) for n in (*LANES, 64, 65) for k in (1, 2, 7, 8, 15, 16, 17, 31, 32, 33)]:
-        arrays = [util.guarded(a, side) for a in matrices(kernel, n % 5 + 1, n, k)]
+        x, index, w = matrices(kernel, n % 5 + 1, n, k)
+        place = partial(util.guarded, side=side)
+        arrays = place(x), place(index), placed(kernel, w, place)
         cases.append(matrix_case(kernel, *arrays, what=f"guarded {side} N={n} K={k}"))
     return cases
 
@@ -196,8 +218,8 @@ def test_a_row_alone_is_a_row_in_a_batch(kernel, variant):
     """Bit for bit: what is summed in which order depends on K alone."""
     x, index, w = matrices(kernel, 80, 19, 100)
     util.force(kernel, variant)
-    product = _kernels.linear if kernel.startswith("linear_") else _kernels.gemm
-    dtype = DTYPE[kernel.rpartition("_")[2]]
+    contract, _, suffix = kernel.rpartition("_")
+    dtype, product = DTYPE[suffix], product_of(contract)
     together = product(x, index, w, dtype)
     for rows in (1, 2, 5, 8, 9, 17, 24, 33, 48, 63):
         np.testing.assert_array_equal(product(x, index[:rows], w, dtype), together[:rows])
@@ -212,7 +234,7 @@ def test_a_row_alone_is_a_row_in_a_batch(kernel, variant):
 )
 def test_each_16_bit_pattern_is_widened_as_it_is(kernel, variant):
     contract, _, suffix = kernel.rpartition("_")
-    dtype, product = DTYPE[suffix], _kernels.linear if contract == "linear" else _kernels.gemm
+    dtype, product = DTYPE[suffix], product_of(contract)
     every = np.arange(65536, dtype=np.uint16)[:, None]
     one = narrow(np.ones((1, 1)), act_type(dtype))
     exact = 0.0 if variant == "scalar" or dtype == "float16" else TINY32  # see util.matmul
@@ -224,6 +246,20 @@ def test_each_16_bit_pattern_is_widened_as_it_is(kernel, variant):
         run = partial(product, every, rows, one, dtype)
         cases.append(Case("activations", run, value, exact))
     hold(kernel, variant, cases)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variant"), [kv for kv in MATRIX_VARIANTS if kv[0].startswith("transposed_")]
+)
+def test_columns_of_a_wider_matrix(kernel, variant):
+    """Bit for bit as by themselves, whatever stands beside them."""
+    x, index, w = matrices(kernel, 7, 90, 33)
+    dtype = DTYPE[kernel.rpartition("_")[2]]
+    util.force(kernel, variant)
+    for first, n in ((0, 90), (0, 64), (3, 65), (17, 1), (90, 0)):
+        alone = _kernels.transposed(x, index, w[first : first + n].T.copy(), 0, n, dtype)
+        beside = _kernels.transposed(x, index, w.T.copy(), first, n, dtype)
+        np.testing.assert_array_equal(beside, alone)
 
 
 # ---- glu ----
@@ -450,14 +486,14 @@ def test_the_checker_sees_one_wrong_value(change):
 
 
 def test_every_format_has_its_kernels():
-    """linear and gemm, scalar first: else a pointer in the table of kernels would be empty."""
+    """Scalar first: else a pointer in the table of kernels would be empty."""
     names = [name for name, _, _ in _kernels.formats().values()]
     assert dict(zip(names, _kernels.formats(), strict=True)) == DTYPE
     for name in names:
-        for kernel in (f"linear_{name}", f"gemm_{name}"):
-            assert util.variants_of(kernel)[0] == "scalar", kernel
-    matrix_kernels = {k for k in KERNELS if k.startswith(("linear_", "gemm_"))}
-    assert matrix_kernels == {f"{kind}_{name}" for kind in ("linear", "gemm") for name in names}
+        for kind in CONTRACTS:
+            assert util.variants_of(f"{kind}_{name}")[0] == "scalar", kind
+    matrix_kernels = {k for k in KERNELS if k.rpartition("_")[0] in CONTRACTS}
+    assert matrix_kernels == {f"{kind}_{name}" for kind in CONTRACTS for name in names}
 
 
 @pytest.mark.parametrize("level", util.level_names())

@@ -480,11 +480,11 @@ def test_operators_keep_what_they_declare(tokens):
     weights = [p for p in block.experts.parameters()]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     spec = moeprof.BH(0.5, max_k=5).spec(8, norm="none", norm_k=2)
-    act = SWIGLU.as_text()
-    moe = (x, gate_logits(block, x), weights, act, *operands_of(spec), "mlp")
+    how = SWIGLU.as_text(), "rows"
+    moe = (x, gate_logits(block, x), weights, *how, *operands_of(spec), "mlp")
     torch.library.opcheck(torch.ops.moeprof.moe.default, moe, test_utils=checks)
     ids, ones = torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3)
-    experts = (x, ids, ones, weights, act, "mlp")
+    experts = (x, ids, ones, weights, *how, "mlp")
     torch.library.opcheck(torch.ops.moeprof.experts.default, experts, test_utils=checks)
 
 

@@ -105,7 +105,7 @@ def test_ids_are_those_of_one_moment():
         thread = threading.Thread(target=change)
         thread.start()
         going.wait()
-        out = _C.experts(x, ids, w, _C.Layer(pointers, "float32", H, H, util.SWIGLU), 1)
+        out = _C.experts(x, ids, w, _C.Layer(pointers, "float32", H, H, util.SWIGLU, "rows"), 1)
         going.clear()
         thread.join()
         assert (out[0] == out[-1]).all()
@@ -143,7 +143,7 @@ def test_a_number_of_threads_is_read_before_the_arrays():
     T, E, H = 8, 4, 16
     weights = np.zeros((3, E, H, H), np.float32)
     pointers = np.array([[m.ctypes.data for m in kind] for kind in weights], np.uint64)
-    layer = _C.Layer(pointers, "float32", H, H, util.SWIGLU)
+    layer = _C.Layer(pointers, "float32", H, H, util.SWIGLU, "rows")
     few, many = (_C.RouteSpec(spec(), "float32", experts) for experts in (E, T * E))
 
     def logits():
@@ -220,10 +220,10 @@ for threads in (1, 2):
     hidden, z = layer.hidden(20_000), np.ones((20_000, 4), "f4")
     refused(lambda: layer.moe(hidden, z, spec_with({place}, hidden), threads))
     hidden, pointers = layer.hidden(20), layer.pointers.copy()
-    refused(lambda: _C.Layer(pointers, "float32", Number(16, pointers), 16, util.SWIGLU))
+    refused(lambda: _C.Layer(pointers, "float32", Number(16, pointers), 16, util.SWIGLU, "rows"))
     pointers = layer.pointers.copy()
     silu = ("silu", Number(1.0, pointers), 1.0, 0.0)
-    refused(lambda: _C.Layer(pointers, "float32", 16, 16, silu))
+    refused(lambda: _C.Layer(pointers, "float32", 16, 16, silu, "rows"))
     z, table = np.ones((20_000, 64), "f4"), np.tile(util.table_of(3.5), (64, 1))
     null = "table", "logit", table
     refused(lambda: util.route(z, "float32", spec_with({place}, table, null=null), threads, True))

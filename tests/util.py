@@ -248,9 +248,11 @@ ACTIVATIONS = {
 
 
 class Layer:
-    """Random experts of one layer: gate (unless there is none), up (E,I,H), down (E,H,I).
+    """Random experts of one layer: gate (unless there is none), up (E,I,H), down (E,H,I), and
+    `biases` for each of them if `biased`.
 
-    `place` copies each matrix to where it should lie.
+    They are stored as `storage` says; `place` copies what is stored together to where it should
+    lie.
     """
 
     def __init__(
@@ -264,18 +266,27 @@ class Layer:
         place=np.array,
         activation=SWIGLU,
         gated=True,
+        storage="rows",
+        biased=False,
     ):
         rng = np.random.default_rng(seed)
         self.shape, self.dtype, self.activation = (experts, hidden, inner), dtype, activation
         shapes = [*[(inner, hidden)] * (2 if gated else 1), (hidden, inner)]
-        self.matrices = [
-            [place(narrow(rng.standard_normal(s) / np.sqrt(s[1]), dtype)) for _ in range(experts)]
-            for s in shapes
-        ]
+        kinds = [[], []]  # what each expert has: matrices, biases
+        for _ in range(experts):
+            matrices = [narrow(rng.standard_normal(s) / np.sqrt(s[1]), dtype) for s in shapes]
+            biases = [narrow(rng.standard_normal(s[0]), dtype) for s in shapes]
+            for own, (*into, down) in zip(kinds, (matrices, biases), strict=True):
+                own.append([*_stored(into, storage, place), *_stored([down], storage, place)])
+        self.matrices, self.biases = (
+            [list(kind) for kind in zip(*own, strict=True)] for own in kinds
+        )
+        if not biased:
+            self.biases = []
         self.pointers = np.array(
-            [[m.ctypes.data for m in kind] for kind in self.matrices], np.uint64
-        ).reshape(len(shapes), experts)
-        self.layer = _C.Layer(self.pointers, dtype, hidden, inner, activation)
+            [[m.ctypes.data for m in kind] for kind in (*self.matrices, *self.biases)], np.uint64
+        ).reshape(-1, experts)
+        self.layer = _C.Layer(self.pointers, dtype, hidden, inner, activation, storage)
 
     def hidden(self, tokens, seed=1):
         values = np.random.default_rng(seed).standard_normal((tokens, self.shape[1]))
@@ -293,18 +304,43 @@ class Layer:
         out, tol = np.zeros_like(x), np.zeros_like(x)
         for e in range(self.shape[0]):
             *into, down = (widen(kind[e], self.dtype) for kind in self.matrices)
+            biases = [widen(kind[e], self.dtype) for kind in self.biases] or [0.0] * 3
             rows, slots = np.nonzero(experts == e)
-            products = [matmul(x[rows], matrix) for matrix in into]
+            products = [
+                plus(*matmul(x[rows], w), bias) for w, bias in zip(into, biases, strict=False)
+            ]
             act, act_tol = glu(self.activation, *products)
             if self.dtype == "bfloat16":
                 act_tol = act_tol + HALF_ULP["bfloat16"] * (np.abs(act) + act_tol)
-            y, y_tol = matmul(act, down, act_tol)
+            y, y_tol = plus(*matmul(act, down, act_tol), biases[-1])
             w = weights[rows, slots].astype(np.float64)[:, None]
             np.add.at(out, rows, w * y)
             margin = (experts.shape[1] + 1) * EPS32 * np.abs(w * y)
             np.add.at(tol, rows, np.abs(w) * y_tol + margin)
         rounding = HALF_ULP[self.dtype] * (np.abs(out) + tol)
         return out, tol + rounding + (2.0**-25 if self.dtype == "float16" else TINY32)
+
+
+def _stored(parts, storage, place):
+    """Copies of arrays (N,K) or (N,) that lie beside each other as the storage says: views."""
+    if storage == "rows":
+        return [place(part) for part in parts]
+    columns = [part.T for part in parts]
+    if storage == "transposed":
+        joined = place(np.ascontiguousarray(np.concatenate(columns, axis=-1)))
+        n = len(parts[0])
+        cuts = [slice(first * n, (first + 1) * n) for first in range(len(parts))]
+    else:
+        stacked = np.stack(columns, axis=-1)
+        joined = place(np.ascontiguousarray(stacked.reshape(*stacked.shape[:-2], -1)))
+        cuts = [slice(first, None, len(parts)) for first in range(len(parts))]
+    return [joined[..., cut].T for cut in cuts]
+
+
+def plus(y, tol, bias):
+    """y + bias in fp32."""
+    y = y + bias
+    return y, tol + EPS32 * (np.abs(y) + tol)
 
 
 def route(logits, dtype, spec, threads, want_p):

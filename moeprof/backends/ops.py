@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .base import MoEOutput
 from .c import C
 from .spec import RouteSpec, max_k_of
-from .tables import Activation, LayerMatrices, WeightTable
+from .tables import Activation, LayerMatrices, WeightTable, is_packed, sizes_of
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -46,9 +46,10 @@ def _experts(
     routing_weights: Tensor,
     matrices: list[Tensor],
     activation: str,
+    storage: str,
     name: str,
 ) -> Tensor:
-    table = WeightTable(matrices, Activation.from_text(activation))
+    table = WeightTable(matrices, Activation.from_text(activation), storage)
     return _run_experts(hidden, expert_ids, routing_weights, table, name)
 
 
@@ -62,6 +63,7 @@ def _(
     routing_weights: Tensor,
     matrices: list[Tensor],
     activation: str,
+    storage: str,
     name: str,
 ) -> Tensor:
     return torch.empty_like(hidden)
@@ -72,6 +74,7 @@ def _moe(
     logits: Tensor,
     matrices: list[Tensor],
     activation: str,
+    storage: str,
     spec: str,
     p_table: Tensor | None,
     table: Tensor | None,
@@ -79,7 +82,7 @@ def _moe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arrays = (None if t is None else t.numpy() for t in (p_table, table))
     given = RouteSpec.from_operands(spec, *arrays)
-    experts_table = WeightTable(matrices, Activation.from_text(activation))
+    experts_table = WeightTable(matrices, Activation.from_text(activation), storage)
     output, weights, experts, counts, rejections = _run_moe(
         hidden, logits, experts_table, given, name
     )
@@ -95,6 +98,7 @@ def _(
     logits: Tensor,
     matrices: list[Tensor],
     activation: str,
+    storage: str,
     spec: str,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -193,8 +197,8 @@ def run_experts(
     if unobserved(hidden, routing_weights, *matrices):
         return _run_experts(hidden, expert_ids, routing_weights, table, name)
     _refuse_tangents(name, hidden, routing_weights, *matrices)
-    activation = table.activation.as_text()
-    return experts_op(hidden, expert_ids, routing_weights, matrices, activation, name)
+    how = table.activation.as_text(), table.storage
+    return experts_op(hidden, expert_ids, routing_weights, matrices, *how, name)
 
 
 def run_moe(
@@ -205,8 +209,8 @@ def run_moe(
     if unobserved(hidden, logits, *matrices):
         return _run_moe(hidden, logits, table, spec, name)
     _refuse_tangents(name, hidden, logits, *matrices)
-    activation = table.activation.as_text()
-    return MoEOutput(*moe_op(hidden, logits, matrices, activation, *operands, name))
+    how = table.activation.as_text(), table.storage
+    return MoEOutput(*moe_op(hidden, logits, matrices, *how, *operands, name))
 
 
 def run_route(
@@ -221,10 +225,9 @@ def run_route(
     return weights, expert_ids, counts, rejections
 
 
-def table_of(matrices: Sequence[Tensor], activation: Activation) -> Matrices:
+def table_of(read: LayerMatrices) -> Matrices:
     """A table of these matrices, or they themselves while a compiler traces."""
-    kind = LayerMatrices if torch.compiler.is_compiling() else WeightTable
-    return kind(matrices, activation)
+    return read if torch.compiler.is_compiling() else WeightTable(*read)
 
 
 def operands_of(spec: RouteSpec) -> tuple[str, Tensor | None, Tensor | None]:
@@ -245,9 +248,9 @@ def _refuse_tangents(name: str, *tensors: Tensor) -> None:
 # ---- FLOPs: 2 H I for each matrix of each expert that a token was sent to ----
 
 
-def _expert_flops(matrices: Sequence[Tensor], activation: str) -> int:
-    down = matrices[-1]  # (E, H, I) or (H, I)
-    return 2 * Activation.from_text(activation).matrices * down.shape[-1] * down.shape[-2]
+def _expert_flops(matrices: Sequence[Tensor], activation: str, storage: str) -> int:
+    hidden_size, intermediate_size = sizes_of(matrices, storage)
+    return 2 * Activation.from_text(activation).matrices * hidden_size * intermediate_size
 
 
 def _total(counts: Tensor, upper_bound: int) -> int:
@@ -263,15 +266,16 @@ def _(
     routing_weights: Tensor,
     matrices: list[Tensor],
     activation: str,
+    storage: str,
     name: str,
     *,
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
     own = Activation.from_text(activation).matrices
-    num_experts = len(matrices[-1]) if matrices[-1].dim() == 3 else len(matrices) // own
+    num_experts = len(matrices[0]) if is_packed(matrices) else len(matrices) // own
     ran = (expert_ids >= 0) & (expert_ids < num_experts)
-    return _expert_flops(matrices, activation) * _total(ran, expert_ids.numel())
+    return _expert_flops(matrices, activation, storage) * _total(ran, expert_ids.numel())
 
 
 @register_flop_formula(torch.ops.moeprof.moe, get_raw=True)
@@ -280,9 +284,10 @@ def _(
     logits: Tensor,
     matrices: list[Tensor],
     activation: str,
+    storage: str,
     *spec: Any,
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
     _, _, expert_ids, counts, _ = out_val
-    return _expert_flops(matrices, activation) * _total(counts, expert_ids.numel())
+    return _expert_flops(matrices, activation, storage) * _total(counts, expert_ids.numel())

@@ -59,16 +59,37 @@ class Activation(NamedTuple):
 
 SWIGLU = Activation()
 
+ROWS, TRANSPOSED, INTERLEAVED = "rows", "transposed", "interleaved"
+
 
 class LayerMatrices(NamedTuple):
     """The experts of a layer, as `WeightTable` takes them; while a compiler traces, instead of
     one: its tensors lie nowhere."""
 
     matrices: Sequence[Tensor]
-    activation: Activation
+    activation: Activation = SWIGLU
+    storage: str = ROWS
+
+    @property
+    def hidden_size(self) -> int:
+        return sizes_of(self.matrices, self.storage)[0]
 
 
-NOTHING_READ = LayerMatrices([], SWIGLU)
+NOTHING_READ = LayerMatrices([])
+
+
+def sizes_of(matrices: Sequence[Tensor], storage: str) -> tuple[int, int]:
+    """(H, I) of matrices as `WeightTable` takes them."""
+    down = matrices[1 if is_packed(matrices) else -1]
+    hidden_size, intermediate_size = down.shape[-2:]
+    if storage != ROWS:
+        hidden_size, intermediate_size = intermediate_size, hidden_size
+    return hidden_size, intermediate_size
+
+
+def is_packed(matrices: Sequence[Tensor]) -> bool:
+    """Are these tensors of all experts, not a list by expert?"""
+    return matrices[0].dim() == 3
 
 
 class WeightTable:
@@ -83,28 +104,36 @@ class WeightTable:
     matrices
         Either the packed pair ``[gate_up (E, 2I, H), down (E, H, I)]`` of transformers 5, or
         the list ``[gate_0, up_0, down_0, gate_1, ...]`` of transformers 4; of experts without
-        gate, ``[up (E, I, H), down (E, H, I)]`` or ``[up_0, down_0, up_1, ...]``. Contiguous,
-        of one dtype, on the CPU; see `tensor_obstacle`.
+        gate, ``[up (E, I, H), down (E, H, I)]`` or ``[up_0, down_0, up_1, ...]``. Behind a pair
+        may come its biases, ``[gate_up (E, 2I), down (E, H)]`` or ``[up (E, I), down (E, H)]``.
+        Contiguous, of one dtype, on the CPU; see `tensor_obstacle`.
     activation
         What the experts compute between them.
+    storage
+        "rows", as above; of a pair also "transposed", with (E, H, 2I) or (E, H, I), and
+        (E, I, H), or "interleaved": the same, with gate and up by turns in the columns, and in
+        their bias.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], activation: Activation = SWIGLU):
-        self.matrices, self.activation = tuple(matrices), activation
+    def __init__(
+        self, matrices: Sequence[Tensor], activation: Activation = SWIGLU, storage: str = ROWS
+    ):
+        self.matrices, self.activation, self.storage = tuple(matrices), activation, storage
         self.dtype = matrices[0].dtype
         self._addresses = tuple(map(Tensor.data_ptr, self.matrices))
-        *sizes, self.hidden_size, intermediate_size = matrices[-1].shape
-        packed = bool(sizes)
-        self.num_experts: int = sizes[0] if packed else len(matrices) // activation.matrices
-        half = intermediate_size * self.hidden_size * matrices[-1].element_size() if packed else 0
+        self.hidden_size, intermediate_size = sizes_of(matrices, storage)
+        packed = is_packed(matrices)
+        own = activation.matrices
+        self.num_experts: int = len(matrices[0]) if packed else len(matrices) // own
         self.layer = _layer(
             self._addresses,
             self.num_experts,
-            half,
+            matrices[0].element_size() if packed else 0,
             DTYPES[self.dtype],
             self.hidden_size,
             intermediate_size,
             activation,
+            storage,
         )  # what the functions of _C take
 
     def is_current(self) -> bool:
@@ -116,24 +145,40 @@ class WeightTable:
 def _layer(
     addresses: tuple[int, ...],
     num_experts: int,
-    matrix_bytes: int,
+    size: int,
     dtype: str,
     hidden_size: int,
     intermediate_size: int,
     activation: Activation,
+    storage: str,
 ) -> Any:
-    """The `_C.Layer` of these addresses; matrix_bytes: of one matrix in packed tensors, or 0."""
-    if matrix_bytes:
-        first, down = addresses  # gate and up of an expert, or up alone, lie one behind the other
-        beside = activation.matrices - 1
-        experts = np.arange(num_experts, dtype=np.uint64) * np.uint64(matrix_bytes)
-        own = [beside * experts + np.uint64(first + n * matrix_bytes) for n in range(beside)]
-        pointers = np.stack([*own, experts + np.uint64(down)])
+    """The `_C.Layer` of these addresses; size: bytes of a number in packed tensors, or 0."""
+    if size:
+        sizes = num_experts, hidden_size, intermediate_size
+        pointers = _in_packed(addresses, size, sizes, activation.gated, storage)
     else:
         at = np.array(addresses, dtype=np.uint64)
         pointers = np.ascontiguousarray(at.reshape(-1, activation.matrices).T)
     pointers.setflags(write=False)
-    return _C.Layer(pointers, dtype, hidden_size, intermediate_size, activation[:4])
+    return _C.Layer(pointers, dtype, hidden_size, intermediate_size, activation[:4], storage)
+
+
+def _in_packed(
+    addresses: tuple[int, ...], size: int, sizes: tuple[int, int, int], gated: bool, storage: str
+) -> Any:
+    """The pointers that `_C.Layer` takes: into the tensors of all experts at these addresses."""
+    E, H, I = sizes  # noqa: E741
+    beside = 2 if gated else 1  # gate and up, or up alone, in the first of a pair
+    to_up = {ROWS: I * H, TRANSPOSED: I, INTERLEAVED: 1}  # numbers from gate to up
+    of_matrices = beside * I * H, I * H, to_up[storage]
+    of_biases = beside * I, H, 1 if storage == INTERLEAVED else I
+    experts = np.arange(E, dtype=np.uint64)
+    pairs = zip(addresses[::2], addresses[1::2], (of_matrices, of_biases), strict=False)
+    rows = []
+    for into, down, (of_into, of_down, step) in pairs:
+        rows += [into + size * (of_into * experts + n * step) for n in range(beside)]
+        rows.append(down + size * (of_down * experts))
+    return np.stack(rows)
 
 
 def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:

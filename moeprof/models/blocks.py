@@ -263,5 +263,5 @@ def is_behind_interface(experts: nn.Module) -> bool:
 
 def interface_obstacle(experts: nn.Module) -> str | None:
     """Why the experts implementation "moeprof" can't run these, or None."""
-    matrices, _, reason = read_packed(experts)
-    return reason or tensor_obstacle(matrices)
+    read, reason = read_packed(experts)
+    return reason or tensor_obstacle(read.matrices)

@@ -15,14 +15,17 @@ def experts_forward(
 
     On transformers 5 this is also the experts implementation "moeprof":
     ``model.set_experts_implementation("moeprof")``, for every class on that interface whose
-    experts have no bias, lie as below and compute with SiLU, GELU, ReLU or squared ReLU, with
-    or without gate and limits.
+    experts lie as below and compute with SiLU, GELU, ReLU or squared ReLU, with or without gate
+    and limits.
 
     Parameters
     ----------
     experts : torch.nn.Module
         Holds ``gate_up_proj`` (E, 2I, H), or without gate ``up_proj`` (E, I, H), and
-        ``down_proj`` (E, H, I), float32, bfloat16 or float16, on the CPU.
+        ``down_proj`` (E, H, I), float32, bfloat16 or float16, on the CPU. With a flag
+        ``is_transposed`` each expert's matrix is the transpose of that; ``is_concatenated``
+        False then says that gate and up stand by turns in its columns. With ``has_bias`` also
+        ``gate_up_proj_bias`` (E, 2I), or ``up_proj_bias`` (E, I), and ``down_proj_bias`` (E, H).
     hidden : (T, H), dtype of the weights
     idx : (T, k) integer, expert ids; -1, or E as transformers writes it, for an empty slot
     weights : (T, k) floating point
@@ -46,13 +49,12 @@ def experts_forward(
             kind = type(value).__name__
             raise TypeError(f"experts_forward: {argument}: expected a torch.Tensor, got {kind}")
     name = BY_ITSELF + type(experts).__name__
-    matrices, activation, reason = read_packed(experts)
+    read, reason = read_packed(experts)
     if reason:
         raise ValueError(f"{name}: not on moeprof's path: {reason}")
-    if hidden.dim() != 2 or hidden.shape[1] != matrices[1].shape[1]:
-        raise ValueError(
-            f"{name}: hidden: expected (T, {matrices[1].shape[1]}), got {tuple(hidden.shape)}"
-        )
+    width = read.hidden_size
+    if hidden.dim() != 2 or hidden.shape[1] != width:
+        raise ValueError(f"{name}: hidden: expected (T, {width}), got {tuple(hidden.shape)}")
     if idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool:
         raise ValueError(f"{name}: idx: expected integers, got {idx.dtype}")
     if idx.dim() != 2 or idx.shape != weights.shape or len(idx) != len(hidden):
@@ -60,6 +62,6 @@ def experts_forward(
             f"{name}: idx and weights: expected ({len(hidden)}, k) both, "
             f"got {tuple(idx.shape)} and {tuple(weights.shape)}"
         )
-    if reason := tensor_obstacle([*matrices, hidden]) or routing_obstacle(idx, weights):
+    if reason := tensor_obstacle([*read.matrices, hidden]) or routing_obstacle(idx, weights):
         raise ValueError(f"{name}: {reason}")
-    return run_experts(hidden, idx, weights, table_of(matrices, activation), name)
+    return run_experts(hidden, idx, weights, table_of(read), name)

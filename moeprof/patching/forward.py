@@ -129,10 +129,9 @@ def input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
             return None
     first = table.matrices[0]
     reason = hidden_obstacle(first, hidden_states)
-    hidden_size = first.shape[-1]  # gate or up (I, H), gate_up (E, 2I, H) or up (E, I, H)
-    if not reason and hidden_states.shape[-1] != hidden_size:
+    if not reason and hidden_states.shape[-1] != table.hidden_size:
         width = hidden_states.shape[-1]
-        reason = f"the hidden states: {width} columns, the experts have {hidden_size}"
+        reason = f"the hidden states: {width} columns, the experts have {table.hidden_size}"
     return reason
 
 

@@ -137,7 +137,7 @@ FAMILIES = (
     Family("cohere2_moe", GateRule(affinity="expert_selection_fn", renormalises=True)),
     Family(
         "openai_privacy_filter",
-        GateRule(renormalises=True, rounds=False, logits="float32"),
+        GateRule(scale="1/top_k", rounds=False, logits="float32"),
         _ROUTER,
     ),
     # softmax, with groups or a bias or a scale for each expert

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...backends.tables import SWIGLU, Activation
+from ...backends.tables import INTERLEAVED, ROWS, SWIGLU, Activation
 from ..guards import full_name
 
 GELU_TANH = Activation("gelu_tanh")
@@ -59,7 +59,9 @@ def read_function(act_fn: object) -> tuple[Activation, str | None]:
     return found, None
 
 
-def read_activation(experts: nn.Module, gated: bool) -> tuple[Activation, str | None]:
+def read_activation(
+    experts: nn.Module, gated: bool, storage: str = ROWS
+) -> tuple[Activation, str | None]:
     """(what packed experts of transformers 5 compute, None), or (`SWIGLU`, why not)."""
     own = vars(experts)
     act_fn = own["_modules"].get("act_fn") or getattr(experts, "act_fn", None)
@@ -67,10 +69,12 @@ def read_activation(experts: nn.Module, gated: bool) -> tuple[Activation, str | 
         activation, reason = read_function(act_fn)
         return activation._replace(gated=False), reason
     gate = own.get("_apply_gate") or getattr(type(experts), "_apply_gate", None)
-    if gate is None or gate.__name__ == "_default_apply_gate":
+    by_turns = storage == INTERLEAVED
+    # transformers' default takes gate and up for halves.
+    if gate is None or (gate.__name__ == "_default_apply_gate" and not by_turns):
         return read_function(act_fn)
     function, reason = (SWIGLU, None) if act_fn is None else read_function(act_fn)
-    found = None if reason else _recognised(experts, function)
+    found = None if reason else _recognised(experts, function, by_turns)
     if found is None:
         return SWIGLU, reason or "a gating of its own (_apply_gate)"
     return found, None
@@ -79,9 +83,14 @@ def read_activation(experts: nn.Module, gated: bool) -> tuple[Activation, str | 
 # ---- a gating of the class's own: recognised by what it computes ----
 
 
+# The parameters that take no part in it.
+_PROJECTIONS = {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
+
+
 class _Seen(NamedTuple):
     numbers: dict[str, Any]  # the attributes that are plain numbers and texts
     function: Activation  # of its act_fn
+    by_turns: bool  # it takes gate and up from the even and the odd columns, not from halves
     found: Activation | None
 
 
@@ -90,25 +99,28 @@ _seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
-def _recognised(experts: nn.Module, function: Activation) -> Activation | None:
+def _recognised(experts: nn.Module, function: Activation, by_turns: bool) -> Activation | None:
     """The activation that the experts' own `_apply_gate` is, or None.
 
     What was found is kept as long as no attribute changes: this runs in every step.
     """
     numbers = {n: v for n, v in vars(experts).items() if v is None or type(v) in _PLAIN}
     seen = _seen.get(experts)
-    if seen is None or seen.numbers != numbers or seen.function != function:
-        seen = _seen[experts] = _Seen(numbers, function, _find(experts, function, numbers))
+    if seen is None or seen[:3] != (numbers, function, by_turns):
+        found = _find(experts, function, by_turns, numbers)
+        seen = _seen[experts] = _Seen(numbers, function, by_turns, found)
     return seen.found
 
 
-def _find(experts: nn.Module, function: Activation, own: dict[str, Any]) -> Activation | None:
-    if {*experts._parameters, *experts._buffers} - {"gate_up_proj", "down_proj"}:
+def _find(
+    experts: nn.Module, function: Activation, by_turns: bool, own: dict[str, Any]
+) -> Activation | None:
+    if {*experts._parameters, *experts._buffers} - _PROJECTIONS:
         return None  # it may use what else it has
     limits = [float(own[n]) for n in LIMITS if type(own.get(n)) in (int, float) and own[n] > 0]
     alphas = [float(own[n]) for n in ALPHAS if type(own.get(n)) in (int, float) and own[n] > 0]
     g, u = _grid(filter(isfinite, limits))
-    got = _called(experts, torch.cat([g, u])[None])
+    got = _called(experts, (torch.stack([g, u], 1) if by_turns else torch.cat([g, u])).view(1, -1))
     if got is None or got.shape != (1, len(g)):
         return None
     alphas = [function.alpha, *(alphas if function.name == "silu" else ())]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends.spec import Rule
-from ...backends.tables import NOTHING_READ, Activation, LayerMatrices, tensor_obstacle
+from ...backends.tables import NOTHING_READ, LayerMatrices, tensor_obstacle
 from ..guards import Unchanged, gate_obstacle
 from ..reading import as_logits, read_gate
 from ..routing import Routing
@@ -83,9 +83,8 @@ class Layout:
         """What the model's own router is set to now."""
         raise NotImplementedError  # abstract
 
-    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
-        """(the matrices as `WeightTable` takes them, the activation, None), or ([], `SWIGLU`,
-        why not).
+    def read_experts(self, experts: nn.Module) -> tuple[LayerMatrices, str | None]:
+        """(their matrices, None), or (none, why not).
 
         Not where the modules, a hook or a forward among them are others than the stock ones.
         """
@@ -136,10 +135,10 @@ class Layout:
         now)."""
         if reason := self.obstacle(block):
             return NOTHING_READ, reason
-        matrices, activation, reason = self.read_experts(self.experts_of(block))
-        if reason := reason or tensor_obstacle(matrices):
+        read, reason = self.read_experts(self.experts_of(block))
+        if reason := reason or tensor_obstacle(read.matrices):
             return NOTHING_READ, reason
-        return LayerMatrices(matrices, activation), None
+        return read, None
 
     def obstacle(self, block: nn.Module) -> str | None:
         """What stands before the experts of this block and would be passed by, or None."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...backends.spec import Rule
-from ...backends.tables import SWIGLU, Activation
+from ...backends.tables import NOTHING_READ, SWIGLU, Activation, LayerMatrices
 from ..guards import full_name, hooked
 from ..routing import Routing
 from .activations import READ, read_function
@@ -107,23 +107,24 @@ class Listed(Layout):
             return f"{self.family.fused} {getattr(block, self.family.fused)} where 0 is supported"
         return super().obstacle(block)
 
-    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
+    def read_experts(self, experts: nn.Module) -> tuple[LayerMatrices, str | None]:
         if type(experts) is not nn.ModuleList:
-            return [], SWIGLU, f"experts of class {full_name(experts)}"
+            return NOTHING_READ, f"experts of class {full_name(experts)}"
         if reason := hooked(experts):
-            return [], SWIGLU, reason
+            return NOTHING_READ, reason
         matrices: list[Tensor] = []
         kind, projections = self.classes[self.family.expert], self.family.projections
         activations = set()
         for expert in vars(experts)["_modules"].values():
             activation, reason = _read_expert(expert, kind, projections, matrices)
             if reason:
-                return [], SWIGLU, reason
+                return NOTHING_READ, reason
             activations.add(activation)
         if len(activations) > 1:
-            return [], SWIGLU, "experts with different activations"
-        reason = _shape_obstacle(matrices)
-        return ([], SWIGLU, reason) if reason else (matrices, activations.pop(), None)
+            return NOTHING_READ, "experts with different activations"
+        if reason := _shape_obstacle(matrices):
+            return NOTHING_READ, reason
+        return LayerMatrices(matrices, activations.pop()), None
 
     def logits(self, gate: nn.Module, x: Tensor) -> Tensor:
         if type(gate) is not nn.Linear:

@@ -5,7 +5,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...backends.tables import SWIGLU, Activation
+from ...backends.tables import (
+    INTERLEAVED,
+    NOTHING_READ,
+    ROWS,
+    TRANSPOSED,
+    LayerMatrices,
+    sizes_of,
+)
 from ..guards import full_name, hooked
 from ..routing import Routing
 from .activations import READ, read_activation
@@ -42,7 +49,7 @@ def _gate_forward_float32(self: Any, hidden_states: Tensor, *, logits_only: bool
 
 
 class Packed(Layout):
-    """Experts in `gate_up_proj` (E, 2I, H) and `down_proj` (E, H, I); a router that chooses."""
+    """Experts in `gate_up_proj` and `down_proj`, tensors of all; a router that chooses."""
 
     flags = (*FLAGS, *READ)
 
@@ -78,12 +85,12 @@ class Packed(Layout):
             *self.reader.others(block, gate),
         )
 
-    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
+    def read_experts(self, experts: nn.Module) -> tuple[LayerMatrices, str | None]:
         if type(experts).__module__ != self.family.module:
-            return [], SWIGLU, f"experts of class {full_name(experts)}"
+            return NOTHING_READ, f"experts of class {full_name(experts)}"
         for module in experts.modules():
             if reason := hooked(module):
-                return [], SWIGLU, reason
+                return NOTHING_READ, reason
         return read_packed(experts)
 
     def logits(self, gate: nn.Module, x: Tensor) -> Tensor:
@@ -101,19 +108,21 @@ class Packed(Layout):
         return hidden
 
 
-def read_packed(experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
-    """Of packed experts of transformers 5: ([gate_up_proj, down_proj], activation, None), or
-    ([up_proj, down_proj], activation, None) without gate, or ([], `SWIGLU`, why not)."""
+def read_packed(experts: nn.Module) -> tuple[LayerMatrices, str | None]:
+    """(the matrices of packed experts of transformers 5, None), or (none, why not)."""
     gated = _flag(experts, "has_gate", True)
     first = "gate_up_proj" if gated else "up_proj"
-    into, down = getattr(experts, first, None), getattr(experts, "down_proj", None)
-    if not (isinstance(into, Tensor) and isinstance(down, Tensor)):
-        return [], SWIGLU, f"no tensors {first} and down_proj"
-    reason = _flag_obstacle(experts) or _shape_obstacle(first, into, down, 2 if gated else 1)
-    if reason:
-        return [], SWIGLU, reason
-    activation, reason = read_activation(experts, gated)
-    return ([], SWIGLU, reason) if reason else ([into, down], activation, None)
+    names = [first, "down_proj"]
+    if _flag(experts, "has_bias", False):
+        names += [f"{first}_bias", "down_proj_bias"]
+    tensors = [t for t in (getattr(experts, n, None) for n in names) if isinstance(t, Tensor)]
+    if len(tensors) < len(names):
+        return NOTHING_READ, f"no tensors {' and '.join(names)}"
+    storage, reason = _read_storage(experts, gated)
+    if reason := reason or _shape_obstacle(names, tensors, 2 if gated else 1, storage):
+        return NOTHING_READ, reason
+    activation, reason = read_activation(experts, gated, storage)
+    return (NOTHING_READ, reason) if reason else (LayerMatrices(tensors, activation, storage), None)
 
 
 def _flag(experts: nn.Module, name: str, default: bool) -> bool:
@@ -121,26 +130,35 @@ def _flag(experts: nn.Module, name: str, default: bool) -> bool:
     return bool(vars(experts).get(name, getattr(type(experts), name, default)))
 
 
-def _flag_obstacle(experts: nn.Module) -> str | None:
-    """What of its flags says that the C path can't run these experts, or None."""
-    if _flag(experts, "has_bias", False):
-        return "experts with a bias"
-    if _flag(experts, "is_transposed", False) or not _flag(experts, "is_concatenated", True):
-        return "transposed or interleaved expert weights"
+def _read_storage(experts: nn.Module, gated: bool) -> tuple[str, str | None]:
+    """(how its flags say that the matrices are stored, None), or why C can't run these experts."""
     if _flag(experts, "has_post_expert_norm", False):
-        return "a norm after each expert"
+        return ROWS, "a norm after each expert"
     if _flag(experts, "_is_expert_parallel", False):
-        return "expert parallelism"
-    return None
+        return ROWS, "expert parallelism"
+    by_turns = gated and not _flag(experts, "is_concatenated", True)
+    if _flag(experts, "is_transposed", False):
+        return INTERLEAVED if by_turns else TRANSPOSED, None
+    return ROWS, "interleaved expert weights that are not transposed" if by_turns else None
 
 
-def _shape_obstacle(first: str, into: Tensor, down: Tensor, beside: int) -> str | None:
+def _shape_obstacle(
+    names: list[str], tensors: list[Tensor], beside: int, storage: str
+) -> str | None:
     """Why these are not one layer's, or None; beside: gate and up, or up alone."""
+    into, down, *biases = tensors
     if down.dim() != 3:
-        return f"down_proj of shape {tuple(down.shape)} (expected (E, H, I))"
-    num_experts, hidden_size, intermediate_size = down.shape
-    if into.shape != (num_experts, beside * intermediate_size, hidden_size):
-        return f"{first} {tuple(into.shape)} beside down_proj {tuple(down.shape)}"
-    if not (into.is_contiguous() and down.is_contiguous()):
-        return "expert weights that are not contiguous"
+        form = "(E, H, I)" if storage == ROWS else "(E, I, H)"
+        return f"down_proj of shape {tuple(down.shape)} (expected {form})"
+    num_experts = len(down)
+    hidden_size, intermediate_size = sizes_of([into, down], storage)
+    columns = beside * intermediate_size
+    shape = (columns, hidden_size) if storage == ROWS else (hidden_size, columns)
+    expected = [(num_experts, *shape), down.shape]
+    expected += [(num_experts, columns), (num_experts, hidden_size)][: len(biases)]
+    for name, tensor, own in zip(names, tensors, expected, strict=True):
+        if tensor.shape != own:
+            return f"{name} {tuple(tensor.shape)} beside down_proj {tuple(down.shape)}"
+        if not tensor.is_contiguous():
+            return "expert weights that are not contiguous"
     return None

@@ -27,7 +27,8 @@ class GateRule:
     """What of `moeprof.backends.spec.Rule` is fixed for a family, and the names of the rest.
 
     A text where a number could stand is an attribute of the gate, "config.top_k" one of what the
-    gate holds, "block.bias" one of the block around it, and "a|b" the first of two that is there.
+    gate holds, "block.bias" one of the block around it, and "a|b" the first of two that is there;
+    "1/top_k" is the inverse of such a number.
 
     own : what its rule does that none here does; then nothing else counts, and the model's own
         router chooses
@@ -85,7 +86,7 @@ class RuleReader:
     def __init__(self, record: GateRule):
         self.record = record
         named = (record.floor, record.scale, record.jitter, record.affinity)
-        paths = [p for p in named if isinstance(p, str) and p not in AFFINITIES]
+        paths = [p.removeprefix("1/") for p in named if isinstance(p, str) and p not in AFFINITIES]
         self._others = [*paths, *(record.groups or ())]
         if record.groups_if:
             self._others.append(record.groups_if[0])
@@ -129,7 +130,10 @@ class RuleReader:
         record = self.record
 
         def number(value: float | str) -> float:
-            return float(self._at(gate, block, value) if isinstance(value, str) else value)
+            if not isinstance(value, str):
+                return value
+            found = float(self._at(gate, block, value.removeprefix("1/")))
+            return 1 / found if value.startswith("1/") else found
 
         def array(path: str) -> Any:
             return _array(self._at(gate, block, path)) if path else None
