@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ...backends.tables import SWIGLU, Activation
+from ...backends.tables import NOTHING_READ, LayerMatrices
 from ..guards import full_name, hooked
 from .activations import read_function
 from .listed import Listed
@@ -19,18 +19,18 @@ class Paired(Listed):
     def num_experts(self, block: nn.Module) -> int:
         return len(vars(block)["_modules"][_INTO].weight)
 
-    def read_experts(self, experts: nn.Module) -> tuple[list[Tensor], Activation, str | None]:
+    def read_experts(self, experts: nn.Module) -> tuple[LayerMatrices, str | None]:
         parts = vars(experts)["_modules"]
         for name in (_INTO, _DOWN):
             if type(parts[name]) is not self.classes[self.family.expert]:
-                return [], SWIGLU, f"{name} of class {full_name(parts[name])}"
+                return NOTHING_READ, f"{name} of class {full_name(parts[name])}"
         for part in (parts[_INTO], parts[_DOWN], experts.activation):
             if isinstance(part, nn.Module) and (reason := hooked(part)):
-                return [], SWIGLU, reason
+                return NOTHING_READ, reason
         matrices = [parts[_INTO].weight, parts[_DOWN].weight]
         activation, reason = read_function(experts.activation)
         reason = reason or _shape_obstacle(*matrices)
-        return ([], SWIGLU, reason) if reason else (matrices, activation, None)
+        return (NOTHING_READ, reason) if reason else (LayerMatrices(matrices, activation), None)
 
     def logits(self, gate: nn.Module, x: Tensor) -> Tensor:
         logits: Tensor = vars(gate)["_modules"]["layer"](x)
