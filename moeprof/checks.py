@@ -23,6 +23,9 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Any, **options: Any) -> str: ...
 
 
+# Versions of transformers in which routers do other things than before and after.
+UNKNOWN = tuple(f"5.{minor}." for minor in range(6))
+
 ALL = (*MODELS, "scipy", "statsmodels", "pandas", "matplotlib", "rich")
 
 
@@ -33,12 +36,14 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], expecte
 
 
 def check_model(who: str, model: object) -> None:
-    """TypeError unless `model` is a torch.nn.Module; who: the function that was called."""
+    """TypeError unless `model` is a torch.nn.Module, ImportError with a transformers that moeprof
+    doesn't know; who: the function that was called."""
     if sys.modules.get("torch") is None:
         check_installed(f"moeprof.{who}", MODELS)
     from torch import nn
 
     if isinstance(model, nn.Module):
+        _check_transformers(f"moeprof.{who}")
         return
     hint = "; are model and tokenizer swapped?" if hasattr(model, "decode") else ""
     if not isinstance(model, type):
@@ -48,6 +53,16 @@ def check_model(who: str, model: object) -> None:
         elif isinstance(model, tuple | list) and any(isinstance(m, nn.Module) for m in model):
             hint = ", which holds one: pass that alone"
     raise TypeError(f"{who}: model: expected a torch.nn.Module, got {described(model)}{hint}")
+
+
+def _check_transformers(who: str) -> None:
+    version = getattr(sys.modules.get("transformers"), "__version__", "")
+    if version.startswith(UNKNOWN):
+        raise ImportError(
+            f"{who}: transformers {version} is installed, whose routers record probabilities in "
+            "place of logits: expected 4.57, or 5.6 and newer: "
+            'pip install "transformers>=5.6,<6"'
+        )
 
 
 def check_tokenizer(who: str, tokenizer: object) -> None:

@@ -14,6 +14,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `compat` run where they are asked for by that name."""
+    if "compat" not in config.option.markexpr:
+        wanted = [item for item in items if "compat" not in item.keywords]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
+        items[:] = wanted
+
+
 @pytest.fixture(autouse=True)
 def _pages_without_drawing(request, monkeypatch):
     """HTML pages have empty pictures, which take most of a page's time, but for `drawn` tests."""

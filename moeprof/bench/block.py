@@ -171,7 +171,7 @@ def tables(result: dict[str, Any]) -> Iterator[Any]:
     yield table(columns, [_cells(row, names) for row in result["rows"]])
     yield (
         f"Path of moeprof: {result['path']}. other: the fastest of transformers; difference: of "
-        "moeprof's output, relative to eager's."
+        "moeprof's output, relative to eager's; where logits tie, other experts may run."
     )
     if SEAM in names:
         costs = ", ".join(
