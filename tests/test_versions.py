@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+import transformers  # noqa: F401, its version is looked at
 from wording import says
 
 import moeprof
@@ -41,12 +41,12 @@ def excluded():
 def test_what_can_not_be_installed_is_what_is_refused(monkeypatch):
     assert tuple(excluded()) == checks.UNKNOWN
     for version in ("5.0.0", "5.5.4"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
         with pytest.raises(ImportError) as error:
             moeprof.patch(torch.nn.Linear(2, 2))
         assert says(str(error.value), version, "5.6", "pip install")
     for version in ("4.57.6", "5.6.0", "5.50.0"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
         with pytest.raises(ValueError, match="No routers found"):
             moeprof.patch(torch.nn.Linear(2, 2))
 
