@@ -26,17 +26,11 @@ static int parse_storage(const char *name, mp_storage *storage)
         MP_STORAGES(X)
 #undef X
     };
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *storage = (mp_storage)i;
-            return 0;
-        }
-    PyErr_Format(PyExc_ValueError, "storage: expected one of"
-#define X(name) " " #name
-                 MP_STORAGES(X)
-#undef X
-                 ", got %s", name);
-    return -1;
+    const int found = mp_parse_word("storage", name, names, sizeof names / sizeof *names);
+    if (found < 0)
+        return -1;
+    *storage = (mp_storage)found;
+    return 0;
 }
 
 static int is_gated(PyArrayObject *pointers)

@@ -91,6 +91,22 @@ int mp_parse_format(const char *name, mp_format *format)
     return -1;
 }
 
+int mp_parse_word(const char *argument, const char *word, const char *const *words,
+                  size_t count)
+{
+    char expected[256] = "";
+    size_t used = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (strcmp(word, words[i]) == 0)
+            return (int)i;
+        const size_t room = sizeof expected - used;
+        const int written = snprintf(expected + used, room, " %s", words[i]);
+        used += written < (int)room ? (size_t)written : room - 1;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: expected one of%s, got %s", argument, expected, word);
+    return -1;
+}
+
 static int parse_function(const char *name, mp_function *function)
 {
     static const char *const names[] = {
@@ -98,17 +114,11 @@ static int parse_function(const char *name, mp_function *function)
         MP_FUNCTIONS(X)
 #undef X
     };
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *function = (mp_function)i;
-            return 0;
-        }
-    PyErr_Format(PyExc_ValueError, "activation: expected one of"
-#define X(name) " " #name
-                 MP_FUNCTIONS(X)
-#undef X
-                 ", got %s", name);
-    return -1;
+    const int found = mp_parse_word("activation", name, names, sizeof names / sizeof *names);
+    if (found < 0)
+        return -1;
+    *function = (mp_function)found;
+    return 0;
 }
 
 int mp_parse_activation(PyObject *tuple, mp_activation *a)

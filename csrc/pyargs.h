@@ -32,6 +32,10 @@ const char *mp_dtype_name(mp_float dtype);
 /* A name of formats.def. */
 int mp_parse_format(const char *name, mp_format *format);
 
+/* The index of a word among those that an argument may have; or -1 with ValueError. */
+int mp_parse_word(const char *argument, const char *word, const char *const *words,
+                  size_t count);
+
 /* A tuple (name, alpha, limit, shift), see activation.h. Runs code of the caller's, as of an
  * object that becomes a number: before arrays are looked at. */
 int mp_parse_activation(PyObject *tuple, mp_activation *activation);
