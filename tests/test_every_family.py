@@ -29,8 +29,6 @@ FALLBACKS = (
     if V5
     else dict.fromkeys(
         (
-            "aria",
-            "gpt_oss",
             "hunyuan_v1_moe",
             "jetmoe/JetMoeMoA",
             "jetmoe/JetMoeMoE",

@@ -88,8 +88,9 @@ class Block(NamedTuple):
         x = hidden.reshape(-1, hidden.shape[-1])
         if not self.family.has_stock_gate(self.module):
             return self.family.read(output, len(x), self.num_experts, self.gate_name).logits
+        chosen = isinstance(output, tuple) and len(output) == 2  # the scores of the chosen, as said
         first = output[0] if isinstance(output, tuple) else output
-        if first.is_floating_point() and first.shape[-1] == self.num_experts:
+        if not chosen and first.is_floating_point() and first.shape[-1] == self.num_experts:
             return as_logits(first.reshape(-1, self.num_experts))
         return self.family.reader.logits(gate, x) if self.family.family.rule.logits else None
 

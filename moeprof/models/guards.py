@@ -99,8 +99,22 @@ def hooked(module: nn.Module) -> str | None:
 def _own_forward(module: nn.Module) -> bool:
     """Has it a forward of its own, other than one of `moeprof.patch`?"""
     forward = vars(module).get("forward")
-    return forward is not None and not (getattr(forward, "__module__", "") or "").startswith(
-        "moeprof."
+    return not (forward is None or _is_ours_or_stock(forward, module))
+
+
+def _is_ours_or_stock(forward: Any, module: nn.Module) -> bool:
+    if (getattr(forward, "__module__", "") or "").startswith("moeprof."):
+        return True
+    # That of the class, bound: as the recorder of transformers 4 leaves it.
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+
+
+def _is_recorded(gate: nn.Module) -> bool:
+    """Is its own forward the recorder of router logits of transformers 4, around the stock one?"""
+    forward = vars(gate)["forward"]
+    defined_in = getattr(forward, "__globals__", {}).get("__name__")  # `wraps` renames the rest
+    return defined_in == "transformers.utils.generic" and _is_ours_or_stock(
+        forward.__wrapped__, gate
     )
 
 
@@ -118,7 +132,7 @@ def gate_obstacle(gate: nn.Module, is_stock: bool) -> str | None:
     if not is_stock:
         return None
     own = vars(gate)
-    if _own_forward(gate):
+    if _own_forward(gate) and not _is_recorded(gate):
         return "the gate has a forward of its own"
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         if foreign := [h for h in _hooks(gate) if not _is_known(h)]:

@@ -16,6 +16,7 @@ from .listed import Listed
 from .packed import Packed
 from .paired import Paired
 from .rules import GateRule
+from .transposed import Aria, GptOss
 
 # ---- rules that several families share ----
 
@@ -132,8 +133,15 @@ FAMILIES = (
             ("granitemoeshared", "GraniteMoeShared"),
         )
     ),
-    Family("gpt_oss", SOFTMAX_SCALED, _ROUTER),
+    Family("gpt_oss", SOFTMAX_SCALED, _ROUTER, blocks=("GptOssMLP",)),
     Family("aria", SOFTMAX_SCALED, _ROUTER, config_top_k="moe_topk"),
+    Family(
+        "aria",
+        GateRule(top_k="config.moe_topk"),
+        _ROUTER,
+        blocks=("AriaTextMoELayer",),
+        logged=False,
+    ),
     Family("cohere2_moe", GateRule(affinity="expert_selection_fn", renormalises=True)),
     Family(
         "openai_privacy_filter",
@@ -324,4 +332,6 @@ def _layout(family: Family) -> Layout:
     """In the layout of the transformers that the family's module is of."""
     if "use_experts_implementation" in vars(sys.modules[family.module]):
         return Packed(family)
-    return Listed(family) if family.experts_at else Paired(family)
+    if not family.experts_at:
+        return Paired(family)
+    return {"aria": Aria, "gpt_oss": GptOss}.get(family.name, Listed)(family)

@@ -80,6 +80,16 @@ def read_activation(
     return found, None
 
 
+def read_clamped(experts: nn.Module) -> tuple[Activation, str | None]:
+    """(the clamped SwiGLU of GPT-OSS in transformers 4, by its `alpha` and `limit`, None), or
+    (`SWIGLU`, why not)."""
+    numbers: list[Any] = [experts.alpha, experts.limit]
+    if not all(type(number) in (int, float) and number > 0 for number in numbers):
+        return SWIGLU, "alpha {} and limit {} where positive numbers are supported".format(*numbers)
+    alpha, limit = map(float, numbers)
+    return Activation("silu", alpha, limit, shift=1.0), None
+
+
 # ---- a gating of the class's own: recognised by what it computes ----
 
 

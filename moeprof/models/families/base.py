@@ -34,7 +34,7 @@ class Family:
     blocks : the classes of its blocks; none stands for whatever holds a gate and experts, and
         for no class of transformers 4
     expert, projections : of transformers 4, the class of an expert and the attributes of it that
-        hold gate, up and down
+        hold gate, up and down; where the layout names its experts, neither
     logged : a block of transformers 4 returns the logits beside the hidden states
     """
 

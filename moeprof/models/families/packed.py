@@ -1,5 +1,6 @@
 """The layout of transformers 5: a router module, and the experts in two 3-D tensors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def read_packed(experts: nn.Module) -> tuple[LayerMatrices, str | None]:
     if len(tensors) < len(names):
         return NOTHING_READ, f"no tensors {' and '.join(names)}"
     storage, reason = _read_storage(experts, gated)
-    if reason := reason or _shape_obstacle(names, tensors, 2 if gated else 1, storage):
+    if reason := reason or shape_obstacle(names, tensors, 2 if gated else 1, storage):
         return NOTHING_READ, reason
     activation, reason = read_activation(experts, gated, storage)
     return (NOTHING_READ, reason) if reason else (LayerMatrices(tensors, activation, storage), None)
@@ -142,14 +143,14 @@ def _read_storage(experts: nn.Module, gated: bool) -> tuple[str, str | None]:
     return ROWS, "interleaved expert weights that are not transposed" if by_turns else None
 
 
-def _shape_obstacle(
-    names: list[str], tensors: list[Tensor], beside: int, storage: str
+def shape_obstacle(
+    names: Sequence[str], tensors: list[Tensor], beside: int, storage: str
 ) -> str | None:
     """Why these are not one layer's, or None; beside: gate and up, or up alone."""
     into, down, *biases = tensors
     if down.dim() != 3:
         form = "(E, H, I)" if storage == ROWS else "(E, I, H)"
-        return f"down_proj of shape {tuple(down.shape)} (expected {form})"
+        return f"{names[1]} of shape {tuple(down.shape)} (expected {form})"
     num_experts = len(down)
     hidden_size, intermediate_size = sizes_of([into, down], storage)
     columns = beside * intermediate_size
@@ -158,7 +159,7 @@ def _shape_obstacle(
     expected += [(num_experts, columns), (num_experts, hidden_size)][: len(biases)]
     for name, tensor, own in zip(names, tensors, expected, strict=True):
         if tensor.shape != own:
-            return f"{name} {tuple(tensor.shape)} beside down_proj {tuple(down.shape)}"
+            return f"{name} {tuple(tensor.shape)} beside {names[1]} {tuple(down.shape)}"
         if not tensor.is_contiguous():
             return "expert weights that are not contiguous"
     return None

@@ -287,6 +287,8 @@ def _run_gate(
             *first, weights, ids = (part.reshape(ROWS, -1) for part in said[:3])
             if weights.dtype == torch.int64:  # as transformers 4 has them
                 weights, ids = ids, weights
+            if weights.shape != ids.shape:  # scores of all experts
+                weights = weights.gather(1, ids)
             mine = reader.logits(gate, x) if reader.record.logits else first[0]
             logits = first[0] if first else mine
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as e:
