@@ -31,7 +31,7 @@ HARDENING = [
 
 # moeprof._kernels: the kernels, what they and their bindings need, and what it has alone
 KERNEL_FOLDERS = ["scalar", "x86", "blas"]
-FOR_KERNELS = ["cpu", "formats", "ops", "py_cpu", "pyargs"]
+FOR_KERNELS = ["cpu", "decode", "formats", "ops", "py_cpu", "pyargs"]
 OF_KERNELS = ["kernels_module", "py_kernels"]
 
 

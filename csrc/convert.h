@@ -44,6 +44,36 @@ static inline void mp_narrow(void *to, const float *from, ptrdiff_t count, mp_fl
     MP_NEVER();
 }
 
+static inline mp_float mp_act_float(mp_act act)
+{
+    switch (act) {
+    case MP_ACT_f32: return MP_FLOAT32;
+    case MP_ACT_bf16: return MP_BFLOAT16;
+    case MP_ACT_i8: break;
+    }
+    MP_NEVER();
+}
+
+/* Whether numbers of this type are activations as they are. */
+static inline int mp_is_act(mp_float dtype, mp_act act)
+{
+    return act != MP_ACT_i8 && dtype == mp_act_float(act);
+}
+
+/* Rows (M,K) of a float type as activations of fp32 or 8 bits. row: K floats of scratch. */
+static inline void mp_to_act(void *to, const void *from, ptrdiff_t m, ptrdiff_t k,
+                             mp_float dtype, mp_act act, float *row)
+{
+    if (act != MP_ACT_i8) {
+        mp_widen(to, from, m * k, dtype);
+        return;
+    }
+    for (ptrdiff_t r = 0; r < m; r++) {
+        mp_widen(row, (const char *)from + r * k * mp_float_size(dtype), k, dtype);
+        mp_ops.quantize(row, k, (mp_group *)to + r * mp_act_count(act, k));
+    }
+}
+
 /* A float as rounding to the type leaves it. */
 static inline float mp_rounded(float value, mp_float dtype)
 {

@@ -5,16 +5,20 @@
 
 #define UP_TO_AVX2 (MP_CPU_BLAS | MP_CPU_AVX2)
 #define UP_TO_AVX512 (UP_TO_AVX2 | MP_CPU_AVX512)
+#define VNNI (MP_CPU_AVXVNNI | MP_CPU_AVX512VNNI)
+#define UP_TO_BF16 (UP_TO_AVX512 | VNNI | MP_CPU_AVX512BF16)
 
 /* Intel's AMX machines have AVX512-FP16 too, so `amx` is everything. */
 const mp_cpu_level mp_cpu_levels[] = {
     {"scalar", 0},
     {"openblas", MP_CPU_BLAS},
     {"avx2", UP_TO_AVX2},
+    {"avxvnni", UP_TO_AVX2 | MP_CPU_AVXVNNI},
     {"avx512", UP_TO_AVX512},
-    {"avx512bf16", UP_TO_AVX512 | MP_CPU_AVX512BF16},
-    {"avx512fp16", UP_TO_AVX512 | MP_CPU_AVX512BF16 | MP_CPU_AVX512FP16},
-    {"amx", UP_TO_AVX512 | MP_CPU_AVX512BF16 | MP_CPU_AVX512FP16 | MP_CPU_AMX},
+    {"avx512vnni", UP_TO_AVX512 | VNNI},
+    {"avx512bf16", UP_TO_BF16},
+    {"avx512fp16", UP_TO_BF16 | MP_CPU_AVX512FP16},
+    {"amx", UP_TO_BF16 | MP_CPU_AVX512FP16 | MP_CPU_AMX},
     {NULL, 0},
 };
 
@@ -53,15 +57,19 @@ static unsigned detect(void)
     uint64_t saved = xcr0();
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
         return 0;
-    unsigned leaf7_b = b, leaf7_d = d, leaf7_1a = 0;
+    unsigned leaf7_b = b, leaf7_c = c, leaf7_d = d, leaf7_1a = 0;
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
         leaf7_1a = a;
 
     if ((saved & YMM) == YMM && fma && f16c && (leaf7_b & bit_AVX2))
         features |= MP_CPU_AVX2;
+    if (features && leaf7_1a & 1u << 4)
+        features |= MP_CPU_AVXVNNI;
     const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     if ((saved & ZMM) == ZMM && features && (leaf7_b & avx512) == avx512) {
         features |= MP_CPU_AVX512;
+        if (leaf7_c & 1u << 11)
+            features |= MP_CPU_AVX512VNNI;
         if (leaf7_1a & 1u << 5)
             features |= MP_CPU_AVX512BF16;
         if (leaf7_d & 1u << 23)

@@ -9,6 +9,8 @@ enum {
     MP_CPU_AVX512BF16 = 1 << 3,
     MP_CPU_AVX512FP16 = 1 << 4,
     MP_CPU_AMX = 1 << 5, /* AMX-TILE and AMX-BF16, permission granted */
+    MP_CPU_AVXVNNI = 1 << 6, /* products of bytes: in 256 bits, in 512 bits */
+    MP_CPU_AVX512VNNI = 1 << 7,
 };
 
 /* A feature is set when CPUID names it, XCR0 says the system keeps its registers

@@ -5,8 +5,8 @@
 #include "scratch.h"
 
 typedef struct {
-    mp_rows x;    /* of the activations' type */
-    void *panels; /* the same, packed, where the rows are not few */
+    mp_rows x;    /* as activations */
+    void *panels; /* the same, packed, where the rows are many and the weights are not quantised */
     const mp_matrix *w;
     ptrdiff_t n, k;
     const char *bias;
@@ -49,47 +49,50 @@ static void columns(void *context, ptrdiff_t task, int worker)
     put(j, y, first, n);
 }
 
-/* Whether x has to be widened to become activations (formats.c). */
-static int widens(const job *j)
+/* x as the kernels read it: as activations, many rows packed. Laid out from `base` on; with
+ * base NULL it only counts the bytes, in `used`. */
+static void prepare(job *j, char *base, size_t *used)
 {
-    return j->dtype != mp_act_float(j->act);
-}
-
-/* x as the kernels read it, in `memory`: widened, many rows packed. */
-static void prepare(job *j, char *memory)
-{
-    const ptrdiff_t count = j->x.count * j->k;
-    if (widens(j)) {
-        mp_widen((float *)memory, j->x.data, count, j->dtype);
-        j->x.data = memory;
-        memory += mp_whole_lines((size_t)count * sizeof(float));
+    if (!mp_is_act(j->dtype, j->act)) {
+        const ptrdiff_t row = mp_act_count(j->act, j->k) * mp_act_size(j->act);
+        void *own = mp_carve(base, used, (size_t)(j->x.count * row));
+        float *wide = mp_carve(base, used, (size_t)j->k * sizeof *wide);
+        if (base) {
+            mp_to_act(own, j->x.data, j->x.count, j->k, j->dtype, j->act, wide);
+            j->x.data = own;
+        }
     }
-    if (j->x.count > MP_FEW_ROWS) {
-        j->panels = memory;
+    if (j->x.count > MP_FEW_ROWS && !mp_is_quantized(j->w->format)) {
+        const ptrdiff_t size = mp_panel_size(j->x.count, j->k) * mp_act_size(j->act);
+        void *panels = mp_carve(base, used, (size_t)size);
+        if (!base)
+            return;
+        j->panels = panels;
         mp_pack(j->act)(&j->x, j->k, 0, j->k, j->panels);
     }
 }
 
-int mp_dense(const void *x, ptrdiff_t m, const mp_matrix *w, ptrdiff_t n, ptrdiff_t k,
-             const void *bias, int threads, void *out)
+int mp_dense(const void *x, mp_float dtype, ptrdiff_t m, const mp_matrix *w, ptrdiff_t n,
+             ptrdiff_t k, const void *bias, int threads, void *out)
 {
     const ptrdiff_t tasks = (n + MP_BLOCK_N - 1) / MP_BLOCK_N;
     if (m == 0 || n == 0)
         return 0;
     threads = threads < tasks ? threads : (int)tasks;
     threads = threads < MP_MAX_THREADS ? threads : MP_MAX_THREADS;
-    job j = {.x = {x, k, NULL, m}, .w = w, .n = n, .k = k, .bias = bias, .out = out,
-             .dtype = mp_formats[w->format].hidden, .act = mp_format_act(w->format),
+    const mp_act act = mp_format_act(w->format);
+    job j = {.x = {x, mp_act_count(act, k), NULL, m}, .w = w, .n = n, .k = k, .bias = bias,
+             .out = out, .dtype = dtype, .act = act,
              .scratch_floats = (size_t)m * MP_BLOCK_N + mp_scratch_floats(k)};
-    const size_t scratch = mp_whole_lines(j.scratch_floats * (size_t)threads * 4);
-    const size_t wide = widens(&j) ? mp_whole_lines((size_t)(m * k) * 4) : 0;
-    const size_t panels = m > MP_FEW_ROWS
-                        ? (size_t)(mp_panel_size(m, k) * mp_act_size(j.act)) : 0;
-    char *memory = mp_take_scratch(scratch + wide + panels);
+    size_t used = 0, bytes = j.scratch_floats * (size_t)threads * sizeof *j.scratch;
+    mp_carve(NULL, &used, bytes);
+    prepare(&j, NULL, &used);
+    char *memory = mp_take_scratch(used);
     if (!memory)
         return -1;
-    j.scratch = (float *)memory;
-    prepare(&j, memory + scratch);
+    used = 0;
+    j.scratch = mp_carve(memory, &used, bytes);
+    prepare(&j, memory, &used);
     mp_parallel(tasks, threads, columns, &j);
     mp_give_scratch_back(memory);
     return 0;

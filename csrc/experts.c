@@ -23,7 +23,7 @@ typedef struct {
     void *panels;     /* (block_m,H) */
     float *gate, *up; /* (block_m,block_n) products; `gate` also those of down */
     float *both;      /* (block_m,2 block_n) products of gate and up by turns */
-    void *act;        /* (block_m,block_n) */
+    void *act;        /* (block_m,block_n), of a float type */
     float *sum;       /* (T,block_h) */
     float *scratch;   /* of the kernels */
 } worker_state;
@@ -31,7 +31,7 @@ typedef struct {
 typedef struct {
     const mp_layer *layer;
     ptrdiff_t tokens;
-    const void *hidden; /* (T,H) of the activations' type */
+    const void *hidden; /* (T,H) as activations */
     int32_t *first;     /* (E+1): expert e has pairs first[e]..first[e+1]-1 */
     int32_t *active;    /* the experts that have pairs, ascending */
     ptrdiff_t num_active;
@@ -40,7 +40,8 @@ typedef struct {
     char *act;      /* each expert's activations: rows or panels, see in_panels */
     ptrdiff_t *act_at; /* (E,): where in act, by number of the active expert */
     void *out;         /* (T,H) of the layer's dtype */
-    float *wide;       /* (T,H): hidden states that are not of the activations' type */
+    void *own_hidden;  /* (T,H) as activations, where the hidden states are none as they are */
+    float *row;        /* (H,): for that */
     worker_state *workers;
     ptrdiff_t block_m; /* rows at a time; of those that are packed a multiple of 16 */
     ptrdiff_t block_n, block_h; /* columns of act and of `out` in a task */
@@ -71,18 +72,30 @@ static mp_act act_of(const mp_layer *l)
     return mp_format_act(l->format);
 }
 
-/* Whether hidden states have to be widened to become activations (formats.c). */
-static int widens(const mp_layer *l)
+/* Whether hidden states have to be made activations. */
+static int converts(const mp_layer *l)
 {
-    return l->dtype != mp_act_float(act_of(l));
+    return !mp_is_act(l->dtype, act_of(l));
+}
+
+/* Whether many rows are brought into panels, for `gemm`. */
+static int has_panels(const mp_layer *l)
+{
+    return in_rows(l) && !mp_is_quantized(l->format);
 }
 
 /* ---- memory, and the size of tasks ---- */
 
+/* Bytes of k columns of activations; but for the last ones, k is a multiple of MP_GROUP. */
+static ptrdiff_t act_bytes(const mp_layer *l, ptrdiff_t k)
+{
+    return mp_act_count(act_of(l), k) * mp_act_size(act_of(l));
+}
+
 /* Bytes of the activations of a pair. */
 static size_t act_row(const mp_layer *l)
 {
-    return (size_t)(mp_panel_width(l->intermediate_size) * mp_act_size(act_of(l)));
+    return (size_t)act_bytes(l, mp_panel_width(l->intermediate_size));
 }
 
 /* Rows at a time: what `transposed` takes, or those that are packed, multiples of three
@@ -91,7 +104,7 @@ static ptrdiff_t block_m(const mp_layer *l)
 {
     if (!in_rows(l))
         return MP_TRANSPOSED_ROWS;
-    const size_t row = (size_t)(mp_panel_width(l->hidden_size) * mp_act_size(act_of(l)));
+    const size_t row = (size_t)act_bytes(l, mp_panel_width(l->hidden_size));
     return clamp((ptrdiff_t)(PANEL_BYTES / row) / 48 * 48, 48, 384);
 }
 
@@ -124,16 +137,16 @@ static void set_blocks(chunk *c, ptrdiff_t pairs, int threads)
 static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
 {
     const mp_layer *l = c->layer;
-    const ptrdiff_t size = mp_act_size(act_of(l));
     const ptrdiff_t widest = l->hidden_size > l->intermediate_size
                            ? l->hidden_size : l->intermediate_size;
     const size_t tile = (size_t)(c->block_m * c->block_n);
     const ptrdiff_t widest_block = c->block_n > c->block_h ? c->block_n : c->block_h;
     worker_state state = {0};
-    if (in_rows(l)) {
+    if (has_panels(l)) {
+        const size_t size = (size_t)mp_act_size(act_of(l));
         state.panels = mp_carve(base, used,
-                             (size_t)(mp_panel_size(c->block_m, l->hidden_size) * size));
-        state.act = mp_carve(base, used, tile * (size_t)size);
+                             (size_t)mp_panel_size(c->block_m, l->hidden_size) * size);
+        state.act = mp_carve(base, used, tile * size);
     }
     state.gate = mp_carve(base, used,
                           (size_t)(c->block_m * widest_block) * sizeof(float));
@@ -162,17 +175,19 @@ static size_t lay_out(chunk *c, char *base, ptrdiff_t slots, int threads)
     c->token = mp_carve(base, &used, pairs * sizeof *c->token);
     c->routing_weight = mp_carve(base, &used, pairs * sizeof *c->routing_weight);
     c->act = mp_carve(base, &used, (pairs + 15 * panels) * act_row(l));
-    if (widens(l))
-        c->wide = mp_carve(base, &used,
-                        (size_t)(c->tokens * l->hidden_size) * sizeof(float));
+    if (converts(l)) {
+        c->own_hidden = mp_carve(base, &used,
+                                 (size_t)(c->tokens * act_bytes(l, l->hidden_size)));
+        c->row = mp_carve(base, &used, (size_t)l->hidden_size * sizeof *c->row);
+    }
     return used;
 }
 
 /* Tokens of a chunk: all, or equal parts. */
 static ptrdiff_t chunk_tokens(const mp_layer *l, ptrdiff_t tokens, ptrdiff_t slots)
 {
-    const size_t wide = widens(l) ? (size_t)l->hidden_size * sizeof(float) : 0;
-    const size_t token = (size_t)slots * (act_row(l) + 8) + wide + 1;
+    const size_t own = converts(l) ? (size_t)act_bytes(l, l->hidden_size) : 0;
+    const size_t token = (size_t)slots * (act_row(l) + 8) + own + 1;
     const ptrdiff_t most = clamp((ptrdiff_t)(CHUNK_BYTES / token), 1, tokens);
     return blocks(tokens, blocks(tokens, most));
 }
@@ -190,7 +205,7 @@ static int useful_threads(const mp_layer *l, ptrdiff_t pairs, int threads)
 /* ---- grouping ---- */
 
 /* The pairs of the active expert of number a, and whether they are panels, for `gemm`; else
- * they are rows, which are few or meet weights that are stored transposed. */
+ * they are rows: of few pairs, or because the weights are transposed or quantised. */
 static ptrdiff_t pairs_of(const chunk *c, ptrdiff_t a)
 {
     return c->first[c->active[a] + 1] - c->first[c->active[a]];
@@ -198,7 +213,7 @@ static ptrdiff_t pairs_of(const chunk *c, ptrdiff_t a)
 
 static int in_panels(const chunk *c, ptrdiff_t a)
 {
-    return in_rows(c->layer) && pairs_of(c, a) > MP_FEW_ROWS;
+    return has_panels(c->layer) && pairs_of(c, a) > MP_FEW_ROWS;
 }
 
 /* Whether the slot of this id has an expert: -1 is an empty slot, and so is E, as
@@ -255,9 +270,9 @@ static mp_matrix part_from(const mp_layer *l, const void *matrix, ptrdiff_t n, p
                            ptrdiff_t width)
 {
     if (in_rows(l))
-        return mp_rows_from(mp_matrix_of(l->format, matrix, NULL, k), n);
+        return mp_rows_from(mp_matrix_of(l->format, matrix, k), n);
     const char *from = (const char *)matrix + mp_row_bytes(l->format, n);
-    return mp_matrix_of(l->format, from, NULL, width);
+    return mp_matrix_of(l->format, from, width);
 }
 
 static mp_matrix down_from(const mp_layer *l, int32_t expert, ptrdiff_t h)
@@ -344,21 +359,35 @@ static void multiply(const chunk *c, const gate_up_block *b, const mp_rows *x,
     product(l)(x, &b->up, n, H, b->next, w->up, n, w->scratch);
 }
 
+/* n columns of activations of a pair: what its expert makes of gate and up. */
+static void activate(const mp_layer *l, const float *gate, const float *up, ptrdiff_t n,
+                     void *to)
+{
+    const mp_act act = act_of(l);
+    if (act != MP_ACT_i8) {
+        mp_glu(act)(&l->activation, gate, up, n, to);
+        return;
+    }
+    float wide[MP_BLOCK_N];
+    mp_glu(MP_ACT_f32)(&l->activation, gate, up, n, wide);
+    mp_ops.quantize(wide, n, to);
+}
+
 /* act rows of a block. */
 static void gate_up_rows(const chunk *c, const gate_up_block *b, worker_state *w)
 {
     const mp_layer *l = c->layer;
-    const ptrdiff_t I = l->intermediate_size, size = mp_act_size(act_of(l));
+    const ptrdiff_t row = act_bytes(l, l->intermediate_size);
     const ptrdiff_t first = c->first[c->active[b->a]], pairs = pairs_of(c, b->a);
-    char *act = c->act + c->act_at[b->a] + b->i * size;
-    for (ptrdiff_t p = 0; p < pairs; p += c->block_m, act += c->block_m * I * size) {
-        const mp_rows x = {c->hidden, l->hidden_size, c->token + first + p,
-                           smaller(c->block_m, pairs - p)};
+    char *act = c->act + c->act_at[b->a] + act_bytes(l, b->i);
+    for (ptrdiff_t p = 0; p < pairs; p += c->block_m, act += c->block_m * row) {
+        const mp_rows x = {c->hidden, mp_act_count(act_of(l), l->hidden_size),
+                           c->token + first + p, smaller(c->block_m, pairs - p)};
         multiply(c, b, &x, w);
         add_biases(c, b, x.count, w);
         for (ptrdiff_t r = 0; r < x.count; r++)
-            mp_glu(act_of(l))(&l->activation, l->gate ? w->gate + r * b->n : NULL,
-                              w->up + r * b->n, b->n, act + r * I * size);
+            activate(l, l->gate ? w->gate + r * b->n : NULL, w->up + r * b->n, b->n,
+                     act + r * row);
     }
 }
 
@@ -447,7 +476,7 @@ static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
             mp_gemm(l->format)(panels, m, &down, n, I, next, behind, w->gate, n,
                                w->scratch);
         } else {
-            const mp_rows x = {act + r * I * mp_act_size(act_of(l)), I, NULL, m};
+            const mp_rows x = {act + r * act_bytes(l, I), mp_act_count(act_of(l), I), NULL, m};
             product(l)(&x, &down, n, I, next, w->gate, n, w->scratch);
         }
         combine(c, e, h, w->gate, c->first[e] + r, m, n, w->sum);
@@ -494,11 +523,12 @@ static int run_chunk(chunk *c, const int32_t *expert_ids, const float *routing_w
 /* The hidden states of the chunk as activations. */
 static void set_hidden(chunk *c, const void *hidden)
 {
+    const mp_layer *l = c->layer;
     c->hidden = hidden;
-    if (!widens(c->layer))
+    if (!converts(l))
         return;
-    mp_widen(c->wide, hidden, c->tokens * c->layer->hidden_size, c->layer->dtype);
-    c->hidden = c->wide;
+    mp_to_act(c->own_hidden, hidden, c->tokens, l->hidden_size, l->dtype, act_of(l), c->row);
+    c->hidden = c->own_hidden;
 }
 
 int mp_experts(const mp_layer *layer, const void *hidden, ptrdiff_t tokens,

@@ -18,7 +18,8 @@ typedef enum {
 } mp_storage;
 
 /* Where the matrices of one layer lie: the first number of each expert's gate, up and down,
- * all of `format`; gate is NULL where experts have none. The biases of gate and up, (I,), and
+ * all of `format`, in rows if that is a quantised one; gate is NULL where
+ * experts have none. The biases of gate and up, (I,), and
  * of down, (H,), are of `dtype`, as hidden states and outputs are; NULL where there are none. */
 typedef struct {
     mp_format format;

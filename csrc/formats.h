@@ -6,6 +6,7 @@
 #define MP_FORMATS_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* An enum that holds none of its values: better to stop than to compute garbage. */
 #define MP_NEVER() __builtin_trap()
@@ -24,21 +25,34 @@ static inline ptrdiff_t mp_float_size(mp_float dtype)
     MP_NEVER();
 }
 
-/* What activations are inside, between the kernels; a subset of the float types. */
-typedef enum { MP_ACT_f32, MP_ACT_bf16 } mp_act;
+/* What activations are inside, between the kernels: of a float type, or groups of 8 bits. */
+typedef enum { MP_ACT_f32, MP_ACT_bf16, MP_ACT_i8 } mp_act;
 
-static inline mp_float mp_act_float(mp_act act)
+/* Columns of a group, which share a scale, and rows of weights that are stored together where they are quantised. */
+enum { MP_GROUP = 32, MP_PANEL = 16 };
+
+/* A group of activations of 8 bits: scale * q. */
+typedef struct {
+    int8_t q[MP_GROUP];
+    float scale;
+    int32_t minus_sum; /* of q */
+} mp_group;
+
+/* The size of an element: a float, or a group. */
+static inline ptrdiff_t mp_act_size(mp_act act)
 {
     switch (act) {
-    case MP_ACT_f32: return MP_FLOAT32;
-    case MP_ACT_bf16: return MP_BFLOAT16;
+    case MP_ACT_f32: return 4;
+    case MP_ACT_bf16: return 2;
+    case MP_ACT_i8: return sizeof(mp_group);
     }
     MP_NEVER();
 }
 
-static inline ptrdiff_t mp_act_size(mp_act act)
+/* Elements of a row of k columns. */
+static inline ptrdiff_t mp_act_count(mp_act act, ptrdiff_t k)
 {
-    return mp_float_size(mp_act_float(act));
+    return act == MP_ACT_i8 ? (k + MP_GROUP - 1) / MP_GROUP : k;
 }
 
 typedef enum {
@@ -50,9 +64,9 @@ typedef enum {
 /* The columns of formats.def. */
 typedef struct {
     const char *text;
-    ptrdiff_t block, bytes, scale;
+    ptrdiff_t block, bytes;
     mp_act act;
-    mp_float hidden;
+    int bits;
 } mp_format_info;
 
 /* By format. */
@@ -70,29 +84,28 @@ static inline ptrdiff_t mp_row_bytes(mp_format format, ptrdiff_t k)
     return (k + info->block - 1) / info->block * info->bytes;
 }
 
+static inline int mp_is_quantized(mp_format format)
+{
+    return mp_formats[format].bits > 0;
+}
+
 /* Weights (N,K), at any alignment: row n lies at data + n * row_bytes, without gaps but
- * where a kernel says otherwise. The
- * scales of its blocks, if the format keeps them apart, lie row by row at `scales`. */
+ * where a kernel says otherwise. Of quantised ones (quantized.h) that holds of each MP_PANEL rows. */
 typedef struct {
     mp_format format;
-    const void *data, *scales;
+    const void *data;
     ptrdiff_t row_bytes;
 } mp_matrix;
 
-static inline mp_matrix mp_matrix_of(mp_format format, const void *data,
-                                     const void *scales, ptrdiff_t k)
+static inline mp_matrix mp_matrix_of(mp_format format, const void *data, ptrdiff_t k)
 {
-    return (mp_matrix){format, data, scales, mp_row_bytes(format, k)};
+    return (mp_matrix){format, data, mp_row_bytes(format, k)};
 }
 
-/* The same weights from this row on. */
+/* The same weights from this row on; of quantised ones the first of a panel. */
 static inline mp_matrix mp_rows_from(mp_matrix w, ptrdiff_t row)
 {
-    const mp_format_info *info = &mp_formats[w.format];
     w.data = (const char *)w.data + row * w.row_bytes;
-    if (w.scales)
-        w.scales = (const char *)w.scales
-                 + row * (w.row_bytes / info->bytes) * info->scale;
     return w;
 }
 

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 /* M rows of activations, gathered: row r starts at data + index[r] * stride.
- * index == NULL means rows 0..M-1. stride counts elements. */
+ * index == NULL means rows 0..M-1. stride counts elements, of 8 bits groups. */
 typedef struct {
     const void *data;
     ptrdiff_t stride;
@@ -30,8 +30,8 @@ static inline ptrdiff_t mp_row(const mp_rows *x, ptrdiff_t r)
     return (x->index ? x->index[r] : r) * x->stride;
 }
 
-/* There are two ways to multiply, and the number of rows of an expert chooses: up to
- * MP_FEW_ROWS, `linear` streams the weights past rows that lie as they are; above,
+/* There are two ways to multiply numbers that lie as models have them, and the number of rows
+ * of an expert chooses: up to MP_FEW_ROWS, `linear` streams the weights past rows that lie as they are; above,
  * `gemm` works on rows that `pack` has brought into panels.
  *
  * The number is measured (AMD Zen 4 with AVX512-BF16, 2 threads, 64 times 2048 rows of
@@ -58,7 +58,11 @@ static inline size_t mp_scratch_floats(ptrdiff_t k)
  * alone (with OpenBLAS, on M and N too): |error| <= eps32 * K * sum|x w|. Instructions
  * for bf16 may take subnormal numbers for 0, in the operands and in the sums. w: of
  * the kernel's format, the first N rows. next: the weights that will be wanted after
- * these, a hint; or NULL. */
+ * these, a hint; or NULL.
+ *
+ * Of quantised weights (quantized.h) w has all rows of the last panel. Activations of 8 bits are
+ * multiplied group by group: s = sum_k q_x q_w, exactly; out = fma(s * scale_x, d, out) in the
+ * order of the groups, in fp32, from 0. Every variant gives the same bits. */
 typedef void mp_linear_fn(const mp_rows *x, const mp_matrix *w, ptrdiff_t n,
                           ptrdiff_t k, const void *next, float *out, ptrdiff_t ldout,
                           float *scratch);
@@ -146,8 +150,19 @@ typedef void mp_order_fn(const double *p, const float *z, ptrdiff_t num_experts,
  * exactly (not in rounded products). p ascending. */
 typedef ptrdiff_t mp_step_up_fn(const double *p, ptrdiff_t num_experts, double alpha);
 
-/* X(kernel, contract): every entry of the table of function pointers, besides
- * linear_<name>, gemm_<name> and transposed_<name> of each format of weights. */
+/* Activations of 8 bits of K numbers, ceil(K / MP_GROUP) groups; what fills the last one up is
+ * 0. Of a group scale = max|x| / 127 and q = x * (127 / max|x|) in fp32, rounded to nearest,
+ * ties to even. Below 2^-100 all are 0; where an x is NaN or inf, scale is NaN and q is 0.
+ * Every variant gives the same bits. */
+typedef void mp_quantize_fn(const float *x, ptrdiff_t k, mp_group *to);
+
+/* MP_GROUP weights as q and their scale, a float16; quantized.h says how. Returns 0, or -1
+ * where a weight is not finite or too large for a float16 scale: then all is 0. Every variant
+ * gives the same bits. */
+typedef int mp_encode_fn(const float *w, int8_t *q, uint16_t *scale);
+
+/* X(kernel, contract): every entry of the table of function pointers, besides those of each
+ * format of weights. */
 #define MP_KERNELS(X)                                                                  \
     X(pack_f32, pack)                                                                  \
     X(pack_bf16, pack)                                                                 \
@@ -158,17 +173,22 @@ typedef ptrdiff_t mp_step_up_fn(const double *p, ptrdiff_t num_experts, double a
     X(p_table, p_table)                                                                \
     X(p_normal, p_normal)                                                              \
     X(order, order)                                                                    \
-    X(step_up, step_up)
+    X(step_up, step_up)                                                                \
+    X(quantize, quantize)                                                              \
+    X(encode_q8, encode)                                                               \
+    X(encode_q4, encode)
 
-#define X(kernel, contract) typedef mp_##contract##_fn mp_##kernel##_fn;
 #define FORMAT(name, ...)                                                              \
     X(linear_##name, linear) X(gemm_##name, gemm) X(transposed_##name, transposed)
+#define QUANTIZED(name, ...) X(linear_##name, linear)
+#define X(kernel, contract) typedef mp_##contract##_fn mp_##kernel##_fn;
 MP_KERNELS(X)
 #include "formats.def"
 #undef X
 
 typedef struct {
 #define X(kernel, contract) mp_##kernel##_fn *kernel;
+#define QUANTIZED(name, ...) X(linear_##name, linear)
     MP_KERNELS(X)
 #include "formats.def"
 #undef X
@@ -190,6 +210,8 @@ static inline mp_linear_fn *mp_linear(mp_format format)
     MP_NEVER();
 }
 
+/* Those that quantised weights don't have. */
+#define QUANTIZED(name, ...) case MP_FORMAT_##name: break;
 static inline mp_gemm_fn *mp_gemm(mp_format format)
 {
     switch (format) {
@@ -201,6 +223,7 @@ static inline mp_gemm_fn *mp_gemm(mp_format format)
     MP_NEVER();
 }
 
+#define QUANTIZED(name, ...) case MP_FORMAT_##name: break;
 static inline mp_transposed_fn *mp_transposed(mp_format format)
 {
     switch (format) {
@@ -212,12 +235,19 @@ static inline mp_transposed_fn *mp_transposed(mp_format format)
     MP_NEVER();
 }
 
-/* The kernels of a type of activations. */
+/* By the bits of a quantised weight. */
+static inline mp_encode_fn *mp_encode(mp_format format)
+{
+    return mp_formats[format].bits == 8 ? mp_ops.encode_q8 : mp_ops.encode_q4;
+}
+
+/* The kernels of a float type of activations. */
 static inline mp_pack_fn *mp_pack(mp_act act)
 {
     switch (act) {
     case MP_ACT_f32: return mp_ops.pack_f32;
     case MP_ACT_bf16: return mp_ops.pack_bf16;
+    case MP_ACT_i8: break;
     }
     MP_NEVER();
 }
@@ -227,6 +257,7 @@ static inline mp_glu_fn *mp_glu(mp_act act)
     switch (act) {
     case MP_ACT_f32: return mp_ops.glu_f32;
     case MP_ACT_bf16: return mp_ops.glu_bf16;
+    case MP_ACT_i8: break;
     }
     MP_NEVER();
 }

@@ -155,26 +155,27 @@ done:
 }
 
 PyDoc_STRVAR(dense_doc,
-"dense(x, weight, features, bias, format, threads)\n--\n\n"
+"dense(x, weight, features, bias, format, dtype, threads)\n--\n\n"
 "x (M,K) times the transpose of the weight (features,K), plus the bias -> (M,features).\n"
 "weight and bias are addresses, bias 0 for none. format is the weight's; x, bias and the\n"
-"result are of the dtype that goes with it.");
+"result are of the dtype, which is the same unless the format is a quantised one.");
 
 static PyObject *dense(PyObject *module, PyObject *args)
 {
     PyObject *x_object, *out;
     PyArrayObject *x;
-    const char *format_name;
+    const char *format_name, *dtype_name;
     unsigned long long weight, bias;
     Py_ssize_t features;
     int threads, error;
     mp_format format;
+    mp_float dtype;
     (void)module;
-    if (!PyArg_ParseTuple(args, "OKnKsi:dense", &x_object, &weight, &features, &bias,
-                          &format_name, &threads)
-        || mp_parse_format(format_name, &format)
-        || !(x = mp_array(x_object, "x", mp_carrier(mp_formats[format].hidden), 2))
-        || mp_check_threads(threads))
+    if (!PyArg_ParseTuple(args, "OKnKssi:dense", &x_object, &weight, &features, &bias,
+                          &format_name, &dtype_name, &threads)
+        || mp_parse_format(format_name, &format) || mp_parse_dtype(dtype_name, &dtype)
+        || mp_check_dtype(format, dtype)
+        || !(x = mp_array(x_object, "x", mp_carrier(dtype), 2)) || mp_check_threads(threads))
         return NULL;
     if (features < 0 || (!weight && features > 0))
         return PyErr_Format(PyExc_ValueError,
@@ -185,11 +186,11 @@ static PyObject *dense(PyObject *module, PyObject *args)
     npy_intp shape[2] = {PyArray_DIM(x, 0), features};
     const npy_intp K = PyArray_DIM(x, 1);
     const void *data = PyArray_DATA(x);
-    const mp_matrix w = mp_matrix_of(format, (const void *)(uintptr_t)weight, NULL, K);
+    const mp_matrix w = mp_matrix_of(format, (const void *)(uintptr_t)weight, K);
     if (!(out = PyArray_SimpleNew(2, shape, PyArray_TYPE(x))))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    error = mp_dense(data, shape[0], &w, features, K, (const void *)(uintptr_t)bias,
+    error = mp_dense(data, dtype, shape[0], &w, features, K, (const void *)(uintptr_t)bias,
                      threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
     if (error) {

@@ -30,9 +30,15 @@ static PyArrayObject *weights_view(PyObject *object, const char *argument,
     return (PyArrayObject *)object;
 }
 
+/* The NumPy type of the array that holds activations: groups are their bytes. */
 static int activations_type(mp_format format)
 {
-    return mp_carrier(mp_act_float(mp_format_act(format)));
+    switch (mp_format_act(format)) {
+    case MP_ACT_f32: return NPY_FLOAT32;
+    case MP_ACT_bf16: return NPY_UINT16;
+    case MP_ACT_i8: return NPY_UINT8;
+    }
+    MP_NEVER();
 }
 
 static int check_index(PyArrayObject *index, npy_intp rows)
@@ -62,8 +68,12 @@ static int parse_rows(PyObject *x_object, PyObject *index_object, mp_format form
     if (!x || !(p->index = mp_ids(index_object, "index", 1))
         || check_index(p->index, PyArray_DIM(x, 0)))
         return -1;
-    p->k = PyArray_DIM(x, 1);
-    p->x = (mp_rows){PyArray_DATA(x), p->k, PyArray_DATA(p->index),
+    npy_intp stride = p->k = PyArray_DIM(x, 1);
+    if (mp_format_act(format) == MP_ACT_i8) {
+        stride = p->k / (npy_intp)sizeof(mp_group);
+        p->k = stride * MP_GROUP;
+    }
+    p->x = (mp_rows){PyArray_DATA(x), stride, PyArray_DATA(p->index),
                      PyArray_DIM(p->index, 0)};
     p->shape[0] = p->x.count;
     return 0;
@@ -81,9 +91,13 @@ static int parse_product(PyObject *args, const char *arguments, product *p)
         || parse_rows(x_object, index_object, format, p)
         || !(w = weights_view(w_object, "w", format)))
         return -1;
-    p->w = mp_matrix_of(format, PyArray_DATA(w), NULL, p->k);
+    p->w = mp_matrix_of(format, PyArray_DATA(w), p->k);
     if (PyArray_DIM(w, 1) * PyArray_ITEMSIZE(w) != p->w.row_bytes || p->k < 1) {
         PyErr_SetString(PyExc_ValueError, "x and w: expected the same K of at least 1");
+        return -1;
+    }
+    if (mp_is_quantized(format) && PyArray_DIM(w, 0) % MP_PANEL) {
+        PyErr_Format(PyExc_ValueError, "w: expected panels of %d rows", MP_PANEL);
         return -1;
     }
     p->shape[1] = PyArray_DIM(w, 0);
@@ -111,6 +125,8 @@ static PyObject *product_of(const product *given, int with_panels)
     const mp_act act = mp_format_act(p.w.format);
     PyObject *out = NULL;
     const size_t size = (size_t)(mp_panel_size(p.x.count, p.k) * mp_act_size(act));
+    if (with_panels && mp_is_quantized(p.w.format))
+        return PyErr_Format(PyExc_ValueError, "format: quantised weights have linear() alone");
     void *panels = with_panels ? aligned_alloc(64, size + 64 - size % 64) : NULL;
     float *scratch = malloc(mp_scratch_floats(p.k) * sizeof *scratch);
     if (!scratch || (with_panels && !panels))
@@ -172,6 +188,10 @@ static int parse_transposed(PyObject *args, product *p)
         || parse_rows(x_object, index_object, format, p)
         || !(w = weights_view(w_object, "w", format)))
         return -1;
+    if (mp_is_quantized(format)) {
+        PyErr_SetString(PyExc_ValueError, "format: quantised weights have linear() alone");
+        return -1;
+    }
     const npy_intp columns = PyArray_DIM(w, 1);
     if (PyArray_DIM(w, 0) != p->k || p->k < 1) {
         PyErr_SetString(PyExc_ValueError, "x and w: expected the same K of at least 1");
@@ -182,7 +202,7 @@ static int parse_transposed(PyObject *args, product *p)
         return -1;
     }
     const char *from = (const char *)PyArray_DATA(w) + mp_row_bytes(format, first);
-    p->w = mp_matrix_of(format, from, NULL, columns);
+    p->w = mp_matrix_of(format, from, columns);
     p->shape[1] = n;
     return 0;
 }
@@ -229,9 +249,33 @@ static PyObject *glu(PyObject *module, PyObject *args)
         return NULL;
     if (g && !PyArray_SAMESHAPE(g, u))
         return PyErr_Format(PyExc_ValueError, "g and u: expected the same shape");
+    if (mp_format_act(format) == MP_ACT_i8)
+        return PyErr_Format(PyExc_ValueError, "format: expected activations of a float type");
     if ((out = PyArray_SimpleNew(1, PyArray_DIMS(u), activations_type(format))))
         mp_glu(mp_format_act(format))(&activation, g ? PyArray_DATA(g) : NULL, PyArray_DATA(u),
                                       PyArray_DIM(u, 0), PyArray_DATA((PyArrayObject *)out));
+    return out;
+}
+
+PyDoc_STRVAR(quantize_doc,
+"quantize(x)\n--\n\n"
+"x (M,K) float32 -> (M, 40 ceil(K / 32)) uint8: of each group 32 int8, the scale as float32, and\n"
+"minus the sum of the int8 as int32.");
+
+static PyObject *quantize(PyObject *module, PyObject *x_object)
+{
+    PyArrayObject *x = mp_array(x_object, "x", NPY_FLOAT32, 2);
+    PyObject *out;
+    (void)module;
+    if (!x)
+        return NULL;
+    const npy_intp K = PyArray_DIM(x, 1), groups = mp_act_count(MP_ACT_i8, K);
+    npy_intp shape[2] = {PyArray_DIM(x, 0), groups * (npy_intp)sizeof(mp_group)};
+    if (!(out = PyArray_SimpleNew(2, shape, NPY_UINT8)))
+        return NULL;
+    for (npy_intp r = 0; r < shape[0]; r++)
+        mp_ops.quantize((const float *)PyArray_DATA(x) + r * K, K,
+                        (mp_group *)PyArray_DATA((PyArrayObject *)out) + r * groups);
     return out;
 }
 
@@ -326,6 +370,7 @@ PyMethodDef mp_kernel_methods[] = {
     {"gemm", gemm, METH_VARARGS, gemm_doc},
     {"transposed", transposed, METH_VARARGS, transposed_doc},
     {"glu", glu, METH_VARARGS, glu_doc},
+    {"quantize", quantize, METH_O, quantize_doc},
     {"softmax", softmax, METH_VARARGS, softmax_doc},
     {"logprob", logprob, METH_O, logprob_doc},
     {"order", order, METH_VARARGS, order_doc},

@@ -38,8 +38,13 @@ static int is_gated(PyArrayObject *pointers)
     return PyArray_DIM(pointers, 0) % 3 == 0;
 }
 
-static int check_storage(mp_storage storage, PyArrayObject *pointers)
+static int check_storage(mp_storage storage, mp_format format, PyArrayObject *pointers)
 {
+    if (storage != MP_STORED_rows && mp_is_quantized(format)) {
+        PyErr_Format(PyExc_ValueError, "storage: expected rows, which weights in %s have",
+                     mp_formats[format].text);
+        return -1;
+    }
     if (storage != MP_STORED_interleaved || is_gated(pointers))
         return 0;
     PyErr_SetString(PyExc_ValueError, "storage: expected rows or transposed, since experts "
@@ -49,7 +54,7 @@ static int check_storage(mp_storage storage, PyArrayObject *pointers)
 
 /* Copies the addresses: what is checked is then what is used, whoever writes to the array. */
 static int set_layer(mp_layer_object *self, PyArrayObject *pointers, mp_format format,
-                     Py_ssize_t hidden_size, Py_ssize_t intermediate_size,
+                     mp_float dtype, Py_ssize_t hidden_size, Py_ssize_t intermediate_size,
                      mp_activation activation, mp_storage storage)
 {
     const npy_intp E = PyArray_DIM(pointers, 1), all = PyArray_SIZE(pointers);
@@ -66,7 +71,7 @@ static int set_layer(mp_layer_object *self, PyArrayObject *pointers, mp_format f
         }
     const int gated = is_gated(pointers);
     const void **up = gated ? at + E : at, **rest = up + 2 * E; /* behind down: biases */
-    mp_layer layer = {.format = format, .dtype = mp_formats[format].hidden,
+    mp_layer layer = {.format = format, .dtype = dtype,
                       .num_experts = E, .hidden_size = hidden_size,
                       .intermediate_size = intermediate_size, .activation = activation,
                       .storage = storage, .gate = gated ? at : NULL, .up = up,
@@ -81,7 +86,7 @@ static int set_layer(mp_layer_object *self, PyArrayObject *pointers, mp_format f
 }
 
 PyDoc_STRVAR(layer_doc,
-"Layer(pointers, format, hidden_size, intermediate_size, activation, storage, /)\n--\n\n"
+"Layer(pointers, format, dtype, hidden_size, intermediate_size, activation, storage, /)\n--\n\n"
 "Where the matrices of a layer's experts lie. pointers (3,E) uint64: the addresses of gate,\n"
 "up and down of each expert, all of the format, without gaps; (2,E): of up and down of\n"
 "experts without gate. With biases, of the dtype of the hidden states, twice as many rows:\n"
@@ -89,31 +94,34 @@ PyDoc_STRVAR(layer_doc,
 "them has to outlive the Layer. activation: (name, alpha, limit, shift). storage: 'rows' for\n"
 "gate and up (I,H), down (H,I); 'transposed' for down (I,H), gate and up beside each other in\n"
 "rows of 2 I, or up alone in rows of I; 'interleaved' for gate and up by turns in these rows,\n"
-"and in their bias.");
+"and in their bias. Quantised formats take rows, and hidden states of any dtype.");
 
 static PyObject *layer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"", "", "", "", "", "", NULL};
+    static char *names[] = {"", "", "", "", "", "", "", NULL};
     PyObject *pointers, *tuple;
     PyArrayObject *array;
-    const char *format_name, *storage_name;
+    const char *format_name, *dtype_name, *storage_name;
     Py_ssize_t hidden_size, intermediate_size;
     mp_format format;
+    mp_float dtype;
     mp_activation activation;
     mp_storage storage;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OsnnOs:Layer", names, &pointers,
-                                     &format_name, &hidden_size, &intermediate_size, &tuple,
-                                     &storage_name)
-        || mp_parse_format(format_name, &format) || mp_parse_activation(tuple, &activation)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OssnnOs:Layer", names, &pointers,
+                                     &format_name, &dtype_name, &hidden_size,
+                                     &intermediate_size, &tuple, &storage_name)
+        || mp_parse_format(format_name, &format) || mp_parse_dtype(dtype_name, &dtype)
+        || mp_check_dtype(format, dtype) || mp_parse_activation(tuple, &activation)
         || parse_storage(storage_name, &storage) || !(array = parse_pointers(pointers))
-        || mp_check_gate(&activation, is_gated(array)) || check_storage(storage, array))
+        || mp_check_gate(&activation, is_gated(array))
+        || check_storage(storage, format, array))
         return NULL;
     if (intermediate_size < 1 || hidden_size < 1)
         return PyErr_Format(PyExc_ValueError,
                             "hidden_size, intermediate_size: expected sizes of at least 1, "
                             "got %zd, %zd", hidden_size, intermediate_size);
     mp_layer_object *self = (mp_layer_object *)type->tp_alloc(type, 0);
-    if (self && set_layer(self, array, format, hidden_size, intermediate_size,
+    if (self && set_layer(self, array, format, dtype, hidden_size, intermediate_size,
                           activation, storage))
         Py_CLEAR(self);
     return (PyObject *)self;

@@ -91,6 +91,26 @@ int mp_parse_format(const char *name, mp_format *format)
     return -1;
 }
 
+int mp_parse_quantized(const char *name, mp_format *format)
+{
+    if (mp_parse_format(name, format))
+        return -1;
+    if (mp_is_quantized(*format))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "format: expected a quantised one, got %s", name);
+    return -1;
+}
+
+int mp_check_dtype(mp_format format, mp_float dtype)
+{
+    const char *own = mp_formats[format].text;
+    if (mp_is_quantized(format) || strcmp(own, mp_dtype_name(dtype)) == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "dtype: expected %s, as the weights have, got %s", own,
+                 mp_dtype_name(dtype));
+    return -1;
+}
+
 int mp_parse_word(const char *argument, const char *word, const char *const *words,
                   size_t count)
 {

@@ -32,6 +32,13 @@ const char *mp_dtype_name(mp_float dtype);
 /* A name of formats.def. */
 int mp_parse_format(const char *name, mp_format *format);
 
+/* The name of a quantised one. */
+int mp_parse_quantized(const char *name, mp_format *format);
+
+/* ValueError unless a layer in this format may have hidden states of this dtype: its own, or
+ * of quantised weights any. */
+int mp_check_dtype(mp_format format, mp_float dtype);
+
 /* The index of a word among those that an argument may have; or -1 with ValueError. */
 int mp_parse_word(const char *argument, const char *word, const char *const *words,
                   size_t count);
@@ -49,8 +56,8 @@ int mp_carrier(mp_float dtype);
 /* ValueError unless there is a thread to run on. */
 int mp_check_threads(int threads);
 
-extern PyMethodDef mp_route_methods[], mp_experts_methods[], mp_kernel_methods[],
-    mp_tally_methods[], mp_cpu_methods[];
+extern PyMethodDef mp_route_methods[], mp_experts_methods[], mp_quantized_methods[],
+    mp_kernel_methods[], mp_tally_methods[], mp_cpu_methods[];
 
 /* Selects the kernels that MOEPROF_CPU allows, for a module that is being imported; -1
  * with an error for a name that is none. */

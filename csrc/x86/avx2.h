@@ -5,7 +5,9 @@
 
 #include "x86.h"
 
+#ifndef MP_TARGET
 #define MP_TARGET __attribute__((target("avx2,fma,f16c")))
+#endif
 #define INLINE static inline __attribute__((always_inline)) MP_TARGET
 
 enum { LANES = 8 };
@@ -127,6 +129,40 @@ INLINE void vf_store_bf16_tail(uint16_t *at, vf v, ptrdiff_t count)
     uint16_t values[LANES];
     vf_store_bf16(values, v);
     memcpy(at, values, (size_t)count * sizeof *values);
+}
+
+/* ---- bytes ---- */
+
+INLINE vi vi_set8(char value) { return _mm256_set1_epi8(value); }
+INLINE vi vi_set(int32_t value) { return _mm256_set1_epi32(value); }
+INLINE vi vi_broadcast(const void *at) { return _mm256_set1_epi32(mp_load_i32(at)); }
+INLINE vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vf vf_of_ints(vi v) { return _mm256_cvtepi32_ps(v); }
+/* The upper half of each byte to the lower one; the upper one is to be masked. */
+INLINE vi vi_upper_halves(vi v) { return _mm256_srli_epi16(v, 4); }
+
+/* Four vectors of dwords that are bytes. Packing takes from both halves in turn. */
+INLINE void vi_store_bytes(int8_t *at, const vi v[4])
+{
+    const vi bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]),
+                                        _mm256_packs_epi32(v[2], v[3]));
+    const vi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((void *)at, _mm256_permutevar8x32_epi32(bytes, order));
+}
+
+/* The largest of dwords. */
+INLINE int32_t vi_largest(vi v)
+{
+    v = _mm256_max_epi32(v, _mm256_permute2x128_si256(v, v, 1));
+    v = _mm256_max_epi32(v, _mm256_shuffle_epi32(v, 0x4e));
+    return _mm256_cvtsi256_si32(_mm256_max_epi32(v, _mm256_shuffle_epi32(v, 0xb1)));
+}
+
+/* |v| as bits, of which NaN has larger ones than inf, and inf than all others. */
+INLINE vi vi_magnitude(vf v)
+{
+    return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
 }
 
 /* ---- sums, powers of two ---- */

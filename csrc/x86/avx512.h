@@ -134,6 +134,17 @@ INLINE void vf_store_bf16_tail(uint16_t *at, vf v, ptrdiff_t count)
     _mm256_mask_storeu_epi16(at, first16(count), bf16_of(v));
 }
 
+/* ---- bytes ---- */
+
+INLINE vi vi_set8(char value) { return _mm512_set1_epi8(value); }
+INLINE vi vi_set(int32_t value) { return _mm512_set1_epi32(value); }
+INLINE vi vi_broadcast(const void *at) { return _mm512_set1_epi32(mp_load_i32(at)); }
+INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vf vf_of_ints(vi v) { return _mm512_cvtepi32_ps(v); }
+/* The upper half of each byte to the lower one; the upper one is to be masked. */
+INLINE vi vi_upper_halves(vi v) { return _mm512_srli_epi16(v, 4); }
+
 /* ---- sums, powers of two ---- */
 
 /* The sums of a, b, c, d. */

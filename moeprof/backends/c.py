@@ -57,6 +57,7 @@ class CBackend:
             weight.shape[0],
             0 if bias is None else bias.data_ptr(),
             DTYPES[weight.dtype],
+            DTYPES[x.dtype],
             get_num_threads(),
         )
         return as_tensor(out, weight.dtype)

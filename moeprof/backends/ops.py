@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .base import MoEOutput
 from .c import C
 from .spec import RouteSpec, max_k_of
-from .tables import Activation, LayerMatrices, WeightTable, is_packed, sizes_of
+from .tables import Activation, LayerMatrices, Storage, WeightTable, is_packed, sizes_of
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -49,7 +49,7 @@ def _experts(
     storage: str,
     name: str,
 ) -> Tensor:
-    table = WeightTable(matrices, Activation.from_text(activation), storage)
+    table = WeightTable(matrices, Activation.from_text(activation), Storage.from_text(storage))
     return _run_experts(hidden, expert_ids, routing_weights, table, name)
 
 
@@ -82,7 +82,9 @@ def _moe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arrays = (None if t is None else t.numpy() for t in (p_table, table))
     given = RouteSpec.from_operands(spec, *arrays)
-    experts_table = WeightTable(matrices, Activation.from_text(activation), storage)
+    experts_table = WeightTable(
+        matrices, Activation.from_text(activation), Storage.from_text(storage)
+    )
     output, weights, experts, counts, rejections = _run_moe(
         hidden, logits, experts_table, given, name
     )
@@ -197,7 +199,7 @@ def run_experts(
     if unobserved(hidden, routing_weights, *matrices):
         return _run_experts(hidden, expert_ids, routing_weights, table, name)
     _refuse_tangents(name, hidden, routing_weights, *matrices)
-    how = table.activation.as_text(), table.storage
+    how = table.activation.as_text(), table.storage.as_text()
     return experts_op(hidden, expert_ids, routing_weights, matrices, *how, name)
 
 
@@ -209,7 +211,7 @@ def run_moe(
     if unobserved(hidden, logits, *matrices):
         return _run_moe(hidden, logits, table, spec, name)
     _refuse_tangents(name, hidden, logits, *matrices)
-    how = table.activation.as_text(), table.storage
+    how = table.activation.as_text(), table.storage.as_text()
     return MoEOutput(*moe_op(hidden, logits, matrices, *how, *operands, name))
 
 
@@ -249,7 +251,7 @@ def _refuse_tangents(name: str, *tensors: Tensor) -> None:
 
 
 def _expert_flops(matrices: Sequence[Tensor], activation: str, storage: str) -> int:
-    hidden_size, intermediate_size = sizes_of(matrices, storage)
+    hidden_size, intermediate_size = sizes_of(matrices, Storage.from_text(storage))
     return 2 * Activation.from_text(activation).matrices * hidden_size * intermediate_size
 
 

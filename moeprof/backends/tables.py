@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _C
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -59,7 +60,33 @@ class Activation(NamedTuple):
 
 SWIGLU = Activation()
 
-ROWS, TRANSPOSED, INTERLEAVED = "rows", "transposed", "interleaved"
+
+class Storage(NamedTuple):
+    """How the matrices of experts are stored.
+
+    Numbers as models have them lie in ``order``: "rows", "transposed" or "interleaved", see
+    `WeightTable`. A quantised copy lies as csrc/quantized.h says: then ``format`` is one of
+    csrc/formats.def ("q8", "q4", "q8_exact", "q4_exact"), and what its bytes don't tell stands
+    beside it: the dtype of hidden states, and the sizes.
+    """
+
+    order: str = "rows"
+    format: str = ""  # "" for numbers of a dtype
+    dtype: str = ""
+    hidden_size: int = 0
+    intermediate_size: int = 0
+
+    def as_text(self) -> str:
+        """As an operator of torch takes it."""
+        return "/".join(map(str, self))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Storage":
+        order, format, dtype, hidden_size, intermediate_size = text.split("/")
+        return cls(order, format, dtype, int(hidden_size), int(intermediate_size))
+
+
+ROWS, TRANSPOSED, INTERLEAVED = Storage("rows"), Storage("transposed"), Storage("interleaved")
 
 
 class LayerMatrices(NamedTuple):
@@ -68,18 +95,30 @@ class LayerMatrices(NamedTuple):
 
     matrices: Sequence[Tensor]
     activation: Activation = SWIGLU
-    storage: str = ROWS
+    storage: Storage = ROWS
 
     @property
     def hidden_size(self) -> int:
         return sizes_of(self.matrices, self.storage)[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return dtype_of(self.matrices, self.storage)
+
 
 NOTHING_READ = LayerMatrices([])
 
 
-def sizes_of(matrices: Sequence[Tensor], storage: str) -> tuple[int, int]:
+def dtype_of(matrices: Sequence[Tensor], storage: Storage) -> torch.dtype:
+    """The dtype of the hidden states that go with these matrices."""
+    return BY_NAME[storage.dtype] if storage.format else matrices[0].dtype
+
+
+def sizes_of(matrices: Sequence[Tensor], storage: Storage) -> tuple[int, int]:
     """(H, I) of matrices as `WeightTable` takes them."""
+    if storage.format:
+        return storage.hidden_size, storage.intermediate_size
     down = matrices[1 if is_packed(matrices) else -1]
     hidden_size, intermediate_size = down.shape[-2:]
     if storage != ROWS:
@@ -112,29 +151,42 @@ class WeightTable:
     storage
         "rows", as above; of a pair also "transposed", with (E, H, 2I) or (E, H, I), and
         (E, I, H), or "interleaved": the same, with gate and up by turns in the columns, and in
-        their bias.
+        their bias. Quantised, a pair is ``[gate_up (E, 2, bytes), down (E, 1, bytes)]``, or
+        ``[up (E, 1, bytes), ...]``, uint8, what `_C.encode` makes of each matrix.
     """
 
     def __init__(
-        self, matrices: Sequence[Tensor], activation: Activation = SWIGLU, storage: str = ROWS
+        self, matrices: Sequence[Tensor], activation: Activation = SWIGLU, storage: Storage = ROWS
     ):
         self.matrices, self.activation, self.storage = tuple(matrices), activation, storage
-        self.dtype = matrices[0].dtype
+        self.dtype = dtype_of(matrices, storage)
         self._addresses = tuple(map(Tensor.data_ptr, self.matrices))
-        self.hidden_size, intermediate_size = sizes_of(matrices, storage)
+        self.hidden_size, self.intermediate_size = sizes_of(matrices, storage)
         packed = is_packed(matrices)
         own = activation.matrices
         self.num_experts: int = len(matrices[0]) if packed else len(matrices) // own
         self.layer = _layer(
             self._addresses,
             self.num_experts,
-            matrices[0].element_size() if packed else 0,
+            self._steps() if packed else None,
+            storage.format or DTYPES[self.dtype],
             DTYPES[self.dtype],
             self.hidden_size,
-            intermediate_size,
+            self.intermediate_size,
             activation,
-            storage,
+            storage.order,
         )  # what the functions of _C take
+
+    def _steps(self) -> tuple[tuple[int, int], ...]:
+        """Of each packed tensor, bytes from one expert to the next, and from gate to up."""
+        size, I = self.dtype.itemsize, self.intermediate_size  # noqa: E741
+        to_up = {"rows": I * self.hidden_size, "transposed": I, "interleaved": 1}
+        order = self.storage.order
+        steps = [t.stride(0) * t.element_size() for t in self.matrices]
+        between = [to_up[order] * size, 0, (1 if order == "interleaved" else I) * size, 0]
+        if self.storage.format:
+            between[0] = steps[0] // 2
+        return tuple(zip(steps, between, strict=False))
 
     def is_current(self) -> bool:
         """Are the tensors where they were?"""
@@ -145,45 +197,41 @@ class WeightTable:
 def _layer(
     addresses: tuple[int, ...],
     num_experts: int,
-    size: int,
+    steps: tuple[tuple[int, int], ...] | None,
+    format: str,
     dtype: str,
     hidden_size: int,
     intermediate_size: int,
     activation: Activation,
-    storage: str,
+    order: str,
 ) -> Any:
-    """The `_C.Layer` of these addresses; size: bytes of a number in packed tensors, or 0."""
-    if size:
-        sizes = num_experts, hidden_size, intermediate_size
-        pointers = _in_packed(addresses, size, sizes, activation.gated, storage)
+    """The `_C.Layer` of these addresses; steps: of packed tensors, see `WeightTable`."""
+    if steps:
+        pointers = _in_packed(addresses, num_experts, steps, activation.gated)
     else:
         at = np.array(addresses, dtype=np.uint64)
         pointers = np.ascontiguousarray(at.reshape(-1, activation.matrices).T)
     pointers.setflags(write=False)
-    return _C.Layer(pointers, dtype, hidden_size, intermediate_size, activation[:4], storage)
+    sizes = hidden_size, intermediate_size
+    return _C.Layer(pointers, format, dtype, *sizes, activation[:4], order)
 
 
 def _in_packed(
-    addresses: tuple[int, ...], size: int, sizes: tuple[int, int, int], gated: bool, storage: str
+    addresses: tuple[int, ...], num_experts: int, steps: tuple[tuple[int, int], ...], gated: bool
 ) -> Any:
     """The pointers that `_C.Layer` takes: into the tensors of all experts at these addresses."""
-    E, H, I = sizes  # noqa: E741
-    beside = 2 if gated else 1  # gate and up, or up alone, in the first of a pair
-    to_up = {ROWS: I * H, TRANSPOSED: I, INTERLEAVED: 1}  # numbers from gate to up
-    of_matrices = beside * I * H, I * H, to_up[storage]
-    of_biases = beside * I, H, 1 if storage == INTERLEAVED else I
-    experts = np.arange(E, dtype=np.uint64)
-    pairs = zip(addresses[::2], addresses[1::2], (of_matrices, of_biases), strict=False)
+    experts = np.arange(num_experts, dtype=np.uint64)
     rows = []
-    for into, down, (of_into, of_down, step) in pairs:
-        rows += [into + size * (of_into * experts + n * step) for n in range(beside)]
-        rows.append(down + size * (of_down * experts))
+    for number, (address, (step, between)) in enumerate(zip(addresses, steps, strict=True)):
+        beside = 2 if gated and number % 2 == 0 else 1  # gate and up, or one alone
+        rows += [address + step * experts + n * between for n in range(beside)]
     return np.stack(rows)
 
 
-def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
+def tensor_obstacle(tensors: Sequence[Tensor], storage: Storage = ROWS) -> str | None:
     """Why the kernels can't read these tensors as one layer's, or None."""
-    dtype = tensors[0].dtype
+    dtype = dtype_of(tensors, storage)
+    expected = (torch.uint8, dtype) if storage.format else (dtype,)
     if dtype not in DTYPES:
         return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
     # A tracer's tensors have a class of their own and no memory: what it makes of the operator
@@ -196,7 +244,7 @@ def tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
             return f"a tensor on device {tensor.device} (only cpu is supported)"
         if tensor.layout is not torch.strided or (not traced and tensor.is_neg()):
             return "a tensor that is not plain memory (its layout, or a lazy sign)"
-        if tensor.dtype != dtype:
+        if tensor.dtype not in expected:
             return f"dtypes {dtype} and {tensor.dtype} in one layer"
     return None
 

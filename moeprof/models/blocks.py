@@ -59,7 +59,7 @@ class Block(NamedTuple):
             return Checked(None, False, f"its router has a rule of its own: {own}")
         if not self.family.has_stock_gate(self.module):  # a user's, which may choose or not
             return self._of_users_gate()
-        dtype = next(self.family.experts_of(self.module).parameters()).dtype
+        dtype = self.family.dtype_of(self.module)
         return self.family.check(self.module, dtype)
 
     def _of_users_gate(self) -> Checked:
@@ -265,4 +265,4 @@ def is_behind_interface(experts: nn.Module) -> bool:
 def interface_obstacle(experts: nn.Module) -> str | None:
     """Why the experts implementation "moeprof" can't run these, or None."""
     read, reason = read_packed(experts)
-    return reason or tensor_obstacle(read.matrices)
+    return reason or tensor_obstacle(read.matrices, read.storage)

@@ -62,6 +62,8 @@ def experts_forward(
             f"{name}: idx and weights: expected ({len(hidden)}, k) both, "
             f"got {tuple(idx.shape)} and {tuple(weights.shape)}"
         )
-    if reason := tensor_obstacle([*read.matrices, hidden]) or routing_obstacle(idx, weights):
+    if reason := tensor_obstacle([*read.matrices, hidden], read.storage) or routing_obstacle(
+        idx, weights
+    ):
         raise ValueError(f"{name}: {reason}")
     return run_experts(hidden, idx, weights, table_of(read), name)

@@ -127,18 +127,17 @@ def input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
             and not hidden_states.is_neg()
         ):
             return None
-    first = table.matrices[0]
-    reason = hidden_obstacle(first, hidden_states)
+    reason = hidden_obstacle(table, hidden_states)
     if not reason and hidden_states.shape[-1] != table.hidden_size:
         width = hidden_states.shape[-1]
         reason = f"the hidden states: {width} columns, the experts have {table.hidden_size}"
     return reason
 
 
-def hidden_obstacle(matrix: Tensor, hidden_states: Tensor) -> str | None:
-    """Why hidden states don't go with an expert's matrix, or None; their width is not looked
+def hidden_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
+    """Why hidden states don't go with a layer's experts, or None; their width is not looked
     at."""
-    reason = tensor_obstacle([matrix, hidden_states])
+    reason = tensor_obstacle([table.matrices[0], hidden_states], table.storage)
     return f"the hidden states: {reason}" if reason else None
 
 

@@ -77,7 +77,7 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     start = perf_counter_ns() if watched else 0
     hidden_states = first_of(args, kwargs)
     table, reason = layer.table(self)
-    if reason := reason or hidden_obstacle(table.matrices[0], hidden_states):
+    if reason := reason or hidden_obstacle(table, hidden_states):
         return own_forward(self, layer, reason, args, kwargs)
     call = _Call(self, layer, table)
     with nullcontext() if torch.compiler.is_compiling() else inside(layer):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...backends.tables import INTERLEAVED, ROWS, SWIGLU, Activation
+from ...backends.tables import INTERLEAVED, ROWS, SWIGLU, Activation, Storage
 from ..guards import full_name
 
 GELU_TANH = Activation("gelu_tanh")
@@ -60,7 +60,7 @@ def read_function(act_fn: object) -> tuple[Activation, str | None]:
 
 
 def read_activation(
-    experts: nn.Module, gated: bool, storage: str = ROWS
+    experts: nn.Module, gated: bool, storage: Storage = ROWS
 ) -> tuple[Activation, str | None]:
     """(what packed experts of transformers 5 compute, None), or (`SWIGLU`, why not)."""
     own = vars(experts)

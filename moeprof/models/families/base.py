@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...backends.spec import Rule
 from ...backends.tables import NOTHING_READ, LayerMatrices, tensor_obstacle
 from ..guards import Unchanged, gate_obstacle
+from ..quantized import QuantizedExperts
 from ..reading import as_logits, read_gate
 from ..routing import Routing
 from .rules import Checked, GateRule, RuleReader, Settings, check_gate
@@ -105,6 +106,13 @@ class Layout:
 
     # Shared:
 
+    def dtype_of(self, block: nn.Module) -> torch.dtype:
+        """Of the hidden states that its experts take."""
+        experts = self.experts_of(block)
+        if isinstance(experts, QuantizedExperts):
+            return experts.dtype
+        return next(experts.parameters()).dtype
+
     def gate_of(self, block: nn.Module) -> nn.Module:
         gate: nn.Module = vars(block)["_modules"][self.family.gate_at]
         return gate
@@ -135,8 +143,12 @@ class Layout:
         now)."""
         if reason := self.obstacle(block):
             return NOTHING_READ, reason
-        read, reason = self.read_experts(self.experts_of(block))
-        if reason := reason or tensor_obstacle(read.matrices):
+        experts = self.experts_of(block)
+        if isinstance(experts, QuantizedExperts):
+            read, reason = experts.read()
+        else:
+            read, reason = self.read_experts(experts)
+        if reason := reason or tensor_obstacle(read.matrices, read.storage):
             return NOTHING_READ, reason
         return read, None
 

@@ -12,6 +12,7 @@ from ...backends.tables import (
     ROWS,
     TRANSPOSED,
     LayerMatrices,
+    Storage,
     sizes_of,
 )
 from ..guards import full_name, hooked
@@ -131,7 +132,7 @@ def _flag(experts: nn.Module, name: str, default: bool) -> bool:
     return bool(vars(experts).get(name, getattr(type(experts), name, default)))
 
 
-def _read_storage(experts: nn.Module, gated: bool) -> tuple[str, str | None]:
+def _read_storage(experts: nn.Module, gated: bool) -> tuple[Storage, str | None]:
     """(how its flags say that the matrices are stored, None), or why C can't run these experts."""
     if _flag(experts, "has_post_expert_norm", False):
         return ROWS, "a norm after each expert"
@@ -144,7 +145,7 @@ def _read_storage(experts: nn.Module, gated: bool) -> tuple[str, str | None]:
 
 
 def shape_obstacle(
-    names: Sequence[str], tensors: list[Tensor], beside: int, storage: str
+    names: Sequence[str], tensors: list[Tensor], beside: int, storage: Storage
 ) -> str | None:
     """Why these are not one layer's, or None; beside: gate and up, or up alone."""
     into, down, *biases = tensors

@@ -12,6 +12,7 @@ from ...backends.tables import (
     TRANSPOSED,
     Activation,
     LayerMatrices,
+    Storage,
 )
 from ..guards import full_name, hooked
 from ..routing import Routing
@@ -23,7 +24,7 @@ from .packed import shape_obstacle
 class Transposed(Listed):
     """What the two share: how the tensors of the experts are read."""
 
-    storage: ClassVar[str] = TRANSPOSED
+    storage: ClassVar[Storage] = TRANSPOSED
     names: ClassVar[tuple[str, ...]]  # of the tensors, in the order that `WeightTable` takes
 
     def num_experts(self, block: nn.Module) -> int:
