@@ -20,6 +20,7 @@ profile
 profiler
 measure
 texts
+quantize
 patching
 routers
 null
