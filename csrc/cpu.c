@@ -3,22 +3,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define UP_TO_AVX2 (MP_CPU_BLAS | MP_CPU_AVX2)
-#define UP_TO_AVX512 (UP_TO_AVX2 | MP_CPU_AVX512)
-#define VNNI (MP_CPU_AVXVNNI | MP_CPU_AVX512VNNI)
-#define UP_TO_BF16 (UP_TO_AVX512 | VNNI | MP_CPU_AVX512BF16)
-
 /* Intel's AMX machines have AVX512-FP16 too, so `amx` is everything. */
 const mp_cpu_level mp_cpu_levels[] = {
     {"scalar", 0},
     {"openblas", MP_CPU_BLAS},
-    {"avx2", UP_TO_AVX2},
-    {"avxvnni", UP_TO_AVX2 | MP_CPU_AVXVNNI},
-    {"avx512", UP_TO_AVX512},
-    {"avx512vnni", UP_TO_AVX512 | VNNI},
-    {"avx512bf16", UP_TO_BF16},
-    {"avx512fp16", UP_TO_BF16 | MP_CPU_AVX512FP16},
-    {"amx", UP_TO_BF16 | MP_CPU_AVX512FP16 | MP_CPU_AMX},
+    {"avx2", MP_CPU_AVX2},
+    {"avxvnni", MP_CPU_AVXVNNI},
+    {"avx512", MP_CPU_AVX512},
+    {"avx512vnni", MP_CPU_AVX512VNNI},
+    {"avx512bf16", MP_CPU_AVX512BF16},
+    {"avx512fp16", MP_CPU_AVX512FP16},
+    {"amx", MP_CPU_AMX},
     {NULL, 0},
 };
 
@@ -63,7 +58,7 @@ static unsigned detect(void)
 
     if ((saved & YMM) == YMM && fma && f16c && (leaf7_b & bit_AVX2))
         features |= MP_CPU_AVX2;
-    if (features && leaf7_1a & 1u << 4)
+    if (features && (leaf7_1a & 1u << 4))
         features |= MP_CPU_AVXVNNI;
     const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     if ((saved & ZMM) == ZMM && features && (leaf7_b & avx512) == avx512) {

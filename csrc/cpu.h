@@ -2,15 +2,16 @@
 #ifndef MP_CPU_H
 #define MP_CPU_H
 
+/* In the order of MOEPROF_CPU, which allows all up to a name. */
 enum {
-    MP_CPU_BLAS = 1 << 0, /* not of the CPU: OpenBLAS is linked, and not masked */
+    MP_CPU_BLAS = 1 << 0, /* not of the CPU: OpenBLAS is linked */
     MP_CPU_AVX2 = 1 << 1, /* with FMA and F16C, as on every CPU since Haswell */
-    MP_CPU_AVX512 = 1 << 2, /* F, BW, DQ, VL */
-    MP_CPU_AVX512BF16 = 1 << 3,
-    MP_CPU_AVX512FP16 = 1 << 4,
-    MP_CPU_AMX = 1 << 5, /* AMX-TILE and AMX-BF16, permission granted */
-    MP_CPU_AVXVNNI = 1 << 6, /* products of bytes: in 256 bits, in 512 bits */
-    MP_CPU_AVX512VNNI = 1 << 7,
+    MP_CPU_AVXVNNI = 1 << 2, /* products of bytes in 256 bits */
+    MP_CPU_AVX512 = 1 << 3, /* F, BW, DQ, VL */
+    MP_CPU_AVX512VNNI = 1 << 4,
+    MP_CPU_AVX512BF16 = 1 << 5,
+    MP_CPU_AVX512FP16 = 1 << 6,
+    MP_CPU_AMX = 1 << 7, /* AMX-TILE and AMX-BF16, permission granted */
 };
 
 /* A feature is set when CPUID names it, XCR0 says the system keeps its registers
@@ -20,8 +21,14 @@ unsigned mp_cpu_features(void);
 /* The names that MOEPROF_CPU takes, poorest first; NULL-terminated. */
 typedef struct {
     const char *name;
-    unsigned features;
+    unsigned feature; /* that it has beyond the one before; 0 of "scalar" */
 } mp_cpu_level;
 extern const mp_cpu_level mp_cpu_levels[];
+
+/* The features that a level allows. */
+static inline unsigned mp_cpu_allowed(const mp_cpu_level *level)
+{
+    return level->feature ? 2 * level->feature - 1 : 0;
+}
 
 #endif

@@ -18,12 +18,12 @@ static int select_level(const char *wanted)
 {
     for (const mp_cpu_level *level = mp_cpu_levels; level->name; level++)
         if (strcmp(level->name, wanted) == 0) {
-            mp_ops_select(mp_cpu_features() & level->features);
+            mp_ops_select(mp_cpu_features() & mp_cpu_allowed(level));
             return 0;
         }
     PyErr_Format(PyExc_ValueError,
-                 "MOEPROF_CPU: expected scalar, openblas, avx2, avx512, avx512bf16, "
-                 "avx512fp16 or amx, got %s", wanted);
+                 "MOEPROF_CPU: expected scalar, openblas, avx2, avxvnni, avx512, avx512vnni, "
+                 "avx512bf16, avx512fp16 or amx, got %s", wanted);
     return -1;
 }
 
@@ -56,13 +56,11 @@ static PyObject *limit_cpu(PyObject *module, PyObject *name)
 
 static PyObject *feature_names(void)
 {
-    static const char *const names[] = {"avx2", "avx512", "avx512bf16", "avx512fp16",
-                                        "amx"};
     PyObject *list = PyList_New(0);
-    for (int i = 0; list && i < 5; i++) {
-        if (!(mp_cpu_features() & (unsigned)MP_CPU_AVX2 << i))
+    for (const mp_cpu_level *level = mp_cpu_levels; list && level->name; level++) {
+        if (level->feature < MP_CPU_AVX2 || !(mp_cpu_features() & level->feature))
             continue;
-        PyObject *name = PyUnicode_FromString(names[i]);
+        PyObject *name = PyUnicode_FromString(level->name);
         if (!name || PyList_Append(list, name))
             Py_CLEAR(list);
         Py_XDECREF(name);

@@ -47,7 +47,6 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         ("format", ctypes.c_int),
         ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
         ("row_bytes", ctypes.c_ssize_t),
     ]
 
@@ -90,7 +89,7 @@ def gemm(amx, panels, m, w, next_w=None, next_panels=None):
     n, k = w.shape
     out, scratch = np.full((m + 1, n + 3), CANARY), np.full((k + 32) * 128, np.nan, np.float32)
     following = [None if a is None else a.ctypes for a in (next_w, next_panels)]
-    matrix = Matrix(0, w.ctypes.data, None, 2 * k)
+    matrix = Matrix(0, w.ctypes.data, 2 * k)
     amx.mp_gemm_bf16_amx(
         panels.ctypes,
         m,

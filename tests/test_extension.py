@@ -35,6 +35,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avxvnni": {"avx_vnni"},
+    "avx512vnni": {"avx512_vnni"},
     "avx512bf16": {"avx512_bf16"},
     "avx512fp16": {"avx512_fp16"},
     "amx": {"amx_tile", "amx_bf16"},
@@ -183,9 +185,10 @@ bad_specs = [("nope", *spec[1:]), ("bh", (0.1, 0.2), *spec[2:]), ("bh", ("x",), 
              (*spec[:5], "nope", *spec[6:]), (*spec[:2], 9, *spec[3:]), spec[:4], [],
              (*spec[:8], np.ones(3)), (*spec[:7], ("nope", "logit", table), None), (*spec[:7],
              ("table", "logit", each[:3]), None), (*spec[:7], None, None)]
-layer, silu = util.Layer(16, 32, 24), util.SWIGLU
+layer, silu, f32 = util.Layer(16, 32, 24), util.SWIGLU, ("float32", "float32")
 pointers, hidden, layer = layer.pointers, layer.hidden(40), layer.layer
 made = _C.RouteSpec(spec, "float32", 16)
+coded = _C.encode(w, "float32", "q8", 1)
 ids, weights = util.random_slots(40, 3, 16)
 bad_ids = np.full_like(ids, 99)
 places = _C.tally_layout(16, True)
@@ -197,13 +200,17 @@ tallied = (counts, sums, recency, ids, z, "float32")
 CALLS = {
     "RouteSpec": [(spec, "float32", 16), (spec, "nope", 16), (spec, "float32", 3), (spec,),
                   *[(bad, "float32", 16) for bad in bad_specs]],
-    "Layer": [(pointers, "float32", 32, 24, silu, "rows"), (np.tile(pointers, (2, 1)), "float32",
-              32, 24, silu, "interleaved"), (pointers[:2], "float32", 32, 24, silu, "rows"),
-              (pointers, "nope", 32, 24, silu, "rows"), (pointers, "float32", 0, 24, silu, "rows"),
-              (pointers * 0, "float32", 32, 24, silu, "rows"), (p, "float32", 32, 24, silu, "rows"),
-              (pointers, "float32", 32, 24, None, "rows"), (pointers, "float32", 32, 24, silu[:3],
-              "rows"), (pointers, "float32", 32, 24, ("silu", -1.0, 1.0, 0.0), "rows"),
-              (pointers, "float32", 32, 24, silu, "nope"), (pointers,)],
+    "Layer": [(pointers, *f32, 32, 24, silu, "rows"), (np.tile(pointers, (2, 1)), *f32,
+              32, 24, silu, "interleaved"), (pointers[:2], *f32, 32, 24, silu, "rows"),
+              (pointers, "nope", "float32", 32, 24, silu, "rows"), (pointers, *f32, 0, 24, silu,
+              "rows"), (pointers, "float32", "nope", 32, 24, silu, "rows"),
+              (pointers, "float32", "float16", 32, 24, silu, "rows"),
+              (pointers, "q8", "float16", 32, 24, silu, "rows"),
+              (pointers, "q8", "float16", 32, 24, silu, "transposed"),
+              (pointers * 0, *f32, 32, 24, silu, "rows"), (p, *f32, 32, 24, silu, "rows"),
+              (pointers, *f32, 32, 24, None, "rows"), (pointers, *f32, 32, 24, silu[:3],
+              "rows"), (pointers, *f32, 32, 24, ("silu", -1.0, 1.0, 0.0), "rows"),
+              (pointers, *f32, 32, 24, silu, "nope"), (pointers,)],
     "route": [(z, made, 2, True), (z, made, 2, False), (bad_row, made, 1, True), (z, spec, 1,
               True), (p, made, 1, True), (short, made, 1, True), (z,)],
     "choice_logits": [(z, made), (bad_row, made), (z, spec), (z[:, :3], made), (1, 2)],
@@ -218,8 +225,15 @@ CALLS = {
             layer, 1), (hidden, z, layer, _C.RouteSpec(spec, "float16", 16), 1), ()],
     "linear": [(x, index, w, "float32"), (x, index + 99, w, "float32"), (x, index, short,
                "float32"), (x, index, w, "nope"), (x, p, w, "float32"), (x,)],
-    "dense": [(x, w.ctypes.data, 24, 0, "float32", 2), (x, 0, 24, 0, "float32", 2),
-              (x, w.ctypes.data, 24, 0, "nope", 2), (p, w.ctypes.data, 24, 0, "float32", 1), ()],
+    "dense": [(x, w.ctypes.data, 24, 0, *f32, 2), (x, 0, 24, 0, *f32, 2),
+              (x, w.ctypes.data, 24, 0, "nope", "float32", 2), (p, w.ctypes.data, 24, 0, *f32, 1),
+              (x, coded.ctypes.data, 24, 0, "q8", "float32", 2), ()],
+    "encode": [(w, "float32", "q8", 2), (w.T, "float32", "q4", 1), (w, "float16", "q8", 1),
+               (w * np.nan, "float32", "q4", 1), (w, "float32", "float32", 1), (w[0], "float32",
+               "q8", 1), (w[:0], "float32", "q8", 1), (None, "float32", "q8", 1), ()],
+    "decode": [(coded, 24, 32, "q8"), (coded, 24, 32, "q4"), (coded, 0, 32, "q8"), (p, 24, 32,
+               "q8"), (coded, 24, 32, "nope"), ()],
+    "quantize": [(x,), (p,), (None,)],
     "gemm": [(x, index, w, "float32"), (x, index + 99, w, "float32"), (x, index, short,
              "float32"), (x, index, w, "nope"), (x,)],
     "transposed": [(x, index, w.T.copy(), 0, 24, "float32"), (x, index + 99, w.T.copy(), 0, 24,

@@ -130,7 +130,7 @@ def p_of(null):
 def layer(
     dtype="float32", pointers=POINTERS, size=4, inner=2, activation=util.SWIGLU, storage="rows"
 ):
-    return _C.Layer(pointers, dtype, size, inner, activation, storage)
+    return _C.Layer(pointers, dtype, dtype, size, inner, activation, storage)
 
 
 def by_columns(index, w, first=0, n=1):
@@ -276,7 +276,11 @@ BAD = [
         "storage: expected rows or transposed.* nothing to interleave",
     ),
     (lambda: layer(inner=0), ValueError, "intermediate_size"),
-    (lambda: _C.dense(F32[:, :0].copy(), 1, 4, 0, "float32", 1), ValueError, "x: expected"),
+    (
+        lambda: _C.dense(F32[:, :0].copy(), 1, 4, 0, "float32", "float32", 1),
+        ValueError,
+        "x: expected",
+    ),
     (
         lambda: _kernels.linear(F32[:, :0].copy(), INDEX, F32[:, :0].copy(), "float32"),
         ValueError,

@@ -19,7 +19,12 @@ from moeprof.null import normal_reference
 
 pytestmark = pytest.mark.once
 
-VARIANTS = [(kernel, variant) for kernel, variant, _, _ in _C.variants()]
+# Those of weights in 8 and 4 bits are in test_quantized_kernels.py.
+VARIANTS = [
+    (kernel, variant)
+    for kernel, variant, _, _ in _C.variants()
+    if not kernel.startswith(("linear_q", "quantize", "encode_"))
+]
 KERNELS = list(dict.fromkeys(kernel for kernel, _ in VARIANTS))
 CONTRACTS = ("linear", "gemm", "transposed")  # of the products with weights
 DTYPE = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}  # of the weights
@@ -487,13 +492,14 @@ def test_the_checker_sees_one_wrong_value(change):
 
 def test_every_format_has_its_kernels():
     """Scalar first: else a pointer in the table of kernels would be empty."""
-    names = [name for name, _, _ in _kernels.formats().values()]
-    assert dict(zip(names, _kernels.formats(), strict=True)) == DTYPE
-    for name in names:
-        for kind in CONTRACTS:
-            assert util.variants_of(f"{kind}_{name}")[0] == "scalar", kind
-    matrix_kernels = {k for k in KERNELS if k.rpartition("_")[0] in CONTRACTS}
-    assert matrix_kernels == {f"{kind}_{name}" for kind in CONTRACTS for name in names}
+    formats = {name: text for text, (name, *_) in _kernels.formats().items()}
+    assert {name: text for name, text in formats.items() if name in DTYPE} == DTYPE
+    expected = {f"{kind}_{name}" for kind in CONTRACTS for name in DTYPE}
+    expected |= {f"linear_{name}" for name in formats}  # others are quantised
+    kernels = {kernel for kernel, *_ in _C.variants()}
+    assert {k for k in kernels if k.partition("_")[0] in CONTRACTS} == expected
+    for kernel in expected:
+        assert util.variants_of(kernel)[0] == "scalar", kernel
 
 
 @pytest.mark.parametrize("level", util.level_names())

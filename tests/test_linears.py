@@ -20,7 +20,9 @@ DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
 def dense(x, weight, bias=None, threads=2):
     address = 0 if bias is None else bias.data_ptr()
-    out = _C.dense(as_array(x), weight.data_ptr(), len(weight), address, DTYPES[x.dtype], threads)
+    out = _C.dense(
+        as_array(x), weight.data_ptr(), len(weight), address, *[DTYPES[x.dtype]] * 2, threads
+    )
     return as_tensor(out, x.dtype)
 
 
@@ -61,7 +63,9 @@ def test_dense_reads_no_byte_too_many(dtype, side):
     for m, n, k in ((1, 5, 7), (3, 66, 33), (12, 70, 17)):
         x, weight, bias = random_dense(DTYPE[dtype], m, n, k, True)
         guarded = [util.guarded(as_array(t), side) for t in (x, weight, bias)]
-        out = _C.dense(guarded[0], guarded[1].ctypes.data, n, guarded[2].ctypes.data, dtype, 1)
+        out = _C.dense(
+            guarded[0], guarded[1].ctypes.data, n, guarded[2].ctypes.data, dtype, dtype, 1
+        )
         np.testing.assert_array_equal(out, as_array(dense(x, weight, bias)))
 
 
@@ -70,7 +74,7 @@ def test_dense_of_nothing():
     assert dense(x[:0], weight).shape == (0, 4)
     assert dense(x, weight[:0]).shape == (3, 0)
     with pytest.raises(ValueError, match="weight, features: expected an address"):
-        _C.dense(x.numpy(), 0, 4, 0, "float32", 1)
+        _C.dense(x.numpy(), 0, 4, 0, "float32", "float32", 1)
 
 
 # ---- in a model ----

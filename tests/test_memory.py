@@ -72,7 +72,7 @@ def test_a_decode_step_touches_no_new_memory():
         w = layer.hidden(700)
         def step():
             layer(hidden, ids, weights, 2)
-            _C.dense(hidden, w.ctypes.data, 700, 0, "bfloat16", 2)
+            _C.dense(hidden, w.ctypes.data, 700, 0, "bfloat16", "bfloat16", 2)
         def faults():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(20): step()

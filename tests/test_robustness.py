@@ -105,7 +105,9 @@ def test_ids_are_those_of_one_moment():
         thread = threading.Thread(target=change)
         thread.start()
         going.wait()
-        out = _C.experts(x, ids, w, _C.Layer(pointers, "float32", H, H, util.SWIGLU, "rows"), 1)
+        out = _C.experts(
+            x, ids, w, _C.Layer(pointers, "float32", "float32", H, H, util.SWIGLU, "rows"), 1
+        )
         going.clear()
         thread.join()
         assert (out[0] == out[-1]).all()
@@ -143,7 +145,7 @@ def test_a_number_of_threads_is_read_before_the_arrays():
     T, E, H = 8, 4, 16
     weights = np.zeros((3, E, H, H), np.float32)
     pointers = np.array([[m.ctypes.data for m in kind] for kind in weights], np.uint64)
-    layer = _C.Layer(pointers, "float32", H, H, util.SWIGLU, "rows")
+    layer = _C.Layer(pointers, "float32", "float32", H, H, util.SWIGLU, "rows")
     few, many = (_C.RouteSpec(spec(), "float32", experts) for experts in (E, T * E))
 
     def logits():
@@ -220,10 +222,11 @@ for threads in (1, 2):
     hidden, z = layer.hidden(20_000), np.ones((20_000, 4), "f4")
     refused(lambda: layer.moe(hidden, z, spec_with({place}, hidden), threads))
     hidden, pointers = layer.hidden(20), layer.pointers.copy()
-    refused(lambda: _C.Layer(pointers, "float32", Number(16, pointers), 16, util.SWIGLU, "rows"))
+    f32, sixteen = ("float32", "float32"), Number(16, pointers)
+    refused(lambda: _C.Layer(pointers, *f32, sixteen, 16, util.SWIGLU, "rows"))
     pointers = layer.pointers.copy()
     silu = ("silu", Number(1.0, pointers), 1.0, 0.0)
-    refused(lambda: _C.Layer(pointers, "float32", 16, 16, silu, "rows"))
+    refused(lambda: _C.Layer(pointers, "float32", "float32", 16, 16, silu, "rows"))
     z, table = np.ones((20_000, 64), "f4"), np.tile(util.table_of(3.5), (64, 1))
     null = "table", "logit", table
     refused(lambda: util.route(z, "float32", spec_with({place}, table, null=null), threads, True))
@@ -244,7 +247,7 @@ assert _kernels.softmax(z, Number(1, z)).shape == (1, 1)
 p = np.ones((20_000, E))
 assert _C.step_up(p, Number(0.5, p)).shape == (1,)
 x, w = np.ones((200, 64), "f4"), np.ones((4, 64), "f4")
-assert _C.dense(x, w.ctypes.data, 4, 0, "float32", Number(2, x)).shape == (1, 4)
+assert _C.dense(x, w.ctypes.data, 4, 0, "float32", "float32", Number(2, x)).shape == (1, 4)
 z = np.ones((20_000, E), "f4")
 assert _C.p_values(z, ("normal", "logit", None), Number(1, z)).shape == (1, 1)
 for field in range(3):
@@ -268,7 +271,7 @@ EMPTY = {
     "step_up": f"_C.step_up(none(({MANY}, 0), float), 0.1)",
     "step_up, memory that is there": "_C.step_up(none((2**28, 0), float), 0.1)",
     "linear": f"_kernels.linear(none(({MANY}, 0)), none(0, 'i'), none((3, 0)), 'float32')",
-    "dense": f"_C.dense(none((0, 4)), 64, {MANY}, 0, 'float32', 2)",
+    "dense": f"_C.dense(none((0, 4)), 64, {MANY}, 0, 'float32', 'float32', 2)",
     "route": f"util.route(none((0, {MANY})), 'float32', SPEC, 2, True)",
     "route without experts": f"util.route(none(({MANY}, 0)), 'float32', SPEC, 2, True)",
     "p_values": f"_C.p_values(none(({MANY}, 0)), SPEC[7], 2)",
@@ -341,7 +344,7 @@ def work():
                 done.append(name)
     layer(layer.hidden(70), ids, weights, 3)
     layer.moe(layer.hidden(70), z[:, :4].copy(), (*spec[:3], 2, *spec[4:7], nulls[0], None), 3)
-    _C.dense(z, z.ctypes.data, 70, 0, "float32", 3)
+    _C.dense(z, z.ctypes.data, 70, 0, "float32", "float32", 3)
     done.append("all")
 
 done = []

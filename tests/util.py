@@ -286,7 +286,7 @@ class Layer:
         self.pointers = np.array(
             [[m.ctypes.data for m in kind] for kind in (*self.matrices, *self.biases)], np.uint64
         ).reshape(-1, experts)
-        self.layer = _C.Layer(self.pointers, dtype, hidden, inner, activation, storage)
+        self.layer = _C.Layer(self.pointers, dtype, dtype, hidden, inner, activation, storage)
 
     def hidden(self, tokens, seed=1):
         values = np.random.default_rng(seed).standard_normal((tokens, self.shape[1]))

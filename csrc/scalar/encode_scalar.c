@@ -9,9 +9,12 @@
 static float largest(const float *w)
 {
     float m = 0;
-    for (int i = 0; i < MP_GROUP; i++)
-        if (!(fabsf(w[i]) <= fabsf(m)))
+    for (int i = 0; i < MP_GROUP; i++) {
+        if (isnan(w[i]))
+            return w[i];
+        if (fabsf(w[i]) > fabsf(m))
             m = w[i];
+    }
     return m;
 }
 
