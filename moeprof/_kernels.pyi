@@ -1,16 +1,17 @@
 """Single kernels, to test and to time them. Arrays are as in _C.
 
 Weights ``w`` (N,K) of 4-byte and 2-byte elements are float32 and uint16, those of any other
-format the bytes of their rows (N, bytes of a row).
+format the bytes of their rows (N, bytes of a row); activations of 8 bits the bytes that
+``quantize`` gives.
 """
 
 from numpy import float32, float64, int32, uint8, uint16
 from numpy.typing import NDArray
 
 _Bits = NDArray[float32] | NDArray[uint16]
-_Weights = _Bits | NDArray[uint8]
+_Weights = _Rows = _Bits | NDArray[uint8]
 
-def linear(x: _Bits, index: NDArray[int32], w: _Weights, format: str, /) -> NDArray[float32]: ...
+def linear(x: _Rows, index: NDArray[int32], w: _Weights, format: str, /) -> NDArray[float32]: ...
 def gemm(x: _Bits, index: NDArray[int32], w: _Weights, format: str, /) -> NDArray[float32]: ...
 def transposed(
     x: _Bits, index: NDArray[int32], w: _Weights, first: int, n: int, format: str, /
@@ -22,6 +23,7 @@ def glu(
     format: str,
     /,
 ) -> _Bits: ...
+def quantize(x: NDArray[float32], /) -> NDArray[uint8]: ...
 def softmax(z: NDArray[float32], temperature: float, /) -> NDArray[float32]: ...
 def logprob(z: NDArray[float32], /) -> NDArray[float64]: ...
 def order(p: NDArray[float64] | None, z: NDArray[float32], /) -> NDArray[int32]: ...

@@ -30,6 +30,11 @@ class Mutation(NamedTuple):
 # fmt: off
 MUTATIONS = [
     # ---- C: routers ----
+    Mutation("csrc/scalar/encode_scalar.c", "-8, 7)", "-7, 7)", "test_quantized_kernels.py"),
+    Mutation("csrc/scalar/quantize_scalar.c", "to->minus_sum -=", "to->minus_sum +=",
+             "test_quantized_kernels.py"),
+    Mutation("csrc/x86/quantized_avx2.c", "vi_set(8 * minus_sum)", "vi_set(7 * minus_sum)",
+             "test_quantized_kernels.py"),
     Mutation("csrc/routers/shared.h", "value > most", "value >= most",
              "test_router_kernels.py test_router_statistics.py"),
     Mutation("csrc/routers/shared.h", "token->p[r] <= t", "token->p[r] < t",
@@ -94,7 +99,7 @@ MUTATIONS = [
              "seen[1:3] != (function, by_turns)", "test_activations.py -k changes"),
     Mutation("moeprof/backends/tables.py", "return 3 if self.gated else 2", "return 3",
              "test_activations.py"),
-    Mutation("moeprof/backends/tables.py", "1 if storage == INTERLEAVED else I", "I",
+    Mutation("moeprof/backends/tables.py", '(1 if order == "interleaved" else I) * size', "I * size",
              "test_activations.py -k experts_of_transformers"),
     Mutation("moeprof/models/families/activations.py",
              '"_default_apply_gate" and not by_turns', '"_default_apply_gate"',

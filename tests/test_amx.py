@@ -5,50 +5,22 @@ csrc/x86/amx.h. Where the CPU has AMX, test_kernels.py holds the kernel that shi
 """
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import compiled
 import numpy as np
 import pytest
 import util
+from compiled import SOURCES, TESTS, Matrix, Rows
 from util import TINY32, narrow, widen
 
 from moeprof import _C
 
 pytestmark = pytest.mark.once
 
-TESTS = Path(__file__).parent
-SOURCES = TESTS.parent / "csrc" / "x86"
-FLAGS = "-std=gnu11 -O3 -ffp-contract=off -Wall -Wextra -Werror -shared -fPIC".split()
 CANARY = np.float32(-12345.0)
 posix = pytest.mark.skipif(sys.platform != "linux", reason="mprotect is Linux's")
-
-
-class Rows(ctypes.Structure):
-    """mp_rows."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("stride", ctypes.c_ssize_t),
-        ("index", ctypes.c_void_p),
-        ("count", ctypes.c_ssize_t),
-    ]
-
-
-class Matrix(ctypes.Structure):
-    """mp_matrix; the kernel asks for no more than the address."""
-
-    _fields_ = [
-        ("format", ctypes.c_int),
-        ("data", ctypes.c_void_p),
-        ("row_bytes", ctypes.c_ssize_t),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +28,9 @@ def amx(tmp_path_factory):
     """The kernel, pack_bf16 and the emulated instructions as a library."""
     if "avx512" not in _C.cpu_features():
         pytest.skip(f"this CPU lacks avx512 (it has {_C.cpu_features()})")
-    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
-    if not shutil.which(compiler[0]):
-        pytest.skip(f"there is no C compiler {compiler[0]!r}")
-    path = tmp_path_factory.mktemp("amx") / "amx.so"
-    files = [SOURCES / "gemm_amx.c", SOURCES / "pack_avx512.c", TESTS / "amx_emulation.c"]
-    command = [*compiler, *FLAGS, "-include", TESTS / "amx_emulation.h", *files]
-    done = subprocess.run([*command, "-o", path, "-lm"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(path)
+    x86 = SOURCES / "x86"
+    files = [x86 / "gemm_amx.c", x86 / "pack_avx512.c", TESTS / "amx_emulation.c"]
+    library = compiled.library(tmp_path_factory.mktemp("amx"), "amx_emulation.h", files)
     size, at = ctypes.c_ssize_t, ctypes.c_void_p
     library.mp_pack_bf16_avx512.argtypes = [at, size, size, size, at]
     library.mp_gemm_bf16_amx.argtypes = [at, size, at, size, size, at, at, at, size, at]

@@ -1,6 +1,8 @@
 #if defined(__x86_64__)
+#ifndef MP_TARGET
 #define MP_TARGET                                                                      \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+#endif
 #include "avx512.h"
 
 #include "../quantized.h"

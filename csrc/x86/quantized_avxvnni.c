@@ -1,5 +1,7 @@
 #if defined(__x86_64__)
+#ifndef MP_TARGET
 #define MP_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#endif
 #include "avx2.h"
 
 #include "../quantized.h"
