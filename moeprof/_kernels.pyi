@@ -9,7 +9,8 @@ from numpy import float32, float64, int32, uint8, uint16
 from numpy.typing import NDArray
 
 _Bits = NDArray[float32] | NDArray[uint16]
-_Weights = _Rows = _Bits | NDArray[uint8]
+_Rows = _Bits | NDArray[uint8]
+_Weights = _Bits | NDArray[uint8]
 
 def linear(x: _Rows, index: NDArray[int32], w: _Weights, format: str, /) -> NDArray[float32]: ...
 def gemm(x: _Bits, index: NDArray[int32], w: _Weights, format: str, /) -> NDArray[float32]: ...
