@@ -1,7 +1,7 @@
 """quantized_avx512vnni.c and quantized_avxvnni.c by emulated instructions: their logic.
 
-The sources are compiled as they are, with tests/lanes16.h or tests/vnni256.h before them. Where the CPU has VNNI,
-test_quantized_kernels.py holds the kernels that ship.
+The sources are compiled as they are, with tests/lanes16.h or tests/vnni256.h before them. Where
+the CPU has VNNI, test_quantized_kernels.py holds the kernels that ship.
 """
 
 import ctypes
