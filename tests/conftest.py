@@ -15,11 +15,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `compat` run where they are asked for by that name."""
-    if "compat" not in config.option.markexpr:
-        wanted = [item for item in items if "compat" not in item.keywords]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
-        items[:] = wanted
+    """Tests with one of these marks run where they are asked for by its name."""
+    for mark in ("compat", "families"):
+        if mark not in config.option.markexpr:
+            left_out = [item for item in items if mark in item.keywords]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if mark not in item.keywords]
 
 
 @pytest.fixture(autouse=True)

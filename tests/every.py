@@ -362,6 +362,18 @@ def paths(model: nn.Module) -> str:
     return ", ".join(dict.fromkeys(layer.path for layer in moeprof.inspect(model)))
 
 
+def kinds(model: nn.Module) -> set[tuple[Any, ...]]:
+    """Of its MoE layers the rule, the path, the activation, and how the experts' tensors lie."""
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    experts = [m for m in model.modules() if "is_concatenated" in vars(m)]
+    lie = {tuple(getattr(module, flag) for flag in flags) for module in experts}
+    return {
+        (layer.rule, layer.path, layer.activation, *flags)
+        for layer in moeprof.inspect(model)
+        for flags in lie
+    }
+
+
 def parity(family: str) -> Parity:
     model = build(family)
     given = inputs(model)

@@ -15,6 +15,7 @@ from moeprof.routers import REGISTRY, make_router
 NAMES = sorted(REGISTRY)
 WIDTHS = (1, 2, 8, 60, 64, 128, 256)
 EDGES = -32 + np.arange(8193) / 128
+NASTY_ROWS = len(util.nasty_rows(1))
 Routed = namedtuple("Routed", "weights experts counts rejections p")
 # further settings of a router than its defaults, each tested as a router of its own
 VARIANTS = {
@@ -102,12 +103,24 @@ class ToyNull:
         return self.form, self.score, self.table
 
     def reference(self, z):
-        if self.form == "softmax":
-            return 1 - util.softmax(z)
-        s, rule = scores(z, self.score), util.table_p if self.form == "table" else conformal_p
-        if self.table.ndim == 1:
-            return rule(s, self.table)
-        return np.stack([rule(s[:, e], table) for e, table in enumerate(self.table)], axis=1)
+        z = np.asarray(z, np.float64)
+        return _p_of(self, z.tobytes(), z.shape)
+
+
+@lru_cache(maxsize=64)
+def _p_of(null, logits, shape):
+    """The p-values of a ToyNull, once for the same logits: every router asks for them."""
+    z = np.frombuffer(logits).reshape(shape)
+    if null.form == "softmax":
+        p = 1 - util.softmax(z)
+    else:
+        s, rule = scores(z, null.score), util.table_p if null.form == "table" else conformal_p
+        if null.table.ndim == 1:
+            p = rule(s, null.table)
+        else:
+            p = np.stack([rule(s[:, e], table) for e, table in enumerate(null.table)], axis=1)
+    p.flags.writeable = False
+    return p
 
 
 def counted_table(calibration):
@@ -218,7 +231,7 @@ def hold(router, z, dtype, null):
     """The C path equals reference(): R and the selection exactly, the weights nearly."""
     z = widen(narrow(z, dtype), dtype)
     steady = off_boundaries(router, z, null)
-    ordinary = steady[len(util.nasty_rows(z.shape[1])) :]  # the nasty rows are full of ties
+    ordinary = steady[NASTY_ROWS:]  # the nasty rows are full of ties
     assert ordinary.sum() >= 0.9 * ordinary.size, f"{router}: {(~steady).nonzero()[0]}"
     z = z[steady]
     got = route(router, z, dtype, null=null)

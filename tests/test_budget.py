@@ -29,6 +29,8 @@ from moeprof.studies import budget  # noqa: E402
 from moeprof.studies.budget import search, setting  # noqa: E402
 from moeprof.texts.windows import heldout_windows  # noqa: E402
 
+pytestmark = pytest.mark.slow  # test_every_study meets a budget on both versions
+
 TOKENS = 6000  # of the demo's text: enough for the averages to be nearly continuous
 
 
@@ -398,7 +400,6 @@ def test_with_budget_reports_what_it_did(loaded, null):
     assert max(map(len, repr(report).split("\n"))) <= 100
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fixed_p", "min_p", "local_fdr", "gap_ratio"])
 @pytest.mark.parametrize("average_k", [2.5, 4])
 def test_the_promise_on_held_out_text(name, average_k, loaded, null):
@@ -432,7 +433,6 @@ def test_a_fifth_is_set_aside_by_domain():
     assert list(map(len, report._texts(["a", "b"], None))) == [1, 1]
 
 
-@pytest.mark.slow
 def test_with_budget_by_layer(loaded, null, monkeypatch):
     monkeypatch.setattr("moeprof.studies.budget.report.SENSITIVITY_TOKENS", 1500)
     router = tuned(BH(max_k=8), loaded, 4.0, per_layer=True, null=null)
@@ -450,7 +450,6 @@ def test_top_k_above_the_default_limit(loaded, text):
     assert found.by_layer.tolist() == [20, 8, 17, 8] and found.router.k == (20, 8, 17, 8)
 
 
-@pytest.mark.slow
 def test_top_k_takes_whole_numbers(loaded, monkeypatch):
     monkeypatch.setattr("moeprof.studies.budget.report.SENSITIVITY_TOKENS", 1000)
     assert tuned(TopK(8), loaded, 6, tokens=1000).k == 6

@@ -71,6 +71,7 @@ RESULTS = [
 # ---------------------------------------------------------------- what works
 
 
+@pytest.mark.slow  # shorter ones run on both versions, below and in sweep/
 def test_sweep_of_the_demo_model(tmp_path, prompts):
     """All 21, as a user runs it: four files, the promised lines and nothing on stderr."""
     out = tmp_path / "new" / "folder"
@@ -361,7 +362,9 @@ def test_the_seed_chooses_the_passages(tmp_path, tiny, prompts):
     for seed in (1, 1, 2):
         out = tmp_path / str(len(chosen))
         options = ["--prompts", str(prompts), "--tokens", "600", "--null", "normal"]
-        main(["sweep", "--model", str(tiny), *options, "--seed", str(seed), "--out", str(out)])
+        grid = ["--alphas", "0.1", "--max-k", "4"]
+        given = [*options, *grid, "--seed", str(seed), "--out", str(out)]
+        main(["sweep", "--model", str(tiny), *given])
         chosen.append(json.loads((out / RESULTS[0]).read_text())["heldout_documents"])
     assert chosen[0] == chosen[1] != chosen[2]
 

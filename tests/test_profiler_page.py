@@ -17,7 +17,7 @@ from moeprof.profile import page as pages
 from moeprof.profile.page import divided
 from moeprof.profile.tables import Table, layers
 
-pytestmark = [pytest.mark.once, pytest.mark.drawn]
+pytestmark = pytest.mark.once
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -33,7 +33,10 @@ def profile():
 
 @pytest.fixture(scope="module")
 def html(profile):
-    return profile.to_html()
+    """With its pictures, in tests without `drawn` too."""
+    html = profile.to_html()
+    assert len(html) > 100_000
+    return html
 
 
 class Reader(HTMLParser):
@@ -62,9 +65,10 @@ class Reader(HTMLParser):
         self.text += data
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("view", ["to_html", "_repr_html_"])
-def test_the_html_asks_for_nothing(profile, view):
-    html = getattr(profile, view)()
+def test_the_html_asks_for_nothing(profile, html, view):
+    html = html if view == "to_html" else profile._repr_html_()
     read = Reader(html)
     assert read.asked and all(address.startswith(("data:", "#")) for address in read.asked)
     assert not {"script", "iframe", "object", "base"} & set(read.tags)
@@ -121,6 +125,7 @@ def test_a_wide_table_is_divided_where_its_groups_end():
     assert divided(table, 25) == [table]
 
 
+@pytest.mark.drawn
 def test_figures_follow_dark_mode_and_need_no_font(profile, html):
     pictures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', html)
     assert len(pictures) == 9
@@ -133,10 +138,12 @@ def test_figures_follow_dark_mode_and_need_no_font(profile, html):
     assert profile.to_html() == html
 
 
+@pytest.mark.drawn
 def test_the_page_is_no_larger_than_its_figures_as_pictures_were():
     assert len(make_profile(48, 16, 2).to_html()) < 1_100_000
 
 
+@pytest.mark.drawn
 def test_the_notebooks_view_touches_nothing_outside(profile):
     html = profile._repr_html_()
     style = re.search(r"<style>(.*?)</style>", html, re.S).group(1)

@@ -130,6 +130,8 @@ def widen(array, dtype):
 
 # ---- oracles ----
 
+EDGES = -32 + np.arange(8192) / 128  # of the bins of a table
+
 
 def below_top(z):
     """z less its row's maximum, float64; 0 where it is the maximum, also at +inf."""
@@ -158,9 +160,9 @@ def table_of(x_max, p_max=1e-3, beta=0.3):
 
 def table_p(s, table):
     """The rule of moeprof/null.py by np.interp: independent of it and of the kernel."""
-    x_max, p_max, beta, edges = *table[:3], -32 + np.arange(8192) / 128
-    seen = edges < x_max
-    x, y = np.append(edges[seen], x_max), np.append(table[3:-1][seen], p_max)
+    x_max, p_max, beta = table[:3]
+    seen = np.searchsorted(EDGES, x_max)  # those below it
+    x, y = np.append(EDGES[:seen], x_max), np.append(table[3 : 3 + seen], p_max)
     beyond = np.where(s > x_max, s - x_max, 0)
     tail = np.maximum(p_max * np.exp(-beyond / beta), np.finfo(np.float64).tiny)
     return np.where(s <= -32, 1.0, np.where(s > x_max, tail, np.interp(s, x, y)))
