@@ -193,7 +193,7 @@ def test_a_row_is_the_position_decoded_alone(loaded, null, router, monkeypatch):
         losses = ab.changed_losses(model, ids, cache, rows, routers)
         assert cache.get_seq_length() == ids.shape[1] - 1
         for n in [*range(3), *range(3, len(losses), 3)]:
-            alone = one_by_one(model, ids, rows.place[n], routers, rows.cut(n, n + 1))
+            alone = one_by_one(model, ids, rows.place[n], routers, rows.take([n]))
             assert losses[n] == pytest.approx(alone, abs=1e-5), (label[:, n], n)
     with moeprof.patch(model, router, null=null if router.wants_null else None):
         logits = model(input_ids=ids, use_cache=False).logits[0].detach()

@@ -2,21 +2,35 @@
 
 import warnings
 
+import every
 import numpy as np
 import pytest
 import torch
 import zoo
+from models import V5
+from test_every_family import OWN_RULE, PATCHED
 
 import moeprof
 from moeprof import demo
 from moeprof.measure.passes import collect
 from moeprof.models.blocks import experts_of, find_blocks
+from moeprof.models.decoding import keeps_all
 from moeprof.studies.comparison.controls import Oracle, with_counts
+from moeprof.studies.diagnosis import ablation
 from moeprof.studies.diagnosis.ablation import changed_routers
 from moeprof.studies.diagnosis.run import diagnose
 from moeprof.texts.windows import heldout_windows
 
-FAMILIES = ("qwen2_moe", "deepseek_v3", "ernie4_5_moe", "mixtral")
+# {family: settings}; the sliding windows are shorter than the texts
+FAMILIES = {
+    "qwen2_moe": {},
+    "deepseek_v3": {},
+    "ernie4_5_moe": {},
+    "mixtral": dict(sliding_window=16),
+    "qwen3_moe": {},
+    "gpt_oss": dict(sliding_window=16),
+    "aria": {},
+}
 TEXTS = demo.calibration_texts()[:12]
 
 
@@ -33,7 +47,7 @@ def tokenizer(_demo):
 @pytest.fixture(scope="module")
 def model(name, tokenizer):
     pad = tokenizer.pad_token_id or 0
-    model = zoo.build(name, vocab_size=len(tokenizer), pad_token_id=pad)
+    model = zoo.build(name, vocab_size=len(tokenizer), pad_token_id=pad, **FAMILIES[name])
     for block in find_blocks(model):  # a bias that says something, and leaves no ties at 0
         for key, buffer in [*block.module.named_buffers(), *block.module.named_parameters()]:
             if key.endswith("e_score_correction_bias"):
@@ -112,6 +126,50 @@ def test_diagnose_and_layer_ablation_run(model, tokenizer, null):
         )  # fmt: skip
         frame = moeprof.layer_ablation(model, tokenizer, TEXTS[:2], progress=False)
     assert found is not None and len(frame)
+
+
+# Whose own decoding differs from a forward pass over all tokens: {family: why}
+DECODES_OTHERWISE = {} if V5 else {"phimoe": "transformers forgets the window of its full cache"}
+DECODED = [f for f in PATCHED if f not in OWN_RULE and f not in DECODES_OTHERWISE]
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_a_changed_expert_is_judged_by_what_its_position_sees(family):
+    """Whatever the model keeps of the tokens before: as if all of them ran again, uncached."""
+    model = every.build(family)
+    if not model.can_generate():
+        pytest.skip(f"{type(model).__name__} has no logits")
+    ids = torch.randint(3, every.VOCABULARY, (1, 33), generator=torch.Generator().manual_seed(0))
+    places = np.array([1, 20, 30])  # the last two see all of a window of 16, and more
+    routers = changed_routers(model, moeprof.TopK(2), None)
+    with moeprof.patch(model, routers), torch.inference_mode():
+        cache = ablation.prefill(model, ids[:, :-1], routers)
+        counts = np.stack([router.seen[1][places] for router in routers], axis=1)
+        rows, label = ablation.plan(places, counts, np.zeros_like(counts) + every.E - 1)
+        losses = ablation.changed_losses(model, ids, cache, rows, routers)
+        for n in range(0, len(losses), 4):
+            place = rows.place[n]
+            for router in routers:
+                router.changes = rows.take([n]).at_end_of(place + 1)
+            logits = model(input_ids=ids[:, : place + 1], use_cache=False).logits[0, -1]
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, place + 1])
+            assert losses[n] == pytest.approx(float(loss), abs=3e-5), label[:, n]
+    assert np.abs(losses[3:] - losses[label[0, 3:]]).max() > 1e-2  # the changes do something
+
+
+def test_which_caches_are_shared():
+    """Sliding windows as long as they are not full; none that holds more than tokens."""
+    ids = torch.arange(3, 23)[None]
+    found = {}
+    for family in ("olmoe", "gpt_oss", "minimax", "qwen3_next"):
+        cache = ablation.prefill(every.build(family), ids[:, :10], [])
+        found[family] = keeps_all(cache, 5), keeps_all(cache, 6)
+    assert found == {
+        "olmoe": (True, True),
+        "gpt_oss": (True, False),  # a window of 16
+        "minimax": (False, False),
+        "qwen3_next": (False, False),
+    }
 
 
 def test_a_sweep_names_its_configurations_by_the_models_own_k(model):

@@ -28,3 +28,21 @@ def _name(model_class: type[Any]) -> str:
     forward = getattr(model_class, "forward", model_class.__call__)
     parameters = inspect.signature(forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+def keeps_all(cache: Any, more: int) -> bool:
+    """Whether a cache still has every token that it was given, and will after `more` of them.
+
+    Attention to all tokens has them. A sliding window drops those before it, and linear attention
+    and convolutions keep none. Of a cache of a model's own class it is not known: False.
+    """
+    return type(cache).__name__ == "DynamicCache" and all(
+        _layer_keeps_all(layer, more) for layer in cache.layers
+    )
+
+
+def _layer_keeps_all(layer: Any, more: int) -> bool:
+    kind = type(layer).__name__
+    if kind == "DynamicSlidingWindowLayer":
+        return layer.get_seq_length() + more < layer.sliding_window
+    return kind in ("DynamicLayer", "DynamicIndexedLayer")

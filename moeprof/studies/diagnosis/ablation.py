@@ -5,11 +5,16 @@ pass over one KV cache: each sees the tokens before its position and itself, by 
 mask. So a document is prefilled once, nothing of the cache is copied, and positions of a
 document share a pass. A change acts on one layer; the deeper layers route what then reaches
 them, as they do in use.
+
+A cache that does not keep every token, such as that of sliding windows or of linear attention,
+can't be shared so. There the tokens before each position are prefilled, and each copy of the
+position gets a copy of what is cached of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -17,7 +22,7 @@ import torch
 
 from ...measure.routing import affinities, by_layer, choose
 from ...models.blocks import find_blocks, model_norm
-from ...models.decoding import cache_of, decode
+from ...models.decoding import cache_of, decode, keeps_all
 from ...patching.patch import patch
 from ...texts.windows import HeldOut
 
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 
 SINGLE, JOINT, ADDED = 0, 1, 2  # kinds of change
 ROWS = 512  # copies in one pass: the mask has ROWS x (window + ROWS) entries
+TOKENS = 4096  # of copies that share no cache: their number x the tokens of each, cached or not
 
 
 class Ablation(NamedTuple):
@@ -95,8 +101,14 @@ class Changes(NamedTuple):
     last: NDArray[np.int64]
     extra: NDArray[np.int64]
 
-    def cut(self, start: int, stop: int) -> Changes:
-        return Changes(*(field[start:stop] for field in self))
+    def take(self, rows: NDArray[np.int64]) -> Changes:
+        return Changes(*(field[rows] for field in self))
+
+    def at_end_of(self, length: int) -> Changes:
+        """A row for each of `length` tokens, of which the last has the change."""
+        repeated = Changes(*(np.repeat(field, length) for field in self))
+        is_last = np.arange(len(repeated.place)) % length == length - 1
+        return repeated._replace(layer=np.where(is_last, repeated.layer, -1))
 
 
 class ChangedRouter:
@@ -282,12 +294,30 @@ def changed_losses(
 
     cache: of ids[:, :-1]; it is afterwards as it was.
     """
-    cached, losses = ids.shape[1] - 1, []
+    losses = np.empty(len(rows.place))
+    if keeps_all(cache, min(ROWS, len(losses))):
+        passes = _together(model, ids, cache, rows, routers)
+    else:
+        passes = _apart(model, ids, rows, routers)
+    for these, logits in passes:
+        target = ids[0, rows.place[these] + 1]
+        loss = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
+        losses[these] = loss.numpy()
+    for router in routers:
+        router.changes = None
+    return losses
+
+
+def _together(
+    model: nn.Module, ids: Tensor, cache: Any, rows: Changes, routers: list[ChangedRouter]
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """(some of the rows, their logits): ROWS of any positions in a pass over the one cache."""
+    columns = np.arange(ids.shape[1] - 1)
     dtype: Any = model.dtype
-    columns = np.arange(cached)
-    for start in range(0, len(rows.place), ROWS):
-        part = rows.cut(start, start + ROWS)
-        size = len(part.place)
+    every = np.arange(len(rows.place))
+    for start in range(0, len(every), ROWS):
+        these = every[start : start + ROWS]
+        part, size = rows.take(these), len(these)
         for router in routers:
             router.changes = part
         # A row sees the tokens before its position and, of the queries, itself only.
@@ -299,9 +329,27 @@ def changed_losses(
             model, ids[:, place[0]], cache, attention_mask=mask[None, None], position_ids=place
         )
         cache.crop(-size)  # tokens to remove, in 4.57 as in 5
-        target = ids[0, place[0] + 1]
-        logits = out.logits[0].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-    for router in routers:
-        router.changes = None
-    return torch.cat(losses).double().numpy()
+        yield these, out.logits[0]
+
+
+def _apart(
+    model: nn.Module, ids: Tensor, rows: Changes, routers: list[ChangedRouter]
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """(some of the rows, their logits): of one position in a pass, each with a cache of its own.
+
+    A model that returns no cache runs all tokens up to the position.
+    """
+    for place in np.unique(rows.place):
+        here = np.flatnonzero(rows.place == place)
+        cache = prefill(model, ids[:, :place], routers)
+        size = max(1, TOKENS // (place + 1))
+        for start in range(0, len(here), size):
+            these = here[start : start + size]
+            copied = copy.deepcopy(cache)
+            length = 1 if cache is not None else place + 1
+            if cache is not None:
+                copied.reorder_cache(torch.zeros(len(these), dtype=torch.long))
+            for router in routers:
+                router.changes = rows.take(these).at_end_of(length)
+            given = ids[:, place + 1 - length : place + 1].expand(len(these), -1)
+            yield these, decode(model, given, copied).logits[:, -1]
