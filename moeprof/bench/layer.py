@@ -52,7 +52,7 @@ def _row(
     bar.note(f"layer: {tokens} tokens")
     shape, dtype = settings.shape, weights.down.dtype
     draws = Calls(shape, dtype, tokens)
-    errors = _errors(weights, calls, draws.next()) if tokens <= ERROR_TOKENS else {}
+    wrong = errors(weights, calls, draws.next()) if tokens <= ERROR_TOKENS else {}
     limited = limit_calls(weights.words, dtype) | calls
     times = interleave(limited, settings.rounds(tokens), lambda name: draws.next(), bar)
     hit, flop = draws.experts_hit, shape.flop * tokens * shape.top_k
@@ -64,7 +64,7 @@ def _row(
         "flop": flop,
         "rates": measured,
         "roof": roof(nbytes, flop, measured),
-        "errors": errors,
+        "errors": wrong,
         "times": times,
     }
 
@@ -72,7 +72,8 @@ def _row(
 # ---- error ----
 
 
-def _errors(weights: LayerWeights, calls: dict[str, Contender], call: Call) -> dict[str, float]:
+def errors(weights: LayerWeights, calls: dict[str, Contender], call: Call) -> dict[str, float]:
+    """{name: the error of a contender, relative to float64}."""
     reference = _reference(weights, call)
     size = reference.norm()
     return {

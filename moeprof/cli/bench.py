@@ -42,6 +42,11 @@ def add_bench(commands: Commands) -> None:
         choices=FAMILIES,
         help="whose block, in any shape; default: the family of the named shape, or olmoe",
     )
+    quantized = names.add_parser(
+        "quantized", help="a layer's experts in 8 and 4 bits, beside the same in a dtype"
+    )
+    _add_common(quantized, (1, 4, 32, 128, 512), "tokens")
+    _add_dtype_and_threads(quantized)
     router = names.add_parser("router", help="what routing costs, as a share of the layer")
     _add_common(router, (1, 4, 32, 128, 512, 2048), "tokens")
     _add_dtype_and_threads(router)

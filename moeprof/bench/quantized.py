@@ -1,0 +1,180 @@
+"""A layer's experts in 8 and 4 bits: moeprof and what torch has, beside the same layer in its
+dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..backends.tables import LayerMatrices
+from ..measure.limits import WORDS, limit_calls, rates
+from ..measure.timing import interleave, ratio, steps
+from ..quantize.convert import FORMATS, quantized
+from ..show.tables import milliseconds, table
+from . import plots
+from .contenders import contenders, usable
+from .layer import ERROR_TOKENS, errors
+from .weights import Calls, layer_weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..show.console import Bar
+    from .contenders import Contender
+    from .settings import Settings
+    from .weights import LayerWeights
+
+GROUP = 32  # columns that share a scale, in torch's 4 bits as in moeprof's
+TORCH8, TORCH4 = "torch int8", "torch int4"  # its products, expert by expert
+
+
+def rounds(settings: Settings) -> int:
+    return steps(map(settings.rounds, settings.tokens))
+
+
+def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
+    shape, dtype = settings.shape, getattr(torch, settings.one_dtype)
+    bar.note("quantized: random weights")
+    weights = layer_weights(shape, dtype)
+    with torch.inference_mode():
+        calls, sizes = _contenders(settings, weights)
+        calls, missing = usable(calls, Calls(shape, dtype, 1).next())
+        rows = [_row(settings, weights, calls, sizes, tokens, bar) for tokens in settings.tokens]
+    return {"contenders": [*calls], "bytes": sizes, "missing": missing, "rows": rows}
+
+
+def _contenders(
+    settings: Settings, weights: LayerWeights
+) -> tuple[dict[str, Contender], dict[str, float]]:
+    """({name: function}, {name: bytes of an expert}); the first is the layer in its dtype."""
+    shape = settings.shape
+    calls = {"moeprof": contenders(shape, weights, False)["moeprof"]}
+    sizes = {"moeprof": float(shape.size * weights.down.element_size())}
+    for format in FORMATS.values():
+        calls[format], sizes[format] = _ours(weights, format)
+    for name, make in {TORCH8: _int8, TORCH4: _int4}.items():
+        calls[name] = _loop(make, weights)
+    return calls, sizes
+
+
+def _ours(weights: LayerWeights, format: str) -> tuple[Contender, float]:
+    experts = quantized(LayerMatrices([weights.gate_up, weights.down]), format)
+    total = sum(buffer.nbytes for buffer in experts.buffers())
+    return lambda x, logits, idx, w: experts(x, idx, w), total / len(weights.down)
+
+
+def _row(
+    settings: Settings,
+    weights: LayerWeights,
+    calls: dict[str, Contender],
+    sizes: dict[str, float],
+    tokens: int,
+    bar: Bar,
+) -> dict[str, Any]:
+    bar.note(f"quantized: {tokens} tokens")
+    dtype = weights.down.dtype
+    draws = Calls(settings.shape, dtype, tokens)
+    wrong = errors(weights, calls, draws.next()) if tokens <= ERROR_TOKENS else {}
+    limited = limit_calls(weights.words, dtype) | calls
+    times = interleave(limited, settings.rounds(tokens), lambda name: draws.next(), bar)
+    measured, hit = rates(times, weights.words), draws.experts_hit
+    read = {
+        name: hit * size / times[name]["median_ms"] / 1e6 / measured["read_gbs"]
+        for name, size in sizes.items()
+    }
+    return {
+        "tokens": tokens,
+        "experts_hit": hit,
+        "rates": measured,
+        "read_share": read,
+        "errors": wrong,
+        "times": times,
+    }
+
+
+# ---- torch ----
+
+
+Product = Callable[[Tensor], Tensor]  # x (M, K) times the transpose of a matrix (N, K)
+
+
+def _loop(make: Callable[[Tensor], Product], weights: LayerWeights) -> Contender:
+    """Expert by expert, with the products that `make` gives; made at the first call."""
+    made: list[tuple[Product, Product]] = []
+
+    def call(x: Tensor, logits: Tensor, idx: Tensor, w: Tensor) -> Tensor:
+        if not made:
+            pairs = zip(weights.gate_up, weights.down, strict=True)
+            made.extend((make(into), make(down)) for into, down in pairs)
+        out = torch.zeros_like(x)
+        for expert in idx.unique().tolist():
+            token, slot = torch.where(idx == expert)
+            into, down = made[expert]
+            gate, up = into(x[token]).chunk(2, -1)
+            out.index_add_(0, token, down(F.silu(gate) * up) * w[token, slot, None])
+        return out
+
+    return call
+
+
+def _int8(matrix: Tensor) -> Product:
+    """8 bits, one scale a row."""
+    wide = matrix.float()
+    scales = wide.abs().amax(-1) / 127
+    q = (wide / scales[:, None]).round().to(torch.int8)
+    narrow = scales.to(matrix.dtype)
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, q, narrow)
+
+
+def _int4(matrix: Tensor) -> Product:
+    """4 bits in groups, each with a scale and a zero point."""
+    wide = matrix.float().unflatten(-1, (-1, GROUP))
+    low, high = wide.amin(-1), wide.amax(-1)
+    scales = (high - low) / 15
+    q = ((wide - low[..., None]) / scales[..., None]).round().clamp(0, 15)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32).flatten(-2), 1)
+    both = torch.stack([scales, low + 8 * scales], -1).transpose(0, 1).contiguous()
+    both = both.to(matrix.dtype)
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, both)
+
+
+# ---- what is shown ----
+
+
+def tables(result: dict[str, Any]) -> Iterator[Any]:
+    names, rows = result["contenders"], result["rows"]
+    ours = [name for name in FORMATS.values() if name in names]
+    columns = {"T": "{:d}", "hit": "{:d}"}
+    columns |= {f"{name.replace(' ', chr(10))}\nms": "{:.2f}" for name in names}
+    for name in ours:
+        columns |= {f"x {name}": "{:.2f}", f"{name}\nread": "{:.0%}", f"{name}\nerror": "{:.1e}"}
+    yield table(columns, [_cells(row, names, ours) for row in rows])
+    best = max(row["rates"]["read_gbs"] for row in rows)
+    yield (
+        f"moeprof: in {result['settings']['dtype']}; x: its time over that of the format, which "
+        "is the larger the faster that is. read: bytes of the experts that were hit, over time "
+        f"and over the speed of reading ({WORDS}; at best {best:.1f} GB/s). error: relative, to "
+        "float64 of the weights before they were quantised."
+    )
+    for name, reason in result["missing"].items():
+        yield f"left out: {name}: {reason}"
+
+
+def _cells(row: dict[str, Any], names: list[str], ours: list[str]) -> list[Any]:
+    times = row["times"]
+    cells = [row["tokens"], row["experts_hit"], *(milliseconds(times, name) for name in names)]
+    for name in ours:
+        cells += [ratio(times, "moeprof", name), row["read_share"][name], row["errors"].get(name)]
+    return cells
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    dtype = result["settings"]["dtype"]
+    labels = {name: f"moeprof, {name}" for name in result["contenders"]}
+    labels |= {"moeprof": f"moeprof, {dtype}", TORCH8: TORCH8, TORCH4: TORCH4}
+    labels = {name: labels[name] for name in result["contenders"]}
+    return plots.against_tokens(result, labels, "time of a layer's experts")
