@@ -3,6 +3,8 @@
 All families run in test_every_family.py; here is what holds for the records.
 """
 
+import inspect
+
 import pytest
 import torch
 import zoo
@@ -120,3 +122,30 @@ def test_layers_that_take_different_numbers_of_experts():
         experts_of(model)
     assert _trimming("trimmed", None, None, model, 8) == (2, 2)  # no layer's own choice counts
     moeprof.patch(model).unpatch()
+
+
+# ---- how a block of one call to C is called, and what its layer says of itself ----
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "olmoe", "mixtral"])
+def test_the_only_argument_of_a_block_by_the_name_that_its_class_has(name):
+    model = zoo.build(name)
+    block, x = find_blocks(model)[0].module, torch.randn(2, 5, zoo.H)
+    parameter = list(inspect.signature(type(block).forward).parameters)[1]
+    with torch.no_grad(), moeprof.patch(model) as handle:
+        assert handle.layers[0].fused
+        named, placed = block(**{parameter: x}), block(x)
+        pairs = zip(named, placed, strict=True) if isinstance(named, tuple) else [(named, placed)]
+        assert all(torch.equal(*pair) for pair in pairs)
+        for args, kwargs in (((), {}), ((x, x), {}), ((x,), {parameter: x}), ((), {"other": x})):
+            with pytest.raises(TypeError, match="argument"):
+                block(*args, **kwargs)
+
+
+def test_a_layer_says_what_it_is_and_not_what_it_has_read():
+    model = zoo.build("deepseek_v3")  # its bias is read in bytes
+    with moeprof.patch(model, "topk", k=1) as handle:
+        model(**zoo.inputs("deepseek_v3"))
+        said = repr(handle.layers[0])
+    assert "model.layers.1.mlp" in said and "deepseek_v3" in said and "TopK" in said
+    assert "\\x00" not in said and " at 0x" not in said and len(said) < 400

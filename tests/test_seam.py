@@ -1,5 +1,6 @@
 """Blocks that run their own forward while they are patched: what may change under a patch."""
 
+import copy
 import inspect
 import types
 from contextlib import nullcontext
@@ -327,3 +328,60 @@ def test_a_gate_is_not_run_again_until_it_changes(monkeypatch):
     assert (runs(), runs()) == (1, 0)
     subclass(gate).__class__.__module__ = stock.__module__
     assert (runs(), runs()) == (1, 0)
+
+
+def test_a_forward_of_a_users_gate_is_called_outside_of_its_block_too():
+    """Also under two patches, in a copy, and after them."""
+    model = zoo.build("qwen2_moe")
+    gate = last_block(model).gate = Wrapped(last_block(model).gate)
+
+    def forward(self, hidden_states):
+        said, weights, ids = self.inner(hidden_states)
+        return said, weights * 0.1, ids
+
+    gate.forward = types.MethodType(forward, gate)
+    x = torch.randn(5, zoo.H)
+    expected = gate(x)
+    with moeprof.patch(model), moeprof.patch(model):
+        assert all(map(torch.equal, gate(x), expected))
+        copied = copy.deepcopy(model)
+        assert all(map(torch.equal, last_block(copied).gate(x), expected))
+    assert all(map(torch.equal, gate(x), expected))
+
+
+@pytest.mark.parametrize("form", ["logits alone", "experts first", "never called"])
+def test_a_router_in_the_form_of_an_earlier_transformers_is_left_to_its_block(form, monkeypatch):
+    """Which 5.6 to 5.20 have for some families: the experts run in C, another router does not."""
+    model = zoo.build("qwen2_moe")
+    block = last_block(model)
+    gate, kind, x = block.gate, type(block.gate), torch.randn(2, 5, zoo.H)
+    own = kind.forward
+    if form == "never called":  # by its block; the record knows the router all the same
+        monkeypatch.setattr(type(block), "forward", lambda self, x: _chosen(self, own, x))
+    elif form == "logits alone":
+        monkeypatch.setattr(kind, "forward", lambda self, x: own(self, x)[0])
+        monkeypatch.setattr(type(block), "forward", lambda self, x: _chosen(self, own, x, gate))
+    else:
+        monkeypatch.setattr(
+            kind, "forward", lambda self, x: tuple(own(self, x)[i] for i in (0, 2, 1))
+        )
+        monkeypatch.setattr(
+            type(block), "forward", lambda self, x: self.experts(x[0], *self.gate(x[0])[1:])
+        )
+    x = x[:1]
+    with torch.no_grad():
+        stock = block(x)
+        with moeprof.patch(model) as handle:
+            assert not handle.fallbacks
+            assert (block(x) - stock).abs().max() < 1e-5
+            assert (block(x[:, :1]) - block(x)[..., :1, :]).abs().max() < 1e-5
+        with moeprof.patch(model, lambda z: moeprof.topk_routing(z, k=1)):
+            with pytest.raises(ValueError, match="layers.1.mlp.*no other router can take"):
+                block(x)
+
+
+def _chosen(block, own, x, asked=None):
+    if asked is not None:
+        asked(x[0])
+    _, weights, ids = own(block.gate, x[0])
+    return block.experts(x[0], ids, weights)

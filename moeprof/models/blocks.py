@@ -227,9 +227,10 @@ def _no_routers(model: nn.Module) -> str:
     """What was looked for and found, and what of moeprof works on such a model."""
     classes = {type(m).__name__ for m in model.modules()}
     alike = sorted(c for c in classes if any(s in c.lower() for s in ("moe", "router", "expert")))
+    known = len({family.name for family in FAMILIES})  # some have a record for each layout
     text = (
         f"No routers found in {type(model).__name__}: looked for blocks with a gate and "
-        f"experts, of the {len(FAMILIES)} families that moeprof.patch knows; found "
+        f"experts, of the {known} families that moeprof.patch knows; found "
         f"{len(classes)} classes of modules, of a mixture of experts: {', '.join(alike) or 'none'}"
     )
     if _profiler_reads(model):

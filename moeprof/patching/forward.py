@@ -5,6 +5,7 @@ A block is fused that does nothing but to call its gate and its experts; the oth
 
 import warnings
 from contextlib import ExitStack
+from inspect import signature
 from time import perf_counter_ns
 from typing import Any
 
@@ -23,11 +24,12 @@ from .observers import Routed, observers_of
 from .state import STATE, Absent, earlier
 
 
-def block_forward(self: Any, hidden_states: Tensor) -> Any:
+def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a fused block; bound to the block, so that a copy uses its own weights."""
     layer: PatchedLayer | None = vars(self).get(STATE)
     if layer is None:  # another thread unpatched the block since it looked this forward up
-        return self.forward(hidden_states)
+        return self.forward(*args, **kwargs)
+    hidden_states = _only(self, args, kwargs)
     observers = observers_of(self)
     start = perf_counter_ns() if observers else 0
     family = layer.family
@@ -39,6 +41,14 @@ def block_forward(self: Any, hidden_states: Tensor) -> Any:
     out, routing = _run(self, layer, x, said, table)
     tell(self, layer, hidden_states, routing, said.expert_ids is not None, start)
     return family.output(self, hidden_states, out.reshape(hidden_states.shape), said)
+
+
+def _only(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The one argument of a fused block, also by the name that its class has for it."""
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    given = signature(type(block).forward).bind(block, *args, **kwargs).args
+    return given[1]
 
 
 def tell(

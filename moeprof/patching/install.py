@@ -9,6 +9,8 @@ from torch import nn
 from .observers import rehook
 from .state import STATE, Absent, Patched, wait_until_left
 
+UNPATCHED = "_moeprof_forward"  # the instance attribute: the forward that it had before any patch
+
 
 def install(
     patched: nn.Module, state: Patched, changes: list[tuple[nn.Module, Callable[..., Any]]]
@@ -17,8 +19,13 @@ def install(
 
     The first of these modules is `patched` itself.
     """
-    attributes: list[dict[str, Any]]
-    attributes = [{"forward": types.MethodType(forward, module)} for module, forward in changes]
+    attributes: list[dict[str, Any]] = [
+        {
+            "forward": types.MethodType(forward, module),
+            UNPATCHED: vars(module).get(UNPATCHED, vars(module).get("forward", Absent)),
+        }
+        for module, forward in changes
+    ]
     attributes[0][STATE] = state
     for (module, _), own in zip(changes, attributes, strict=True):
         state.saved.append((module, {n: vars(module).get(n, Absent) for n in own}))
@@ -37,6 +44,16 @@ def restore(patched: nn.Module) -> None:
     for part in parts:
         _put_back(*part)
     rehook(patched)
+
+
+def run_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the forward that a module had before any patch."""
+    if UNPATCHED not in vars(module):  # another thread unpatched it since
+        return module.forward(*args, **kwargs)
+    forward = vars(module)[UNPATCHED]
+    if forward is Absent:
+        return type(module).forward(module, *args, **kwargs)
+    return forward(*args, **kwargs)
 
 
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:

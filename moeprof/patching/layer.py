@@ -1,7 +1,7 @@
 """A patched layer: what it routes by, and what it has read of its block."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,12 +38,13 @@ class PatchedLayer(Patched):
     strict: bool
     fused: bool  # one call to C runs the whole block; else its gate and its experts are ours
     own_logits: bool  # they can be had without the choice of the gate, which has a known rule
-    callbacks: tuple[Callback, ...] = ()  # of `Handle.on_routing`, in the order that they came
+    # Of `Handle.on_routing`, in the order that they came:
+    callbacks: tuple[Callback, ...] = field(default=(), repr=False)
     fallback: str | None = None  # why the model's own forward runs, once it does
-    cap: "CapWatch | None" = None  # of a router on a null whose max_k is None
+    cap: "CapWatch | None" = field(default=None, repr=False)  # of a null's router, max_k None
     # The model's settings, and what was made of them; the block's experts, as they were read.
-    _spec: tuple[Settings, RouteSpec, Any] | None = None
-    _read: tuple[nn.Module, Unchanged, WeightTable] | None = None
+    _spec: tuple[Settings, RouteSpec, Any] | None = field(default=None, repr=False)
+    _read: tuple[nn.Module, Unchanged, WeightTable] | None = field(default=None, repr=False)
 
     @property
     def title(self) -> str:

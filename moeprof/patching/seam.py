@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..backends.ops import Matrices, run_experts, run_route
 from ..backends.tables import routing_obstacle
 from ..models.blocks import not_runnable
+from ..models.families.rules import OTHER_FORM, is_choice
 from ..models.reading import as_logits
 from ..models.routing import Routing
 from .forward import (
@@ -27,6 +28,7 @@ from .forward import (
     run_unpatched,
     tell,
 )
+from .install import run_stock
 from .layer import PatchedLayer
 from .observers import observers_of
 from .state import STATE, inside
@@ -90,6 +92,11 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             output = run_unpatched(self, layer, *args, **kwargs)
         finally:
             _HERE.call = outer
+    if layer.router is not None and call.said is None:
+        raise ValueError(
+            f"{layer.title}: its block chose experts without a call of its router, so no other "
+            "router can take its place: patch without one, or install a newer transformers"
+        )
     if watched and call.given is not None:
         by_user = not layer.family.has_stock_gate(self)
         tell(self, layer, hidden_states, call.ran(), by_user, start)
@@ -109,7 +116,7 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
     """The gate's forward: it returns what it did, with our choice of experts."""
     call = _call_of(self)
     if call is None:
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        return run_stock(self, hidden_states, *args, **kwargs)
     layer = call.layer
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     is_stock = layer.family.has_stock_gate(call.block)
@@ -121,6 +128,8 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
     else:
         output = run_unpatched(self, layer, hidden_states, *args, **kwargs)
         if is_stock:
+            if not is_choice(output):
+                return _as_it_is(layer, output)
             said = _stock_choice(output, layer.num_experts)
         else:
             said = layer.family.read(output, len(x), layer.num_experts, layer.name)
@@ -133,6 +142,16 @@ def gate_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) ->
             recorded = said.logits
     call.said = _choose(call, said, x)
     return recorded, call.said.weights, call.said.expert_ids, *rest
+
+
+def _as_it_is(layer: PatchedLayer, output: Any) -> Any:
+    """What a router of transformers returns in a form that only its own block knows."""
+    if layer.router is not None:
+        raise ValueError(
+            f"Router output format unexpected: {layer.title}: {OTHER_FORM}, so no other router can "
+            "take its place: patch without one, or install a newer transformers (5.24 is known)"
+        )
+    return output
 
 
 def _stock_choice(output: Any, num_experts: int) -> Routing:
@@ -165,7 +184,7 @@ def experts_forward(
     """The experts' forward: what the block gives them, whoever chose it, in C."""
     call = _call_of(self)
     if call is None:
-        out: Tensor = type(self).forward(self, hidden_states, expert_ids, routing_weights)
+        out: Tensor = run_stock(self, hidden_states, expert_ids, routing_weights)
         return out
     name = call.layer.title
     reason = input_obstacle(call.table, hidden_states)

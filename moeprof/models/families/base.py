@@ -68,6 +68,9 @@ class Layout:
         self.reader = RuleReader(family.rule)
         self.classes = vars(sys.modules[family.module])
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.family.name}>"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Layout":
         return self  # it belongs to no model, so that a copy of a patched one may share it
 

@@ -284,6 +284,8 @@ def _run_gate(
         x = _hidden(gate, dtype)
         with torch.no_grad():
             said = _said(gate, x, reader.extras(block, gate))
+            if not (len(said) == 2 or is_choice(said)):
+                return Checked(None, False, OTHER_FORM)
             *first, weights, ids = (part.reshape(ROWS, -1) for part in said[:3])
             if weights.dtype == torch.int64:  # as transformers 4 has them
                 weights, ids = ids, weights
@@ -320,6 +322,19 @@ def _said(gate: nn.Module, x: Tensor, extras: list[Any]) -> Any:
     if len(said) == 5 and (read := by_expert(said, len(x), said[-1].shape[-1])):
         return read.logits, read.weights, read.chosen
     return said
+
+
+OTHER_FORM = "its router does not return (logits, weights, experts)"
+
+
+def is_choice(said: Any) -> bool:
+    """Has a gate returned (logits, weights, expert ids), and perhaps more after them? Up to
+    transformers 5.20 some return them in another order, or logits alone and the block chooses."""
+    return (
+        isinstance(said, tuple)
+        and len(said) >= 3
+        and [part.is_floating_point() for part in said[:3]] == [True, True, False]
+    )
 
 
 def _hidden(gate: nn.Module, dtype: torch.dtype) -> Tensor:
