@@ -24,7 +24,12 @@ else:  # what pytest itself reads pyproject.toml with
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_every_family.py", "test_parity.py", "test_seam.py", "test_families.py")
+# What of the families is expected is that of 5.24: in the oldest, some routers are others
+# (docs/models.md), and OLMoE alone is held to what transformers computes.
+TESTS = {
+    "oldest": ("test_parity.py",),
+    "newest": ("test_every_family.py", "test_parity.py", "test_seam.py", "test_families.py"),
+}
 
 
 def requirement():
@@ -53,17 +58,17 @@ def test_what_can_not_be_installed_is_what_is_refused(monkeypatch):
 
 @pytest.mark.compat
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("newest", [False, True], ids=["oldest", "newest"])
-def test_the_ends_of_transformers_5(newest, tmp_path):
+@pytest.mark.parametrize("end", TESTS)
+def test_the_ends_of_transformers_5(end, tmp_path):
     minor = int(excluded()[-1].split(".")[1]) + 1
-    wanted = requirement() if newest else f"transformers==5.{minor}.*"
+    wanted = requirement() if end == "newest" else f"transformers==5.{minor}.*"
     python = tmp_path / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", wanted], check=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(tmp_path)})
     here = sysconfig.get_path("purelib")
     Path(packages, "first.pth").write_text(f"{ROOT}\nimport site; site.addsitedir({here!r})\n")
-    files = [str(ROOT / "tests" / name) for name in TESTS]
+    files = [str(ROOT / "tests" / name) for name in TESTS[end]]
     all_families = ["-m", "families or not families", "-k", "not the_sample"]
     ran = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *all_families, *files],
