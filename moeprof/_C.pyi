@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from numpy import bool_, float32, float64, int32, int64, uint16, uint64
+from numpy import bool_, float32, float64, int32, int64, uint8, uint16, uint64
 from numpy.typing import NDArray
 
 _Bits = NDArray[float32] | NDArray[uint16]
@@ -20,6 +20,7 @@ class Layer:
         cls,
         pointers: NDArray[uint64],
         format: str,
+        dtype: str,
         hidden_size: int,
         intermediate_size: int,
         activation: tuple[str, float, float, float],
@@ -52,8 +53,19 @@ def moe(
 
 # linear layers
 def dense(
-    x: _Bits, weight: int, features: int, bias: int, format: str, threads: int, /
+    x: _Bits,
+    weight: int,
+    features: int,
+    bias: int,
+    format: str,
+    dtype: str,
+    threads: int,
+    /,
 ) -> _Bits: ...
+
+# weights of 8 and 4 bits
+def encode(w: _Bits, dtype: str, format: str, threads: int, /) -> NDArray[uint8]: ...
+def decode(encoded: NDArray[uint8], n: int, k: int, format: str, /) -> NDArray[float32]: ...
 
 # counting
 _Places = dict[str, tuple[int, int, int]]
