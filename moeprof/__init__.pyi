@@ -23,6 +23,8 @@ from .profile.agreement import router_agreement as router_agreement
 from .profile.profiler import MoEProfiler as MoEProfiler
 from .profile.result import Profile as Profile
 from .profiler.records import read_records as read_records
+from .quantizing.quantize import quantize as quantize
+from .quantizing.report import QuantizeReport as QuantizeReport
 from .routers import BH as BH
 from .routers import BY as BY
 from .routers import EBH as EBH
@@ -71,6 +73,7 @@ __all__ = [
     "Null",
     "OLMoERouterPatcher",
     "Profile",
+    "QuantizeReport",
     "Router",
     "Routing",
     "SimpleBenchmark",
@@ -95,6 +98,7 @@ __all__ = [
     "local_fdr_routing",
     "min_p_routing",
     "patch",
+    "quantize",
     "read_records",
     "roofline",
     "router_agreement",

@@ -158,6 +158,6 @@ def demo():
 
 
 if __name__ == "__main__":
-    from moeprof.quantize.convert import quantized
+    from moeprof.quantizing.convert import quantized
 
     {"layer": layer, "demo": demo}[sys.argv[1]]()

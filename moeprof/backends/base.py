@@ -50,3 +50,9 @@ class Backend(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(M, N): x (M, K) times the transpose of the weight (N, K), plus the bias (N,)."""
         ...
+
+    def quantized_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, features: int, format: str
+    ) -> Tensor:
+        """The same with a weight of a quantised format, (bytes,) uint8, of so many features."""
+        ...

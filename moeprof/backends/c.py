@@ -51,16 +51,21 @@ class CBackend:
         return torch.from_numpy(_C.choice_logits(as_array(logits), spec.in_c(DTYPES[dtype])))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.quantized_linear(x, weight, bias, weight.shape[0], DTYPES[weight.dtype])
+
+    def quantized_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, features: int, format: str
+    ) -> Tensor:
         out = _C.dense(
             as_array(x),
             weight.data_ptr(),
-            weight.shape[0],
+            features,
             0 if bias is None else bias.data_ptr(),
-            DTYPES[weight.dtype],
+            format,
             DTYPES[x.dtype],
             get_num_threads(),
         )
-        return as_tensor(out, weight.dtype)
+        return as_tensor(out, x.dtype)
 
 
 C: Backend = CBackend()

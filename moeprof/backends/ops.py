@@ -1,7 +1,8 @@
 """The experts of a layer on the C path, as torch operators.
 
 Opaque to torch.compile, and counted by torch's FlopCounterMode: ``moeprof::experts`` runs a
-routing that is given, ``moeprof::moe`` routes and runs in one call, ``moeprof::route`` routes.
+routing that is given, ``moeprof::moe`` routes and runs in one call, ``moeprof::route`` routes,
+``moeprof::linear`` is a linear layer whose weight is quantised.
 """
 
 from collections.abc import Sequence
@@ -135,6 +136,22 @@ def _(
     return slots.float(), slots, counts, torch.empty_like(counts)
 
 
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, features: int, format: str, name: str
+) -> Tensor:
+    return C.quantized_linear(x, weight, bias, features, format)
+
+
+linear_op = torch.library.custom_op("moeprof::linear", _linear, mutates_args=())
+
+
+@linear_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, features: int, format: str, name: str
+) -> Tensor:
+    return x.new_empty((x.shape[0], features))
+
+
 def _run_experts(
     hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Any, name: str
 ) -> Tensor:
@@ -167,25 +184,28 @@ def _run_moe(hidden: Tensor, logits: Tensor, table: Any, spec: RouteSpec, name: 
 BY_ITSELF = "experts_forward: "
 
 
-def _instead(name: str) -> str:
+def _instead(name: str, tensors: Sequence[Any] = ()) -> str:
     """What a user does who wants gradients from the experts of this name."""
+    if any(isinstance(t, Tensor) and t.dtype == torch.uint8 for t in tensors):
+        return "its weights are quantised: train the model that they were made from"
     if name.startswith(BY_ITSELF):
         return 'choose other experts for that, model.set_experts_implementation("grouped_mm")'
     return "unpatch the model for that"
 
 
 def _remember_name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.layer_name = inputs[-1]
+    tensors = [t for given in inputs for t in (given if isinstance(given, list) else [given])]
+    ctx.layer_name, ctx.instead = inputs[-1], _instead(inputs[-1], tensors)
 
 
 def _refuse(ctx: Any, *gradients: Any) -> NoReturn:
-    name = ctx.layer_name
-    raise RuntimeError(f"{name}: the C path has no backward to train with; {_instead(name)}")
+    raise RuntimeError(f"{ctx.layer_name}: the C path has no backward to train with; {ctx.instead}")
 
 
 experts_op.register_autograd(_refuse, setup_context=_remember_name)
 moe_op.register_autograd(_refuse, setup_context=_remember_name)
 route_op.register_autograd(_refuse, setup_context=_remember_name)
+linear_op.register_autograd(_refuse, setup_context=_remember_name)
 
 
 Matrices = WeightTable | LayerMatrices
@@ -227,6 +247,16 @@ def run_route(
     return weights, expert_ids, counts, rejections
 
 
+def run_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, features: int, format: str, name: str
+) -> Tensor:
+    """`linear_op`, without the dispatcher where nothing observes."""
+    if unobserved(x, weight):
+        return C.quantized_linear(x, weight, bias, features, format)
+    _refuse_tangents(name, x, weight)
+    return linear_op(x, weight, bias, features, format, name)
+
+
 def table_of(read: LayerMatrices) -> Matrices:
     """A table of these matrices, or they themselves while a compiler traces."""
     return read if torch.compiler.is_compiling() else WeightTable(*read)
@@ -244,10 +274,10 @@ def _refuse_tangents(name: str, *tensors: Tensor) -> None:
     if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(f"{name}: the C path has no derivatives; {_instead(name)}")
+        raise RuntimeError(f"{name}: the C path has no derivatives; {_instead(name, tensors)}")
 
 
-# ---- FLOPs: 2 H I for each matrix of each expert that a token was sent to ----
+# ---- FLOPs: 2 H I for each matrix of each expert that a token was sent to; 2 M N K ----
 
 
 def _expert_flops(matrices: Sequence[Tensor], activation: str, storage: str) -> int:
@@ -293,3 +323,18 @@ def _(
 ) -> int:
     _, _, expert_ids, counts, _ = out_val
     return _expert_flops(matrices, activation, storage) * _total(counts, expert_ids.numel())
+
+
+@register_flop_formula(torch.ops.moeprof.linear, get_raw=True)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    features: int,
+    format: str,
+    name: str,
+    *,
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
+    return 2 * x.numel() * features

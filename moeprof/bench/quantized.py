@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..backends.tables import LayerMatrices
 from ..measure.limits import WORDS, limit_calls, rates
 from ..measure.timing import interleave, ratio, steps
-from ..quantize.convert import FORMATS, quantized
+from ..quantizing.convert import FORMATS, quantized
 from ..show.tables import milliseconds, table
 from . import plots
 from .contenders import contenders, usable

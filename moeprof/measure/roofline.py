@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import check_model
 from ..models.find import find_sites
+from ..models.sizes import weights_of
 from .bits import words_of
 from .limits import SIZE
 from .machine import cache_bytes
@@ -35,8 +36,8 @@ class Roofline(NamedTuple):
 
     read_gbs : 1e9 bytes per second, the weights read by all threads
     gemm_gflops : 1e9 operations per second of torch's dense matrix product in the weights'
-        dtype; float16 in float32, as it is computed
-    dtype : of the weights, "bfloat16"
+        dtype; float16 in float32, as it is computed, and quantised weights too
+    dtype : of the weights, "bfloat16"; "uint8" of quantised ones
     weight_bytes : of the weights that the rate is of: the experts', or all without experts
     seconds : that the measurement took
     threads : torch's
@@ -107,7 +108,7 @@ def _key(weights: list[Tensor]) -> tuple[torch.dtype, int]:
 
 def _weights(model: nn.Module) -> list[Tensor]:
     """The experts' weights, or all of a model without experts."""
-    for name, tensor in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(
                 f"roofline: {name} is on the device {tensor.device}; measured is what this "
@@ -117,9 +118,8 @@ def _weights(model: nn.Module) -> list[Tensor]:
         modules = [site.experts for site in find_sites(model) if site.experts is not None]
     except ValueError:  # no MoE layers
         modules = []
-    weights: list[Tensor] = [
-        t for module in modules or [model] for t in module.parameters() if t.numel()
-    ]
+    parts = [part for module in modules or [model] for part in module.modules()]
+    weights = [*dict.fromkeys(t for part in parts for t in weights_of(part) if t.numel())]
     if not weights:
         raise ValueError(f"roofline: {type(model).__name__} has no weights")
     return weights

@@ -13,6 +13,7 @@ from torch import nn
 
 from .families import family_of
 from .layer import Layer
+from .quantized import QuantizedExperts
 from .sizes import (
     COUNTS,
     Size,
@@ -411,8 +412,18 @@ def _site(model: nn.Module, parts: _Parts) -> Site:
         unknown="; ".join(dict.fromkeys(filter(None, [size.reason, *reasons]))),
     )
     experts = collections[0] if len(collections) == 1 else (inner if collections else None)
-    chooses = "experts" if experts is not None and _experts_tell(router, experts) else "router"
+    in_list = calls_one_by_one(inner, experts)
+    tells = experts is not None and not in_list and _experts_tell(router, experts)
+    chooses = "experts" if tells else "router"
     return Site(layer, router, block, experts, chooses)
+
+
+def calls_one_by_one(block: nn.Module, experts: nn.Module | None) -> bool:
+    """Does the block call its experts by their numbers, as a list?"""
+    if not isinstance(experts, QuantizedExperts):
+        return experts is not None and is_list(experts)
+    family = family_of(block)
+    return family is not None and not family.has_seam
 
 
 def _only_raises(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """What moeprof finds in a model: its MoE layers, and which of them it can run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from .families import family_of
 from .families.base import Layout
 from .find import Site, find_layers
 from .names import layer_labels
+from .quantized import QuantizedExperts
 from .sizes import expert_slots, is_list, parameter_bytes
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class InspectedLayer(NamedTuple):
     family : as transformers calls the model's folder, where moeprof has a record of it
     rule : the model's own router in words
     num_experts, top_k, hidden_size, intermediate_size : E, k, H, I
-    dtype, device : of the experts' parameters, several separated by commas
+    dtype, device : of the experts' parameters, several separated by commas; "q8" or "q4" are
+        experts that `moeprof.quantize` keeps in 8 or 4 bits
     activation : the experts', its class or function
     bytes : of router, experts and shared experts
     path : "fused", "seam", "experts only" or "the model's own"
@@ -162,7 +164,11 @@ def _inspected(label: int | str, site: Site) -> InspectedLayer:
     layer, family = site.layer, family_of(site.block)
     path, reason = _path(site)
     rule = None if family is None else _rule(site.block, family)
-    parts = [] if site.experts is None else [p for p in site.experts.parameters()]
+    experts = site.experts
+    parts: list[torch.Tensor] = [] if experts is None else [*experts.parameters()]
+    dtypes = [str(p.dtype).removeprefix("torch.") for p in parts]
+    if isinstance(experts, QuantizedExperts):
+        dtypes, parts = [experts.format_in_c], [experts.get_buffer("down_proj")]
     return InspectedLayer(
         label,
         layer.block,
@@ -173,7 +179,7 @@ def _inspected(label: int | str, site: Site) -> InspectedLayer:
         layer.top_k,
         layer.hidden_size,
         _intermediate_size(site.experts, layer.hidden_size),
-        _joined(str(p.dtype).removeprefix("torch.") for p in parts),
+        _joined(dtypes),
         _joined(str(p.device) for p in parts),
         _activation(site.experts),
         layer.router_bytes + layer.shared_bytes + parameter_bytes(site.experts)
@@ -212,7 +218,7 @@ def _path(site: Site) -> tuple[str, str]:
     return OWN, f'{reason}; model.set_experts_implementation("moeprof") runs its experts in C'
 
 
-def _joined(names: Iterator[str]) -> str | None:
+def _joined(names: Iterable[str]) -> str | None:
     return ", ".join(dict.fromkeys(names)) or None
 
 
@@ -223,6 +229,8 @@ def _first_expert(experts: nn.Module | None) -> Any:
 
 
 def _activation(experts: nn.Module | None) -> str | None:
+    if isinstance(experts, QuantizedExperts):
+        return experts.activation.name
     expert = _first_expert(experts)
     for name in ("act_fn", "activation", "act", "activation_fn"):
         found = getattr(expert, name, None)
@@ -234,6 +242,8 @@ def _activation(experts: nn.Module | None) -> str | None:
 
 def _intermediate_size(experts: nn.Module | None, hidden_size: int | None) -> int | None:
     """What the down projection takes, where it is called that: its side beside H."""
+    if isinstance(experts, QuantizedExperts):
+        return experts.intermediate_size
     down = getattr(_first_expert(experts), "down_proj", None)
     if isinstance(down, nn.Linear):
         return down.in_features

@@ -1,4 +1,4 @@
-"""Experts in 8 or 4 bits: a module that stands where a model's own experts stood."""
+"""Weights in 8 or 4 bits: modules that stand where a model's own experts and linears stood."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -6,9 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import BY_ITSELF, run_experts, table_of
-from ..backends.tables import BY_NAME, DTYPES, NOTHING_READ, Activation, LayerMatrices, Storage
+from ..backends.ops import run_experts, run_linear, table_of
+from ..backends.tables import (
+    BY_NAME,
+    DTYPES,
+    NOTHING_READ,
+    Activation,
+    LayerMatrices,
+    Storage,
+    routing_obstacle,
+    tensor_obstacle,
+)
 from .guards import hooked
+
+GROUP, PANEL = 32, 16  # columns that share a scale, rows that lie together; csrc/quantized.h
+_BITS = {"q8": 8, "q4": 4}
+
+
+def encoded_bytes(rows: int, columns: int, format: str) -> int:
+    """Of a matrix (rows, columns): whole panels of whole groups, each with a scale of 2 bytes."""
+    groups = -(-rows // PANEL) * PANEL * -(-columns // GROUP)
+    return groups * (GROUP * _BITS[format] // 8 + 2)
 
 
 class QuantizedExperts(nn.Module):
@@ -41,11 +59,26 @@ class QuantizedExperts(nn.Module):
         self.activation, self.config = activation, config
         self.format, self.exact = storage.format, False
         self.hidden_size, self.intermediate_size = storage.hidden_size, storage.intermediate_size
+        self._check_bytes(matrices)
         for name, tensor in zip(self._names(), matrices, strict=False):
             self.register_buffer(name, tensor)
         # Biases and hidden states are of the model's dtype: this follows `model.to(dtype)`.
         dtype = torch.empty(0, dtype=BY_NAME[storage.dtype])
         self.register_buffer("dtype_of_hidden", dtype, persistent=False)
+
+    def _check_bytes(self, matrices: Sequence[Tensor]) -> None:
+        """ValueError unless the tensors are of these sizes: C reads them by their addresses."""
+        sizes = self.intermediate_size, self.hidden_size
+        per = self.activation.matrices - 1, 1
+        for tensor, beside, (rows, columns) in zip(
+            matrices, per, (sizes, sizes[::-1]), strict=False
+        ):
+            wanted = (len(tensor), beside, encoded_bytes(rows, columns, self.format))
+            if tensor.dtype != torch.uint8 or tensor.shape != wanted:
+                raise ValueError(
+                    f"quantised matrices: expected uint8 {wanted}, got {tensor.dtype} "
+                    f"{tuple(tensor.shape)}"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,23 +89,33 @@ class QuantizedExperts(nn.Module):
         first = "gate_up_proj" if self.activation.gated else "up_proj"
         return first, "down_proj", f"{first}_bias", "down_proj_bias"
 
+    @property
+    def format_in_c(self) -> str:
+        """The format as it is multiplied: with activations of 8 bits, or as they are."""
+        return f"{self.format}_exact" if self.exact else self.format
+
     def read(self) -> tuple[LayerMatrices, str | None]:
-        """(the matrices, None), or (none, why they can't run in C)."""
+        """(the matrices, None), or (none, why a patched block, which does not call this module,
+        can't run them in C)."""
         if reason := hooked(self):
             return NOTHING_READ, reason
+        return self._read()
+
+    def _read(self) -> tuple[LayerMatrices, str | None]:
         own: dict[str, Any] = vars(self)["_buffers"]
         tensors = [own[name] for name in self._names() if own.get(name) is not None]
         if (dtype := DTYPES.get(self.dtype)) is None:
             return NOTHING_READ, f"hidden states of {self.dtype}"
-        format = f"{self.format}_exact" if self.exact else self.format
-        storage = Storage("rows", format, dtype, self.hidden_size, self.intermediate_size)
+        sizes = self.hidden_size, self.intermediate_size
+        storage = Storage("rows", self.format_in_c, dtype, *sizes)
         return LayerMatrices(tensors, self.activation, storage), None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H): run the experts that a routing (T, k) names."""
-        name = BY_ITSELF + type(self).__name__
-        read, reason = self.read()
-        if reason:
+        name = type(self).__name__
+        read, reason = self._read()
+        reason = reason or tensor_obstacle([*read.matrices, hidden_states], read.storage)
+        if reason := reason or routing_obstacle(top_k_index, top_k_weights):
             raise RuntimeError(f"{name}: {reason}")
         return run_experts(hidden_states, top_k_index, top_k_weights, table_of(read), name)
 
@@ -93,5 +136,67 @@ class QuantizedExperts(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{len(self)} experts, hidden_size={self.hidden_size}, "
-            f"intermediate_size={self.intermediate_size}, format={self.format}"
+            f"intermediate_size={self.intermediate_size}, format={self.format_in_c}"
+        )
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is as `_C.encode` makes it, multiplied in C.
+
+    Parameters
+    ----------
+    weight : (bytes,) uint8
+        Becomes a buffer, as the bias does.
+    bias : (out_features,) or None
+        Of the dtype of the inputs.
+    in_features, out_features
+        The sizes that the bytes don't tell.
+    format
+        "q8" or "q4".
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int, format: str
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.exact = format, False
+        wanted = encoded_bytes(out_features, in_features, format)
+        if weight.dtype != torch.uint8 or weight.shape != (wanted,):
+            raise ValueError(
+                f"quantised weight: expected uint8 ({wanted},), got {weight.dtype} "
+                f"{tuple(weight.shape)}"
+            )
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    @property
+    def format_in_c(self) -> str:
+        """As that of `QuantizedExperts`."""
+        return f"{self.format}_exact" if self.exact else self.format
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., out_features) of an input (..., in_features)."""
+        name = type(self).__name__
+        weight, bias = self.get_buffer("weight"), vars(self)["_buffers"]["bias"]
+        tensors = [weight, input] if bias is None else [weight, input, bias]
+        dtype = DTYPES.get(input.dtype, str(input.dtype))
+        storage = Storage("rows", self.format_in_c, dtype, self.in_features, self.out_features)
+        if input.dtype not in DTYPES:
+            raise RuntimeError(f"{name}: an input of {dtype} (float32, bfloat16, float16)")
+        if reason := tensor_obstacle(tensors, storage):
+            raise RuntimeError(f"{name}: {reason}")
+        if input.shape[-1:] != (self.in_features,):
+            raise RuntimeError(
+                f"{name}: expected an input of {self.in_features} columns, got {tuple(input.shape)}"
+            )
+        rows = input.reshape(-1, self.in_features)
+        out = run_linear(rows, weight, bias, self.out_features, self.format_in_c, name)
+        return out.view(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        bias = vars(self)["_buffers"]["bias"] is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
+            f"format={self.format_in_c}"
         )

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .quantized import QuantizedExperts
+
 COUNTS = (
     "num_experts",
     "n_routed_experts",
@@ -232,10 +234,11 @@ def unknown_reason(module: nn.Module, without: Collection[nn.Module] = ()) -> st
 
 def parameter_bytes(module: nn.Module, without: Collection[nn.Module] = ()) -> int:
     """Bytes of all parameters in `module`, of what is quantised its buffers too."""
-    return sum(sum(map(tensor_bytes, _weights(part))) for part in walk(module, without))
+    return sum(sum(map(tensor_bytes, weights_of(part))) for part in walk(module, without))
 
 
-def _weights(part: nn.Module) -> list[Tensor]:
+def weights_of(part: nn.Module) -> list[Tensor]:
+    """The parameters of this very module, of what is quantised its buffers too."""
     own: list[Tensor] = list(part.parameters(recurse=False))
     if own and not any(p.dtype in _PACKED for p in own):
         return own
@@ -287,10 +290,7 @@ def expert_size(collections: list[nn.Module], num_experts: int, *, block: nn.Mod
     Each of them is a list or a dictionary of E modules, or a module with stacked parameters
     (E, ., .), of which the block itself may be one; an expert owns its part of each.
     """
-    sizes = [
-        _listed(c) if is_list(c) else _stacked(c, num_experts, recurse=c is not block)
-        for c in collections
-    ]
+    sizes = [_size(c, num_experts, recurse=c is not block) for c in collections]
     if len(sizes) == 1:
         return sizes[0]
     if not sizes:
@@ -301,6 +301,15 @@ def expert_size(collections: list[nn.Module], num_experts: int, *, block: nn.Mod
     if len(elements) < len(sizes) or len(held) < len(sizes):
         return Size(None, None, None, reason or "its experts are not all alike")
     return Size(sum(elements), sum(held), None, reason)
+
+
+def _size(experts: nn.Module, num_experts: int, recurse: bool) -> Size:
+    if is_list(experts):
+        return _listed(experts)
+    if isinstance(experts, QuantizedExperts):
+        elements = experts.activation.matrices * experts.hidden_size * experts.intermediate_size
+        return Size(elements, _share(experts.buffers(), num_experts))
+    return _stacked(experts, num_experts, recurse)
 
 
 def is_list(module: nn.Module) -> bool:

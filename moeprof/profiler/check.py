@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.find import Site
+from ..models.find import Site, calls_one_by_one
 from ..models.reading import INTEGERS
 from ..models.routing import Routing
 from ..models.sizes import expert_slots, is_list
@@ -44,7 +44,8 @@ class ExpertRows:
     def refuse_bias(self) -> None:
         """Raise ValueError, "Router output format unexpected: ...", if the block adds a bias of
         its own to what its router says: few tokens would not show that."""
-        if self.listed and (bias := _choice_bias(self.site)):
+        chosen_by_block = calls_one_by_one(self.site.block, self.site.experts)
+        if chosen_by_block and (bias := _choice_bias(self.site)):
             raise ValueError(
                 f"Router output format unexpected: {self.site.layer.name}: it returns logits, to "
                 f"which its block adds {bias} before it chooses: the choice can't be read"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.entry import Entry
-from ..models.find import Site
+from ..models.find import Site, calls_one_by_one
 from ..models.layer import Layer
+from ..models.quantized import QuantizedExperts
 from ..models.reading import read_choice, read_experts_call, read_logits, without_empty
 from ..models.routing import Routing
 from ..models.sizes import top_k_owner
@@ -106,6 +107,8 @@ class LayerWatch(_Watch, Observer):
         self._heard: nn.Module | None = None  # the router that has the hook
         self._top_k = top_k_owner(site.router, site.block, site.layer.top_k)
         self._rows, self._bias_looked_for = ExpertRows(site), False
+        quantized = isinstance(site.experts, QuantizedExperts)
+        self._in_c = quantized and not calls_one_by_one(site.block, site.experts)
         self._hooked: object = None  # another object each time that hooks were put in
 
     # ---- a patched block ----
@@ -298,7 +301,7 @@ class LayerWatch(_Watch, Observer):
 
     def _may_skip(self) -> bool:
         """Are its experts moeprof's, which leave a slot of -1 out? The model's own can't."""
-        return self._implementation() == "moeprof"
+        return self._in_c or self._implementation() == "moeprof"
 
     def _implementation(self) -> str | None:
         """Of transformers 5 the name of its experts' implementation."""

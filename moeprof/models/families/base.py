@@ -61,6 +61,7 @@ class Layout:
 
     gate_forward: Any = None  # replaces gate.forward of a fused block, where one is needed
     has_seam = True  # the block calls its experts as a module of their own
+    no_stand_in = ""  # why no other module can take the place of the experts
     flags: ClassVar[tuple[str, ...]] = ()  # attributes of modules that `read_experts` looks at
 
     def __init__(self, family: Family):
@@ -163,7 +164,9 @@ class Layout:
 
     def unchanged(self, block: nn.Module) -> Unchanged:
         """Tells later whether what `read_experts` read is still so."""
-        return Unchanged(self.experts_of(block), self.flags)
+        experts = self.experts_of(block)
+        flags = ("exact",) if isinstance(experts, QuantizedExperts) else self.flags
+        return Unchanged(experts, flags)
 
     def route(self, block: nn.Module, x: Tensor, name: str) -> Routing:
         """What the gate of the block `name`, stock or a user's, says of x (T, H)."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _C
 from ..backends.cpu import get_num_threads
@@ -60,13 +60,35 @@ def biases_of(read: LayerMatrices) -> list[Tensor]:
     return [into.detach().clone(), down.detach().clone()]
 
 
-def quantized(read: LayerMatrices, format: str, config: Any = None) -> nn.Module:
-    """The experts of a layer in a format of 8 or 4 bits; what was read is left as it is."""
+def quantized(read: LayerMatrices, format: str, config: Any = None) -> QuantizedExperts:
+    """The experts of a layer in a format of 8 or 4 bits; what was read is left as it is.
+
+    ValueError names the expert and the matrix with a weight that is not finite.
+    """
     hidden_size, intermediate_size = sizes_of(read.matrices, read.storage)
-    into, out = [], []
-    for *first, down in matrices_of(read):
-        into.append(torch.stack([encoded(matrix, format) for matrix in first]))
-        out.append(encoded(down, format)[None])
+    own = read.activation.matrices
+    experts = [*matrices_of(read)]
+    # All of one kind into one tensor, which is all that this takes beside what was read.
+    kinds = (range(own - 1), (own - 1,))
+    made = [_encoded_kind(experts, kind, format) for kind in kinds]
     storage = Storage("rows", format, DTYPES[read.dtype], hidden_size, intermediate_size)
-    matrices = [torch.stack(into), torch.stack(out), *biases_of(read)]
-    return QuantizedExperts(matrices, read.activation, storage, config)
+    return QuantizedExperts([*made, *biases_of(read)], read.activation, storage, config)
+
+
+def _encoded_kind(
+    experts: list[tuple[Tensor, ...]], kind: range | tuple[int, ...], format: str
+) -> Tensor:
+    """(E, matrices of this kind, bytes)."""
+    names = ("gate", "up", "down")[-len(experts[0]) :]
+    out: Tensor | None = None
+    for number, matrices in enumerate(experts):
+        for place, index in enumerate(kind):
+            try:
+                data = encoded(matrices[index], format)
+            except ValueError as error:
+                raise ValueError(f"expert {number}, {names[index]}: {error}") from None
+            if out is None:
+                out = data.new_empty((len(experts), len(kind), len(data)))
+            out[number, place] = data
+    assert out is not None
+    return out

@@ -1,0 +1,1 @@
+"""Models whose weights are kept in 8 or 4 bits: made of a model, read from a checkpoint, saved."""

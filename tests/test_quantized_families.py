@@ -1,0 +1,62 @@
+"""Every family with its experts in 8 and 4 bits: what its stock model computes, in float64, with
+the weights that the bytes stand for, is the truth."""
+
+from functools import cache
+
+import every
+import pytest
+import torch
+from test_every_family import PATCHED, ROUTED, own_k
+
+import moeprof
+from moeprof.models.blocks import find_blocks
+from moeprof.quantizing.convert import FORMATS, decoded, encoded, matrices_of
+
+each = pytest.mark.parametrize("family", PATCHED)
+
+
+def round_weights(model, bits):
+    """Write into the experts what a quantised copy of them keeps."""
+    with torch.no_grad():
+        for block in find_blocks(model):
+            for matrices in matrices_of(block.family.readable(block.module)[0]):
+                for matrix in matrices:
+                    data = encoded(matrix, FORMATS[bits])
+                    matrix.copy_(decoded(data, *matrix.shape, FORMATS[bits]))
+
+
+def stands_in(family):
+    """Or why no other module can take the place of its experts."""
+    return not any(block.family.no_stand_in for block in find_blocks(every.build(family)))
+
+
+@cache
+def rounded(family, bits):
+    """(inputs, output, truth) of the stock model with rounded weights."""
+    model = every.build(family)
+    round_weights(model, bits)
+    inputs = every.inputs(model)
+    return inputs, every.run(model, inputs), every.truth(model, inputs)
+
+
+@each
+@pytest.mark.parametrize("bits", (8, 4))
+def test_experts_compute_with_what_is_kept(family, bits):
+    model = every.build(family)
+    if not stands_in(family):
+        with pytest.raises(ValueError, match="can't be quantised: transformers 4.57 calls"):
+            moeprof.quantize(model, bits)
+        return
+    inputs, output, truth = rounded(family, bits)
+    bound = max(4 * every.error(output, truth), 1e-6)
+    assert every.error(every.run(model, inputs), truth) > bound  # its weights are rounded
+    report = moeprof.quantize(model, bits, exact=True, progress=False)
+    assert {row.format for row in report.layers} == {FORMATS[bits]}
+    alone = every.run(model, inputs)
+    assert every.error(alone, truth) <= bound
+    with moeprof.patch(model):
+        assert every.error(every.run(model, inputs), truth) <= bound
+    if family in ROUTED:
+        with moeprof.patch(model, **own_k(family)):
+            assert every.error(every.run(model, inputs), truth) <= bound
+    assert torch.equal(every.run(model, inputs), alone)
