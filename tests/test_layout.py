@@ -20,7 +20,7 @@ profile
 profiler
 measure
 texts
-quantize
+quantizing
 patching
 routers
 null

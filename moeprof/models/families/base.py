@@ -61,6 +61,7 @@ class Layout:
 
     gate_forward: Any = None  # replaces gate.forward of a fused block, where one is needed
     has_seam = True  # the block calls its experts as a module of their own
+    no_stand_in = ""  # why no other module can take the place of the experts
     flags: ClassVar[tuple[str, ...]] = ()  # attributes of modules that `read_experts` looks at
 
     def __init__(self, family: Family):

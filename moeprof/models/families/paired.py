@@ -13,6 +13,11 @@ _INTO, _DOWN = "input_linear", "output_linear"  # weights (E, 2I, H) and (E, H, 
 class Paired(Listed):
     """Two modules beside the router, each with one tensor for all experts; the router chooses."""
 
+    no_stand_in = (
+        "transformers 4.57 calls these experts in a way of their own, which no other module can "
+        "stand in for; transformers 5 can"
+    )
+
     def experts_of(self, block: nn.Module) -> nn.Module:
         return block
 

@@ -24,6 +24,11 @@ from .packed import shape_obstacle
 class Transposed(Listed):
     """What the two share: how the tensors of the experts are read."""
 
+    no_stand_in = (
+        "transformers 4.57 calls these experts in a way of their own, which no other module can "
+        "stand in for; transformers 5 can"
+    )
+
     storage: ClassVar[Storage] = TRANSPOSED
     names: ClassVar[tuple[str, ...]]  # of the tensors, in the order that `WeightTable` takes
 
