@@ -23,6 +23,8 @@ from .profile.agreement import router_agreement as router_agreement
 from .profile.profiler import MoEProfiler as MoEProfiler
 from .profile.result import Profile as Profile
 from .profiler.records import read_records as read_records
+from .quantizing.load import load as load
+from .quantizing.save import save_quantized as save_quantized
 from .routers import BH as BH
 from .routers import BY as BY
 from .routers import EBH as EBH
@@ -92,6 +94,7 @@ __all__ = [
     "inspect",
     "kneedle_routing",
     "layer_ablation",
+    "load",
     "local_fdr_routing",
     "min_p_routing",
     "patch",
@@ -99,6 +102,7 @@ __all__ = [
     "roofline",
     "router_agreement",
     "run_configuration",
+    "save_quantized",
     "set_num_threads",
     "storey_bh_routing",
     "top_p_routing",

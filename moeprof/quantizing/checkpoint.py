@@ -52,10 +52,10 @@ class Checkpoint:
         return name in self._at
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """A whole tensor, at an address that is good for computing: as read it may lie anywhere."""
         with _damage(self.folder / self._at[name]):
             read: Tensor = self._open[self._at[name]].get_tensor(name)
-        return read
+        return read.clone()
 
     def part(self, name: str, number: int) -> Tensor:
         """Of a tensor of all experts (E, ...), that of one, (1, ...)."""

@@ -20,7 +20,7 @@ from ..show.console import progress as progress_bar
 from .checkpoint import Checkpoint, has_weights
 from .convert import FORMATS, biases_of, decoded, encoded, matrices_of
 from .save import STEM, Description, read_description, saves_quantized
-from .sources import Names, Source
+from .sources import Names, Source, experts_name
 
 
 def load(
@@ -330,7 +330,7 @@ def _saved(
         )
     config, _ = _config(folder)
     bare = _on_meta(config, dtype or BY_NAME[said.dtype])
-    blocks = {Source(block, checkpoint).name: block for block in find_blocks(bare)}
+    blocks = {experts_name(block): block for block in find_blocks(bare)}
     if foreign := said.experts.keys() - blocks.keys():
         raise ValueError(
             f"model {name}: {min(foreign)} is quantised in its files, and no MoE block of the "
@@ -349,17 +349,41 @@ def _read_back(
 ) -> QuantizedExperts:
     """The experts of a layer as they were saved."""
     experts = block.family.experts_of(block.module)
+    num_experts = block.num_experts
     read, reason = block.family.read_experts(experts)
     if reason:
         raise ValueError(f"model {name}: {module}: {reason}")
     storage = Storage("rows", said.experts[module], DTYPES[read.dtype], *_sizes(read))
-    first = "gate_up_proj" if read.activation.gated else "up_proj"
-    names = [first, "down_proj"]
-    if biases_of(read):
-        names += [f"{first}_bias", "down_proj_bias"]
-    keys = [f"{module}.{n}" for n in names]
-    if absent := [key for key in keys if key not in checkpoint]:
-        raise ValueError(f"model {name}: its files lack {absent[0]}")
-    tensors = [checkpoint.tensor(key) for key in keys]
-    tensors[2:] = [t.to(read.dtype) for t in tensors[2:]]
+    tensors = []
+    for own, shape in _saved_shapes(read, storage, num_experts).items():
+        key = f"{module}.{own}"
+        if key not in checkpoint:
+            raise ValueError(f"model {name}: its files lack {key}")
+        tensor = checkpoint.tensor(key)
+        is_bias = own.endswith("_bias")
+        if tensor.shape != shape or (tensor.dtype == torch.uint8) == is_bias:
+            raise ValueError(
+                f"model {name}: {key} is {tensor.dtype} {tuple(tensor.shape)} in its files, "
+                f"expected {shape}" + ("" if is_bias else " of torch.uint8")
+            )
+        tensors.append(tensor.to(read.dtype) if is_bias else tensor)
     return QuantizedExperts(tensors, read.activation, storage, getattr(experts, "config", None))
+
+
+def _saved_shapes(
+    read: LayerMatrices, storage: Storage, num_experts: int
+) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the tensors of `QuantizedExperts`, in its order. C reads them by their
+    addresses, so that what a file holds has to be of these sizes."""
+    down = torch.zeros(storage.hidden_size, storage.intermediate_size)
+    into_bytes, down_bytes = (len(encoded(m, storage.format)) for m in (down.T, down))
+    into, beside = ("gate_up_proj", 2) if read.activation.gated else ("up_proj", 1)
+    shapes: dict[str, tuple[int, ...]] = {
+        into: (num_experts, beside, into_bytes),
+        "down_proj": (num_experts, 1, down_bytes),
+    }
+    if len(biases := biases_of(read)) == 2:
+        columns = biases[0].shape[1], biases[1].shape[1]
+        shapes[f"{into}_bias"] = (num_experts, columns[0])
+        shapes["down_proj_bias"] = (num_experts, columns[1])
+    return shapes

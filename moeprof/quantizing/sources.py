@@ -64,6 +64,11 @@ class Names:
         return Target(next((n for n in (name, with_prefix, without) if n in self.known), name))
 
 
+def experts_name(block: Block) -> str:
+    """The qualified name of the module that holds a block's experts."""
+    return f"{block.name}.{block.family.family.experts_at}".lstrip(".")
+
+
 # A function of an expert's number: one of the parameters of a module that holds it alone.
 Piece = Callable[[int], Tensor]
 
@@ -81,7 +86,7 @@ class Source:
 
     def __init__(self, block: Block, checkpoint: Checkpoint):
         self.block = block
-        self.name = f"{block.name}.{block.family.family.experts_at}".lstrip(".")
+        self.name = experts_name(block)
         self.num_experts = block.num_experts
         self._checkpoint = checkpoint
         self._keys: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
