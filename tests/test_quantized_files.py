@@ -245,7 +245,7 @@ def _set(name, value):
             "no place.*model.layers.7.mlp.experts",
         ),
         (_set("model.norm.weight", lambda w: w[1:].clone()), "model.norm.weight"),
-        (_set(EXPERT, lambda w: w[1:].clone()), "layers.1.mlp.experts.*expert 3|expert 3"),
+        (_set(EXPERT, lambda w: w[1:].clone()), "layers.1.mlp.experts, expert 3: "),
         (_set(EXPERT, lambda w: w * NAN), "layers.1.mlp.experts, expert 3: .*finite"),
     ],
 )
@@ -525,14 +525,14 @@ def test_mxfp4_is_decoded_as_transformers_decodes_it():
 @pytest.mark.skipif(not V5, reason="transformers 4 has no place for other experts of gpt_oss")
 @pytest.mark.parametrize(("bits", "least", "most"), [(8, 0.1, 1), (4, 3, 12)])
 def test_a_checkpoint_in_mxfp4_is_read_and_its_error_said(tmp_path, bits, least, most):
-    every.build("gpt_oss").save_pretrained(tmp_path / "floats")
+    zoo.build("gpt_oss", intermediate_size=64).save_pretrained(tmp_path / "floats")
     packed, floats = tmp_path / "mxfp4", tmp_path / "floats"
     shutil.copytree(floats, packed)
     tensors, generator = load_file(floats / "model.safetensors"), torch.Generator().manual_seed(0)
     decoded = dict(tensors)
     for name in [n for n in tensors if re.search("experts.(gate_up|down)_proj$", n)]:
         count, columns, rows = tensors.pop(name).shape
-        blocks, scales = _random_mxfp4((count, rows), -(-columns // 32) * 32, generator)
+        blocks, scales = _random_mxfp4((count, rows), columns, generator)
         tensors[name + "_blocks"], tensors[name + "_scales"] = blocks, scales
         decoded[name] = mxfp4.decoded(blocks, scales).transpose(1, 2).contiguous()
     save_file(decoded, floats / "model.safetensors", {"format": "pt"})

@@ -206,7 +206,7 @@ class Source:
             if tuple(tensor.shape) != self._shape(own):
                 raise ValueError(
                     f"the shape of {self.name}.{own} is another one in the checkpoint than by the "
-                    f"config: {tuple(tensor.shape)} of expert {number}, expected {self._shape(own)}"
+                    f"config: {tuple(tensor.shape)}, expected {self._shape(own)}"
                 )
             tensor = tensor.to(self._wanted[own].dtype).contiguous()
             parent, _, leaf = own.rpartition(".")
