@@ -149,6 +149,12 @@ def test_a_checkpoint_may_lie_in_several_files(folder, tmp_path):
     _assert_same(moeprof.load(tmp_path, bits=4), moeprof.load(folder, bits=4))
 
 
+def test_the_tenth_expert_follows_the_ninth(tmp_path):
+    olmoe(num_experts=12).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    _assert_same(moeprof.load(tmp_path, bits=8), _quantise(expected, 8))
+
+
 def test_tied_weights_stay_tied(tmp_path):
     olmoe(tie_word_embeddings=True).save_pretrained(tmp_path / "floats")
     model = moeprof.load(tmp_path / "floats", bits=4)

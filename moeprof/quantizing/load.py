@@ -28,7 +28,6 @@ def load(
     bits: int | None = None,
     *,
     dtype: "str | torch.dtype | None" = None,
-    linears: bool = False,
     exact: bool = False,
     progress: bool | None = None,
 ) -> Any:
@@ -50,8 +49,6 @@ def load(
     dtype : str or torch.dtype, optional
         Of all else, and of hidden states; "bfloat16" where nothing is said. What
         `save_quantized` wrote keeps its own.
-    linears : bool
-        Keep the linear layers around the experts in 8 bits too, as `moeprof.quantize` does.
     exact : bool
         Multiply with hidden states in float32, as `moeprof.quantize` does.
     progress : bool, optional
