@@ -83,7 +83,7 @@ def load(
                 model = _saved(name, folder, bits, _dtype(dtype), progress)
             else:
                 model = _quantized(name, folder, bits, _dtype(dtype or "bfloat16"), progress)
-    except (ValueError, FileNotFoundError, NotImplementedError):
+    except (ValueError, FileNotFoundError):
         raise
     except Exception as error:  # transformers and damaged files raise many classes
         raise ValueError(f"model {name} can't be loaded ({reason_of(error)})") from error
