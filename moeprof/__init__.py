@@ -62,12 +62,14 @@ _LAZY = {
     "fit_null": "null.fitting",
     "inspect": "models.inspection",
     "layer_ablation": "studies.ablation",
+    "load": "quantizing.load",
     "patch": "patching.patch",
     "quantize": "quantizing.quantize",
     "read_records": "profiler.records",
     "roofline": "measure.roofline",
     "router_agreement": "profile.agreement",
     "run_configuration": "studies.sweep",
+    "save_quantized": "quantizing.save",
     "unpatch": "patching.patch",
 }
 

@@ -23,8 +23,10 @@ from .profile.agreement import router_agreement as router_agreement
 from .profile.profiler import MoEProfiler as MoEProfiler
 from .profile.result import Profile as Profile
 from .profiler.records import read_records as read_records
+from .quantizing.load import load as load
 from .quantizing.quantize import quantize as quantize
 from .quantizing.report import QuantizeReport as QuantizeReport
+from .quantizing.save import save_quantized as save_quantized
 from .routers import BH as BH
 from .routers import BY as BY
 from .routers import EBH as EBH
@@ -95,6 +97,7 @@ __all__ = [
     "inspect",
     "kneedle_routing",
     "layer_ablation",
+    "load",
     "local_fdr_routing",
     "min_p_routing",
     "patch",
@@ -103,6 +106,7 @@ __all__ = [
     "roofline",
     "router_agreement",
     "run_configuration",
+    "save_quantized",
     "set_num_threads",
     "storey_bh_routing",
     "top_p_routing",

@@ -188,6 +188,13 @@ MUTATIONS = [
              "sweep/test_sweep_files.py test_files.py"),
     Mutation("moeprof/cli/arguments.py", "torch.set_num_threads(arguments.threads)", "pass",
              "test_cli.py test_cli_models.py"),
+    # ---- files of quantised models ----
+    Mutation("moeprof/quantizing/sources.py", "names.sort(key=_natural)", "names.sort()",
+             "test_quantized_files.py -k tenth"),
+    Mutation("moeprof/quantizing/mxfp4.py", "_BIAS = 127", "_BIAS = 126",
+             "test_quantized_files.py -k mxfp4"),
+    Mutation("moeprof/quantizing/save.py", "if version > VERSION:", "if version < VERSION:",
+             "test_quantized_files.py -k newer"),
 ]
 # fmt: on
 

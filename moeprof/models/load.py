@@ -19,13 +19,16 @@ WORDS = "The list is"  # which a model is tried on when it was loaded
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def check_model(name: str) -> None:
-    """Fail at once where `load_model` couldn't succeed: no such folder, or an unreachable id."""
+def check_model(name: str, tokenizer: bool = True) -> None:
+    """Fail at once where `load_model` couldn't succeed: no such folder, or an unreachable id.
+
+    tokenizer: whether a folder has to have one.
+    """
     if not name.strip():
         raise ValueError("model: expected a folder or a hub id, got an empty name")
     folder = Path(name)
     if folder.is_dir():
-        _check_folder(folder)
+        _check_folder(folder, tokenizer)
     elif folder.exists():
         raise ValueError(f"model {name}: expected a folder or a hub id, got a file")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
@@ -34,12 +37,12 @@ def check_model(name: str) -> None:
         _check_hub(name)
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, tokenizer: bool) -> None:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model {folder}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"model {folder}: the folder has no weights (*.safetensors, *.bin)")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"model {folder}: the folder has no tokenizer (tokenizer.json, …)")
 
 
@@ -56,11 +59,11 @@ def _check_hub(name: str) -> None:
         HfApi().model_info(name, timeout=10)
     except Exception as error:  # the client's classes differ by version, some aren't OSErrors
         raise FileNotFoundError(
-            f"{missing}, and the hub doesn't give it ({_reason(error, 120)})"
+            f"{missing}, and the hub doesn't give it ({reason_of(error, 120)})"
         ) from error
 
 
-def _reason(error: Exception, width: int = 160) -> str:
+def reason_of(error: Exception, width: int = 160) -> str:
     """An exception in one line of at most `width` characters."""
     return shorten(f"{type(error).__name__}: {error}", width, placeholder=" …")
 
@@ -84,7 +87,16 @@ def load_model(
                 f"model {name} needs Python code that comes with it: read that code, and give "
                 "--trust-remote-code if it may be run"
             ) from error
-        raise ValueError(f"model {name} can't be loaded ({_reason(error)})") from error
+        raise ValueError(f"model {name} can't be loaded ({reason_of(error)})") from error
+    check_loaded(name, model, loading)
+    model.eval()
+    _try(name, model, tokenizer)
+    return model, tokenizer
+
+
+def check_loaded(name: str, model: "nn.Module", loading: dict[str, Any]) -> None:
+    """ValueError where the checkpoint doesn't fit the model; loading: what transformers says of
+    the two."""
     # names, on transformers 5 each with both shapes
     other = sorted(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
     if other:
@@ -98,9 +110,6 @@ def load_model(
             f"model {name}: the checkpoint lacks {len(absent)} of the model's weights, "
             f"{absent[0]} among them"
         )
-    model.eval()
-    _try(name, model, tokenizer)
-    return model, tokenizer
 
 
 def _loaded(
@@ -139,4 +148,4 @@ def _try(name: str, model: "nn.Module", tokenizer: Tokenizer) -> None:
         with torch.inference_mode():
             model(input_ids=ids.long(), use_cache=False)
     except Exception as error:  # whatever class the model's code raises
-        raise ValueError(f"model {name} was loaded, but can't run ({_reason(error)})") from error
+        raise ValueError(f"model {name} was loaded, but can't run ({reason_of(error)})") from error

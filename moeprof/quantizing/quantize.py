@@ -20,6 +20,7 @@ from ..show.console import progress as progress_bar
 from .convert import FORMATS, encoded, quantized
 from .errors import Calls, distance, outputs, recorded_calls
 from .report import QuantizedPart, QuantizeReport
+from .save import saves_quantized
 
 LINEAR_BITS = 8
 
@@ -103,6 +104,7 @@ def quantize(
         while plan.parts:
             done.append(_convert(model, plan.parts.pop(0), exact, calls, made))
             step()
+    saves_quantized(model)
     return QuantizeReport(sorted([*done, *plan.left], key=lambda row: plan.order[row.layer]))
 
 

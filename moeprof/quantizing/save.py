@@ -1,0 +1,230 @@
+"""save_quantized(): a model in 8 or 4 bits as a folder that `moeprof.load` reads."""
+
+import copy
+import json
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from types import MethodType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..backends.tables import DTYPES
+from ..checks import check_model
+from ..models.quantized import QuantizedExperts, QuantizedLinear
+from ..patching.state import is_patched
+from .checkpoint import Checkpoint
+
+# Not "model": transformers must not take these files for weights that it can read.
+STEM = "moeprof"
+METHOD = "moeprof"  # what config.json calls the way of quantising
+VERSION = 1  # of the layout of the bytes, csrc/quantized.h
+GROUP = 32  # columns that share a scale
+SHARD_BYTES = 4 * 10**9  # of a file, at most, unless one tensor is larger
+
+
+class Description(NamedTuple):
+    """What the files say of themselves.
+
+    experts, linears : {name of a module: its format}
+    dtype : of all else
+    transformers : the version that the names are of
+    """
+
+    experts: dict[str, str]
+    linears: dict[str, str]
+    dtype: str
+    transformers: str
+    version: int = VERSION
+    group: int = GROUP
+
+    @property
+    def formats(self) -> set[str]:
+        """Of the experts."""
+        return set(self.experts.values())
+
+
+def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a quantised model to a folder; `moeprof.load(folder)` gives it back bit for bit.
+
+    The folder then holds ``moeprof.safetensors``, or several files of about 4 GB with an index;
+    the format stands in their metadata. Beside them are ``config.json`` and
+    ``generation_config.json``. Save the tokenizer there too, with its own ``save_pretrained``.
+    Transformers' ``from_pretrained`` finds no weights in such a folder and stops.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        From `moeprof.load`, or after `moeprof.quantize`; not patched.
+    folder : path
+        Is made where it is not there. It may hold other files, but no model.
+
+    Raises
+    ------
+    ValueError
+        For a model that is not quantised, or is patched.
+    FileExistsError
+        Where the folder holds a model.
+    OSError
+        Where it can't be written. config.json is written last: a folder without one is not
+        loaded.
+
+    Examples
+    --------
+    >>> moeprof.save_quantized(model, "olmoe-q4")              # doctest: +SKIP
+    """
+    check_model("save_quantized", model)
+    description = _described(model)
+    folder = Path(folder)
+    _check_no_model(folder)
+    existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{STEM}.{secrets.token_hex(4)}.part"
+    moved: list[Path] = []
+    try:
+        part.mkdir()
+        names = [
+            *_write_weights(model, description, part),
+            *_write_configs(model, description, part),
+        ]
+        for name in names:
+            os.replace(part / name, folder / name)
+            moved.append(folder / name)
+    except BaseException:
+        for file in moved:
+            file.unlink()
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()  # if it is empty
+
+
+def _described(model: Any) -> Description:
+    import transformers
+
+    experts: dict[str, str] = {}
+    linears: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if is_patched(module):
+            raise ValueError(
+                f"save_quantized: {name or 'the model'} is patched: moeprof.unpatch(model) first"
+            )
+        if isinstance(module, QuantizedExperts):
+            experts[name] = module.format
+        elif isinstance(module, QuantizedLinear):
+            linears[name] = module.format
+    if not experts:
+        raise ValueError(
+            "save_quantized: the model is not quantised: moeprof.quantize(model) first, or save "
+            "it as it is with model.save_pretrained"
+        )
+    return Description(experts, linears, DTYPES[model.dtype], transformers.__version__)
+
+
+def _check_no_model(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"save_quantized: {folder}: expected a folder, this is a file")
+    for pattern in ("config.json", "*.safetensors", "*.bin"):
+        for file in folder.glob(pattern):
+            raise FileExistsError(
+                f"save_quantized: {folder} holds a model already ({file.name}): choose another "
+                "folder, or empty it"
+            )
+
+
+def _write_weights(model: nn.Module, description: Description, part: Path) -> list[str]:
+    """The names of the files, the index behind them."""
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", METHOD: json.dumps(description._asdict())}
+    shards = _shards(model)
+    weight_map, files = {}, []
+    for number, tensors in enumerate(shards, 1):
+        several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        files.append(f"{STEM}{several}.safetensors")
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, part / files[-1], metadata)
+        weight_map.update(dict.fromkeys(tensors, files[-1]))
+    if len(shards) > 1:
+        index = {"metadata": metadata, "weight_map": weight_map}
+        files.append(f"{STEM}.safetensors.index.json")
+        (part / files[-1]).write_text(json.dumps(index, indent=1))
+    return files
+
+
+def _shards(model: nn.Module) -> list[dict[str, Tensor]]:
+    """The model's tensors, in files of so many bytes; what is tied is written once."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size, seen = 0, set()
+    for name, tensor in model.state_dict().items():
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_configs(model: Any, description: Description, part: Path) -> list[str]:
+    """The names of the files, config.json last."""
+    names = []
+    if model.can_generate() and getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(part)
+        names.append("generation_config.json")
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.quantization_config = {
+        "quant_method": METHOD,
+        "version": description.version,
+        "formats": sorted(description.formats),
+    }
+    config.save_pretrained(part)
+    return [*names, "config.json"]
+
+
+def read_description(name: str, checkpoint: Checkpoint) -> Description:
+    """What the files of `save_quantized` say of themselves.
+
+    Raises ValueError for others, and for a newer layout.
+    """
+    try:
+        said = json.loads(checkpoint.metadata[METHOD])
+        version = int(said["version"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"model {name}: its {STEM}*.safetensors are not from moeprof.save_quantized: their "
+            "metadata says nothing of a format"
+        ) from error
+    if version > VERSION:
+        raise ValueError(
+            f"model {name}: its weights are in version {version} of moeprof's layout, and this "
+            f"moeprof reads up to {VERSION}: update moeprof"
+        )
+    return Description(**said)
+
+
+def saves_quantized(model: Any) -> None:
+    """Let `model.save_pretrained` write what `moeprof.load` reads: transformers' own would write
+    bytes as if they were its weights."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            module.save_pretrained = MethodType(_save_pretrained, module)
+
+
+def _save_pretrained(self: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    """As `moeprof.save_quantized`."""
+    if options:
+        raise TypeError(
+            f"save_pretrained: of a quantised model it takes a folder only, got {min(options)}: "
+            "it is moeprof.save_quantized(model, folder)"
+        )
+    save_quantized(self, save_directory)
