@@ -31,12 +31,19 @@ FAMILIES = {
     "gpt_oss": dict(sliding_window=16),
     "aria": {},
 }
+# {family: bits}: the same of models whose experts are quantised
+QUANTISED = {"olmoe": 8, "deepseek_v3": 4}
 TEXTS = demo.calibration_texts()[:12]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def name(request):
-    return request.param
+@pytest.fixture(scope="module", params=[*FAMILIES, *(f"{n}, quantised" for n in QUANTISED)])
+def case(request):
+    return request.param.split(", ")
+
+
+@pytest.fixture(scope="module")
+def name(case):
+    return case[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +52,16 @@ def tokenizer(_demo):
 
 
 @pytest.fixture(scope="module")
-def model(name, tokenizer):
-    pad = tokenizer.pad_token_id or 0
-    model = zoo.build(name, vocab_size=len(tokenizer), pad_token_id=pad, **FAMILIES[name])
+def model(case, name, tokenizer):
+    pad, options = tokenizer.pad_token_id or 0, FAMILIES.get(name, {})
+    model = zoo.build(name, vocab_size=len(tokenizer), pad_token_id=pad, **options)
     for block in find_blocks(model):  # a bias that says something, and leaves no ties at 0
         for key, buffer in [*block.module.named_buffers(), *block.module.named_parameters()]:
             if key.endswith("e_score_correction_bias"):
                 with torch.no_grad():
                     buffer.copy_(torch.linspace(0, 0.2, buffer.numel()).view_as(buffer))
+    if len(case) > 1:
+        moeprof.quantize(model, QUANTISED[name], progress=False)
     return model
 
 

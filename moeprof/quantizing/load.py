@@ -314,7 +314,8 @@ def _sizes(read: LayerMatrices) -> tuple[int, int]:
 
 def _error(matrix: Tensor, data: Tensor, format: str) -> float:
     """How far what is kept of a matrix lies from it, by its norm."""
-    kept = decoded(data, *matrix.shape, format)
+    rows, columns = matrix.shape
+    kept = decoded(data, rows, columns, format)
     return float((kept - matrix.float()).norm() / matrix.float().norm())
 
 
@@ -391,7 +392,7 @@ def _linear_back(
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"model {name}: {module} is quantised in its files, and no linear layer")
     sizes, format = (linear.in_features, linear.out_features), said.linears[module]
-    shape = (encoded_bytes(linear.out_features, linear.in_features, format),)
+    shape: tuple[int, ...] = (encoded_bytes(linear.out_features, linear.in_features, format),)
     weight = _tensor_back(name, f"{module}.weight", shape, torch.uint8, checkpoint)
     bias = None
     if linear.bias is not None:

@@ -7,7 +7,6 @@ import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -216,15 +215,21 @@ def saves_quantized(model: Any) -> None:
     """Let `model.save_pretrained` write what `moeprof.load` reads: transformers' own would write
     bytes as if they were its weights."""
     for module in model.modules():
-        if hasattr(module, "save_pretrained"):
-            module.save_pretrained = MethodType(_save_pretrained, module)
+        if hasattr(module, "save_pretrained") and type(module.save_pretrained) is not _Saver:
+            module.save_pretrained = _Saver(module)
 
 
-def _save_pretrained(self: Any, save_directory: str | os.PathLike[str], **options: Any) -> None:
-    """As `moeprof.save_quantized`."""
-    if options:
-        raise TypeError(
-            f"save_pretrained: of a quantised model it takes a folder only, got {min(options)}: "
-            "it is moeprof.save_quantized(model, folder)"
-        )
-    save_quantized(self, save_directory)
+class _Saver:
+    """A model's `save_pretrained`, as `moeprof.save_quantized`. It is copied and pickled with the
+    model, as a bound function of another module would not be."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __call__(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        if options:
+            raise TypeError(
+                f"save_pretrained: of a quantised model it takes a folder only, got "
+                f"{min(options)}: it is moeprof.save_quantized(model, folder)"
+            )
+        save_quantized(self.model, save_directory)
