@@ -10,6 +10,7 @@ import pytest
 import transformers
 from models import olmoe
 from safetensors.torch import load_file, save_file
+from wording import says
 
 import moeprof
 from moeprof import demo
@@ -178,3 +179,26 @@ def test_code_that_comes_with_a_model_is_run_when_asked(remote, tmp_path, monkey
     options = ["--text", "text.txt", "--out", "out.npz", "--trust-remote-code"]
     main(["calibrate", "--model", str(remote), *options])
     assert (remote / "ran").exists() and "trust" not in capsys.readouterr().err
+
+
+# ---- experts in 8 and 4 bits ----
+
+
+def test_bits(good, tmp_path, monkeypatch, capsys):
+    """Quantised as it is read, and read back from where it was saved."""
+    monkeypatch.chdir(tmp_path)
+    model = moeprof.load(good, 4, progress=False)
+    moeprof.save_quantized(model, "saved")
+    for file in good.glob("tokenizer*"):
+        shutil.copy(file, "saved")
+    said = []
+    for options in (["--model", str(good), "--bits", "4"], ["--model", "saved"]):
+        assert main(["inspect", *options]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and " q4 " in said[0]
+    assert main(["inspect", "--bits", "8"]) == 0 and " q8 " in capsys.readouterr().out
+    assert main(["inspect", "--model", "saved", "--bits", "8"]) == 2
+    assert says(capsys.readouterr().err, "bits=8", "q4")
+    sweep = ["--alphas", "0.3", "--max-k", "4", "--tokens", "300", "--null", "normal"]
+    assert main(["sweep", "--model", "saved", *sweep, "--out", "out"]) == 0
+    assert "experts in q4" in (tmp_path / "out" / "bh_routing_report.md").read_text()

@@ -82,7 +82,7 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --trust-remote-code, --dtype and --threads, which `load` reads."""
+    """--model, --trust-remote-code, --dtype, --bits and --threads, which `load` reads."""
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
     parser.add_argument(
         "--trust-remote-code",
@@ -91,6 +91,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "never done otherwise",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(8, 4),
+        help="keep the experts in 8 or 4 bits, quantised as they are read; default: as the model "
+        "has them",
+    )
     add_threads(parser)
 
 
@@ -107,13 +114,21 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     from .. import demo
-    from ..models.load import load_model
+    from ..models.load import load_model, load_tokenizer
+    from ..quantizing.load import is_saved
+    from ..quantizing.load import load as load_quantized
+    from ..quantizing.quantize import quantize
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
-    if arguments.model is None:
-        return demo.load(dtype)
-    return load_model(arguments.model, dtype, arguments.trust_remote_code)
+    name, bits, trust = arguments.model, arguments.bits, arguments.trust_remote_code
+    if name is not None and (is_saved(name) or (bits and not trust)):
+        model = load_quantized(name, bits, dtype=None if is_saved(name) else dtype)
+        return model, load_tokenizer(name, model)
+    model, tokenizer = demo.load(dtype) if name is None else load_model(name, dtype, trust)
+    if bits:
+        quantize(model, bits)
+    return model, tokenizer

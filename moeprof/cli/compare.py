@@ -161,12 +161,13 @@ def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, An
     """What the JSON says of machine, model and command."""
     from ..measure import machine
     from ..models.blocks import model_sizes
+    from ..models.quantized import described_dtype
 
     return {
         "command": _command(arguments),
         "machine": machine.describe(),
         "model": name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": described_dtype(model),
         "model_config": model_sizes(model),
         "test_tokens": arguments.tokens,
         "budget_tokens": arguments.budget_tokens,
@@ -180,6 +181,7 @@ def _command(arguments: argparse.Namespace) -> str:
         "model": None,
         "trust_remote_code": False,
         "dtype": "float32",
+        "bits": None,
         "threads": None,
         "routers": None,
         "budgets": None,

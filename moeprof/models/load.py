@@ -80,7 +80,8 @@ def load_model(
     """
     check_model(name)
     try:
-        model, loading, tokenizer = _loaded(name, dtype, trust_remote_code)
+        model, loading = _loaded(name, dtype, trust_remote_code)
+        tokenizer = _tokenizer(name, trust_remote_code)
     except Exception as error:  # damaged files raise classes of several libraries
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(
@@ -112,11 +113,30 @@ def check_loaded(name: str, model: "nn.Module", loading: dict[str, Any]) -> None
         )
 
 
+def load_tokenizer(name: str, model: "nn.Module") -> Tokenizer:
+    """The tokenizer of a model that was loaded by other means; ValueError in one line."""
+    try:
+        tokenizer = _tokenizer(name, trust_remote_code=False)
+    except Exception as error:  # damaged files raise classes of several libraries
+        raise ValueError(f"model {name}: no tokenizer ({reason_of(error)})") from error
+    _try(name, model, tokenizer)
+    return tokenizer
+
+
+def _tokenizer(name: str, trust_remote_code: bool) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return tokenizer
+
+
 def _loaded(
     name: str, dtype: "torch.dtype", trust_remote_code: bool
-) -> tuple["nn.Module", dict[str, Any], Tokenizer]:
-    """(model, what of it was found, tokenizer) of transformers; its warnings are not shown."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+) -> tuple["nn.Module", dict[str, Any]]:
+    """(model, what of it was found) of transformers; its warnings are not shown."""
+    from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -128,8 +148,7 @@ def _loaded(
             ignore_mismatched_sizes=True,  # `load_model` says which, and stops
         )
         model, loading = found
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return model, loading, tokenizer
+    return model, loading
 
 
 def _try(name: str, model: "nn.Module", tokenizer: Tokenizer) -> None:

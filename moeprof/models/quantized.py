@@ -29,6 +29,13 @@ def encoded_bytes(rows: int, columns: int, format: str) -> int:
     return groups * (GROUP * _BITS[format] // 8 + 2)
 
 
+def described_dtype(model: Any) -> str:
+    """ "bfloat16", or "bfloat16, experts in q8"."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    formats = {m.format for m in model.modules() if isinstance(m, QuantizedExperts)}
+    return f"{dtype}, experts in {' and '.join(sorted(formats))}" if formats else dtype
+
+
 class QuantizedExperts(nn.Module):
     """The experts of one layer, each matrix as `_C.encode` makes it, run in C.
 

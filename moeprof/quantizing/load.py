@@ -101,6 +101,11 @@ def load(
     return model
 
 
+def is_saved(name: str) -> bool:
+    """Is this a folder that `moeprof.save_quantized` wrote?"""
+    return has_weights(Path(name), STEM)
+
+
 def _folder(name: str) -> Path:
     """Where the files are; those of a model on the hub are downloaded first."""
     if (folder := Path(name)).is_dir():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...backends.cpu import cpu_info
 from ...checks import check_type
 from ...models.blocks import experts_of, model_sizes
+from ...models.quantized import described_dtype
 from ...show.console import WIDTH, make_console, progress
 from ...version import __version__
 from .advice import advice
@@ -204,7 +205,7 @@ def describe(
             "python": platform.python_version(),
         },
         "model_config": model_sizes(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": described_dtype(model),
         "cpu": cpu_info(),
         "threads": torch.get_num_threads(),
         "new_tokens": experiment.new_tokens,
