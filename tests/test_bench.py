@@ -122,6 +122,26 @@ def test_layer_names_the_peers_that_are_left_out(capsys, tmp_path, monkeypatch):
     assert "left out: zentorch: " in out
 
 
+def test_quantized(capsys, tmp_path):
+    picture, shape = tmp_path / "quantized.png", ("--shape", "8,64,32,4", "--repeats", 2)
+    options = ("--tokens", "1,40", "--dtype", "bfloat16", "--threads", 1, "--plot", picture)
+    out, result = bench(capsys, tmp_path, "quantized", *shape, *options)
+    names = result["contenders"]
+    assert names[:3] == ["moeprof", "q8", "q4"] and {*names[3:]} <= {"torch int8", "torch int4"}
+    assert result["bytes"] == {name: 3 * 64 * n for name, n in zip(names, (64, 34, 18))}
+    few, many = result["rows"]
+    assert few["errors"]["moeprof"] < 0.01 < few["errors"]["q8"] < 0.04 < few["errors"]["q4"] < 0.3
+    assert many["errors"] == {} and set(many["times"]) == {"read", *names}
+    for row in result["rows"]:
+        for name, share in row["read_share"].items():
+            nbytes = row["experts_hit"] * result["bytes"][name]
+            speed = nbytes / row["times"][name]["median_ms"] / 1e6
+            assert share == pytest.approx(speed / row["read_gbs"])
+    for header in ("hit", "moeprof", "q4", "x q8", "read", "error"):
+        assert header in out
+    assert image.imread(picture).shape[2] == 4
+
+
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])
 def test_block(family, capsys, tmp_path):
     """The same output from every contender; the seam beside the one call, where there is one."""

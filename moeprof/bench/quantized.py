@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends.tables import LayerMatrices
-from ..measure.limits import WORDS, limit_calls, rates
 from ..measure.timing import interleave, ratio, steps
 from ..quantizing.convert import FORMATS, quantized
 from ..show.tables import milliseconds, table
@@ -79,17 +78,14 @@ def _row(
     dtype = weights.down.dtype
     draws = Calls(settings.shape, dtype, tokens)
     wrong = errors(weights, calls, draws.next()) if tokens <= ERROR_TOKENS else {}
-    limited = limit_calls(weights.words, dtype) | calls
+    limited = {"read": lambda *_: weights.words.max(), **calls}
     times = interleave(limited, settings.rounds(tokens), lambda name: draws.next(), bar)
-    measured, hit = rates(times, weights.words), draws.experts_hit
-    read = {
-        name: hit * size / times[name]["median_ms"] / 1e6 / measured["read_gbs"]
-        for name, size in sizes.items()
-    }
+    hit, gbs = draws.experts_hit, weights.words.nbytes / times["read"]["best_ms"] / 1e6
+    read = {name: hit * size / times[name]["median_ms"] / 1e6 / gbs for name, size in sizes.items()}
     return {
         "tokens": tokens,
         "experts_hit": hit,
-        "rates": measured,
+        "read_gbs": gbs,
         "read_share": read,
         "errors": wrong,
         "times": times,
@@ -153,12 +149,13 @@ def tables(result: dict[str, Any]) -> Iterator[Any]:
     for name in ours:
         columns |= {f"x {name}": "{:.2f}", f"{name}\nread": "{:.0%}", f"{name}\nerror": "{:.1e}"}
     yield table(columns, [_cells(row, names, ours) for row in rows])
-    best = max(row["rates"]["read_gbs"] for row in rows)
+    best = max(row["read_gbs"] for row in rows)
     yield (
         f"moeprof: in {result['settings']['dtype']}; x: its time over that of the format, which "
         "is the larger the faster that is. read: bytes of the experts that were hit, over time "
-        f"and over the speed of reading ({WORDS}; at best {best:.1f} GB/s). error: relative, to "
-        "float64 of the weights before they were quantised."
+        f"and over the speed of reading (the layer's weights read once by all threads, best of the "
+        f"rounds: {best:.1f} GB/s). error: relative, to float64 of the weights before they were "
+        "quantised."
     )
     for name, reason in result["missing"].items():
         yield f"left out: {name}: {reason}"
