@@ -70,7 +70,7 @@ static inline void mp_q_put(mp_format format, uint8_t *tile, ptrdiff_t r, const 
 /* How encode_q4 finds the scale. Of the weight m that is largest in magnitude, the first of
  * such, and each c of these, q = w * (c / m) rounded to nearest, ties to even, and held within
  * -8..7; d = sum(q w) / sum(q q), rounded to float16. That c is taken whose sum((w - d q)^2) is
- * least, the first of equals. Sums are made in eight lanes, k % 8. All 0 below 2^-100.
+ * least, the first of equals. Sums are made in eight lanes, k % 8. All 0 where |m| is below 2^-100, or d rounds to 0.
  * encode_q8: d = max|w| / 127, rounded; q = w / d likewise, held within -127..127. */
 static const float mp_candidates[] = {
     -8.f, -10.f, -9.75f, -9.5f, -9.25f, -9.f, -8.75f, -8.5f, -8.25f, -7.75f,

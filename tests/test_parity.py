@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moeprof
 from moeprof import demo
 from moeprof.backends.ops import operands_of
-from moeprof.backends.tables import SWIGLU
+from moeprof.backends.tables import ROWS, SWIGLU
 
 TIE = 1e-5  # selections are compared where the k-th lies further than this above the next
 
@@ -480,7 +480,7 @@ def test_operators_keep_what_they_declare(tokens):
     weights = [p for p in block.experts.parameters()]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     spec = moeprof.BH(0.5, max_k=5).spec(8, norm="none", norm_k=2)
-    how = SWIGLU.as_text(), "rows"
+    how = SWIGLU.as_text(), ROWS.as_text()
     moe = (x, gate_logits(block, x), weights, *how, *operands_of(spec), "mlp")
     torch.library.opcheck(torch.ops.moeprof.moe.default, moe, test_utils=checks)
     ids, ones = torch.zeros(tokens, 3, dtype=torch.long), torch.ones(tokens, 3)

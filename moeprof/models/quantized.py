@@ -66,26 +66,33 @@ class QuantizedExperts(nn.Module):
         self.activation, self.config = activation, config
         self.format, self.exact = storage.format, False
         self.hidden_size, self.intermediate_size = storage.hidden_size, storage.intermediate_size
-        self._check_bytes(matrices)
+        if reason := self._sizes_obstacle(matrices):
+            raise ValueError(reason)
         for name, tensor in zip(self._names(), matrices, strict=False):
             self.register_buffer(name, tensor)
         # Biases and hidden states are of the model's dtype: this follows `model.to(dtype)`.
         dtype = torch.empty(0, dtype=BY_NAME[storage.dtype])
         self.register_buffer("dtype_of_hidden", dtype, persistent=False)
 
-    def _check_bytes(self, matrices: Sequence[Tensor]) -> None:
-        """ValueError unless the tensors are of these sizes: C reads them by their addresses."""
-        sizes = self.intermediate_size, self.hidden_size
-        per = self.activation.matrices - 1, 1
-        for tensor, beside, (rows, columns) in zip(
-            matrices, per, (sizes, sizes[::-1]), strict=False
-        ):
-            wanted = (len(tensor), beside, encoded_bytes(rows, columns, self.format))
-            if tensor.dtype != torch.uint8 or tensor.shape != wanted:
-                raise ValueError(
-                    f"quantised matrices: expected uint8 {wanted}, got {tensor.dtype} "
-                    f"{tuple(tensor.shape)}"
-                )
+    def _sizes_obstacle(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why the tensors are not of these sizes, or None: C reads them by their addresses."""
+        H, I = self.hidden_size, self.intermediate_size  # noqa: E741
+        experts, beside = len(tensors[0]), self.activation.matrices - 1
+        expected: list[tuple[int, ...]] = [
+            (experts, beside, encoded_bytes(I, H, self.format)),
+            (experts, 1, encoded_bytes(H, I, self.format)),
+            (experts, beside * I),
+            (experts, H),
+        ]
+        for number, (tensor, wanted) in enumerate(zip(tensors, expected, strict=False)):
+            is_bytes = number < 2
+            if tensor.shape != wanted or (tensor.dtype == torch.uint8) != is_bytes:
+                kind = "uint8" if is_bytes else "a bias"
+                got = f"{tensor.dtype} {tuple(tensor.shape)}"
+                return f"quantised matrices: expected {kind} {wanted}, got {got}"
+            if not tensor.is_contiguous():
+                return "quantised matrices that are not contiguous"
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,6 +120,8 @@ class QuantizedExperts(nn.Module):
         tensors = [own[name] for name in self._names() if own.get(name) is not None]
         if (dtype := DTYPES.get(self.dtype)) is None:
             return NOTHING_READ, f"hidden states of {self.dtype}"
+        if reason := self._sizes_obstacle(tensors):
+            return NOTHING_READ, reason
         sizes = self.hidden_size, self.intermediate_size
         storage = Storage("rows", self.format_in_c, dtype, *sizes)
         return LayerMatrices(tensors, self.activation, storage), None
@@ -168,14 +177,20 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.format, self.exact = format, False
-        wanted = encoded_bytes(out_features, in_features, format)
-        if weight.dtype != torch.uint8 or weight.shape != (wanted,):
-            raise ValueError(
-                f"quantised weight: expected uint8 ({wanted},), got {weight.dtype} "
-                f"{tuple(weight.shape)}"
-            )
+        if reason := self._sizes_obstacle(weight, bias):
+            raise ValueError(reason)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+
+    def _sizes_obstacle(self, weight: Tensor, bias: Tensor | None) -> str | None:
+        """As that of `QuantizedExperts`."""
+        wanted = encoded_bytes(self.out_features, self.in_features, self.format)
+        if weight.dtype != torch.uint8 or weight.shape != (wanted,) or not weight.is_contiguous():
+            got = f"{weight.dtype} {tuple(weight.shape)}"
+            return f"quantised weight: expected contiguous uint8 ({wanted},), got {got}"
+        if bias is not None and (bias.shape != (self.out_features,) or not bias.is_contiguous()):
+            return f"bias: expected ({self.out_features},), got {tuple(bias.shape)}"
+        return None
 
     @property
     def format_in_c(self) -> str:
@@ -191,7 +206,8 @@ class QuantizedLinear(nn.Module):
         storage = Storage("rows", self.format_in_c, dtype, self.in_features, self.out_features)
         if input.dtype not in DTYPES:
             raise RuntimeError(f"{name}: an input of {dtype} (float32, bfloat16, float16)")
-        if reason := tensor_obstacle(tensors, storage):
+        reason = self._sizes_obstacle(weight, bias) or tensor_obstacle(tensors, storage)
+        if reason:
             raise RuntimeError(f"{name}: {reason}")
         if input.shape[-1:] != (self.in_features,):
             raise RuntimeError(

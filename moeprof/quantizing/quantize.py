@@ -100,11 +100,13 @@ def quantize(
         calls = recorded_calls(model, [part.measured for part in plan.parts], texts, tokenizer)
     made: dict[Any, QuantizedExperts | QuantizedLinear] = {}
     done: list[QuantizedPart] = []
-    with _bar(progress, len(plan.parts)) as step:
-        while plan.parts:
-            done.append(_convert(model, plan.parts.pop(0), exact, calls, made))
-            step()
-    saves_quantized(model)
+    try:
+        with _bar(progress, len(plan.parts)) as step:
+            while plan.parts:
+                done.append(_convert(model, plan.parts.pop(0), exact, calls, made))
+                step()
+    finally:  # also of a model that is quantised in part
+        saves_quantized(model)
     return QuantizeReport(sorted([*done, *plan.left], key=lambda row: plan.order[row.layer]))
 
 

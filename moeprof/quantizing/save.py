@@ -214,6 +214,8 @@ def read_description(name: str, checkpoint: Checkpoint) -> Description:
 def saves_quantized(model: Any) -> None:
     """Let `model.save_pretrained` write what `moeprof.load` reads: transformers' own would write
     bytes as if they were its weights."""
+    if not any(isinstance(m, QuantizedExperts | QuantizedLinear) for m in model.modules()):
+        return
     for module in model.modules():
         if hasattr(module, "save_pretrained") and type(module.save_pretrained) is not _Saver:
             module.save_pretrained = _Saver(module)
