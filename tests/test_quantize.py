@@ -103,6 +103,32 @@ def test_interrupted_leaves_whole_layers(monkeypatch, error):
         moeprof.quantize(model, progress=False)
     kinds = [isinstance(block.experts, QuantizedExperts) for block in blocks(model)]
     assert kinds == [True, False] and logits(model).isfinite().all()
+    # Transformers' own would write bytes as if they were its weights.
+    assert type(model.save_pretrained).__module__ == "moeprof.quantizing.save"
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda t: t[:, :, :-1],
+        lambda t: t[:1],
+        lambda t: t.float(),
+        lambda t: t.repeat(1, 1, 2)[:, :, ::2],
+    ),
+    ids=("bytes", "experts", "dtype", "stride"),
+)
+def test_tensors_of_other_sizes_are_not_read(change):
+    model = olmoe()
+    moeprof.quantize(model, linears=True, progress=False)
+    experts, linear = blocks(model)[0].experts, model.lm_head
+    experts.down_proj = change(experts.down_proj)
+    with pytest.raises(RuntimeError, match="quantised matrices"):
+        logits(model)
+    with pytest.raises(ValueError, match="quantised matrices"):
+        moeprof.patch(model)
+    linear.weight = linear.weight[:-1]
+    with pytest.raises(RuntimeError, match="quantised weight: expected"):
+        linear(torch.ones(1, linear.in_features))
 
 
 def test_refusals_change_nothing():
