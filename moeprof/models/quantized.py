@@ -29,6 +29,22 @@ def encoded_bytes(rows: int, columns: int, format: str) -> int:
     return groups * (GROUP * _BITS[format] // 8 + 2)
 
 
+def expected_shapes(
+    num_experts: int, activation: Activation, storage: Storage
+) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the tensors of `QuantizedExperts`, biases last, in the order that
+    `WeightTable` takes. C reads them by their addresses, so that these sizes have to be."""
+    H, I = storage.hidden_size, storage.intermediate_size  # noqa: E741
+    first, beside = ("gate_up_proj", 2) if activation.gated else ("up_proj", 1)
+    format = storage.format
+    return {
+        first: (num_experts, beside, encoded_bytes(I, H, format)),
+        "down_proj": (num_experts, 1, encoded_bytes(H, I, format)),
+        f"{first}_bias": (num_experts, beside * I),
+        "down_proj_bias": (num_experts, H),
+    }
+
+
 def described_dtype(model: Any) -> str:
     """ "bfloat16", or "bfloat16, experts in q8"."""
     dtype = str(model.dtype).removeprefix("torch.")
@@ -66,26 +82,20 @@ class QuantizedExperts(nn.Module):
         self.activation, self.config = activation, config
         self.format, self.exact = storage.format, False
         self.hidden_size, self.intermediate_size = storage.hidden_size, storage.intermediate_size
+        self._shapes = expected_shapes(len(matrices[0]), activation, storage)
         if reason := self._sizes_obstacle(matrices):
             raise ValueError(reason)
-        for name, tensor in zip(self._names(), matrices, strict=False):
+        for name, tensor in zip(self._shapes, matrices, strict=False):
             self.register_buffer(name, tensor)
         # Biases and hidden states are of the model's dtype: this follows `model.to(dtype)`.
         dtype = torch.empty(0, dtype=BY_NAME[storage.dtype])
         self.register_buffer("dtype_of_hidden", dtype, persistent=False)
 
     def _sizes_obstacle(self, tensors: Sequence[Tensor]) -> str | None:
-        """Why the tensors are not of these sizes, or None: C reads them by their addresses."""
-        H, I = self.hidden_size, self.intermediate_size  # noqa: E741
-        experts, beside = len(tensors[0]), self.activation.matrices - 1
-        expected: list[tuple[int, ...]] = [
-            (experts, beside, encoded_bytes(I, H, self.format)),
-            (experts, 1, encoded_bytes(H, I, self.format)),
-            (experts, beside * I),
-            (experts, H),
-        ]
-        for number, (tensor, wanted) in enumerate(zip(tensors, expected, strict=False)):
-            is_bytes = number < 2
+        """Why the tensors are not of the expected sizes, or None."""
+        shapes = self._shapes.items()
+        for tensor, (name, wanted) in zip(tensors, shapes, strict=False):
+            is_bytes = not name.endswith("_bias")
             if tensor.shape != wanted or (tensor.dtype == torch.uint8) != is_bytes:
                 kind = "uint8" if is_bytes else "a bias"
                 got = f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -98,10 +108,6 @@ class QuantizedExperts(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of hidden states and biases."""
         return self.get_buffer("dtype_of_hidden").dtype
-
-    def _names(self) -> tuple[str, ...]:
-        first = "gate_up_proj" if self.activation.gated else "up_proj"
-        return first, "down_proj", f"{first}_bias", "down_proj_bias"
 
     @property
     def format_in_c(self) -> str:
@@ -117,7 +123,7 @@ class QuantizedExperts(nn.Module):
 
     def _read(self) -> tuple[LayerMatrices, str | None]:
         own: dict[str, Any] = vars(self)["_buffers"]
-        tensors = [own[name] for name in self._names() if own.get(name) is not None]
+        tensors = [own[name] for name in self._shapes if own.get(name) is not None]
         if (dtype := DTYPES.get(self.dtype)) is None:
             return NOTHING_READ, f"hidden states of {self.dtype}"
         if reason := self._sizes_obstacle(tensors):

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _C
 from ..backends.cpu import get_num_threads
 from ..backends.tables import DTYPES, LayerMatrices, Storage, is_packed, sizes_of
-from ..models.quantized import QuantizedExperts
+from ..models.quantized import PANEL, QuantizedExperts
 
 FORMATS = {8: "q8", 4: "q4"}  # by bits
 
@@ -27,7 +27,7 @@ def encoded(matrix: Tensor, format: str) -> Tensor:
 
 def decoded(data: Tensor, rows: int, columns: int, format: str) -> Tensor:
     """What `encoded` kept of a matrix, (rows, columns) float32."""
-    panels = -(-rows // 16) * 16
+    panels = -(-rows // PANEL) * PANEL
     array = _C.decode(data.view(panels, -1).numpy(), rows, columns, format)
     return torch.from_numpy(array)
 

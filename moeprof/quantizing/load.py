@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backends.tables import BY_NAME, DTYPES, LayerMatrices, Storage
 from ..models.blocks import Block, find_blocks
 from ..models.load import check_loaded, check_model, reason_of
-from ..models.quantized import QuantizedExperts, QuantizedLinear, encoded_bytes
+from ..models.quantized import QuantizedExperts, QuantizedLinear, encoded_bytes, expected_shapes
 from ..show.console import make_console
 from ..show.console import progress as progress_bar
 from .checkpoint import Checkpoint, has_weights
@@ -368,9 +368,10 @@ def _read_back(
         raise ValueError(f"model {name}: {module}: {reason}")
     storage = Storage("rows", said.experts[module], DTYPES[read.dtype], *_sizes(read))
     tensors = []
-    for own, shape in _saved_shapes(read, storage, num_experts).items():
+    shapes = expected_shapes(num_experts, read.activation, storage)
+    for own in [*shapes][: 2 + len(biases_of(read))]:
         dtype = read.dtype if own.endswith("_bias") else torch.uint8
-        tensors.append(_tensor_back(name, f"{module}.{own}", shape, dtype, checkpoint))
+        tensors.append(_tensor_back(name, f"{module}.{own}", shapes[own], dtype, checkpoint))
     return QuantizedExperts(tensors, read.activation, storage, getattr(experts, "config", None))
 
 
@@ -404,22 +405,3 @@ def _linear_back(
         shape = tuple(linear.bias.shape)
         bias = _tensor_back(name, f"{module}.bias", shape, linear.bias.dtype, checkpoint)
     return QuantizedLinear(weight, bias, *sizes, format)
-
-
-def _saved_shapes(
-    read: LayerMatrices, storage: Storage, num_experts: int
-) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the tensors of `QuantizedExperts`, in its order. C reads them by their
-    addresses, so that what a file holds has to be of these sizes."""
-    sizes = storage.intermediate_size, storage.hidden_size
-    into_bytes, down_bytes = (encoded_bytes(*s, storage.format) for s in (sizes, sizes[::-1]))
-    into, beside = ("gate_up_proj", 2) if read.activation.gated else ("up_proj", 1)
-    shapes: dict[str, tuple[int, ...]] = {
-        into: (num_experts, beside, into_bytes),
-        "down_proj": (num_experts, 1, down_bytes),
-    }
-    if len(biases := biases_of(read)) == 2:
-        columns = biases[0].shape[1], biases[1].shape[1]
-        shapes[f"{into}_bias"] = (num_experts, columns[0])
-        shapes["down_proj_bias"] = (num_experts, columns[1])
-    return shapes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backends.tables import DTYPES
 from ..checks import check_model
-from ..models.quantized import QuantizedExperts, QuantizedLinear
+from ..models.quantized import GROUP, QuantizedExperts, QuantizedLinear
 from ..patching.state import is_patched
 from .checkpoint import Checkpoint
 
@@ -21,7 +21,6 @@ from .checkpoint import Checkpoint
 STEM = "moeprof"
 METHOD = "moeprof"  # what config.json calls the way of quantising
 VERSION = 1  # of the layout of the bytes, csrc/quantized.h
-GROUP = 32  # columns that share a scale
 SHARD_BYTES = 4 * 10**9  # of a file, at most, unless one tensor is larger
 
 
