@@ -29,12 +29,13 @@ class Mutation(NamedTuple):
 
 # fmt: off
 MUTATIONS = [
-    # ---- C: routers ----
+    # ---- C: weights in 8 and 4 bits ----
     Mutation("csrc/scalar/encode_scalar.c", "-8, 7)", "-7, 7)", "test_quantized_kernels.py"),
     Mutation("csrc/scalar/quantize_scalar.c", "to->minus_sum -=", "to->minus_sum +=",
              "test_quantized_kernels.py"),
     Mutation("csrc/x86/quantized_avx2.c", "vi_set(8 * minus_sum)", "vi_set(7 * minus_sum)",
              "test_quantized_kernels.py"),
+    # ---- C: routers ----
     Mutation("csrc/routers/shared.h", "value > most", "value >= most",
              "test_router_kernels.py test_router_statistics.py"),
     Mutation("csrc/routers/shared.h", "token->p[r] <= t", "token->p[r] < t",
