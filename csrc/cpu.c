@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Intel's AMX machines have AVX512-FP16 too, so `amx` is everything. */
+/* Intel's AMX machines have AVX512-FP16 and AMX-INT8 too: `amxint8` is everything. */
 const mp_cpu_level mp_cpu_levels[] = {
     {"scalar", 0},
     {"openblas", MP_CPU_BLAS},
@@ -14,6 +14,7 @@ const mp_cpu_level mp_cpu_levels[] = {
     {"avx512bf16", MP_CPU_AVX512BF16},
     {"avx512fp16", MP_CPU_AVX512FP16},
     {"amx", MP_CPU_AMX},
+    {"amxint8", MP_CPU_AMXINT8},
     {NULL, 0},
 };
 
@@ -70,10 +71,14 @@ static unsigned detect(void)
         if (leaf7_d & 1u << 23)
             features |= MP_CPU_AVX512FP16;
     }
-    const unsigned amx = 1u << 24 | 1u << 22; /* AMX-TILE, AMX-BF16 */
+    const unsigned amx_tile = 1u << 24, amx_bf16 = 1u << 22, amx_int8 = 1u << 25;
     if ((features & MP_CPU_AVX512) && (saved & TILES) == TILES
-        && (leaf7_d & amx) == amx && amx_permitted())
-        features |= MP_CPU_AMX;
+        && (leaf7_d & amx_tile) && amx_permitted()) {
+        if (leaf7_d & amx_bf16)
+            features |= MP_CPU_AMX;
+        if (leaf7_d & amx_int8)
+            features |= MP_CPU_AMXINT8;
+    }
     return features;
 }
 

@@ -12,6 +12,7 @@ enum {
     MP_CPU_AVX512BF16 = 1 << 5,
     MP_CPU_AVX512FP16 = 1 << 6,
     MP_CPU_AMX = 1 << 7, /* AMX-TILE and AMX-BF16, permission granted */
+    MP_CPU_AMXINT8 = 1 << 8, /* AMX-TILE and AMX-INT8, the same */
 };
 
 /* A feature is set when CPUID names it, XCR0 says the system keeps its registers

@@ -1,5 +1,5 @@
 /* AMX in C, after the operations in Intel's Software Developer's Manual: LDTILECFG,
- * TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBF16PS, of palette 1.
+ * TILERELEASE, TILEZERO, TILELOADD, TILESTORED, TDPBF16PS, TDPBSSD, of palette 1.
  *
  * What raises an exception in the CPU is kept for the test to ask (amx_fault), and does
  * nothing else: the first fault counts. */
@@ -21,7 +21,7 @@ static _Thread_local struct {
     int configured;
     tile tiles[TILES];
     const char *fault;
-    long products; /* TDPBF16PS so far */
+    long products; /* TDPBF16PS and TDPBSSD so far */
 } cpu;
 
 /* The first fault since the last question, or NULL. */
@@ -144,18 +144,46 @@ multiply_row(float *c, int columns, const unsigned char *a, const tile *b)
         c[n] = flushed(flushed(c[n]) + flushed(sums[0][n] + sums[1][n]));
 }
 
+/* Columns of c, as int32: c += the products of the signed bytes. */
+static void multiply_bytes(int32_t *c, int columns, const signed char *a, const tile *b)
+{
+    for (int k = 0; k < 4 * b->rows; k++)
+        for (int n = 0; n < columns; n++)
+            c[n] += a[k] * (signed char)b->data[k / 4][4 * n + k % 4];
+}
+
+/* Whether tiles can be multiplied. */
+static int fit(const tile *c, const tile *a, const tile *b)
+{
+    return !refuse(c == a || a == b || b == c, "#UD: one tile twice")
+        && !refuse(c->rows != a->rows || a->row_bytes / 4 != b->rows
+                   || b->row_bytes != c->row_bytes, "#UD: the tiles do not fit")
+        && !refuse(a->row_bytes % 4 || b->row_bytes % 4, "#UD: part of an element");
+}
+
 void amx_dpbf16(int c_number, int a_number, int b_number)
 {
     tile *c = of(c_number), *a = of(a_number), *b = of(b_number);
-    if (refuse(c == a || a == b || b == c, "#UD: one tile twice")
-        || refuse(c->rows != a->rows || a->row_bytes / 4 != b->rows
-                  || b->row_bytes != c->row_bytes, "#UD: the tiles do not fit")
-        || refuse(a->row_bytes % 4 || b->row_bytes % 4, "#UD: half a pair"))
+    if (!fit(c, a, b))
         return;
     for (int r = 0; r < c->rows; r++) {
         float row[ROW_BYTES / 4];
         memcpy(row, c->data[r], sizeof row);
         multiply_row(row, c->row_bytes / 4, a->data[r], b);
+        memcpy(c->data[r], row, sizeof row);
+    }
+    cpu.products++;
+}
+
+void amx_dpbssd(int c_number, int a_number, int b_number)
+{
+    tile *c = of(c_number), *a = of(a_number), *b = of(b_number);
+    if (!fit(c, a, b))
+        return;
+    for (int r = 0; r < c->rows; r++) {
+        int32_t row[ROW_BYTES / 4];
+        memcpy(row, c->data[r], sizeof row);
+        multiply_bytes(row, c->row_bytes / 4, (const signed char *)a->data[r], b);
         memcpy(c->data[r], row, sizeof row);
     }
     cpu.products++;

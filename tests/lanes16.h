@@ -1,5 +1,6 @@
-/* What csrc/x86/avx512.h gives to quantized_impl.h, in the vectors that gcc makes of any
- * instructions; and the instruction of VNNI, after Intel's Software Developer's Manual. */
+/* What csrc/x86/avx512.h gives to the products of quantised weights, in the vectors that gcc
+ * makes of any instructions; and the instruction of VNNI, after Intel's Software
+ * Developer's Manual. */
 #define MP_AVX512_H
 #include "../csrc/convert.h"
 #include "../csrc/x86/x86.h"
@@ -34,6 +35,15 @@ INLINE vi vi_load(const void *at)
     vi v;
     memcpy(&v, at, sizeof v);
     return v;
+}
+
+INLINE void vi_store(void *at, vi v) { memcpy(at, &v, sizeof v); }
+
+/* Bytes less bytes. */
+INLINE vi vi_sub8(vi a, vi b)
+{
+    typedef uint8_t bytes __attribute__((vector_size(64)));
+    return (vi)((bytes)a - (bytes)b);
 }
 
 INLINE void vf_store_tail(float *at, vf v, ptrdiff_t count)

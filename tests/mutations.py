@@ -35,6 +35,8 @@ MUTATIONS = [
              "test_quantized_kernels.py"),
     Mutation("csrc/x86/quantized_avx2.c", "vi_set(8 * minus_sum)", "vi_set(7 * minus_sum)",
              "test_quantized_kernels.py"),
+    Mutation("csrc/x86/quantized_amxint8.c", "sums[g % 2] + r", "sums[0] + r",
+             "test_quantized_emulated.py -k amxint8"),
     # ---- C: routers ----
     Mutation("csrc/routers/shared.h", "value > most", "value >= most",
              "test_router_kernels.py test_router_statistics.py"),

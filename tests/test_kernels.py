@@ -529,7 +529,7 @@ def test_levels_only_ever_add_variants():
 
 def test_levels_are_the_features_in_order():
     names = util.level_names()
-    assert names[:3] == ["scalar", "openblas", "avx2"] and names[-1] == "amx"
+    assert names[:3] == ["scalar", "openblas", "avx2"] and names[-1] == "amxint8"
     assert [n for n in names if n in _C.cpu_features()] == _C.cpu_features()
 
 

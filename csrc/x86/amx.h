@@ -1,4 +1,5 @@
-/* The tile instructions of gemm_amx.c, on tiles of constant numbers.
+/* The tile instructions of gemm_amx.c and quantized_amxint8.c, on tiles of constant
+ * numbers.
  *
  * Not the macros of <immintrin.h>: those of gcc 12 do not tell the compiler what memory
  * they read, so that it may drop or delay the stores of what a tile is to load. */
@@ -22,5 +23,9 @@
  * of bf16. */
 #define TILE_DPBF16(c, a, b)                                                           \
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b))
+
+/* The same, of elements of four signed bytes, in int32. */
+#define TILE_DPBSSD(c, a, b)                                                           \
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b))
 
 #endif

@@ -136,11 +136,14 @@ INLINE void vf_store_bf16_tail(uint16_t *at, vf v, ptrdiff_t count)
 
 /* ---- bytes ---- */
 
+INLINE void vi_store(void *at, vi v) { _mm512_storeu_si512(at, v); }
 INLINE vi vi_set8(char value) { return _mm512_set1_epi8(value); }
 INLINE vi vi_set(int32_t value) { return _mm512_set1_epi32(value); }
 INLINE vi vi_broadcast(const void *at) { return _mm512_set1_epi32(mp_load_i32(at)); }
 INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+/* Bytes less bytes. */
+INLINE vi vi_sub8(vi a, vi b) { return _mm512_sub_epi8(a, b); }
 INLINE vf vf_of_ints(vi v) { return _mm512_cvtepi32_ps(v); }
 /* The upper half of each byte to the lower one; the upper one is to be masked. */
 INLINE vi vi_upper_halves(vi v) { return _mm512_srli_epi16(v, 4); }

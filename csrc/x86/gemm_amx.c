@@ -19,18 +19,11 @@
 #include "avx512.h"
 
 #include "amx.h"
+#include "tile_config.h"
 
 /* Rows of a tile and columns of C; bytes of a row, bf16 that a step takes of K. */
 enum { TILE = 16, ROW_BYTES = 64, TILE_BYTES = TILE * ROW_BYTES, STEP = 32 };
 enum { C00, C01, C10, C11, A0, A1, B0, B1, TILES };
-
-/* What ldtilecfg reads. */
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_config;
-_Static_assert(sizeof(tile_config) == 64, "the layout is the CPU's");
 
 /* `rows`: of A and C, 16 or, of fewer weights, all. */
 INLINE void configure(ptrdiff_t rows)
