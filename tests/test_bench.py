@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from util import in_use
 
 import moeprof
 from moeprof import _C
-from moeprof.bench import kernels, layer, model, router, twins
+from moeprof.bench import kernels, layer, llama, model, quantized, router, twins
 from moeprof.bench.settings import FAMILIES, SHAPES, Shape, family_of
 from moeprof.bench.weights import Calls, layer_weights
 from moeprof.cli import main
@@ -31,6 +32,15 @@ from moeprof.show.figures import COLOURS, colours, plain
 
 SHAPE = ("--shape", "8,32,16,4", "--repeats", 2)
 STOCK = ["eager", "grouped_mm"] if V5 else ["eager"]
+PEERS = {  # of weights in 8 and 4 bits, and what they import
+    "torch int8": (),
+    "torch int4": (),
+    "QMoE int8": ("onnx", "onnxruntime"),
+    "QMoE int4": ("onnx", "onnxruntime"),
+    "QMoE int4 level 4": ("onnx", "onnxruntime"),
+    "llama.cpp Q8_0": ("llama_cpp",),
+    "llama.cpp Q4_0": ("llama_cpp",),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +136,12 @@ def test_quantized(capsys, tmp_path):
     picture, shape = tmp_path / "quantized.png", ("--shape", "8,64,32,4", "--repeats", 2)
     options = ("--tokens", "1,40", "--dtype", "bfloat16", "--threads", 1, "--plot", picture)
     out, result = bench(capsys, tmp_path, "quantized", *shape, *options)
-    names = result["contenders"]
-    assert names[:3] == ["moeprof", "q8", "q4"] and {*names[3:]} <= {"torch int8", "torch int4"}
+    names, missing = result["contenders"], result["missing"]
+    assert names[:3] == ["moeprof", "q8", "q4"] and {*names[3:], *missing} == {*PEERS}
+    for name, modules in PEERS.items():
+        lacking = [module for module in modules if not find_spec(module)]
+        assert (name in missing) >= bool(lacking), name
+        assert lacking or name in names or name.startswith("torch"), missing[name]
     assert result["bytes"] == {
         name: 3 * 64 * n for name, n in zip(names[:3], (64, 34, 18), strict=True)
     }
@@ -142,6 +156,23 @@ def test_quantized(capsys, tmp_path):
     for header in ("hit", "moeprof", "q4", "x q8", "read", "error"):
         assert header in out
     assert image.imread(picture).shape[2] == 4
+
+
+def test_quantized_names_the_peers_that_are_left_out(capsys, tmp_path, monkeypatch):
+    """Those that are not installed, in a line for each package; and those that are wrong."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setattr(quantized, "_int4", lambda matrix: lambda x: x @ matrix.roll(1, 0).T)
+    llama._ggml.cache_clear()
+    options = ("--shape", "8,64,32,4", "--repeats", 2, "--tokens", 1, "--threads", 1)
+    out, result = bench(capsys, tmp_path, "quantized", *options)
+    assert (
+        {"moeprof", "q8", "q4"} <= {*result["contenders"]} <= {"moeprof", "q8", "q4", "torch int8"}
+    )
+    text = words(out)
+    assert "left out: QMoE int8, QMoE int4, QMoE int4 level 4: ModuleNotFoundError" in text
+    assert "left out: llama.cpp Q8_0, llama.cpp Q4_0: ModuleNotFoundError: No module named" in text
+    assert "left out: torch int4: its outputs are wrong: their relative error is 1." in text
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v2"])

@@ -38,7 +38,7 @@ def contenders(shape: Shape, weights: LayerWeights, peers: bool) -> dict[str, Co
     own = (_packed if PACKED else _listed)(config, weights)
     others = {"zentorch": _zentorch, "vllm": _vllm} if peers else {}
     ours = own.pop("moeprof")
-    return own | {name: _late(make, weights) for name, make in others.items()} | {"moeprof": ours}
+    return own | {name: late(make, weights) for name, make in others.items()} | {"moeprof": ours}
 
 
 def usable(calls: dict[str, Contender], call: Call) -> tuple[dict[str, Contender], dict[str, str]]:
@@ -118,7 +118,7 @@ def _block(config: OlmoeConfig, weights: LayerWeights) -> Any:
 # ---- others, made at their first call, which may fail ----
 
 
-def _late(make: Callable[[LayerWeights], Contender], weights: LayerWeights) -> Contender:
+def late(make: Callable[[LayerWeights], Contender], weights: LayerWeights) -> Contender:
     made: list[Contender] = []
 
     def call(*arguments: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""A layer's experts in 8 and 4 bits: moeprof and what torch has, beside the same layer in its
-dtype."""
+"""A layer's experts in 8 and 4 bits: moeprof, torch, onnxruntime and llama.cpp, beside the same
+layer in its dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backends.tables import LayerMatrices
@@ -15,8 +16,10 @@ from ..measure.timing import interleave, ratio, steps
 from ..quantizing.convert import FORMATS, quantized
 from ..show.tables import milliseconds, table
 from . import plots
-from .contenders import contenders, usable
+from .contenders import contenders, late, usable
 from .layer import ERROR_TOKENS, errors
+from .llama import Q4_0, Q8_0, llama
+from .qmoe import qmoe
 from .weights import Calls, layer_weights
 
 if TYPE_CHECKING:
@@ -27,8 +30,10 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .weights import LayerWeights
 
+    Peers = Mapping[str, tuple[int, Callable[[LayerWeights], Contender]]]  # {name: (bits, maker)}
+
 GROUP = 32  # columns that share a scale, in torch's 4 bits as in moeprof's
-TORCH8, TORCH4 = "torch int8", "torch int4"  # its products, expert by expert
+LARGEST_ERROR = {8: 0.05, 4: 0.3}  # of the outputs, relative; more is a wrong computation
 
 
 def rounds(settings: Settings) -> int:
@@ -40,13 +45,17 @@ def measure(settings: Settings, bar: Bar) -> dict[str, Any]:
     bar.note("quantized: random weights")
     weights = layer_weights(shape, dtype)
     with torch.inference_mode():
-        calls, sizes = _contenders(settings, weights)
-        calls, missing = usable(calls, Calls(shape, dtype, 1).next())
+        calls, sizes = _ours(settings, weights)
+        peers = _peers(shape.top_k)
+        others = {name: late(make, weights) for name, (_, make) in peers.items()}
+        calls, missing = usable(calls | others, Calls(shape, dtype, 1).next())
+        wrong = _wrong(errors(weights, calls, Calls(shape, dtype, 4).next()), peers)
+        calls = {name: call for name, call in calls.items() if name not in wrong}
         rows = [_row(settings, weights, calls, sizes, tokens, bar) for tokens in settings.tokens]
-    return {"contenders": [*calls], "bytes": sizes, "missing": missing, "rows": rows}
+    return {"contenders": [*calls], "bytes": sizes, "missing": missing | wrong, "rows": rows}
 
 
-def _contenders(
+def _ours(
     settings: Settings, weights: LayerWeights
 ) -> tuple[dict[str, Contender], dict[str, float]]:
     """({name: function}, {name: bytes of an expert}); the first is the layer in its dtype."""
@@ -54,16 +63,35 @@ def _contenders(
     calls = {"moeprof": contenders(shape, weights, False)["moeprof"]}
     sizes = {"moeprof": float(shape.size * weights.down.element_size())}
     for format in FORMATS.values():
-        calls[format], sizes[format] = _ours(weights, format)
-    for name, make in {TORCH8: _int8, TORCH4: _int4}.items():
-        calls[name] = _loop(make, weights)
+        experts = quantized(LayerMatrices([weights.gate_up, weights.down]), format)
+        calls[format] = _call_of(experts)
+        sizes[format] = sum(b.nbytes for b in experts.buffers()) / shape.experts
     return calls, sizes
 
 
-def _ours(weights: LayerWeights, format: str) -> tuple[Contender, float]:
-    experts = quantized(LayerMatrices([weights.gate_up, weights.down]), format)
-    total = sum(buffer.nbytes for buffer in experts.buffers())
-    return lambda x, logits, idx, w: experts(x, idx, w), total / len(weights.down)
+def _call_of(experts: nn.Module) -> Contender:
+    return lambda x, logits, idx, w: experts(x, idx, w)
+
+
+def _peers(top_k: int) -> Peers:
+    return {
+        "torch int8": (8, partial(_loop, _int8)),
+        "torch int4": (4, partial(_loop, _int4)),
+        "QMoE int8": (8, partial(qmoe, top_k=top_k, bits=8)),
+        "QMoE int4": (4, partial(qmoe, top_k=top_k, bits=4)),
+        "QMoE int4 level 4": (4, partial(qmoe, top_k=top_k, bits=4, accuracy_level=4)),
+        "llama.cpp Q8_0": (8, partial(llama, top_k=top_k, kind=Q8_0)),
+        "llama.cpp Q4_0": (4, partial(llama, top_k=top_k, kind=Q4_0)),
+    }
+
+
+def _wrong(found: Mapping[str, float], peers: Peers) -> dict[str, str]:
+    """{name: why} of peers whose error is more than rounding explains."""
+    return {
+        name: f"its outputs are wrong: their relative error is {found[name]:.2g}"
+        for name, (bits, _) in peers.items()
+        if name in found and not found[name] < LARGEST_ERROR[bits]
+    }
 
 
 def _row(
@@ -99,17 +127,15 @@ Product = Callable[[Tensor], Tensor]  # x (M, K) times the transpose of a matrix
 
 
 def _loop(make: Callable[[Tensor], Product], weights: LayerWeights) -> Contender:
-    """Expert by expert, with the products that `make` gives; made at the first call."""
-    made: list[tuple[Product, Product]] = []
+    """Expert by expert, with the products that `make` gives."""
+    pairs = zip(weights.gate_up, weights.down, strict=True)
+    products = [(make(into), make(down)) for into, down in pairs]
 
     def call(x: Tensor, logits: Tensor, idx: Tensor, w: Tensor) -> Tensor:
-        if not made:
-            pairs = zip(weights.gate_up, weights.down, strict=True)
-            made.extend((make(into), make(down)) for into, down in pairs)
         out = torch.zeros_like(x)
         for expert in idx.unique().tolist():
             token, slot = torch.where(idx == expert)
-            into, down = made[expert]
+            into, down = products[expert]
             gate, up = into(x[token]).chunk(2, -1)
             out.index_add_(0, token, down(F.silu(gate) * up) * w[token, slot, None])
         return out
@@ -143,35 +169,42 @@ def _int4(matrix: Tensor) -> Product:
 
 def tables(result: dict[str, Any]) -> Iterator[Any]:
     names, rows = result["contenders"], result["rows"]
-    ours = [name for name in FORMATS.values() if name in names]
     columns = {"T": "{:d}", "hit": "{:d}"}
-    columns |= {f"{name.replace(' ', chr(10))}\nms": "{:.2f}" for name in names}
+    columns |= {f"{name.replace(' ', chr(10), 1)}\nms": "{:.2f}" for name in names}
+    yield table(columns, [_times(row, names) for row in rows])
+    columns = {"T": "{:d}"}
+    ours = [name for name in FORMATS.values() if name in names]
     for name in ours:
         columns |= {f"x {name}": "{:.2f}", f"{name}\nread": "{:.0%}", f"{name}\nerror": "{:.1e}"}
-    yield table(columns, [_cells(row, names, ours) for row in rows])
+    yield table(columns, [_of_ours(row, ours) for row in rows])
     best = max(row["read_gbs"] for row in rows)
     yield (
         f"moeprof: in {result['settings']['dtype']}; x: its time over that of the format, which "
         "is the larger the faster that is. read: bytes of the experts that were hit, over time "
         f"and over the speed of reading (the layer's weights read once by all threads, best of the "
         f"rounds: {best:.1f} GB/s). error: relative, to float64 of the weights before they were "
-        "quantised."
+        "quantised. torch: its products, expert by expert. QMoE: onnxruntime's operator; level 4: "
+        "its accuracy level, hidden states in 8 bits."
     )
-    for name, reason in result["missing"].items():
-        yield f"left out: {name}: {reason}"
+    for reason in dict.fromkeys(result["missing"].values()):
+        named = ", ".join(name for name, why in result["missing"].items() if why == reason)
+        yield f"left out: {named}: {reason}"
 
 
-def _cells(row: dict[str, Any], names: list[str], ours: list[str]) -> list[Any]:
-    times = row["times"]
-    cells = [row["tokens"], row["experts_hit"], *(milliseconds(times, name) for name in names)]
+def _times(row: Mapping[str, Any], names: list[str]) -> list[Any]:
+    times = [milliseconds(row["times"], name) for name in names]
+    return [row["tokens"], row["experts_hit"], *times]
+
+
+def _of_ours(row: Mapping[str, Any], ours: list[str]) -> list[Any]:
+    cells = [row["tokens"]]
     for name in ours:
-        cells += [ratio(times, "moeprof", name), row["read_share"][name], row["errors"].get(name)]
+        times = ratio(row["times"], "moeprof", name)
+        cells += [times, row["read_share"][name], row["errors"].get(name)]
     return cells
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    dtype = result["settings"]["dtype"]
-    labels = {name: f"moeprof, {name}" for name in result["contenders"]}
-    labels |= {"moeprof": f"moeprof, {dtype}", TORCH8: TORCH8, TORCH4: TORCH4}
-    labels = {name: labels[name] for name in result["contenders"]}
+    ours = {"moeprof": result["settings"]["dtype"]} | {name: name for name in FORMATS.values()}
+    labels = {n: f"moeprof, {ours[n]}" if n in ours else n for n in result["contenders"]}
     return plots.against_tokens(result, labels, "time of a layer's experts")

@@ -43,7 +43,9 @@ def add_bench(commands: Commands) -> None:
         help="whose block, in any shape; default: the family of the named shape, or olmoe",
     )
     quantized = names.add_parser(
-        "quantized", help="a layer's experts in 8 and 4 bits, beside the same in a dtype"
+        "quantized",
+        help="a layer's experts in 8 and 4 bits, beside the same in a dtype, torch, and "
+        "onnxruntime (with onnx) and llama-cpp-python, where installed",
     )
     _add_common(quantized, (1, 4, 32, 128, 512), "tokens")
     _add_dtype_and_threads(quantized)

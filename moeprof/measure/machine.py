@@ -14,7 +14,7 @@ from ..version import __version__
 
 def describe() -> dict[str, Any]:
     """A dict as in the JSON: CPU, features and kernels in use, threads, versions."""
-    names = ("torch", "transformers", "zentorch", "numpy")
+    names = ("torch", "transformers", "zentorch", "onnxruntime", "llama-cpp-python", "numpy")
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
