@@ -170,7 +170,7 @@ def _int4(matrix: Tensor) -> Product:
 def tables(result: dict[str, Any]) -> Iterator[Any]:
     names, rows = result["contenders"], result["rows"]
     columns = {"T": "{:d}", "hit": "{:d}"}
-    columns |= {f"{name.replace(' ', chr(10), 1)}\nms": "{:.2f}" for name in names}
+    columns |= {f"{_header(name)}\nms": "{:.2f}" for name in names}
     yield table(columns, [_times(row, names) for row in rows])
     columns = {"T": "{:d}"}
     ours = [name for name in FORMATS.values() if name in names]
@@ -189,6 +189,11 @@ def tables(result: dict[str, Any]) -> Iterator[Any]:
     for reason in dict.fromkeys(result["missing"].values()):
         named = ", ".join(name for name, why in result["missing"].items() if why == reason)
         yield f"left out: {named}: {reason}"
+
+
+def _header(name: str) -> str:
+    """In narrow lines."""
+    return name.replace(" ", "\n").replace("llama.cpp", "llama\n.cpp")
 
 
 def _times(row: Mapping[str, Any], names: list[str]) -> list[Any]:
