@@ -343,9 +343,10 @@ def _convert(
     if is_new:
         try:
             made[part.key] = _made(part, exact)
-        except ValueError as error:
+        except ValueError as reason:
             raise ValueError(
-                f"{error}. The layers before it are quantised, this and the others are as they were"
+                f"{reason}. The layers before it are quantised, this and the others are as "
+                "they were"
             ) from None
     new = made[part.key]
     calls = recorded.pop(part.measured, [])
