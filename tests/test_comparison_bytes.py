@@ -213,9 +213,9 @@ def test_findings_where_shrinking_is_better_than_all_that_skip():
     assert says(text, "top-8 in 4 bits reads", "14 %", "as much as 1.1 of its 8 experts")
     assert "which reads more" not in text
     assert says(text, "static top-8 in 4 bits less static top-k in 8 bits", "fewer bits are closer")
+    assert figure(run).axes[-2].get_title("left").endswith("8 bits 6 of 6, 4 bits 7 of 7")
     run["quantized"][-1]["bytes_per_token"] = 99.0  # less than one expert
     assert says(" ".join(findings(run)), "top-8 in 4 bits", "(static top-1, which reads more)")
-    assert figure(run).axes[-2].get_title("left").endswith("8 bits 6 of 6, 4 bits 7 of 7")
 
 
 def test_findings_where_it_is_not():

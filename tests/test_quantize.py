@@ -263,3 +263,69 @@ def test_linears_run_in_c():
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model.lm_head(torch.ones(3, 32))
     assert counted.get_total_flops() == 2 * 3 * 32 * 64
+
+
+# ---- what others do to models ----
+
+
+def test_a_module_of_two_layers_is_quantised_once_and_stays_shared():
+    model = olmoe()
+    first, second = blocks(model)
+    second.experts = first.experts
+    plain = copy.deepcopy(model)
+    report = moeprof.quantize(model, 8, exact=True, texts=[IDS], progress=False)
+    assert first.experts is second.experts and isinstance(first.experts, QuantizedExperts)
+    assert [row.note for row in report.layers] == ["", "shared with a layer above"]
+    assert report.bytes_after == 8 * (2 * 16 + 32) * 34
+    assert 0 < relative(logits(model), logits(plain)) < 0.05
+    whole = olmoe()
+    whole.model.layers[1].mlp = whole.model.layers[0].mlp
+    moeprof.quantize(whole, progress=False)
+    assert blocks(whole)[0] is blocks(whole)[1] and logits(whole).isfinite().all()
+
+
+@pytest.mark.parametrize("linears", (False, True))
+def test_adapters_on_a_quantised_model_and_quantising_under_adapters(linears):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = olmoe()
+    moeprof.quantize(model, skip=["*.q_proj"] * linears, linears=linears, progress=False)
+    expected = logits(model)
+    adapted = peft.get_peft_model(model, config)
+    changed = logits(adapted)
+    assert relative(changed, expected) > 0.01
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), expected)
+    with moeprof.patch(adapted):
+        assert relative(logits(adapted), changed) < 1e-5
+    adapted = peft.get_peft_model(olmoe(), config)
+    report = moeprof.quantize(adapted, linears=True, progress=False)
+    notes = {row.layer.split("self_attn.")[-1]: row.note for row in report.layers}
+    assert notes["q_proj.base_layer"] == "left: an adapter of PEFT is on it"
+    assert notes["q_proj.lora_A.default"] == "left: an adapter of PEFT"
+    assert notes["k_proj"] == ""
+    merged = adapted.merge_and_unload()
+    assert logits(merged).isfinite().all()
+
+
+@pytest.mark.parametrize("offload", ("disk", "cpu"))
+def test_offloaded_weights_are_refused_with_the_reason(offload, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = olmoe()
+    if offload == "disk":
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    else:
+        accelerate.cpu_offload(model, "cpu")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layers.0.mlp: .*accelerate .*without offload"):
+        moeprof.quantize(model, linears=True, progress=False)
+    assert_unchanged(model, before)
+
+
+def test_an_offloaded_linear_layer_is_left_with_the_reason():
+    accelerate = pytest.importorskip("accelerate")
+    model = olmoe()
+    accelerate.cpu_offload(model.lm_head, "cpu")
+    report = moeprof.quantize(model, linears=True, progress=False)
+    assert "accelerate has put its hooks" in report.layers[-1].note
+    assert not isinstance(model.lm_head, QuantizedLinear) and logits(model).isfinite().all()

@@ -210,10 +210,10 @@ def _planned(
         skipped = any(fnmatchcase(block.title, p) for p in skip)
         found = "skip" if skipped else _experts_part(block, format, exact)
         _add(found, block.title, block.family.experts_of(block.module), parts, left)
-    tied = _tied(model)
+    tied, adapted = _tied(model), _adapted(model)
     for name, module in around.items():
         skipped = any(fnmatchcase(name, p) for p in skip)
-        found = "skip" if skipped else _linear_part(name, module, tied, exact)
+        found = "skip" if skipped else _linear_part(name, module, tied, adapted, exact)
         _add(found, name, module, parts, left)
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return _Plan(parts, left, {name: places.get(name, 0) for name in names})
@@ -299,13 +299,26 @@ def _tied(model: nn.Module) -> dict[int, str]:
     return {number: names[0] for number, names in owners.items() if len(names) > 1}
 
 
-def _linear_part(name: str, module: nn.Module, tied: dict[int, str], exact: bool) -> _Part | str:
+def _adapted(model: nn.Module) -> dict[str, str]:
+    """{name: what it has to do with an adapter of PEFT}."""
+    found = {}
+    for name, module in model.named_modules():
+        if "base_layer" in module._modules:
+            for part, _ in module.named_modules(prefix=name):
+                is_base = part.removeprefix(f"{name}.").startswith("base_layer")
+                found[part] = "an adapter of PEFT is on it" if is_base else "an adapter of PEFT"
+    return found
+
+
+def _linear_part(
+    name: str, module: nn.Module, tied: dict[int, str], adapted: dict[str, str], exact: bool
+) -> _Part | str:
     if isinstance(module, QuantizedLinear):
         return _already(name, module, FORMATS[LINEAR_BITS], exact)
     if type(module) is not nn.Linear:
         return f"its class is {full_name(module)}"
-    if "base_layer" in name.split("."):
-        return "an adapter of PEFT is on it"
+    if name in adapted:
+        return adapted[name]
     if _hooks(module) or "forward" in vars(module):
         return explained("it has a hook or a forward of its own", module)
     weight, bias = module.weight, module.bias
