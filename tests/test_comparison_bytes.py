@@ -211,6 +211,7 @@ def test_findings_where_shrinking_is_better_than_all_that_skip():
     assert says(text, "top-8 in 8 bits reads", "27 %", "as much as 2.1 of its 8 experts")
     assert says(text, "Of 8 ways", "6 read more bytes and are farther", "2 read no more bytes")
     assert says(text, "top-8 in 4 bits reads", "14 %", "as much as 1.1 of its 8 experts")
+    assert says(text, "In 16 bits", "top-8 in 4 bits would then be as much as 2.2 of 8 experts")
     assert "which reads more" not in text
     assert says(text, "static top-8 in 4 bits less static top-k in 8 bits", "fewer bits are closer")
     assert figure(run).axes[-2].get_title("left").endswith("8 bits 6 of 6, 4 bits 7 of 7")

@@ -376,6 +376,11 @@ def _shrinking(view: View) -> Iterator[str]:
             f"KL to the full model: {whole['kl']:.4f} (95 % interval {level['low']:.4f} to "
             f"{level['high']:.4f}) nats. {_dominance(view, whole)}"
         )
+        if view.run["dtype"] == "float32":
+            yield (
+                f"In 16 bits all that is not quantised would read half of these bytes: {name} "
+                f"would then be as much as {2 * top_k * share:.1f} of {top_k} experts."
+            )
         low = "" if share * top_k >= 1 else " (static top-1, which reads more)"
         yield (
             f"At as many bytes as static {name}, static top-k that leaves out experts{low} is "

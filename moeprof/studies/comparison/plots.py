@@ -300,7 +300,7 @@ def _by_bytes(axis: Axes, view: View) -> None:
             color=DARK,
         )
     _bytes_scale(axis)
-    axis.legend(loc="upper right", fontsize=12, frameon=False)
+    axis.legend(loc="lower left", fontsize=12, frameon=False)
     axis.set_ylabel("KL to the full model, nats per token", size=13)
     dtype = view.run["dtype"]
     detail = f"numbers: k; bars: 95 % intervals; to the left and down is better; model in {dtype}"
@@ -364,6 +364,6 @@ def _ways(axis: Axes, view: View) -> None:
     axis.set_xlabel("KL to the full model, nats per token", size=13)
     _title(
         axis,
-        f"All experts in few bits, or {budget} on average as they are",
-        "beside each name what a token reads; bars: 95 % intervals",
+        f"All in few bits, or {budget} on average",
+        "beside each name: what a token reads\nbars: 95 % intervals",
     )
