@@ -1,12 +1,14 @@
 """Skip experts or shrink them: quantised static top-k in a comparison, and bytes that are read."""
 
 import copy
+import io
 import re
 
 import numpy as np
 import pytest
 import torch
 from models import assert_unchanged, olmoe, snapshot
+from rich.console import Console
 from test_comparison import text
 from test_comparison_results import made_cell, made_run, static_kl
 from wording import says
@@ -244,6 +246,9 @@ def test_report_table_and_figure_say_the_same():
     assert read == sorted(read)
     assert len(frame(run)) == 8 + 16 + 1 and "bytes_per_token" in frame(run)
     shown = list(console_tables(run))
+    console = Console(width=100, file=io.StringIO())
+    console.print(shown[-1])
+    assert "…" not in console.file.getvalue() and "top-8 in 4 bits" in console.file.getvalue()
     assert any("Skip experts" in part for part in shown if isinstance(part, str))
     left, right = figure(run).axes[-2:]
     labels = {line.get_label() for line in left.lines}

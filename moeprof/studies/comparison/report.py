@@ -305,7 +305,8 @@ def console_tables(run: dict[str, Any]) -> Iterator[Any]:
     yield LEGEND.replace("`", "")
     if found := bytes_rows(view):
         yield "Skip experts or shrink them: MB of experts' weights that a token reads"
-        yield _rich(*found)
+        head, *rows = ([*row[:4], row[-1]] for row in (found[0], *found[1]))  # 100 columns
+        yield _rich(head, rows)
 
 
 def _rich(head: list[str], rows: list[list[str]]) -> Any:
