@@ -42,7 +42,9 @@ def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     run = json.loads((tmp_path / "comparison.json").read_text())
     assert len(run["static"]) == 8 and run["static"][7]["kl"] == 0
-    assert len(run["static"]) + len(run["cells"]) == run["planned_cells"]
+    assert len(run["static"]) + 16 + len(run["cells"]) == run["planned_cells"]
+    shrunk = [(cell["bits"], cell["budget"]) for cell in run["quantized"]]
+    assert shrunk == [(bits, k) for bits in (4, 8) for k in range(1, 9)]
     assert "Interrupted" not in (tmp_path / "comparison_report.md").read_text()
     roles = Counter(cell["role"] for cell in run["cells"])
     assert roles == {"router": 12, "shuffled": 6, "random": 2, "oracle": 2, "static": 1}
@@ -60,7 +62,8 @@ def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, cap
         assert run[name] is not None
     page = (tmp_path / "comparison_report.md").read_text()
     assert page == report(run) and "## What the results say" in page
-    assert len(pandas.read_csv(tmp_path / "comparison.csv")) == 8 + len(run["cells"])
+    assert "## Skip experts or shrink them" in page and "Skip experts or shrink them:" in out
+    assert len(pandas.read_csv(tmp_path / "comparison.csv")) == 8 + 16 + len(run["cells"])
 
 
 def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch, capsys):
@@ -68,10 +71,12 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner.Comparison, "_shuffled", interrupt)
-    code = main(["compare", "--routers", "top_p", "--budgets", "4", *SMALL, "--out", str(tmp_path)])
+    options = ["--routers", "top_p", "--budgets", "4", "--quantized", "none", *SMALL]
+    code = main(["compare", *options, "--out", str(tmp_path)])
     assert code == 130 and "cells are finished" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     run = json.loads((tmp_path / "comparison.json").read_text())
+    assert run["quantized"] == [] and run["command"].count("--quantized none") == 1
     assert run["cells"][-1]["contender"] == "top_p" and "effect" in run["cells"][-1]
     assert "Interrupted" in (tmp_path / "comparison_report.md").read_text()
 
@@ -82,6 +87,8 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
         (["--routers", "nonsense"], "router: expected one of"),
         (["--tables", "c"], "--tables: expected some of reduction, wide, got 'c'"),
         (["--routers", ""], "router: expected some of"),
+        (["--quantized", "3"], "expected 8, 4, both or none, got '3'"),
+        (["--quantized", "4", "--bits", "8"], "the model's experts are quantised already"),
         (["--budgets", "0"], "expected a number from 1"),
         (["--budgets", "40"], "budgets: expected some of 2 to 7"),
         (["--text", "missing.txt"], "can't be read"),

@@ -80,3 +80,37 @@ def test_a_decode_step_touches_no_new_memory():
         for _ in range(200): step()
         print(faults() - before)"""
     assert int(util.run_python(code).stdout) < 100
+
+
+# Four layers, each 50 MB of experts in float32.
+QUANTIZE = """
+import re, sys, torch
+from models import olmoe
+import moeprof
+
+sizes = dict(num_hidden_layers=4, num_experts=32, hidden_size=256, intermediate_size=512)
+bits, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+
+def status(name):
+    found = re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())
+    return int(found[1]) * 1024
+
+moeprof.quantize(olmoe(), progress=False)  # the first call loads what all need
+model = olmoe(**sizes).to(dtype)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins at what is in use now
+report = moeprof.quantize(model, bits, linears=True, progress=False)
+layer = next(row for row in report.layers if row.layer.endswith("mlp"))
+print(before, status("VmHWM"), layer.bytes_before, layer.bytes_after)
+"""
+
+
+@pytest.mark.parametrize("bits, dtype", ((8, "float32"), (4, "float32"), (8, "bfloat16")))
+def test_peak_of_quantize_is_the_model_and_one_layer(bits, dtype):
+    """Each layer is freed before the next is made; measured of the whole process."""
+    code = QUANTIZE.replace("sys.argv[1]", str(bits)).replace("sys.argv[2]", repr(dtype))
+    numbers = map(int, util.run_python(code, timeout=300).stdout.split())
+    before, peak, layer, quantised = numbers
+    assert layer == 32 * 3 * 256 * 512 * (4 if dtype == "float32" else 2)
+    assert before > 4 * layer  # the process holds the weights
+    assert peak <= before + quantised + 4 * MIB

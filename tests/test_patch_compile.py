@@ -198,3 +198,30 @@ def test_a_copy_that_never_ran_says_what_to_do_before_it_is_compiled():
             torch.compile(copied, fullgraph=True, backend="eager")(x)
         expected = copied(x)
         assert torch.equal(torch.compile(copied, fullgraph=True, backend="eager")(x), expected)
+
+
+@pytest.mark.parametrize("bits, exact", ((8, False), (4, True)))
+def test_a_quantised_model_compiles_whole(bits, exact):
+    """Experts and linear layers, by itself and patched with a router."""
+    model = olmoe()
+    moeprof.quantize(model, bits, linears=True, exact=exact, progress=False)
+    with torch.no_grad():
+        expected = model(**CALL).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(**CALL).logits, expected)
+        with moeprof.patch(model, "topk", k=1):
+            patched = model(**CALL).logits
+            assert not torch.equal(patched, expected)
+            assert torch.equal(compiled(**CALL).logits, patched)
+        assert torch.equal(compiled(**CALL).logits, expected)
+
+
+def test_what_quantize_changes_after_compiling_is_seen():
+    model = olmoe()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = compiled(**CALL).logits
+        moeprof.quantize(model, 4, linears=True, progress=False)
+        after = compiled(**CALL).logits
+        assert not torch.allclose(after, before, rtol=1e-3)
+        assert torch.equal(after, model(**CALL).logits)

@@ -1,5 +1,6 @@
 """moeprof.quantize: what it changes, what it leaves, what it refuses."""
 
+import contextlib
 import copy
 import pickle
 
@@ -68,11 +69,76 @@ def test_a_tied_head_is_left():
 
 def test_a_second_time_leaves_all():
     model = olmoe()
-    moeprof.quantize(model, progress=False)
+    moeprof.quantize(model, linears=True, progress=False)
     before = snapshot(model)
-    report = moeprof.quantize(model, 4, progress=False)
+    report = moeprof.quantize(model, linears=True, progress=False)
     assert_unchanged(model, before)
     assert {row.note for row in report.layers} == {"left: quantised already"}
+
+
+@pytest.mark.parametrize("options", (dict(bits=4), dict(exact=True)), ids=str)
+def test_what_is_quantised_otherwise_is_refused_unless_it_is_skipped(options):
+    model = olmoe()
+    moeprof.quantize(model, skip="model.layers.1.mlp", progress=False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers.0.mlp is in q8 with exact=False already"):
+        moeprof.quantize(model, **options, progress=False)
+    assert_unchanged(model, before)
+    moeprof.quantize(model, **options, skip="model.layers.0.mlp", progress=False)
+    first, second = (block.experts.format_in_c for block in blocks(model))
+    assert first == "q8" and second == {"bits": "q4", "exact": "q8_exact"}[[*options][0]]
+
+
+def test_a_linear_layer_that_is_quantised_otherwise_is_refused():
+    model = olmoe()
+    moeprof.quantize(model, linears=True, exact=True, progress=False)
+    with pytest.raises(ValueError, match="in q8 with exact=True already"):
+        moeprof.quantize(model, linears=True, skip="*.mlp", progress=False)
+
+
+def test_float64_is_refused_when_it_is_quantised_and_when_it_is_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"weights of dtype torch.float64"):
+        moeprof.quantize(olmoe().double(), progress=False)
+    model = olmoe()
+    moeprof.quantize(model, progress=False)
+    with pytest.raises(ValueError, match="a model in float64 can't be saved: expected float32"):
+        moeprof.save_quantized(model.double(), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    moeprof.save_quantized(model.float(), tmp_path / "saved")
+
+
+@pytest.mark.parametrize("end", (KeyboardInterrupt, RuntimeError, None))
+def test_experts_for_a_while_are_those_of_quantize_and_the_own_ones_come_back(end):
+    model, quantised = olmoe(), olmoe()
+    moeprof.quantize(quantised, 4, progress=False)
+    before, expected = snapshot(model), logits(model)
+    with contextlib.suppress(*filter(None, [end])), module.experts_in(model, 4):
+        assert torch.equal(logits(model), logits(quantised))
+        if end:
+            raise end
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_experts_for_a_while_interrupted_between_layers_or_refused(monkeypatch):
+    model, made = olmoe(), []
+    before, run = snapshot(model), module.quantized
+
+    def second_fails(*arguments):
+        made.append(arguments)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(module, "quantized", second_fails)
+    with pytest.raises(KeyboardInterrupt), module.experts_in(model, 8):
+        raise AssertionError("it was not interrupted")
+    assert_unchanged(model, before)
+    moeprof.quantize(model, progress=False)
+    with pytest.raises(ValueError, match="is in q8 with"), module.experts_in(model, 4):
+        pass
+    with pytest.raises(ValueError, match="is quantised already"), module.experts_in(model, 8):
+        pass
 
 
 def test_copies_and_dtypes():
@@ -197,3 +263,69 @@ def test_linears_run_in_c():
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model.lm_head(torch.ones(3, 32))
     assert counted.get_total_flops() == 2 * 3 * 32 * 64
+
+
+# ---- what others do to models ----
+
+
+def test_a_module_of_two_layers_is_quantised_once_and_stays_shared():
+    model = olmoe()
+    first, second = blocks(model)
+    second.experts = first.experts
+    plain = copy.deepcopy(model)
+    report = moeprof.quantize(model, 8, exact=True, texts=[IDS], progress=False)
+    assert first.experts is second.experts and isinstance(first.experts, QuantizedExperts)
+    assert [row.note for row in report.layers] == ["", "shared with a layer above"]
+    assert report.bytes_after == 8 * (2 * 16 + 32) * 34
+    assert 0 < relative(logits(model), logits(plain)) < 0.05
+    whole = olmoe()
+    whole.model.layers[1].mlp = whole.model.layers[0].mlp
+    moeprof.quantize(whole, progress=False)
+    assert blocks(whole)[0] is blocks(whole)[1] and logits(whole).isfinite().all()
+
+
+@pytest.mark.parametrize("linears", (False, True))
+def test_adapters_on_a_quantised_model_and_quantising_under_adapters(linears):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = olmoe()
+    moeprof.quantize(model, skip=["*.q_proj"] * linears, linears=linears, progress=False)
+    expected = logits(model)
+    adapted = peft.get_peft_model(model, config)
+    changed = logits(adapted)
+    assert relative(changed, expected) > 0.01
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), expected)
+    with moeprof.patch(adapted):
+        assert relative(logits(adapted), changed) < 1e-5
+    adapted = peft.get_peft_model(olmoe(), config)
+    report = moeprof.quantize(adapted, linears=True, progress=False)
+    notes = {row.layer.split("self_attn.")[-1]: row.note for row in report.layers}
+    assert notes["q_proj.base_layer"] == "left: an adapter of PEFT is on it"
+    assert notes["q_proj.lora_A.default"] == "left: an adapter of PEFT"
+    assert notes["k_proj"] == ""
+    merged = adapted.merge_and_unload()
+    assert logits(merged).isfinite().all()
+
+
+@pytest.mark.parametrize("offload", ("disk", "cpu"))
+def test_offloaded_weights_are_refused_with_the_reason(offload, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = olmoe()
+    if offload == "disk":
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    else:
+        accelerate.cpu_offload(model, "cpu")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layers.0.mlp: .*accelerate .*without offload"):
+        moeprof.quantize(model, linears=True, progress=False)
+    assert_unchanged(model, before)
+
+
+def test_an_offloaded_linear_layer_is_left_with_the_reason():
+    accelerate = pytest.importorskip("accelerate")
+    model = olmoe()
+    accelerate.cpu_offload(model.lm_head, "cpu")
+    report = moeprof.quantize(model, linears=True, progress=False)
+    assert "accelerate has put its hooks" in report.layers[-1].note
+    assert not isinstance(model.lm_head, QuantizedLinear) and logits(model).isfinite().all()

@@ -60,3 +60,23 @@ def test_experts_compute_with_what_is_kept(family, bits):
         with moeprof.patch(model, **own_k(family)):
             assert every.error(every.run(model, inputs), truth) <= bound
     assert torch.equal(every.run(model, inputs), alone)
+
+
+@pytest.mark.parametrize("family", ("qwen2_moe", "deepseek_v3", "mixtral"))
+def test_linear_layers_compute_with_what_is_kept(family):
+    model, rounded = every.build(family), every.build(family)
+    report = moeprof.quantize(model, linears=True, exact=True, progress=False)
+    blocks = {block.name for block in find_blocks(rounded)}
+    round_weights(rounded, 8)
+    linears = [r.layer for r in report.layers if r.format == "q8" and r.layer not in blocks]
+    assert any("self_attn" in name for name in linears) and "lm_head" in linears
+    with torch.no_grad():
+        for name in linears:
+            weight = rounded.get_submodule(name).weight
+            weight.copy_(decoded(encoded(weight, "q8"), *weight.shape, "q8"))
+    inputs = every.inputs(model)
+    output, truth = every.run(rounded, inputs), every.truth(rounded, inputs)
+    bound = max(4 * every.error(output, truth), 1e-6)
+    own = every.build(family)
+    assert every.error(every.run(own, inputs), truth) > bound  # the weights are rounded
+    assert every.error(every.run(model, inputs), truth) <= bound

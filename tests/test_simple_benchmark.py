@@ -49,6 +49,19 @@ def loss_of(model, texts):
     return nats / predicted
 
 
+@pytest.mark.parametrize("linears", (False, True))
+def test_a_quantised_model_is_measured_and_stays(linears):
+    model = olmoe()
+    moeprof.quantize(model, 4, linears=linears, progress=False)
+    before = capture(model)
+    result = benchmark(model).run_config("q4", TEXTS, lambda m: moeprof.patch(m, "topk", k=1))
+    assert_as_before(model, before)
+    with moeprof.patch(model, "topk", k=1):
+        expected = loss_of(model, ALL)
+    assert result.get_summary()["loss"] == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(loss_of(model, ALL), rel=1e-5)
+
+
 def test_a_run_of_the_stock_model():
     model = olmoe()
     model.train()

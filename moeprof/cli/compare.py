@@ -56,6 +56,14 @@ def add_compare(commands: Commands) -> None:
         metavar="NAME,NAME",
         help="reduction (a token gets k experts at most), wide (2 k); default: both",
     )
+    parser.add_argument(
+        "--quantized",
+        type=_bits,
+        metavar="BITS,BITS",
+        help="beside them the model's own top-k with experts in 8 and 4 bits, by bytes that a "
+        "token reads; 8 or 4 for one of them, none to leave this out; default: 8,4, and none "
+        "with --bits",
+    )
     add_texts(
         parser,
         "your own text in place of the shipped one, split by document into what fits the "
@@ -76,6 +84,17 @@ def add_compare(commands: Commands) -> None:
     parser.set_defaults(run=_run)
 
 
+BITS = (4, 8)
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    """Those of "8,4", ascending; () for "none"."""
+    bits = () if text.strip() == "none" else integers(text)
+    if not set(bits) <= set(BITS):
+        raise argparse.ArgumentTypeError(f"expected 8, 4, both or none, got {text!r}")
+    return bits
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -94,6 +113,7 @@ def _run(arguments: argparse.Namespace) -> None:
     for name in arguments.tables:
         if name not in TABLES:
             raise ValueError(f"--tables: expected some of {', '.join(TABLES)}, got {name!r}")
+    _quantized(arguments)
     contenders = choose_contenders(arguments.routers)
     documents: Mapping[str, Sequence[Text]]
     if arguments.text is None:
@@ -154,7 +174,17 @@ def _comparison(
     nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())
     prompts = [prompt_ids(tokenizer, text) for _, text in demo.prompts()]
     # One of each kind: simple, medium, complex, technical.
-    return Comparison(model, splits, nulls, contenders, plans, prompts[::3], arguments.seed)
+    few = prompts[::3]
+    seed, bits = arguments.seed, _quantized(arguments)
+    return Comparison(model, splits, nulls, contenders, plans, few, seed, bits)
+
+
+def _quantized(arguments: argparse.Namespace) -> tuple[int, ...]:
+    if arguments.bits is None:
+        return BITS if arguments.quantized is None else arguments.quantized
+    if arguments.quantized:
+        raise ValueError("--quantized: with --bits the model's experts are quantised already")
+    return ()
 
 
 def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, Any]:
@@ -186,6 +216,7 @@ def _command(arguments: argparse.Namespace) -> str:
         "routers": None,
         "budgets": None,
         "tables": TABLES,
+        "quantized": None,
         "text": None,
         "tokens": TEST_TOKENS,
         "budget_tokens": BUDGET_TOKENS,
@@ -196,7 +227,8 @@ def _command(arguments: argparse.Namespace) -> str:
         value = getattr(arguments, name)
         if value != default:
             join = " " if name == "text" else ","
-            text = join.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            many = isinstance(value, list | tuple)
+            text = join.join(map(str, value)) or "none" if many else str(value)
             option = f"--{name.replace('_', '-')}"
             words.append(option if value is True else f"{option} {_quoted(text)}")
     return " ".join(words)

@@ -79,7 +79,8 @@ def quantize(
     ------
     ValueError
         For a model without MoE blocks; one that is patched; a block that can't run in C, with
-        the cause; a name in `skip` that is no layer's: then the model is as it was. For a weight
+        the cause; one that is quantised otherwise already; a name in `skip` that is no layer's:
+        then the model is as it was. For a weight
         that is NaN or infinite, with its layer, expert and matrix: then the layers before it are
         quantised. This, or Ctrl-C, leaves each layer whole, as it was or quantised, so that the
         model runs; a second call goes on.
@@ -94,7 +95,8 @@ def quantize(
     if bits not in FORMATS or isinstance(bits, bool):
         raise ValueError(f"quantize: bits: expected one of {[*FORMATS]}, got {bits!r}")
     _check_unpatched(model)
-    plan = _planned(model, FORMATS[bits], linears, _patterns(skip))
+    patterns = _patterns(skip)
+    plan = _planned(model, FORMATS[bits], linears=linears, exact=exact, skip=patterns)
     calls: Calls = {}
     if texts is not None:
         calls = recorded_calls(model, [part.measured for part in plan.parts], texts, tokenizer)
@@ -108,6 +110,32 @@ def quantize(
     finally:  # also of a model that is quantised in part
         saves_quantized(model)
     return QuantizeReport(sorted([*done, *plan.left], key=lambda row: plan.order[row.layer]))
+
+
+@contextmanager
+def experts_in(model: nn.Module, bits: int) -> Iterator[None]:
+    """The model with its experts in 8 or 4 bits for as long as the `with` lasts.
+
+    Its own experts are kept meanwhile, and stand where they stood afterwards, whatever ends it.
+    Raises ValueError as `quantize`; the model is then as it was.
+    """
+    _check_unpatched(model)
+    plan = _planned(model, FORMATS[bits], linears=False, exact=False, skip=[])
+    if plan.left:
+        raise ValueError(f"quantize: {plan.left[0].layer} is quantised already")
+    made: dict[Any, QuantizedExperts | QuantizedLinear] = {}
+    kept: list[tuple[dict[str, Any], str, nn.Module]] = []
+    try:
+        for part in plan.parts:
+            if part.key not in made:
+                made[part.key] = _made(part, exact=False)
+            for children, name in _places(model, part.module):
+                kept.append((children, name, part.module))
+                children[name] = made[part.key]
+        yield
+    finally:
+        for children, name, own in kept:
+            children[name] = own
 
 
 @contextmanager
@@ -165,7 +193,9 @@ def _hooks(module: nn.Module) -> list[Any]:
 # ---- what there is to do: nothing is changed yet ----
 
 
-def _planned(model: nn.Module, format: str, linears: bool, skip: list[str]) -> _Plan:
+def _planned(
+    model: nn.Module, format: str, *, linears: bool, exact: bool, skip: list[str]
+) -> _Plan:
     blocks = find_blocks(model)
     for name, reason in changed_blocks(model).items():
         raise ValueError(f"quantize: {name}: {reason}")
@@ -178,12 +208,12 @@ def _planned(model: nn.Module, format: str, linears: bool, skip: list[str]) -> _
     left: list[QuantizedPart] = []
     for block in blocks:
         skipped = any(fnmatchcase(block.title, p) for p in skip)
-        found = "skip" if skipped else _experts_part(block, format)
+        found = "skip" if skipped else _experts_part(block, format, exact)
         _add(found, block.title, block.family.experts_of(block.module), parts, left)
-    tied = _tied(model)
+    tied, adapted = _tied(model), _adapted(model)
     for name, module in around.items():
         skipped = any(fnmatchcase(name, p) for p in skip)
-        found = "skip" if skipped else _linear_part(name, module, tied)
+        found = "skip" if skipped else _linear_part(name, module, tied, adapted, exact)
         _add(found, name, module, parts, left)
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return _Plan(parts, left, {name: places.get(name, 0) for name in names})
@@ -212,10 +242,10 @@ def _format_of(module: nn.Module) -> str:
     return ", ".join(dtypes)
 
 
-def _experts_part(block: Block, format: str) -> _Part | str:
+def _experts_part(block: Block, format: str, exact: bool) -> _Part | str:
     experts = block.family.experts_of(block.module)
     if isinstance(experts, QuantizedExperts):
-        return "quantised already"
+        return _already(block.title, experts, format, exact)
     if reason := block.readable() or block.family.no_stand_in:
         raise ValueError(f"quantize: {block.title}: can't be quantised: {reason}")
     read = block.family.readable(block.module)[0]
@@ -228,6 +258,19 @@ def _experts_part(block: Block, format: str) -> _Part | str:
         return quantized(now, format, config)
 
     return _Part(block.title, experts, block.module, make, key, format)
+
+
+def _already(
+    name: str, module: QuantizedExperts | QuantizedLinear, format: str, exact: bool
+) -> str:
+    """Why it is left; ValueError where it is quantised otherwise than it should be."""
+    if (module.format, module.exact) == (format, exact):
+        return "quantised already"
+    raise ValueError(
+        f"quantize: {name} is in {module.format} with exact={module.exact} already, and its own "
+        f"weights are gone: load the model again to have {format} with exact={exact}, or leave "
+        f"it as it is with skip={name!r}"
+    )
 
 
 # ---- linear layers ----
@@ -256,13 +299,26 @@ def _tied(model: nn.Module) -> dict[int, str]:
     return {number: names[0] for number, names in owners.items() if len(names) > 1}
 
 
-def _linear_part(name: str, module: nn.Module, tied: dict[int, str]) -> _Part | str:
+def _adapted(model: nn.Module) -> dict[str, str]:
+    """{name: what it has to do with an adapter of PEFT}."""
+    found = {}
+    for name, module in model.named_modules():
+        if "base_layer" in module._modules:
+            for part, _ in module.named_modules(prefix=name):
+                is_base = part.removeprefix(f"{name}.").startswith("base_layer")
+                found[part] = "an adapter of PEFT is on it" if is_base else "an adapter of PEFT"
+    return found
+
+
+def _linear_part(
+    name: str, module: nn.Module, tied: dict[int, str], adapted: dict[str, str], exact: bool
+) -> _Part | str:
     if isinstance(module, QuantizedLinear):
-        return "quantised already"
+        return _already(name, module, FORMATS[LINEAR_BITS], exact)
     if type(module) is not nn.Linear:
         return f"its class is {full_name(module)}"
-    if "base_layer" in name.split("."):
-        return "an adapter of PEFT is on it"
+    if name in adapted:
+        return adapted[name]
     if _hooks(module) or "forward" in vars(module):
         return explained("it has a hook or a forward of its own", module)
     weight, bias = module.weight, module.bias
@@ -298,26 +354,34 @@ def _convert(
     before = parameter_bytes(old)
     is_new = part.key not in made
     if is_new:
-        made[part.key] = _made(part, exact)
+        try:
+            made[part.key] = _made(part, exact)
+        except ValueError as reason:
+            raise ValueError(
+                f"{reason}. The layers before it are quantised, this and the others are as "
+                "they were"
+            ) from None
     new = made[part.key]
     calls = recorded.pop(part.measured, [])
     original = outputs(part.measured, calls)
-    for module in model.modules():
-        own = vars(module)["_modules"]
-        own.update({child: new for child, value in own.items() if value is old})
+    for children, name_there in _places(model, old):
+        children[name_there] = new
     if not is_new:
         return QuantizedPart(name, part.format, 0, 0, None, "shared with a layer above")
     error = distance(original, outputs(new if part.measured is old else part.measured, calls))
     return QuantizedPart(name, part.format, before, parameter_bytes(new), error)
 
 
+def _places(model: nn.Module, wanted: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """[(children of a module, name)] of wherever a module stands in the model."""
+    each = [vars(module)["_modules"] for module in model.modules()]
+    return [(own, name) for own in each for name, value in own.items() if value is wanted]
+
+
 def _made(part: _Part, exact: bool) -> QuantizedExperts | QuantizedLinear:
     try:
         new = part.make()
     except ValueError as reason:
-        raise ValueError(
-            f"quantize: {part.name}: {reason}. The layers before it are quantised, this and the "
-            "others are as they were"
-        ) from None
+        raise ValueError(f"quantize: {part.name}: {reason}") from None
     new.exact = exact
     return new.train(part.module.training)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..backends.tables import DTYPES
+from ..backends.tables import BY_NAME, DTYPES
 from ..checks import check_model
 from ..models.quantized import GROUP, QuantizedExperts, QuantizedLinear
 from ..patching.state import is_patched
@@ -63,7 +63,8 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises
     ------
     ValueError
-        For a model that is not quantised, or is patched.
+        For a model that is not quantised, is patched, or is of another dtype than float32,
+        bfloat16 or float16.
     FileExistsError
         Where the folder holds a model.
     OSError
@@ -120,6 +121,12 @@ def _described(model: Any) -> Description:
         raise ValueError(
             "save_quantized: the model is not quantised: moeprof.quantize(model) first, or save "
             "it as it is with model.save_pretrained"
+        )
+    if model.dtype not in DTYPES:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"save_quantized: a model in {dtype} can't be saved: expected {', '.join(BY_NAME)}; "
+            "model.to(torch.float32) first"
         )
     return Description(experts, linears, DTYPES[model.dtype], transformers.__version__)
 

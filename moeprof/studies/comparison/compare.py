@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...checks import check_type
 from ...show.console import WIDTH, progress
-from .effects import ROUTER, STATIC
+from .effects import QUANTIZED, ROUTER, STATIC
 from .findings import findings
 from .plots import figure
 from .report import console_tables, report
@@ -44,7 +44,7 @@ def compare(
 
         def after(cell: dict[str, Any]) -> None:
             bar.step()
-            if cell["role"] in (ROUTER, STATIC):
+            if cell["role"] in (ROUTER, STATIC, QUANTIZED):
                 console.print(_line(cell))
             files.save_now_and_then(run)
 
@@ -52,7 +52,7 @@ def compare(
         try:
             comparison.run()
         except KeyboardInterrupt:
-            done = len(comparison.static) + len(comparison.cells)
+            done = len(comparison.static) + len(comparison.quantized) + len(comparison.cells)
             console.print(f"Interrupted: {done} of {total} cells are finished")
             if comparison.static:
                 _finish(comparison, run, files, console)

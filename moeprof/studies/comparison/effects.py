@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 STATIC, ROUTER, SHUFFLED, RANDOM, ORACLE = "static", "router", "shuffled", "random", "oracle"
+QUANTIZED = "quantized"  # static top-k with experts in fewer bits
 CONTRASTS = (("bh", "fixed_p"), ("bh", "bh (logit)"), ("bh", "bh (trimmed)"))
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 

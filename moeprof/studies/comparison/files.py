@@ -25,6 +25,7 @@ COLUMNS = (
     "contender",
     "allocation",
     "budget",
+    "bits",
     "status",
     "reason",
     "note",
@@ -33,12 +34,14 @@ COLUMNS = (
     "average_k",
     "at_floor",
     "at_ceiling",
+    "bytes_per_token",
     "kl",
     "nats",
     "perplexity",
     "agreement",
     "tokens_per_s",
 )
+LISTS = ("static", "quantized", "cells")  # of the JSON; older files have no "quantized"
 INTERVAL = ("estimate", "low", "high", "band_low", "band_high")
 
 
@@ -95,7 +98,7 @@ def rounded(run: dict[str, Any]) -> dict[str, Any]:
         }
         return values | {"by_document": sums}
 
-    return run | {name: [cell(values) for values in run[name]] for name in ("static", "cells")}
+    return run | {name: [cell(values) for values in run[name]] for name in LISTS if name in run}
 
 
 def frame(run: dict[str, Any]) -> pandas.DataFrame:
@@ -103,11 +106,13 @@ def frame(run: dict[str, Any]) -> pandas.DataFrame:
     import pandas
 
     rows = []
-    for cell in [*run["static"], *run["cells"]]:
+    for cell in [cell for name in LISTS for cell in run.get(name, ())]:
         row = {name: cell.get(name) for name in COLUMNS}
         effects = {f"effect_{name}": value for name, value in cell.get("effect", {}).items()}
         effects |= {f"kl_against_{name}": v for name, v in cell.get("against", {}).items()}
         for name, value in effects.items():
             row |= {f"{name}_{end}" if end != "estimate" else name: value[end] for end in INTERVAL}
+        for name, value in cell.get("level", {}).items():
+            row |= {f"{name}_{end}": value[end] for end in ("low", "high")}
         rows.append(row)
     return pandas.DataFrame(rows)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .bytes_read import quantized_name
 from .contenders import PRIMARY, THRESHOLDS
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, WORSE, verdict
 from .plan import REDUCTION, WIDE
@@ -70,6 +71,35 @@ class View:
     def outside(self) -> list[dict[str, Any]]:
         return [cell for cell in self.run["cells"] if cell["status"] == "outside"]
 
+    def quantized(self, bits: int | None = None) -> list[dict[str, Any]]:
+        """Measured cells of static top-k with quantised experts, k ascending; none in old runs."""
+        cells = [
+            cell
+            for cell in self.run.get("quantized", ())
+            if cell["status"] == "measured" and bits in (None, cell["bits"])
+        ]
+        return sorted(cells, key=lambda cell: cell["budget"])
+
+    def whole(self) -> list[dict[str, Any]]:
+        """Of these the ones with all experts that the model takes, bits descending."""
+        bits = sorted({cell["bits"] for cell in self.quantized()}, reverse=True)
+        return [self.quantized(each)[-1] for each in bits]
+
+    def best_routers(self) -> list[dict[str, Any]]:
+        """Of each budget in every layer the router's cell with the least KL, of the first table."""
+        best: dict[int, dict[str, Any]] = {}
+        for cell in self.cells(role=ROUTER, table=next(iter(self.tables)), allocation="equal"):
+            held = best.setdefault(cell["budget"], cell)
+            best[cell["budget"]] = min(cell, held, key=lambda c: c["kl"])
+        return list(best.values())
+
+    def skipping(self) -> list[dict[str, Any]]:
+        """What leaves out experts in place of bits: static top-k and routers below all experts."""
+        top_k = self.run["model_config"]["num_experts_per_tok"]
+        static = [cell for cell in self.run["static"] if cell["budget"] < top_k]
+        others = [*self.cells(role=STATIC), *self.cells(role=ROUTER)]
+        return [*static, *(cell for cell in others if cell["budget"] < top_k)]
+
 
 def findings(run: dict[str, Any]) -> list[str]:
     """A list of sentences on a run whose cells have their effects."""
@@ -86,6 +116,7 @@ def findings(run: dict[str, Any]) -> list[str]:
         *_bounds(view),
         *_wide(view),
         *_speed(view),
+        *_shrinking(view),
         *_outside(view),
     ]
     return lines
@@ -314,7 +345,105 @@ def _speed(view: View) -> Iterator[str]:
             )
 
 
+def beside(view: View, whole: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What leaves out experts, beside all experts in few bits: "beaten" reads more bytes and is
+    farther from the full model, "cheaper" reads no more and is farther, "closer" is closer,
+    "undecided" none of these; by the bands."""
+    name = quantized_name(whole["budget"], whole["bits"])
+    found: dict[str, list[dict[str, Any]]]
+    found = {"beaten": [], "cheaper": [], "closer": [], "undecided": []}
+    for cell in view.skipping():
+        said = verdict(cell["against"][name])
+        more = cell["bytes_per_token"] > whole["bytes_per_token"]
+        farther = "beaten" if more else "cheaper"
+        found[{WORSE: farther, BETTER: "closer"}.get(said, "undecided")].append(cell)
+    return found
+
+
+def _shrinking(view: View) -> Iterator[str]:
+    """Skip experts or shrink them?"""
+    top_k = view.run["model_config"]["num_experts_per_tok"]
+    full = next((cell for cell in view.run["static"] if cell["budget"] == top_k), None)
+    for whole in view.whole():
+        if full is None or whole["budget"] != top_k:
+            continue
+        name, level = quantized_name(top_k, whole["bits"]), whole["level"]["kl"]
+        share = whole["bytes_per_token"] / full["bytes_per_token"]
+        yield (
+            f"Skip experts or shrink them: static {name} reads {megabytes(whole)} MB of experts' "
+            f"weights per token, {100 * share:.0f} % of the {megabytes(full)} MB that the model "
+            f"reads in {view.run['dtype']}, as much as {top_k * share:.1f} of its {top_k} experts. "
+            f"KL to the full model: {whole['kl']:.4f} (95 % interval {level['low']:.4f} to "
+            f"{level['high']:.4f}) nats. {_dominance(view, whole)}"
+        )
+        if view.run["dtype"] == "float32":
+            yield (
+                f"In 16 bits all that is not quantised would read half of these bytes: {name} "
+                f"would then be as much as {2 * top_k * share:.1f} of {top_k} experts."
+            )
+        low = "" if share * top_k >= 1 else " (static top-1, which reads more)"
+        yield (
+            f"At as many bytes as static {name}, static top-k that leaves out experts{low} is "
+            f"farther by: {signed(_turned(whole['effect']['kl']))} nats of KL, "
+            f"{signed(_turned(whole['effect']['nats']))} of next-token loss."
+        )
+        for other, against in whole.get("against", {}).items():
+            said = {BETTER: "fewer bits are closer", WORSE: "fewer experts are closer"}
+            yield (
+                f"Both ways mixed: static {name} less static {other} with as many bytes: "
+                f"{signed(against)} nats of KL; {said.get(verdict(against), UNSHOWN)}."
+            )
+
+
+NAMED = 8  # cells, at most, in one sentence
+UNSHOWN = "no difference is shown"
+
+
+def _dominance(view: View, whole: dict[str, Any]) -> str:
+    found = beside(view, whole)
+    count = len(view.skipping())
+    ways = f"{count} ways to leave out experts (static top-k, routers, at all budgets)"
+    if len(found["beaten"]) == count:
+        return f"Each of the {ways} reads more bytes and is farther from the full model."
+    words = {
+        "beaten": "read more bytes and are farther from the full model",
+        "cheaper": "read no more bytes and are farther",
+        "closer": "are closer",
+        "undecided": "can't be told from it",
+    }
+    parts = [f"{len(cells)} {words[kind]}{_places(cells)}" for kind, cells in found.items()]
+    return f"Of {ways} {', '.join(part for part in parts if part[0] != '0')}."
+
+
+def _places(cells: list[dict[str, Any]]) -> str:
+    """ " (top-k, budget 6, 7; bh, budget 6)", of a few."""
+    where: dict[str, list[int]] = {}
+    if len(cells) > NAMED:
+        return ""
+    for cell in cells:
+        budgets = where.setdefault(cell["contender"], [])
+        if cell["budget"] not in budgets:
+            budgets.append(cell["budget"])
+    listed = (f"{n}, budget {', '.join(map(str, sorted(b)))}" for n, b in where.items())
+    return f" ({'; '.join(listed)})"
+
+
+def megabytes(cell: Mapping[str, Any]) -> str:
+    """Experts' weights that a token reads, "0.42"; "" of a run from before they were counted."""
+    read = cell.get("bytes_per_token")
+    return "" if read is None else f"{read / 1e6:.3g}"
+
+
+def _turned(effect: Mapping[str, float]) -> dict[str, float]:
+    """The interval of the difference taken the other way round."""
+    ends = {"low": "high", "high": "low", "band_low": "band_high", "band_high": "band_low"}
+    return {name: -effect[ends.get(name, name)] for name in ("estimate", *ends)}
+
+
 def _outside(view: View) -> Iterator[str]:
+    for cell in view.run.get("quantized", ()):
+        if cell["status"] == "outside":
+            yield f"Not measured, {cell['contender']}: {cell['reason']}."
     routers = [cell for cell in view.outside if cell["role"] == ROUTER]
     if not routers:
         return

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.figures import COLOURS, line_styles, pads
+from .bytes_read import quantized_name
 from .contenders import PRIMARY
-from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, adaptive, verdict
-from .findings import View
+from .effects import BETTER, ORACLE, QUANTIZED, RANDOM, ROUTER, STATIC, adaptive, verdict
+from .findings import View, beside, megabytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 GREY, DARK = "#bbbbbb", "#555555"
 LINEAR, TICKS = 5, (5, 10, 30, 100, 300, 1000)  # of the axes, in nats/1000
+SHRUNK: dict[int, dict[str, Any]] = {
+    8: {"color": COLOURS[2], "marker": "^"},
+    4: {"color": COLOURS[5], "marker": "D"},
+}
 SHOWN = 4  # routers in colour, besides BH: the best of the table and the worst
 LINE = 0.034  # of the panel's height: from one name beside a line to the next
 CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs)")}
@@ -29,23 +34,28 @@ CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs
 def figure(run: dict[str, Any]) -> Figure:
     """A matplotlib Figure of a run (a dict as in the JSON), 1,600 px wide when saved.
 
-    A row a table: effects against experts with bands, and all routers at one budget. The user's
-    matplotlib backend and its state are not touched.
+    A row a table: effects against experts with bands, and all routers at one budget. Then, with
+    quantised experts, KL against the bytes that a token reads. The user's matplotlib backend and
+    its state are not touched.
     """
     from matplotlib.figure import Figure
 
     view = View(run)
     tables = [name for name in view.tables if view.cells(table=name)]
-    fig = Figure(figsize=(16, 7.2 * max(len(tables), 1)), dpi=100, layout="constrained")
+    count = len(tables) + bool(view.quantized())
+    fig = Figure(figsize=(16, 7.2 * max(count, 1)), dpi=100, layout="constrained")
     pads(fig, 0.15, 0.35)  # room for the titles
-    if not tables:
+    if not count:
         fig.text(0.5, 0.5, "no router has finished", ha="center", size=14)
         return fig
-    axes = fig.subplots(len(tables), 2, squeeze=False, width_ratios=(10, 8))
-    coloured = _highlighted(view, tables[0])  # the same in every row
-    for row, table in zip(axes, tables, strict=True):
+    axes = fig.subplots(count, 2, squeeze=False, width_ratios=(10, 8))
+    coloured = _highlighted(view, tables[0]) if tables else []  # the same in every row
+    for row, table in zip(axes, tables, strict=False):
         _curves(row[0], view, table, coloured)
         _forest(row[1], view, table)
+    if view.quantized():
+        _by_bytes(axes[-1][0], view)
+        _ways(axes[-1][1], view)
     return fig
 
 
@@ -245,3 +255,115 @@ def _forest(axis: Axes, view: View, table: str) -> None:
         "hollow: the band against shuffled-k reaches 0"
     )
     _title(axis, f"At a budget of {budget} experts in every layer", detail)
+
+
+# ---- skip experts or shrink them ----
+
+
+def _by_bytes(axis: Axes, view: View) -> None:
+    """KL against the bytes of experts' weights that a token reads: a line for each way."""
+    top_k = view.run["model_config"]["num_experts_per_tok"]
+    static = view.run["static"][:top_k]
+    routers = view.best_routers()
+    lines: list[tuple[str, list[dict[str, Any]], dict[str, Any]]]
+    lines = [("static top-k", static, {"color": "black", "marker": "o"})]
+    lines += [("best router", routers, {"color": COLOURS[0], "marker": "s"})] if routers else []
+    for whole in view.whole():
+        cells = view.quantized(whole["bits"])
+        lines.append((f"static, {whole['bits']} bits", cells, SHRUNK[whole["bits"]]))
+    for name, cells, style in lines:
+        cells = [cell for cell in cells if cell["kl"] > 0]
+        read = [cell["bytes_per_token"] / 1e6 for cell in cells]
+        axis.plot(read, [cell["kl"] for cell in cells], markersize=7, lw=1.8, label=name, **style)
+        for x, cell in zip(read, cells, strict=True):
+            if level := cell.get("level", {}).get("kl"):
+                axis.plot([x, x], [level["low"], level["high"]], color=style["color"], lw=4)
+            if name != "best router":
+                at = (7, 5) if cell["role"] == STATIC else (-7, -13)
+                text = axis.annotate(
+                    f"{cell['budget']}", (x, cell["kl"]), at, textcoords="offset points", size=10
+                )
+                text.set_color(style["color"])
+    whole_model = next((cell for cell in static if cell["budget"] == top_k), None)
+    if whole_model:
+        axis.axvline(whole_model["bytes_per_token"] / 1e6, color=DARK, ls=":", lw=1.4)
+        axis.annotate(
+            "the model itself: KL 0",
+            (whole_model["bytes_per_token"] / 1e6, 0.02),
+            (-5, 0),
+            axis.get_xaxis_transform(),
+            "offset points",
+            size=11,
+            rotation=90,
+            ha="right",
+            va="bottom",
+            color=DARK,
+        )
+    _bytes_scale(axis)
+    axis.legend(loc="lower left", fontsize=12, frameon=False)
+    axis.set_ylabel("KL to the full model, nats per token", size=13)
+    dtype = view.run["dtype"]
+    detail = f"numbers: k; bars: 95 % intervals; to the left and down is better; model in {dtype}"
+    _title(axis, _answer(view), detail)
+
+
+def _bytes_scale(axis: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.grid(color="#e4e4e4")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("experts' weights that a token reads, MB", size=13)
+
+
+def _answer(view: View) -> str:
+    """In short, from the bands."""
+    parts = []
+    for whole in view.whole():
+        found = beside(view, whole)
+        more = [c for c in view.skipping() if c["bytes_per_token"] > whole["bytes_per_token"]]
+        parts.append(f"{whole['bits']} bits {len(found['beaten'])} of {len(more)}")
+    return f"Closer than skipping that reads more: {', '.join(parts)}"
+
+
+def _ways(axis: Axes, view: View) -> None:
+    """KL of all experts in few bits beside that of every router at one budget, least first."""
+    table = next(iter(view.tables))
+    budget = view.budgets(table)[-1]
+    cells = [
+        (cell, cell["contender"])
+        for cell in view.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
+    ]
+    cells += [(c, f"static top-{budget}") for c in view.run["static"] if c["budget"] == budget]
+    cells += [(c, quantized_name(c["budget"], c["bits"])) for c in view.whole()]
+    cells.sort(key=lambda pair: pair[0]["kl"])
+    labels = []
+    for place, (cell, name) in enumerate(cells):
+        shrunk = cell["role"] == QUANTIZED
+        colour = SHRUNK[cell["bits"]]["color"] if shrunk else "black"
+        if level := cell.get("level", {}).get("kl"):
+            axis.plot([level["low"], level["high"]], [place] * 2, color=colour, lw=4)
+        axis.plot(
+            cell["kl"],
+            place,
+            SHRUNK[cell["bits"]]["marker"] if shrunk else "o",
+            color=colour,
+            markersize=8,
+        )
+        labels.append(f"{name}: {megabytes(cell)} MB")
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(cells)), labels, size=11)
+    axis.invert_yaxis()
+    axis.grid(axis="x", color="#e4e4e4")
+    axis.set_axisbelow(True)
+    axis.set_xlabel("KL to the full model, nats per token", size=13)
+    _title(
+        axis,
+        f"All in few bits, or {budget} on average",
+        "beside each name: what a token reads\nbars: 95 % intervals",
+    )

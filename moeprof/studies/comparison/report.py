@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...measure.machine import in_one_line
+from .bytes_read import quantized_name
 from .contenders import LEFT_OUT
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, WORSE, adaptive, verdict
-from .findings import INTERVALS, NO_ADAPTIVITY, View, findings
+from .findings import INTERVALS, NO_ADAPTIVITY, View, findings, megabytes
 
 if TYPE_CHECKING:
     from .findings import View
@@ -29,6 +30,15 @@ LEGEND = (
 )
 
 
+BYTES = (
+    "MB: the matrices of the experts that a token selects, as they are kept, summed over the "
+    "layers; the mean over the test text. So much is read if each token's experts are read for it "
+    "alone, as in decoding one token at a time; the weights around the experts are not in it. KL "
+    "in nats per token, with a 95 % interval. The last column: less unquantised static top-k at as "
+    "many bytes, with the band. Of the routers the one closest to the full model at its budget."
+)
+
+
 def report(run: dict[str, Any]) -> str:
     """Markdown of a run (a dict as in the JSON) whose cells have their effects."""
     view = View(run)
@@ -36,6 +46,8 @@ def report(run: dict[str, Any]) -> str:
     if run["cells"]:
         parts += ["## What the results say", _bullets(findings(run)), f"![Effects]({FIGURE})"]
     parts += ["## What was measured", _bullets(_protocol(run))]
+    if rows := bytes_rows(view):
+        parts += ["## Skip experts or shrink them", BYTES, _markdown(*rows)]
     for table, plan in view.tables.items():
         parts.append(f"## Table {table}: at most {plan['max_k']} experts a token")
         for allocation in plan["allocations"]:
@@ -59,7 +71,8 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _status(run: dict[str, Any]) -> Iterator[str]:
-    done, planned = len(run["static"]) + len(run["cells"]), run["planned_cells"]
+    cells = [*run["static"], *run.get("quantized", ()), *run["cells"]]
+    done, planned = len(cells), run["planned_cells"]
     yield f"`{run['command']}`"
     if done < planned:
         yield f"**Interrupted: {done} of {planned} cells were finished.**"
@@ -83,6 +96,14 @@ def _protocol(run: dict[str, Any]) -> Iterator[str]:
         f"{tokens['budget']:,} tokens of {len(splits['budget'])}, the test on {tokens['test']:,} "
         f"tokens of {len(test)}, read once for each cell."
     )
+    if bits := sorted({cell["bits"] for cell in run.get("quantized", ())}, reverse=True):
+        yield (
+            f"Quantised: static top-k on the same test text with the experts in "
+            f"{' and in '.join(map(str, bits))} bits (moeprof.quantize), hidden states too in 8; "
+            "routers and the layers around the experts as the model has them. Compared with the "
+            f"full model in {run['dtype']}. Their bands hold together, apart from the tables'. "
+            "Their decode speed was not taken."
+        )
     for name, text in run["nulls"].items():
         yield f"Null {name}: {text}."
     yield (
@@ -159,6 +180,7 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
     head = [
         "router",
         "experts",
+        "MB",
         "KL",
         "effect",
         "band",
@@ -173,6 +195,7 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
         [
             f"static top-{budget}",
             f"{budget:.2f}",
+            megabytes(static),
             f"{static['kl']:.4f}",
             "0",
             "",
@@ -190,6 +213,7 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
             [
                 cell["contender"],
                 f"{cell['average_k']:.2f}",
+                megabytes(cell),
                 f"{cell['kl']:.4f}",
                 f"{effect['estimate']:+.4f}",
                 f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}",
@@ -201,6 +225,40 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
             ]
         )
     return head, rows
+
+
+def bytes_rows(view: View) -> tuple[list[str], list[list[str]]] | None:
+    """(head, rows) of quantised static top-k and what reads as few bytes by leaving out experts,
+    fewest bytes first; None for a run without it."""
+    if not view.quantized():
+        return None
+    top_k = view.run["model_config"]["num_experts_per_tok"]
+    cells = [(cell, f"top-{cell['budget']}") for cell in view.run["static"][:top_k]]
+    cells += [(c, quantized_name(c["budget"], c["bits"])) for c in view.quantized()]
+    cells += [(cell, cell["contender"]) for cell in view.best_routers()]
+    cells.sort(key=lambda pair: pair[0]["bytes_per_token"])
+    rows = []
+    for cell, name in cells:
+        level, effect = cell.get("level", {}).get("kl"), cell.get("effect", {}).get("kl")
+        ends = f" ({level['low']:.4f} to {level['high']:.4f})" if level else ""
+        rows.append(
+            [
+                name,
+                megabytes(cell),
+                f"{cell['average_k']:.2f}",
+                f"{cell['kl']:.4f}{ends}",
+                f"{cell['perplexity']:.2f}",
+                f"{cell['agreement']:.3f}",
+                _with_band(effect) if effect else "",
+            ]
+        )
+    head = ["", "MB per token", "experts", "KL", "perplexity", "agreement", "at as many bytes"]
+    return head, rows
+
+
+def _with_band(effect: Mapping[str, float]) -> str:
+    low, high = effect["band_low"], effect["band_high"]
+    return f"{effect['estimate']:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def _against(against: Mapping[str, Any] | None) -> str:
@@ -218,9 +276,11 @@ def _speed(cell: Mapping[str, Any]) -> str:
 
 
 def _outside(view: View) -> Iterator[str]:
-    if not view.outside:
+    quantized = [c for c in view.run.get("quantized", ()) if c["status"] == "outside"]
+    if not view.outside and not quantized:
         return
-    lines = [
+    lines = [f"{cell['contender']}: {cell['reason']}" for cell in quantized]
+    lines += [
         f"{cell['contender']} ({cell['table']}, {cell['allocation']}, budget {cell['budget']}): "
         f"{cell['reason']}"
         for cell in view.outside
@@ -234,21 +294,28 @@ def _outside(view: View) -> Iterator[str]:
 
 def console_tables(run: dict[str, Any]) -> Iterator[Any]:
     """Titles and rich tables of at most 100 columns: the effects, then what was fixed before."""
-    from rich import box
-    from rich.table import Table
-
     view = View(run)
     for table, plan in view.tables.items():
         for allocation in plan["allocations"]:
             found = effect_rows(view, table, allocation)
             if found is None:
                 continue
-            head, rows = found
             yield f"{table}, at most {plan['max_k']} experts a token; {ALLOCATION[allocation]}"
-            made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-            for number, name in enumerate(head):
-                made.add_column(name, justify="right" if number else "left", no_wrap=True)
-            for row in rows:
-                made.add_row(*row)
-            yield made
+            yield _rich(*found)
     yield LEGEND.replace("`", "")
+    if found := bytes_rows(view):
+        yield "Skip experts or shrink them: MB of experts' weights that a token reads"
+        head, *rows = ([*row[:4], row[-1]] for row in (found[0], *found[1]))  # 100 columns
+        yield _rich(head, rows)
+
+
+def _rich(head: list[str], rows: list[list[str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, name in enumerate(head):
+        made.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made

@@ -3,36 +3,41 @@
 A cell is a dict of plain values, as it stands in the JSON:
 
     table, role, contender, allocation, budget : what it is; role "static", "router", "shuffled",
-        "random" or "oracle"
+        "random", "oracle" or "quantized", which is static top-k with experts in "bits"
     status : "measured", or "outside" with a "reason" that names the reach
     targets, parameter, set_k, set_by_layer, passes, note : on the budget text
     average_k, by_layer, at_floor, at_ceiling : experts per token on the test text, and the
         shares of tokens with 1 and with max_k
     kl, nats, perplexity, agreement : means per predicted token of the test text
-    by_document : sums of kl, nats, agree and experts by document
-    effect, against : written by `effects`
+    bytes_per_token : of the matrices of a token's experts, as they are kept, over all layers;
+        the mean of the test text. What is read if each token's experts are read for it alone
+    by_document : sums of kl, nats, agree, experts and bytes by document
+    effect, against, level : written by `effects`, of quantised experts by `bytes_read`
     tokens_per_s : of decoding
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ...checks import check_token_ids
-from ...measure.passes import Reference, collect
+from ...measure.passes import Reference, collect, documents_of
 from ...models.blocks import find_blocks, model_norm
+from ...quantizing.quantize import experts_in
 from ...routers import TopK
 from ...version import __version__
 from ..budget import BudgetError, allocate, sensitivity
 from ..budget.setting import find, resolve
+from .bytes_read import BytesTable, expert_bytes, quantized_name
 from .contenders import Nulls, popularity
 from .controls import Oracle, random_counts, shuffled, with_counts
-from .effects import ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, Table
+from .effects import ORACLE, QUANTIZED, RANDOM, ROUTER, SHUFFLED, STATIC, Table
 from .speed import decode_speeds
 
 if TYPE_CHECKING:
@@ -59,7 +64,8 @@ class Comparison:
 
     model; splits: Splits; nulls: Nulls; contenders: [Contender]; plans: [TablePlan]; prompts:
     (1, n) token ids for the decode speed. cells: the tables' cells; static: those of the curve,
-    top-k with k = 1, 2, ... in every layer. `after` is called with each finished cell.
+    top-k with k = 1, 2, ... in every layer; quantized: the same, to the model's own k, with
+    experts in each of `bits` (8, 4). `after` is called with each finished cell.
     """
 
     model: nn.Module
@@ -69,9 +75,11 @@ class Comparison:
     plans: list[TablePlan]
     prompts: list[Tensor]
     seed: int = 0
+    bits: Sequence[int] = ()
     after: Callable[[dict[str, Any]], object] = lambda cell: None
     cells: list[dict[str, Any]] = field(default_factory=list)
     static: list[dict[str, Any]] = field(default_factory=list)
+    quantized: list[dict[str, Any]] = field(default_factory=list)
     sensitivity: NDArray[np.float64] | None = None  # (L, K) nats per token, k = 1 to K
     _patches: dict[int, tuple[Any, AnyNull | None]] = field(
         default_factory=dict
@@ -80,7 +88,9 @@ class Comparison:
     def steps(self) -> int:
         """How many cells there will be; what turns out of reach has no shuffle."""
         most = max(plan.max_k for plan in self.plans)
-        total = most
+        own_k = model_norm(self.model)[1]
+        left_out = [c for c in self.quantized if c["status"] == "outside"]
+        total = most + own_k * len(self.bits) - (own_k - 1) * len(left_out)
         for plan in self.plans:
             for allocation in plan.allocations:
                 controls = {"equal": 2, "free": 3}.get(allocation, 0)
@@ -97,6 +107,8 @@ class Comparison:
     def run(self) -> None:
         """Measure everything; what is finished stays in `cells` whatever interrupts it."""
         self._prepare()
+        for bits in self.bits:
+            self._quantized(bits)
         for plan in self.plans:
             self._controls(plan)
             for contender in self.contenders:
@@ -111,6 +123,7 @@ class Comparison:
         self.stock = collect(self.model, self.splits.budget)
         self.weights = popularity(self.stock, self.top_k)
         self.layers = len(self.stock.logits)
+        self.expert_bytes = expert_bytes(self.model)
         most = max(plan.max_k for plan in self.plans)
         for k in range(1, most + 1):
             cell = {
@@ -125,6 +138,30 @@ class Comparison:
         if any("free" in plan.allocations for plan in self.plans):
             ks = range(1, most + 1)
             self.sensitivity = sensitivity(self.model, self.splits.budget, ks)
+
+    def _quantized(self, bits: int) -> None:
+        """Static top-k with the experts in fewer bits, which then have their own weights again."""
+        name = quantized_name("k", bits)
+        start: dict[str, Any] = {
+            "table": None,
+            "role": QUANTIZED,
+            "contender": name,
+            "allocation": "equal",
+            "bits": bits,
+        }
+        whole = self.expert_bytes
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(experts_in(self.model, bits))
+            except ValueError as error:
+                cell = start | {"budget": self.top_k, "status": "outside", "reason": str(error)}
+                self._keep(cell, self.quantized)
+                return
+            stack.callback(setattr, self, "expert_bytes", whole)
+            self.expert_bytes = expert_bytes(self.model)
+            for k in range(1, self.top_k + 1):
+                cell = start | {"budget": k, "targets": [k] * self.layers}
+                self._measure(cell, TopK(k), None, into=self.quantized)
 
     def _targets(self, plan: TablePlan, allocation: str, budget: int) -> float | list[float]:
         """(L,) experts of each layer; one number for "shared"."""
@@ -175,6 +212,11 @@ class Comparison:
                 name: getattr(quality, name).tolist() for name in ("kl", "nats", "agree", "experts")
             },
         }
+        read = self.expert_bytes @ quality.counts
+        documents = documents_of(self.splits.test)
+        sums = np.bincount(documents, read, len(self.splits.test.documents))
+        cell["by_document"]["bytes"] = sums.tolist()
+        cell["bytes_per_token"] = float(read.mean())
         self.predicted, self.tokens = quality.predicted, quality.tokens
         if cell["role"] in (STATIC, ROUTER):
             self._patches[id(cell)] = router, null
@@ -304,6 +346,22 @@ class Comparison:
             if cells:
                 table = Table(cells, curve, self.predicted, self.tokens, self.splits.domains)
                 table.analyse(self.seed)
+        quantized = [cell for cell in self.quantized if cell["status"] == "measured"]
+        if quantized:
+            curve = self.static[: self.top_k]
+            skipping = [
+                cell
+                for cell in self.cells
+                if cell["role"] in (STATIC, ROUTER) and cell["status"] == "measured"
+            ]
+            BytesTable(
+                quantized,
+                [*curve[:-1], *skipping],
+                curve,
+                self.predicted,
+                self.tokens,
+                self.splits.domains,
+            ).analyse(self.seed)
 
     def describe(self) -> dict[str, Any]:
         """The part of the JSON that is not about the machine: splits, nulls, plan, cells."""
@@ -319,6 +377,7 @@ class Comparison:
             },
             "sensitivity": None if self.sensitivity is None else self.sensitivity.tolist(),
             "static": self.static,
+            "quantized": self.quantized,
             "cells": self.cells,
             "planned_cells": self.steps(),
             "moeprof": __version__,

@@ -1,0 +1,273 @@
+"""Skip experts or shrink them: quantised static top-k in a comparison, and bytes that are read."""
+
+import copy
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from models import assert_unchanged, olmoe, snapshot
+from rich.console import Console
+from test_comparison import text
+from test_comparison_results import made_cell, made_run, static_kl
+from wording import says
+
+import moeprof
+from moeprof.studies.comparison import runner
+from moeprof.studies.comparison.bytes_read import BytesTable, expert_bytes
+from moeprof.studies.comparison.contenders import choose_contenders
+from moeprof.studies.comparison.files import frame
+from moeprof.studies.comparison.findings import findings
+from moeprof.studies.comparison.plan import plan_tables
+from moeprof.studies.comparison.plots import figure
+from moeprof.studies.comparison.report import console_tables, report
+from moeprof.studies.comparison.splits import Splits
+
+TEST = text(((0, 11), (1, 10), (2, 13)))
+
+
+def comparison(model, bits=(4, 8), after=lambda cell: None):
+    plans = plan_tables(4, 12, ["reduction"], [2])
+    nulls = runner.Nulls(model, None, [], "normal")
+    contenders, splits = choose_contenders(["top_p"]), Splits([], text(), TEST)
+    return runner.Comparison(model, splits, nulls, contenders, plans, [], bits=bits, after=after)
+
+
+def model_of_four():
+    return olmoe(num_experts=12, num_experts_per_tok=4)
+
+
+def log_probs(model, k):
+    """Of each window, by the model's own forward with another number of experts."""
+    for layer in model.model.layers:
+        for module in (layer.mlp, getattr(layer.mlp, "gate", None)):
+            if hasattr(module, "top_k"):
+                module.top_k = k
+    with torch.no_grad():
+        windows = [model(input_ids=w.ids, use_cache=False).logits[0, :-1] for w in TEST.windows]
+    return torch.log_softmax(torch.cat(windows).double(), -1)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def test_quantised_lines_are_those_of_a_quantised_model_and_the_model_stays():
+    model = model_of_four()
+    before, full = snapshot(model), log_probs(copy.deepcopy(model), 4)
+    made = comparison(model)
+    planned = made.steps()
+    made.run()
+    assert_unchanged(model, before)
+    cells = made.quantized
+    assert [(cell["bits"], cell["budget"]) for cell in cells] == [
+        (bits, k) for bits in (4, 8) for k in (1, 2, 3, 4)
+    ]
+    assert len(made.static) + len(cells) + len(made.cells) == planned == made.steps()
+    for bits in (4, 8):
+        quantised = copy.deepcopy(model)
+        moeprof.quantize(quantised, bits, progress=False)
+        for cell in (cell for cell in cells if cell["bits"] == bits):
+            routed = log_probs(quantised, cell["budget"])
+            kl = float((full.exp() * (full - routed)).sum(1).mean())
+            assert kl > 1e-6 and cell["kl"] == pytest.approx(kl, rel=1e-2, abs=1e-6)
+            # Two layers of gate and up, 16 rows of a group, and down, 32 rows of one.
+            read = 2 * cell["budget"] * (2 * 16 + 32) * (4 * bits + 2)
+            assert cell["bytes_per_token"] == read
+            assert cell["by_document"]["bytes"] == [read * n for n in (11, 10, 13)]
+
+
+def test_every_cell_has_the_bytes_of_the_experts_that_ran():
+    made = comparison(model_of_four())
+    made.run()
+    made.analyse()
+    one = 3 * 32 * 16 * 4  # float32
+    for cell in [*made.static, *made.cells]:
+        if cell["status"] == "measured":
+            expected = one * sum(cell["by_layer"])
+            assert cell["bytes_per_token"] == pytest.approx(expected)
+            assert sum(cell["by_document"]["bytes"]) == pytest.approx(expected * 34)
+    for cell in made.quantized:
+        assert {"kl", "nats", "agree"} == set(cell["effect"])
+        assert cell["level"]["bytes"]["estimate"] == pytest.approx(cell["bytes_per_token"])
+        assert cell["level"]["kl"]["estimate"] == pytest.approx(cell["kl"])
+    assert {"top-4 in 4 bits", "top-4 in 8 bits"} <= set(made.static[0]["against"])
+    router = next(cell for cell in made.cells if cell["role"] == "router")
+    for whole in (made.quantized[3], made.quantized[7]):
+        against = router["against"][f"top-4 in {whole['bits']} bits"]
+        assert against["estimate"] == pytest.approx(router["kl"] - whole["kl"])
+
+
+def test_the_bytes_of_an_expert_are_those_of_its_matrices():
+    model = model_of_four()
+    assert expert_bytes(model).tolist() == [3 * 32 * 16 * 4] * 2
+    moeprof.quantize(model.to(torch.bfloat16), 4, skip="model.layers.1.mlp", progress=False)
+    assert expert_bytes(model).tolist() == [(2 * 16 + 32) * 18, 3 * 32 * 16 * 2]
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, RuntimeError))
+def test_interrupted_among_quantised_cells_the_model_has_its_own_experts(error):
+    model = model_of_four()
+    before = snapshot(model)
+
+    def after(cell):
+        if cell["role"] == "quantized" and cell["budget"] == 2:
+            raise error
+
+    made = comparison(model, after=after)
+    with pytest.raises(error):
+        made.run()
+    assert_unchanged(model, before)
+    assert [cell["budget"] for cell in made.quantized] == [1, 2]
+    made.analyse()
+    assert "effect" in made.quantized[0]
+
+
+def test_a_quantised_model_is_compared_at_its_own_bytes():
+    model = model_of_four()
+    moeprof.quantize(model, 8, progress=False)
+    before = snapshot(model)
+    made = comparison(model, bits=(8,))
+    made.run()
+    made.analyse()
+    assert_unchanged(model, before)
+    assert made.static[3]["kl"] == 0  # its full model is itself
+    assert made.static[0]["bytes_per_token"] == 2 * (2 * 16 + 32) * 34
+    (cell,) = made.quantized
+    assert cell["status"] == "outside" and "is quantised already" in cell["reason"]
+    assert len(made.static) + 1 + len(made.cells) == made.steps()
+
+
+# ---------------------------------------------------------------- what is concluded
+
+
+def with_bytes(cell, each, tokens=101):
+    cell["by_document"]["bytes"] = [each * n for n in cell["by_document"]["experts"]]
+    cell["bytes_per_token"] = sum(cell["by_document"]["bytes"]) / (tokens * 40)
+    return cell
+
+
+def quantised(bits, k, kl, seed=0):
+    """A cell of static top-k whose KL is given; an expert has 100 bytes unquantised."""
+    cell = made_cell(
+        "quantized", f"top-k in {bits} bits", budget=k, shift=kl - static_kl(k), seed=seed
+    )
+    return with_bytes(cell | {"table": None, "bits": bits}, 100 * (bits + 0.5) / 32)
+
+
+def shrinking_run(losses, *cells):
+    """losses: {bits: KL of all experts}; with fewer experts static's is added."""
+    cells = [with_bytes(cell, 100) for cell in cells]
+    run = made_run(*cells)
+    lines = [
+        quantised(bits, k, kl + static_kl(k) - static_kl(8), seed=bits + k)
+        for bits, kl in losses.items()
+        for k in range(1, 9)
+    ]
+    for cell in run["static"]:
+        with_bytes(cell, 100)
+    skipping = [*run["static"][:-1], *(c for c in cells if c["role"] == "router")]
+    table = BytesTable(lines, skipping, run["static"], [100] * 40, [101] * 40, ["a", "b"] * 20)
+    table.analyse()
+    return run | {"quantized": lines, "planned_cells": len(lines) + run["planned_cells"]}
+
+
+def test_effects_at_equal_bytes_are_those_of_a_computation_by_hand():
+    rng = np.random.default_rng(1)
+    run = shrinking_run({4: 0.03, 8: 0.002}, made_cell(budget=6))
+    static, lines = run["static"], run["quantized"]
+    predicted, tokens = rng.integers(50, 100, 40), rng.integers(101, 120, 40)
+    table = BytesTable(lines, static[:-1], static, predicted, tokens, ["a"] * 40)
+    weights = rng.integers(0, 4, (5, 40)).astype(float)
+    effects, differences = table.effects(weights, "kl"), table.differences(weights)
+    names = [name for _, name in table.contrasts()]
+    assert names == ["top-8 in 4 bits"] * 7 + ["top-k in 8 bits"] + ["top-8 in 8 bits"] * 7
+    for b, w in enumerate(weights):
+
+        def mean(cell, field, of, w=w):
+            return (w * np.array(cell["by_document"][field])).sum() / (w * of).sum()
+
+        def at(line, read, mean=mean):
+            knots = [mean(cell, "bytes", tokens) for cell in line]
+            return np.interp(read, knots, [mean(cell, "kl", predicted) for cell in line])
+
+        for m, cell in enumerate(lines):
+            expected = mean(cell, "kl", predicted) - at(static, mean(cell, "bytes", tokens))
+            assert effects[b, m] == pytest.approx(expected, abs=1e-12)
+        four, eight = lines[7], lines[15]
+        expected = [
+            mean(cell, "kl", predicted) - mean(four, "kl", predicted) for cell in static[:7]
+        ]
+        mixed = at(lines[8:], mean(four, "bytes", tokens))
+        expected.append(mean(four, "kl", predicted) - mixed)
+        expected += [
+            mean(cell, "kl", predicted) - mean(eight, "kl", predicted) for cell in static[:7]
+        ]
+        np.testing.assert_allclose(differences[b], expected, atol=1e-12)
+
+
+def test_findings_where_shrinking_is_better_than_all_that_skip():
+    run = shrinking_run({8: 0.0001, 4: 0.0002}, made_cell(budget=6, shift=0.01))
+    text = " ".join(findings(run))
+    # 8 experts of 26.6 bytes are 212.5, of 800
+    assert says(text, "top-8 in 8 bits reads", "27 %", "as much as 2.1 of its 8 experts")
+    assert says(text, "Of 8 ways", "6 read more bytes and are farther", "2 read no more bytes")
+    assert says(text, "top-8 in 4 bits reads", "14 %", "as much as 1.1 of its 8 experts")
+    assert says(text, "In 16 bits", "top-8 in 4 bits would then be as much as 2.2 of 8 experts")
+    assert "which reads more" not in text
+    assert says(text, "static top-8 in 4 bits less static top-k in 8 bits", "fewer bits are closer")
+    assert figure(run).axes[-2].get_title("left").endswith("8 bits 6 of 6, 4 bits 7 of 7")
+    run["quantized"][-1]["bytes_per_token"] = 99.0  # less than one expert
+    assert says(" ".join(findings(run)), "top-8 in 4 bits", "(static top-1, which reads more)")
+
+
+def test_findings_where_it_is_not():
+    text = " ".join(findings(shrinking_run({8: 0.1}, made_cell(budget=6, shift=-0.02))))
+    # Static's KL is 0.1 at 4 experts.
+    assert says(text, "Of 8 ways", "1 read more bytes and are farther", "2 read no more bytes")
+    assert says(text, "4 are closer (top-k, budget 5, 6, 7; bh, budget 6)")
+    assert says(text, "1 can't be told from it (top-k, budget 4)")
+
+
+def test_all_that_skip_may_read_more():
+    run = shrinking_run({4: 0.0001}, made_cell(budget=6, shift=0.01))
+    one = run["static"].pop(0)  # which reads less than 8 experts in 4 bits
+    assert one["bytes_per_token"] < run["quantized"][-1]["bytes_per_token"]
+    assert says(" ".join(findings(run)), "Each of the 7 ways", "reads more bytes and is farther")
+
+
+def test_report_table_and_figure_say_the_same():
+    run = shrinking_run({8: 0.001, 4: 0.01}, made_cell(budget=6, shift=-0.01))
+    page = report(run)
+    table = page[page.index("## Skip experts or shrink them") :]
+    rows = [line for line in table[: table.index("## Table")].splitlines() if "| top-" in line]
+    assert len(rows) == 8 + 16
+    read = [float(re.split(r"\s*\|\s*", row)[2]) for row in rows]
+    assert read == sorted(read)
+    assert len(frame(run)) == 8 + 16 + 1 and "bytes_per_token" in frame(run)
+    shown = list(console_tables(run))
+    console = Console(width=100, file=io.StringIO())
+    console.print(shown[-1])
+    assert "…" not in console.file.getvalue() and "top-8 in 4 bits" in console.file.getvalue()
+    assert any("Skip experts" in part for part in shown if isinstance(part, str))
+    left, right = figure(run).axes[-2:]
+    labels = {line.get_label() for line in left.lines}
+    assert {"static top-k", "best router", "static, 8 bits", "static, 4 bits"} <= labels
+    names = {label.get_text().split(":")[0] for label in right.get_yticklabels()}
+    assert names == {"bh", "static top-6", "top-8 in 8 bits", "top-8 in 4 bits"}
+
+
+def test_a_run_from_before_has_no_such_table():
+    run = made_run(made_cell(shift=-0.03))
+    assert "Skip experts" not in report(run) and len(figure(run).axes) == 2
+    assert "Skip experts" not in " ".join(findings(run))
+
+
+def test_what_cannot_be_quantised_is_named():
+    run = made_run(made_cell(shift=-0.03))
+    reason = "quantize: model.layers.0.mlp is quantised already"
+    cell = made_cell("quantized", "top-k in 8 bits") | {"status": "outside", "reason": reason}
+    run["quantized"] = [{k: v for k, v in cell.items() if k != "kl"} | {"bits": 8}]
+    assert says(" ".join(findings(run)), "Not measured, top-k in 8 bits", reason)
+    assert f"- top-k in 8 bits: {reason}" in report(run)
+    assert "## Skip experts" not in report(run)
