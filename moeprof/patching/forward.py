@@ -1,4 +1,4 @@
-"""What runs in place of the forward of a patched block that is *fused*: one call to C.
+"""What runs in place of the forward of a patched block that is *fused*: one call of a backend.
 
 A block is fused that does nothing but to call its gate and its experts; the others are in seam.py.
 """
@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import Matrices, run_experts, run_moe
-from ..backends.tables import WeightTable, routing_obstacle, tensor_obstacle
+from ..backends.ops import run_experts, run_moe
+from ..backends.tables import (
+    Matrices,
+    WeightTable,
+    ids_obstacle,
+    routing_obstacle,
+    tensor_obstacle,
+)
 from ..models.blocks import not_runnable
 from ..models.guards import explained
 from ..models.routing import Routing
@@ -88,7 +94,8 @@ def _run(
 
 
 def choose_in_python(layer: PatchedLayer, said: Routing) -> tuple[Tensor | None, Tensor] | None:
-    """(weights, expert_ids) where a user's gate or a callable chooses; None where C does."""
+    """(weights, expert_ids) where a user's gate or a callable chooses; None where a
+    backend does."""
     router = layer.router
     if router is None and said.expert_ids is not None:  # a user's gate has chosen
         return said.weights, said.expert_ids
@@ -110,7 +117,8 @@ def _run_chosen(
     table: Matrices,
     logits: Tensor | None,
 ) -> tuple[Tensor, Routing]:
-    if reason := routing_obstacle(expert_ids, routing_weights):
+    reason = routing_obstacle(expert_ids, routing_weights, table)
+    if reason := reason or ids_obstacle(expert_ids, table):
         raise ValueError(f"{layer.title}: {reason}")
     out = run_experts(x, expert_ids, routing_weights, table, layer.title)
     return out, ran(layer, routing_weights, expert_ids, logits)
@@ -147,7 +155,8 @@ def input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
 def hidden_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
     """Why hidden states don't go with a layer's experts, or None; their width is not looked
     at."""
-    reason = tensor_obstacle([table.matrices[0], hidden_states], table.storage)
+    tensors = [table.matrices[0], hidden_states]
+    reason = tensor_obstacle(tensors, table.storage, table.backend)
     return f"the hidden states: {reason}" if reason else None
 
 
@@ -189,5 +198,5 @@ def run_unpatched(module: nn.Module, layer: PatchedLayer, *args: Any, **kwargs: 
 
 
 def warn_fallback(name: str, reason: str) -> None:
-    """Say that a layer does not run in C."""
+    """Say that a layer does not run on moeprof's path."""
     warnings.warn(f"moeprof: {name} runs the model's own forward: {reason}", stacklevel=3)
