@@ -285,7 +285,8 @@ def _dtype_obstacle(dtype: torch.dtype, storage: Storage, backend: str) -> str |
     if backend == "c":
         if dtype in DTYPES:
             return None
-        return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
+        more = ', float64 by backend="torch"' if dtype == torch.float64 else ""
+        return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported{more})"
     if storage.format:
         return (
             f"experts in {storage.format[1]} bits, which only the backend in C computes with, on a "
