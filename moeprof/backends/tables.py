@@ -310,9 +310,7 @@ def _device_obstacle(tensor: Tensor, first: Tensor, backend: str) -> str | None:
     return None
 
 
-def routing_obstacle(
-    expert_ids: Tensor, routing_weights: Tensor, table: Matrices
-) -> str | None:
+def routing_obstacle(expert_ids: Tensor, routing_weights: Tensor, table: Matrices) -> str | None:
     """Why a routing that is given can't be read for the experts of this table, or None."""
     device = table.matrices[0].device
     for tensor in (expert_ids, routing_weights):

@@ -95,8 +95,9 @@ class Block(NamedTuple):
         return self.family.reader.logits(gate, x) if self.family.family.rule.logits else None
 
     def choice_logits(self, logits: Tensor) -> Tensor:
-        """(T, E) float32 on the CPU: what a router sees in place of the gate's logits, by which the model
-        chooses; the same for a softmax without bias. Groups are left: see `choice_rule`."""
+        """(T, E) float32 on the CPU: what a router sees in place of the gate's logits, by which
+        the model chooses; the same for a softmax without bias. Groups are left: see
+        `choice_rule`."""
         rule = self.rule()
         if not rule.zeroed:
             rule = rule._replace(groups=1, top_groups=1, best=1)

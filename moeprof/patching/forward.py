@@ -6,7 +6,6 @@ A block is fused that does nothing but to call its gate and its experts; the oth
 import warnings
 from contextlib import ExitStack
 from inspect import signature
-from time import perf_counter_ns
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from ..routers import Router
 from .callables import read_routing
 from .layer import PatchedLayer
 from .observers import Routed, observers_of
+from .span import Span
 from .state import STATE, Absent, earlier
 
 
@@ -37,7 +37,7 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
     hidden_states = _only(self, args, kwargs)
     observers = observers_of(self)
-    start = perf_counter_ns() if observers else 0
+    span = Span(hidden_states) if observers else None
     family = layer.family
     table, reason = layer.table(self)
     if reason := reason or input_obstacle(table, hidden_states):
@@ -45,7 +45,7 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     said = family.route(self, x, layer.name)
     out, routing = _run(self, layer, x, said, table)
-    tell(self, layer, hidden_states, routing, said.expert_ids is not None, start)
+    tell(self, layer, hidden_states, routing, said.expert_ids is not None, span)
     return family.output(self, hidden_states, out.reshape(hidden_states.shape), said)
 
 
@@ -63,17 +63,18 @@ def tell(
     hidden_states: Tensor,
     routing: Routing,
     chosen: bool,
-    start: int,
+    span: Span | None,
 ) -> None:
-    """Tell callbacks and observers what ran. chosen: by a gate of a user."""
-    observers = observers_of(block)
-    end = perf_counter_ns() if observers else 0
+    """Tell callbacks and observers what ran. chosen: by a gate of a user; span: of the call, where
+    one was observed."""
+    if span is not None:
+        span.stop()
     for callback in layer.callbacks:
         callback(layer.index, routing)
-    if observers:
+    if span is not None:
         skips = layer.router is None and chosen
-        event = Routed(layer.router, hidden_states, routing, skips, start, end)
-        for observer in observers:
+        event = Routed(layer.router, hidden_states, routing, skips, span)
+        for observer in observers_of(block):
             observer.routed(event)
 
 

@@ -6,7 +6,6 @@ call of their block they are in; outside one they are what they were.
 
 import threading
 from contextlib import nullcontext
-from time import perf_counter_ns
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from .forward import (
 from .install import run_stock
 from .layer import PatchedLayer
 from .observers import observers_of
+from .span import Span
 from .state import STATE, inside
 
 
@@ -80,9 +80,8 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     layer: PatchedLayer | None = vars(self).get(STATE)
     if layer is None:  # another thread unpatched the block since it looked this forward up
         return self.forward(*args, **kwargs)
-    watched = bool(layer.callbacks or observers_of(self))
-    start = perf_counter_ns() if watched else 0
     hidden_states = first_of(args, kwargs)
+    span = Span(hidden_states) if observers_of(self) else None
     table, reason = layer.table(self)
     if reason := reason or hidden_obstacle(table, hidden_states):
         return own_forward(self, layer, reason, args, kwargs)
@@ -102,9 +101,9 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             f"{layer.title}: its block chose experts without a call of its router, so no other "
             "router can take its place: patch without one, or install a newer transformers"
         )
-    if watched and call.given is not None:
+    if (layer.callbacks or span) and call.given is not None:
         by_user = not layer.family.has_stock_gate(self)
-        tell(self, layer, hidden_states, call.ran(), by_user, start)
+        tell(self, layer, hidden_states, call.ran(), by_user, span)
     return output
 
 

@@ -130,11 +130,11 @@ def _expert(x: Tensor, number: int, read: LayerMatrices) -> Tensor:
     """(rows, H) of x (rows, H), what one expert gives."""
     if not is_packed(read.matrices):
         own = read.activation.matrices
-        *into, last = read.matrices[own * number : own * (number + 1)]
-        projected = [F.linear(x, matrix) for matrix in into]
+        *first, last = read.matrices[own * number : own * (number + 1)]
+        projected = [F.linear(x, matrix) for matrix in first]
         return F.linear(activated(projected, read.activation), last)
     into, down, *biases = (tensor[number] for tensor in read.matrices)
-    into_bias, down_bias = biases or (None, None)
+    into_bias, down_bias = biases if biases else (None, None)
     if read.storage.order != "rows":
         into, down = into.T, down.T
     return F.linear(_between(F.linear(x, into, into_bias), read), down, down_bias)
@@ -148,10 +148,10 @@ def _between(projected: Tensor, read: LayerMatrices) -> Tensor:
     if not read.activation.gated:
         return activated([projected], read.activation)
     if read.storage.order == "interleaved":
-        parts = projected[..., ::2], projected[..., 1::2]
+        parts = [projected[..., ::2], projected[..., 1::2]]
     else:
-        parts = projected.chunk(2, -1)
-    return activated([*parts], read.activation)
+        parts = [*projected.chunk(2, -1)]
+    return activated(parts, read.activation)
 
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...backends.ops import run_experts
 from ...backends.spec import Rule
-from ...backends.tables import WeightTable
+from ...backends.tables import table_of
 from ...measure.passes import collect
 from ...measure.routing import by_layer, choose
 from ...models.blocks import find_blocks, model_norm
@@ -169,7 +169,7 @@ class Oracle:
         """(T, k) norms of what each slot adds to the block's output."""
         block, x = self.blocks[layer], self._hidden[layer]
         read, _ = block.family.readable(block.module)
-        table = WeightTable(*read)
+        table = table_of(read)
         slots = [
             run_experts(x, experts[:, [slot]], weights[:, [slot]].to(x.dtype), table, "oracle")
             for slot in range(self.top_k)
