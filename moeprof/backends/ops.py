@@ -200,7 +200,7 @@ def _instead(name: str, tensors: Sequence[Any] = ()) -> str:
         return "its weights are quantised: train the model that they were made from"
     if name.startswith(BY_ITSELF):
         return 'choose other experts for that, model.set_experts_implementation("grouped_mm")'
-    return 'patch(model, ..., backend="torch") trains'
+    return 'unpatch the model for that, or patch it with backend="torch", which trains'
 
 
 def _remember_name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

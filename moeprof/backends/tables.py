@@ -262,6 +262,8 @@ def tensor_obstacle(
     tensors: Sequence[Tensor], storage: Storage = ROWS, backend: str = "c"
 ) -> str | None:
     """Why a backend can't read these tensors as one layer's, or None."""
+    if backend == "torch" and tensors[0].is_meta:
+        return "a tensor on device meta, which has no values"
     dtype = dtype_of(tensors, storage)
     if reason := _dtype_obstacle(dtype, storage, backend):
         return reason
@@ -303,8 +305,6 @@ def _device_obstacle(tensor: Tensor, first: Tensor, backend: str) -> str | None:
         if device.type == "cpu":
             return None
         return f'a tensor on device {device} (only cpu is supported by backend="c")'
-    if device.type == "meta":
-        return "a tensor on device meta, which has no values"
     if device != first.device:
         return f"tensors on devices {first.device} and {device} in one layer"
     return None
