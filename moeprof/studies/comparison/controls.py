@@ -79,9 +79,10 @@ def with_counts(
         def route(logits: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal position
             wanted = torch.from_numpy(counts[layer, position : position + len(logits)])
+            wanted = wanted.to(logits.device)
             position += len(logits)
             weights, experts, *_ = choose(ordered, logits, own, "none", top_k, plain)
-            kept = torch.arange(experts.shape[1]) < wanted[:, None]
+            kept = torch.arange(experts.shape[1], device=wanted.device) < wanted[:, None]
             mass = None
             if norm == "mass":
                 mass = choose(TopK(top_k), logits, None, "none", top_k, plain)[0].sum(1)
@@ -208,7 +209,7 @@ class Oracle:
     ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         self.clear()
         passed = collect(self.model, text, self.routers(thresholds), norm=self.norm, step=step)
-        sizes = np.stack([torch.cat(layer).numpy() for layer in self.sizes])
+        sizes = np.stack([torch.cat(layer).numpy(force=True) for layer in self.sizes])
         self.clear()
         return sizes, passed.counts.mean(axis=1)
 
