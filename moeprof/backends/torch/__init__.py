@@ -1,1 +1,1 @@
-"""The backend in torch: routing and experts on any device that torch runs on, with gradients."""
+"""The backend in torch: tensors on any device, in batched operations."""

@@ -1,14 +1,175 @@
-"""STUB until the routing helper is merged: by C, on the host."""
+"""Logits to a routing, in the order of csrc/route.c. All shapes are known from the spec, and
+nothing waits for the device."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..c import C
 from ..spec import RouteSpec
+from .counts import ROUTERS, Tokens, Wants
+from .nulls import is_by_expert, local_fdr, p_values
+from .prepared import Prepared
+from .rule import affinities, below, choice, shares_in_order
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ENOUGH = 2.0**-100  # fp32 is still exact to 24 bits far below
 
 
 def route(
     logits: Tensor, spec: RouteSpec, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = C.route(logits.detach().cpu(), spec, dtype)
-    return tuple(t.to(logits.device) for t in out)  # type: ignore[return-value]
+    """(weights, expert_ids, counts, rejections), see `Backend.route`.
+
+    Weights carry gradients to the logits; the selection is constant. They are float64 for
+    logits in float64. A row with a NaN or nothing above -inf is a ValueError on the CPU. On
+    another device, which would have to be waited for to know, its weights are NaN.
+    """
+    own, logits = _taken(logits, spec)
+    usable = logits.detach().amax(1, keepdim=True) > -torch.inf  # not where it is NaN
+    _check_rows(usable)
+    with torch.no_grad():
+        z, eligible = choice(own, logits.detach())
+        order, by_logit, rejections = _judge(own, z, eligible)
+        counts = rejections.clamp(spec.min_k, spec.max_k)
+    ids = order[:, : spec.max_k]
+    chosen = own.slots < counts[:, None]
+    weights = _weigh(own, logits, ids, chosen, by_logit[:, : spec.norm_k], dtype)
+    return (
+        weights.where(usable, torch.nan),
+        ids.where(chosen, -1).to(torch.int32),
+        counts.to(torch.int32),
+        rejections.to(torch.int32),
+    )
+
+
+def choice_logits(logits: Tensor, spec: RouteSpec, dtype: torch.dtype) -> Tensor:
+    """See `Backend.choice_logits`; float64 for logits in float64."""
+    own, logits = _taken(logits, spec)
+    return choice(own, logits)[0]
+
+
+def _taken(logits: Tensor, spec: RouteSpec) -> tuple[Prepared, Tensor]:
+    """The spec on the device of the logits (T, E), and these in float32 or float64."""
+    if logits.dim() != 2 or logits.shape[1] != spec.num_experts:
+        raise ValueError(
+            f"router_logits: expected {spec.num_experts} experts, as the RouteSpec has, "
+            f"got the shape {tuple(logits.shape)}"
+        )
+    if logits.dtype != torch.float64:
+        logits = logits.to(torch.float32)
+    return Prepared.of(spec, logits.device), logits
+
+
+def _check_rows(usable: Tensor) -> None:
+    if usable.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not usable.all():
+        row = int(usable[:, 0].int().argmin())
+        raise ValueError(f"router_logits: row {row} has a NaN or no entry above -inf")
+
+
+def _judge(own: Prepared, z: Tensor, eligible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts that a token may use (T, n) by evidence and by logit, and R (T,)."""
+    spec, by_expert = own.spec, is_by_expert(own)
+    wants, rejections = ROUTERS[spec.router]
+    seen = z if eligible is None else z.gather(1, eligible)
+    z_sorted, order = seen.sort(dim=1, descending=True, stable=True)
+    by_logit = ids = order if eligible is None else eligible.gather(1, order)
+    z_sorted = z_sorted.to(own.precise)
+    # What looks at neither ids nor groups can look at what is sorted.
+    in_place = eligible is None and not by_expert
+
+    def in_order(values_of: Callable[[Prepared, Tensor], Tensor]) -> Tensor:
+        if in_place:
+            return values_of(own, z_sorted)
+        return values_of(own, z.to(own.precise)).gather(1, ids)
+
+    p = lfdr = None
+    if Wants.LFDR in wants and spec.table is not None:
+        lfdr = in_order(local_fdr)
+    # One null for all experts orders them as their logits do.
+    if Wants.P in wants and (lfdr is None or by_expert):
+        p = in_order(p_values)
+    if p is not None and (by_expert or Wants.WEIGHTS in wants):
+        if Wants.WEIGHTS in wants:
+            weights = own.constant(_weights, own)[ids]
+            p = (p / weights).where(weights > 0, torch.inf)
+        p, again = p.sort(dim=1, stable=True)
+        ids = ids.gather(1, again)
+        lfdr = None if lfdr is None else lfdr.gather(1, again)
+    return ids, by_logit, rejections(Tokens(own, z_sorted, p, lfdr), *spec.parameters).to(torch.int32)
+
+
+def _weights(own: Prepared) -> NDArray[np.float64]:
+    return np.asarray(own.spec.table)
+
+
+def _weigh(
+    own: Prepared,
+    logits: Tensor,
+    ids: Tensor,
+    chosen: Tensor,
+    by_logit: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(T, max_k): the weights of the experts ids that are chosen, 0 of the others.
+
+    by_logit (T, norm_k): those that the model would choose.
+    """
+    spec, rule = own.spec, own.spec.rule
+    rounded_to = dtype if rule.rounds and dtype.itemsize == 2 else logits.dtype
+    wide = logits.to(own.precise)
+
+    def affinities_of(ids: Tensor) -> Tensor:
+        if rule.affinity == "softmax":
+            return affinities(rule.affinity, wide, spec.temperature).gather(1, ids)
+        if rule.affinity == "sparsemixer":
+            return shares_in_order(rule, logits, ids, spec.temperature, rounded_to, own.precise)
+        return affinities(rule.affinity, wide.gather(1, ids), spec.temperature)
+
+    if spec.norm == "none":
+        weights = affinities_of(ids)
+    else:
+        weights = _shares(own, affinities_of, wide, ids, chosen)
+    if spec.norm == "mass":
+        weights = weights * affinities_of(by_logit).sum(1, keepdim=True)
+    if rule.scale != 1:
+        weights = weights * rule.scale
+    if own.expert_scale is not None:
+        weights = weights * own.expert_scale[ids]
+    return weights.where(chosen, 0.0).to(logits.dtype).to(rounded_to).to(logits.dtype)
+
+
+def _shares(
+    own: Prepared,
+    affinities_of: Callable[[Tensor], Tensor],
+    wide: Tensor,
+    ids: Tensor,
+    chosen: Tensor,
+) -> Tensor:
+    """The affinities of the chosen, divided by their sum."""
+    rule = own.spec.rule
+    is_plain = rule.epsilon == 0 and rule.floor == 0
+    if is_plain and rule.affinity == "softmax":
+        return _softmax_of(chosen, wide.gather(1, ids), own.spec.temperature)
+    given = affinities_of(ids).where(chosen, 0.0)
+    divisor = (given.sum(1, keepdim=True) + rule.epsilon).clamp(min=rule.floor)
+    if not is_plain or rule.affinity == "sqrt_softplus":
+        return given / divisor
+    # Where nothing is left of the affinities. Far below, a sigmoid is the exponential too.
+    lost = divisor < ENOUGH
+    instead = _softmax_of(chosen, wide.gather(1, ids), own.spec.temperature)
+    return instead.where(lost, given / divisor.where(~lost, 1.0))
+
+
+def _softmax_of(chosen: Tensor, z: Tensor, temperature: float) -> Tensor:
+    """Over the chosen of each row; they share equally where all of them are -inf."""
+    top = z.detach().masked_fill(~chosen, -torch.inf).amax(1, keepdim=True)
+    return torch.softmax(below(z, top).masked_fill(~chosen, -torch.inf) / temperature, 1)
