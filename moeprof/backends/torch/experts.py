@@ -36,9 +36,9 @@ def run_experts(
     out = _grouped(x, pairs, read) if grouped else _one_by_one(x, pairs, read)
     exact = torch.promote_types(out.dtype, torch.float32)
     weighted = out.to(exact) * routing_weights.reshape(-1)[pairs.order, None].to(exact)
-    by_slot = weighted.new_zeros((tokens * slots, weighted.shape[1]))
+    by_slot = weighted.new_zeros((tokens * slots, read.hidden_size))
     by_slot = by_slot.index_copy(0, pairs.order, weighted)
-    return by_slot.view(tokens, slots, -1).sum(1).to(hidden.dtype)
+    return by_slot.view(tokens, slots, read.hidden_size).sum(1).to(hidden.dtype)
 
 
 class _Pairs(NamedTuple):
