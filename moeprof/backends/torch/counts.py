@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..spec import RouteSpec
+from .nulls import least_scores, local_fdr_of, p_of_scores
 from .prepared import Prepared
 from .rule import below
 
@@ -36,22 +38,38 @@ class Tokens(NamedTuple):
 
     own: Prepared
     z: Tensor  # the logits, descending for a router that doesn't want p
-    p: Any = None  # ascending; a router that wants p has it
-    lfdr: Any = None
+    scores: Any = None  # of a null by layer with a table, descending
+    p_sorted: Any = None  # ascending, where the scores don't tell
 
     @property
-    def experts(self) -> int:
-        return self.z.shape[1]
+    def p(self) -> Tensor:
+        """The p-values, ascending; of a router that wants them."""
+        p: Tensor = self.p_sorted
+        return p_of_scores(self.own, self.scores) if p is None else p
 
     @property
-    def ranks(self) -> Tensor:
-        """1..n."""
-        return self.own.ranks[: self.experts]
+    def lfdr(self) -> Tensor:
+        """The local false discovery rates; of a router that wants them."""
+        return local_fdr_of(self.own, self.scores)
 
     @property
     def below(self) -> Tensor:
         """z_1 - z_r >= 0; infinities that are equal lie at distance 0."""
         return -below(self.z, self.z[:, :1])
+
+    def reach(
+        self,
+        levels_of: Callable[..., NDArray[np.float64]],
+        *arguments: float,
+        row: Tensor | None = None,
+    ) -> Tensor:
+        """(T, n) bool: p_(r) <= level_r; `row`: which levels a token has, of several."""
+        if self.p_sorted is None:
+            bound = self.own.constant(least_scores, levels_of, *arguments)
+            return self.scores >= (bound if row is None else bound[row])
+        bound = self.own.constant(levels_of, *arguments)
+        reached: Tensor = self.p_sorted <= (bound if row is None else bound[row])
+        return reached
 
 
 class Form(NamedTuple):
@@ -79,7 +97,12 @@ def router(wants: Wants) -> Callable[[Callable[..., Tensor]], Callable[..., Tens
 
 def _last(holds: Tensor, tokens: Tokens) -> Tensor:
     """The last r that holds, 0 if none does."""
-    return (holds * tokens.ranks).amax(1)
+    return (holds * tokens.own.whole_ranks).amax(1)
+
+
+def _number(holds: Tensor) -> Tensor:
+    """How many r hold."""
+    return holds.sum(1, dtype=torch.int32)
 
 
 def _argmax(h: Tensor, first: int, c: float, tokens: Tokens) -> Tensor:
@@ -87,11 +110,12 @@ def _argmax(h: Tensor, first: int, c: float, tokens: Tokens) -> Tensor:
     if there is none above -inf."""
     if not h.shape[1]:
         return h.new_zeros(len(h))
-    most = (h + c * tokens.ranks[first - 1 : first - 1 + h.shape[1]]).max(1)
-    return (most.indices + first).where(most.values > -math.inf, 0)
+    tilt = c * tokens.own.ranks[first - 1 : first - 1 + h.shape[1]]
+    most = (h + tilt).max(1)
+    return (most.indices + first).masked_fill(most.values == -math.inf, 0)
 
 
-def _levels(alpha: float, experts: int) -> NDArray[np.float64]:
+def step_up_levels(alpha: float, experts: int) -> NDArray[np.float64]:
     """(n,) the largest p that the step-up rule rejects at each r: p n <= alpha r, exactly."""
     if math.isinf(alpha):
         return np.full(experts, math.inf)
@@ -105,15 +129,17 @@ def _levels(alpha: float, experts: int) -> NDArray[np.float64]:
     return found
 
 
+def _step_up_levels(spec: RouteSpec, alpha: float) -> NDArray[np.float64]:
+    return step_up_levels(alpha, spec.rule.eligible(spec.num_experts))
+
+
 def _step_up(tokens: Tokens, alpha: float) -> Tensor:
     """max{r : p_(r) n <= alpha r}: Benjamini & Hochberg."""
-    levels = tokens.own.constant(_levels, alpha, tokens.experts)
-    return _last(tokens.p <= levels, tokens)
+    return _last(tokens.reach(_step_up_levels, alpha), tokens)
 
 
-def _rejected_at(level: float, tokens: Tokens) -> Tensor:
-    """#{p <= level}."""
-    return (tokens.p <= level).sum(1)
+def _one_level(spec: RouteSpec, level: float) -> NDArray[np.float64]:
+    return np.array([level])
 
 
 # ---- on p-values and local false discovery rates ----
@@ -131,15 +157,16 @@ def weighted_bh(tokens: Tokens, alpha: float) -> Tensor:
 
 @router(Wants.P)
 def by(tokens: Tokens, alpha: float) -> Tensor:
-    return _step_up(tokens, alpha / sum(1 / j for j in range(1, tokens.experts + 1)))
+    return _step_up(tokens, alpha / sum(1 / j for j in range(1, tokens.own.experts + 1)))
 
 
-def _storey_levels(alpha: float, lam: float, experts: int) -> NDArray[np.float64]:
-    """(n + 1, n): `_levels` for 0..n p-values that are at most lam; no r above that."""
-    found = np.full((experts + 1, experts), -1.0)
-    for low in range(1, experts + 1):
-        pi0 = (1 + (float(experts) - low)) / ((1 - lam) * experts)
-        found[low, :low] = _levels(alpha / pi0, experts)[:low]
+def _storey_levels(spec: RouteSpec, alpha: float, lam: float) -> NDArray[np.float64]:
+    """(n + 1, n): the levels where 0..n p-values are at most lam; no r above that is reached."""
+    n = spec.rule.eligible(spec.num_experts)
+    found = np.full((n + 1, n), -1.0)
+    for low in range(1, n + 1):
+        pi0 = (1 + (n - low)) / ((1 - lam) * n)
+        found[low, :low] = step_up_levels(alpha / pi0, n)[:low]
     return found
 
 
@@ -147,50 +174,51 @@ def _storey_levels(alpha: float, lam: float, experts: int) -> NDArray[np.float64
 def storey_bh(tokens: Tokens, alpha: float, lam: float, pi0: float) -> Tensor:
     if pi0 > 0:
         return _step_up(tokens, alpha / pi0)
-    levels = tokens.own.constant(_storey_levels, alpha, lam, tokens.experts)
-    return _last(tokens.p <= levels[_rejected_at(lam, tokens)], tokens)
+    low = _number(tokens.reach(_one_level, lam))
+    return _last(tokens.reach(_storey_levels, alpha, lam, row=low), tokens)
 
 
 @router(Wants.P | Wants.LFDR)
 def ebh(tokens: Tokens, alpha: float, pi0: float) -> Tensor:
-    if tokens.lfdr is None:
+    own = tokens.own
+    if own.spec.table is None:
         e = 0.5 / tokens.p.sqrt()
     else:
         e = (1 / tokens.lfdr - 1) * (pi0 / (1 - pi0) if pi0 < 1 else 0.0)
-    return _last(e * (alpha * tokens.ranks) >= tokens.experts, tokens)
+    return _last(e * (alpha * own.ranks) >= own.experts, tokens)
 
 
 @router(Wants.LFDR)
 def local_fdr(tokens: Tokens, q: float) -> Tensor:
-    return (tokens.lfdr <= q).sum(1)
+    return _number(tokens.lfdr <= q)
 
 
 @router(Wants.P)
 def fixed_p(tokens: Tokens, t: float) -> Tensor:
-    return _rejected_at(t, tokens)
+    return _number(tokens.reach(_one_level, t))
 
 
 @router(Wants.P)
 def expert_threshold(tokens: Tokens, rho: float) -> Tensor:
-    return _rejected_at(rho, tokens)
+    return _number(tokens.reach(_one_level, rho))
 
 
 @router(Wants.P)
 def higher_criticism(tokens: Tokens, beta: float, denominator: float, c: float) -> Tensor:
-    n, by_rank = tokens.experts, denominator == 0
+    n, by_rank = tokens.own.experts, denominator == 0
     last = math.floor(beta * n) if 0 < beta < 1 else n
     if by_rank and last == n:
         last -= 1  # v would be 0
     if last == 0:
-        return tokens.p.new_zeros(len(tokens.p))
-    p, share = tokens.p[:, :last], tokens.ranks[:last] / n
+        return tokens.own.whole_ranks.new_zeros(len(tokens.z))
+    p, share = tokens.p[:, :last], tokens.own.ranks[:last] / n
     least = 2.0**-53
     clipped = p.clamp(least, 1 - least)
     v = share * (1 - share) if by_rank else clipped * (1 - clipped)
     h = math.sqrt(n) * (share - clipped) / v.sqrt()
     if beta == 0:  # "auto"
-        h = h.where(p >= 1 / n, -math.inf)
-    return _argmax(h, 1, c, tokens).where((h > 0).any(1), 0)
+        h = h.masked_fill(p < 1 / n, -math.inf)
+    return _argmax(h, 1, c, tokens).masked_fill(h.amax(1) <= 0, 0)
 
 
 # ---- on the logits: a_r = p_(r) / p_(1) of the softmax, exactly 1 for equal logits ----
@@ -198,18 +226,18 @@ def higher_criticism(tokens: Tokens, beta: float, denominator: float, c: float) 
 
 @router(Wants.NOTHING)
 def topk(tokens: Tokens, k: float) -> Tensor:
-    return torch.full((len(tokens.z),), int(k), device=tokens.z.device)
+    return tokens.own.whole_ranks.new_full((len(tokens.z),), int(k))
 
 
 @router(Wants.NOTHING)
 def top_p(tokens: Tokens, P: float) -> Tensor:
     sums = torch.exp(-tokens.below).cumsum(1)
-    return 1 + (sums[:, :-1] < P * sums[:, -1:]).sum(1)
+    return 1 + _number(sums[:, :-1] < P * sums[:, -1:])
 
 
 @router(Wants.NOTHING)
 def min_p(tokens: Tokens, t: float) -> Tensor:
-    return (torch.exp(-tokens.below) > t).sum(1)
+    return _number(torch.exp(-tokens.below) > t)
 
 
 @router(Wants.NOTHING)
@@ -217,9 +245,9 @@ def entropy(tokens: Tokens, c: float) -> Tensor:
     d = tokens.below
     a = torch.exp(-d)
     mass = a.sum(1)
-    spread = (a * d).where(a > 0, 0.0).sum(1)
+    spread = (a * d).masked_fill(a == 0, 0.0).sum(1)
     shared = (c * (mass * torch.exp(spread / mass))).ceil()
-    return shared.nan_to_num().clamp(max=tokens.experts)
+    return shared.nan_to_num().clamp(max=tokens.own.experts)
 
 
 @router(Wants.NOTHING)
@@ -227,15 +255,15 @@ def kneedle(tokens: Tokens, on: float, c: float) -> Tensor:
     d = tokens.below
     if on == 0:  # "prob"
         d = 1 - torch.exp(-d)
-    whole, steps = d[:, -1:], max(tokens.experts - 1, 1)
-    share = (d / whole).where(d < math.inf, 1.0)
-    knee = _argmax(share - (tokens.ranks - 1) / steps, 1, c, tokens)
-    return knee.where(whole[:, 0] != 0, 0)
+    whole, steps = d[:, -1:], max(tokens.own.experts - 1, 1)
+    share = (d / whole).masked_fill(d == math.inf, 1.0)
+    knee = _argmax(share - (tokens.own.ranks - 1) / steps, 1, c, tokens)
+    return knee.masked_fill(whole[:, 0] == 0, 0)
 
 
 @router(Wants.NOTHING)
 def gap_ratio(tokens: Tokens, c: float) -> Tensor:
     spec, z = tokens.own.spec, tokens.z
-    last = min(spec.max_k, tokens.experts - 1)
+    last = min(spec.max_k, tokens.own.experts - 1)
     above, beneath = z[:, spec.min_k - 1 : last], z[:, spec.min_k : last + 1]
     return _argmax(-below(beneath, above), spec.min_k, c, tokens)

@@ -1,6 +1,8 @@
 """What a `RouteSpec` is on a device: its arrays as tensors there, made once.
 
-T tokens, E experts, of which a token may use n.
+T tokens, E experts, of which a token may use n. What is computed with the tensors is written so
+that nothing is copied to the device on the way: `masked_fill` takes a number as it is, `where`
+makes a tensor of it, which a GPU waits for.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Prepared:
         spec.in_c("float32")  # checks it
         rule = spec.rule
         self.spec, self.device, self.precise = spec, device, precise(device)
-        self.eligible = rule.eligible(spec.num_experts)
+        self.is_tabled = spec.null[0] in ("table", "conformal")
+        self.is_by_expert = self.is_tabled and np.ndim(spec.null[2]) == 2
         bias = rule.bias
         # A bias that is the same for all changes no choice, and the least of it leaves nothing
         # of the scale that the others are on.
@@ -50,8 +53,10 @@ class Prepared:
         self.bias = None if bias is None else self.tensor(bias, torch.float32)
         own = rule.expert_scale
         self.expert_scale = None if own is None else self.tensor(own)
-        self.ranks = self.tensor(np.arange(1, spec.num_experts + 1))  # 1..E
-        self.slots = self.tensor(np.arange(spec.max_k), torch.int64)
+        self.experts = rule.eligible(spec.num_experts)  # n
+        ranks = np.arange(1, self.experts + 1)
+        self.ranks, self.whole_ranks = self.tensor(ranks), self.tensor(ranks, torch.int32)
+        self.slots = self.tensor(np.arange(spec.max_k), torch.int32)
         self._constants: dict[Any, Tensor] = {}
 
     @classmethod
@@ -63,8 +68,8 @@ class Prepared:
         return torch.tensor(values, dtype=dtype or self.precise).to(self.device)
 
     def constant(self, make: Callable[..., NDArray[Any]], *arguments: Any) -> Tensor:
-        """The array make(*arguments) on the device, made once."""
+        """The array make(spec, *arguments) on the device, made once."""
         key = make, arguments
         if key not in self._constants:
-            self._constants[key] = self.tensor(make(*arguments))
+            self._constants[key] = self.tensor(make(self.spec, *arguments))
         return self._constants[key]

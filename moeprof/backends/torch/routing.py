@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..spec import RouteSpec
 from .counts import ROUTERS, Tokens, Wants
-from .nulls import is_by_expert, local_fdr, p_values
+from .nulls import p_values, scores
 from .prepared import Prepared
-from .rule import affinities, below, choice, shares_in_order
+from .rule import affinities, choice, finite, shares_in_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,14 +39,10 @@ def route(
         order, by_logit, rejections = _judge(own, z, eligible)
         counts = rejections.clamp(spec.min_k, spec.max_k)
     ids = order[:, : spec.max_k]
-    chosen = own.slots < counts[:, None]
-    weights = _weigh(own, logits, ids, chosen, by_logit[:, : spec.norm_k], dtype)
-    return (
-        weights.where(usable, torch.nan),
-        ids.where(chosen, -1).to(torch.int32),
-        counts.to(torch.int32),
-        rejections.to(torch.int32),
-    )
+    unused = own.slots >= counts[:, None]
+    weights = _weigh(own, logits, ids, unused, by_logit[:, : spec.norm_k], dtype)
+    expert_ids = ids.to(torch.int32).masked_fill(unused, -1)
+    return weights.masked_fill(~usable, torch.nan), expert_ids, counts, rejections
 
 
 def choice_logits(logits: Tensor, spec: RouteSpec, dtype: torch.dtype) -> Tensor:
@@ -77,99 +73,90 @@ def _check_rows(usable: Tensor) -> None:
 
 def _judge(own: Prepared, z: Tensor, eligible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The experts that a token may use (T, n) by evidence and by logit, and R (T,)."""
-    spec, by_expert = own.spec, is_by_expert(own)
-    wants, rejections = ROUTERS[spec.router]
+    wants, rejections = ROUTERS[own.spec.router]
     seen = z if eligible is None else z.gather(1, eligible)
     z_sorted, order = seen.sort(dim=1, descending=True, stable=True)
     by_logit = ids = order if eligible is None else eligible.gather(1, order)
     z_sorted = z_sorted.to(own.precise)
-    # What looks at neither ids nor groups can look at what is sorted.
-    in_place = eligible is None and not by_expert
 
     def in_order(values_of: Callable[[Prepared, Tensor], Tensor]) -> Tensor:
-        if in_place:
+        """Values of all experts, of those in the order: it makes none where it is of all."""
+        if eligible is None and not own.is_by_expert:
             return values_of(own, z_sorted)
         return values_of(own, z.to(own.precise)).gather(1, ids)
 
-    p = lfdr = None
-    if Wants.LFDR in wants and spec.table is not None:
-        lfdr = in_order(local_fdr)
+    p = None
     # One null for all experts orders them as their logits do.
-    if Wants.P in wants and (lfdr is None or by_expert):
+    has_own_order = own.is_by_expert or Wants.WEIGHTS in wants
+    if Wants.P in wants and (has_own_order or not own.is_tabled):
         p = in_order(p_values)
-    if p is not None and (by_expert or Wants.WEIGHTS in wants):
+    if p is not None and has_own_order:
         if Wants.WEIGHTS in wants:
-            weights = own.constant(_weights, own)[ids]
-            p = (p / weights).where(weights > 0, torch.inf)
+            weights = own.constant(_weights)[ids]
+            p = (p / weights).masked_fill(weights == 0, torch.inf)
         p, again = p.sort(dim=1, stable=True)
         ids = ids.gather(1, again)
-        lfdr = None if lfdr is None else lfdr.gather(1, again)
-    return ids, by_logit, rejections(Tokens(own, z_sorted, p, lfdr), *spec.parameters).to(torch.int32)
+    wants_scores = Wants.LFDR in wants or (Wants.P in wants and p is None)
+    scores_sorted = in_order(scores) if wants_scores else None
+    R = rejections(Tokens(own, z_sorted, scores_sorted, p), *own.spec.parameters)
+    return ids, by_logit, R.to(torch.int32)
 
 
-def _weights(own: Prepared) -> NDArray[np.float64]:
-    return np.asarray(own.spec.table)
+def _weights(spec: RouteSpec) -> NDArray[np.float64]:
+    return np.asarray(spec.table)
 
 
 def _weigh(
     own: Prepared,
     logits: Tensor,
     ids: Tensor,
-    chosen: Tensor,
+    unused: Tensor,
     by_logit: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(T, max_k): the weights of the experts ids that are chosen, 0 of the others.
+    """(T, max_k): the weights of the experts ids, 0 where a slot is unused.
 
     by_logit (T, norm_k): those that the model would choose.
     """
     spec, rule = own.spec, own.spec.rule
     rounded_to = dtype if rule.rounds and dtype.itemsize == 2 else logits.dtype
-    wide = logits.to(own.precise)
+    chosen = logits.gather(1, ids).to(own.precise)
 
     def affinities_of(ids: Tensor) -> Tensor:
-        if rule.affinity == "softmax":
-            return affinities(rule.affinity, wide, spec.temperature).gather(1, ids)
         if rule.affinity == "sparsemixer":
             return shares_in_order(rule, logits, ids, spec.temperature, rounded_to, own.precise)
-        return affinities(rule.affinity, wide.gather(1, ids), spec.temperature)
+        if rule.affinity == "softmax":
+            every = affinities(rule.affinity, logits.to(own.precise), spec.temperature)
+            return every.gather(1, ids)
+        return affinities(rule.affinity, logits.gather(1, ids).to(own.precise), spec.temperature)
 
-    if spec.norm == "none":
-        weights = affinities_of(ids)
-    else:
-        weights = _shares(own, affinities_of, wide, ids, chosen)
+    def shares() -> Tensor:
+        """The affinities of the chosen, divided by their sum."""
+        is_plain = rule.epsilon == 0 and rule.floor == 0
+        if is_plain and rule.affinity == "softmax":
+            return _softmax_of(chosen, unused, spec.temperature)
+        given = affinities_of(ids).masked_fill(unused, 0.0)
+        divisor = (given.sum(1, keepdim=True) + rule.epsilon).clamp(min=rule.floor)
+        if not is_plain or rule.affinity == "sqrt_softplus":
+            return given / divisor
+        # Where nothing is left of the affinities. Far below, a sigmoid is the exponential too.
+        lost = divisor < ENOUGH
+        instead = _softmax_of(chosen, unused, spec.temperature)
+        return torch.where(lost, instead, given / divisor.masked_fill(lost, 1.0))
+
+    weights = affinities_of(ids) if spec.norm == "none" else shares()
     if spec.norm == "mass":
         weights = weights * affinities_of(by_logit).sum(1, keepdim=True)
     if rule.scale != 1:
         weights = weights * rule.scale
     if own.expert_scale is not None:
         weights = weights * own.expert_scale[ids]
-    return weights.where(chosen, 0.0).to(logits.dtype).to(rounded_to).to(logits.dtype)
+    return weights.masked_fill(unused, 0.0).to(logits.dtype).to(rounded_to).to(logits.dtype)
 
 
-def _shares(
-    own: Prepared,
-    affinities_of: Callable[[Tensor], Tensor],
-    wide: Tensor,
-    ids: Tensor,
-    chosen: Tensor,
-) -> Tensor:
-    """The affinities of the chosen, divided by their sum."""
-    rule = own.spec.rule
-    is_plain = rule.epsilon == 0 and rule.floor == 0
-    if is_plain and rule.affinity == "softmax":
-        return _softmax_of(chosen, wide.gather(1, ids), own.spec.temperature)
-    given = affinities_of(ids).where(chosen, 0.0)
-    divisor = (given.sum(1, keepdim=True) + rule.epsilon).clamp(min=rule.floor)
-    if not is_plain or rule.affinity == "sqrt_softplus":
-        return given / divisor
-    # Where nothing is left of the affinities. Far below, a sigmoid is the exponential too.
-    lost = divisor < ENOUGH
-    instead = _softmax_of(chosen, wide.gather(1, ids), own.spec.temperature)
-    return instead.where(lost, given / divisor.where(~lost, 1.0))
-
-
-def _softmax_of(chosen: Tensor, z: Tensor, temperature: float) -> Tensor:
+def _softmax_of(chosen: Tensor, unused: Tensor, temperature: float) -> Tensor:
     """Over the chosen of each row; they share equally where all of them are -inf."""
-    top = z.detach().masked_fill(~chosen, -torch.inf).amax(1, keepdim=True)
-    return torch.softmax(below(z, top).masked_fill(~chosen, -torch.inf) / temperature, 1)
+    z = finite(chosen).masked_fill(unused, -torch.inf)
+    if temperature != 1:
+        z = (z - z.detach().amax(1, keepdim=True)) / temperature
+    return torch.softmax(z, 1)

@@ -32,10 +32,15 @@ def below_top(z: Tensor) -> Tensor:
     return below(z, z.detach().amax(-1, keepdim=True))
 
 
+def finite(z: Tensor) -> Tensor:
+    """z with far numbers instead of infinities: for a softmax they are as good."""
+    far = torch.finfo(z.dtype).max / 4
+    return z.clamp(-far, far)
+
+
 def softmax(z: Tensor, temperature: float = 1.0) -> Tensor:
     """Over the last dimension; several +inf share equally, and so does what is -inf throughout."""
-    away = below_top(z)
-    return torch.softmax(away if temperature == 1 else away / temperature, -1)
+    return torch.softmax(finite(z) if temperature == 1 else below_top(z) / temperature, -1)
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -74,7 +79,7 @@ def choice(own: Prepared, logits: Tensor) -> tuple[Tensor, Tensor | None]:
     if rule.groups > 1:
         groups = _best_groups(rule, score)
         if rule.zeroed:
-            allowed = score.where(_in_groups(rule, groups, score), 0.0)
+            allowed = score.masked_fill(~_in_groups(rule, groups, score), 0.0)
             return (allowed - min(own.least_bias, 0.0)).log(), None
         eligible = _members(rule, groups, score.shape[1])
     if rule.on_logits:
@@ -122,5 +127,5 @@ def shares_in_order(
     away = below_top(z)
     size = torch.maximum(z.abs(), z.amax(2, keepdim=True)).detach()
     far = (-away.detach() / size).to(dtype) > 2 * rule.jitter  # not where both are 0 or infinite
-    parts = (away.to(wide) / temperature).exp().where(left & ~far, 0.0)
+    parts = (away.to(wide) / temperature).exp().masked_fill(~left | far, 0.0)
     return parts.gather(2, ids[:, :, None]).squeeze(2) / parts.sum(2)
