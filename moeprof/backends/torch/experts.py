@@ -29,15 +29,12 @@ def run_experts(
     """
     tokens, slots = expert_ids.shape
     pairs = _sorted(expert_ids, read.num_experts)
-    grouped = _has_grouped_mm(hidden, read)
-    if not grouped or (pairs.order.numel() > FEW_PAIRS and not torch.compiler.is_compiling()):
-        pairs = pairs.without_empty()
-    x = hidden[pairs.order // slots]
-    out = _grouped(x, pairs, read) if grouped else _one_by_one(x, pairs, read)
+    run = _grouped if _has_grouped_mm(hidden, read) else _one_by_one
+    order, out = run(hidden, pairs, slots, read)
     exact = torch.promote_types(out.dtype, torch.float32)
-    weighted = out.to(exact) * routing_weights.reshape(-1)[pairs.order, None].to(exact)
+    weighted = out.to(exact) * routing_weights.reshape(-1)[order, None].to(exact)
     by_slot = weighted.new_zeros((tokens * slots, read.hidden_size))
-    by_slot = by_slot.index_copy(0, pairs.order, weighted)
+    by_slot = by_slot.index_copy(0, order, weighted)
     return by_slot.view(tokens, slots, read.hidden_size).sum(1).to(hidden.dtype)
 
 
@@ -94,36 +91,47 @@ def _has_grouped_mm(hidden: Tensor, read: LayerMatrices) -> bool:
     return all(size * hidden.element_size() % 16 == 0 for size in sizes)
 
 
-def _grouped(x: Tensor, pairs: _Pairs, read: LayerMatrices) -> Tensor:
-    """(P, H) of x (P, H). What comes after `ends` is not computed, and holds anything."""
+def _grouped(
+    hidden: Tensor, pairs: _Pairs, slots: int, read: LayerMatrices
+) -> tuple[Tensor, Tensor]:
+    """(which of the slots (P,), what their experts give (P, H)); of empty slots 0."""
+    if pairs.order.numel() > FEW_PAIRS and not torch.compiler.is_compiling():
+        pairs = pairs.without_empty()
     into, down, *biases = read.matrices
     empty = pairs.is_empty
     transposed = read.storage.order != "rows"
     at = pairs.expert_ids.clamp(max=len(pairs.ends) - 1)
 
     def product(x: Tensor, matrices: Tensor, bias: list[Tensor]) -> Tensor:
+        # Behind the last expert's rows it holds anything.
         matrices = matrices if transposed else matrices.transpose(1, 2)
         out = F.grouped_mm(x, matrices, offs=pairs.ends)
         for each in bias:
             out = out + each[at]
         return out.masked_fill(empty, 0)
 
-    # Before the first one too: its derivative holds anything there.
-    both = product(x.masked_fill(empty, 0), into, biases[:1])
-    return product(_between(both, read), down, biases[1:])
+    # Its derivative does too.
+    x = hidden[pairs.order // slots].masked_fill(empty, 0)
+    between = _between(product(x, into, biases[:1]), read)
+    return pairs.order, product(between, down, biases[1:])
 
 
 # ---- one expert after the other ----
 
 
-def _one_by_one(x: Tensor, pairs: _Pairs, read: LayerMatrices) -> Tensor:
-    """(P, H) of x (P, H), without empty slots."""
-    results, start = [], 0
-    for number, end in enumerate(pairs.ends.tolist()):
+@torch.compiler.disable  # the rows of each expert are what the data say
+def _one_by_one(
+    hidden: Tensor, pairs: _Pairs, slots: int, read: LayerMatrices
+) -> tuple[Tensor, Tensor]:
+    """The same without empty slots; the host waits once, for the rows of each expert."""
+    results, start, ends = [hidden[:0]], 0, pairs.ends.tolist()
+    order = pairs.order[: ends[-1]]
+    x = hidden[order // slots]
+    for number, end in enumerate(ends):
         if end > start:
             results.append(_expert(x[start:end], number, read))
         start = end
-    return torch.cat(results) if results else x
+    return order, torch.cat(results)
 
 
 def _expert(x: Tensor, number: int, read: LayerMatrices) -> Tensor:
