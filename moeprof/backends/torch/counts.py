@@ -212,8 +212,7 @@ def higher_criticism(tokens: Tokens, beta: float, denominator: float, c: float) 
     if last == 0:
         return tokens.own.whole_ranks.new_zeros(len(tokens.z))
     p, share = tokens.p[:, :last], tokens.own.ranks[:last] / n
-    least = 2.0**-53
-    clipped = p.clamp(least, 1 - least)
+    clipped = p.clamp(2.0**-53, 1 - torch.finfo(p.dtype).eps / 2)  # 1 - 2^-53
     v = share * (1 - share) if by_rank else clipped * (1 - clipped)
     h = math.sqrt(n) * (share - clipped) / v.sqrt()
     if beta == 0:  # "auto"

@@ -54,8 +54,8 @@ def least_scores(spec: RouteSpec, levels_of: Callable[..., NDArray[Any]], *argum
     p never rises with the score, so that comparing scores is as good, and takes no table.
     """
     levels = torch.from_numpy(levels_of(spec, *arguments))
-    own = Prepared.of(spec, torch.device("cpu"))
-    ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
+    own = Prepared.of(spec, levels.device)  # the CPU
+    ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64, device=levels.device)
     low, high = (end.expand_as(levels) for end in _in_order(ends.view(torch.int64)))
     while (low < high).any():
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, which their sum would exceed

@@ -1,8 +1,8 @@
 """What a `RouteSpec` is on a device: its arrays as tensors there, made once.
 
-T tokens, E experts, of which a token may use n. What is computed with the tensors is written so
-that nothing is copied to the device on the way: `masked_fill` takes a number as it is, `where`
-makes a tensor of it, which a GPU waits for.
+T tokens, E experts, of which a token may use n. What is computed with the tensors copies nothing
+to the device, and takes few operations: `masked_fill` takes a number as it is, where `where` would
+fill a tensor with it first.
 """
 
 from __future__ import annotations
@@ -61,11 +61,13 @@ class Prepared:
 
     @classmethod
     def of(cls, spec: RouteSpec, device: torch.device) -> Prepared:
-        return spec.made(device, lambda: cls(spec, device))
+        # A text as the key: with a device as one, torch.compile can't write its guards.
+        return spec.made(str(device), lambda: cls(spec, device))
 
     def tensor(self, values: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
         """A copy of an array on the device, `precise` unless there is a dtype."""
-        return torch.tensor(values, dtype=dtype or self.precise).to(self.device)
+        with torch.inference_mode(False):  # no gradient passes a tensor of that mode
+            return torch.tensor(values, dtype=dtype or self.precise, device=self.device)
 
     def constant(self, make: Callable[..., NDArray[Any]], *arguments: Any) -> Tensor:
         """The array make(spec, *arguments) on the device, made once."""
