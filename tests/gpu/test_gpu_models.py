@@ -196,23 +196,22 @@ def test_gradients_are_those_of_the_stock_model(router, null, device):
         assert relative(gradient, expected[name]) <= 1e-4, name
 
 
-@pytest.mark.parametrize("router", ["own", "bh"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("router", "dtype"),
+    [("own", torch.bfloat16), ("bh", torch.bfloat16), ("own", torch.float32)],
+    ids=str,
+)
 def test_compiled(router, dtype, null, device):
-    """Without a break in bfloat16, whose grouped product torch compiles; else with breaks."""
+    """Without a break in bfloat16, whose grouped product torch compiles; else with one."""
     model = olmoe().to(device, dtype)
     options = {} if router == "own" else dict(router="bh", alpha=0.4, null=null)
     torch.compiler.reset()
+    block, x = model.model.layers[0].mlp, torch.randn(1, 7, 32, device=device, dtype=dtype)
     with moeprof.patch(model, backend="torch", **options), torch.no_grad():
-        eager = logits(model, device)
-        block = torch.compile(
-            model.model.layers[0].mlp, backend="aot_eager", fullgraph=dtype == torch.bfloat16
-        )
-        x = torch.randn(1, 7, 32, device=device, dtype=dtype)
-        ours, reference = block(x), model.model.layers[0].mlp(x)
-        assert relative(ours[0].float(), reference[0].float()) <= 1e-2
-        compiled = torch.compile(model, backend="aot_eager")(token_ids().to(device)).logits.cpu()
-    assert relative(compiled.float(), eager.float()) <= (0.1 if dtype == torch.bfloat16 else 1e-4)
+        whole = V5 and dtype == torch.bfloat16  # 4.57 has a list of experts
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=whole)
+        assert relative(compiled(x)[0].float(), block(x)[0].float()) <= 1e-2
 
 
 # ---- the profiler ----
