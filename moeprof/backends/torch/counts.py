@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 
 class Wants(Flag):
-    """What a router looks at, besides the logits, which order the experts."""
+    """What a router looks at. The logits order the experts."""
 
     NOTHING = 0
+    Z = auto()  # the logits themselves
     P = auto()  # p-values, which order the experts before their logits do
     LFDR = auto()  # local false discovery rates, if the spec has a table of them
     WEIGHTS = auto()  # the spec's table holds a weight for each expert, which divides its p
@@ -228,18 +229,18 @@ def topk(tokens: Tokens, k: float) -> Tensor:
     return tokens.own.whole_ranks.new_full((len(tokens.z),), int(k))
 
 
-@router(Wants.NOTHING)
+@router(Wants.Z)
 def top_p(tokens: Tokens, P: float) -> Tensor:
     sums = torch.exp(-tokens.below).cumsum(1)
     return 1 + _number(sums[:, :-1] < P * sums[:, -1:])
 
 
-@router(Wants.NOTHING)
+@router(Wants.Z)
 def min_p(tokens: Tokens, t: float) -> Tensor:
     return _number(torch.exp(-tokens.below) > t)
 
 
-@router(Wants.NOTHING)
+@router(Wants.Z)
 def entropy(tokens: Tokens, c: float) -> Tensor:
     d = tokens.below
     a = torch.exp(-d)
@@ -249,7 +250,7 @@ def entropy(tokens: Tokens, c: float) -> Tensor:
     return shared.nan_to_num().clamp(max=tokens.own.experts)
 
 
-@router(Wants.NOTHING)
+@router(Wants.Z)
 def kneedle(tokens: Tokens, on: float, c: float) -> Tensor:
     d = tokens.below
     if on == 0:  # "prob"
@@ -260,7 +261,7 @@ def kneedle(tokens: Tokens, on: float, c: float) -> Tensor:
     return knee.masked_fill(whole[:, 0] == 0, 0)
 
 
-@router(Wants.NOTHING)
+@router(Wants.Z)
 def gap_ratio(tokens: Tokens, c: float) -> Tensor:
     spec, z = tokens.own.spec, tokens.z
     last = min(spec.max_k, tokens.own.experts - 1)

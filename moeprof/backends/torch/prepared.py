@@ -57,6 +57,7 @@ class Prepared:
         ranks = np.arange(1, self.experts + 1)
         self.ranks, self.whole_ranks = self.tensor(ranks), self.tensor(ranks, torch.int32)
         self.slots = self.tensor(np.arange(spec.max_k), torch.int32)
+        self.nan = self.tensor(np.array(np.nan))
         self._constants: dict[Any, Tensor] = {}
 
     @classmethod

@@ -38,11 +38,12 @@ def route(
         z, eligible = choice(own, logits.detach())
         order, by_logit, rejections = _judge(own, z, eligible)
         counts = rejections.clamp(spec.min_k, spec.max_k)
+        # None where all slots are used
+        unused = own.slots >= counts[:, None] if spec.min_k < spec.max_k else None
     ids = order[:, : spec.max_k]
-    unused = own.slots >= counts[:, None]
     weights = _weigh(own, logits, ids, unused, by_logit[:, : spec.norm_k], dtype)
-    expert_ids = ids.to(torch.int32).masked_fill(unused, -1)
-    return weights.masked_fill(~usable, torch.nan), expert_ids, counts, rejections
+    weights = torch.where(usable, weights, own.nan)
+    return weights, _filled(ids.to(torch.int32), unused, -1), counts, rejections
 
 
 def choice_logits(logits: Tensor, spec: RouteSpec, dtype: torch.dtype) -> Tensor:
@@ -77,7 +78,8 @@ def _judge(own: Prepared, z: Tensor, eligible: Tensor | None) -> tuple[Tensor, T
     seen = z if eligible is None else z.gather(1, eligible)
     z_sorted, order = seen.sort(dim=1, descending=True, stable=True)
     by_logit = ids = order if eligible is None else eligible.gather(1, order)
-    z_sorted = z_sorted.to(own.precise)
+    if wants is not Wants.NOTHING:
+        z_sorted = z_sorted.to(own.precise)
 
     def in_order(values_of: Callable[[Prepared, Tensor], Tensor]) -> Tensor:
         """Values of all experts, of those in the order: it makes none where it is of all."""
@@ -106,11 +108,16 @@ def _weights(spec: RouteSpec) -> NDArray[np.float64]:
     return np.asarray(spec.table)
 
 
+def _filled(values: Tensor, unused: Tensor | None, value: float) -> Tensor:
+    """The value in the slots that are unused."""
+    return values if unused is None else values.masked_fill(unused, value)
+
+
 def _weigh(
     own: Prepared,
     logits: Tensor,
     ids: Tensor,
-    unused: Tensor,
+    unused: Tensor | None,
     by_logit: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -131,11 +138,11 @@ def _weigh(
         return affinities(rule.affinity, logits.gather(1, ids).to(own.precise), spec.temperature)
 
     def shares() -> Tensor:
-        """The affinities of the chosen, divided by their sum."""
+        """The affinities of the chosen, divided by their sum; 0 where a slot is unused."""
         is_plain = rule.epsilon == 0 and rule.floor == 0
         if is_plain and rule.affinity == "softmax":
             return _softmax_of(chosen, unused, spec.temperature)
-        given = affinities_of(ids).masked_fill(unused, 0.0)
+        given = _filled(affinities_of(ids), unused, 0.0)
         divisor = (given.sum(1, keepdim=True) + rule.epsilon).clamp(min=rule.floor)
         if not is_plain or rule.affinity == "sqrt_softplus":
             return given / divisor
@@ -144,19 +151,20 @@ def _weigh(
         instead = _softmax_of(chosen, unused, spec.temperature)
         return torch.where(lost, instead, given / divisor.masked_fill(lost, 1.0))
 
-    weights = affinities_of(ids) if spec.norm == "none" else shares()
+    weights = _filled(affinities_of(ids), unused, 0.0) if spec.norm == "none" else shares()
     if spec.norm == "mass":
-        weights = weights * affinities_of(by_logit).sum(1, keepdim=True)
+        mass = affinities_of(by_logit).sum(1, keepdim=True)
+        weights = _filled(weights * mass, unused, 0.0)  # where the mass is infinite
     if rule.scale != 1:
         weights = weights * rule.scale
     if own.expert_scale is not None:
         weights = weights * own.expert_scale[ids]
-    return weights.masked_fill(unused, 0.0).to(logits.dtype).to(rounded_to).to(logits.dtype)
+    return weights.to(rounded_to).to(logits.dtype)
 
 
-def _softmax_of(chosen: Tensor, unused: Tensor, temperature: float) -> Tensor:
+def _softmax_of(chosen: Tensor, unused: Tensor | None, temperature: float) -> Tensor:
     """Over the chosen of each row; they share equally where all of them are -inf."""
-    z = finite(chosen).masked_fill(unused, -torch.inf)
+    z = _filled(finite(chosen), unused, -torch.inf)
     if temperature != 1:
         z = (z - z.detach().amax(1, keepdim=True)) / temperature
     return torch.softmax(z, 1)
