@@ -271,6 +271,12 @@ def operands_of(spec: RouteSpec) -> tuple[str, Tensor | None, Tensor | None]:
     return text, p_table, table
 
 
+def prepare(spec: RouteSpec, device: torch.device) -> None:
+    """Make what the backend in torch keeps of a spec on a device: a compiler can't trace that."""
+    with torch.no_grad():
+        TORCH.route(torch.zeros(1, spec.num_experts, device=device), spec, torch.float32)
+
+
 def _refuse_tangents(name: str, *tensors: Tensor) -> None:
     """Forward-mode derivatives would be dropped by the operators."""
     if torch.autograd.forward_ad._current_level < 0 or torch.compiler.is_compiling():

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import operands_of
+from ..backends.ops import operands_of, prepare
 from ..backends.spec import RouteSpec, Rule
 from ..backends.tables import NOTHING_READ, Matrices, WeightTable, backend_of, table_of
 from ..models.families.base import Layout
@@ -66,6 +67,9 @@ class PatchedLayer(Patched):
             if self._spec is None or self._spec[0] != settings:
                 spec = self._make_spec(settings, self.family.rule(block))
                 spec.in_c("float32")  # raises what only C tells
+                device = next(chain(block.parameters(), block.buffers())).device
+                if self.backend == "torch" or device.type != "cpu":
+                    prepare(spec, device)
                 self._spec = settings, spec, operands_of(spec)
         except (TypeError, ValueError, AttributeError) as error:
             raise type(error)(f"{self.title}: {error}") from None

@@ -6,7 +6,7 @@ else one after the other, without those that have no row.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -118,8 +118,12 @@ def _grouped(
 
 # ---- one expert after the other ----
 
+_Run = TypeVar("_Run", bound=Callable[..., tuple[Tensor, Tensor]])
+# The data say how many rows each expert has, and a compiler has to know.
+_not_compiled: Callable[[_Run], _Run] = torch.compiler.disable
 
-@torch.compiler.disable  # the rows of each expert are what the data say
+
+@_not_compiled
 def _one_by_one(
     hidden: Tensor, pairs: _Pairs, slots: int, read: LayerMatrices
 ) -> tuple[Tensor, Tensor]:
