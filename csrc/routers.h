@@ -1,7 +1,7 @@
 /* A router decides how many experts a token gets; all else is shared (route.c).
  *
  * To add one: its file in routers/, one line in routers.def, its dataclass in
- * moeprof/routers/. */
+ * moeprof/routers/, its form in moeprof/backends/torch/counts.py. */
 #ifndef MP_ROUTERS_H
 #define MP_ROUTERS_H
 

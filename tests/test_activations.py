@@ -243,7 +243,8 @@ def test_experts_of_transformers(folder):
     error, own = ((out.double() - exact).abs().max() for out in (ours, stock))
     assert error <= 4 * own + 1e-7
     relu = Activation("relu", gated=activation.gated)
-    other = WeightTable(*read_packed(experts.float())[0]._replace(activation=relu))
+    read = read_packed(experts.float())[0]
+    other = WeightTable(read.matrices, relu, read.storage)
     assert (run_experts(x, ids, weights, other, "other").double() - exact).abs().max() > 1e-2
 
 

@@ -15,6 +15,7 @@ from models import V5, assert_unchanged, relative, snapshot
 from safetensors.torch import load_file
 
 import moeprof
+from moeprof.backends.tables import BACKENDS
 
 BUILT = [family for family in every.families() if family not in every.NOT_BUILT]
 # What `patch` refuses: {family: what the reason contains}
@@ -205,9 +206,10 @@ def test_what_cannot_be_patched_says_why_and_stays_as_it_is(family):
 
 
 @each_patched
-def test_own_router(family):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_router(family, backend):
     found = stock(family)
-    with moeprof.patch(found.model) as handle:
+    with moeprof.patch(found.model, backend=backend) as handle:
         assert handle.layers and not handle.fallbacks
         found.check(every.run(found.model, found.inputs))
 
@@ -229,8 +231,9 @@ def test_generate(family):
 @some_routed
 def test_another_router_that_takes_as_many(family):
     found = stock(family)
-    with moeprof.patch(found.model, **own_k(family)):
-        found.check(every.run(found.model, found.inputs))
+    for backend in BACKENDS:
+        with moeprof.patch(found.model, backend=backend, **own_k(family)):
+            found.check(every.run(found.model, found.inputs))
 
 
 @some_routed

@@ -1,12 +1,12 @@
-"""What a backend is: who runs routing and experts. `c` is the one that there is."""
+"""What a backend is: who runs routing and experts."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .spec import RouteSpec
-from .tables import WeightTable
+from .tables import Matrices
 
 
 class MoEOutput(NamedTuple):
@@ -19,18 +19,21 @@ class MoEOutput(NamedTuple):
     rejections: Tensor  # (T,) int32, the router's count before min_k and max_k
 
 
-class Backend(Protocol):
+Table = TypeVar("Table", bound=Matrices, contravariant=True)
+
+
+class Backend(Protocol[Table]):
     """Runs the layers whose tensors it can read.
 
     Errors: ValueError for a routing or for logits that can't be; the caller names the layer.
     """
 
-    def moe(self, hidden: Tensor, logits: Tensor, table: WeightTable, spec: RouteSpec) -> MoEOutput:
+    def moe(self, hidden: Tensor, logits: Tensor, table: Table, spec: RouteSpec) -> MoEOutput:
         """Route hidden (T, H) by logits (T, E) and run the experts that were selected."""
         ...
 
     def experts(
-        self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: WeightTable
+        self, hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Table
     ) -> Tensor:
         """(T, H): run a routing that is given, (T, k); -1 or E is no expert."""
         ...
@@ -40,19 +43,4 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The routing of logits (T, E) alone, as `MoEOutput` has it; dtype: that of the hidden
         states, to which the weights are rounded if the rule says so."""
-        ...
-
-    def choice_logits(self, logits: Tensor, spec: RouteSpec, dtype: torch.dtype) -> Tensor:
-        """(T, E) float32: what a router sees in place of the logits, by which the model
-        chooses."""
-        ...
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(M, N): x (M, K) times the transpose of the weight (N, K), plus the bias (N,)."""
-        ...
-
-    def quantized_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, features: int, format: str
-    ) -> Tensor:
-        """The same with a weight of a quantised format, (bytes,) uint8, of so many features."""
         ...

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .base import Backend, MoEOutput
+from .base import MoEOutput
 from .cpu import get_num_threads
 from .spec import RouteSpec
 from .tables import DTYPES, WeightTable, as_array, as_tensor
@@ -51,11 +51,13 @@ class CBackend:
         return torch.from_numpy(_C.choice_logits(as_array(logits), spec.in_c(DTYPES[dtype])))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(M, N): x (M, K) times the transpose of the weight (N, K), plus the bias (N,)."""
         return self.quantized_linear(x, weight, bias, weight.shape[0], DTYPES[weight.dtype])
 
     def quantized_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, features: int, format: str
     ) -> Tensor:
+        """The same with a weight of a quantised format, (bytes,) uint8, of so many features."""
         out = _C.dense(
             as_array(x),
             weight.data_ptr(),
@@ -68,4 +70,4 @@ class CBackend:
         return as_tensor(out, x.dtype)
 
 
-C: Backend = CBackend()
+C = CBackend()

@@ -1,8 +1,8 @@
-"""The experts of a layer on the C path, as torch operators.
+"""The experts of a layer, by the backend of its table; in C as torch operators.
 
-Opaque to torch.compile, and counted by torch's FlopCounterMode: ``moeprof::experts`` runs a
-routing that is given, ``moeprof::moe`` routes and runs in one call, ``moeprof::route`` routes,
-``moeprof::linear`` is a linear layer whose weight is quantised.
+These are opaque to torch.compile, and counted by torch's FlopCounterMode: ``moeprof::experts``
+runs a routing that is given, ``moeprof::moe`` routes and runs in one call, ``moeprof::route``
+routes, ``moeprof::linear`` is a linear layer whose weight is quantised.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .base import MoEOutput
+from .base import Backend, MoEOutput
 from .c import C
 from .spec import RouteSpec, max_k_of
-from .tables import Activation, LayerMatrices, Storage, WeightTable, is_packed, sizes_of
+from .tables import (
+    Activation,
+    Matrices,
+    Storage,
+    WeightTable,
+    num_experts_of,
+    sizes_of,
+)
+from .torch.backend import TORCH
+
+_BACKENDS: dict[str, Backend[Any]] = {"c": C, "torch": TORCH}
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -156,23 +166,23 @@ def _run_experts(
     hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Any, name: str
 ) -> Tensor:
     try:
-        return C.experts(hidden, expert_ids, routing_weights, table)
+        return _BACKENDS[table.backend].experts(hidden, expert_ids, routing_weights, table)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def _run_route(
-    logits: Tensor, hidden: Tensor, spec: RouteSpec, name: str
+    logits: Tensor, hidden: Tensor, spec: RouteSpec, name: str, backend: str = "c"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
-        return C.route(logits, spec, hidden.dtype)
+        return _BACKENDS[backend].route(logits, spec, hidden.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def _run_moe(hidden: Tensor, logits: Tensor, table: Any, spec: RouteSpec, name: str) -> MoEOutput:
     try:
-        return C.moe(hidden, logits, table, spec)
+        return _BACKENDS[table.backend].moe(hidden, logits, table, spec)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -190,7 +200,7 @@ def _instead(name: str, tensors: Sequence[Any] = ()) -> str:
         return "its weights are quantised: train the model that they were made from"
     if name.startswith(BY_ITSELF):
         return 'choose other experts for that, model.set_experts_implementation("grouped_mm")'
-    return "unpatch the model for that"
+    return 'unpatch the model for that, or patch it with backend="torch", which trains'
 
 
 def _remember_name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -208,15 +218,12 @@ route_op.register_autograd(_refuse, setup_context=_remember_name)
 linear_op.register_autograd(_refuse, setup_context=_remember_name)
 
 
-Matrices = WeightTable | LayerMatrices
-
-
 def run_experts(
     hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Matrices, name: str
 ) -> Tensor:
     """`experts_op`, without the dispatcher where nothing observes."""
     matrices = [*table.matrices]
-    if unobserved(hidden, routing_weights, *matrices):
+    if table.backend == "torch" or unobserved(hidden, routing_weights, *matrices):
         return _run_experts(hidden, expert_ids, routing_weights, table, name)
     _refuse_tangents(name, hidden, routing_weights, *matrices)
     how = table.activation.as_text(), table.storage.as_text()
@@ -228,7 +235,7 @@ def run_moe(
 ) -> MoEOutput:
     """`moe_op`, without the dispatcher where nothing observes; operands: `operands_of(spec)`."""
     matrices = [*table.matrices]
-    if unobserved(hidden, logits, *matrices):
+    if table.backend == "torch" or unobserved(hidden, logits, *matrices):
         return _run_moe(hidden, logits, table, spec, name)
     _refuse_tangents(name, hidden, logits, *matrices)
     how = table.activation.as_text(), table.storage.as_text()
@@ -236,12 +243,12 @@ def run_moe(
 
 
 def run_route(
-    logits: Tensor, hidden: Tensor, spec: RouteSpec, operands: Any, name: str
+    logits: Tensor, hidden: Tensor, spec: RouteSpec, operands: Any, name: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`route_op`, without the dispatcher where nothing observes; of the hidden states the dtype
     counts."""
-    if unobserved(logits):
-        return _run_route(logits, hidden, spec, name)
+    if backend == "torch" or unobserved(logits):
+        return _run_route(logits, hidden, spec, name, backend)
     _refuse_tangents(name, logits)
     weights, expert_ids, counts, rejections = route_op(logits, hidden, *operands, name)
     return weights, expert_ids, counts, rejections
@@ -257,16 +264,17 @@ def run_linear(
     return linear_op(x, weight, bias, features, format, name)
 
 
-def table_of(read: LayerMatrices) -> Matrices:
-    """A table of these matrices, or they themselves while a compiler traces."""
-    return read if torch.compiler.is_compiling() else WeightTable(*read)
-
-
 def operands_of(spec: RouteSpec) -> tuple[str, Tensor | None, Tensor | None]:
     """What `moe_op` is given of a spec."""
     text, *arrays = spec.operands()
     p_table, table = (None if a is None else torch.from_numpy(a) for a in arrays)
     return text, p_table, table
+
+
+def prepare(spec: RouteSpec, device: torch.device) -> None:
+    """Make what the backend in torch keeps of a spec on a device: a compiler can't trace that."""
+    with torch.no_grad():
+        TORCH.route(torch.zeros(1, spec.num_experts, device=device), spec, torch.float32)
 
 
 def _refuse_tangents(name: str, *tensors: Tensor) -> None:
@@ -304,8 +312,7 @@ def _(
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
-    own = Activation.from_text(activation).matrices
-    num_experts = len(matrices[0]) if is_packed(matrices) else len(matrices) // own
+    num_experts = num_experts_of(matrices, Activation.from_text(activation))
     ran = (expert_ids >= 0) & (expert_ids < num_experts)
     return _expert_flops(matrices, activation, storage) * _total(ran, expert_ids.numel())
 

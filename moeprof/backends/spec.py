@@ -1,13 +1,22 @@
 """What a backend is told of a router at one layer: made once a layer, used in every step."""
 
 import json
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from .. import _C
 
 AFFINITIES = ("softmax", "sigmoid", "sqrt_softplus", "sparsemixer")
+
+# Of the histograms of scores that a null's tables are made from (moeprof/null/tables.py): their
+# range, in bins of which so many are one unit wide; how many of the largest scores are kept.
+LOW, HIGH, BINS_PER_UNIT = -32, 32, 128
+BINS = (HIGH - LOW) * BINS_PER_UNIT
+LARGEST = 1024
+
+Made = TypeVar("Made")
 
 
 class Rule(NamedTuple):
@@ -89,18 +98,40 @@ class RouteSpec:
         *,
         num_experts: int,
     ):
-        self.arguments = (
-            router, parameters, min_k, max_k, temperature, norm, norm_k, null, table, tuple(rule)
-        )  # fmt: skip
-        self.max_k, self.num_experts = max_k, num_experts
-        self._in_c: dict[str, Any] = {}
+        self.router, self.parameters = router, parameters
+        self.min_k, self.max_k, self.temperature = min_k, max_k, temperature
+        self.norm, self.norm_k = norm, norm_k
+        self.null, self.table, self.rule = null, table, rule
+        self.num_experts = num_experts
+        self._made: dict[Any, Any] = {}
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `_C.RouteSpec` takes."""
+        return (
+            self.router,
+            self.parameters,
+            self.min_k,
+            self.max_k,
+            self.temperature,
+            self.norm,
+            self.norm_k,
+            self.null,
+            self.table,
+            tuple(self.rule),
+        )
+
+    def made(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What a backend makes of the spec, once for each key."""
+        found: Made | None = self._made.get(key)
+        if found is None:
+            found = self._made[key] = make()
+        return found
 
     def in_c(self, dtype: str) -> Any:
-        """The `_C.RouteSpec` for hidden states of this dtype."""
-        found = self._in_c.get(dtype)
-        if found is None:
-            found = self._in_c[dtype] = _C.RouteSpec(self.arguments, dtype, self.num_experts)
-        return found
+        """The `_C.RouteSpec` for hidden states of this dtype; ValueError for a spec that can't
+        be."""
+        return self.made(dtype, lambda: _C.RouteSpec(self.arguments, dtype, self.num_experts))
 
     def operands(self) -> tuple[str, Any, Any]:
         """The same for an operator of torch, which takes texts and arrays: see `from_operands`."""

@@ -90,12 +90,16 @@ ROWS, TRANSPOSED, INTERLEAVED = Storage("rows"), Storage("transposed"), Storage(
 
 
 class LayerMatrices(NamedTuple):
-    """The experts of a layer, as `WeightTable` takes them; while a compiler traces, instead of
-    one: its tensors lie nowhere."""
+    """The experts of a layer, as `WeightTable` takes them, and the backend that runs them."""
 
     matrices: Sequence[Tensor]
     activation: Activation = SWIGLU
     storage: Storage = ROWS
+    backend: str = "c"
+
+    @property
+    def num_experts(self) -> int:
+        return num_experts_of(self.matrices, self.activation)
 
     @property
     def hidden_size(self) -> int:
@@ -108,6 +112,10 @@ class LayerMatrices(NamedTuple):
 
 
 NOTHING_READ = LayerMatrices([])
+
+
+def num_experts_of(matrices: Sequence[Tensor], activation: Activation) -> int:
+    return len(matrices[0]) if is_packed(matrices) else len(matrices) // activation.matrices
 
 
 def dtype_of(matrices: Sequence[Tensor], storage: Storage) -> torch.dtype:
@@ -155,6 +163,8 @@ class WeightTable:
         ``[up (E, 1, bytes), ...]``, uint8, what `_C.encode` makes of each matrix.
     """
 
+    backend = "c"
+
     def __init__(
         self, matrices: Sequence[Tensor], activation: Activation = SWIGLU, storage: Storage = ROWS
     ):
@@ -162,13 +172,11 @@ class WeightTable:
         self.dtype = dtype_of(matrices, storage)
         self._addresses = tuple(map(Tensor.data_ptr, self.matrices))
         self.hidden_size, self.intermediate_size = sizes_of(matrices, storage)
-        packed = is_packed(matrices)
-        own = activation.matrices
-        self.num_experts: int = len(matrices[0]) if packed else len(matrices) // own
+        self.num_experts = num_experts_of(matrices, activation)
         self.layer = _layer(
             self._addresses,
             self.num_experts,
-            self._steps() if packed else None,
+            self._steps() if is_packed(matrices) else None,
             storage.format or DTYPES[self.dtype],
             DTYPES[self.dtype],
             self.hidden_size,
@@ -191,6 +199,18 @@ class WeightTable:
     def is_current(self) -> bool:
         """Are the tensors where they were?"""
         return tuple(map(Tensor.data_ptr, self.matrices)) == self._addresses
+
+
+# What a backend runs: one in C by the addresses, torch by the tensors; while torch's compiler
+# traces, C by these too, since its tensors lie nowhere.
+Matrices = WeightTable | LayerMatrices
+
+
+def table_of(read: LayerMatrices) -> Matrices:
+    """What the backend of these matrices runs."""
+    if read.backend == "c" and not torch.compiler.is_compiling():
+        return WeightTable(read.matrices, read.activation, read.storage)
+    return read
 
 
 @lru_cache(maxsize=1024)  # of the layers in use; a pure function of the addresses
@@ -228,20 +248,34 @@ def _in_packed(
     return np.stack(rows)
 
 
-def tensor_obstacle(tensors: Sequence[Tensor], storage: Storage = ROWS) -> str | None:
-    """Why the kernels can't read these tensors as one layer's, or None."""
+# ---- what a backend can't read ----
+
+BACKENDS = ("c", "torch")
+
+
+def backend_of(tensors: Sequence[Tensor]) -> str:
+    """The backend that runs experts with these tensors where nobody asks for another."""
+    return "c" if tensors[0].device.type == "cpu" else "torch"
+
+
+def tensor_obstacle(
+    tensors: Sequence[Tensor], storage: Storage = ROWS, backend: str = "c"
+) -> str | None:
+    """Why a backend can't read these tensors as one layer's, or None."""
+    if backend == "torch" and tensors[0].is_meta:
+        return "a tensor on device meta, which has no values"
     dtype = dtype_of(tensors, storage)
+    if reason := _dtype_obstacle(dtype, storage, backend):
+        return reason
     expected = (torch.uint8, dtype) if storage.format else (dtype,)
-    if dtype not in DTYPES:
-        return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported)"
     # A tracer's tensors have a class of their own and no memory: what it makes of the operator
     # is asked again when that runs.
     traced = torch.compiler.is_compiling()
     for tensor in tensors:
         if not traced and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"a tensor of class {type(tensor).__name__}"
-        if tensor.device.type != "cpu":
-            return f"a tensor on device {tensor.device} (only cpu is supported)"
+        if reason := _device_obstacle(tensor, tensors[0], backend):
+            return reason
         if tensor.layout is not torch.strided or (not traced and tensor.is_neg()):
             return "a tensor that is not plain memory (its layout, or a lazy sign)"
         if tensor.dtype not in expected:
@@ -249,9 +283,49 @@ def tensor_obstacle(tensors: Sequence[Tensor], storage: Storage = ROWS) -> str |
     return None
 
 
-def routing_obstacle(expert_ids: Tensor, routing_weights: Tensor) -> str | None:
-    """Why a routing that is given can't be read, or None."""
+def _dtype_obstacle(dtype: torch.dtype, storage: Storage, backend: str) -> str | None:
+    if backend == "c":
+        if dtype in DTYPES:
+            return None
+        more = ', float64 by backend="torch"' if dtype == torch.float64 else ""
+        return f"weights of dtype {dtype} (float32, bfloat16, float16 are supported{more})"
+    if storage.format:
+        return (
+            f"experts in {storage.format[1]} bits, which only the backend in C computes with, on a "
+            'CPU: move the model there, model.to("cpu"), or load it without bits='
+        )
+    if dtype in DTYPES or dtype == torch.float64:
+        return None
+    return f"weights of dtype {dtype} (float64, float32, bfloat16, float16 are supported)"
+
+
+def _device_obstacle(tensor: Tensor, first: Tensor, backend: str) -> str | None:
+    device = tensor.device
+    if backend == "c":
+        if device.type == "cpu":
+            return None
+        return f'a tensor on device {device} (only cpu is supported by backend="c")'
+    if device != first.device:
+        return f"tensors on devices {first.device} and {device} in one layer"
+    return None
+
+
+def routing_obstacle(expert_ids: Tensor, routing_weights: Tensor, table: Matrices) -> str | None:
+    """Why a routing that is given can't be read for the experts of this table, or None."""
+    device = table.matrices[0].device
     for tensor in (expert_ids, routing_weights):
-        if tensor.device.type != "cpu":
-            return f"a routing on device {tensor.device} (only cpu is supported)"
+        if tensor.device != device:
+            return f"a routing on device {tensor.device}, and the experts are on {device}"
+    return None
+
+
+def ids_obstacle(expert_ids: Tensor, table: Matrices) -> str | None:
+    """What of ids that a user has made is no expert, or None. C looks at them itself, and for
+    those on another device the host waits."""
+    if table.backend == "c" or torch.compiler.is_compiling() or not expert_ids.numel():
+        return None
+    low, high = int(expert_ids.min()), int(expert_ids.max())
+    if low < -1 or high > table.num_experts:
+        named = low if low < -1 else high
+        return f"expert_ids: expected -1 to {table.num_experts}, got {named}"
     return None

@@ -82,7 +82,7 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --trust-remote-code, --dtype, --bits and --threads, which `load` reads."""
+    """--model, --trust-remote-code, --dtype, --bits, --device and --threads, which `load` reads."""
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
     parser.add_argument(
         "--trust-remote-code",
@@ -97,6 +97,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=(8, 4),
         help="keep the experts in 8 or 4 bits, quantised as they are read; default: as the model "
         "has them",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where the model runs, as torch names it: cuda, cuda:1, mps, xpu; default: cpu",
     )
     add_threads(parser)
 
@@ -123,12 +128,34 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
+    dtype, device = getattr(torch, arguments.dtype), _device(arguments)
     name, bits, trust = arguments.model, arguments.bits, arguments.trust_remote_code
-    if name is not None and (is_saved(name) or (bits and not trust)):
-        model = load_quantized(name, bits, dtype=None if is_saved(name) else dtype)
+    saved = name is not None and is_saved(name)
+    if (bits or saved) and device.type != "cpu":
+        raise ValueError(
+            f"--device {device}: experts in 8 or 4 bits, which run on a CPU only: "
+            "leave out --device or the bits"
+        )
+    if name is not None and (saved or (bits and not trust)):
+        model = load_quantized(name, bits, dtype=None if saved else dtype)
         return model, load_tokenizer(name, model)
     model, tokenizer = demo.load(dtype) if name is None else load_model(name, dtype, trust)
     if bits:
         quantize(model, bits)
-    return model, tokenizer
+    return model.to(device), tokenizer
+
+
+def _device(arguments: argparse.Namespace) -> Any:
+    """Where the model runs; ValueError where that isn't there."""
+    import torch
+
+    name = arguments.device
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch says it
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"--device {name}: {reason}") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: a model there has no weights")
+    return device

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..models.decoding import device_of
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ def nats(model: nn.Module, ids: Tensor) -> float:
     """−Σ ln P(token | those before it in the window) for token ids (1, n), without the first."""
     import torch
 
+    ids = ids.to(device_of(model))
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..models.blocks import find_blocks
+from ..models.decoding import device_of
 from ..patching.patch import patch
 from ..routers import Router
 from ..texts.windows import HeldOut
@@ -96,7 +97,7 @@ def collect(
         calls: list[list[Any]] = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing))
         for windows in batches(text):
-            base(input_ids=_ids(windows), use_cache=False)
+            base(input_ids=ids_for(model, windows), use_cache=False)
             for _ in windows:
                 step()
     if any(routing.logits is None for layer in calls for routing in layer):
@@ -105,7 +106,10 @@ def collect(
     def joined(field: str) -> list[Tensor]:
         return [torch.cat([getattr(routing, field) for routing in layer]) for layer in calls]
 
-    counts, rejections = (torch.stack(joined(field)).numpy() for field in ("counts", "rejections"))
+    counts, rejections = (
+        np.stack([part.numpy(force=True) for part in joined(field)])
+        for field in ("counts", "rejections")
+    )
     blocks = find_blocks(model)
     each = zip(blocks, joined("logits"), strict=True)
     logits = torch.stack([block.choice_logits(said) for block, said in each]).numpy()
@@ -144,7 +148,7 @@ class Reference:
         self.log_probs = []
         with patch(model), torch.inference_mode():  # its own top-k, on the same kernels
             for windows in batches(text):
-                self.log_probs.append(_log_probs(model, _ids(windows)))
+                self.log_probs.append(_log_probs(model, ids_for(model, windows)))
                 for _ in windows:
                     step()
 
@@ -165,19 +169,20 @@ class Reference:
             calls: list[list[Any]] = [[] for _ in handle.layers]
             handle.on_routing(lambda layer, routing: calls[layer].append(routing.counts))
             for windows, full in zip(batches(self.text), self.log_probs, strict=True):
-                ids = _ids(windows)
+                ids = ids_for(self.model, windows)
                 routed = _log_probs(self.model, ids)
                 at = [window.document for window in windows]
                 difference = torch.where(full > -torch.inf, full - routed, 0)
-                parts = (full.exp() * difference).sum((1, 2), dtype=torch.float64)
-                np.add.at(kl, at, parts.numpy())
-                likely = routed.gather(2, ids[:, 1:, None]).sum((1, 2), dtype=torch.float64)
-                np.add.at(nats, at, -likely.numpy())
-                np.add.at(agree, at, (routed.argmax(2) == full.argmax(2)).sum(1).numpy())
+                parts = _sums(full.exp() * difference)
+                np.add.at(kl, at, parts)
+                likely = _sums(routed.gather(2, ids[:, 1:, None]))
+                np.add.at(nats, at, -likely)
+                same = (routed.argmax(2) == full.argmax(2)).sum(1)
+                np.add.at(agree, at, same.numpy(force=True))
                 np.add.at(predicted, at, ids.shape[1] - 1)
                 for _ in windows:
                     step()
-        counts = np.stack([torch.cat(layer).numpy() for layer in calls])
+        counts = np.stack([torch.cat(layer).numpy(force=True) for layer in calls])
         experts: Any = np.bincount(rows, counts.mean(axis=0), size)
         tokens = np.bincount(rows, minlength=size)
         return Quality(predicted, kl, nats, agree, tokens, counts, experts)
@@ -197,8 +202,14 @@ def batches(text: HeldOut) -> Iterator[list[Window]]:
         yield batch
 
 
-def _ids(windows: Iterable[Window]) -> Tensor:
-    return torch.cat([window.ids for window in windows])
+def ids_for(model: nn.Module, windows: Iterable[Window]) -> Tensor:
+    """(B, n) token ids of windows of one length, where the model takes them."""
+    return torch.cat([window.ids for window in windows]).to(device_of(model))
+
+
+def _sums(values: Tensor) -> NDArray[np.float64]:
+    """(B,) of values (B, n, V)."""
+    return values.sum((1, 2), dtype=torch.float64).numpy(force=True)
 
 
 def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def choose(
     the model makes of its logits.
     """
     spec = router.spec(logits.shape[1], norm=norm, norm_k=norm_k, null=null, rule=rule)
-    return C.route(logits.float(), spec, torch.float32)
+    chosen = C.route(logits.float().cpu(), spec, torch.float32)
+    return tuple(part.to(logits.device) for part in chosen)
 
 
 def affinities(logits: Tensor, rule: Rule) -> Tensor:

@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..show.console import Bar
 
 
 Times = Mapping[str, Mapping[str, float]]  # {contender: {"median_ms", "best_ms", …}}
+
+
+def wait_for(tensor: Tensor) -> None:
+    """Until the device of a tensor has done what it was given: it works behind the host."""
+    if not tensor.is_cpu:
+        import torch
+
+        torch.accelerator.synchronize(tensor.device)
 
 
 def interleave(

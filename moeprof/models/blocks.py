@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..backends.c import C
 from ..backends.spec import PLAIN, Rule, topk_spec
-from ..backends.tables import tensor_obstacle
+from ..backends.tables import backend_of, tensor_obstacle
 from .families import FAMILIES, family_of, stock_parent
 from .families.base import Layout
 from .families.packed import read_packed
@@ -48,9 +48,9 @@ class Block(NamedTuple):
         """How many experts its own router takes, as it is set now."""
         return self.family.settings(self.module).top_k
 
-    def readable(self) -> str | None:
-        """Why it can't run on the C path now, and what of that the user can change; or None."""
-        reason = self.family.readable(self.module)[1]
+    def readable(self, backend: str | None = None) -> str | None:
+        """Why it can't run now, and what of that the user can change; or None."""
+        reason = self.family.readable(self.module, backend)[1]
         return explained(reason, self.module) if reason else None
 
     def check(self) -> Checked:
@@ -95,15 +95,16 @@ class Block(NamedTuple):
         return self.family.reader.logits(gate, x) if self.family.family.rule.logits else None
 
     def choice_logits(self, logits: Tensor) -> Tensor:
-        """(T, E) float32: what a router sees in place of the gate's logits, by which the model
-        chooses; the same for a softmax without bias. Groups are left: see `choice_rule`."""
+        """(T, E) float32 on the CPU: what a router sees in place of the gate's logits, by which
+        the model chooses; the same for a softmax without bias. Groups are left: see
+        `choice_rule`."""
         rule = self.rule()
         if not rule.zeroed:
             rule = rule._replace(groups=1, top_groups=1, best=1)
         if rule.affinity == "softmax" and rule.bias is None and not rule.zeroed:
-            return logits.float()
+            return logits.float().cpu()
         spec = topk_spec(rule, self.num_experts)
-        return C.choice_logits(logits.float(), spec, torch.float32)
+        return C.choice_logits(logits.float().cpu(), spec, torch.float32)
 
     def choice_rule(self) -> Rule:
         """What is left of its rule where choice logits stand for its logits: the groups. Their
@@ -266,4 +267,4 @@ def is_behind_interface(experts: nn.Module) -> bool:
 def interface_obstacle(experts: nn.Module) -> str | None:
     """Why the experts implementation "moeprof" can't run these, or None."""
     read, reason = read_packed(experts)
-    return reason or tensor_obstacle(read.matrices, read.storage)
+    return reason or tensor_obstacle(read.matrices, read.storage, backend_of(read.matrices))

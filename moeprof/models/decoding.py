@@ -1,11 +1,16 @@
-"""Decode steps on every transformers: what is cached is passed under a name that changed."""
+"""Calling a model: where it takes its tokens, and decode steps on every transformers."""
 
 import inspect
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device, nn
+
+
+def device_of(model: "nn.Module") -> "device":
+    """Where it takes its tokens; of one that is spread over several, the first."""
+    return next(model.parameters()).device
 
 
 def decode(model: Any, input_ids: "Tensor", cache: Any, **options: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from ..backends.tables import backend_of
 from ..checks import check_model
 from ..files import printable
 from .blocks import (
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     import pandas
 
 _LEGEND = {
-    FUSED: "moeprof.patch(model) runs router and experts in one call to C",
+    FUSED: "moeprof.patch(model) runs router and experts in one call",
     SEAM: "moeprof.patch(model) puts its router and experts into the block's own forward",
-    EXPERTS_ONLY: "the experts run in C; the model's own router chooses, and no other can",
+    EXPERTS_ONLY: "the experts are moeprof's; the model's own router chooses, and no other can",
     OWN: "moeprof can profile the layer, and not run it",
     "–": "not known, or not the same for all experts",
 }
@@ -53,6 +54,8 @@ class InspectedLayer(NamedTuple):
     bytes : of router, experts and shared experts
     path : "fused", "seam", "experts only" or "the model's own"
     reason : why it is one of the last two; else ""
+    backend : what runs it where nobody asks for another: "c" on a CPU, "torch" on other devices;
+        None where moeprof doesn't
     """
 
     layer: int | str
@@ -70,6 +73,7 @@ class InspectedLayer(NamedTuple):
     bytes: int | None
     path: str
     reason: str
+    backend: str | None = None
 
 
 class Inspection(list[InspectedLayer]):
@@ -132,7 +136,7 @@ def inspect(model: nn.Module) -> Inspection:
     -------
     Inspection
         A list of `InspectedLayer`, shown as a table; ``.to_frame()`` gives one of pandas.
-        `path` is "fused" (router and experts are one call to C), "seam" (they are moeprof's, in
+        `path` is "fused" (router and experts are one call), "seam" (they are moeprof's, in
         the block's own forward), "experts only" (the model's own router chooses) or "the model's
         own" (`moeprof.patch` refuses it).
 
@@ -187,6 +191,7 @@ def _inspected(label: int | str, site: Site) -> InspectedLayer:
         else None,
         path,
         reason,
+        None if path == OWN or not parts else backend_of(parts),
     )
 
 
@@ -276,7 +281,7 @@ def _line(layers: list[InspectedLayer]) -> list[str]:
         layer.hidden_size,
         layer.intermediate_size,
         layer.dtype,
-        layer.device,
+        layer.device if layer.backend in (None, "c") else f"{layer.device} ({layer.backend})",
         layer.activation,
         each,
         layer.path,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import run_experts, run_linear, table_of
+from ..backends.ops import run_experts, run_linear
 from ..backends.tables import (
     BY_NAME,
     DTYPES,
@@ -14,7 +14,9 @@ from ..backends.tables import (
     Activation,
     LayerMatrices,
     Storage,
+    backend_of,
     routing_obstacle,
+    table_of,
     tensor_obstacle,
 )
 from .guards import hooked
@@ -136,8 +138,11 @@ class QuantizedExperts(nn.Module):
         """(T, H): run the experts that a routing (T, k) names."""
         name = type(self).__name__
         read, reason = self._read()
-        reason = reason or tensor_obstacle([*read.matrices, hidden_states], read.storage)
-        if reason := reason or routing_obstacle(top_k_index, top_k_weights):
+        if reason:
+            raise RuntimeError(f"{name}: {reason}")
+        tensors = [*read.matrices, hidden_states]
+        reason = tensor_obstacle(tensors, read.storage, backend_of(tensors))
+        if reason := reason or routing_obstacle(top_k_index, top_k_weights, read):
             raise RuntimeError(f"{name}: {reason}")
         return run_experts(hidden_states, top_k_index, top_k_weights, table_of(read), name)
 

@@ -82,10 +82,10 @@ def read_experts_call(
 def without_empty(choice: Routing, num_experts: int) -> tuple[Routing, bool]:
     """The choice with -1 for the empty slots that transformers writes as E; were there any?"""
     experts = choice.chosen
-    empty = experts.numpy() == num_experts
+    empty = experts.cpu().numpy() == num_experts
     if not empty.any():
         return choice, False
-    return choice._replace(expert_ids=experts.masked_fill(torch.from_numpy(empty), -1)), True
+    return choice._replace(expert_ids=experts.masked_fill(experts == num_experts, -1)), True
 
 
 # ---- of a gate whose block is patched ----

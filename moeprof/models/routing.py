@@ -30,6 +30,10 @@ class Routing(NamedTuple):
     rejections: Tensor | None = None
     logits: Tensor | None = None
 
+    def on_host(self) -> "Routing":
+        """The same in the CPU's memory."""
+        return Routing(*(None if part is None else part.cpu() for part in self))
+
     @property
     def chosen(self) -> Tensor:
         """expert_ids, of a routing in which experts were chosen."""

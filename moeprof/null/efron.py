@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from .scores import BINS_PER_UNIT, EDGES, HIGH, LOW, TINY
+from ..backends.spec import BINS_PER_UNIT, HIGH, LOW
+from .scores import EDGES, TINY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

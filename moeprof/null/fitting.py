@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from ..backends.spec import BINS, LARGEST
 from ..checks import check_model, check_token_ids, check_tokenizer
 from ..models.identity import NO_TEXT, add_digests, gates_of, model_name, router_sample
 from ..models.tokens import token_ids
 from .model import KINDS, Null, trim_padding
-from .scores import BINS, LARGEST, SCORES, bins_of, check_choice, keep_largest, stored_scores
+from .scores import SCORES, bins_of, check_choice, keep_largest, stored_scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..backends.spec import BINS, LARGEST, LOW
 from ..checks import check_model, check_type
 from ..files import printable
 from ..late import late
@@ -25,7 +26,7 @@ from ..models.identity import (
 )
 from .efron import efron_table, fit_efron
 from .layers import LayerNull
-from .scores import BINS, LARGEST, LOW, SCORES, check_choice, keep_largest
+from .scores import SCORES, check_choice, keep_largest
 from .storage import read_null, write_null
 from .tables import conformal_table, counted_table, pooled
 

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
+from ..backends.spec import BINS, BINS_PER_UNIT, LARGEST, LOW
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
 
 SCORES = ("logprob", "logit", "centred")
-LOW, HIGH, BINS_PER_UNIT = -32, 32, 128
-BINS = (HIGH - LOW) * BINS_PER_UNIT
 EDGES = LOW + np.arange(BINS + 1) / BINS_PER_UNIT
-LARGEST = 1024
 TINY = np.finfo(np.float64).tiny
 Logits = Union["Tensor", "NDArray[Any]"]  # (T,E), what a user has
 

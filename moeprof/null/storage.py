@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..backends.spec import BINS, LARGEST
 from ..checks import check_type
 from ..files import write_whole
 from ..files.npz import read_npz
-from .scores import BINS, LARGEST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .scores import BINS, BINS_PER_UNIT, EDGES, HIGH, LARGEST, LOW, TINY, bins_of, keep_largest
+from ..backends.spec import BINS, BINS_PER_UNIT, HIGH, LARGEST, LOW
+from .scores import EDGES, TINY, bins_of, keep_largest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

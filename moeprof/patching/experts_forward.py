@@ -1,10 +1,16 @@
-"""One layer's experts in C, on request: also the experts implementation of transformers 5."""
+"""One layer's experts, on request: also the experts implementation of transformers 5."""
 
 import torch
 from torch import Tensor
 
-from ..backends.ops import BY_ITSELF, run_experts, table_of
-from ..backends.tables import routing_obstacle, tensor_obstacle
+from ..backends.ops import BY_ITSELF, run_experts
+from ..backends.tables import (
+    backend_of,
+    ids_obstacle,
+    routing_obstacle,
+    table_of,
+    tensor_obstacle,
+)
 from ..models.families.packed import read_packed
 
 
@@ -22,7 +28,8 @@ def experts_forward(
     ----------
     experts : torch.nn.Module
         Holds ``gate_up_proj`` (E, 2I, H), or without gate ``up_proj`` (E, I, H), and
-        ``down_proj`` (E, H, I), float32, bfloat16 or float16, on the CPU. With a flag
+        ``down_proj`` (E, H, I), float32, bfloat16 or float16. On the CPU they run in C, on another
+        device in torch. With a flag
         ``is_transposed`` each expert's matrix is the transpose of that; ``is_concatenated``
         False then says that gate and up stand by turns in its columns. With ``has_bias`` also
         ``gate_up_proj_bias`` (E, 2I), or ``up_proj_bias`` (E, I), and ``down_proj_bias`` (E, H).
@@ -62,8 +69,9 @@ def experts_forward(
             f"{name}: idx and weights: expected ({len(hidden)}, k) both, "
             f"got {tuple(idx.shape)} and {tuple(weights.shape)}"
         )
-    if reason := tensor_obstacle([*read.matrices, hidden], read.storage) or routing_obstacle(
-        idx, weights
-    ):
+    read = read._replace(backend=backend_of(read.matrices))
+    reason = tensor_obstacle([*read.matrices, hidden], read.storage, read.backend)
+    reason = reason or routing_obstacle(idx, weights, read) or ids_obstacle(idx, read)
+    if reason:
         raise ValueError(f"{name}: {reason}")
     return run_experts(hidden, idx, weights, table_of(read), name)

@@ -1,4 +1,4 @@
-"""What runs in place of the forward of a patched block that is *fused*: one call to C.
+"""What runs in place of the forward of a patched block that is *fused*: one call of a backend.
 
 A block is fused that does nothing but to call its gate and its experts; the others are in seam.py.
 """
@@ -6,14 +6,19 @@ A block is fused that does nothing but to call its gate and its experts; the oth
 import warnings
 from contextlib import ExitStack
 from inspect import signature
-from time import perf_counter_ns
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import Matrices, run_experts, run_moe
-from ..backends.tables import WeightTable, routing_obstacle, tensor_obstacle
+from ..backends.ops import run_experts, run_moe
+from ..backends.tables import (
+    Matrices,
+    WeightTable,
+    ids_obstacle,
+    routing_obstacle,
+    tensor_obstacle,
+)
 from ..models.blocks import not_runnable
 from ..models.guards import explained
 from ..models.routing import Routing
@@ -21,6 +26,7 @@ from ..routers import Router
 from .callables import read_routing
 from .layer import PatchedLayer
 from .observers import Routed, observers_of
+from .span import Span
 from .state import STATE, Absent, earlier
 
 
@@ -31,7 +37,7 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
     hidden_states = _only(self, args, kwargs)
     observers = observers_of(self)
-    start = perf_counter_ns() if observers else 0
+    span = Span(hidden_states) if observers else None
     family = layer.family
     table, reason = layer.table(self)
     if reason := reason or input_obstacle(table, hidden_states):
@@ -39,7 +45,7 @@ def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     said = family.route(self, x, layer.name)
     out, routing = _run(self, layer, x, said, table)
-    tell(self, layer, hidden_states, routing, said.expert_ids is not None, start)
+    tell(self, layer, hidden_states, routing, said.expert_ids is not None, span)
     return family.output(self, hidden_states, out.reshape(hidden_states.shape), said)
 
 
@@ -57,17 +63,18 @@ def tell(
     hidden_states: Tensor,
     routing: Routing,
     chosen: bool,
-    start: int,
+    span: Span | None,
 ) -> None:
-    """Tell callbacks and observers what ran. chosen: by a gate of a user."""
-    observers = observers_of(block)
-    end = perf_counter_ns() if observers else 0
+    """Tell callbacks and observers what ran. chosen: by a gate of a user; span: of the call, where
+    one was observed."""
+    if span is not None:
+        span.stop()
     for callback in layer.callbacks:
         callback(layer.index, routing)
-    if observers:
+    if span is not None:
         skips = layer.router is None and chosen
-        event = Routed(layer.router, hidden_states, routing, skips, start, end)
-        for observer in observers:
+        event = Routed(layer.router, hidden_states, routing, skips, span)
+        for observer in observers_of(block):
             observer.routed(event)
 
 
@@ -88,7 +95,8 @@ def _run(
 
 
 def choose_in_python(layer: PatchedLayer, said: Routing) -> tuple[Tensor | None, Tensor] | None:
-    """(weights, expert_ids) where a user's gate or a callable chooses; None where C does."""
+    """(weights, expert_ids) where a user's gate or a callable chooses; None where a
+    backend does."""
     router = layer.router
     if router is None and said.expert_ids is not None:  # a user's gate has chosen
         return said.weights, said.expert_ids
@@ -110,7 +118,8 @@ def _run_chosen(
     table: Matrices,
     logits: Tensor | None,
 ) -> tuple[Tensor, Routing]:
-    if reason := routing_obstacle(expert_ids, routing_weights):
+    reason = routing_obstacle(expert_ids, routing_weights, table)
+    if reason := reason or ids_obstacle(expert_ids, table):
         raise ValueError(f"{layer.title}: {reason}")
     out = run_experts(x, expert_ids, routing_weights, table, layer.title)
     return out, ran(layer, routing_weights, expert_ids, logits)
@@ -147,7 +156,8 @@ def input_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
 def hidden_obstacle(table: Matrices, hidden_states: Tensor) -> str | None:
     """Why hidden states don't go with a layer's experts, or None; their width is not looked
     at."""
-    reason = tensor_obstacle([table.matrices[0], hidden_states], table.storage)
+    tensors = [table.matrices[0], hidden_states]
+    reason = tensor_obstacle(tensors, table.storage, table.backend)
     return f"the hidden states: {reason}" if reason else None
 
 
@@ -189,5 +199,5 @@ def run_unpatched(module: nn.Module, layer: PatchedLayer, *args: Any, **kwargs: 
 
 
 def warn_fallback(name: str, reason: str) -> None:
-    """Say that a layer does not run in C."""
+    """Say that a layer does not run on moeprof's path."""
     warnings.warn(f"moeprof: {name} runs the model's own forward: {reason}", stacklevel=3)

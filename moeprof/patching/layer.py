@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import Matrices, operands_of
+from ..backends.ops import operands_of, prepare
 from ..backends.spec import RouteSpec, Rule
-from ..backends.tables import NOTHING_READ, WeightTable
+from ..backends.tables import NOTHING_READ, Matrices, WeightTable, backend_of, table_of
 from ..models.families.base import Layout
 from ..models.families.rules import Settings
 from ..models.guards import Unchanged
@@ -37,6 +38,7 @@ class PatchedLayer(Patched):
     norm: str
     strict: bool
     fused: bool  # one call to C runs the whole block; else its gate and its experts are ours
+    backend: str | None  # None: the one of the device that the experts are on
     own_logits: bool  # they can be had without the choice of the gate, which has a known rule
     # Of `Handle.on_routing`, in the order that they came:
     callbacks: tuple[Callback, ...] = field(default=(), repr=False)
@@ -44,7 +46,7 @@ class PatchedLayer(Patched):
     cap: "CapWatch | None" = field(default=None, repr=False)  # of a null's router, max_k None
     # The model's settings, and what was made of them; the block's experts, as they were read.
     _spec: tuple[Settings, RouteSpec, Any] | None = field(default=None, repr=False)
-    _read: tuple[nn.Module, Unchanged, WeightTable] | None = field(default=None, repr=False)
+    _read: tuple[nn.Module, Unchanged, Matrices] | None = field(default=None, repr=False)
 
     @property
     def title(self) -> str:
@@ -65,6 +67,9 @@ class PatchedLayer(Patched):
             if self._spec is None or self._spec[0] != settings:
                 spec = self._make_spec(settings, self.family.rule(block))
                 spec.in_c("float32")  # raises what only C tells
+                device = next(chain(block.parameters(), block.buffers())).device
+                if self.backend == "torch" or device.type != "cpu":
+                    prepare(spec, device)
                 self._spec = settings, spec, operands_of(spec)
         except (TypeError, ValueError, AttributeError) as error:
             raise type(error)(f"{self.title}: {error}") from None
@@ -81,7 +86,7 @@ class PatchedLayer(Patched):
         )
 
     def table(self, block: nn.Module) -> tuple[Matrices, str | None]:
-        """(where the matrices of the block's experts lie, None), or (none, why it can't run in C).
+        """(what the backend runs as the block's experts, None), or (none, why it can't run).
 
         The experts are read once, and again when anything about them has changed.
         """
@@ -89,20 +94,26 @@ class PatchedLayer(Patched):
             setting = self.family.family.fused
             return NOTHING_READ, f"{setting} was set after patch: unpatch, and patch again"
         if torch.compiler.is_compiling():  # a tracer's tensors lie nowhere
-            return self.family.readable(block)
+            return self.family.readable(block, self.backend)
         if reason := self.family.obstacle(block):
             return NOTHING_READ, reason
         if self._read is not None:
             experts, unchanged, table = self._read
-            if self.family.experts_of(block) is experts and unchanged and table.is_current():
+            if self.family.experts_of(block) is experts and unchanged and self._goes_with(table):
                 return table, None
-        read, reason = self.family.readable(block)
+        read, reason = self.family.readable(block, self.backend)
         if reason:
             return read, reason
         experts, unchanged = self.family.experts_of(block), self.family.unchanged(block)
-        table = WeightTable(*read)
+        table = table_of(read)
         self._read = experts, unchanged, table
         return table, None
+
+    def _goes_with(self, table: Matrices) -> bool:
+        """Do the experts lie where they did, for the backend that runs them?"""
+        if isinstance(table, WeightTable):
+            return table.is_current()
+        return table.backend == (self.backend or backend_of(table.matrices))
 
 
 @dataclass(eq=False)
@@ -114,13 +125,32 @@ class CapWatch:
     tokens: int = 0
     capped: int = 0
     warned: bool = False
+    # Of rejections on other devices, by these: tokens that are counted there, and not here yet.
+    calls: int = 0
+    waiting: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def _now_and_then(self, rejections: Tensor) -> int:
+        """The tokens capped since this was not 0: the host waits for a device, so it looks after
+        1, 2, 4, 8, ... calls."""
+        capped = (rejections > self.cap).sum()
+        device = rejections.device
+        self.waiting[device] = self.waiting[device] + capped if device in self.waiting else capped
+        self.calls += 1
+        if self.calls & (self.calls - 1):
+            return 0
+        found = sum(map(int, self.waiting.values()))
+        self.waiting.clear()
+        return found
 
     def see(self, rejections: Tensor) -> None:
         """Count the tokens of one call, rejections (T,); warn once in the life of the patch."""
         if self.warned or torch.compiler.is_compiling() or type(rejections) is not Tensor:
             return
         self.tokens += len(rejections)
-        capped = int(np.count_nonzero(rejections.numpy() > self.cap))
+        if rejections.is_cpu:
+            capped = int(np.count_nonzero(rejections.numpy() > self.cap))
+        else:
+            capped = self._now_and_then(rejections)
         if capped:  # rarely; a decode step goes by in some microseconds
             self.capped += capped
             self.warned = warn_if_capped(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..models.routing import Routing
+from .span import Span
 from .state import is_patched
 
 _OBSERVERS = "_moeprof_observers"  # the instance attribute by which a block knows who observes it
@@ -19,18 +20,17 @@ class Routed(NamedTuple):
     """One call of a block.
 
     router : the router, None for the model's own top-k in C, STOCK for a block not patched
-    hidden : what the block was given
+    hidden : what the block was given, until it is counted
     routing : what ran of it
     skips : a slot of -1 was left out by a user's gate, it is no mere padding
-    start, end : perf_counter_ns
+    span : the time that it took
     """
 
     router: Any
-    hidden: Tensor
+    hidden: Tensor | None
     routing: Routing
     skips: bool
-    start: int
-    end: int
+    span: Span
 
 
 class Observer:

@@ -1,4 +1,4 @@
-"""patch() and unpatch(): the forward of MoE blocks swapped for the C path, and put back."""
+"""patch() and unpatch(): the forward of MoE blocks swapped for ours, and put back."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeGuard, cast
 
 from torch import nn
 
+from ..backends.tables import BACKENDS
 from ..checks import check_model
 from ..models.blocks import FUSED, Block, changed_blocks, find_blocks, not_runnable
 from ..models.families.rules import Checked
@@ -36,13 +37,15 @@ def patch(
     norm: str = "model",
     strict: bool = True,
     linears: bool = False,
+    backend: str | None = None,
     **router_parameters: Any,
 ) -> Handle:
-    """Run the model's MoE blocks in C, with the model's own router or another.
+    """Run the model's MoE blocks on moeprof's path, with the model's own router or another.
 
-    Only the experts that a token is routed to are computed. A block that does nothing else than
-    to route and to run experts is one call to C; in any other the block's own forward runs, with
-    moeprof's router and experts in it. `moeprof.inspect` says which, and what can't be patched.
+    Only the experts that a token is routed to are computed. Layers on a CPU run in C, those on
+    another device in torch. A block that does nothing else than to route and to run experts is
+    one call of these; in any other the block's own forward runs, with moeprof's router and
+    experts in it. `moeprof.inspect` says which, and what can't be patched.
 
     A model that is patched already gets this patch on top: it runs until its handle's
     ``unpatch()``, then the earlier one does again, and ``moeprof.unpatch(model)`` removes all.
@@ -53,7 +56,7 @@ def patch(
     ----------
     model : torch.nn.Module
         Of a family that moeprof knows (`moeprof.inspect` tells), of transformers 4.57 or 5, on
-        the CPU.
+        any device, or spread over several.
     router : str, Router, callable, list, dict or None
         None is the model's own rule. A name takes its parameters as keywords:
         ``patch(model, "bh", alpha=0.3, max_k=8)``. A list has one of these for each layer; a
@@ -71,8 +74,8 @@ def patch(
         to the mass of the model's own top-k; "model" is "sum" where the model's weights sum to
         1 and "none" elsewhere. The model's own scaling factors and epsilon apply in each.
     strict : bool
-        A layer that can't run in C raises; with False it runs its own forward, with one
-        warning, and ``handle.fallbacks`` names it.
+        A layer that can't run on moeprof's path raises; with False it runs its own forward, with
+        one warning, and ``handle.fallbacks`` names it.
     linears : bool
         Also run the plain ``nn.Linear`` layers around the MoE blocks (the attention's
         projections, lm_head) in C wherever the input has at most 64 rows and no gradient is
@@ -80,6 +83,11 @@ def patch(
         layers, where that does not pay, stay with torch, as do those that have a forward of
         their own.
         ``handle.linears`` names them. The results differ by the order of fp32 sums.
+    backend : {"c", "torch"} or None
+        What runs routing and experts. None is by the device that a layer's experts are on, in
+        each call: "c" on a CPU, "torch" on any other. "torch" runs on a CPU too: slower, but
+        with gradients, through the routing weights and the experts; which experts are selected
+        has none. 8- and 4-bit experts run in C only.
 
     Returns
     -------
@@ -89,14 +97,16 @@ def patch(
     Raises
     ------
     ValueError
-        "No routers found ..." for a model without such a block; a layer that can't run in C;
-        a router for a layer whose own rule is none that moeprof knows; a parameter out of range
-        (with groups of experts, `max_k` is at most the number that a token may use); a null
-        fitted to another model. The model is as it was.
+        "No routers found ..." for a model without such a block; a layer that can't run; a router
+        for a layer whose own rule is none that moeprof knows; a parameter out of range (with
+        groups of experts, `max_k` is at most the number that a token may use); a null fitted to
+        another model. The model is as it was.
     TypeError
         For what is no model, router or null.
     """
-    planned = plan_patch(model, router, null=null, norm=norm, strict=strict, **router_parameters)
+    planned = plan_patch(
+        model, router, null=null, norm=norm, strict=strict, backend=backend, **router_parameters
+    )
     if left := _left_patched(planned.layers):
         _warn_nested(left)
     for name, reason in planned.skipped.items():
@@ -127,11 +137,14 @@ def plan_patch(
     null: Any = None,
     norm: str = "model",
     strict: bool = True,
+    backend: str | None = None,
     **router_parameters: Any,
 ) -> Planned:
     """What `patch` would do; raises what it would."""
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend: expected one of {BACKENDS} or None, got {backend!r}")
     check_model("patch", model)
     blocks = find_blocks(model)
     routers = routers_by_layer(router, blocks, router_parameters)
@@ -141,7 +154,7 @@ def plan_patch(
     if strict and skipped:
         raise ValueError(not_runnable(*next(iter(skipped.items()))))
     for index, block in enumerate(blocks):
-        if reason := block.readable():
+        if reason := block.readable(backend):
             if strict:
                 raise ValueError(not_runnable(block.title, reason))
             skipped[block.title] = reason
@@ -162,6 +175,7 @@ def plan_patch(
             norm,
             strict,
             fused=block.path(checked) == FUSED,
+            backend=backend,
             own_logits=checked.own_logits and checked.rule is not None,
         )
         if isinstance(layer.router, Router) or (layer.router is None and checked.rule is not None):

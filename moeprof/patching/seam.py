@@ -6,14 +6,13 @@ call of their block they are in; outside one they are what they were.
 
 import threading
 from contextlib import nullcontext
-from time import perf_counter_ns
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.ops import Matrices, run_experts, run_route
-from ..backends.tables import routing_obstacle
+from ..backends.ops import run_experts, run_route
+from ..backends.tables import Matrices, ids_obstacle, routing_obstacle
 from ..models.blocks import not_runnable
 from ..models.families.rules import OTHER_FORM, is_choice
 from ..models.reading import as_logits
@@ -31,6 +30,7 @@ from .forward import (
 from .install import run_stock
 from .layer import PatchedLayer
 from .observers import observers_of
+from .span import Span
 from .state import STATE, inside
 
 
@@ -43,12 +43,17 @@ class _Call:
         self.said: Routing | None = None  # what the gate returned
         self.given: tuple[Tensor, Tensor] | None = None  # (weights, expert_ids) that ran
 
+    def is_ours(self, expert_ids: Tensor) -> bool:
+        """Did a backend choose these?"""
+        said = self.said
+        return said is not None and said.expert_ids is expert_ids and said.counts is not None
+
     def ran(self) -> Routing:
         """The routing that ran."""
         assert self.given is not None
         weights, expert_ids = self.given
         said = self.said
-        if said is not None and said.expert_ids is expert_ids and said.counts is not None:
+        if said is not None and self.is_ours(expert_ids):
             return said
         return ran(self.layer, weights, expert_ids, None if said is None else said.logits)
 
@@ -75,9 +80,8 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     layer: PatchedLayer | None = vars(self).get(STATE)
     if layer is None:  # another thread unpatched the block since it looked this forward up
         return self.forward(*args, **kwargs)
-    watched = bool(layer.callbacks or observers_of(self))
-    start = perf_counter_ns() if watched else 0
     hidden_states = first_of(args, kwargs)
+    span = Span(hidden_states) if observers_of(self) else None
     table, reason = layer.table(self)
     if reason := reason or hidden_obstacle(table, hidden_states):
         return own_forward(self, layer, reason, args, kwargs)
@@ -97,9 +101,9 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             f"{layer.title}: its block chose experts without a call of its router, so no other "
             "router can take its place: patch without one, or install a newer transformers"
         )
-    if watched and call.given is not None:
+    if (layer.callbacks or span) and call.given is not None:
         by_user = not layer.family.has_stock_gate(self)
-        tell(self, layer, hidden_states, call.ran(), by_user, start)
+        tell(self, layer, hidden_states, call.ran(), by_user, span)
     return output
 
 
@@ -172,7 +176,7 @@ def _choose(call: _Call, said: Routing, x: Tensor) -> Routing:
     assert said.logits is not None
     spec, operands = layer.spec(call.block)
     given = said.logits if said.logits.dtype == x.dtype else said.logits.float()
-    routing = run_route(given, x, spec, operands, layer.name)
+    routing = run_route(given, x, spec, operands, layer.name, call.table.backend)
     if layer.cap is not None:
         layer.cap.see(routing[3])
     return Routing(*routing, logits=said.logits)
@@ -181,14 +185,17 @@ def _choose(call: _Call, said: Routing, x: Tensor) -> Routing:
 def experts_forward(
     self: Any, hidden_states: Tensor, expert_ids: Tensor, routing_weights: Tensor
 ) -> Tensor:
-    """The experts' forward: what the block gives them, whoever chose it, in C."""
+    """The experts' forward: what the block gives them, whoever chose it."""
     call = _call_of(self)
     if call is None:
         out: Tensor = run_stock(self, hidden_states, expert_ids, routing_weights)
         return out
     name = call.layer.title
     reason = input_obstacle(call.table, hidden_states)
-    if reason := reason or routing_obstacle(expert_ids, routing_weights):
+    reason = reason or routing_obstacle(expert_ids, routing_weights, call.table)
+    if not call.is_ours(expert_ids):
+        reason = reason or ids_obstacle(expert_ids, call.table)
+    if reason:
         raise RuntimeError(not_runnable(name, reason))
     call.given = routing_weights, expert_ids
     return run_experts(hidden_states, expert_ids, routing_weights, call.table, name)

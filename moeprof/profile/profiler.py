@@ -395,7 +395,8 @@ def _check_device(sites: Iterable[Site]) -> None:
         if any(hasattr(module, "_hf_hook") for module in site.block.modules()):
             continue  # accelerate brings the weights when they are needed
         for parameter in site.block.parameters():
-            if parameter.device.type != "cpu":
+            if parameter.is_meta:
                 raise ValueError(
-                    f"{site.layer.block}: expected weights on the CPU, got {parameter.device}"
+                    f"{site.layer.block}: its weights are on the device meta, which has no values: "
+                    "load the model with its weights"
                 )

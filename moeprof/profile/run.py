@@ -13,7 +13,7 @@ from ..checks import check_token_ids
 from ..files import as_json
 from ..measure.passes import evaluating
 from ..models.blocks import find_blocks
-from ..models.decoding import cache_of, decode
+from ..models.decoding import cache_of, decode, device_of
 from ..models.names import layer_labels
 from ..patching.patch import patch
 from ..show.console import make_console, progress
@@ -159,7 +159,7 @@ def _patched(model: nn.Module, options: dict[str, Any] | None) -> AbstractContex
 
 
 def _prefill(model: nn.Module, ids: Tensor) -> None:
-    model(input_ids=ids, use_cache=False)
+    model(input_ids=ids.to(device_of(model)), use_cache=False)
 
 
 def _continue(model: nn.Module, plan: Plan, batch: int, profiler: MoEProfiler, bar: Bar) -> None:
@@ -171,6 +171,7 @@ def _continue(model: nn.Module, plan: Plan, batch: int, profiler: MoEProfiler, b
     domains = [plan.text.documents[window.document]["domain"] for window in windows]
     for start in range(0, len(windows), batch):
         ids = torch.cat([window.ids[:, :PROMPT] for window in windows[start : start + batch]])
+        ids = ids.to(device_of(model))
         profiler.pause()  # the prompts are prefills that were counted with their windows
         if not start:
             first_step = model(input_ids=ids, use_cache=True)
@@ -226,7 +227,9 @@ def _selections(
     """For each layer the experts (T, k) of each window."""
     with evaluating(model), torch.inference_mode(), _patched(model, patch) as handle:
         found: list[list[NDArray[np.int32]]] = [[] for _ in handle.layers]
-        handle.on_routing(lambda layer, routing: found[layer].append(routing.expert_ids.numpy()))
+        handle.on_routing(
+            lambda layer, routing: found[layer].append(routing.expert_ids.numpy(force=True))
+        )
         for window in plan.text.windows:
             _prefill(model, window.ids)
             step()

@@ -4,9 +4,9 @@ not count here."""
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
-from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..models.reading import read_choice, read_experts_call, read_logits, withou
 from ..models.routing import Routing
 from ..models.sizes import top_k_owner
 from ..patching.observers import STOCK, Observer, Routed
+from ..patching.span import Span
 from .check import ExpertRows
 from .step import Step
 
@@ -96,6 +97,14 @@ class ExpertWatch(_Watch):
                 step.filled[self.slot] += int((given.detach() != 0).any(-1).sum())
 
 
+class Ran(NamedTuple):
+    """What the experts of a layer got in one call, see `Step`."""
+
+    rows: list[int] | None
+    filled: list[int] | None
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None
+
+
 class LayerWatch(_Watch, Observer):
     """Of one block: its time, and what its router chose."""
 
@@ -120,12 +129,14 @@ class LayerWatch(_Watch, Observer):
             step = self._step(event.hidden)
         if step is None or not step.counted:
             return
-        self._count(step, event)
+        event = event._replace(hidden=None)  # it isn't kept until the end of the step
+        step.count(event.routing, partial(self._count, step, event))
         if not step.entered:
             self.session.end()
 
     def _count(self, step: Step, event: Routed) -> None:
         """Of a block that is patched, and of one that is not."""
+        event = event._replace(routing=event.routing.on_host())
         router = event.router
         if router is not self.session.last_router[self.index]:
             name = OWN_IN_C if router is None else router if router is STOCK else repr(router)
@@ -198,13 +209,13 @@ class LayerWatch(_Watch, Observer):
         step.rows = [0] * size if self._rows.listed else None
         step.filled = [0] * size if self._rows.listed and first else None
         step.hooked = self._hooked
-        step.start = perf_counter_ns()
+        step.span = Span(hidden)
 
     @_uncompiled
     def heard(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The router has spoken."""
         step = self._step()
-        if step is None or not step.start:
+        if step is None or step.span is None:
             self._pass_over(step)
             return
         step.output = output
@@ -229,36 +240,40 @@ class LayerWatch(_Watch, Observer):
 
     @_uncompiled
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        end = perf_counter_ns()
         step = self._step()
-        if step is None or not step.start:  # hooked by another thread since the block began
+        if step is None or step.span is None:  # hooked by another thread since the block began
             return
         # or since then, or when it began, hooks were being put in or taken out
         if step.hooked is None or step.hooked is not self._hooked:
             step.end_layer()
             return
-        choice, skips = without_empty(self._choice(step), self.site.layer.num_experts)
-        skips = skips or self._may_skip()
-        left_out = self._left_out(step, choice)
-        start, hidden = step.start, step.hidden
+        span, choice = step.span.stop(), self._choice(step)
+        ran = Ran(step.rows, step.filled, step.call)
         step.end_layer()
-        self._count(step, Routed(STOCK, hidden, choice, skips, start, end))
-        self.session.add_left_out(self.index, step, left_out)
+        step.count(choice, partial(self._count_stock, step, choice, span, ran))
         if not step.entered:
             self.session.end()
 
-    def _left_out(self, step: Step, choice: Routing) -> np.ndarray | None:
+    def _count_stock(self, step: Step, choice: Routing, span: Span, ran: "Ran") -> None:
+        """Of a block that is not patched."""
+        choice, skips = without_empty(choice, self.site.layer.num_experts)
+        skips = skips or self._may_skip()
+        left_out = self._left_out(ran, choice)
+        self._count(step, Routed(STOCK, None, choice, skips, span))
+        self.session.add_left_out(self.index, step, left_out)
+
+    def _left_out(self, ran: "Ran", choice: Routing) -> np.ndarray | None:
         """The selections (E + 1,) of each expert that did not run; None: all ran."""
         seen = self.session.rows_seen
-        if step.rows is None:
+        if ran.rows is None:
             seen[self.index] = True
-            if step.call is None or self._rows.stacked is None:
+            if ran.call is None or self._rows.stacked is None:
                 return None
-            return self._rows.left_out_of_call(*step.call, choice)
-        if not seen[self.index] and any(step.rows):
-            self._rows.verify(step.rows, choice, step.filled)
+            return self._rows.left_out_of_call(*ran.call, choice)
+        if not seen[self.index] and any(ran.rows):
+            self._rows.verify(ran.rows, choice, ran.filled)
             seen[self.index] = True
-        return self._rows.left_out(step.rows, choice)
+        return self._rows.left_out(ran.rows, choice)
 
     # ---- both ----
 
@@ -316,6 +331,8 @@ class LayerWatch(_Watch, Observer):
     def _refuse_skips(self, output: tuple[Any, ...] | list[Any]) -> None:
         if self._may_skip():
             return
+        if any(isinstance(part, Tensor) and not part.is_cpu for part in output):
+            return  # the host would wait within the time of the layer
         num_experts = self.site.layer.num_experts
         for part in output:
             if isinstance(part, Tensor) and not part.is_floating_point():

@@ -214,7 +214,9 @@ class Session:
         return False
 
     def end(self) -> None:
-        self.local.step = None
+        step, self.local.step = self.step, None
+        if step is not None:
+            step.end()
 
     def warn_of_padding(self, entry: Entry) -> None:
         """Once, where a batch looks padded and nothing says so."""
@@ -235,7 +237,7 @@ class Session:
 
     def add(self, index: int, step: Step, event: Routed) -> None:
         """Count one call of layer `index`."""
-        choice, elapsed, skips = event.routing, event.end - event.start, event.skips
+        choice, elapsed, skips = event.routing, event.span.nanoseconds, event.skips
         experts = choice.chosen.numpy()
         if experts.dtype not in (np.int32, np.int64) or not experts.flags.c_contiguous:
             experts = np.ascontiguousarray(experts, np.int64)
@@ -270,7 +272,7 @@ class Session:
         else:
             self.broken_weights[index] += _broken(choice.weights, real)
         if self.options.extras:
-            times = event.start, elapsed, tokens, unique
+            times = event.span.start, elapsed, tokens, unique
             self._add_extras(index, step, choice, experts, times)
 
     def _tally_phases(
@@ -434,7 +436,7 @@ class Options:
 
 
 def _ids(step: Step) -> np.ndarray | None:
-    return None if step.input_ids is None else step.input_ids.reshape(-1).numpy()
+    return None if step.input_ids is None else step.input_ids.reshape(-1).numpy(force=True)
 
 
 def _floats(tensor: Tensor | None) -> np.ndarray | None:

@@ -1,12 +1,14 @@
 """One call of the model while a profiler counts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..models.phases import PHASES, UNKNOWN
+from ..models.routing import Routing
+from ..patching.span import Span
 
 
 class Step:
@@ -18,7 +20,8 @@ class Step:
     input_ids: Tensor | None = None
     previous: tuple[int, np.ndarray] | None = None  # the layer that ran last, its experts
     # of one layer, between its hooks:
-    start = tokens = 0
+    span: Span | None = None
+    tokens = 0
     hidden: Any = None  # what the block was given
     output: Any = None  # of its router
     call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of its experts
@@ -29,11 +32,26 @@ class Step:
     def __init__(self, number: int, counted: bool, entered: bool, run: object):
         self.number, self.counted, self.entered, self.run = number, counted, entered, run
         self.calls: dict[int, int] = {}  # {layer: how often it was called}
+        self._waiting: list[Callable[[], None]] = []
 
     def end_layer(self) -> None:
         """Forget what passed between the hooks of one layer."""
-        self.start, self.hidden, self.output, self.call = 0, None, None, None
+        self.span, self.hidden, self.output, self.call = None, None, None, None
         self.rows, self.filled = None, None
+
+    def count(self, routing: Routing, how: Callable[[], None]) -> None:
+        """Call `how`, which counts a routing: now, or at the end of the step where its tensors
+        are on another device, since the host waits for that."""
+        if routing.chosen.is_cpu:
+            how()
+        else:
+            self._waiting.append(how)
+
+    def end(self) -> None:
+        """Count what was left for the end."""
+        waiting, self._waiting = self._waiting, []
+        for how in waiting:
+            how()
 
     @property
     def phase(self) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from ..checks import check_model, check_token_ids, check_tokenizer
 from ..measure.bootstrap import bootstrap
-from ..measure.passes import batches, evaluating
+from ..measure.passes import batches, evaluating, ids_for
 from ..models.blocks import runnable_blocks
 from ..models.names import layer_keys, layer_labels, layer_numbers, spans
 from ..patching.patch import patch
@@ -170,12 +170,12 @@ def _nats(
     nats = np.zeros(len(text.documents))
     with patch(model, router):
         for windows in batches(text):
-            ids = torch.cat([window.ids for window in windows])
+            ids = ids_for(model, windows)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(
                 logits.transpose(1, 2), ids[:, 1:], reduction="none"
             ).sum(1, dtype=torch.float64)
-            np.add.at(nats, [window.document for window in windows], loss.numpy())
+            np.add.at(nats, [window.document for window in windows], loss.numpy(force=True))
             for _ in windows:
                 step()
     return nats

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends.spec import Rule
-from ...backends.tables import NOTHING_READ, LayerMatrices, tensor_obstacle
+from ...backends.tables import NOTHING_READ, LayerMatrices, backend_of, tensor_obstacle
 from ..guards import Unchanged, gate_obstacle
 from ..quantized import QuantizedExperts
 from ..reading import as_logits, read_gate
@@ -142,9 +142,13 @@ class Layout:
             return Checked(None, False, f"its router can't be read ({error})")
         return check_gate(self.reader, block, self.gate_of(block), dtype, rule)
 
-    def readable(self, block: nn.Module) -> tuple[LayerMatrices, str | None]:
-        """(the matrices of the experts, None), or (none, why this block can't run on the C path
-        now)."""
+    def readable(
+        self, block: nn.Module, backend: str | None = None
+    ) -> tuple[LayerMatrices, str | None]:
+        """(the matrices of the experts, None), or (none, why this block can't run now).
+
+        backend: the one that is to run them; None for the one of their device.
+        """
         if reason := self.obstacle(block):
             return NOTHING_READ, reason
         experts = self.experts_of(block)
@@ -152,9 +156,12 @@ class Layout:
             read, reason = experts.read()
         else:
             read, reason = self.read_experts(experts)
-        if reason := reason or tensor_obstacle(read.matrices, read.storage):
+        if reason:
             return NOTHING_READ, reason
-        return read, None
+        backend = backend or backend_of(read.matrices)
+        if reason := tensor_obstacle(read.matrices, read.storage, backend):
+            return NOTHING_READ, reason
+        return read._replace(backend=backend), None
 
     def obstacle(self, block: nn.Module) -> str | None:
         """What stands before the experts of this block and would be passed by, or None."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ...backends.c import C
 from ...backends.spec import AFFINITIES, Rule, topk_spec
-from ...backends.tables import as_array
+from ...backends.tables import DTYPES, as_array
 from ..reading import as_logits, by_expert
 
 ROWS = 32  # that a gate is checked on
@@ -342,7 +342,7 @@ def _hidden(gate: nn.Module, dtype: torch.dtype) -> Tensor:
     matrices = [p for p in gate.parameters() if p.dim() == 2]
     width = matrices[0].shape[1]
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(ROWS, width, generator=generator).to(dtype)
+    return torch.randn(ROWS, width, generator=generator).to(matrices[0].device, dtype)
 
 
 def _difference(
@@ -350,9 +350,11 @@ def _difference(
 ) -> str:
     """What a gate did otherwise than its rule, or nothing."""
     top_k, num_experts = settings.top_k, logits.shape[1]
+    dtype = dtype if dtype in DTYPES else torch.float32  # C has no other
     if ids.shape[1] != top_k:
         return f"its router took {ids.shape[1]} experts, and {top_k} is what it is set to"
     spec = topk_spec(rule, num_experts, top_k, "sum" if settings.renormalises else "none")
+    logits, weights, ids = logits.cpu(), weights.cpu(), ids.cpu()
     given = (logits if logits.dtype == dtype else logits.float()).contiguous()
     try:
         mine, mine_ids, *_ = C.route(given, spec, dtype)

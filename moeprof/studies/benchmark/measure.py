@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...checks import check_token_ids, check_type
-from ...models.decoding import cache_of, decode
+from ...measure.timing import wait_for
+from ...models.decoding import cache_of, decode, device_of
 from ...models.tokens import prompt_ids
 
 if TYPE_CHECKING:
@@ -94,10 +95,11 @@ def look(
     check_token_ids(model, (prompt.ids for prompt in prompts))
     experts, nats, generated = [], [], []
     for prompt in prompts:
+        ids = prompt.ids.to(device_of(model))
         with MoEProfiler(model) as prefill:
-            out = model(input_ids=prompt.ids, use_cache=True)
+            out = model(input_ids=ids, use_cache=True)
         logits = out.logits[0, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits, prompt.ids[0, 1:], reduction="none")
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
         nats.append(loss.sum(dtype=torch.float64).item())
         tokens = []
         with MoEProfiler(model) as steps:
@@ -125,13 +127,17 @@ def run_round(
     """(prefill (N,), decode (N, S)) seconds, all prompts once, batch 1, no early stop."""
     prefill, steps = np.zeros(len(prompts)), np.zeros((len(prompts), new_tokens))
     for number, prompt in enumerate(prompts):
+        ids = prompt.ids.to(device_of(model))
+        wait_for(ids)
         start = time.perf_counter()
-        out = model(input_ids=prompt.ids, use_cache=True)
+        out = model(input_ids=ids, use_cache=True)
+        wait_for(ids)
         prefill[number] = time.perf_counter() - start
         for place in range(new_tokens):
             start = time.perf_counter()
             token = out.logits[:, -1:].argmax(dim=-1)
             out = decode(model, token, cache_of(out))
+            wait_for(ids)
             steps[number, place] = time.perf_counter() - start
         step()
     return prefill, steps

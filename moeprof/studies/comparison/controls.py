@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...backends.ops import run_experts
 from ...backends.spec import Rule
-from ...backends.tables import WeightTable
+from ...backends.tables import table_of
 from ...measure.passes import collect
 from ...measure.routing import by_layer, choose
 from ...models.blocks import find_blocks, model_norm
@@ -79,9 +79,10 @@ def with_counts(
         def route(logits: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal position
             wanted = torch.from_numpy(counts[layer, position : position + len(logits)])
+            wanted = wanted.to(logits.device)
             position += len(logits)
             weights, experts, *_ = choose(ordered, logits, own, "none", top_k, plain)
-            kept = torch.arange(experts.shape[1]) < wanted[:, None]
+            kept = torch.arange(experts.shape[1], device=wanted.device) < wanted[:, None]
             mass = None
             if norm == "mass":
                 mass = choose(TopK(top_k), logits, None, "none", top_k, plain)[0].sum(1)
@@ -169,7 +170,7 @@ class Oracle:
         """(T, k) norms of what each slot adds to the block's output."""
         block, x = self.blocks[layer], self._hidden[layer]
         read, _ = block.family.readable(block.module)
-        table = WeightTable(*read)
+        table = table_of(read)
         slots = [
             run_experts(x, experts[:, [slot]], weights[:, [slot]].to(x.dtype), table, "oracle")
             for slot in range(self.top_k)
@@ -208,7 +209,7 @@ class Oracle:
     ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         self.clear()
         passed = collect(self.model, text, self.routers(thresholds), norm=self.norm, step=step)
-        sizes = np.stack([torch.cat(layer).numpy() for layer in self.sizes])
+        sizes = np.stack([torch.cat(layer).numpy(force=True) for layer in self.sizes])
         self.clear()
         return sizes, passed.counts.mean(axis=1)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 
+from ...measure.passes import ids_for
 from ...measure.routing import affinities, by_layer, choose
 from ...models.blocks import find_blocks, model_norm
 from ...models.decoding import cache_of, decode, keeps_all
@@ -136,17 +137,21 @@ class ChangedRouter:
             self.router, logits, self.null, self.norm, self.norm_k, self.rule
         )
         if self.changes is None:
-            self.seen = experts.numpy(), counts.numpy(), rejections.numpy()
+            self.seen = (
+                experts.numpy(force=True),
+                counts.numpy(force=True),
+                rejections.numpy(force=True),
+            )
             return weights, experts
         return self._changed(logits, weights, experts)
 
     def _changed(self, logits: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         changes = cast("Changes", self.changes)
-        mine = torch.from_numpy(changes.layer == self.layer)[:, None]
-        slot = torch.arange(experts.shape[1])
-        first, last, extra = (
-            torch.from_numpy(getattr(changes, name))[:, None] for name in ("first", "last", "extra")
+        mine, first, last, extra = (
+            torch.from_numpy(values).to(logits.device)[:, None]
+            for values in (changes.layer == self.layer, changes.first, changes.last, changes.extra)
         )
+        slot = torch.arange(experts.shape[1], device=logits.device)
         emptied = mine & (slot >= first) & (slot < last)
         # An added expert weighs its affinity times what the norm makes of the selected ones'.
         every = affinities(logits.float() / self.router.temperature, self.rule)
@@ -218,7 +223,7 @@ def _ablate_window(
     rng: np.random.Generator,
 ) -> Ablation:
     """The Ablation of the positions of one window."""
-    ids = window.ids[:, : places[-1] + 2]
+    ids = ids_for(model, [window])[:, : places[-1] + 2]
     cache = prefill(model, ids[:, :-1], routers)
     seen = [tuple(part[places] for part in router.seen or ()) for router in routers]
     counts, rejections = (np.stack([s[i] for s in seen], axis=1) for i in (1, 2))
@@ -300,9 +305,9 @@ def changed_losses(
     else:
         passes = _apart(model, ids, rows, routers)
     for these, logits in passes:
-        target = ids[0, rows.place[these] + 1]
+        target = ids[0, rows.place[these] + 1].to(logits.device)
         loss = torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
-        losses[these] = loss.numpy()
+        losses[these] = loss.numpy(force=True)
     for router in routers:
         router.changes = None
     return losses
@@ -323,8 +328,8 @@ def _together(
         # A row sees the tokens before its position and, of the queries, itself only.
         sees = np.concatenate([columns < part.place[:, None], np.eye(size, dtype=bool)], axis=1)
         mask = torch.zeros(sees.shape, dtype=dtype)
-        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)
-        place = torch.from_numpy(part.place)[None]
+        mask = mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min).to(ids.device)
+        place = torch.from_numpy(part.place)[None].to(ids.device)
         out = decode(
             model, ids[:, place[0]], cache, attention_mask=mask[None, None], position_ids=place
         )
@@ -348,7 +353,7 @@ def _apart(
             copied = copy.deepcopy(cache)
             length = 1 if cache is not None else place + 1
             if cache is not None:
-                copied.reorder_cache(torch.zeros(len(these), dtype=torch.long))
+                copied.reorder_cache(torch.zeros(len(these), dtype=torch.long, device=ids.device))
             for router in routers:
                 router.changes = rows.take(these).at_end_of(length)
             given = ids[:, place + 1 - length : place + 1].expand(len(these), -1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ...measure.passes import documents_of
+from ...measure.passes import documents_of, ids_for
 from ...measure.routing import by_layer, choose
 from ...models.blocks import find_blocks
 from ...patching.patch import patch
@@ -60,9 +60,10 @@ def see(
         calls: list[list[Any]] = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing.logits))
         for window in text.windows:
-            logits = model(input_ids=window.ids, use_cache=False).logits[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, window.ids[0, 1:], reduction="none")
-            losses.append(np.append(loss.numpy(), np.nan)[1:])
+            ids = ids_for(model, [window])
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+            losses.append(np.append(loss.numpy(force=True), np.nan)[1:])
             step()
     if any(logits is None for layer in calls for logits in layer):
         raise ValueError("the model's gates give no logits, so there is nothing to diagnose")

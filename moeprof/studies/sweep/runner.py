@@ -59,7 +59,7 @@ class Tally:
     def settle(self) -> Tally:
         """Count what was kept; call it outside of timed regions."""
         for layer, counts, rejections in self._calls:
-            found = np.bincount(counts.numpy(), minlength=self.histogram.shape[1])
+            found = np.bincount(counts.numpy(force=True), minlength=self.histogram.shape[1])
             self.histogram[layer] += found
             self.by_call[layer].append(int(counts.sum()))
             self.unrejected += int((rejections == 0).sum())

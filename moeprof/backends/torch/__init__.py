@@ -1,0 +1,1 @@
+"""The backend in torch: tensors on any device, in batched operations."""
