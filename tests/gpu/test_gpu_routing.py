@@ -109,7 +109,8 @@ def test_least_scores_are_where_p_reaches_a_level(kind):
 @pytest.mark.parametrize("experts", WIDTHS)
 def test_torch_is_c(case, experts):
     name, own = case
-    for kind in nulls_of(name, own):
+    kinds = nulls_of(name, own)
+    for kind in kinds if experts <= 64 else kinds[:1]:
         null = layer_null(kind, experts)
         z = logits_of(150, experts)
         agree(make(name, experts, **own), z, null=null)
