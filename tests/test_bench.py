@@ -274,6 +274,7 @@ def test_the_torch_twins_route_as_the_routers_do(name):
     assert same.mean() > 0.99
 
 
+@pytest.mark.slow
 def test_model(capsys, tmp_path):
     picture = tmp_path / "model.png"
     options = ("--tokens", "1,5", "--plot", picture)

@@ -126,6 +126,7 @@ def test_ctrl_c(tmp_path, tiny, prompts):
     assert len(pandas.read_csv(tmp_path / "r" / RESULTS[3])) == 2
 
 
+@pytest.mark.slow
 def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
     text, null, out = tmp_path / "text.txt", tmp_path / "null.npz", tmp_path / "out"
     text.write_text(demo.calibration_texts()[0].text)
@@ -202,6 +203,7 @@ def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
     assert "logit.npz: merge: score differs: 'logprob', 'logit'" in line
 
 
+@pytest.mark.slow
 def test_null_text(tmp_path, tiny, prompts):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(demo.calibration_texts()[0].text)

@@ -9,6 +9,8 @@ import pytest
 import moeprof
 from moeprof import checks, cli, demo
 
+pytestmark = pytest.mark.slow  # many processes, which import all; little depends on the version
+
 SLOW = ("torch", "transformers", "pandas", "matplotlib", "scipy", "statsmodels", "rich", "tqdm")
 COMMANDS = {
     "sweep": ["--out", "out"],

@@ -5,7 +5,7 @@ A comment above a block says where that isn't so:
     <!-- not yet: X -->         X does not exist yet, the block is skipped
     <!-- not run: the reason --> its commands are only looked at: what they name has to exist
     <!-- transformers 5 -->     it is skipped on 4.57
-    <!-- slow -->               Python that takes more than ten seconds, and so does its page
+    <!-- slow -->               Python that takes more than ten seconds with its page
     <!-- the main command -->, <!-- the test command -->: README's, which install; looked at
 
 The demo model stands in for a model of the hub. Commands that would take minutes run on fewer
@@ -40,7 +40,7 @@ QUICK = {
     "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --tokens 512 --prompts prompts.txt",
     "profile": "--tokens 256 --continuations 1 --new-tokens 2",
     "diagnose": "--positions 5 --tokens 512",
-    "compare": "--tokens 512 --budget-tokens 1024 --tables reduction --budgets 4",
+    "compare": "--tokens 512 --budget-tokens 1024 --tables reduction --budgets 4 --quantized 8",
 }
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

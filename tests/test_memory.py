@@ -5,7 +5,10 @@ import sys
 import pytest
 import util
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's"),
+]
 
 MIB = 1 << 20
 

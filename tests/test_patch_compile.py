@@ -111,6 +111,7 @@ def test_inductor():
         torch.testing.assert_close(run(compiled, x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_lengths_and_a_changed_top_k():
     """The compiled model follows what the eager one does."""
     model = olmoe()

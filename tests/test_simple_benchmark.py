@@ -173,6 +173,7 @@ def test_times_are_of_the_calls(monkeypatch):
     assert slow["prefill_ms"] == 1.25e3 * 31 / 4
 
 
+@pytest.mark.slow
 def test_compare_runs_all_in_turn_and_undoes_each(monkeypatch):
     model = olmoe()
     model.train()

@@ -19,6 +19,8 @@ from moeprof.backends.tables import (
 )
 from moeprof.backends.torch import experts as torch_experts
 
+pytestmark = pytest.mark.once
+
 E, H, I, K = 6, 16, 8, 3  # noqa: E741
 
 # Of a layer of experts: how its tensors are stored, with biases, in a list, and what it computes.

@@ -13,6 +13,7 @@ from moeprof.studies.sweep.compared import compared, on_line
 from moeprof.studies.sweep.merged import merged
 
 
+@pytest.mark.slow
 def test_static_is_what_top_k_does_on_the_same_text(experiment, run):
     (row,) = run[0]["static"]  # the own k is the baseline
     assert row["k"] == 1 and row["avg_experts_heldout"] == 1

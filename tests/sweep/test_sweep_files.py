@@ -35,6 +35,7 @@ def test_the_sweep_writes_its_files(run):
     assert files.report.read_text() == report(result)
 
 
+@pytest.mark.slow
 def test_the_sweep_says_where_it_is(experiment, tmp_path, capsys):
     sweep(experiment, tmp_path, FACTS)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
