@@ -19,8 +19,8 @@ _QUANTISED = (
 _LIBRARIES = {
     "peft": "PEFT has put an adapter, such as LoRA, on this layer: merge it first, "
     "model = model.merge_and_unload()",
-    "accelerate": "accelerate has put its hooks on this layer, which move or offload weights: "
-    "load the whole model into memory, without device_map and without offload",
+    "accelerate": "accelerate has put its hooks on this layer, which bring its weights for each "
+    "call: load the model onto devices that hold it, without offload",
     "nnsight": "nnsight has put its hooks on this layer: patch a model that it does not wrap",
     **{
         prefix: _QUANTISED.format(name=name)
@@ -98,8 +98,22 @@ def hooked(module: nn.Module) -> str | None:
 
 def _own_forward(module: nn.Module) -> bool:
     """Has it a forward of its own, other than one of `moeprof.patch`?"""
-    forward = vars(module).get("forward")
+    own = vars(module)
+    forward = own.get("forward")
+    if _only_moves_inputs(forward, own):
+        forward = own["_old_forward"]
     return not (forward is None or _is_ours_or_stock(forward, module))
+
+
+def _only_moves_inputs(forward: Any, own: dict[str, Any]) -> bool:
+    """Is it accelerate's, on a module whose weights stay where they are? So it spreads a model
+    over several devices; the inputs of a block are moved before that is called."""
+    hook = own.get("_hf_hook")
+    return (
+        getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+        and type(hook).__name__ == "AlignDevicesHook"
+        and not hook.offload
+    )
 
 
 def _is_ours_or_stock(forward: Any, module: nn.Module) -> bool:

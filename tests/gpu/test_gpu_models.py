@@ -2,6 +2,7 @@
 
 import copy
 
+import every
 import pytest
 import torch
 from models import V5, assert_unchanged, fit_null, olmoe, relative, snapshot, token_ids
@@ -152,6 +153,30 @@ def test_moved_and_changed_while_patched(model, device):
                 logits(model, device)
         else:
             assert relative(logits(model, device), before) <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+@pytest.mark.parametrize("backend", ["c", "torch"])
+def test_a_model_that_accelerate_spreads_over_devices(family, backend, device):
+    """Its hooks on every module move inputs; weights that stay where they are can be read."""
+    accelerate = pytest.importorskip("accelerate")
+    model = every.build(family)
+    where = "cpu" if backend == "c" else device
+    given = every.inputs(model)
+    parts = {name.rpartition(".weight")[0] or name: where for name, _ in model.named_parameters()}
+    layers = {f"model.layers.{n}": where for n in range(len(model.model.layers))}
+    others = {name: where for name in parts if not name.startswith("model.layers.")}
+    spread = accelerate.dispatch_model(model, {**layers, **others}, force_hooks=True)
+    given = {name: value.to(where) for name, value in given.items()}
+    assert hasattr(spread.model.layers[0].mlp.experts, "_hf_hook") or not V5
+    before, state = every.run(spread, given), snapshot(spread)
+    with moeprof.patch(spread, backend=backend) as handle:
+        assert handle.layers and not handle.fallbacks
+        assert relative(every.run(spread, given), before) <= 2e-5
+        copied = copy.deepcopy(spread)
+        assert relative(every.run(copied, given), before) <= 2e-5
+    assert_unchanged(spread, state)
+    assert torch.equal(every.run(spread, given), before)
 
 
 def test_float64(device):
