@@ -112,7 +112,7 @@ def _only_moves_inputs(forward: Any, own: dict[str, Any]) -> bool:
     return (
         getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
         and type(hook).__name__ == "AlignDevicesHook"
-        and not hook.offload
+        and not getattr(hook, "offload", True)
     )
 
 

@@ -19,7 +19,7 @@ from moeprof.backends.tables import (
 )
 from moeprof.backends.torch import experts as torch_experts
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow  # nothing of transformers is in it but for a helper's file
 
 E, H, I, K = 6, 16, 8, 3  # noqa: E741
 
