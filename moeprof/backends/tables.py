@@ -324,7 +324,7 @@ def ids_obstacle(expert_ids: Tensor, table: Matrices) -> str | None:
     those on another device the host waits."""
     if table.backend == "c" or torch.compiler.is_compiling() or not expert_ids.numel():
         return None
-    low, high = int(expert_ids.min()), int(expert_ids.max())
+    low, high = torch.stack(expert_ids.aminmax()).tolist()
     if low < -1 or high > table.num_experts:
         named = low if low < -1 else high
         return f"expert_ids: expected -1 to {table.num_experts}, got {named}"

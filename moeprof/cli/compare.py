@@ -212,6 +212,7 @@ def _command(arguments: argparse.Namespace) -> str:
         "trust_remote_code": False,
         "dtype": "float32",
         "bits": None,
+        "device": "cpu",
         "threads": None,
         "routers": None,
         "budgets": None,

@@ -182,6 +182,7 @@ def _profile(
     patch: dict[str, Any] | None,
 ) -> None:
     from ..measure.roofline import roofline
+    from ..models.decoding import device_of
     from ..profile.run import plan, profile_texts
 
     console = make_console()
@@ -198,7 +199,7 @@ def _profile(
         model,
         planned,
         patch=patch,
-        roofline=roofline(model),
+        roofline=roofline(model) if device_of(model).type == "cpu" else None,
         trace=arguments.trace,
         records=arguments.records,
         vocabulary=arguments.vocabulary,

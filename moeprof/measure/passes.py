@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ..backends.torch.prepared import precise
 from ..models.blocks import find_blocks
 from ..models.decoding import device_of
 from ..patching.patch import patch
@@ -148,7 +149,7 @@ class Reference:
         self.log_probs = []
         with patch(model), torch.inference_mode():  # its own top-k, on the same kernels
             for windows in batches(text):
-                self.log_probs.append(_log_probs(model, ids_for(model, windows)))
+                self.log_probs.append(_log_probs(model, ids_for(model, windows)).cpu())
                 for _ in windows:
                     step()
 
@@ -172,6 +173,7 @@ class Reference:
                 ids = ids_for(self.model, windows)
                 routed = _log_probs(self.model, ids)
                 at = [window.document for window in windows]
+                full = full.to(routed.device)
                 difference = torch.where(full > -torch.inf, full - routed, 0)
                 parts = _sums(full.exp() * difference)
                 np.add.at(kl, at, parts)
@@ -209,7 +211,7 @@ def ids_for(model: nn.Module, windows: Iterable[Window]) -> Tensor:
 
 def _sums(values: Tensor) -> NDArray[np.float64]:
     """(B,) of values (B, n, V)."""
-    return values.sum((1, 2), dtype=torch.float64).numpy(force=True)
+    return values.sum((1, 2), dtype=precise(values.device)).numpy(force=True)
 
 
 def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:

@@ -98,7 +98,9 @@ def roofline(model: nn.Module) -> Roofline:
 def known_roofline(model: nn.Module) -> Roofline | None:
     """What `roofline` measured for this model as it is now; None if it did not. Costs nothing."""
     known = _measured.get(model)
-    return known.get(_key(_weights(model))) if known else None
+    if not known or any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return None
+    return known.get(_key(_weights(model)))
 
 
 def _key(weights: list[Tensor]) -> tuple[torch.dtype, int]:

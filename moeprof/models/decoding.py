@@ -9,8 +9,12 @@ if TYPE_CHECKING:
 
 
 def device_of(model: "nn.Module") -> "device":
-    """Where it takes its tokens; of one that is spread over several, the first."""
-    return next(model.parameters()).device
+    """Where it takes its tokens; of one that is spread over several, the first. Weights on the
+    device meta are fetched by accelerate, which also moves the inputs."""
+    import torch
+
+    found = next(model.parameters()).device
+    return torch.device("cpu") if found.type == "meta" else found
 
 
 def decode(model: Any, input_ids: "Tensor", cache: Any, **options: Any) -> Any:

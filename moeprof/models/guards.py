@@ -137,8 +137,10 @@ def gate_obstacle(gate: nn.Module, is_stock: bool) -> str | None:
 
     is_stock: the C path passes by the choice of such a gate, which has to be the class's then.
     """
-    if torch.is_autocast_enabled("cpu"):
-        return "CPU autocast is active"
+    if torch._C._is_any_autocast_enabled():
+        device = next((parameter.device.type for parameter in gate.parameters()), "cpu")
+        if torch.is_autocast_enabled(device):
+            return f"{device.upper()} autocast is active"
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         if foreign := [h for h in _global_hooks() if not _is_known(h)]:

@@ -68,6 +68,8 @@ def _no_weights(weights: Tensor, experts: Tensor, logits: Tensor) -> str | None:
     """
     if experts.is_floating_point() or experts.shape != weights.shape:
         return None  # refused later
+    # Of another device once, not in each of the questions: the host waits for it.
+    weights, experts, logits = (t.detach().cpu() for t in (weights, experts, logits))
     used = (experts >= 0) & (experts < logits.shape[1])
     if not bool(used.any()):
         return None

@@ -48,6 +48,11 @@ class _Call:
         said = self.said
         return said is not None and said.expert_ids is expert_ids and said.counts is not None
 
+    @property
+    def is_stock(self) -> bool:
+        """Does transformers choose?"""
+        return self.layer.router is None and self.layer.family.has_stock_gate(self.block)
+
     def ran(self) -> Routing:
         """The routing that ran."""
         assert self.given is not None
@@ -193,7 +198,7 @@ def experts_forward(
     name = call.layer.title
     reason = input_obstacle(call.table, hidden_states)
     reason = reason or routing_obstacle(expert_ids, routing_weights, call.table)
-    if not call.is_ours(expert_ids):
+    if not (call.is_ours(expert_ids) or call.is_stock):
         reason = reason or ids_obstacle(expert_ids, call.table)
     if reason:
         raise RuntimeError(not_runnable(name, reason))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..models.entry import Entry
 from ..models.find import Site, calls_one_by_one
@@ -103,6 +104,17 @@ class Ran(NamedTuple):
     rows: list[int] | None
     filled: list[int] | None
     call: tuple[tuple[Any, ...], dict[str, Any]] | None
+    output: Any  # of the router, where nobody has looked at it yet
+
+
+def _is_on_host(output: Any) -> bool:
+    parts = output if isinstance(output, tuple | list) else [output]
+    return all(part.is_cpu for part in parts if isinstance(part, Tensor))
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """Its shape alone, of numbers that are no indices."""
+    return tensor.to("meta") if tensor.is_floating_point() else tensor
 
 
 class LayerWatch(_Watch, Observer):
@@ -219,7 +231,7 @@ class LayerWatch(_Watch, Observer):
             self._pass_over(step)
             return
         step.output = output
-        if isinstance(output, tuple | list):
+        if _is_on_host(output):  # else the host would wait within the time of the layer
             self._refuse_skips(output)
 
     def _pass_over(self, step: Step | None) -> None:
@@ -248,7 +260,12 @@ class LayerWatch(_Watch, Observer):
             step.end_layer()
             return
         span, choice = step.span.stop(), self._choice(step)
-        ran = Ran(step.rows, step.filled, step.call)
+        output = step.output
+        if _is_on_host(output):
+            ran = Ran(step.rows, step.filled, step.call, None)
+        else:  # what is counted later keeps no hidden states
+            call = None if step.call is None else tree_map_only(Tensor, _without_values, step.call)
+            ran = Ran(step.rows, step.filled, call, output)
         step.end_layer()
         step.count(choice, partial(self._count_stock, step, choice, span, ran))
         if not step.entered:
@@ -256,6 +273,7 @@ class LayerWatch(_Watch, Observer):
 
     def _count_stock(self, step: Step, choice: Routing, span: Span, ran: "Ran") -> None:
         """Of a block that is not patched."""
+        self._refuse_skips(ran.output)
         choice, skips = without_empty(choice, self.site.layer.num_experts)
         skips = skips or self._may_skip()
         left_out = self._left_out(ran, choice)
@@ -328,11 +346,9 @@ class LayerWatch(_Watch, Observer):
         alone = getattr(self.site.experts, "_is_expert_parallel", True) is False
         return not alone or self._implementation() in (None, "eager")
 
-    def _refuse_skips(self, output: tuple[Any, ...] | list[Any]) -> None:
-        if self._may_skip():
+    def _refuse_skips(self, output: Any) -> None:
+        if self._may_skip() or not isinstance(output, tuple | list):
             return
-        if any(isinstance(part, Tensor) and not part.is_cpu for part in output):
-            return  # the host would wait within the time of the layer
         num_experts = self.site.layer.num_experts
         for part in output:
             if isinstance(part, Tensor) and not part.is_floating_point():

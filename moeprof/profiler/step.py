@@ -41,8 +41,8 @@ class Step:
 
     def count(self, routing: Routing, how: Callable[[], None]) -> None:
         """Call `how`, which counts a routing: now, or at the end of the step where its tensors
-        are on another device, since the host waits for that."""
-        if routing.chosen.is_cpu:
+        are on another device, since the host waits for that. Layers are counted in order."""
+        if routing.chosen.is_cpu and not self._waiting:
             how()
         else:
             self._waiting.append(how)

@@ -246,14 +246,14 @@ def _experts_part(block: Block, format: str, exact: bool) -> _Part | str:
     experts = block.family.experts_of(block.module)
     if isinstance(experts, QuantizedExperts):
         return _already(block.title, experts, format, exact)
-    if reason := block.readable() or block.family.no_stand_in:
+    if reason := block.readable("c") or block.family.no_stand_in:
         raise ValueError(f"quantize: {block.title}: can't be quantised: {reason}")
-    read = block.family.readable(block.module)[0]
+    read = block.family.readable(block.module, "c")[0]
     key = (*map(id, read.matrices), read.activation, read.storage)
 
     def make() -> QuantizedExperts:
         # Read again: the plan holds no tensor, so that each layer is freed when it is replaced.
-        now = block.family.readable(block.module)[0]
+        now = block.family.readable(block.module, "c")[0]
         config = getattr(block.family.experts_of(block.module), "config", None)
         return quantized(now, format, config)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..backends.torch.prepared import precise
 from ..checks import check_model, check_token_ids, check_tokenizer
 from ..measure.bootstrap import bootstrap
 from ..measure.passes import batches, evaluating, ids_for
@@ -174,7 +175,7 @@ def _nats(
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(
                 logits.transpose(1, 2), ids[:, 1:], reduction="none"
-            ).sum(1, dtype=torch.float64)
+            ).sum(1, dtype=precise(logits.device))
             np.add.at(nats, [window.document for window in windows], loss.numpy(force=True))
             for _ in windows:
                 step()

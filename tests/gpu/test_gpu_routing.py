@@ -31,7 +31,8 @@ from moeprof.backends.c import C
 from moeprof.backends.spec import PLAIN, Rule
 from moeprof.backends.torch import nulls, prepared, routing
 from moeprof.backends.torch.counts import ROUTERS, step_up_levels
-from moeprof.backends.torch.routing import choice_logits, route
+from moeprof.backends.torch.routing import route
+from moeprof.backends.torch.rule import choice
 from moeprof.routers import BH, REGISTRY, TopK, TopP
 
 pytestmark = pytest.mark.once
@@ -214,7 +215,7 @@ MANY = np.concatenate([LOGITS, random_logits(1000, 24)])
 def test_rules(name, router, norm):
     rule, logits = RULES[name], torch.from_numpy(MANY)
     spec = spec_of(router, 24, norm=norm, norm_k=5, rule=rule)
-    z = choice_logits(logits, spec, torch.float32)
+    z = choice(prepared.Prepared.of(spec, logits.device), logits)[0]
     assert torch.allclose(z, C.choice_logits(logits, spec, torch.float32), rtol=1e-6, atol=2e-6)
     ours, other = route(logits, spec, torch.float32), C.route(logits, spec, torch.float32)
     kept = steady(logits, spec, torch.float32)
@@ -299,9 +300,8 @@ def test_what_is_not_a_spec_or_not_its_logits():
         with pytest.raises(ValueError, match="router_logits: expected 8 experts"):
             route(torch.zeros(shape), spec, torch.float32)
     bad = spec_of(TopK(2), 24, rule=Rule(bias=BIAS[:-1]))
-    for call in (route, choice_logits):
-        with pytest.raises(ValueError, match="bias: expected a finite number for each of 24"):
-            call(torch.zeros(3, 24), bad, torch.float32)
+    with pytest.raises(ValueError, match="bias: expected a finite number for each of 24"):
+        route(torch.zeros(3, 24), bad, torch.float32)
 
 
 # ---- on other devices ----

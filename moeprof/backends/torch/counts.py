@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
         return local_fdr_of(self.own, self.scores)
 
     @property
-    def below(self) -> Tensor:
+    def distance(self) -> Tensor:
         """z_1 - z_r >= 0; infinities that are equal lie at distance 0."""
         return -below(self.z, self.z[:, :1])
 
@@ -231,18 +231,18 @@ def topk(tokens: Tokens, k: float) -> Tensor:
 
 @router(Wants.Z)
 def top_p(tokens: Tokens, P: float) -> Tensor:
-    sums = torch.exp(-tokens.below).cumsum(1)
+    sums = torch.exp(-tokens.distance).cumsum(1)
     return 1 + _number(sums[:, :-1] < P * sums[:, -1:])
 
 
 @router(Wants.Z)
 def min_p(tokens: Tokens, t: float) -> Tensor:
-    return _number(torch.exp(-tokens.below) > t)
+    return _number(torch.exp(-tokens.distance) > t)
 
 
 @router(Wants.Z)
 def entropy(tokens: Tokens, c: float) -> Tensor:
-    d = tokens.below
+    d = tokens.distance
     a = torch.exp(-d)
     mass = a.sum(1)
     spread = (a * d).masked_fill(a == 0, 0.0).sum(1)
@@ -252,7 +252,7 @@ def entropy(tokens: Tokens, c: float) -> Tensor:
 
 @router(Wants.Z)
 def kneedle(tokens: Tokens, on: float, c: float) -> Tensor:
-    d = tokens.below
+    d = tokens.distance
     if on == 0:  # "prob"
         d = 1 - torch.exp(-d)
     whole, steps = d[:, -1:], max(tokens.own.experts - 1, 1)

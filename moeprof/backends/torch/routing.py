@@ -46,12 +46,6 @@ def route(
     return weights, _filled(ids.to(torch.int32), unused, -1), counts, rejections
 
 
-def choice_logits(logits: Tensor, spec: RouteSpec, dtype: torch.dtype) -> Tensor:
-    """See `Backend.choice_logits`; float64 for logits in float64."""
-    own, logits = _taken(logits, spec)
-    return choice(own, logits)[0]
-
-
 def _taken(logits: Tensor, spec: RouteSpec) -> tuple[Prepared, Tensor]:
     """The spec on the device of the logits (T, E), and these in float32 or float64."""
     if logits.dim() != 2 or logits.shape[1] != spec.num_experts:

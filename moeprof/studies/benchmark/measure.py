@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...backends.torch.prepared import precise
 from ...checks import check_token_ids, check_type
 from ...measure.timing import wait_for
 from ...models.decoding import cache_of, decode, device_of
@@ -100,7 +101,7 @@ def look(
             out = model(input_ids=ids, use_cache=True)
         logits = out.logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-        nats.append(loss.sum(dtype=torch.float64).item())
+        nats.append(loss.sum(dtype=precise(loss.device)).item())
         tokens = []
         with MoEProfiler(model) as steps:
             for _ in range(new_tokens):
