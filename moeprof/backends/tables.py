@@ -321,8 +321,12 @@ def routing_obstacle(expert_ids: Tensor, routing_weights: Tensor, table: Matrice
 
 def ids_obstacle(expert_ids: Tensor, table: Matrices) -> str | None:
     """What of ids that a user has made is no expert, or None. C looks at them itself, and for
-    those on another device the host waits."""
-    if table.backend == "c" or torch.compiler.is_compiling() or not expert_ids.numel():
+    those on another device the host waits; what is compiled fails when it runs."""
+    if table.backend == "c" or not expert_ids.numel():
+        return None
+    if torch.compiler.is_compiling():
+        good = (expert_ids >= -1) & (expert_ids <= table.num_experts)
+        torch._assert_async(good.all(), f"expert_ids: expected -1 to {table.num_experts}")
         return None
     low, high = torch.stack(expert_ids.aminmax()).tolist()
     if low < -1 or high > table.num_experts:

@@ -153,7 +153,7 @@ def _device(arguments: argparse.Namespace) -> Any:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch says it
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:  # as torch says it
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"--device {name}: {reason}") from None
     if device.type == "meta":

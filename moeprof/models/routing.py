@@ -30,6 +30,12 @@ class Routing(NamedTuple):
     rejections: Tensor | None = None
     logits: Tensor | None = None
 
+    def detached(self) -> "Routing":
+        """The same without gradients."""
+        if self.weights is None or not self.weights.requires_grad:
+            return self
+        return Routing(*(None if part is None else part.detach() for part in self))
+
     def on_host(self) -> "Routing":
         """The same in the CPU's memory."""
         return Routing(*(None if part is None else part.cpu() for part in self))

@@ -69,6 +69,7 @@ def tell(
     one was observed."""
     if span is not None:
         span.stop()
+    routing = routing.detached()
     for callback in layer.callbacks:
         callback(layer.index, routing)
     if span is not None:

@@ -170,6 +170,16 @@ def test_tokens_without_experts_are_zero(tokens, way, device):
     assert bool((out == 0).all())
 
 
+@pytest.mark.parametrize("tokens", [3, 400])
+def test_the_weight_of_an_empty_slot_is_not_read(tokens, way, device):
+    case = Case("rows", torch.float32, device)
+    ids, weights = routing(tokens, device)
+    weights = weights.masked_fill((ids < 0) | (ids == E), math.nan)
+    x = torch.randn(tokens, H)
+    out = torch_experts.run_experts(x.to(device), ids.to(device), weights.to(device), case.read)
+    assert relative(out.cpu(), case.expected(x, ids, weights)) <= 2e-6
+
+
 def test_no_tokens(way, device):
     case = Case("rows", torch.float32, device)
     x, ids = torch.zeros(0, H, device=device), torch.zeros(0, K, dtype=torch.int32, device=device)
@@ -193,6 +203,7 @@ def test_gradients(layout, device):
     """Through the routing weights, the hidden states and the experts, in float64."""
     case = Case(layout, torch.float64, device, (3, 4, 2))
     ids, weights = routing(3, device, num_experts=3, k=2)
+    assert bool((ids < 0).any())
     given = [torch.randn(3, 4, dtype=torch.float64), weights.double(), *case.read.matrices]
     given = [tensor.to(device).requires_grad_() for tensor in given]
 

@@ -94,6 +94,28 @@ def test_an_id_that_is_no_expert_is_refused(model, device):
             logits(model, device)
 
 
+@pytest.mark.slow
+def test_an_id_that_is_no_expert_is_refused_when_compiled(device):
+    def wrong(z):
+        return torch.ones(len(z), 1, device=z.device), torch.full((len(z), 1), 99, device=z.device)
+
+    if device.type != "cpu":
+        pytest.skip("a failed assertion leaves a GPU unusable")
+    block = olmoe().model.layers[0].mlp
+    with moeprof.patch(block, wrong, backend="torch"), torch.no_grad():
+        torch.compiler.reset()
+        with pytest.raises(RuntimeError, match="expert_ids: expected -1 to 8"):
+            torch.compile(block, backend="aot_eager")(torch.zeros(1, 3, 32))
+
+
+def test_callbacks_get_no_gradients(model, device):
+    found = []
+    with moeprof.patch(model, backend="torch") as handle:
+        handle.on_routing(lambda layer, routing: found.append(routing))
+        model(token_ids().to(device), labels=token_ids().to(device)).loss.backward()
+    assert found and not any(routing.weights.requires_grad for routing in found)
+
+
 def test_nan_and_overflow(model, device):
     """Logits that are NaN, or infinite as those of float16 are: an error or NaN, no wrong text."""
     for value in (float("nan"), float("inf")):

@@ -32,10 +32,24 @@ def run_experts(
     run = _grouped if _has_grouped_mm(hidden, read) else _one_by_one
     order, out = run(hidden, pairs, slots, read)
     exact = torch.promote_types(out.dtype, torch.float32)
-    weighted = out.to(exact) * routing_weights.reshape(-1)[order, None].to(exact)
-    by_slot = weighted.new_zeros((tokens * slots, read.hidden_size))
-    by_slot = by_slot.index_copy(0, order, weighted)
-    return by_slot.view(tokens, slots, read.hidden_size).sum(1).to(hidden.dtype)
+    is_empty = (expert_ids < 0) | (expert_ids >= read.num_experts)
+    weights = routing_weights.masked_fill(is_empty, 0).reshape(-1)[order]
+    weighted = out.to(exact) * weights[:, None].to(exact)
+    return _by_token(weighted, order, tokens, slots).to(hidden.dtype)
+
+
+def _by_token(weighted: Tensor, order: Tensor, tokens: int, slots: int) -> Tensor:
+    """(T, H): the sums of (P, H) over the slots of each token, in their order."""
+    width = weighted.shape[1]
+    if len(order) == tokens * slots:
+        by_slot = weighted.new_zeros((tokens * slots, width)).index_copy_(0, order, weighted)
+        return by_slot.view(tokens, slots, width).sum(1)
+    token = order // slots
+    if weighted.device.type == "mps":  # has no sums of segments, and one order of additions
+        return weighted.new_zeros((tokens, width)).index_add_(0, token, weighted)
+    lengths = torch.zeros(tokens, dtype=torch.int64, device=token.device)
+    lengths.scatter_add_(0, token, torch.ones_like(token))
+    return torch.segment_reduce(weighted[order.argsort()], "sum", lengths=lengths, unsafe=True)
 
 
 class _Pairs(NamedTuple):
