@@ -81,9 +81,11 @@ class View:
         return sorted(cells, key=lambda cell: cell["budget"])
 
     def whole(self) -> list[dict[str, Any]]:
-        """Of these the ones with all experts that the model takes, bits descending."""
-        bits = sorted({cell["bits"] for cell in self.quantized()}, reverse=True)
-        return [self.quantized(each)[-1] for each in bits]
+        """Of these the ones with all experts that the model takes, bits descending; a run that
+        was interrupted may lack them."""
+        top_k = self.run["model_config"]["num_experts_per_tok"]
+        cells = [cell for cell in self.quantized() if cell["budget"] == top_k]
+        return sorted(cells, key=lambda cell: -cell["bits"])
 
     def best_routers(self) -> list[dict[str, Any]]:
         """Of each budget in every layer the router's cell with the least KL, of the first table."""
@@ -364,9 +366,7 @@ def _shrinking(view: View) -> Iterator[str]:
     """Skip experts or shrink them?"""
     top_k = view.run["model_config"]["num_experts_per_tok"]
     full = next((cell for cell in view.run["static"] if cell["budget"] == top_k), None)
-    for whole in view.whole():
-        if full is None or whole["budget"] != top_k:
-            continue
+    for whole in view.whole() if full is not None else ():
         name, level = quantized_name(top_k, whole["bits"]), whole["level"]["kl"]
         share = whole["bytes_per_token"] / full["bytes_per_token"]
         yield (

@@ -268,9 +268,8 @@ def _by_bytes(axis: Axes, view: View) -> None:
     lines: list[tuple[str, list[dict[str, Any]], dict[str, Any]]]
     lines = [("static top-k", static, {"color": "black", "marker": "o"})]
     lines += [("best router", routers, {"color": COLOURS[0], "marker": "s"})] if routers else []
-    for whole in view.whole():
-        cells = view.quantized(whole["bits"])
-        lines.append((f"static, {whole['bits']} bits", cells, SHRUNK[whole["bits"]]))
+    for bits in sorted({cell["bits"] for cell in view.quantized()}, reverse=True):
+        lines.append((f"static, {bits} bits", view.quantized(bits), SHRUNK[bits]))
     for name, cells, style in lines:
         cells = [cell for cell in cells if cell["kl"] > 0]
         read = [cell["bytes_per_token"] / 1e6 for cell in cells]
@@ -328,6 +327,8 @@ def _answer(view: View) -> str:
         found = beside(view, whole)
         more = [c for c in view.skipping() if c["bytes_per_token"] > whole["bytes_per_token"]]
         parts.append(f"{whole['bits']} bits {len(found['beaten'])} of {len(more)}")
+    if not parts:
+        return "Skip experts or shrink them: not measured to the end"
     return f"Closer than skipping that reads more: {', '.join(parts)}"
 
 
