@@ -198,6 +198,17 @@ MUTATIONS = [
              "test_quantized_files.py -k mxfp4"),
     Mutation("moeprof/quantizing/save.py", "if version > VERSION:", "if version < VERSION:",
              "test_quantized_files.py -k newer"),
+    # ---- the backend in torch ----
+    Mutation("moeprof/backends/torch/experts.py", "masked_fill(is_empty, 0)", "clone()",
+             "gpu/test_gpu_experts.py -k empty_slot"),
+    Mutation("moeprof/backends/torch/experts.py", "return out.masked_fill(empty, 0)", "return out",
+             "gpu/test_gpu_experts.py -k not_read"),
+    Mutation("moeprof/backends/torch/experts.py", "weighted[order.argsort()]", "weighted",
+             "gpu/test_gpu_experts.py -k against_float64"),
+    Mutation("moeprof/backends/torch/counts.py", "tokens.reach(_one_level, t)",
+             "tokens.reach(_one_level, 0.9 * t)", "gpu/test_gpu_routing.py -k fixed_p"),
+    Mutation("moeprof/profiler/session.py", "            step.end()", "            pass",
+             "gpu/test_gpu_models.py -k elsewhere"),
 ]
 # fmt: on
 
