@@ -62,6 +62,12 @@ class Emulated(NamedTuple):
         return out[: len(index), :n]
 
 
+@pytest.fixture(autouse=True)
+def every_kernel_again():
+    yield
+    util.restore_cpu()
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """A function of a variant: Emulated, compiled once."""

@@ -92,7 +92,9 @@ def load(
     except Exception as error:  # transformers and damaged files raise many classes
         raise ValueError(f"model {name} can't be loaded ({reason_of(error)})") from error
     if linears:
-        quantize(model, linears=True, progress=False)  # its experts are quantised already
+        experts = next(m for m in model.modules() if isinstance(m, QuantizedExperts))
+        kept: Any = next(bits for bits, format in FORMATS.items() if format == experts.format)
+        quantize(model, kept, linears=True, progress=False)  # its experts are quantised already
     for module in model.modules():
         if isinstance(module, QuantizedExperts | QuantizedLinear):
             module.exact = exact

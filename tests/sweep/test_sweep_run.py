@@ -111,6 +111,9 @@ def test_speed_counts_decoding_only(monkeypatch):
     class Clock:
         ticks = 0
 
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
         def __call__(self, input_ids, **_):
             self.ticks += 1
             logits = torch.zeros(*input_ids.shape, 5)

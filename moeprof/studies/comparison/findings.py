@@ -366,7 +366,9 @@ def _shrinking(view: View) -> Iterator[str]:
     """Skip experts or shrink them?"""
     top_k = view.run["model_config"]["num_experts_per_tok"]
     full = next((cell for cell in view.run["static"] if cell["budget"] == top_k), None)
-    for whole in view.whole() if full is not None else ():
+    if full is None:
+        return
+    for whole in view.whole():
         name, level = quantized_name(top_k, whole["bits"]), whole["level"]["kl"]
         share = whole["bytes_per_token"] / full["bytes_per_token"]
         yield (
