@@ -202,7 +202,7 @@ MUTATIONS = [
     Mutation("moeprof/backends/torch/experts.py", "masked_fill(is_empty, 0)", "clone()",
              "gpu/test_gpu_experts.py -k empty_slot"),
     Mutation("moeprof/backends/torch/experts.py", "return out.masked_fill(empty, 0)", "return out",
-             "gpu/test_gpu_experts.py -k not_read"),
+             "gpu/test_gpu_experts.py -k grouped_product_leaves"),
     Mutation("moeprof/backends/torch/experts.py", "weighted[order.argsort()]", "weighted",
              "gpu/test_gpu_experts.py -k against_float64"),
     Mutation("moeprof/backends/torch/counts.py", "tokens.reach(_one_level, t)",

@@ -170,6 +170,35 @@ def test_tokens_without_experts_are_zero(tokens, way, device):
     assert bool((out == 0).all())
 
 
+def test_what_a_grouped_product_leaves_is_not_read(device, monkeypatch):
+    """Behind the rows of the last expert it may hold anything: here NaN, also in derivatives."""
+    grouped_mm = F.grouped_mm
+
+    class Leaves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out, rows):
+            ctx.rows = rows
+            return out.index_fill(0, torch.arange(rows, len(out), device=out.device), math.nan)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            assert bool(gradient[ctx.rows :].eq(0).all())
+            return gradient, None
+
+    def leaving(x, matrices, offs):
+        return Leaves.apply(grouped_mm(x, matrices, offs=offs), int(offs[-1]))
+
+    monkeypatch.setattr(F, "grouped_mm", leaving)
+    case = Case("rows with biases", torch.float32, device)
+    ids, weights = routing(5, device)
+    x = torch.randn(5, H, requires_grad=True)
+    assert bool(((ids < 0) | (ids == E)).any())
+    out = torch_experts.run_experts(x.to(device), ids.to(device), weights.to(device), case.read)
+    assert relative(out.detach().cpu(), case.expected(x.detach(), ids, weights)) <= 2e-6
+    out.sum().backward()
+    assert bool(x.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("tokens", [3, 400])
 def test_the_weight_of_an_empty_slot_is_not_read(tokens, way, device):
     case = Case("rows", torch.float32, device)
