@@ -15,7 +15,7 @@ from models import V5, assert_unchanged, relative, snapshot
 from safetensors.torch import load_file
 
 import moeprof
-from moeprof.backends.tables import BACKENDS
+from moeprof.backends.ops import BACKENDS
 
 BUILT = [family for family in every.families() if family not in every.NOT_BUILT]
 # What `patch` refuses: {family: what the reason contains}

@@ -25,7 +25,7 @@ from .tables import (
 )
 from .torch.backend import TORCH
 
-_BACKENDS: dict[str, Backend[Any]] = {"c": C, "torch": TORCH}
+BACKENDS: dict[str, Backend[Any]] = {"c": C, "torch": TORCH}
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -166,7 +166,7 @@ def _run_experts(
     hidden: Tensor, expert_ids: Tensor, routing_weights: Tensor, table: Any, name: str
 ) -> Tensor:
     try:
-        return _BACKENDS[table.backend].experts(hidden, expert_ids, routing_weights, table)
+        return BACKENDS[table.backend].experts(hidden, expert_ids, routing_weights, table)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -175,14 +175,14 @@ def _run_route(
     logits: Tensor, hidden: Tensor, spec: RouteSpec, name: str, backend: str = "c"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
-        return _BACKENDS[backend].route(logits, spec, hidden.dtype)
+        return BACKENDS[backend].route(logits, spec, hidden.dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def _run_moe(hidden: Tensor, logits: Tensor, table: Any, spec: RouteSpec, name: str) -> MoEOutput:
     try:
-        return _BACKENDS[table.backend].moe(hidden, logits, table, spec)
+        return BACKENDS[table.backend].moe(hidden, logits, table, spec)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -250,8 +250,6 @@ def _in_packed(
 
 # ---- what a backend can't read ----
 
-BACKENDS = ("c", "torch")
-
 
 def backend_of(tensors: Sequence[Tensor]) -> str:
     """The backend that runs experts with these tensors where nobody asks for another."""

@@ -38,6 +38,8 @@ class Routing(NamedTuple):
 
     def on_host(self) -> "Routing":
         """The same in the CPU's memory."""
+        if self.chosen.is_cpu:
+            return self
         return Routing(*(None if part is None else part.cpu() for part in self))
 
     @property

@@ -69,6 +69,8 @@ def tell(
     one was observed."""
     if span is not None:
         span.stop()
+    elif not layer.callbacks:
+        return
     routing = routing.detached()
     for callback in layer.callbacks:
         callback(layer.index, routing)

@@ -1,6 +1,6 @@
 """A patched layer: what it routes by, and what it has read of its block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar
@@ -67,9 +67,9 @@ class PatchedLayer(Patched):
             if self._spec is None or self._spec[0] != settings:
                 spec = self._make_spec(settings, self.family.rule(block))
                 spec.in_c("float32")  # raises what only C tells
-                device = next(chain(block.parameters(), block.buffers())).device
-                if self.backend == "torch" or device.type != "cpu":
-                    prepare(spec, device)
+                tensor = next(chain(block.parameters(), block.buffers()))
+                if self._backend_for([tensor]) == "torch":
+                    prepare(spec, tensor.device)
                 self._spec = settings, spec, operands_of(spec)
         except (TypeError, ValueError, AttributeError) as error:
             raise type(error)(f"{self.title}: {error}") from None
@@ -113,7 +113,11 @@ class PatchedLayer(Patched):
         """Do the experts lie where they did, for the backend that runs them?"""
         if isinstance(table, WeightTable):
             return table.is_current()
-        return table.backend == (self.backend or backend_of(table.matrices))
+        return table.backend == self._backend_for(table.matrices)
+
+    def _backend_for(self, tensors: Sequence[Tensor]) -> str:
+        """The one that was asked for, or that of the device."""
+        return self.backend or backend_of(tensors)
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeGuard, cast
 
 from torch import nn
 
-from ..backends.tables import BACKENDS
+from ..backends.ops import BACKENDS
 from ..checks import check_model
 from ..models.blocks import FUSED, Block, changed_blocks, find_blocks, not_runnable
 from ..models.families.rules import Checked
@@ -144,7 +144,7 @@ def plan_patch(
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
     if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend: expected one of {BACKENDS} or None, got {backend!r}")
+        raise ValueError(f"backend: expected one of {(*BACKENDS,)} or None, got {backend!r}")
     check_model("patch", model)
     blocks = find_blocks(model)
     routers = routers_by_layer(router, blocks, router_parameters)

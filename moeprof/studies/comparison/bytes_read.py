@@ -14,7 +14,7 @@ import numpy as np
 from ...measure.bootstrap import bootstrap
 from ...models.blocks import runnable_blocks
 from ...models.sizes import tensor_bytes
-from .effects import interpolate, interval
+from .effects import interpolate, interval, sums
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -69,8 +69,7 @@ class BytesTable:
         weights: (B, D), how often each document counts.
         """
         of = self.tokens if field == "bytes" else self.predicted
-        sums = np.array([cell["by_document"][field] for cell in cells], float).T
-        return weights @ sums / (weights @ of)[:, None]
+        return weights @ sums(cells, field) / (weights @ of)[:, None]
 
     def effects(self, weights: NDArray[np.float64], field: str) -> NDArray[np.float64]:
         """(B, Q) of the quantised cells, less that of unquantised static top-k at as many bytes.

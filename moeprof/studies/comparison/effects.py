@@ -5,7 +5,7 @@ A cell is a dict as in the JSON (see `runner`); its sums by document are in "by_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,11 @@ def interpolate(curve: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[
     return low + (high - low) * (at - 1 - left)
 
 
+def sums(cells: Sequence[dict[str, Any]], field: str) -> NDArray[np.float64]:
+    """(D, M): a field of each of M cells, summed over each document."""
+    return np.array([cell["by_document"][field] for cell in cells], float).T
+
+
 class Table:
     """The measured cells of one table, as arrays over documents.
 
@@ -54,18 +59,15 @@ class Table:
         self.predicted, self.tokens = np.asarray(predicted), np.asarray(tokens)
         self.groups = np.unique(groups, return_inverse=True)[1]
 
-    def _sums(self, cells: list[dict[str, Any]], field: str) -> NDArray[np.float64]:
-        return np.array([cell["by_document"][field] for cell in cells], float).T  # (D, M)
-
     def effects(self, weights: NDArray[np.float64], field: str) -> NDArray[np.float64]:
         """(B, M) mean of a field per predicted token, less that of static top-k at equal experts.
 
         weights: (B, D), how often each document counts.
         """
         predicted = weights @ self.predicted
-        experts = weights @ self._sums(self.cells, "experts") / (weights @ self.tokens)[:, None]
-        means = weights @ self._sums(self.cells, field) / predicted[:, None]
-        curve = weights @ self._sums(self.curve, field) / predicted[:, None]
+        experts = weights @ sums(self.cells, "experts") / (weights @ self.tokens)[:, None]
+        means = weights @ sums(self.cells, field) / predicted[:, None]
+        curve = weights @ sums(self.curve, field) / predicted[:, None]
         return means - interpolate(curve, experts)
 
     def pairs(self) -> list[tuple[int, int, str]]:
