@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -226,6 +227,7 @@ class KeptRows:
         piece = piece.cpu()
         if not self._pieces and self.rows * piece[0].nbytes > IN_MEMORY:
             self._file = _temporary(self.rows * piece[0].nbytes)
+            weakref.finalize(self, self._file.close)
         if self._file is None:
             self._pieces.append(piece)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ...show.figures import line_styles, plain, style
@@ -9,17 +10,17 @@ from ...show.figures import line_styles, plain, style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .result import Evaluated
+    from .statistics import Row
 
 
-def figure(evaluated: Evaluated) -> Figure:
+def figure(rows: Iterable[Row]) -> Figure:
     """Bits per byte above the model's own routing against experts per token, with intervals.
 
-    1,000 px wide when saved. The user's matplotlib backend and its state are not touched.
+    rows: as `results` gives them. 1,000 px wide when saved. The user's matplotlib backend and its state are not touched.
     """
     from matplotlib.figure import Figure
 
-    own, *rows = (row for row in evaluated.rows if row["slice"] == "all")
+    own, *rows = (row for row in rows if row["slice"] == "all")
     fig = Figure(figsize=(10, 6), dpi=100, layout="constrained")
     axis = fig.subplots()
     style(

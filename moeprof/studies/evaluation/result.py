@@ -89,7 +89,7 @@ class Evaluated:
         """A matplotlib Figure: bits per byte above the model's own routing, against experts."""
         from .plots import figure
 
-        return figure(self)
+        return figure(self.rows)
 
     def summary(self) -> str:
         """What was done and what came out, as text of at most 100 columns."""
