@@ -30,7 +30,7 @@ def _input_ids(tokenizer: "Tokenizer", text: str, **options: Any) -> Any:
 
 def most_positions(model: Any) -> int | None:
     """The longest sequence that a model's config says it takes; None where it doesn't say."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(inner, "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else None

@@ -104,7 +104,8 @@ def _of_dataset(written: str) -> Iterator[Document]:
         raise ValueError(f"text {written}: expected datasets:NAME:SPLIT or …:NAME:CONFIG:SPLIT")
     if importlib.util.find_spec("datasets") is None:
         raise ImportError(
-            f"text {written}: this needs datasets, which isn't installed: pip install 'moeprof[datasets]'"
+            f"text {written}: this needs datasets, which isn't installed: "
+            "pip install 'moeprof[datasets]'"
         )
     import datasets
 

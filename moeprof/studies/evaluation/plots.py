@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def figure(rows: Iterable[Row]) -> Figure:
     """Bits per byte above the model's own routing against experts per token, with intervals.
 
-    rows: as `results` gives them. 1,000 px wide when saved. The user's matplotlib backend and its state are not touched.
+    rows: as `results` gives them. 1,000 px wide when saved. The user's matplotlib backend and its
+    state are not touched.
     """
     from matplotlib.figure import Figure
 

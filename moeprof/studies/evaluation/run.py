@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ... import demo
 from ...checks import check_model, check_tokenizer, check_type
@@ -15,6 +15,7 @@ from ...models.identity import model_name
 from ...models.quantized import described_dtype
 from ...null import resolve_null
 from ...routers import Router
+from ...routers.evidence import OnNull
 from ...routers.table import describe
 from ...routers.written import written_router
 from ...show.console import make_console
@@ -107,7 +108,7 @@ def evaluate(
     check_model("evaluate", model)
     check_tokenizer("evaluate", tokenizer)
     asked = _named(routers)
-    given = None if null is None else resolve_null(null)
+    given: Any = None if null is None else resolve_null(null)
     if given is not None:
         given.check(model)
     protocol = protocol_for(model, context, stride)
@@ -116,10 +117,10 @@ def evaluate(
     calibration = budget_text(tokenizer, seed)
 
     def null_for(router: Router) -> AnyNull | None:
-        if not router.wants_null:
+        if not isinstance(router, OnNull):
             return None
         if given is not None:
-            return given
+            return cast("AnyNull", given)
         return default_null(model, tokenizer, progress, seed, kind=router.null_kind)
 
     configurations = [

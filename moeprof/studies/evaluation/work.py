@@ -58,15 +58,15 @@ class EvaluationWork:
             if one.router is not None:
                 one.router.limits(fewest_experts(model))
         self.evaluation = Evaluation(model, text, calibration, norm)
-        self._shared = {"text": text, "calibration": calibration, "norm": norm}
+        self.text, self.calibration, self.norm = text, calibration, norm
         self._by_name = dict(zip(names, self.configurations, strict=True))
 
     @cached_property
     def cells(self) -> list[Cell]:
-        calibration = text_digest(self._shared["calibration"])
+        calibration = text_digest(self.calibration)
 
         def parameters(one: Configuration) -> dict[str, Any]:
-            found = {"router": described(one.router), "norm": self._shared["norm"]}
+            found: dict[str, Any] = {"router": described(one.router), "norm": self.norm}
             found["null"] = null_digest(one.null)
             if one.budget is not None:
                 found |= {"budget": one.budget, "calibration": calibration}
@@ -77,11 +77,17 @@ class EvaluationWork:
     @cached_property
     def subject(self) -> Subject:
         """Each cell names its own null."""
-        return subject(self.evaluation.model, text_digest(self._shared["text"]), None)
+        return subject(self.evaluation.model, text_digest(self.text), None)
 
     @property
     def make(self) -> Make:
-        return partial(make_work, configurations=self.configurations[1:], **self._shared)
+        return partial(
+            make_work,
+            text=self.text,
+            calibration=self.calibration,
+            configurations=self.configurations[1:],
+            norm=self.norm,
+        )
 
     def steps(self, cell: Cell) -> int:
         return self.evaluation.steps(self._by_name[cell.name].budget)
