@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     from .compare import add_compare
     from .cpu import add_cpu
     from .diagnose import add_diagnose
+    from .evaluate import add_evaluate
     from .inspect import add_inspect
     from .profile import add_profile
     from .sweep import add_sweep
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         add_bench,
         add_diagnose,
         add_compare,
+        add_evaluate,
         add_inspect,
         add_cpu,
     ):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..bench.settings import DTYPES
 from ..studies.source import Source
+from ..texts.documents import EXPECTED
 
 # What `add_subparsers` returns: argparse has no public name for it.
 Commands = Any
@@ -58,9 +59,14 @@ def add_null(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--null", metavar="FILE", help=text)
 
 
-def add_texts(parser: argparse.ArgumentParser, text: str) -> None:
+def add_texts(parser: argparse.ArgumentParser, text: str, metavar: str = "FILE") -> None:
     """--text, one file or several."""
-    parser.add_argument("--text", metavar="FILE", nargs="+", help=text)
+    parser.add_argument("--text", metavar=metavar, nargs="+", help=text)
+
+
+def add_documents(parser: argparse.ArgumentParser, text: str) -> None:
+    """--text, whatever `read_documents` takes; text: what the documents are for."""
+    add_texts(parser, f"{text}; {EXPECTED.removeprefix('--text: ')}", "TEXT")
 
 
 def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
@@ -69,12 +75,8 @@ def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def add_heldout_text(parser: argparse.ArgumentParser) -> None:
-    """--text, files of documents in place of the shipped held-out ones."""
-    add_texts(
-        parser,
-        "your own held-out text in place of the shipped one; a .jsonl file has a document a "
-        'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
-    )
+    """--text, documents in place of the shipped held-out ones."""
+    add_documents(parser, "your own held-out text in place of the shipped one")
 
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
