@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bench.settings import DTYPES
+from ..studies.engine.serial import Serial
 from ..studies.source import Source
 from ..texts.documents import EXPECTED
+
+if TYPE_CHECKING:
+    from ..studies.engine.engine import Engine
 
 # What `add_subparsers` returns: argparse has no public name for it.
 Commands = Any
@@ -144,3 +148,45 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
         torch.set_num_threads(arguments.threads)
     return source_of(arguments).load()
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """--engine, --workers and --ray-address, which `engine_of` reads."""
+    parser.add_argument(
+        "--engine",
+        choices=("serial", "process", "ray"),
+        default="serial",
+        help="what runs the parts: this process, several on this machine, or a Ray cluster; each "
+        "worker has the model in memory; default: serial",
+    )
+    parser.add_argument(
+        "--workers",
+        type=integer(1, MOST_THREADS),
+        metavar="N",
+        help="processes with --engine process (default: 2), which share the threads out, or "
+        "workers of the Ray cluster (default: as many as it has room for)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a Ray cluster, auto for the one that this machine belongs to; default: one is "
+        "started here",
+    )
+
+
+def engine_of(arguments: argparse.Namespace) -> Engine:
+    """What runs the cells, as the options of `add_engine` say."""
+    if arguments.engine != "ray" and arguments.ray_address is not None:
+        raise ValueError("--ray-address belongs to --engine ray")
+    if arguments.engine == "serial":
+        if arguments.workers is not None:
+            raise ValueError("--workers belongs to --engine process or ray")
+        return Serial()
+    source = source_of(arguments)
+    if arguments.engine == "process":
+        from ..studies.engine.process import Processes
+
+        return Processes(source, arguments.workers or 2)
+    from ..studies.engine.ray import OnRay
+
+    return OnRay(source, arguments.workers, arguments.ray_address, arguments.threads)
