@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     from .compare import add_compare
     from .cpu import add_cpu
     from .diagnose import add_diagnose
+    from .eval_harness import add_eval_harness
     from .inspect import add_inspect
     from .profile import add_profile
     from .sweep import add_sweep
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         add_bench,
         add_diagnose,
         add_compare,
+        add_eval_harness,
         add_inspect,
         add_cpu,
     ):
@@ -118,6 +120,8 @@ def _needed(arguments: argparse.Namespace) -> Sequence[str]:
         return checks.MODELS
     if arguments.command == "bench":
         return (*checks.MODELS, "rich", *(["matplotlib"] if arguments.plot else []))
+    if arguments.command == "eval-harness":
+        return (*checks.ALL, "lm_eval")
     return checks.ALL
 
 
