@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..bench.settings import DTYPES
+from ..studies.source import Source
 
 # What `add_subparsers` returns: argparse has no public name for it.
 Commands = Any
@@ -81,6 +82,16 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--out", default=default, metavar="DIR", help="default: %(default)s")
 
 
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """--store, where finished cells are kept."""
+    parser.add_argument(
+        "--store",
+        metavar="FILE",
+        help="where finished parts are kept (SQLite): the same command goes on there after it was "
+        "interrupted, and several commands may share it; default: moeprof.sqlite in --out",
+    )
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --trust-remote-code, --dtype, --bits, --device and --threads, which `load` reads."""
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
@@ -113,49 +124,21 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def source_of(arguments: argparse.Namespace) -> Source:
+    """The model that the options of `add_model` name."""
+    return Source(
+        arguments.model,
+        arguments.dtype,
+        arguments.bits,
+        arguments.device,
+        arguments.trust_remote_code,
+    )
+
+
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) as the options of `add_model` say."""
-    import torch
-    from transformers.utils import logging
-
-    from .. import demo
-    from ..models.load import load_model, load_tokenizer
-    from ..quantizing.load import is_saved
-    from ..quantizing.load import load as load_quantized
-    from ..quantizing.quantize import quantize
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if arguments.threads:
+        import torch
+
         torch.set_num_threads(arguments.threads)
-    dtype, device = getattr(torch, arguments.dtype), _device(arguments)
-    name, bits, trust = arguments.model, arguments.bits, arguments.trust_remote_code
-    saved = name is not None and is_saved(name)
-    if (bits or saved) and device.type != "cpu":
-        raise ValueError(
-            f"--device {device}: experts in 8 or 4 bits, which run on a CPU only: "
-            "leave out --device or the bits"
-        )
-    if name is not None and (saved or (bits and not trust)):
-        model = load_quantized(name, bits, dtype=None if saved else dtype)
-        return model, load_tokenizer(name, model)
-    model, tokenizer = demo.load(dtype) if name is None else load_model(name, dtype, trust)
-    if bits:
-        quantize(model, bits)
-    return model.to(device), tokenizer
-
-
-def _device(arguments: argparse.Namespace) -> Any:
-    """Where the model runs; ValueError where that isn't there."""
-    import torch
-
-    name = arguments.device
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:  # as torch says it
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"--device {name}: {reason}") from None
-    if device.type == "meta":
-        raise ValueError("--device meta: a model there has no weights")
-    return device
+    return source_of(arguments).load()

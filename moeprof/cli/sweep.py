@@ -23,6 +23,7 @@ from .arguments import (
     add_number,
     add_out,
     add_seed,
+    add_store,
     integers,
     level,
     load,
@@ -47,6 +48,7 @@ def add_sweep(commands: Commands) -> None:
     )
     add_model(parser)
     add_out(parser, "results")
+    add_store(parser)
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -122,7 +124,7 @@ def _run(arguments: argparse.Namespace) -> None:
     documents = _heldout_documents(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
-    files = SweepFiles(arguments.out)
+    files = SweepFiles(arguments.out, arguments.store)
     model, tokenizer = load(arguments)
     seed = arguments.seed
     _check_grid(arguments, experts_of(model)[0])  # raises where the model can't be patched

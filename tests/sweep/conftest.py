@@ -3,7 +3,7 @@
 import pytest
 import transformers
 from models import olmoe
-from sweep_setting import FACTS, NEW_TOKENS, PROMPTS
+from sweep_setting import FACTS, NEW_TOKENS, PROMPTS, measured
 
 import moeprof
 from moeprof import demo
@@ -37,12 +37,12 @@ def experiment(model, tokenizer, null):
 
 @pytest.fixture(scope="session")
 def baseline(experiment):
-    return experiment.run(configurations(8, 2)[0])
+    return measured(experiment, configurations(8, 2)[0])
 
 
 @pytest.fixture(scope="session")
 def bh(experiment, baseline):
-    return experiment.run(Configuration("bh_k4_a020", "bh", 0.2, 4), baseline)
+    return measured(experiment, Configuration("bh_k4_a020", "bh", 0.2, 4), baseline)
 
 
 @pytest.fixture(scope="session")

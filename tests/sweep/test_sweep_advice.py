@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import moeprof
-from moeprof.studies.sweep import Configuration, figure
+from moeprof.routers import TopK
+from moeprof.studies.sweep import figure
 from moeprof.studies.sweep.advice import advice
 from moeprof.studies.sweep.beside import budgets
 from moeprof.studies.sweep.compared import compared, on_line
@@ -17,7 +18,7 @@ from moeprof.studies.sweep.merged import merged
 def test_static_is_what_top_k_does_on_the_same_text(experiment, run):
     (row,) = run[0]["static"]  # the own k is the baseline
     assert row["k"] == 1 and row["avg_experts_heldout"] == 1
-    again = experiment.run(Configuration("mine", "topk", None, 1))
+    again = experiment.run(TopK(1))
     assert row["nats_by_document"] == again["nats_by_document"]
     tokens = [document["tokens"] for document in run[0]["heldout_documents"]]
     assert row["experts_by_document"] == pytest.approx(tokens)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from models import assert_unchanged, snapshot
-from sweep_setting import NEW_TOKENS, PROMPTS
+from sweep_setting import NEW_TOKENS, PROMPTS, measured
 
 import moeprof
 from moeprof import demo
@@ -24,7 +24,10 @@ def counts_by_definition(experiment, configuration, tokens):
     counts = []
     for text, new in zip(experiment.prompts, tokens, strict=True):
         ids = experiment.tokenizer(text)["input_ids"] + new[:-1]
-        with configuration.patch(experiment.model, experiment.null), torch.no_grad():
+        with (
+            moeprof.patch(experiment.model, configuration.router(2), null=experiment.null),
+            torch.no_grad(),
+        ):
             out = experiment.model(torch.tensor([ids]), output_router_logits=True)
         layers = []
         for index, logits in enumerate(out.router_logits):
@@ -54,7 +57,7 @@ def test_experts_are_what_a_recount_finds(experiment, bh):
 @pytest.mark.parametrize("max_k", [1, 3, 8])
 def test_max_k_is_the_cap(experiment, max_k):
     configuration = Configuration("generous", "bh", 0.95, max_k)
-    result = experiment.run(configuration)
+    result = measured(experiment, configuration)
     counts = counts_by_definition(experiment, configuration, result["generated_tokens"])
     assert result["avg_experts"] == pytest.approx(np.concatenate(counts, axis=1).mean())
     used = np.flatnonzero(result["tokens_by_number_of_experts"])
@@ -127,11 +130,11 @@ def test_speed_counts_decoding_only(monkeypatch):
 
 def test_the_model_is_unpatched_after_a_run_and_after_an_error(experiment, bh, monkeypatch):
     before = snapshot(experiment.model)
-    experiment.run(configurations(8, 2)[1])
+    measured(experiment, configurations(8, 2)[1])
     assert_unchanged(experiment.model, before)
     monkeypatch.setattr(runner_module, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        experiment.run(configurations(8, 2)[1])
+        measured(experiment, configurations(8, 2)[1])
     assert_unchanged(experiment.model, before)
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ... import demo
-from ...routers import BH, FixedP, TopK
+from ...routers import BH, FixedP
 from ...texts.windows import heldout_windows
 
 if TYPE_CHECKING:
@@ -37,33 +37,19 @@ def routers_by_budget(top_k: int) -> list[FixedP | BH]:
     return [FixedP(max_k=top_k), BH(max_k=top_k)]
 
 
-def run_static(
-    experiment: Experiment, k: int, step: Callable[[], object] = lambda: None
-) -> dict[str, Any]:
-    """Top-k with another k on the held-out text: a dict of plain values."""
-    begun = time.perf_counter()
-    measured = experiment.quality(TopK(k), step)
-    return {"config": f"topk_{k}", "k": k, **measured, "seconds": time.perf_counter() - begun}
-
-
 class Budgets:
     """Sets routers to budgets on `text`; the stock model's pass over it is made once.
 
-    experiment: Experiment; text: HeldOut. `steps` is how often a `run` calls `step` at most.
+    experiment: Experiment; text: HeldOut. `steps` is how often a `run` calls `step`.
     """
 
-    def __init__(self, experiment: Experiment, text: HeldOut, top_k: int) -> None:
+    def __init__(self, experiment: Experiment, text: HeldOut) -> None:
         from ..budget.setting import MAX_PASSES
 
-        self.experiment, self.text, self.top_k = experiment, text, top_k
+        self.experiment, self.text = experiment, text
         self._passed: Pass | None = None
-        self.most = MAX_PASSES * len(text.windows) + len(experiment.heldout.windows)
-
-    @property
-    def steps(self) -> int:
-        """Of all of them together, with the pass of the stock model."""
-        runs = len(budgets(self.top_k)) * len(routers_by_budget(self.top_k))
-        return runs * self.most + (len(self.text.windows) if runs else 0)
+        passes = MAX_PASSES + 1  # the stock model's
+        self.steps = passes * len(text.windows) + len(experiment.heldout.windows)
 
     def run(
         self, router: FixedP | BH, budget: float, step: Callable[[], object] = lambda: None
@@ -84,7 +70,6 @@ class Budgets:
             step()
 
         result = {
-            "config": f"{router.name} set to {budget:g}",
             "router": router.name,
             "class": type(router).__name__,
             "budget": budget,
@@ -96,7 +81,7 @@ class Budgets:
         null = resolve(router, self.experiment.null)
         try:
             setting, short = find(
-                router, model, self.text, budget, null, passed=self._stock(step), step=counted
+                router, model, self.text, budget, null, passed=self._stock(counted), step=counted
             )
         except BudgetError as error:
             result["error"] = str(error).removeprefix("average_k: ")
@@ -104,7 +89,7 @@ class Budgets:
             value = float(f"{setting.parameter:.{DIGITS}g}")
             result |= {"value": value, "note": short, "avg_experts_calibration": setting.average_k}
             result |= self.experiment.quality(with_main(router, value), counted)
-        for _ in range(calls, self.most):  # a search that needs fewer passes
+        for _ in range(calls, self.steps):  # a search that needs fewer passes
             step()
         return result | {"seconds": time.perf_counter() - begun}
 

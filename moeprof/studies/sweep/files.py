@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, check_folder, finite, write_whole
+from ..store.store import store_path
 
 if TYPE_CHECKING:
     import pandas
@@ -60,14 +61,18 @@ QUALITY = (
 class SweepFiles:
     """The folder that a run's files are written to; made with the first of them.
 
+    store: where finished cells are kept; "moeprof.sqlite" in the folder when not given.
     Raises OSError, before anything is run, when it can't be made or written to.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], store: str | os.PathLike[str] | None = None
+    ) -> None:
         folder = Path(folder)
         self.json = folder / "bh_routing_full_results.json"
         self.csv = folder / "bh_routing_summary.csv"
         self.quality = folder / "bh_routing_quality.csv"
+        self.store = store_path(folder, store)
         self.null = folder / "bh_routing_null.npz"  # only where the run fitted one
         self.report = folder / "bh_routing_report.md"
         self.figure = folder / "visualizations" / "bh_routing_analysis.png"

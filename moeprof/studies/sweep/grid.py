@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import nn
+from ...routers import BH, TopK
 
-    from ...null.resolve import AnyNull
-    from ...patching.handle import Handle
+if TYPE_CHECKING:
+    from ...routers.base import Router
 
 
 ALPHAS = (0.01, 0.05, 0.10, 0.20)
@@ -43,19 +41,11 @@ class Configuration:
         """Whether this is the original routing of a model with this top_k."""
         return self.routing_type == "topk" and self.max_k == top_k
 
-    def patch(self, model: nn.Module, null: AnyNull | str | os.PathLike[str] | None) -> Handle:
-        """Patch `model` to route like this; returns the handle, which is a context manager.
-
-        null: the null distributions for "bh" (a Null, a path or "normal").
-        """
-        from ...models.blocks import own_top_k  # with torch, which nobody needs to list these
-        from ...patching.patch import patch
-
-        if self.routing_type == "bh":
-            return patch(model, "bh", null=null, alpha=self.alpha, max_k=self.max_k)
-        if self.is_baseline(own_top_k(model)):
-            return patch(model)  # the original top-k on the C path
-        return patch(model, "topk", k=self.max_k)
+    def router(self, top_k: int) -> Router | None:
+        """What `moeprof.patch` takes; None is the model's own top_k, on the same kernels."""
+        if self.alpha is not None:
+            return BH(self.alpha, max_k=self.max_k)
+        return None if self.is_baseline(top_k) else TopK(self.max_k)
 
 
 def configurations(

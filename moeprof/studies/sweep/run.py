@@ -5,26 +5,31 @@ from __future__ import annotations
 import os
 import platform
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ...backends.cpu import cpu_info
 from ...checks import check_type
-from ...models.blocks import experts_of, model_sizes
+from ...models.blocks import experts_of, model_sizes, own_top_k
 from ...models.quantized import described_dtype
 from ...show.console import WIDTH, make_console, progress
 from ...version import __version__
+from ..engine.engine import Listener, announce
+from ..engine.serial import Serial
+from ..store.store import Store
 from .advice import advice
-from .beside import Budgets, budget_text, budgets, routers_by_budget, run_static
+from .beside import budget_text
 from .compared import compared
 from .files import SweepFiles
 from .grid import ALPHAS, MAX_KS, configurations, dropped_max_ks
 from .merged import merged, same_results
 from .plots import figure
 from .report import report
-from .runner import Experiment
+from .runner import Experiment, row_of
+from .work import SweepWork
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 
     from ...show.console import Bar
     from ...texts.windows import HeldOut
+    from ..engine.engine import Engine
+    from ..store.cells import Cell
     from .grid import Configuration
 
 
@@ -45,6 +52,8 @@ def sweep(
     max_ks: Sequence[int] = MAX_KS,
     static: Iterable[int] | None = None,
     calibration: HeldOut | None = None,
+    store: Store | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Run all configurations that fit the model and write `SweepFiles`.
 
@@ -52,9 +61,11 @@ def sweep(
     into the JSON as it is: model, seed, null, null_source (both in words) and null_code (what to
     give to `moeprof.patch`); console: a rich Console; alphas, max_ks: the grid; static: the values
     of k that static top-k is run with, 1 to the model's own when not given; calibration: HeldOut,
-    the text that budgets are set on, shipped calibration text when not given.
-    Returns the run: a dict as in the JSON. When it is interrupted, what is finished stays on
-    disk, and KeyboardInterrupt goes on to the caller. The model is unpatched in every case.
+    the text that budgets are set on, shipped calibration text when not given; store: a Store,
+    `files.store` when not given; engine: what runs the cells, this process when not given.
+    Returns the run: a dict as in the JSON. When it is interrupted, what is finished stays in the
+    store, where the same call finds it, and KeyboardInterrupt goes on to the caller. The model is
+    unpatched in every case.
     ValueError for a k that the model hasn't as many experts for, or a grid without BH.
     """
     check_type("sweep: experiment", experiment, Experiment, "an Experiment")
@@ -72,13 +83,15 @@ def sweep(
     console.print(f"Total configurations: {len(planned)}")
     for max_k in run["dropped_max_k"]:
         console.print(f"Left out: max_k {max_k}, the model has {num_experts} experts")
-    setter = Budgets(experiment, calibration, top_k)
-    windows = len(experiment.heldout.windows)
-    steps = len(planned) * experiment.steps + len(static) * windows + setter.steps
+    work = SweepWork(experiment, planned, static, calibration)
     try:
-        with progress(console, steps, "sweep") as bar:
-            _grid(run, planned, experiment, files, console, bar)
-            _beside(run, static, setter, experiment, top_k, bar)
+        with (
+            Store(files.store) if store is None else nullcontext(store) as store,
+            progress(console, sum(map(work.steps, work.cells)), "sweep") as bar,
+        ):
+            announce(console, store, work)
+            said = _Said(run, work, files, console, bar)
+            (engine or Serial()).run(work, work.cells, store, said.listener())
             run["finished"] = True
     except KeyboardInterrupt:
         console.print(f"Interrupted: {len(run['results'])} of {len(planned)} are finished")
@@ -98,41 +111,66 @@ def _static(ks: Iterable[int] | None, num_experts: int, top_k: int) -> list[int]
     return sorted(set(ks) - {top_k})
 
 
-def _grid(
-    run: dict[str, Any],
-    planned: list[Configuration],
-    experiment: Experiment,
-    files: SweepFiles,
-    console: Console,
-    bar: Bar,
-) -> None:
-    for number, configuration in enumerate(planned, start=1):
-        bar.note(configuration.name)
-        console.print(f"[{number}/{len(planned)}] Running: {configuration.name}")
-        baseline = run["results"][0] if run["results"] else None
-        result = experiment.run(configuration, baseline, bar.step)
-        run["results"].append(result)
-        files.save_results(run)
-        console.print(f"Completed in {result['seconds']:.1f}s")
-        console.print(f"Avg experts: {result['avg_experts']:.2f}")
+class _Said:
+    """What is printed and saved as the cells are finished, in whatever order they are."""
+
+    def __init__(
+        self,
+        run: dict[str, Any],
+        work: SweepWork,
+        files: SweepFiles,
+        console: Console,
+        bar: Bar,
+    ) -> None:
+        self.run, self.work, self.files = run, work, files
+        self.console, self.bar = console, bar
+        self.found: dict[str, dict[str, Any]] = {}
+        self.places = {cell.name: number for number, cell in enumerate(work.grid, start=1)}
+
+    def listener(self) -> Listener:
+        return Listener(self.begin, self.done, self.bar.step, self.console.print)
+
+    def begin(self, cell: Cell) -> None:
+        self.bar.note(cell.name)
+        if cell.name in self.places:
+            self.console.print(f"{self._place(cell)} Running: {cell.name}")
+
+    def done(self, cell: Cell, result: dict[str, Any], ran: bool) -> None:
+        self.found[cell.name] = result
+        rows_of(self.run, self.work, self.found)
+        if cell.name not in self.places:
+            return
+        if ran:
+            self.console.print(f"Completed in {result['seconds']:.1f}s")
+        else:
+            self.console.print(f"{self._place(cell)} In the store: {cell.name}")
+        self.console.print(f"Avg experts: {result['avg_experts']:.2f}")
+        if self.run["results"]:
+            self.files.save_results(self.run)
+
+    def _place(self, cell: Cell) -> str:
+        return f"[{self.places[cell.name]}/{len(self.places)}]"
 
 
-def _beside(
-    run: dict[str, Any],
-    static: list[int],
-    setter: Budgets,
-    experiment: Experiment,
-    top_k: int,
-    bar: Bar,
-) -> None:
-    """Static top-k, and what budgets set: quality alone, so there is a line for each in the bar."""
-    for k in static:
-        bar.note(f"static top-{k}")
-        run["static"].append(run_static(experiment, k, bar.step))
-    for budget in budgets(top_k):
-        for router in routers_by_budget(top_k):
-            bar.note(f"{router.name} for {budget:g} experts")
-            run["budgets"].append(setter.run(router, budget, bar.step))
+def rows_of(run: dict[str, Any], work: SweepWork, found: Mapping[str, dict[str, Any]]) -> None:
+    """Write into `run` what is `found` of the cells, in their order: nothing before the baseline,
+    which all rows of the grid are compared with."""
+    top_k = own_top_k(work.experiment.model)
+    baseline = found.get(work.grid[0].name)
+    pairs = list(zip(work.configurations, work.grid, strict=True))
+    run["results"] = [
+        row_of(configuration, found[cell.name], baseline, top_k)
+        for configuration, cell in pairs
+        if cell.name in found and baseline is not None
+    ]
+    run["static"] = [
+        {"config": cell.name, "k": k, **found[cell.name]}
+        for k, cell in zip(work.ks, work.static, strict=True)
+        if cell.name in found
+    ]
+    run["budgets"] = [
+        {"config": cell.name, **found[cell.name]} for cell in work.budgets if cell.name in found
+    ]
 
 
 def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Experiment:
                 f"max_new_tokens: expected an integer of at least 1, got {self.new_tokens!r}"
             )
         check_token_ids(self.model, (window.ids for window in self.heldout.windows))
-        check_token_ids(self.model, self._prompt_ids())
+        check_token_ids(self.model, self.prompt_ids())
 
     @property
     def steps(self) -> int:
@@ -133,38 +133,29 @@ class Experiment:
         return len(self.prompts) + len(self.heldout.windows)
 
     def run(
-        self,
-        configuration: Configuration,
-        baseline: Any = None,
-        step: Callable[[], object] = lambda: None,
+        self, router: Router | None, step: Callable[[], object] = lambda: None
     ) -> dict[str, Any]:
-        """Run one configuration and return what was measured, as a dict of plain values.
+        """What a router does on the prompts and on the held-out text: a dict of plain values.
 
-        baseline: the baseline's dict, which the others are compared with; without it
-        `delta_perplexity` and `token_agreement` are None. The model is unpatched afterwards.
+        router: None for the model's own top-k. The model is unpatched afterwards.
         """
         start = time.perf_counter()
-        with configuration.patch(self.model, self.null) as handle:
-            generated = self._generate(handle, step)
-            measured = self._evaluate(handle, step)
-        result = {
-            "config": configuration.name,
-            "routing_type": configuration.routing_type,
-            "alpha": configuration.alpha,
-            "max_k": configuration.max_k,
-            **generated,
-            **measured,
-            "seconds": time.perf_counter() - start,
-        }
-        top_k = own_top_k(self.model)
-        baseline = result if configuration.is_baseline(top_k) else baseline
-        return result | _compare(result, baseline, top_k)
+        with self._patched(router) as handle:
+            measured = self._generate(handle, step) | self._evaluate(handle, step)
+        return measured | {"seconds": time.perf_counter() - start}
 
-    def quality(self, router: Router, step: Callable[[], object] = lambda: None) -> dict[str, Any]:
-        """How a router does on the held-out text alone: the fields of `run` that are of that."""
-        null = self.null if router.wants_null else None
-        with patch(self.model, router, null=null) as handle:
-            return self._evaluate(handle, step)
+    def quality(
+        self, router: Router | None, step: Callable[[], object] = lambda: None
+    ) -> dict[str, Any]:
+        """The same on the held-out text alone: the fields of `run` that are of that."""
+        start = time.perf_counter()
+        with self._patched(router) as handle:
+            measured = self._evaluate(handle, step)
+        return measured | {"seconds": time.perf_counter() - start}
+
+    def _patched(self, router: Router | None) -> Handle:
+        null = self.null if router is not None and router.wants_null else None
+        return patch(self.model, router, null=null)
 
     def _evaluate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
         tally = self._tally(handle)
@@ -186,7 +177,7 @@ class Experiment:
 
     def _generate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
         """Greedy generation on all prompts, batch 1: experts, tokens per second, tokens, texts."""
-        prompts = self._prompt_ids()
+        prompts = self.prompt_ids()
         greedy(self.model, prompts[0], 2)  # uncounted: the first calls pay for page faults
         tallies, tokens, seconds = [], [], 0.0
         for ids in prompts:
@@ -210,7 +201,7 @@ class Experiment:
             "generated_texts": [self.tokenizer.decode(new) for new in tokens],
         }
 
-    def _prompt_ids(self) -> list[Tensor]:
+    def prompt_ids(self) -> list[Tensor]:
         """(1, n) token ids of each prompt."""
         return [prompt_ids(self.tokenizer, text) for text in self.prompts]
 
@@ -222,9 +213,23 @@ class Experiment:
         return means
 
 
-def _compare(result: dict[str, Any], baseline: dict[str, Any] | None, top_k: int) -> dict[str, Any]:
-    """The columns that set a result against the baseline's, of which the experts are top_k."""
+def row_of(
+    configuration: Configuration,
+    result: dict[str, Any],
+    baseline: dict[str, Any] | None,
+    top_k: int,
+) -> dict[str, Any]:
+    """A configuration's row: what it is, what `Experiment.run` gave, and both beside the baseline.
+
+    baseline: what the run of the model's own top_k gave; without it `delta_perplexity` and
+    `token_agreement` are None.
+    """
     compared = {
+        "config": configuration.name,
+        "routing_type": configuration.routing_type,
+        "alpha": configuration.alpha,
+        "max_k": configuration.max_k,
+        **result,
         "reduction_pct": 100 * (1 - result["avg_experts"] / top_k),
         "delta_perplexity": None,
         "token_agreement": None,
@@ -315,4 +320,8 @@ def run_configuration(
         null,
         max_new_tokens,
     )
-    return experiment.run(configuration, baseline)
+    top_k = own_top_k(model)
+    result = experiment.run(configuration.router(top_k))
+    if configuration.is_baseline(top_k):
+        baseline = result
+    return row_of(configuration, result, baseline, top_k)

@@ -1,0 +1,1 @@
+"""What runs the cells of a study: this process, several on this machine, or a Ray cluster."""

@@ -1,0 +1,100 @@
+"""Digests of what cells are measured on: a model, a text, a null, the code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...files import as_json
+from ...version import __version__
+from .cells import Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ...null.resolve import AnyNull
+    from ...texts.windows import HeldOut
+
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def subject(model: nn.Module, text: str, null: AnyNull | str | None) -> Subject:
+    """The Subject of a model, a text's digest and a null (None where no p-values are used)."""
+    return Subject(model_digest(model), text, null_digest(null), code_version())
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over the config and every weight, in whatever format it is kept.
+
+    It reads the whole model once: about a second for 2 GB on a CPU of 2021.
+    """
+    config = getattr(model, "config", None)
+    described = as_json(config.to_dict()) if config is not None else type(model).__name__
+    for name in ("_name_or_path", "transformers_version"):  # where it lay, and who read it
+        if isinstance(described, dict):
+            described.pop(name, None)
+    whole = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
+        parts = pool.map(_digest, tensors.values())
+        for name, part in zip(tensors, parts, strict=True):
+            whole.update(name.encode() + part)
+    return whole.hexdigest()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Of a tensor's dtype, shape and numbers."""
+    plain = tensor.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+    if plain.numel():
+        found.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return found.digest()
+
+
+def text_digest(*texts: HeldOut, prompts: Iterable[Tensor] = ()) -> str:
+    """SHA-256 over the token ids that are read, window by window, and whose document they are."""
+    whole = hashlib.sha256()
+    for text in texts:
+        whole.update(json.dumps([d["domain"] for d in text.documents]).encode())
+        for window in text.windows:
+            whole.update(f"{window.document} {window.num_bytes}".encode())
+            whole.update(_digest(window.ids))
+    for ids in prompts:
+        whole.update(_digest(ids))
+    return whole.hexdigest()
+
+
+def null_digest(null: AnyNull | str | None) -> str:
+    """SHA-256 over all that a null is made of; the word of one without a fit, such as "normal"."""
+    if null is None or isinstance(null, str):
+        return null or "none"
+    whole = hashlib.sha256(type(null).__name__.encode())
+    for field in fields(null):
+        value = getattr(null, field.name)
+        if isinstance(value, np.ndarray):
+            whole.update(f"{field.name} {value.dtype} {value.shape}".encode())
+            whole.update(np.ascontiguousarray(value))
+        elif isinstance(value, str | int | float | None) and field.name != "model_name":
+            whole.update(f"{field.name} {value!r}".encode())
+    return whole.hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """Versions of moeprof, torch and transformers, and a digest of moeprof's own files."""
+    whole = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".so", ".pyd"):
+            whole.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    others = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"moeprof {__version__} ({whole.hexdigest()[:12]}), {others}"
