@@ -15,6 +15,8 @@ import moeprof
 from moeprof import cli, demo
 
 pytest.importorskip("lm_eval")
+# One made for another huggingface_hub than that of transformers 4.57 can't be imported.
+pytest.importorskip("datasets", exc_type=ImportError)
 
 DATA = Path(__file__).parent / "data" / "harness"
 BH = moeprof.BH(0.3, max_k=16)
@@ -30,13 +32,12 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def make_work(loaded, specs=(".",), routers=None, num_fewshot=None, **options):
+def make_work(loaded, specs=(".",), with_bh=True, num_fewshot=None, **options):
     from moeprof.studies.harness.tasks import Tasks
-    from moeprof.studies.harness.work import HarnessWork
+    from moeprof.studies.harness.work import Contender, HarnessWork
 
-    options.setdefault("null", demo.null())
-    routers = {"bh": BH} if routers is None else routers
-    return HarnessWork(*loaded, Tasks(specs, num_fewshot), routers, **options)
+    contenders = [Contender("bh", BH, null=demo.null())] if with_bh else []
+    return HarnessWork(*loaded, Tasks(specs, num_fewshot), contenders, **options)
 
 
 def run(work, name):
@@ -59,7 +60,7 @@ def values(result, metric):
 def test_cells_are_tasks_by_routers_the_own_one_first(loaded):
     work = make_work(loaded)
     names = [cell.name for cell in work.cells]
-    assert names == [f"{task}, {router}" for task in TASKS for router in ("own top-k", "bh")]
+    assert names == [f"{task}, {router}" for task in TASKS for router in ("own routing", "bh")]
     keys = {json.dumps(cell.parameters) for cell in work.cells}
     assert len(keys) == 6
     assert work.subject == make_work(loaded, ["pages.yaml"]).subject
@@ -115,8 +116,8 @@ def test_the_own_router_is_the_model_as_it_is(loaded):
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    work = make_work(loaded, ["choices.yaml"], {})
-    result = run(work, "moeprof_choices, own top-k")
+    work = make_work(loaded, ["choices.yaml"], False)
+    result = run(work, "moeprof_choices, own routing")
     task = work.tasks.begin("moeprof_choices")
     plain = evaluate(
         HFLM(pretrained=loaded[0], tokenizer=loaded[1]),
@@ -140,17 +141,20 @@ def test_what_is_too_long_is_cut_off_and_counted(loaded, monkeypatch):
     from moeprof.studies.harness.language_model import CountingLM
 
     monkeypatch.setattr(CountingLM, "max_length", 8)
-    cut = run(make_work(loaded, ["choices.yaml"], {}), "moeprof_choices, own top-k")
+    cut = run(make_work(loaded, ["choices.yaml"], False), "moeprof_choices, own routing")
     assert 0 < cut["truncated"] < cut["requests"]
-    made = run(make_work(loaded, ["completions.yaml"], {}), "moeprof_completions, own top-k")
+    made = run(make_work(loaded, ["completions.yaml"], False), "moeprof_completions, own routing")
     assert 0 < made["truncated"] <= 6 and made["tokens"] <= 6 * 2
     # A long text is read in parts: nothing of it is lost.
-    assert run(make_work(loaded, ["pages.yaml"], {}), "moeprof_pages, own top-k")["truncated"] == 0
+    assert (
+        run(make_work(loaded, ["pages.yaml"], False), "moeprof_pages, own routing")["truncated"]
+        == 0
+    )
     monkeypatch.setattr(CountingLM, "max_length", 4)
     with pytest.raises(ValueError, match="answer of [0-9]+ tokens.*context of 4"):
-        run(make_work(loaded, ["choices.yaml"], {}), "moeprof_choices, own top-k")
+        run(make_work(loaded, ["choices.yaml"], False), "moeprof_choices, own routing")
     with pytest.raises(ValueError, match="generate .6. must be less than.*.4."):
-        run(make_work(loaded, ["completions.yaml"], {}), "moeprof_completions, own top-k")
+        run(make_work(loaded, ["completions.yaml"], False), "moeprof_completions, own routing")
 
 
 # ---- differences ----
@@ -217,15 +221,15 @@ def command(*arguments):
 def test_the_command_resumes_and_writes_what_it_says(tmp_path, capsys):
     once = ("--tasks", "choices.yaml", "pages.yaml", "--limit", 3, "--out", tmp_path)
     assert command(*once) == 0
-    assert "Finished: moeprof_pages, own top-k" in capsys.readouterr().out
+    assert "Finished: moeprof_pages, own routing" in capsys.readouterr().out
     assert command(*once, "--router", "topk:k=4", "--batch-size", 2) == 0
     out, error = capsys.readouterr()
-    assert "In the store: moeprof_pages, own top-k" in out and not error
+    assert "In the store: moeprof_pages, own routing" in out and not error
     assert "Finished: moeprof_pages, topk:k=4" in out
     found = json.loads((tmp_path / "harness.json").read_text())
     rows = {(row["metric"], row["router"]): row for row in found["rows"]}
     assert len(rows) == 8
-    own, four = rows["bits_per_byte", "own top-k"], rows["bits_per_byte", "topk:k=4"]
+    own, four = rows["bits_per_byte", "own routing"], rows["bits_per_byte", "topk:k=4"]
     assert (own["experts"], four["experts"], own["documents"]) == (8, 4, 3)
     assert own["difference"] is None
     assert four["difference"] == pytest.approx(four["value"] - own["value"])
@@ -235,11 +239,15 @@ def test_the_command_resumes_and_writes_what_it_says(tmp_path, capsys):
     assert len((tmp_path / "harness.csv").read_text().splitlines()) == 9
 
 
-def test_four_bits_and_a_budget(tmp_path, capsys):
+@pytest.mark.slow
+def test_four_bits_and_a_budget(tmp_path, capsys, monkeypatch):
+    halves = demo.calibration_halves()
+    monkeypatch.setattr(demo, "calibration_halves", lambda: (halves[0], halves[1][::8]))
     arguments = ("--tasks", "choices.yaml", "--limit", 2, "--bits", 4, "--router", "topk@5")
     assert command(*arguments, "--out", tmp_path) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "harness.json").read_text())["rows"]
-    assert {row["router"]: row["experts"] for row in rows} == {"own top-k": 8, "topk@5": 5}
+    assert {row["router"]: row["experts"] for row in rows} == {"own routing": 8, "topk@5": 5}
+    assert {row["ran"] for row in rows} == {"the model's own top-k", "topk k=5"}
 
 
 @pytest.mark.parametrize(

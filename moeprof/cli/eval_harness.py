@@ -13,13 +13,13 @@ from .arguments import (
     add_number,
     add_out,
     add_seed,
+    add_store,
     integer,
     load,
 )
 
 if TYPE_CHECKING:
     from ..null.resolve import AnyNull
-    from ..routers.base import Router
     from ..studies.harness.tasks import Tasks
     from .arguments import Commands
 
@@ -51,7 +51,7 @@ def add_eval_harness(commands: Commands) -> None:
     add_null(
         parser,
         'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
-        "a trimmed null on logprob, the demo model's own or fitted first",
+        "on logprob, of the kind that each router needs, the demo model's own or fitted first",
     )
     parser.add_argument(
         "--limit", type=integer(1), metavar="N", help="first documents of each task; default: all"
@@ -66,19 +66,13 @@ def add_eval_harness(commands: Commands) -> None:
     requests = "requests in one call of the model; it doesn't change the results"
     add_number(parser, "--batch-size", 8, requests, 1, 4096)
     add_out(parser, "results")
-    parser.add_argument(
-        "--store",
-        metavar="FILE",
-        help="where finished cells are kept, so that the same command goes on where it was "
-        "interrupted; default: store.sqlite in the folder of --out",
-    )
+    add_store(parser)
     add_seed(parser, "chooses the examples before the questions, and the bootstrap draws")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.blocks import fewest_experts, runnable_blocks
     from ..models.load import check_model
     from ..null import resolve_null
     from ..routers.written import written_router
@@ -86,35 +80,24 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..studies.harness.report import HarnessFiles
     from ..studies.harness.run import run_harness
     from ..studies.harness.tasks import Tasks
-    from ..studies.harness.work import HarnessWork
-    from ..studies.store.store import Store
+    from ..studies.harness.work import Contender, HarnessWork
+    from ..studies.store.store import Store, store_path
 
     written = {text: written_router(text) for text in arguments.routers}
-    null: Any = None if arguments.null is None else resolve_null(arguments.null)
+    null = None if arguments.null is None else resolve_null(arguments.null)
     if arguments.model is not None:
         check_model(arguments.model)
     files = HarnessFiles(arguments.out)
     tasks = Tasks(_specs(arguments.tasks), arguments.num_fewshot, arguments.seed)
     model, tokenizer = load(arguments)
-    runnable_blocks(model)  # raises where the model can't be patched
-    for router, _ in written.values():
-        router.limits(fewest_experts(model))  # raises where the router doesn't fit the model
-    null = _null(model, tokenizer, [router for router, _ in written.values()], null, arguments.seed)
-    routers = {
-        text: router if budget is None else _set(router, budget, model, tokenizer, null)
+    contenders = [
+        Contender(text, router, budget, _null(model, tokenizer, router, null, arguments.seed))
         for text, (router, budget) in written.items()
-    }
-    work = HarnessWork(
-        model,
-        tokenizer,
-        tasks,
-        routers,
-        null=null,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-    )
-    with Store(arguments.store or Path(arguments.out, "store.sqlite")) as store:
-        run_harness(work, store, files, _facts(arguments, model, tasks, routers), make_console())
+    ]
+    options = {"limit": arguments.limit, "batch_size": arguments.batch_size}
+    work = HarnessWork(model, tokenizer, tasks, contenders, **options)
+    with Store(store_path(arguments.out, arguments.store)) as store:
+        run_harness(work, store, files, _facts(arguments, model, tasks), make_console())
 
 
 def _specs(words: list[str]) -> list[str]:
@@ -123,44 +106,32 @@ def _specs(words: list[str]) -> list[str]:
 
 
 def _null(
-    model: Any, tokenizer: Any, routers: list[Router], null: AnyNull | None, seed: int
+    model: Any, tokenizer: Any, router: Any, given: AnyNull | None, seed: int
 ) -> AnyNull | None:
-    """The null of the routers, None where none of them wants one."""
+    """The null of a router that works on one: what --null names, else the kind that it needs."""
     from ..demo.defaults import default_null
 
-    if not any(router.wants_null for router in routers):
+    if not router.wants_null:
         return None
-    return default_null(model, tokenizer, seed=seed) if null is None else null
+    if given is not None:
+        return given
+    return default_null(model, tokenizer, seed=seed, kind=router.null_kind)
 
 
-def _set(router: Router, budget: float, model: Any, tokenizer: Any, null: AnyNull | None) -> Router:
-    """The router set to so many experts per token, on the text that nulls haven't seen."""
-    from .. import demo
-
-    texts = demo.calibration_halves()[1]
-    own = null if router.wants_null else None
-    return router.with_budget(model, tokenizer, texts, average_k=budget, null=own)
-
-
-def _facts(
-    arguments: argparse.Namespace, model: Any, tasks: Tasks, routers: dict[str, Router]
-) -> dict[str, Any]:
+def _facts(arguments: argparse.Namespace, model: Any, tasks: Tasks) -> dict[str, Any]:
     """What the files say of model, machine and settings."""
     from importlib.metadata import version
 
     from ..measure import machine
     from ..models.quantized import described_dtype
-    from ..version import __version__
 
-    names = ("torch", "transformers", "lm_eval")
     return {
         "model": DEMO if arguments.model is None else arguments.model,
         "weights": described_dtype(model),
-        "routers": {text: repr(router) for text, router in routers.items()},
-        "null": arguments.null or "default",
         "tasks": list(tasks.loaded),
         "limit": arguments.limit or "all documents",
+        "null": arguments.null or "the default of each router",
         "seed": arguments.seed,
         "machine": machine.describe(),
-        "versions": {"moeprof": __version__} | {name: version(name) for name in names},
+        "lm_eval": version("lm_eval"),
     }

@@ -23,6 +23,7 @@ COLUMNS = (
     "metric",
     "filter",
     "router",
+    "ran",
     "value",
     "stderr",
     "difference",
@@ -43,9 +44,9 @@ COLUMNS = (
 def rows_of(work: HarnessWork, results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row (see COLUMNS) for each metric of each cell that is in `results` {cell name: result}.
 
-    difference : of the metric from that of the model's own router on the same documents, with a
+    difference : of the metric from that of the model's own routing on the same documents, with a
         95 % bootstrap interval; p, better, worse : see `Difference`. None in the row of the
-        model's own router, and where that isn't finished.
+        model's own routing, and where that isn't finished.
     """
     rows = []
     own: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -59,7 +60,7 @@ def rows_of(work: HarnessWork, results: Mapping[str, dict[str, Any]]) -> list[di
             key = task, metric["name"], metric["filter"]
             row = dict.fromkeys(COLUMNS) | dict(zip(COLUMNS[:3], key, strict=True)) | counts
             row |= {name: metric[name] for name in ("value", "stderr", "higher_is_better")}
-            row["router"] = router
+            row |= {"router": router, "ran": result["ran"]}
             if router == OWN:
                 own[key] = metric
             elif key in own:
@@ -137,7 +138,7 @@ def _in_words(value: Any, form: str) -> str:
 
 
 LEGEND = (
-    "The difference is from the model's own router, on the same documents; the interval is of a "
+    "The difference is from the model's own routing, on the same documents; the interval is of a "
     "bootstrap over these. p: McNemar's exact test, where each document is right or wrong. "
     "Experts: per token, the mean over layers and all tokens read, without padding."
 )
@@ -176,9 +177,9 @@ def _cell(text: str) -> str:
 
 
 def _fact(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_fact(one)}" for name, one in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):  # of the machine
+        return f"{value['cpu']}, {', '.join(map(' '.join, value['versions'].items()))}"
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 class HarnessFiles:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cached_property, partial
 from importlib.metadata import version
-from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ... import demo
 from ...files import as_json
 from ...measure.passes import evaluating
+from ...models.blocks import fewest_experts, runnable_blocks
 from ...patching.patch import patch
+from ...routers.table import describe
 from ..store.cells import Cell, Subject
-from ..store.subject import subject
+from ..store.subject import null_digest, subject
+from ..sweep.work import described
+from .samples import metrics_of
 from .tasks import quiet
 
 if TYPE_CHECKING:
@@ -34,25 +36,39 @@ if TYPE_CHECKING:
     from .tasks import Tasks
 
 KIND = "eval-harness"
-OWN = "own top-k"  # the model as it is, which each router is compared with
-DRAWS = 1000  # of the harness's own bootstrap, where it has no formula for a standard error
+OWN = "own routing"  # the model as it is, which each router is compared with
 BATCH = 8  # requests
+BUDGET_TOKENS = 8192  # of the text that budgets are set on
+
+
+class Contender(NamedTuple):
+    """A router by its name in the tables.
+
+    router : None for the model's own routing
+    budget : experts per token that the router's main parameter is set to; None leaves it
+    null : what the router's p-values are measured against; None where it needs none
+    """
+
+    name: str
+    router: Router | None
+    budget: float | None = None
+    null: AnyNull | None = None
 
 
 class HarnessWork:
-    """Tasks as `Work`: for each task a cell with the model's own router, then one for each other.
+    """Tasks as `Work`: for each task a cell with the model's own routing, then one each router.
 
     model, tokenizer : of Hugging Face transformers
     tasks : Tasks
-    routers : {name: Router}
-    null : where p-values come from; None where no router needs them
+    contenders : [Contender], without the model's own routing
     limit : documents of each task; None is all
     batch_size : requests in one call of the model; it doesn't change the results
 
     Raises
     ------
     ValueError
-        A tokenizer without a token for the end of a text; a task that makes no requests.
+        A router that doesn't fit the model; two of one name; a tokenizer without a token for the
+        end of a text; a task that makes no requests.
     """
 
     def __init__(
@@ -60,30 +76,38 @@ class HarnessWork:
         model: nn.Module,
         tokenizer: Tokenizer,
         tasks: Tasks,
-        routers: Mapping[str, Router],
+        contenders: Sequence[Contender] = (),
         *,
-        null: AnyNull | str | None = None,
         limit: int | None = None,
         batch_size: int = BATCH,
     ) -> None:
         _check_end(tokenizer)
-        self.model, self.tokenizer, self.null = model, tokenizer, null
+        runnable_blocks(model)
+        self.model, self.tokenizer = model, tokenizer
         self.tasks, self.limit, self.batch_size = tasks, limit, batch_size
-        self.routers: dict[str, Router | None] = {OWN: None, **routers}
+        self.contenders = {OWN: Contender(OWN, None)}
+        for one in contenders:
+            if one.name in self.contenders:
+                raise ValueError(f"router {one.name!r}: there are two of that name")
+            if one.router is not None:
+                one.router.limits(fewest_experts(model))
+            self.contenders[one.name] = one
         self.cells: list[Cell] = []
         self._steps: dict[str, int] = {}
+        self._at_budget: dict[str, Router] = {}
         for name in tasks.loaded:
             self._add(name)
 
     def _add(self, name: str) -> None:
         """The cells of a task."""
         number, digest = self.tasks.requests(name, self.limit)
-        for called, router in self.routers.items():
+        for called, router, budget, null in self.contenders.values():
             parameters = {
                 "task": name,
-                "router": None if router is None else repr(router),
                 "called": called,
-                "limit": self.limit,
+                "router": described(router),
+                "budget": budget,
+                "null": null_digest(null),
                 "num_fewshot": self.tasks.loaded[name].get_config("num_fewshot"),
                 "seed": self.tasks.seed,
                 "requests": digest,
@@ -95,16 +119,15 @@ class HarnessWork:
 
     @cached_property
     def subject(self) -> Subject:
-        # The requests themselves are in each cell's key, so that a task more is no other text.
-        return subject(self.model, _tokenizer_digest(self.tokenizer), self.null)
+        """Each cell names its own requests and null; what makes tokens of them is here."""
+        return subject(self.model, _tokenizer_digest(self.tokenizer), None)
 
     @property
     def make(self) -> Make:
         return partial(
             HarnessWork,
             tasks=self.tasks,
-            routers={name: router for name, router in self.routers.items() if router is not None},
-            null=self.null,
+            contenders=list(self.contenders.values())[1:],
             limit=self.limit,
             batch_size=self.batch_size,
         )
@@ -113,19 +136,21 @@ class HarnessWork:
         return self._steps[cell.name]
 
     def run(self, cell: Cell, step: Callable[[], object]) -> dict[str, Any]:
-        """What the harness measures, see `_result`, and what the routers chose.
+        """What the harness measures of a task, and what the router chose.
 
-        experts : experts of a token, the mean over tokens and layers; by_layer (L,)
-        tokens : of all requests, those that the model was given to read, without padding
+        ran : the router with its parameters
         documents, requests : how many; truncated : requests whose beginning was cut off
+        tokens : that the model read, of all requests, without padding
+        experts : of a token, the mean over these tokens and the layers; by_layer (L,)
+        metrics : see `metrics_of`
         """
         from lm_eval.evaluator import evaluate
 
         from .language_model import CountingLM
 
-        name, router = cell.parameters["task"], self.routers[cell.parameters["called"]]
-        null = self.null if router is not None and router.wants_null else None
-        with quiet(), evaluating(self.model), patch(self.model, router, null=null) as handle:
+        name, one = cell.parameters["task"], self.contenders[cell.parameters["called"]]
+        router = one.router if one.budget is None else self._set(one)
+        with quiet(), evaluating(self.model), patch(self.model, router, null=one.null) as handle:
             tokenizer = deepcopy(self.tokenizer)  # HFLM gives it a token for padding
             lm = CountingLM(self.model, tokenizer, handle, self.batch_size, step)
             task = self.tasks.begin(name)
@@ -134,22 +159,37 @@ class HarnessWork:
                 lm,
                 {"tasks": {name: task}, "groups": {}, "group_map": {}},
                 limit=self.limit,
-                bootstrap_iters=0,  # it would start processes; `_error` does it without
+                bootstrap_iters=0,  # it would start processes; `metrics_of` does it without
             )
-        by_layer = (lm.experts / max(lm.tokens, 1)).tolist()
-        samples = found["samples"][name]
-        counts = {
-            "documents": len({sample["doc_id"] for sample in samples}),
-            "requests": self._steps[cell.name],
-            "truncated": lm.truncated,
-            "tokens": lm.tokens,
-            "experts": float(np.mean(by_layer)),
-            "by_layer": by_layer,
-        }
+        samples, by_layer = found["samples"][name], lm.experts / max(lm.tokens, 1)
         measured: dict[str, Any] = as_json(
-            counts | {"metrics": _metrics(task, found["results"][name], samples)}
+            {
+                "ran": describe([router]),
+                "documents": len({sample["doc_id"] for sample in samples}),
+                "requests": self._steps[cell.name],
+                "truncated": lm.truncated,
+                "tokens": lm.tokens,
+                "experts": by_layer.mean(),
+                "by_layer": by_layer,
+                "metrics": metrics_of(task, found["results"][name], samples),
+            }
         )
         return measured
+
+    def _set(self, one: Contender) -> Router:
+        """The router at its budget, set once for all tasks, on text that no null was fitted to."""
+        if one.name not in self._at_budget:
+            router: Any = one.router
+            self._at_budget[one.name] = router.with_budget(
+                self.model,
+                self.tokenizer,
+                demo.calibration_halves()[1],
+                average_k=one.budget,
+                null=one.null,
+                tokens=BUDGET_TOKENS,
+                progress=False,
+            )
+        return self._at_budget[one.name]
 
 
 def _seed(seed: int) -> None:
@@ -157,57 +197,6 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _metrics(
-    task: Any, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Of each metric a dict: name, filter (of the answers, "none" mostly), value and stderr as the
-    harness computes them (stderr None where it has no way), higher_is_better; documents [id] and
-    the values of each, in their order."""
-    made = []
-    keys = dict.fromkeys((m, s["filter"]) for s in samples for m in s["metrics"])
-    for metric, kind in keys:
-        own = [s for s in samples if s["filter"] == kind and metric in s]
-        values = [s[metric] for s in own]
-        made.append(
-            {
-                "name": metric,
-                "filter": kind,
-                "value": results[f"{metric},{kind}"],
-                "stderr": _error(task.aggregation().get(metric), values),
-                "higher_is_better": task.higher_is_better().get(metric),
-                "documents": [s["doc_id"] for s in own],
-                "values": values,
-            }
-        )
-    return made
-
-
-def _error(aggregate: Any, values: Sequence[Any]) -> float | None:
-    """The standard error, by the harness's own formula or its bootstrap, in this process."""
-    from lm_eval.api import metrics
-
-    found = metrics.stderr_for_metric(aggregate, DRAWS)
-    if found is None or len(values) < 2:
-        return None
-    with _one_process(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        return float(found(values))
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """The harness's bootstrap without a process for each core, by the switch that it has."""
-    name = "DISABLE_MULTIPROC"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _check_end(tokenizer: Any) -> None:
