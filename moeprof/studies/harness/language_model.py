@@ -49,21 +49,21 @@ class CountingLM(HFLM):
         self.cache_hook = _Steps(step)
         self.experts = np.zeros(len(handle.layers), np.int64)
         self.tokens = self.truncated = 0
-        self._routed: dict[int, NDArray[np.int32]] = {}
-        self._rows: Iterator[NDArray[np.int32]] = iter(())
+        self._routed: dict[int, NDArray[np.int64]] = {}
+        self._rows: Iterator[NDArray[np.int64]] = iter(())
         handle.on_routing(self._see)
 
     def _see(self, layer: int, routing: Routing) -> None:
         # Of a generation the first call is the one of the prompts.
         if layer not in self._routed:
-            self._routed[layer] = routing.counts.numpy(force=True)
+            self._routed[layer] = (routing.chosen >= 0).sum(1).numpy(force=True)
 
-    def _counts(self, width: int) -> NDArray[np.int32]:
+    def _counts(self, width: int) -> NDArray[np.int64]:
         """(B, L, width) experts of each token of the call that was made."""
         layers = [self._routed[layer] for layer in sorted(self._routed)]
         return np.stack(layers).reshape(len(layers), -1, width).swapaxes(0, 1)
 
-    def _add(self, counts: NDArray[np.int32]) -> None:
+    def _add(self, counts: NDArray[np.int64]) -> None:
         """counts: (L, n), of n tokens that are real."""
         self.experts += counts.sum(axis=1)
         self.tokens += counts.shape[1]

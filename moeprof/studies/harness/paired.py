@@ -53,29 +53,34 @@ def paired(
             f"expected values of the same documents, got {len(values)} and {len(reference)}"
         )
     one, other = _by_weights(values, aggregate), _by_weights(reference, aggregate)
-    draws = DRAWS if aggregate.__name__ in _OF_A_RATIO else FEW_DRAWS
+    draws = DRAWS if _name(aggregate) in _OF_A_RATIO else FEW_DRAWS
     found = bootstrap(
         lambda weights: (one(weights) - other(weights))[:, None],
         len(values),
         draws=draws,
         seed=seed,
     )
-    counts = _discordant(values, reference) if aggregate.__name__ == "mean" else None
+    counts = _discordant(values, reference) if _name(aggregate) == "mean" else None
     p, better, worse = (None, None, None) if counts is None else (_mcnemar(*counts), *counts)
     at = float(found.estimate[0])
     return Difference(at, float(found.low[0]), float(found.high[0]), p, better, worse)
+
+
+def _name(aggregate: Aggregate) -> str:
+    return getattr(aggregate, "__name__", "")  # a partial has none
 
 
 def _by_weights(
     values: Sequence[Any], aggregate: Aggregate
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
     """A function of weights (B, D), how often each document was drawn: the metric (B,) of each."""
-    transform = _OF_A_RATIO.get(aggregate.__name__)
+    transform = _OF_A_RATIO.get(_name(aggregate))
     if transform is None:
 
         def drawn(weights: NDArray[np.float64]) -> NDArray[np.float64]:
             rows = [np.repeat(np.arange(len(values)), row.astype(int)) for row in weights]
-            return np.array([aggregate([values[i] for i in row]) for row in rows], float)
+            made = [aggregate([values[int(i)] for i in row]) for row in rows]
+            return np.array(made, np.float64)
 
         return drawn
     parts = np.array([v if isinstance(v, list | tuple) else (v, 1) for v in values], float)
