@@ -26,6 +26,9 @@ class Tokenizer(Protocol):
 # Versions of transformers in which routers do other things than before and after.
 UNKNOWN = tuple(f"5.{minor}." for minor in range(6))
 
+# Packages of other extras than `moeprof[hf]`.
+EXTRAS = {"lm_eval": "harness"}
+
 ALL = (*MODELS, "scipy", "statsmodels", "pandas", "matplotlib", "rich")
 
 
@@ -130,7 +133,8 @@ def check_installed(who: str, packages: Iterable[str]) -> None:
 
 def missing(who: str, name: str) -> str:
     """What is said where a package is missing."""
-    return f"{who} needs {name}, which isn't installed: pip install 'moeprof[hf]'"
+    extra = EXTRAS.get(name, "hf")
+    return f"{who} needs {name}, which isn't installed: pip install 'moeprof[{extra}]'"
 
 
 def _is_installed(name: str) -> bool:

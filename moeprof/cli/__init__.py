@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     from .cpu import add_cpu
     from .diagnose import add_diagnose
     from .evaluate import add_evaluate
+    from .eval_harness import add_eval_harness
     from .inspect import add_inspect
     from .profile import add_profile
     from .sweep import add_sweep
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         add_diagnose,
         add_compare,
         add_evaluate,
+        add_eval_harness,
         add_inspect,
         add_cpu,
     ):
@@ -120,6 +122,8 @@ def _needed(arguments: argparse.Namespace) -> Sequence[str]:
         return checks.MODELS
     if arguments.command == "bench":
         return (*checks.MODELS, "rich", *(["matplotlib"] if arguments.plot else []))
+    if arguments.command == "eval-harness":
+        return (*checks.ALL, "lm_eval")
     return checks.ALL
 
 

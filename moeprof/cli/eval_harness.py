@@ -1,0 +1,137 @@
+"""The arguments of `moeprof eval-harness`, and the command itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import (
+    DEMO,
+    add_model,
+    add_null,
+    add_number,
+    add_out,
+    add_seed,
+    add_store,
+    integer,
+    load,
+)
+
+if TYPE_CHECKING:
+    from ..null.resolve import AnyNull
+    from ..studies.harness.tasks import Tasks
+    from .arguments import Commands
+
+
+def add_eval_harness(commands: Commands) -> None:
+    """Add `eval-harness` to the commands of `moeprof`."""
+    parser = commands.add_parser(
+        "eval-harness",
+        help="tasks of lm-evaluation-harness with the model's own router and with others",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="names that lm-evaluation-harness knows, also with commas between, YAML files of "
+        "tasks, or folders of these",
+    )
+    parser.add_argument(
+        "--router",
+        action="append",
+        default=[],
+        dest="routers",
+        metavar="ROUTER",
+        help="run the tasks with this router too: bh:alpha=0.3,max_k=16, or bh@6 for 6 experts per "
+        "token on average; may be given several times. The model's own always runs first",
+    )
+    add_null(
+        parser,
+        'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
+        "on logprob, of the kind that each router needs, the demo model's own or fitted first",
+    )
+    parser.add_argument(
+        "--limit", type=integer(1), metavar="N", help="first documents of each task; default: all"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=integer(0, 1000),
+        metavar="N",
+        help="examples before each question; default: as the task says. A task that says 0 keeps "
+        "it",
+    )
+    requests = "requests in one call of the model; it doesn't change the results"
+    add_number(parser, "--batch-size", 8, requests, 1, 4096)
+    add_out(parser, "results")
+    add_store(parser)
+    add_seed(parser, "chooses the examples before the questions, and the bootstrap draws")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..models.load import check_model
+    from ..null import resolve_null
+    from ..routers.written import written_router
+    from ..show.console import make_console
+    from ..studies.harness.report import HarnessFiles
+    from ..studies.harness.run import run_harness
+    from ..studies.harness.tasks import Tasks
+    from ..studies.harness.work import Contender, HarnessWork
+    from ..studies.store.store import Store, store_path
+
+    written = {text: written_router(text) for text in arguments.routers}
+    null = None if arguments.null is None else resolve_null(arguments.null)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    files = HarnessFiles(arguments.out)
+    tasks = Tasks(_specs(arguments.tasks), arguments.num_fewshot, arguments.seed)
+    model, tokenizer = load(arguments)
+    contenders = [
+        Contender(text, router, budget, _null(model, tokenizer, router, null, arguments.seed))
+        for text, (router, budget) in written.items()
+    ]
+    options = {"limit": arguments.limit, "batch_size": arguments.batch_size}
+    work = HarnessWork(model, tokenizer, tasks, contenders, **options)
+    with Store(store_path(arguments.out, arguments.store)) as store:
+        run_harness(work, store, files, _facts(arguments, model, tasks), make_console())
+
+
+def _specs(words: list[str]) -> list[str]:
+    """Names and paths; commas separate names, but a path may have them."""
+    return [s for w in words for s in ([w] if Path(w).exists() else w.split(",")) if s.strip()]
+
+
+def _null(
+    model: Any, tokenizer: Any, router: Any, given: AnyNull | None, seed: int
+) -> AnyNull | None:
+    """The null of a router that works on one: what --null names, else the kind that it needs."""
+    from ..demo.defaults import default_null
+
+    if not router.wants_null:
+        return None
+    if given is not None:
+        return given
+    return default_null(model, tokenizer, seed=seed, kind=router.null_kind)
+
+
+def _facts(arguments: argparse.Namespace, model: Any, tasks: Tasks) -> dict[str, Any]:
+    """What the files say of model, machine and settings."""
+    from importlib.metadata import version
+
+    from ..measure import machine
+    from ..models.quantized import described_dtype
+
+    return {
+        "model": DEMO if arguments.model is None else arguments.model,
+        "weights": described_dtype(model),
+        "tasks": list(tasks.loaded),
+        "limit": arguments.limit or "all documents",
+        "null": arguments.null or "the default of each router",
+        "seed": arguments.seed,
+        "machine": machine.describe(),
+        "lm_eval": version("lm_eval"),
+    }
