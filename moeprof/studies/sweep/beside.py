@@ -14,6 +14,7 @@ from ...texts.windows import heldout_windows
 if TYPE_CHECKING:
     from ...checks import Tokenizer
     from ...measure.passes import Pass
+    from ...routers.base import Router
     from ...texts.windows import HeldOut
     from .runner import Experiment
 
@@ -52,7 +53,7 @@ class Budgets:
         self.steps = passes * len(text.windows) + len(experiment.heldout.windows)
 
     def run(
-        self, router: FixedP | BH, budget: float, step: Callable[[], object] = lambda: None
+        self, router: Router, budget: float, step: Callable[[], object] = lambda: None
     ) -> dict[str, Any]:
         """The router at a budget, on the held-out text: a dict of plain values.
 
@@ -86,7 +87,8 @@ class Budgets:
         except BudgetError as error:
             result["error"] = str(error).removeprefix("average_k: ")
         else:
-            value = float(f"{setting.parameter:.{DIGITS}g}")
+            found: Any = setting.parameter  # of topk an integer
+            value = found if isinstance(found, int) else float(f"{found:.{DIGITS}g}")
             result |= {"value": value, "note": short, "avg_experts_calibration": setting.average_k}
             result |= self.experiment.quality(with_main(router, value), counted)
         for _ in range(calls, self.steps):  # a search that needs fewer passes
