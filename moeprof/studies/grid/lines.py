@@ -15,7 +15,7 @@ else:
     import tomli as tomllib
 
 # What may end the lines before a value that is still open: nothing, an array, a text.
-ENDS = ("", "\n]", '\n"""', "\n'''")
+ENDS = ("", "\n]", "\n]]", '\n"""', "\n'''")
 
 
 class Lines(NamedTuple):

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,6 +339,4 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return (
-        repr(float(value)) if isinstance(value, Real) and not isinstance(value, int) else str(value)
-    )
+    return str(value) if isinstance(value, int) else repr(float(value))
