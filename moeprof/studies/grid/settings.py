@@ -213,7 +213,7 @@ class Grid:
                 self._look(["texts", place], text, (TEXT,), lambda path: read_documents([path]))
         if self.prompts != TEXT:
             self._look(["prompts"], self.prompts, (TEXT,), read_prompts)
-        for keys, null in self._nulls():
+        for keys, null in self.named_nulls():
             if null not in NULLS:
                 self._look(keys, null, NULLS, Null.load)
 
@@ -286,7 +286,7 @@ class Grid:
                 text = f'{router.name} can\'t use a trimmed null: give it null = "efron"'
                 raise self.error(["routers", place, given], text)
 
-    def _nulls(self) -> Iterable[tuple[list[str | int], str]]:
+    def named_nulls(self) -> Iterable[tuple[list[str | int], str]]:
         """Each null that is named, and under which keys."""
         for place, null in enumerate(self.nulls):
             yield ["nulls", place], null

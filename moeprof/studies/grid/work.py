@@ -27,7 +27,7 @@ from ..store.subject import null_digest, subject, text_digest
 from ..sweep.beside import Budgets, budget_text
 from ..sweep.runner import Experiment
 from ..sweep.work import described
-from .settings import FITTED, TEXT
+from .settings import FITTED, NULLS, TEXT
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -93,7 +93,7 @@ class GridWork(Measured):
             model,
             tokenizer,
             configurations=planned,
-            nulls={name: _null(name, model, tokenizer, seed) for name in names},
+            nulls={name: _null(grid, name, model, tokenizer, seed) for name in names},
             prompts=tuple(prompt for _, prompt in prompts),
             complexities=tuple(label for label, _ in prompts),
             heldout=heldout_windows(tokenizer, documents, grid.tokens, seed),
@@ -244,14 +244,20 @@ def _that_ran(one: Configuration, result: Mapping[str, Any]) -> Router | None:
     return with_main(one.router, result["value"])
 
 
-def _null(name: str, model: nn.Module, tokenizer: Tokenizer, seed: int) -> AnyNull | str:
-    """What a grid's name for a null stands for."""
+def _null(
+    grid: Grid, name: str, model: nn.Module, tokenizer: Tokenizer, seed: int
+) -> AnyNull | str:
+    """What a grid's name for a null stands for; ValueError with its place for another model's."""
     if name in FITTED:
         return default_null(model, tokenizer, seed=seed, kind=name)
-    if name in ("normal", "softmax"):
+    if name in NULLS:
         return name
     null = Null.load(name)
-    null.check(model)
+    try:
+        null.check(model)
+    except ValueError as error:
+        keys = next(keys for keys, named in grid.named_nulls() if named == name)
+        raise grid.error(keys, f"{name}: {error}") from None
     return null
 
 

@@ -87,8 +87,7 @@ class Budgets:
         except BudgetError as error:
             result["error"] = str(error).removeprefix("average_k: ")
         else:
-            found: Any = setting.parameter  # of topk an integer
-            value = found if isinstance(found, int) else float(f"{found:.{DIGITS}g}")
+            value = _rounded(setting.parameter, router)
             result |= {"value": value, "note": short, "avg_experts_calibration": setting.average_k}
             result |= self.experiment.quality(with_main(router, value), counted)
         for _ in range(calls, self.steps):  # a search that needs fewer passes
@@ -102,3 +101,12 @@ class Budgets:
             with evaluating(self.experiment.model):
                 self._passed = collect(self.experiment.model, self.text, step=step)
         return self._passed
+
+
+def _rounded(value: Any, router: Router) -> float | int:
+    """Of a parameter the digits that are shown, unless that leads out of its range."""
+    from ..budget.setting import main_of
+
+    low, high = main_of(router)[1]
+    short = float(f"{value:.{DIGITS}g}")
+    return value if isinstance(value, int) or not low < short < high else short
