@@ -37,8 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     from .compare import add_compare
     from .cpu import add_cpu
     from .diagnose import add_diagnose
-    from .evaluate import add_evaluate
     from .eval_harness import add_eval_harness
+    from .evaluate import add_evaluate
     from .inspect import add_inspect
     from .profile import add_profile
     from .sweep import add_sweep

@@ -122,12 +122,17 @@ def calibration_passages(
     texts: Iterable[Text], characters: int = CALIBRATION_CHARACTERS, seed: int = 0
 ) -> list[str]:
     """About `characters` of `texts` in passages of 1,500, spread like the held-out windows."""
+    return spread(passages(texts, PASSAGE), len, characters, seed)
+
+
+def passages(texts: Iterable[Text], length: int) -> dict[str, list[list[str]]]:
+    """{domain: the passages of `length` characters of each document}, as `spread` takes them."""
     pieces: dict[str, list[list[str]]] = {}
     for document in texts:
         text = document.text
-        cut = [text[start : start + PASSAGE] for start in range(0, len(text), PASSAGE)]
+        cut = [text[start : start + length] for start in range(0, len(text), length)]
         pieces.setdefault(document.domain, []).append(cut)
-    return spread(pieces, len, characters, seed)
+    return pieces
 
 
 def spread(

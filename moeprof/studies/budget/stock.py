@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ... import demo
 from ...measure.passes import collect, evaluating
 from ...texts.windows import heldout_windows
-from .setting import MAX_PASSES, find, resolve, with_main
+from .setting import MAX_PASSES, find, main_of, resolve, with_main
 
 if TYPE_CHECKING:
     import os
@@ -77,8 +77,7 @@ class Setter:
             norm=self.norm,
             step=step,
         )
-        value: Any = setting.parameter
-        value = float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        value = _rounded(setting.parameter, router)
         return Found(with_main(router, value), value, setting.average_k, note)
 
     def _stock(self, step: Callable[[], object]) -> Pass:
@@ -86,3 +85,12 @@ class Setter:
             with evaluating(self.model):
                 self._passed = collect(self.model, self.text, step=step)
         return self._passed
+
+
+def _rounded(value: Any, router: Router) -> Any:
+    """Of a number the digits that are shown, unless that leads out of its range."""
+    if not isinstance(value, float):
+        return value
+    low, high = main_of(router)[1]
+    short = float(f"{value:.{DIGITS}g}")
+    return short if low < short < high else value

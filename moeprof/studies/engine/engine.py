@@ -34,17 +34,27 @@ class Listener:
 
 def announce(console: Console, store: Store, work: Work) -> None:
     """What a person has to know of a store before anything is run."""
+    announce_store(console, store)
+    announce_done(console, store, work)
+    for what, count in store.others(work.cells[0].kind, work.subject).items():
+        cells = f"{count} cell{'s' if count > 1 else ''}"
+        console.print(f"{store.path} also has {cells} of another {what}: kept, not used")
+
+
+def announce_store(console: Console, store: Store) -> None:
+    """Whether it was damaged."""
     if store.set_aside is not None:
         console.print(f"The store was damaged. It is kept as {store.set_aside}, a new one is begun")
+
+
+def announce_done(console: Console, store: Store, work: Work) -> None:
+    """How many of the cells are finished."""
     done = sum(store.find(cell, work.subject) is not None for cell in work.cells)
     if done:
         console.print(
             f"Of {len(work.cells)} cells {done} are finished, in {store.path}: give another "
             "--store to run them again"
         )
-    for what, count in store.others(work.cells[0].kind, work.subject).items():
-        cells = f"{count} cell{'s' if count > 1 else ''}"
-        console.print(f"{store.path} also has {cells} of another {what}: kept, not used")
 
 
 def apart(

@@ -12,6 +12,7 @@ from ..budget.setting import BudgetError
 from ..budget.stock import Setter
 
 if TYPE_CHECKING:
+    from ...routers.base import Router
     from ...texts.windows import HeldOut
     from .runner import Experiment
 
@@ -38,7 +39,7 @@ class Budgets:
         self.steps = self._setter.steps + len(experiment.heldout.windows)
 
     def run(
-        self, router: FixedP | BH, budget: float, step: Callable[[], object] = lambda: None
+        self, router: Router, budget: float, step: Callable[[], object] = lambda: None
     ) -> dict[str, Any]:
         """The router at a budget, on the held-out text: a dict of plain values.
 
