@@ -26,6 +26,19 @@ class TablePlan(NamedTuple):
     allocations: tuple[str, ...]
 
 
+class Part(NamedTuple):
+    """Some budgets of a table, all spread over the layers in one way.
+
+    targets : for each budget the experts of each layer, or one number for "shared"
+    """
+
+    table: str
+    max_k: int
+    allocation: str
+    budgets: tuple[int, ...]
+    targets: list[list[float] | float]
+
+
 def plan_tables(
     top_k: int,
     num_experts: int,

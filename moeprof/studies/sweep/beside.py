@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ... import demo
 from ...routers import BH, FixedP
 from ...texts.windows import heldout_windows
+from ..engine.steps import steps_of
 
 if TYPE_CHECKING:
     from ...checks import Tokenizer
@@ -61,14 +62,7 @@ class Budgets:
         """
         from ..budget.setting import BudgetError, find, main_of, resolve, with_main
 
-        begun, model = time.perf_counter(), self.experiment.model
-        calls, name = 0, main_of(router)[0]
-
-        def counted() -> None:
-            nonlocal calls
-            calls += 1
-            step()
-
+        begun, model, name = time.perf_counter(), self.experiment.model, main_of(router)[0]
         result = {
             "router": router.name,
             "class": type(router).__name__,
@@ -79,18 +73,19 @@ class Budgets:
             "error": None,
         }
         null = resolve(router, self.experiment.null)
-        try:
-            setting, short = find(
-                router, model, self.text, budget, null, passed=self._stock(counted), step=counted
-            )
-        except BudgetError as error:
-            result["error"] = str(error).removeprefix("average_k: ")
-        else:
-            value = float(f"{setting.parameter:.{DIGITS}g}")
-            result |= {"value": value, "note": short, "avg_experts_calibration": setting.average_k}
-            result |= self.experiment.quality(with_main(router, value), counted)
-        for _ in range(calls, self.steps):  # a search that needs fewer passes
-            step()
+        with steps_of(self.steps, step) as step:
+            try:
+                passed = self._stock(step)
+                setting, short = find(
+                    router, model, self.text, budget, null, passed=passed, step=step
+                )
+            except BudgetError as error:
+                result["error"] = str(error).removeprefix("average_k: ")
+            else:
+                value = float(f"{setting.parameter:.{DIGITS}g}")
+                average = setting.average_k
+                result |= {"value": value, "note": short, "avg_experts_calibration": average}
+                result |= self.experiment.quality(with_main(router, value), step)
         return result | {"seconds": time.perf_counter() - begun}
 
     def _stock(self, step: Callable[[], object]) -> Pass:
