@@ -6,7 +6,6 @@ sensitivity that the first stage measured; then the decode speed of all that was
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -80,12 +79,9 @@ class Comparison:
 
     @cached_property
     def subject(self) -> Subject:
-        text = text_digest(self.splits.budget, self.splits.test, prompts=self.prompts)
-        of = subject(self.model, text, self.nulls.given)
-        fitted = hashlib.sha256(of.null.encode())  # the others are fitted to these texts
-        for document in self.splits.null:
-            fitted.update(hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest())
-        return of._replace(null=fitted.hexdigest())
+        texts, fitted_to = (self.splits.budget, self.splits.test), self.splits.null
+        text = text_digest(*texts, prompts=self.prompts, documents=fitted_to)
+        return subject(self.model, text, self.nulls.given)
 
     @property
     def cells(self) -> list[Cell]:

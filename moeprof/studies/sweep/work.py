@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.blocks import own_top_k
 from ...routers import TopK
-from ...routers.base import parameters_of
-from ..store.cells import Cell, Subject
+from ..store.cells import Cell, Subject, described
 from ..store.subject import subject, text_digest
 from .beside import Budgets, budgets, routers_by_budget
 from .runner import Experiment
@@ -110,14 +109,6 @@ class SweepWork:
 
     def run(self, cell: Cell, step: Callable[[], object]) -> dict[str, Any]:
         return self._runs[cell.name].measure(step)
-
-
-def described(router: Router | None) -> dict[str, Any] | None:
-    """A router as plain values; None, the model's own, stays None."""
-    if router is None:
-        return None
-    values = {f.name: getattr(router, f.name) for f in parameters_of(type(router))}
-    return {"name": router.name, **values}
 
 
 def make_work(
