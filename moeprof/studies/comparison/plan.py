@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 REDUCTION, WIDE = "reduction", "wide"
@@ -29,14 +29,15 @@ class TablePlan(NamedTuple):
 class Part(NamedTuple):
     """Some budgets of a table, all spread over the layers in one way.
 
-    targets : for each budget the experts of each layer, or one number for "shared"
+    targets : for each budget the experts of each layer, or one number for "shared"; None as long
+        as that isn't known
     """
 
     table: str
     max_k: int
     allocation: str
-    budgets: tuple[int, ...]
-    targets: list[list[float] | float]
+    budgets: Sequence[int]
+    targets: list[list[float] | float | None]
 
 
 def plan_tables(

@@ -197,8 +197,10 @@ class Comparison:
     @property
     def sensitivity(self) -> NDArray[np.float64] | None:
         """(L, K) nats per token, k = 1 to K, once all layers have been measured."""
-        found = [self.found.get(_layer(layer)) for layer in range(self.layers)]
-        return np.array([each["nats"] for each in found]) if all(found) else None
+        names = [_layer(layer) for layer in range(self.layers)]
+        if any(name not in self.found for name in names):
+            return None
+        return np.array([self.found[name]["nats"] for name in names])
 
     def _timed(self) -> Iterator[Cell]:
         """The decode speed of what is measured, all in one cell: they are run in turn."""
