@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..store.cells import Subject
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -43,6 +45,25 @@ def announce(console: Console, store: Store, work: Work) -> None:
     for what, count in store.others(work.cells[0].kind, work.subject).items():
         cells = f"{count} cell{'s' if count > 1 else ''}"
         console.print(f"{store.path} also has {cells} of another {what}: kept, not used")
+
+
+def apart(
+    work: Work, cells: Sequence[Cell], store: Store
+) -> tuple[list[Cell], list[Cell], list[Cell]]:
+    """(finished, to be run side by side, to be run alone) of the cells."""
+    found = [cell for cell in cells if store.find(cell, work.subject) is not None]
+    left = [cell for cell in cells if cell not in found]
+    return found, [c for c in left if not c.alone], [c for c in left if c.alone]
+
+
+def check_same(here: Subject, wanted: Subject) -> None:
+    """ValueError where a worker would measure something else than was asked for."""
+    for what, a, b in zip(Subject._fields, here, wanted, strict=True):
+        if a != b:
+            raise ValueError(
+                f"a worker has another {what} than the process that began the study, so its "
+                f"results would be of something else ({a[:60]}, expected {b[:60]})"
+            )
 
 
 class Engine(Protocol):
