@@ -207,7 +207,8 @@ class Comparison:
         if self.prompts:
             done = all(cell.name in self.found for cell in self._measured())
             settings = [self._setting(row) for row in _with_speed(self.rows())] if done else None
-            yield _cell(SPEED, DECODING, settings=settings, seed=self.seed)
+            cell = _cell(SPEED, DECODING, settings=settings, seed=self.seed)
+            yield cell._replace(alone=True)
 
     def _setting(self, row: dict[str, Any]) -> dict[str, Any]:
         """What makes the router of a row again, as plain values."""
