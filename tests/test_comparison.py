@@ -122,7 +122,9 @@ def test_the_test_text_only_tests(monkeypatch):
     wanted = {"collect", "find", "sensitivity", "set_budget"}
     assert {name for name, read in seen if read is budget} == wanted
     assert {name for name, read in seen if read is not budget} == {"Reference"}
-    assert all(len(c["by_document"]["kl"]) == 3 for c in made.rows()["cells"] if c["status"] == "measured")
+    assert all(
+        len(c["by_document"]["kl"]) == 3 for c in made.rows()["cells"] if c["status"] == "measured"
+    )
 
 
 # ---------------------------------------------------------------- controls

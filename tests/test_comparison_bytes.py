@@ -80,8 +80,7 @@ def test_quantised_lines_are_those_of_a_quantised_model_and_the_model_stays():
 def test_every_cell_has_the_bytes_of_the_experts_that_ran():
     made = comparison(model_of_four())
     run_here(made)
-    made.analyse()
-    rows = made.rows()
+    rows = made.analysed()
     one = 3 * 32 * 16 * 4  # float32
     for cell in [*rows["static"], *rows["cells"]]:
         if cell["status"] == "measured":
@@ -127,9 +126,8 @@ def test_a_quantised_model_is_compared_at_its_own_bytes():
     before = snapshot(model)
     made = comparison(model, bits=(8,))
     run_here(made)
-    made.analyse()
     assert_unchanged(model, before)
-    rows = made.rows()
+    rows = made.analysed()
     assert rows["static"][3]["kl"] == 0  # its full model is itself
     assert rows["static"][0]["bytes_per_token"] == 2 * (2 * 16 + 32) * 34
     (cell,) = rows["quantized"]

@@ -73,8 +73,7 @@ def compare(
 def _finish(
     comparison: Comparison, facts: dict[str, Any], files: ComparisonFiles, console: Console
 ) -> dict[str, Any]:
-    comparison.analyse()
-    result = facts | comparison.describe()
+    result = facts | comparison.describe() | comparison.analysed()
     files.save(result)
     files.save_report(report(result), figure(result))
     for part in console_tables(result):

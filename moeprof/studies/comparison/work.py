@@ -251,14 +251,14 @@ class Comparison:
             if result is None and role == CURVE:
                 break
             place = {CURVE: "static", QUANTIZED: "quantized"}.get(role, "cells")
-            rows[place] += (result or {}).get("rows", [])
+            rows[place] += map(dict, (result or {}).get("rows", []))
         speeds = self.found.get(SPEED, {"tokens_per_s": []})["tokens_per_s"]
         for row, speed in zip(_with_speed(rows), speeds, strict=False):
             row["tokens_per_s"] = speed
         return rows
 
-    def analyse(self) -> None:
-        """Effects and their intervals, into the rows of every table that has some."""
+    def analysed(self) -> dict[str, list[dict[str, Any]]]:
+        """The same with effects and their intervals, in every table that has some."""
         tokens = np.bincount(documents_of(self.splits.test))
         predicted = tokens - np.bincount([w.document for w in self.splits.test.windows])
         rows, about = self.rows(), (predicted, tokens, self.splits.domains)
@@ -270,6 +270,7 @@ class Comparison:
             curve = rows["static"][: self.top_k]
             skipping = [row for row in measured if row["role"] in (STATIC, ROUTER)]
             BytesTable(quantized, [*curve[:-1], *skipping], curve, *about).analyse(self.seed)
+        return rows
 
     def describe(self) -> dict[str, Any]:
         """The part of the JSON that is not about the machine: splits, nulls, plan, rows."""
