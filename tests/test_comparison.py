@@ -12,7 +12,7 @@ from moeprof import demo
 from moeprof.backends.spec import PLAIN
 from moeprof.measure.passes import Reference, collect
 from moeprof.studies.comparison import runner
-from moeprof.studies.comparison.contenders import CONTENDERS, popularity
+from moeprof.studies.comparison.contenders import CONTENDERS, Nulls, popularity
 from moeprof.studies.comparison.controls import (
     Oracle,
     random_counts,
@@ -23,6 +23,9 @@ from moeprof.studies.comparison.controls import (
 )
 from moeprof.studies.comparison.plan import plan_tables
 from moeprof.studies.comparison.splits import Splits, demo_documents, make_splits, split_documents
+from moeprof.studies.comparison.work import Comparison
+from moeprof.studies.engine.engine import Listener
+from moeprof.studies.engine.staged import run_stages
 from moeprof.texts.windows import HeldOut, Window
 
 
@@ -31,6 +34,12 @@ def text(windows=((0, 12), (0, 12), (1, 12), (2, 9)), domains=("a", "a", "b")):
     tokens = [sum(n for d, n in windows if d == index) for index in range(len(domains))]
     pairs = zip(domains, tokens, strict=True)
     return HeldOut(pieces, [{"domain": domain, "tokens": size} for domain, size in pairs])
+
+
+def run_here(work, step=lambda: None):
+    """All its cells in this process, without a store."""
+    done = lambda cell, result, ran: work.found.update({cell.name: result})  # noqa: E731
+    run_stages(work, None, Listener(done=done, step=step))
 
 
 # ---------------------------------------------------------------- texts
@@ -105,15 +114,17 @@ def test_the_test_text_only_tests(monkeypatch):
         (runner, "Reference", 1),
     ):
         spied(owner, name, place)
-    nulls = runner.Nulls(model, None, [], "normal")
+    nulls = Nulls(model, None, [], "normal")
     plans = plan_tables(4, 12, ["reduction"], [2])
     contenders = [c for c in CONTENDERS if c.name in ("bh", "top_p")]
-    made = runner.Comparison(model, Splits([], budget, test), nulls, contenders, plans, [])
-    made.run()
+    made = Comparison(model, Splits([], budget, test), nulls, contenders, plans, [])
+    run_here(made)
     wanted = {"collect", "find", "sensitivity", "set_budget"}
     assert {name for name, read in seen if read is budget} == wanted
     assert {name for name, read in seen if read is not budget} == {"Reference"}
-    assert all(len(c["by_document"]["kl"]) == 3 for c in made.cells if c["status"] == "measured")
+    assert all(
+        len(c["by_document"]["kl"]) == 3 for c in made.rows()["cells"] if c["status"] == "measured"
+    )
 
 
 # ---------------------------------------------------------------- controls

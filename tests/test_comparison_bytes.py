@@ -9,29 +9,29 @@ import pytest
 import torch
 from models import assert_unchanged, olmoe, snapshot
 from rich.console import Console
-from test_comparison import text
+from test_comparison import run_here, text
 from test_comparison_results import made_cell, made_run, static_kl
 from wording import says
 
 import moeprof
-from moeprof.studies.comparison import runner
 from moeprof.studies.comparison.bytes_read import BytesTable, expert_bytes
-from moeprof.studies.comparison.contenders import choose_contenders
+from moeprof.studies.comparison.contenders import Nulls, choose_contenders
 from moeprof.studies.comparison.files import frame
 from moeprof.studies.comparison.findings import findings
 from moeprof.studies.comparison.plan import plan_tables
 from moeprof.studies.comparison.plots import figure
 from moeprof.studies.comparison.report import console_tables, report
 from moeprof.studies.comparison.splits import Splits
+from moeprof.studies.comparison.work import Comparison
 
 TEST = text(((0, 11), (1, 10), (2, 13)))
 
 
-def comparison(model, bits=(4, 8), after=lambda cell: None):
+def comparison(model, bits=(4, 8)):
     plans = plan_tables(4, 12, ["reduction"], [2])
-    nulls = runner.Nulls(model, None, [], "normal")
+    nulls = Nulls(model, None, [], "normal")
     contenders, splits = choose_contenders(["top_p"]), Splits([], text(), TEST)
-    return runner.Comparison(model, splits, nulls, contenders, plans, [], bits=bits, after=after)
+    return Comparison(model, splits, nulls, contenders, plans, [], bits=bits)
 
 
 def model_of_four():
@@ -56,14 +56,14 @@ def test_quantised_lines_are_those_of_a_quantised_model_and_the_model_stays():
     model = model_of_four()
     before, full = snapshot(model), log_probs(copy.deepcopy(model), 4)
     made = comparison(model)
-    planned = made.steps()
-    made.run()
+    run_here(made)
     assert_unchanged(model, before)
-    cells = made.quantized
+    rows = made.rows()
+    cells = rows["quantized"]
     assert [(cell["bits"], cell["budget"]) for cell in cells] == [
         (bits, k) for bits in (4, 8) for k in (1, 2, 3, 4)
     ]
-    assert len(made.static) + len(cells) + len(made.cells) == planned == made.steps()
+    assert sum(map(len, rows.values())) == made.describe()["planned_cells"]
     for bits in (4, 8):
         quantised = copy.deepcopy(model)
         moeprof.quantize(quantised, bits, progress=False)
@@ -79,21 +79,21 @@ def test_quantised_lines_are_those_of_a_quantised_model_and_the_model_stays():
 
 def test_every_cell_has_the_bytes_of_the_experts_that_ran():
     made = comparison(model_of_four())
-    made.run()
-    made.analyse()
+    run_here(made)
+    rows = made.analysed()
     one = 3 * 32 * 16 * 4  # float32
-    for cell in [*made.static, *made.cells]:
+    for cell in [*rows["static"], *rows["cells"]]:
         if cell["status"] == "measured":
             expected = one * sum(cell["by_layer"])
             assert cell["bytes_per_token"] == pytest.approx(expected)
             assert sum(cell["by_document"]["bytes"]) == pytest.approx(expected * 34)
-    for cell in made.quantized:
+    for cell in rows["quantized"]:
         assert {"kl", "nats", "agree"} == set(cell["effect"])
         assert cell["level"]["bytes"]["estimate"] == pytest.approx(cell["bytes_per_token"])
         assert cell["level"]["kl"]["estimate"] == pytest.approx(cell["kl"])
-    assert {"top-4 in 4 bits", "top-4 in 8 bits"} <= set(made.static[0]["against"])
-    router = next(cell for cell in made.cells if cell["role"] == "router")
-    for whole in (made.quantized[3], made.quantized[7]):
+    assert {"top-4 in 4 bits", "top-4 in 8 bits"} <= set(rows["static"][0]["against"])
+    router = next(cell for cell in rows["cells"] if cell["role"] == "router")
+    for whole in (rows["quantized"][3], rows["quantized"][7]):
         against = router["against"][f"top-4 in {whole['bits']} bits"]
         assert against["estimate"] == pytest.approx(router["kl"] - whole["kl"])
 
@@ -108,19 +108,16 @@ def test_the_bytes_of_an_expert_are_those_of_its_matrices():
 @pytest.mark.parametrize("error", (KeyboardInterrupt, RuntimeError))
 def test_interrupted_among_quantised_cells_the_model_has_its_own_experts(error):
     model = model_of_four()
-    before = snapshot(model)
+    before, made, steps = snapshot(model), comparison(model), iter(range(4))
+    cell = next(cell for cell in made.cells if cell.name == "top-k in 4 bits")
 
-    def after(cell):
-        if cell["role"] == "quantized" and cell["budget"] == 2:
+    def step():
+        if next(steps, None) is None:
             raise error
 
-    made = comparison(model, after=after)
     with pytest.raises(error):
-        made.run()
+        made.run(cell, step)
     assert_unchanged(model, before)
-    assert [cell["budget"] for cell in made.quantized] == [1, 2]
-    made.analyse()
-    assert "effect" in made.quantized[0]
 
 
 def test_a_quantised_model_is_compared_at_its_own_bytes():
@@ -128,14 +125,14 @@ def test_a_quantised_model_is_compared_at_its_own_bytes():
     moeprof.quantize(model, 8, progress=False)
     before = snapshot(model)
     made = comparison(model, bits=(8,))
-    made.run()
-    made.analyse()
+    run_here(made)
     assert_unchanged(model, before)
-    assert made.static[3]["kl"] == 0  # its full model is itself
-    assert made.static[0]["bytes_per_token"] == 2 * (2 * 16 + 32) * 34
-    (cell,) = made.quantized
+    rows = made.analysed()
+    assert rows["static"][3]["kl"] == 0  # its full model is itself
+    assert rows["static"][0]["bytes_per_token"] == 2 * (2 * 16 + 32) * 34
+    (cell,) = rows["quantized"]
     assert cell["status"] == "outside" and "is quantised already" in cell["reason"]
-    assert len(made.static) + 1 + len(made.cells) == made.steps()
+    assert sum(map(len, rows.values())) == made.describe()["planned_cells"]
 
 
 # ---------------------------------------------------------------- what is concluded

@@ -31,9 +31,7 @@ class Slow:
         self.model, self.bad = model, bad
         self.make = functools.partial(make, alone=alone, bad=bad, digest="m")
         self.subject = Subject(digest, "t", "n", "c")
-        self.cells = [
-            Cell("slow", f"cell {n}", {"n": n}, n >= CELLS - alone) for n in range(CELLS)
-        ]
+        self.cells = [Cell("slow", f"cell {n}", {"n": n}, n >= CELLS - alone) for n in range(CELLS)]
 
     def steps(self, cell):
         return 2

@@ -88,13 +88,14 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--out", default=default, metavar="DIR", help="default: %(default)s")
 
 
-def add_store(parser: argparse.ArgumentParser) -> None:
-    """--store, where finished cells are kept."""
+def add_store(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
+    """--store, where finished cells are kept; otherwise: what is done where --out is not given."""
     parser.add_argument(
         "--store",
         metavar="FILE",
         help="where finished parts are kept (SQLite): the same command goes on there after it was "
-        "interrupted, and several commands may share it; default: moeprof.sqlite in --out",
+        "interrupted, and several commands may share it; default: moeprof.sqlite in --out"
+        + otherwise,
     )
 
 

@@ -17,6 +17,7 @@ from .arguments import (
     add_number,
     add_out,
     add_seed,
+    add_store,
     integers,
     load,
 )
@@ -24,7 +25,7 @@ from .arguments import (
 if TYPE_CHECKING:
     from ..null.model import Null
     from ..studies.comparison.contenders import Contender
-    from ..studies.comparison.runner import Comparison
+    from ..studies.comparison.work import Comparison
     from ..texts.documents import Text
     from .arguments import Commands
 
@@ -36,6 +37,7 @@ def add_compare(commands: Commands) -> None:
     )
     add_model(parser)
     add_out(parser, "results")
+    add_store(parser)
     parser.add_argument(
         "--routers",
         type=_names,
@@ -122,7 +124,7 @@ def _run(arguments: argparse.Namespace) -> None:
     null = None if arguments.null is None else _efron(Null.load(arguments.null))
     if arguments.model is not None:
         check_model(arguments.model)
-    files = ComparisonFiles(arguments.out)
+    files = ComparisonFiles(arguments.out, arguments.store)
     model, tokenizer = load(arguments)
     comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
     console = make_console()
@@ -154,8 +156,8 @@ def _comparison(
     from ..models.tokens import prompt_ids
     from ..studies.comparison.contenders import Nulls
     from ..studies.comparison.plan import plan_tables
-    from ..studies.comparison.runner import Comparison
     from ..studies.comparison.splits import make_splits
+    from ..studies.comparison.work import Comparison
 
     num_experts, top_k = experts_of(model)
     plans = plan_tables(top_k, num_experts, arguments.tables, arguments.budgets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..demo.defaults import default_null
@@ -16,6 +17,7 @@ from .arguments import (
     add_null,
     add_number,
     add_seed,
+    add_store,
     integer,
     level,
     load,
@@ -60,6 +62,7 @@ def add_diagnose(commands: Commands) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
     )
+    add_store(parser, ", and nothing is kept without --out")
     add_seed(parser, "chooses the windows, the positions and the experts that are added")
     parser.set_defaults(run=_run)
 
@@ -76,6 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..null import resolve_null
     from ..routers import BH
     from ..studies.diagnosis import diagnose
+    from ..studies.store.store import Store, store_path
     from ..texts.documents import read_documents
 
     null = None if arguments.null is None else resolve_null(arguments.null)
@@ -90,16 +94,21 @@ def _run(arguments: argparse.Namespace) -> None:
     router.limits(fewest_experts(model))  # raises where the router doesn't fit the model
     if null is None:
         null = default_null(model, tokenizer, seed=arguments.seed, kind="efron")
-    found = diagnose(
-        null,
-        model,
-        tokenizer,
-        router=router,
-        positions=arguments.positions,
-        tokens=arguments.tokens,
-        seed=arguments.seed,
-        texts=texts,
-    )
+    with ExitStack() as stack:
+        store = None
+        if arguments.out is not None or arguments.store is not None:
+            store = stack.enter_context(Store(store_path(arguments.out or "", arguments.store)))
+        found = diagnose(
+            null,
+            model,
+            tokenizer,
+            router=router,
+            positions=arguments.positions,
+            tokens=arguments.tokens,
+            seed=arguments.seed,
+            texts=texts,
+            store=store,
+        )
     console = make_console()
     console.print(found.summary())
     console.print(f"{found.facts['seconds']:.0f} s on {found.facts['machine']['cpu']}")

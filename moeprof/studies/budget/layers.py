@@ -26,22 +26,23 @@ def sensitivity(
     text: HeldOut,
     ks: Sequence[int],
     *,
+    layers: Sequence[int] | None = None,
     norm: str = "model",
     step: Callable[[], object] = lambda: None,
 ) -> NDArray[np.float64]:
     """(L, len(ks)) mean KL(full model || model with only layer l at top-k), nats per token.
 
-    0 at the model's own k. ks: integers from 1 to E. step is called after each window of the
-    1 + L * len(ks) passes (those at the model's own k are left out).
+    0 at the model's own k. ks: integers from 1 to E. layers: of these L only. step is called
+    after each window of the 1 + L * len(ks) passes (those at the model's own k are left out).
     """
-    layers, own = len(find_blocks(model)), model_norm(model)[1]
-    result = np.zeros((layers, len(ks)))
+    layers = range(len(find_blocks(model))) if layers is None else layers
+    own, result = model_norm(model)[1], np.zeros((len(layers), len(ks)))
     with evaluating(model):
         reference = Reference(model, text, step)
-        for layer, (column, k) in product(range(layers), enumerate(ks)):
+        for (row, layer), (column, k) in product(enumerate(layers), enumerate(ks)):
             if k != own:
                 quality = reference.measure({layer: TopK(int(k))}, norm=norm, step=step)
-                result[layer, column] = quality.mean_kl
+                result[row, column] = quality.mean_kl
     return result
 
 

@@ -3,78 +3,84 @@
 from __future__ import annotations
 
 import textwrap
-import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ...checks import check_type
 from ...show.console import WIDTH, progress
+from ..engine.engine import Listener, announce
+from ..engine.staged import recall, run_stages
+from ..store.store import Store
 from .effects import QUANTIZED, ROUTER, STATIC
 from .findings import findings
 from .plots import figure
 from .report import console_tables, report
-from .runner import Comparison
+from .work import Comparison
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..engine.engine import Engine
+    from ..store.cells import Cell
     from .files import ComparisonFiles
-    from .runner import Comparison
 
 
 def compare(
-    comparison: Comparison, files: ComparisonFiles, facts: dict[str, Any], console: Console
+    comparison: Comparison,
+    files: ComparisonFiles,
+    facts: dict[str, Any],
+    console: Console,
+    *,
+    store: Store | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
-    """Run a Comparison and write the four `ComparisonFiles`.
+    """Run a Comparison and write the `ComparisonFiles`.
 
-    facts: a dict that goes into the JSON as it is. Returns the run, a dict as in the JSON. When
-    it is interrupted, what is finished is written and KeyboardInterrupt goes on.
+    facts: a dict that goes into the JSON as it is; store: a Store, `files.store` when not given;
+    engine: what runs the cells, this process when not given. Returns the run, a dict as in the
+    JSON. When it is interrupted, what is finished is written, and stays in the store, where the
+    same call finds it, and KeyboardInterrupt goes on.
     """
     check_type("compare: comparison", comparison, Comparison, "a Comparison")
     comparison.check_text()
-    begun = time.monotonic()
+    planned = comparison.planned()
+    console.print(f"Cells: {len(planned)}")
+    try:
+        with (
+            Store(files.store) if store is None else nullcontext(store) as store,
+            progress(console, sum(map(comparison.steps, planned)), "compare") as bar,
+        ):
+            recall(comparison, store)
+            announce(console, store, comparison)
 
-    def run() -> dict[str, Any]:
-        seconds = time.monotonic() - begun
-        return facts | comparison.describe() | {"seconds": round(seconds, 1)}
+            def done(cell: Cell, result: dict[str, Any], ran: bool) -> None:
+                comparison.found[cell.name] = result
+                for row in result.get("rows", ()):
+                    if row["role"] in (ROUTER, STATIC, QUANTIZED):
+                        console.print(_line(row))
+                files.save_now_and_then(lambda: facts | comparison.describe())
 
-    total = comparison.steps()
-    console.print(f"Cells: {total}")
-    with progress(console, total, "compare") as bar:
-
-        def after(cell: dict[str, Any]) -> None:
-            bar.step()
-            if cell["role"] in (ROUTER, STATIC, QUANTIZED):
-                console.print(_line(cell))
-            files.save_now_and_then(run)
-
-        comparison.after = after
-        try:
-            comparison.run()
-        except KeyboardInterrupt:
-            done = len(comparison.static) + len(comparison.quantized) + len(comparison.cells)
-            console.print(f"Interrupted: {done} of {total} cells are finished")
-            if comparison.static:
-                _finish(comparison, run, files, console)
-            raise
-    return _finish(comparison, run, files, console)
+            listener = Listener(lambda cell: bar.note(cell.name), done, bar.step, console.print)
+            run_stages(comparison, store, listener, engine)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted: {len(comparison.found)} of {len(planned)} cells are finished")
+        if comparison.rows()["static"]:
+            _finish(comparison, facts, files, console)
+        raise
+    return _finish(comparison, facts, files, console)
 
 
 def _finish(
-    comparison: Comparison,
-    run: Callable[[], dict[str, Any]],
-    files: ComparisonFiles,
-    console: Console,
+    comparison: Comparison, facts: dict[str, Any], files: ComparisonFiles, console: Console
 ) -> dict[str, Any]:
-    comparison.analyse()
-    result = run()
+    result = facts | comparison.describe() | comparison.analysed()
     files.save(result)
     files.save_report(report(result), figure(result))
     for part in console_tables(result):
         if isinstance(part, str):
             part = textwrap.fill(part, WIDTH)
         console.print(part, width=min(WIDTH, console.width))
-    if comparison.cells:
+    if result["cells"]:
         for line in findings(result):
             console.print(textwrap.fill(f"- {line}", WIDTH, subsequent_indent="  "))
     for path in files.paths:
@@ -82,8 +88,8 @@ def _finish(
     return result
 
 
-def _line(cell: dict[str, Any]) -> str:
-    """What the console says of a finished cell."""
-    about = f"{cell['table']}: " if cell["table"] else ""
-    about += f"{cell['contender']}, {cell['allocation']}, budget {cell['budget']}"
-    return f"{about}: KL {cell['kl']:.4f}" if "kl" in cell else f"{about}: out of reach"
+def _line(row: dict[str, Any]) -> str:
+    """What the console says of a row."""
+    about = f"{row['table']}: " if row["table"] else ""
+    about += f"{row['contender']}, {row['allocation']}, budget {row['budget']}"
+    return f"{about}: KL {row['kl']:.4f}" if "kl" in row else f"{about}: out of reach"

@@ -122,10 +122,6 @@ class Nulls:
             self.model, self.tokenizer, texts, kind=kind, score=score, progress=self.progress
         )
 
-    def describe(self) -> dict[str, str]:
-        """{name: in words} of those in use."""
-        return {name: null.describe() for name, null in self.fitted.items()}
-
 
 def popularity(passed: Pass, top_k: int) -> NDArray[np.float64]:
     """(L, E) weights of mean 1 in each layer: how often the model's own top-k takes each expert.

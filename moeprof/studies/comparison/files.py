@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, check_folder, finite, write_whole
+from ..store.store import store_path
 
 if TYPE_CHECKING:
     import pandas
@@ -48,16 +49,20 @@ INTERVAL = ("estimate", "low", "high", "band_low", "band_high")
 class ComparisonFiles:
     """The folder that the files are written to; made with the first of them.
 
+    store: where finished cells are kept; "moeprof.sqlite" in the folder when not given.
     OSError, before anything is run, when it can't be made or written to.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], store: str | os.PathLike[str] | None = None
+    ) -> None:
         folder = Path(folder)
         self.folder = folder
         self.json = folder / "comparison.json"
         self.csv = folder / "comparison.csv"
         self.report = folder / "comparison_report.md"
         self.figure = folder / "comparison.png"
+        self.store = store_path(folder, store)
         check_folder(folder)
         self._written = time.monotonic()
 

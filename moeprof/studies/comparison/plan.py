@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 REDUCTION, WIDE = "reduction", "wide"
@@ -24,6 +24,20 @@ class TablePlan(NamedTuple):
     max_k: int
     budgets: tuple[int, ...]
     allocations: tuple[str, ...]
+
+
+class Part(NamedTuple):
+    """Some budgets of a table, all spread over the layers in one way.
+
+    targets : for each budget the experts of each layer, or one number for "shared"; None as long
+        as that isn't known
+    """
+
+    table: str
+    max_k: int
+    allocation: str
+    budgets: Sequence[int]
+    targets: list[list[float] | float | None]
 
 
 def plan_tables(

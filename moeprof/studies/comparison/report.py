@@ -75,7 +75,7 @@ def _status(run: dict[str, Any]) -> Iterator[str]:
     done, planned = len(cells), run["planned_cells"]
     yield f"`{run['command']}`"
     if done < planned:
-        yield f"**Interrupted: {done} of {planned} cells were finished.**"
+        yield f"**Interrupted: {done} of {planned} rows of the tables were measured.**"
 
 
 def _protocol(run: dict[str, Any]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...measure import machine
 from ...models.blocks import fewest_experts
 from ...models.identity import model_name
+from ...null.resolve import describe_null
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,10 +39,3 @@ def describe(model: nn.Module, null: AnyNull, router: Router, text: HeldOut) -> 
         "heldout_tokens": text.tokens,
         "heldout_documents": text.documents,
     }
-
-
-def describe_null(null: Any) -> str:
-    """One line, also of a null without a fit."""
-    if hasattr(null, "describe"):
-        return null.describe()
-    return f"{null.form}: each token's own logits, without a fit"

@@ -7,9 +7,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.blocks import fewest_experts, runnable_blocks
-from ..store.cells import Cell, Subject
+from ..store.cells import Cell, Subject, described
 from ..store.subject import null_digest, subject, text_digest
-from ..sweep.work import described
 from .measure import Evaluation
 
 if TYPE_CHECKING:

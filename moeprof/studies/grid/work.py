@@ -24,10 +24,10 @@ from ..budget.stock import budget_text
 from ..comparison.bytes_read import expert_bytes
 from ..comparison.speed import decode_speeds
 from ..engine.measured import Measured
+from ..store.cells import described
 from ..store.subject import null_digest, subject, text_digest
 from ..sweep.beside import Budgets
 from ..sweep.runner import Experiment
-from ..sweep.work import described
 from .settings import FITTED, NULLS, TEXT
 
 if TYPE_CHECKING:

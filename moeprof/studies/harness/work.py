@@ -20,9 +20,8 @@ from ...measure.passes import evaluating
 from ...models.blocks import fewest_experts, runnable_blocks
 from ...patching.patch import patch
 from ...routers.table import describe
-from ..store.cells import Cell, Subject
+from ..store.cells import Cell, Subject, described
 from ..store.subject import null_digest, subject
-from ..sweep.work import described
 from .samples import metrics_of
 from .tasks import quiet
 

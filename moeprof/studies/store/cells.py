@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_json
+from ...routers.base import parameters_of
+
+if TYPE_CHECKING:
+    from ...routers.base import Router
 
 
 class Subject(NamedTuple):
@@ -45,3 +49,11 @@ def key_of(cell: Cell, subject: Subject) -> str:
     content = [cell.kind, as_json(cell.parameters), list(subject)]
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def described(router: Router | None) -> dict[str, Any] | None:
+    """A router as plain values; None, the model's own, stays None."""
+    if router is None:
+        return None
+    values = {f.name: getattr(router, f.name) for f in parameters_of(type(router))}
+    return {"name": router.name, **values}

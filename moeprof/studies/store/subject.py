@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ...null.resolve import AnyNull
+    from ...texts.documents import Text
     from ...texts.windows import HeldOut
 
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -61,8 +62,13 @@ def _digest(tensor: Tensor) -> bytes:
     return found.digest()
 
 
-def text_digest(*texts: HeldOut, prompts: Iterable[Tensor] = ()) -> str:
-    """SHA-256 over the token ids that are read, window by window, and whose document they are."""
+def text_digest(
+    *texts: HeldOut, prompts: Iterable[Tensor] = (), documents: Iterable[Text] = ()
+) -> str:
+    """SHA-256 over the token ids that are read, window by window, and whose document they are.
+
+    documents : what is read whole, by text and domain
+    """
     whole = hashlib.sha256()
     for text in texts:
         whole.update(json.dumps([d["domain"] for d in text.documents]).encode())
@@ -71,6 +77,8 @@ def text_digest(*texts: HeldOut, prompts: Iterable[Tensor] = ()) -> str:
             whole.update(_digest(window.ids))
     for ids in prompts:
         whole.update(_digest(ids))
+    for document in documents:
+        whole.update(json.dumps([document.domain, document.text]).encode())
     return whole.hexdigest()
 
 

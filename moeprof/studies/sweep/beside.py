@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...routers import BH, FixedP
 from ..budget.setting import BudgetError
 from ..budget.stock import Setter
+from ..engine.steps import steps_of
 
 if TYPE_CHECKING:
     from ...routers.base import Router
@@ -45,13 +46,7 @@ class Budgets:
 
         Where the budget is out of the router's reach, the dict says so as "error".
         """
-        begun, calls = time.perf_counter(), 0
-
-        def counted() -> None:
-            nonlocal calls
-            calls += 1
-            step()
-
+        begun = time.perf_counter()
         result = {
             "router": router.name,
             "class": type(router).__name__,
@@ -61,14 +56,13 @@ class Budgets:
             "max_k": router.max_k,
             "error": None,
         }
-        try:
-            found = self._setter.run(router, budget, self.experiment.null, counted)
-        except BudgetError as error:
-            result["error"] = str(error).removeprefix("average_k: ")
-        else:
-            result |= {"value": found.value, "note": found.note}
-            result["avg_experts_calibration"] = found.average_k
-            result |= self.experiment.quality(found.router, counted)
-        for _ in range(calls, self.steps):  # a search that needs fewer passes
-            step()
+        with steps_of(self.steps, step) as step:
+            try:
+                found = self._setter.run(router, budget, self.experiment.null, step)
+            except BudgetError as error:
+                result["error"] = str(error).removeprefix("average_k: ")
+            else:
+                result |= {"value": found.value, "note": found.note}
+                result["avg_experts_calibration"] = found.average_k
+                result |= self.experiment.quality(found.router, step)
         return result | {"seconds": time.perf_counter() - begun}

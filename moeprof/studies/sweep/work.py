@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.blocks import own_top_k
 from ...routers import TopK
-from ...routers.base import parameters_of
 from ..engine.measured import Measured
+from ..store.cells import described
 from ..store.subject import subject, text_digest
 from .beside import Budgets, budgets, routers_by_budget
 from .runner import Experiment
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...checks import Tokenizer
-    from ...routers.base import Router
     from ...texts.windows import HeldOut
     from ..engine.work import Make
     from ..store.cells import Cell, Subject
@@ -101,14 +100,6 @@ class SweepWork(Measured):
             static=self.ks,
             calibration=self.calibration,
         )
-
-
-def described(router: Router | None) -> dict[str, Any] | None:
-    """A router as plain values; None, the model's own, stays None."""
-    if router is None:
-        return None
-    values = {f.name: getattr(router, f.name) for f in parameters_of(type(router))}
-    return {"name": router.name, **values}
 
 
 def make_work(
