@@ -50,6 +50,7 @@ bind("diagnose", "moeprof.studies.diagnosis")
 # all this is in __init__.pyi.
 _LAZY = {
     "BudgetError": "studies.budget",
+    "Evaluated": "studies.evaluation",
     "Handle": "patching.handle",
     "MoEProfiler": "profile.profiler",
     "Null": "null",
@@ -58,6 +59,7 @@ _LAZY = {
     "QuantizeReport": "quantizing.report",
     "Routing": "models.routing",
     "SimpleBenchmark": "studies.benchmark",
+    "evaluate": "studies.evaluation",
     "experts_forward": "patching.experts_forward",
     "fit_null": "null.fitting",
     "inspect": "models.inspection",

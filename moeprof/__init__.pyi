@@ -65,11 +65,14 @@ from .routers import weighted_bh_routing as weighted_bh_routing
 from .studies.ablation import layer_ablation as layer_ablation
 from .studies.benchmark import SimpleBenchmark as SimpleBenchmark
 from .studies.budget import BudgetError as BudgetError
+from .studies.evaluation import Evaluated as Evaluated
+from .studies.evaluation import evaluate as evaluate
 from .studies.sweep import run_configuration as run_configuration
 from .version import __version__ as __version__
 
 __all__ = [
     "BudgetError",
+    "Evaluated",
     "Handle",
     "MoEProfiler",
     "Null",
@@ -87,6 +90,7 @@ __all__ = [
     "cpu_info",
     "ebh_routing",
     "entropy_routing",
+    "evaluate",
     "expert_threshold_routing",
     "experts_forward",
     "fit_null",

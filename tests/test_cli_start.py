@@ -17,6 +17,7 @@ COMMANDS = {
     "profile": ["--text", "text.txt", "--out", "out"],
     "compare": ["--out", "out"],
     "diagnose": ["--out", "out"],
+    "evaluate": ["--out", "out"],
     "calibrate": ["--text", "text.txt", "--out", "out.npz"],
     "bench": ["layer", "--json", "out.json", "--plot", "out.png"],
 }

@@ -40,6 +40,7 @@ QUICK = {
     "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --tokens 512 --prompts prompts.txt",
     "profile": "--tokens 256 --continuations 1 --new-tokens 2",
     "diagnose": "--positions 5 --tokens 512",
+    "evaluate": "--tokens 400",
     "compare": "--tokens 512 --budget-tokens 1024 --tables reduction --budgets 4 --quantized 8",
 }
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

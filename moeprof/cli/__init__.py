@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     from .cpu import add_cpu
     from .diagnose import add_diagnose
     from .eval_harness import add_eval_harness
+    from .evaluate import add_evaluate
     from .inspect import add_inspect
     from .profile import add_profile
     from .sweep import add_sweep
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         add_bench,
         add_diagnose,
         add_compare,
+        add_evaluate,
         add_eval_harness,
         add_inspect,
         add_cpu,

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bench.settings import DTYPES
+from ..studies.engine.serial import Serial
 from ..studies.source import Source
+from ..texts.documents import EXPECTED
+
+if TYPE_CHECKING:
+    from ..studies.engine.engine import Engine
 
 # What `add_subparsers` returns: argparse has no public name for it.
 Commands = Any
@@ -58,9 +63,14 @@ def add_null(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--null", metavar="FILE", help=text)
 
 
-def add_texts(parser: argparse.ArgumentParser, text: str) -> None:
+def add_texts(parser: argparse.ArgumentParser, text: str, metavar: str = "FILE") -> None:
     """--text, one file or several."""
-    parser.add_argument("--text", metavar="FILE", nargs="+", help=text)
+    parser.add_argument("--text", metavar=metavar, nargs="+", help=text)
+
+
+def add_documents(parser: argparse.ArgumentParser, text: str) -> None:
+    """--text, whatever `read_documents` takes; text: what the documents are for."""
+    add_texts(parser, f"{text}; {EXPECTED.removeprefix('--text: ')}", "TEXT")
 
 
 def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
@@ -69,12 +79,8 @@ def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def add_heldout_text(parser: argparse.ArgumentParser) -> None:
-    """--text, files of documents in place of the shipped held-out ones."""
-    add_texts(
-        parser,
-        "your own held-out text in place of the shipped one; a .jsonl file has a document a "
-        'line ({"text": ..., "domain": ..., the domain optional), any other file is one document',
-    )
+    """--text, documents in place of the shipped held-out ones."""
+    add_documents(parser, "your own held-out text in place of the shipped one")
 
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
@@ -142,3 +148,45 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
         torch.set_num_threads(arguments.threads)
     return source_of(arguments).load()
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """--engine, --workers and --ray-address, which `engine_of` reads."""
+    parser.add_argument(
+        "--engine",
+        choices=("serial", "process", "ray"),
+        default="serial",
+        help="what runs the parts: this process, several on this machine, or a Ray cluster; each "
+        "worker has the model in memory; default: serial",
+    )
+    parser.add_argument(
+        "--workers",
+        type=integer(1, MOST_THREADS),
+        metavar="N",
+        help="processes with --engine process (default: 2), which share the threads out, or "
+        "workers of the Ray cluster (default: as many as it has room for)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a Ray cluster, auto for the one that this machine belongs to; default: one is "
+        "started here",
+    )
+
+
+def engine_of(arguments: argparse.Namespace) -> Engine:
+    """What runs the cells, as the options of `add_engine` say."""
+    if arguments.engine != "ray" and arguments.ray_address is not None:
+        raise ValueError("--ray-address belongs to --engine ray")
+    if arguments.engine == "serial":
+        if arguments.workers is not None:
+            raise ValueError("--workers belongs to --engine process or ray")
+        return Serial()
+    source = source_of(arguments)
+    if arguments.engine == "process":
+        from ..studies.engine.process import Processes
+
+        return Processes(source, arguments.workers or 2)
+    from ..studies.engine.ray import OnRay
+
+    return OnRay(source, arguments.workers, arguments.ray_address, arguments.threads)

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..studies.comparison.plan import TABLES
 from ..studies.comparison.splits import BUDGET_TOKENS, TEST_TOKENS
-from ..texts.documents import EXPECTED
 from .arguments import (
     DEMO,
+    add_documents,
     add_model,
     add_null,
     add_number,
     add_out,
     add_seed,
-    add_texts,
     integers,
     load,
 )
@@ -64,10 +63,10 @@ def add_compare(commands: Commands) -> None:
         "token reads; 8 or 4 for one of them, none to leave this out; default: 8,4, and none "
         "with --bits",
     )
-    add_texts(
+    add_documents(
         parser,
-        "your own text in place of the shipped one, split by document into what fits the "
-        f"nulls, sets the budgets and tests; {EXPECTED.removeprefix('--text: ')}",
+        "your own text in place of the shipped one, split by document into what fits the nulls, "
+        "sets the budgets and tests",
     )
     few, many = 256, 10**6
     held_out = "held-out tokens of the test; shipped are 128 documents, a window of 128 from each"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,8 @@ from ..demo import heldout_texts
 from ..demo.defaults import default_null
 from ..files import as_csv, check_folder, write_whole
 from ..models.load import check_model
-from ..routers import REGISTRY, make_router
+from ..routers import REGISTRY
+from ..routers.written import written_router
 from ..show.console import make_console
 from ..texts.documents import Document
 from ..texts.streams import TextFiles
@@ -102,25 +102,17 @@ def add_profile(commands: Commands) -> None:
 
 
 def _router(text: str) -> Router:
-    """(name, {parameter: value}) of "bh:alpha=0.3,max_k=8"; checked by making it."""
-    name, _, rest = text.partition(":")
-    parameters = {}
+    """The router of "bh:alpha=0.3,max_k=8"."""
     try:
-        for part in filter(None, rest.split(",")):
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise ValueError(f"expected PARAMETER=VALUE, got {part}")
-            parameters[key.strip()] = _value(value.strip())
-        return make_router(name, **parameters)
-    except (TypeError, ValueError) as error:
+        router, budget = written_router(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+    if budget is not None:
+        raise argparse.ArgumentTypeError(
+            f"router {text!r}: a profile sets no budget; give {router.main}, as `moeprof evaluate` "
+            "finds it"
+        )
+    return router
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from ..texts.prompts import read_prompts
 from ..texts.windows import HELDOUT_TOKENS, heldout_windows
 from .arguments import (
     DEMO,
+    add_engine,
     add_heldout_text,
     add_model,
     add_null,
@@ -24,6 +25,7 @@ from .arguments import (
     add_out,
     add_seed,
     add_store,
+    engine_of,
     integers,
     level,
     load,
@@ -49,6 +51,7 @@ def add_sweep(commands: Commands) -> None:
     add_model(parser)
     add_out(parser, "results")
     add_store(parser)
+    add_engine(parser)
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -124,6 +127,7 @@ def _run(arguments: argparse.Namespace) -> None:
     documents = _heldout_documents(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
+    engine = engine_of(arguments)
     files = SweepFiles(arguments.out, arguments.store)
     model, tokenizer = load(arguments)
     seed = arguments.seed
@@ -148,6 +152,7 @@ def _run(arguments: argparse.Namespace) -> None:
         alphas=arguments.alphas,
         max_ks=arguments.max_ks,
         static=arguments.static,
+        engine=engine,
     )
 
 

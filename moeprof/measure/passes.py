@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +33,8 @@ if TYPE_CHECKING:
 # What `moeprof.patch` takes for a router: one for all layers, or one for each.
 Routers = Router | str | Callable[..., Any] | list[Any] | dict[Any, Any] | None
 
-BATCH = 512  # tokens in a call of the model
+BATCH = 512  # tokens in a call of the model, or one window
+IN_MEMORY = 2 * 2**30  # bytes of log-probabilities; more are kept in a file
 
 
 class Pass(NamedTuple):
@@ -139,19 +144,16 @@ def documents_of(text: HeldOut) -> NDArray[np.int64]:
 class Reference:
     """What the unchanged model predicts of a text: what routed models are measured against.
 
-    Keeps its log-probabilities, 4 bytes for each token and entry of the vocabulary.
+    Its log-probabilities are kept, 4 bytes for each predicted token and entry of the vocabulary:
+    see `KeptRows`. own : the unchanged model's own Quality
     """
 
     def __init__(
         self, model: nn.Module, text: HeldOut, step: Callable[[], object] = lambda: None
     ) -> None:
         self.model, self.text = model, text
-        self.log_probs = []
-        with patch(model), torch.inference_mode():  # its own top-k, on the same kernels
-            for windows in batches(text):
-                self.log_probs.append(_log_probs(model, ids_for(model, windows)).cpu())
-                for _ in windows:
-                    step()
+        self._kept = KeptRows(sum(window.predicted for window in text.windows))
+        self.own = self._run(None, None, "model", step, self._keep)  # its own top-k, the same way
 
     def measure(
         self,
@@ -162,6 +164,29 @@ class Reference:
         step: Callable[[], object] = lambda: None,
     ) -> Quality:
         """The quality of the model patched with `router` (arguments as `patch`)."""
+        kept = iter(self._kept)
+
+        def compare(routed: Tensor) -> tuple[Any, Any]:
+            full = next(kept).reshape(routed.shape).to(routed.device)
+            difference = torch.where(full > -torch.inf, full - routed, 0)
+            same = (routed.argmax(2) == full.argmax(2)).sum(1)
+            return _sums(full.exp() * difference), same.numpy(force=True)
+
+        return self._run(router, null, norm, step, compare)
+
+    def _keep(self, log_probs: Tensor) -> tuple[Any, Any]:
+        self._kept.add(log_probs.flatten(0, 1))
+        return 0.0, log_probs.shape[1]
+
+    def _run(
+        self,
+        router: Routers,
+        null: AnyNull | None,
+        norm: str,
+        step: Callable[[], object],
+        compare: Callable[[Tensor], tuple[Any, Any]],
+    ) -> Quality:
+        """compare: (KL, agreements) of log-probabilities (B, n, V), summed over n: (B,) both."""
         size, rows = len(self.text.documents), documents_of(self.text)
         kl, nats = np.zeros(size), np.zeros(size)
         agree, predicted = np.zeros(size, np.int64), np.zeros(size, np.int64)
@@ -169,19 +194,15 @@ class Reference:
         with patched as handle, torch.inference_mode():
             calls: list[list[Any]] = [[] for _ in handle.layers]
             handle.on_routing(lambda layer, routing: calls[layer].append(routing.counts))
-            for windows, full in zip(batches(self.text), self.log_probs, strict=True):
-                ids = ids_for(self.model, windows)
-                routed = _log_probs(self.model, ids)
+            for windows in batches(self.text):
+                ids, first = ids_for(self.model, windows), windows[0].first
                 at = [window.document for window in windows]
-                full = full.to(routed.device)
-                difference = torch.where(full > -torch.inf, full - routed, 0)
-                parts = _sums(full.exp() * difference)
-                np.add.at(kl, at, parts)
-                likely = _sums(routed.gather(2, ids[:, 1:, None]))
-                np.add.at(nats, at, -likely)
-                same = (routed.argmax(2) == full.argmax(2)).sum(1)
-                np.add.at(agree, at, same.numpy(force=True))
-                np.add.at(predicted, at, ids.shape[1] - 1)
+                for targets, routed in _log_probs(self.model, ids, first):
+                    np.add.at(nats, at, -_sums(routed.gather(2, targets[:, :, None])))
+                    divergence, same = compare(routed)
+                    np.add.at(kl, at, divergence)
+                    np.add.at(agree, at, same)
+                    np.add.at(predicted, at, targets.shape[1])
                 for _ in windows:
                     step()
         counts = np.stack([torch.cat(layer).numpy(force=True) for layer in calls])
@@ -190,13 +211,60 @@ class Reference:
         return Quality(predicted, kl, nats, agree, tokens, counts, experts)
 
 
+class KeptRows:
+    """Float32 rows in the order in which they were added, in pieces as they were.
+
+    rows : how many there will be. Up to `IN_MEMORY` bytes of them stay in memory; more lie in a
+    file of the temporary folder that no name leads to, of which one piece at a time is read.
+    OSError where that folder has no room for them, before any is written.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self._pieces = rows, []  # type: int, list[Tensor | tuple[int, ...]]
+        self._file: Any = None
+
+    def add(self, piece: Tensor) -> None:
+        piece = piece.cpu()
+        if not self._pieces and self.rows * piece[0].nbytes > IN_MEMORY:
+            self._file = _temporary(self.rows * piece[0].nbytes)
+            weakref.finalize(self, self._file.close)
+        if self._file is None:
+            self._pieces.append(piece)
+            return
+        self._file.write(piece.contiguous().numpy())
+        self._pieces.append(tuple(piece.shape))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._file is not None:
+            self._file.seek(0)
+        for piece in self._pieces:
+            if isinstance(piece, tuple):
+                read = np.fromfile(self._file, np.float32, math.prod(piece))
+                piece = torch.from_numpy(read).reshape(piece)
+            yield piece
+
+
+def _temporary(size: int) -> Any:
+    """A file without a name, for `size` bytes."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"the unchanged model's log-probabilities take {size / 1e9:.1f} GB, and the temporary "
+            f"folder {folder} has {free / 1e9:.1f} GB left: run fewer tokens, or name a folder "
+            "with more room in TMPDIR"
+        )
+    return tempfile.TemporaryFile(dir=folder)
+
+
 def batches(text: HeldOut) -> Iterator[list[Window]]:
-    """Its windows in order, those of one length together up to `BATCH` tokens: short ones alone
-    leave the time to Python."""
+    """Its windows in order, those alike together up to `BATCH` tokens: short ones alone leave the
+    time to Python. Alike: as long, and predicted from the same token on."""
     batch: list[Window] = []
     for window in text.windows:
         size = window.ids.shape[1]
-        if batch and (batch[0].ids.shape[1] != size or (len(batch) + 1) * size > BATCH):
+        alike = batch and (batch[0].ids.shape[1], batch[0].first) == (size, window.first)
+        if batch and (not alike or (len(batch) + 1) * size > BATCH):
             yield batch
             batch = []
         batch.append(window)
@@ -214,7 +282,12 @@ def _sums(values: Tensor) -> NDArray[np.float64]:
     return values.sum((1, 2), dtype=precise(values.device)).numpy(force=True)
 
 
-def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
-    """(B, n - 1, V) float32 log-probabilities of the tokens (B, n) after the first."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return torch.log_softmax(logits, -1)
+def _log_probs(model: nn.Module, ids: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(token ids (B, m), their float32 log-probabilities (B, m, V)) of the tokens (B, n) from the
+    first on, in pieces of at most `BATCH` tokens: of a long window all at once take gigabytes."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    length = max(BATCH // len(ids), 1)
+    for start in range(first, ids.shape[1], length):
+        targets = ids[:, start : start + length]
+        predicting = logits[:, start - 1 : start - 1 + targets.shape[1]]
+        yield targets, torch.log_softmax(predicting.float(), -1)

@@ -26,3 +26,11 @@ def _input_ids(tokenizer: "Tokenizer", text: str, **options: Any) -> Any:
         reason = shorten(f"{type(error).__name__}: {error}", 120, placeholder=" …")
         begun = shorten(text, 40, placeholder=" …")
         raise ValueError(f"the tokenizer can't read the text {begun!r} ({reason})") from error
+
+
+def most_positions(model: Any) -> int | None:
+    """The longest sequence that a model's config says it takes; None where it doesn't say."""
+    config: Any = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(inner, "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None

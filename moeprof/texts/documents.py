@@ -2,43 +2,142 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple, Protocol
 
 from ..checks import check_type
 
+FIELDS = "text", "domain", "complexity"
 EXPECTED = (
-    '--text: a .jsonl file has a document a line ({"text": ..., "domain": ..., the domain '
-    "optional), any other file is one document"
+    "--text: a .jsonl or .parquet file has a document a line or row, of a text, and optionally a "
+    "domain and a complexity; datasets:NAME:SPLIT or datasets:NAME:CONFIG:SPLIT is a dataset of "
+    "the Hugging Face hub with the same columns; any other file is one document; a folder stands "
+    "for its .txt, .md, .jsonl and .parquet files, each folder in it a domain"
 )
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")  # of the files that are read in a folder
+DATASETS = "datasets:"
+SPLIT = "test"
 
 
 def read_documents(paths: Iterable[str | os.PathLike[str]]) -> list[Document]:
-    """Documents of a user's files; ValueError or OSError in one line for what is no text."""
-    documents = []
-    for path in map(Path, paths):
-        text = read_document(path, "text")
-        if path.suffix != ".jsonl":
-            documents.append(Document("text", path.name, text))
-            continue
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                documents.append(_from_line(line, path, number))
+    """Documents of what a user names: files, folders and datasets, see `EXPECTED`.
+
+    ValueError or OSError in one line for what is no text, ImportError where a package is missing.
+    """
+    documents: list[Document] = []
+    for path in paths:
+        if str(path).startswith(DATASETS):
+            documents += _of_dataset(str(path))
+        elif Path(path).is_dir():
+            documents += _of_folder(Path(path))
+        else:
+            documents += _of_file(Path(path), Path(path).name, "text")
     return documents
 
 
-def _from_line(line: str, path: Path, number: int) -> Document:
+def _of_folder(folder: Path) -> Iterator[Document]:
+    """The documents of its files, in the order of their names; hidden ones are left out."""
+    found = False
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if path.suffix in SUFFIXES and path.is_file() and not hidden:
+            found = True
+            domain = inside.parent.as_posix()
+            yield from _of_file(path, inside.as_posix(), "text" if domain == "." else domain)
+    if not found:
+        raise ValueError(f"text {folder}: the folder has no {', '.join(SUFFIXES)} file in it")
+
+
+def _of_file(path: Path, name: str, domain: str) -> Iterator[Document]:
+    """domain: of the documents that name none."""
+    if path.suffix == ".parquet":
+        yield from _of_parquet(path, name, domain)
+        return
+    text = read_document(path, "text")
+    if path.suffix != ".jsonl":
+        yield Document(domain, name, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                fields = None
+            yield _from_fields(fields, f"text {path}, line {number}", f"{name}:{number}", domain)
+
+
+def _of_parquet(path: Path, name: str, domain: str) -> Iterator[Document]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(
+            f"text {path}: Parquet needs pyarrow, which isn't installed: "
+            "pip install 'moeprof[records]'"
+        )
+    import pyarrow
+    from pyarrow import parquet
+
     try:
-        fields = json.loads(line)
-        text, domain = fields["text"], fields.get("domain", "text")
-        if not (isinstance(text, str) and isinstance(domain, str)):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"text {path}, line {number}: no such document; {EXPECTED}") from None
-    return Document(domain, f"{path.name}:{number}", text)
+        with open(path, "rb") as file:
+            table = parquet.ParquetFile(file)
+            columns = [column for column in FIELDS if column in table.schema_arrow.names]
+            rows = table.read(columns=columns).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"text {path} is no Parquet file ({_line(error)})") from None
+    except OSError as error:
+        raise OSError(f"text {path} can't be read: {error.strerror or _line(error)}") from error
+    if not rows:
+        raise ValueError(f"text {path} is empty")
+    for number, row in enumerate(rows, start=1):
+        yield _from_fields(row, f"text {path}, row {number}", f"{name}:{number}", domain)
+
+
+def _of_dataset(written: str) -> Iterator[Document]:
+    """A row of a dataset is a document; those without text are left out."""
+    name, *more = re.split(r":(?![^\[]*\])", written.removeprefix(DATASETS))
+    if not name or len(more) > 2:
+        raise ValueError(f"text {written}: expected datasets:NAME:SPLIT or …:NAME:CONFIG:SPLIT")
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(
+            f"text {written}: this needs datasets, which isn't installed: "
+            "pip install 'moeprof[datasets]'"
+        )
+    import datasets
+
+    split, config = more[-1] if more else SPLIT, more[0] if len(more) == 2 else None
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # its classes are of many packages
+        reason = _line(error)
+        raise OSError(f"text {written} can't be loaded ({reason})") from error
+    documents = [
+        _from_fields(row, f"text {written}, row {number}", f"{name}:{number}", "text")
+        for number, row in enumerate(rows, start=1)
+    ]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise ValueError(f"text {written} is empty")
+    yield from documents
+
+
+def _from_fields(fields: Any, where: str, name: str, domain: str) -> Document:
+    """A document of a line or row; where: what it is called in errors."""
+    given = fields if isinstance(fields, Mapping) else {}
+    text, own, complexity = (given.get(field) for field in FIELDS)
+    optional = all(isinstance(value, str | None) for value in (own, complexity))
+    if not (isinstance(text, str) and optional):
+        raise ValueError(f"{where}: no such document; {EXPECTED}")
+    return Document(domain if own is None else own, name, text, complexity)
+
+
+def _line(error: Exception) -> str:
+    """What another package says is wrong, cut to one short line."""
+    return shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:
@@ -73,11 +172,12 @@ class Text(Protocol):
 
 
 class Document(NamedTuple):
-    """One document of one domain (bible, jargon, docs or code)."""
+    """One document of one domain, such as code; complexity: how hard it is, where that is known."""
 
     domain: str
     name: str
     text: str
+    complexity: str | None = None
 
 
 def read_texts(texts: Iterable[Any], argument: str) -> list[Document]:

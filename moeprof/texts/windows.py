@@ -29,14 +29,21 @@ class Window(NamedTuple):
 
     document: int  # index into HeldOut.documents
     ids: Tensor  # token ids (1, n), int64
-    num_bytes: int  # of the predicted tokens' text: all but the first
+    num_bytes: int  # of the predicted tokens' text
+    first: int = 1  # of the predicted tokens; those before it are context alone
+
+    @property
+    def predicted(self) -> int:
+        """How many of its tokens count; the first of a window has nothing before it."""
+        return self.ids.shape[1] - self.first
 
 
 class HeldOut(NamedTuple):
     """The windows to evaluate on, and the documents that they are from."""
 
     windows: list[Window]
-    documents: list[dict[str, Any]]  # {domain, name, tokens, bytes} of what the windows use
+    documents: list[dict[str, Any]]  # {domain, name, tokens, bytes} of what the windows use, and
+    # complexity, where a document has one
 
     @property
     def tokens(self) -> int:
@@ -51,22 +58,26 @@ def heldout_windows(
     seed: int = 0,
     *,
     window: int = WINDOW,
+    stride: int | None = None,
     whole: bool = False,
 ) -> HeldOut:
     """About `tokens` tokens of `texts` in windows, spread evenly over domains and documents.
 
     texts: objects with .domain, .name and .text, each a document. It is cut into windows of
-    `window` tokens from its first token on; `seed` decides which of the windows are taken. whole: a
-    shorter one at a document's end is left out, unless the document has no other.
+    `window` tokens from its first token on, each `stride` tokens after the one before; `seed`
+    decides which of the windows are taken. stride: `window` unless given; with a smaller one
+    windows overlap, and a token counts in the first window that it is in. whole: a shorter one at
+    a document's end is left out, unless the document has no other.
     """
+    stride = window if stride is None else stride
     documents = list(texts)
     pieces: dict[str, list[list[Window]]] = {}
     for index, document in enumerate(documents):
-        windows = _cut(tokenizer, index, document.text, window)
+        windows = _cut(tokenizer, index, document.text, window, stride)
         if whole and len(windows) > 1 and windows[-1].ids.shape[1] < window:
             windows.pop()
         pieces.setdefault(document.domain, []).append(windows)
-    chosen = spread(pieces, lambda piece: piece.ids.shape[1], tokens, seed)
+    chosen = spread(pieces, lambda piece: piece.predicted + 1, tokens, seed)
     if not chosen:
         raise ValueError("held-out text: no document has two tokens")
     used = sorted({piece.document for piece in chosen})
@@ -78,22 +89,32 @@ def heldout_windows(
             "name": documents[index].name,
             "tokens": sum(w.ids.shape[1] for w in chosen if w.document == place[index]),
             "bytes": sum(w.num_bytes for w in chosen if w.document == place[index]),
+            **_complexity(documents[index]),
         }
         for index in used
     ]
     return HeldOut(chosen, described)
 
 
-def _cut(tokenizer: Tokenizer, index: int, text: str, window: int) -> list[Window]:
+def _complexity(document: Text) -> dict[str, str]:
+    complexity = getattr(document, "complexity", None)
+    return {} if complexity is None else {"complexity": complexity}
+
+
+def _cut(tokenizer: Tokenizer, index: int, text: str, window: int, stride: int) -> list[Window]:
     """The document's windows; one of a single token predicts nothing and is left out."""
     import torch
 
     ids = token_ids(tokenizer, text)
-    windows = []
-    for start in range(0, len(ids) - 1, window):
+    windows, end = [], 0
+    for start in range(0, len(ids) - 1, stride):
         piece = ids[start : start + window]
-        predicted = tokenizer.decode(piece[1:], clean_up_tokenization_spaces=False)
-        windows.append(Window(index, torch.tensor([piece]), len(predicted.encode())))
+        first = max(end - start, 1)
+        predicted = tokenizer.decode(piece[first:], clean_up_tokenization_spaces=False)
+        windows.append(Window(index, torch.tensor([piece]), len(predicted.encode()), first))
+        end = start + len(piece)
+        if end == len(ids):
+            break
     return windows
 
 
@@ -101,12 +122,17 @@ def calibration_passages(
     texts: Iterable[Text], characters: int = CALIBRATION_CHARACTERS, seed: int = 0
 ) -> list[str]:
     """About `characters` of `texts` in passages of 1,500, spread like the held-out windows."""
+    return spread(passages(texts, PASSAGE), len, characters, seed)
+
+
+def passages(texts: Iterable[Text], length: int) -> dict[str, list[list[str]]]:
+    """{domain: the passages of `length` characters of each document}, as `spread` takes them."""
     pieces: dict[str, list[list[str]]] = {}
     for document in texts:
         text = document.text
-        cut = [text[start : start + PASSAGE] for start in range(0, len(text), PASSAGE)]
+        cut = [text[start : start + length] for start in range(0, len(text), length)]
         pieces.setdefault(document.domain, []).append(cut)
-    return spread(pieces, len, characters, seed)
+    return pieces
 
 
 def spread(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..store.cells import Subject
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,17 +34,46 @@ class Listener:
 
 def announce(console: Console, store: Store, work: Work) -> None:
     """What a person has to know of a store before anything is run."""
+    announce_store(console, store)
+    announce_done(console, store, work)
+    for what, count in store.others(work.cells[0].kind, work.subject).items():
+        cells = f"{count} cell{'s' if count > 1 else ''}"
+        console.print(f"{store.path} also has {cells} of another {what}: kept, not used")
+
+
+def announce_store(console: Console, store: Store) -> None:
+    """Whether it was damaged."""
     if store.set_aside is not None:
         console.print(f"The store was damaged. It is kept as {store.set_aside}, a new one is begun")
+
+
+def announce_done(console: Console, store: Store, work: Work) -> None:
+    """How many of the cells are finished."""
     done = sum(store.find(cell, work.subject) is not None for cell in work.cells)
     if done:
         console.print(
             f"Of {len(work.cells)} cells {done} are finished, in {store.path}: give another "
             "--store to run them again"
         )
-    for what, count in store.others(work.cells[0].kind, work.subject).items():
-        cells = f"{count} cell{'s' if count > 1 else ''}"
-        console.print(f"{store.path} also has {cells} of another {what}: kept, not used")
+
+
+def apart(
+    work: Work, cells: Sequence[Cell], store: Store
+) -> tuple[list[Cell], list[Cell], list[Cell]]:
+    """(finished, to be run side by side, to be run alone) of the cells."""
+    found = [cell for cell in cells if store.find(cell, work.subject) is not None]
+    left = [cell for cell in cells if cell not in found]
+    return found, [c for c in left if not c.alone], [c for c in left if c.alone]
+
+
+def check_same(here: Subject, wanted: Subject) -> None:
+    """ValueError where a worker would measure something else than was asked for."""
+    for what, a, b in zip(Subject._fields, here, wanted, strict=True):
+        if a != b:
+            raise ValueError(
+                f"a worker has another {what} than the process that began the study, so its "
+                f"results would be of something else ({a[:60]}, expected {b[:60]})"
+            )
 
 
 class Engine(Protocol):

@@ -30,11 +30,14 @@ class Cell(NamedTuple):
     name : what tables call it
     parameters : plain values; with the kind and the subject they are all that its result depends
         on
+    alone : whether times are taken in it that are to be compared, so that no other cell may run
+        beside it
     """
 
     kind: str
     name: str
     parameters: dict[str, Any]
+    alone: bool = False
 
 
 def key_of(cell: Cell, subject: Subject) -> str:

@@ -67,7 +67,7 @@ def text_digest(*texts: HeldOut, prompts: Iterable[Tensor] = ()) -> str:
     for text in texts:
         whole.update(json.dumps([d["domain"] for d in text.documents]).encode())
         for window in text.windows:
-            whole.update(f"{window.document} {window.num_bytes}".encode())
+            whole.update(f"{window.document} {window.num_bytes} {window.first}".encode())
             whole.update(_digest(window.ids))
     for ids in prompts:
         whole.update(_digest(ids))

@@ -33,7 +33,7 @@ def compared(run: dict[str, Any]) -> dict[str, Any]:
     line = [by_k[k] for k in sorted(by_k)]
     kinds = {name: run.get(name, []) for name in ("results", "static", "budgets")}
     rows = [row for group in kinds.values() for row in group if "nats_by_document" in row]
-    fields = iter(_fields(rows, own, line, run["heldout_documents"], run["seed"]))
+    fields = iter(distances(rows, own, line, run["heldout_documents"], run["seed"]))
     return run | {
         name: [row | next(fields) if "nats_by_document" in row else row for row in group]
         for name, group in kinds.items()
@@ -41,14 +41,17 @@ def compared(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fields(
+def distances(
     rows: list[dict[str, Any]],
     own: dict[str, Any],
     line: list[dict[str, Any]],
     documents: list[dict[str, Any]],
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """The added fields, a dict for each row."""
+    """The fields that `compared` adds, a dict for each row.
+
+    own: the row of the model's own top-k; line: of static top-k, "k" ascending.
+    """
     from ...measure.bootstrap import bootstrap
 
     sizes = np.array([document["bytes"] for document in documents], float)

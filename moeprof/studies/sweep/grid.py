@@ -64,14 +64,14 @@ def configurations(
     """
     baseline = Configuration(f"topk_{top_k}_baseline", "topk", None, top_k)
     return [baseline] + [
-        Configuration(f"bh_k{max_k}_a{_digits(alpha)}", "bh", alpha, max_k)
+        Configuration(f"bh_k{max_k}_a{digits(alpha)}", "bh", alpha, max_k)
         for max_k in max_ks
         if max_k <= num_experts
         for alpha in alphas
     ]
 
 
-def _digits(alpha: float) -> str:
+def digits(alpha: float) -> str:
     """0.2 -> "020", 0.025 -> "0025": different for every alpha."""
     text = format(Decimal(repr(float(alpha))), "f")
     whole, _, decimals = text.partition(".")

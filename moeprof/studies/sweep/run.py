@@ -17,11 +17,11 @@ from ...models.blocks import experts_of, model_sizes, own_top_k
 from ...models.quantized import described_dtype
 from ...show.console import WIDTH, make_console, progress
 from ...version import __version__
+from ..budget.stock import budget_text
 from ..engine.engine import Listener, announce
 from ..engine.serial import Serial
 from ..store.store import Store
 from .advice import advice
-from .beside import budget_text
 from .compared import compared
 from .files import SweepFiles
 from .grid import ALPHAS, MAX_KS, configurations, dropped_max_ks

@@ -169,6 +169,7 @@ class Experiment:
         return {
             **measured,
             "avg_experts_heldout": Tally.mean([tally]),
+            "experts_by_layer_heldout": _means(tally.histogram),
             "experts_by_document": by_document,
         }
 

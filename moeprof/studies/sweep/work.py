@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ...models.blocks import own_top_k
 from ...routers import TopK
 from ...routers.base import parameters_of
-from ..store.cells import Cell, Subject
+from ..engine.measured import Measured
 from ..store.subject import subject, text_digest
 from .beside import Budgets, budgets, routers_by_budget
 from .runner import Experiment
@@ -21,22 +21,18 @@ if TYPE_CHECKING:
     from ...routers.base import Router
     from ...texts.windows import HeldOut
     from ..engine.work import Make
+    from ..store.cells import Cell, Subject
     from .grid import Configuration
 
 
-class _Run(NamedTuple):
-    """How a cell is run: a function of `step`, and how often it calls that."""
-
-    measure: Callable[[Callable[[], object]], dict[str, Any]]
-    steps: int
-
-
-class SweepWork:
+class SweepWork(Measured):
     """A sweep as `Work`: its cells are `grid`, `static` and `budgets` in turn.
 
     experiment: Experiment; configurations: [Configuration]; static: [k]; calibration: HeldOut,
     the text that budgets are set on.
     """
+
+    kind = "sweep"
 
     def __init__(
         self,
@@ -45,35 +41,36 @@ class SweepWork:
         static: Sequence[int],
         calibration: HeldOut,
     ) -> None:
+        super().__init__()
         self.experiment, self.calibration = experiment, calibration
         self.configurations, self.ks = configurations, static
         top_k = own_top_k(experiment.model)
         setter = Budgets(experiment, calibration)
-        windows = len(experiment.heldout.windows)
-        self._runs: dict[str, _Run] = {}
-
-        def cell(name: str, run: _Run, router: Router | None, **more: Any) -> Cell:
-            self._runs[name] = run
-            return Cell("sweep", name, {"router": described(router), **more})
-
         self.grid = [
-            cell(
+            self.cell(
                 one.name,
-                _Run(partial(experiment.run, one.router(top_k)), experiment.steps),
-                one.router(top_k),
+                partial(experiment.run, one.router(top_k)),
+                experiment.steps,
+                router=described(one.router(top_k)),
                 new_tokens=experiment.new_tokens,
             )
             for one in configurations
         ]
         self.static = [
-            cell(f"topk_{k}", _Run(partial(experiment.quality, TopK(k)), windows), TopK(k))
+            self.cell(
+                f"topk_{k}",
+                partial(experiment.quality, TopK(k)),
+                len(experiment.heldout.windows),
+                router=described(TopK(k)),
+            )
             for k in static
         ]
         self.budgets = [
-            cell(
+            self.cell(
                 f"{router.name} set to {budget:g}",
-                _Run(partial(setter.run, router, budget), setter.steps),
-                router,
+                partial(setter.run, router, budget),
+                setter.steps,
+                router=described(router),
                 budget=budget,
             )
             for budget in budgets(top_k)
@@ -104,12 +101,6 @@ class SweepWork:
             static=self.ks,
             calibration=self.calibration,
         )
-
-    def steps(self, cell: Cell) -> int:
-        return self._runs[cell.name].steps
-
-    def run(self, cell: Cell, step: Callable[[], object]) -> dict[str, Any]:
-        return self._runs[cell.name].measure(step)
 
 
 def described(router: Router | None) -> dict[str, Any] | None:

@@ -1,0 +1,111 @@
+"""The arguments of `moeprof evaluate`, and the command itself."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ..files import check_folder
+from ..models.load import check_model
+from ..routers import REGISTRY
+from ..routers.written import FORM, written_router
+from ..texts.windows import HELDOUT_TOKENS
+from .arguments import (
+    add_heldout_text,
+    add_model,
+    add_null,
+    add_number,
+    add_out,
+    add_seed,
+    add_store,
+    integer,
+    load,
+)
+
+if TYPE_CHECKING:
+    from .arguments import Commands
+
+
+def add_evaluate(commands: Commands) -> None:
+    """Add `evaluate` to the commands of `moeprof`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="how well a model predicts a text, as it is and under other routers",
+        description="Perplexity, bits per byte, and KL and agreement with the model's own routing, "
+        "on any text, by domain and complexity, with intervals and paired tests.",
+    )
+    add_model(parser)
+    add_out(parser, "results")
+    add_store(parser)
+    parser.add_argument(
+        "--router",
+        action="append",
+        default=[],
+        type=_router,
+        metavar="ROUTER",
+        dest="routers",
+        help=f"{FORM}; one of {', '.join(sorted(REGISTRY))}; may be given several times, and the "
+        "model's own routing always comes first",
+    )
+    add_null(
+        parser,
+        'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
+        "on logprob, of the kind that each router needs, the demo model's own or fitted first",
+    )
+    add_heldout_text(parser)
+    add_number(parser, "--tokens", HELDOUT_TOKENS, "about so many are scored", 1, 10**8)
+    parser.add_argument(
+        "--context",
+        type=integer(2, 10**7),
+        metavar="N",
+        help="tokens of a window; default: 2048, or as many positions as the model has",
+    )
+    parser.add_argument(
+        "--stride",
+        type=integer(1, 10**7),
+        metavar="N",
+        help="tokens from the start of a window to that of the next; with fewer than --context "
+        "every token has more before it, and more is computed; default: --context",
+    )
+    add_seed(parser, "chooses the windows, the bootstrap draws and the sign flips")
+    parser.set_defaults(run=_run)
+
+
+def _router(text: str) -> str:
+    try:
+        written_router(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..null import resolve_null
+    from ..show.console import make_console
+    from ..studies.evaluation import evaluate
+    from ..studies.store.store import store_path
+    from ..texts.documents import read_documents
+
+    null = None if arguments.null is None else resolve_null(arguments.null)
+    texts = None if arguments.text is None else read_documents(arguments.text)
+    if arguments.model is not None:
+        check_model(arguments.model)
+    check_folder(arguments.out)
+    model, tokenizer = load(arguments)
+    found = evaluate(
+        model,
+        tokenizer,
+        arguments.routers,
+        texts=texts,
+        null=null,
+        context=arguments.context,
+        stride=arguments.stride,
+        tokens=arguments.tokens,
+        seed=arguments.seed,
+        store=store_path(arguments.out, arguments.store),
+    )
+    console = make_console()
+    console.print(found.summary())
+    for path in found.save(arguments.out):
+        console.print(f"Written: {path}")

@@ -1,0 +1,206 @@
+"""evaluate: a text, the model as it is and under other routers, in order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from ... import demo
+from ...checks import check_model, check_tokenizer, check_type
+from ...demo.defaults import default_null
+from ...measure import machine
+from ...measure.bootstrap import DRAWS
+from ...models.identity import model_name
+from ...models.quantized import described_dtype
+from ...null import resolve_null
+from ...routers import Router
+from ...routers.evidence import OnNull
+from ...routers.table import describe
+from ...routers.written import written_router
+from ...show.console import make_console
+from ...show.console import progress as progress_bar
+from ...texts.documents import Document, read_texts
+from ...texts.windows import HELDOUT_TOKENS
+from ..budget.stock import budget_text
+from ..engine.engine import Listener, announce
+from ..engine.serial import Serial
+from ..store.store import Store
+from .measure import evaluation_text, protocol_for
+from .result import Evaluated
+from .work import Configuration, EvaluationWork
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...checks import Tokenizer
+    from ...null.resolve import AnyNull
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    routers: Iterable[str | Router] | Mapping[str, Router] = (),
+    *,
+    texts: Iterable[Any] | None = None,
+    null: AnyNull | str | os.PathLike[str] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    tokens: int = HELDOUT_TOKENS,
+    norm: str = "model",
+    seed: int = 0,
+    draws: int = DRAWS,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Evaluated:
+    """How well a model predicts a text, as it is and under each of the routers.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Of Hugging Face transformers, of a family that `moeprof.patch` runs. It is afterwards as
+        it was.
+    tokenizer : callable
+        The model's.
+    routers : list of str or Router, or dict of name and Router
+        "topk:k=4", "bh:alpha=0.3,max_k=16"; "bh@6" is a router set to 6 experts per token, on
+        the calibration text that ships with moeprof. The model's own routing always comes first.
+    texts : list of str, or of objects with .text, .domain and .complexity
+        Each is a document. Default: the held-out text that ships with moeprof.
+    null : Null, str, path or None
+        For routers on p-values, as for `moeprof.patch`. Default: what each router needs, the demo
+        model's own or fitted to the shipped calibration text first.
+    context, stride : int, optional
+        Tokens of a window, and from the start of one to that of the next. Default: 2048, or as
+        many positions as the model has; windows one after the other.
+    tokens : int
+        About so many tokens of the texts are scored at most, spread over domains and documents.
+    norm : {"model", "none", "sum", "mass"}
+        As for `moeprof.patch`.
+    seed : int
+        Chooses the windows, the bootstrap draws and the sign flips.
+    draws : int
+        Bootstrap draws over documents.
+    store : path, optional
+        An SQLite file of finished cells: what is in it isn't measured again.
+    progress : bool
+        Whether to show a bar if it takes more than 2 seconds.
+
+    Returns
+    -------
+    Evaluated
+        Its `to_frame()` has perplexity, bits per byte, KL and top-1 agreement with the model's
+        own routing, and experts per token, with 95 % intervals, over all documents, by domain and
+        by complexity; `pairs` the paired tests; `save(folder)` writes it all.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a router that doesn't fit the model, texts without two tokens, a context that the
+        model can't read; no model, no tokenizer, or one of another model.
+
+    Example
+    -------
+    >>> model, tokenizer = moeprof.demo.load()                             # doctest: +SKIP
+    >>> found = moeprof.evaluate(model, tokenizer, ["topk:k=4", "bh@4"])   # doctest: +SKIP
+    >>> print(found.summary())                                             # doctest: +SKIP
+    """
+    check_model("evaluate", model)
+    check_tokenizer("evaluate", tokenizer)
+    asked = _named(routers)
+    given: Any = None if null is None else resolve_null(null)
+    if given is not None:
+        given.check(model)
+    protocol = protocol_for(model, context, stride)
+    documents = demo.heldout_texts() if texts is None else _documents(texts)
+    text = evaluation_text(tokenizer, documents, protocol, tokens, seed)
+    calibration = budget_text(tokenizer, seed)
+
+    def null_for(router: Router) -> AnyNull | None:
+        if not isinstance(router, OnNull):
+            return None
+        if given is not None:
+            return cast("AnyNull", given)
+        return default_null(model, tokenizer, progress, seed, kind=router.null_kind)
+
+    configurations = [
+        Configuration(name, router, budget, null_for(router))
+        for name, (router, budget) in asked.items()
+    ]
+    work = EvaluationWork(model, text, calibration, configurations, norm)
+    measured = _run(work, store, progress)
+    facts = {
+        "model": model_name(model),
+        "dtype": described_dtype(model),
+        "protocol": protocol._asdict() | {"words": protocol.words()},
+        "tokens_asked": tokens,
+        "norm": norm,
+        "nulls": {one.name: _null_words(one.null) for one in configurations if one.null},
+        "seed": seed,
+        "draws": draws,
+        "machine": machine.describe(),
+    }
+    return Evaluated(text.documents, measured, facts)
+
+
+def _named(
+    routers: Iterable[str | Router] | Mapping[str, Router],
+) -> dict[str, tuple[Router, float | None]]:
+    """{name: (router, budget)}; ValueError for two of one name."""
+    check_type("evaluate: routers", routers, Iterable, "a list of routers")
+    if isinstance(routers, str | Router):
+        raise TypeError(f"evaluate: routers: expected a list, got {routers!r}: put it in brackets")
+    found: dict[str, tuple[Router, float | None]] = {}
+    items = routers.items() if isinstance(routers, Mapping) else [(None, one) for one in routers]
+    for given, router in items:
+        check_type("evaluate: routers", router, (str, Router), "a router or its text")
+        one = written_router(router) if isinstance(router, str) else (router, None)
+        name = given or (router.strip() if isinstance(router, str) else describe([router]))
+        if name in found:
+            raise ValueError(f"router {name!r}: it is there twice")
+        found[name] = one
+    return found
+
+
+def _documents(texts: Iterable[Any]) -> list[Document]:
+    """With names and complexities, where the objects have them."""
+    texts = texts if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+    read = read_texts(texts, "texts")
+    return [
+        document._replace(
+            domain=document.domain or "text",
+            name=getattr(given, "name", document.name),
+            complexity=getattr(given, "complexity", None),
+        )
+        for given, document in zip(texts, read, strict=True)
+    ]
+
+
+def _null_words(null: Any) -> str:
+    if hasattr(null, "describe"):
+        return str(null.describe())
+    return f"{null.form}: each token's own logits, without a fit"
+
+
+def _run(
+    work: EvaluationWork, store: str | os.PathLike[str] | None, progress: bool
+) -> dict[str, dict[str, Any]]:
+    """{configuration: what was measured}, in order."""
+    console = make_console()
+    found: dict[str, dict[str, Any]] = {}
+    shown = progress_bar(console, sum(map(work.steps, work.cells)), "evaluate")
+    if store is None:
+        with shown as bar:
+            for cell in work.cells:
+                bar.note(cell.name)
+                found[cell.name] = work.run(cell, bar.step)
+        return found
+    with Store(store) as kept, shown as bar:
+        announce(console, kept, work)
+
+        def done(cell: Any, result: dict[str, Any], ran: bool) -> None:
+            found[cell.name] = result
+
+        listener = Listener(lambda cell: bar.note(cell.name), done, bar.step, console.print)
+        Serial().run(work, work.cells, kept, listener)
+    return {cell.name: found[cell.name] for cell in work.cells}

@@ -1,0 +1,112 @@
+"""An evaluation as cells: a configuration each, the model's own routing first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...models.blocks import fewest_experts, runnable_blocks
+from ..store.cells import Cell, Subject
+from ..store.subject import null_digest, subject, text_digest
+from ..sweep.work import described
+from .measure import Evaluation
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...checks import Tokenizer
+    from ...null.resolve import AnyNull
+    from ...routers.base import Router
+    from ...texts.windows import HeldOut
+    from ..engine.work import Make
+
+
+OWN = "own routing"
+
+
+class Configuration(NamedTuple):
+    """A router by its name in the tables; budget: experts per token that it is set to, or None.
+
+    router : None for the model's own routing
+    null : what the router's p-values are measured against; None where it needs none
+    """
+
+    name: str
+    router: Router | None
+    budget: float | None = None
+    null: AnyNull | None = None
+
+
+class EvaluationWork:
+    """An evaluation as `Work`; ValueError for a router that doesn't fit the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        text: HeldOut,
+        calibration: HeldOut,
+        configurations: Sequence[Configuration],
+        norm: str = "model",
+    ) -> None:
+        runnable_blocks(model)
+        self.configurations = [Configuration(OWN, None), *configurations]
+        names = [one.name for one in self.configurations]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"router {twice[0]!r}: there are two of that name")
+        for one in configurations:
+            if one.router is not None:
+                one.router.limits(fewest_experts(model))
+        self.evaluation = Evaluation(model, text, calibration, norm)
+        self.text, self.calibration, self.norm = text, calibration, norm
+        self._by_name = dict(zip(names, self.configurations, strict=True))
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        calibration = text_digest(self.calibration)
+
+        def parameters(one: Configuration) -> dict[str, Any]:
+            found: dict[str, Any] = {"router": described(one.router), "norm": self.norm}
+            found["null"] = null_digest(one.null)
+            if one.budget is not None:
+                found |= {"budget": one.budget, "calibration": calibration}
+            return found
+
+        return [Cell("evaluate", one.name, parameters(one)) for one in self.configurations]
+
+    @cached_property
+    def subject(self) -> Subject:
+        """Each cell names its own null."""
+        return subject(self.evaluation.model, text_digest(self.text), None)
+
+    @property
+    def make(self) -> Make:
+        return partial(
+            make_work,
+            text=self.text,
+            calibration=self.calibration,
+            configurations=self.configurations[1:],
+            norm=self.norm,
+        )
+
+    def steps(self, cell: Cell) -> int:
+        return self.evaluation.steps(self._by_name[cell.name].budget)
+
+    def run(self, cell: Cell, step: Callable[[], object]) -> dict[str, Any]:
+        _, router, budget, null = self._by_name[cell.name]
+        left = self.steps(cell)
+
+        def counted() -> None:
+            nonlocal left
+            left -= 1
+            step()
+
+        result = self.evaluation.measure(router, null=null, budget=budget, step=counted)
+        for _ in range(left):  # a search that needs fewer passes
+            step()
+        return result
+
+
+def make_work(model: nn.Module, tokenizer: Tokenizer, **shared: Any) -> EvaluationWork:
+    """The same on a model that was loaded again; shared: the other arguments."""
+    return EvaluationWork(model, **shared)

@@ -1,0 +1,107 @@
+"""A grid from its first model to its last: one model in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ...checks import check_type
+from ...show.console import make_console, progress
+from ..engine.engine import Listener, announce_done, announce_store
+from ..engine.serial import Serial
+from ..source import Source
+from ..store.store import Store
+from .rows import rows_of
+from .settings import DEMO, Grid
+from .work import GridWork
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..engine.engine import Engine
+
+
+def run_grid(
+    grid: Grid,
+    store: Store,
+    engine: Callable[[Source], Engine] | None = None,
+    console: Console | None = None,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> list[dict[str, Any]]:
+    """Run a grid and return its rows, as `grid_frame` takes them.
+
+    grid: Grid; store: Store, where finished cells are found again; engine: a function of a
+    Source, of the engine that runs the cells of this model, this process where it isn't given;
+    console: a rich Console; device, trust_remote_code: as Source has them. What is wrong with a
+    file that the grid names is a ValueError or OSError before anything is run. Times are taken
+    last and in this process, whatever the engine.
+    """
+    check_type("run_grid: grid", grid, Grid, "a Grid")
+    check_type("run_grid: store", store, Store, "a Store")
+    console = console or make_console()
+    grid.check()
+    announce_store(console, store)
+    rows = []
+    for place, model in enumerate(grid.models):
+        for bits in grid.bits:
+            source = Source(
+                None if model == DEMO else model,
+                grid.dtype,
+                None if isinstance(bits, str) else bits,
+                device,
+                trust_remote_code,
+            )
+            said = _Said(grid, store, console, {"model": model, "bits": bits})
+            rows += said.run(source, Serial() if engine is None else engine(source), place)
+            gc.collect()  # a model has circles
+    return rows
+
+
+class _Said:
+    """The texts and seeds of a grid on one model, with what is said on the console."""
+
+    def __init__(self, grid: Grid, store: Store, console: Console, setting: dict[str, Any]) -> None:
+        self.grid, self.store, self.console, self.setting = grid, store, console, setting
+
+    def run(self, source: Source, engine: Engine, place: int) -> list[dict[str, Any]]:
+        try:
+            model, tokenizer = source.load()
+        except (ValueError, OSError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise self.grid.error(["models", place], str(error), kind) from None
+        rows = []
+        for text in self.grid.texts:
+            for seed in self.grid.seeds:
+                work = GridWork.of(self.grid, model, tokenizer, text, seed)
+                rows += self._rows(work, engine, self.setting | {"text": text, "seed": seed})
+        return rows
+
+    def _rows(
+        self, work: GridWork, engine: Engine, setting: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        said = ", ".join(f"{name} {value}" for name, value in setting.items())
+        self.console.print(f"{self.grid.name}: {said}: {len(work.cells)} configurations")
+        announce_done(self.console, self.store, work)
+        found = self._run(work, engine)
+        speeds: dict[str, list[float]] = {}
+        if self.grid.repeats:
+            times = work.times(found, self.grid.repeats, setting["seed"])
+            speeds = self._run(times, Serial())["times"]["tokens_per_s"]
+        return rows_of(work, found, speeds, setting)
+
+    def _run(self, work: Any, engine: Engine) -> dict[str, dict[str, Any]]:
+        """{cell: result} of all cells of a Work."""
+        found: dict[str, dict[str, Any]] = {}
+        steps = sum(map(work.steps, work.cells))
+        with progress(self.console, steps, self.grid.name) as bar:
+            listener = Listener(
+                lambda cell: bar.note(cell.name),
+                lambda cell, result, ran: found.update({cell.name: result}),
+                bar.step,
+                self.console.print,
+            )
+            engine.run(work, work.cells, self.store, listener)
+        return found
