@@ -157,6 +157,7 @@ def test_every_configuration_is_timed_in_every_round(folder, tmp_path, monkeypat
         assert len(calls) == 5  # they are in the store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bh-21", "bh-20-later", "equal-budget"])
 def test_every_shipped_grid_runs(name, folder, tmp_path):
     grid = replace(Grid.read(name), **small(folder, repeats=1))
