@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -62,12 +63,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _value(text: str) -> Any:
     """What a user means by it: an integer, a number, None, else a word."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None if text.casefold() == "none" else text
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _budget(text: str, size: str) -> float:

@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...checks import check_type
+from ...models.blocks import experts_of
 from ...show.console import make_console, progress
 from ..engine.engine import Listener, announce_done, announce_store
 from ..engine.serial import Serial
@@ -75,6 +76,8 @@ class _Run(NamedTuple):
         except (ValueError, OSError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError
             raise self.grid.error(["models", place], str(error), kind) from None
+        for line in self.grid.configurations(*experts_of(model)).dropped:
+            self.console.print(f"Left out: {line}")
         rows = []
         for text, seed in product(self.grid.texts, self.grid.seeds):
             work = GridWork.of(self.grid, model, tokenizer, text, seed)
@@ -85,14 +88,14 @@ class _Run(NamedTuple):
         said = ", ".join(f"{name} {value}" for name, value in setting.items())
         self.console.print(f"{self.grid.name}: {said}: {len(work.cells)} configurations")
         announce_done(self.console, self.store, work)
-        found = self._run(work, self.engine)
+        found = self._cells(work, self.engine)
         speeds: dict[str, list[float]] = {}
         if self.grid.repeats:
             times = work.times(found, self.grid.repeats, setting["seed"])
-            speeds = self._run(times, Serial())["times"]["tokens_per_s"]
+            speeds = self._cells(times, Serial())["times"]["tokens_per_s"]
         return rows_of(work, found, speeds, setting)
 
-    def _run(self, work: Any, engine: Engine) -> dict[str, dict[str, Any]]:
+    def _cells(self, work: Any, engine: Engine) -> dict[str, dict[str, Any]]:
         """{cell: result} of all cells of a Work."""
         found: dict[str, dict[str, Any]] = {}
         steps = sum(map(work.steps, work.cells))
