@@ -157,12 +157,14 @@ def test_every_configuration_is_timed_in_every_round(folder, tmp_path, monkeypat
         assert len(calls) == 5  # they are in the store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bh-21", "bh-20-later", "equal-budget"])
-def test_every_shipped_grid_runs(name, folder, tmp_path):
+def test_every_shipped_grid_runs(name, folder, tmp_path, capsys):
     grid = replace(Grid.read(name), **small(folder, repeats=1))
     with Store(tmp_path / "cells.sqlite") as store:
         frame = grid_frame(run_grid(grid, store))
     planned = grid.configurations(8, 2)
+    assert capsys.readouterr().out.count("Left out: ") == len(planned.dropped)
     assert list(frame["configuration"]) == [one.name for one in planned.configurations]
     assert tuple(frame.columns) == COLUMNS
     measured = frame[frame["error"].isna()]

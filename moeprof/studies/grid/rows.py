@@ -46,7 +46,7 @@ def rows_of(
     work: GridWork,
     found: Mapping[str, dict[str, Any]],
     speeds: Mapping[str, list[float]],
-    setting: Mapping[str, Any],
+    setting: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """A dict of COLUMNS for each configuration.
 

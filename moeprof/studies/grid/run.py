@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...checks import check_type
+from ...models.blocks import experts_of
 from ...show.console import make_console, progress
 from ..engine.engine import Listener, announce_done, announce_store
 from ..engine.serial import Serial
@@ -54,45 +56,46 @@ def run_grid(
                 device,
                 trust_remote_code,
             )
-            said = _Said(grid, store, console, {"model": model, "bits": bits})
-            rows += said.run(source, Serial() if engine is None else engine(source), place)
+            run = _Run(grid, store, Serial() if engine is None else engine(source), console)
+            rows += run.of_model(source, place, {"model": model, "bits": bits})
             gc.collect()  # a model has circles
     return rows
 
 
-class _Said:
-    """The texts and seeds of a grid on one model, with what is said on the console."""
+class _Run(NamedTuple):
+    """What a grid is run with; its methods are of one model, of one text and seed, of a Work."""
 
-    def __init__(self, grid: Grid, store: Store, console: Console, setting: dict[str, Any]) -> None:
-        self.grid, self.store, self.console, self.setting = grid, store, console, setting
+    grid: Grid
+    store: Store
+    engine: Engine
+    console: Console
 
-    def run(self, source: Source, engine: Engine, place: int) -> list[dict[str, Any]]:
+    def of_model(self, source: Source, place: int, setting: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             model, tokenizer = source.load()
         except (ValueError, OSError) as error:
             kind = OSError if isinstance(error, OSError) else ValueError
             raise self.grid.error(["models", place], str(error), kind) from None
+        for line in self.grid.configurations(*experts_of(model)).dropped:
+            self.console.print(f"Left out: {line}")
         rows = []
-        for text in self.grid.texts:
-            for seed in self.grid.seeds:
-                work = GridWork.of(self.grid, model, tokenizer, text, seed)
-                rows += self._rows(work, engine, self.setting | {"text": text, "seed": seed})
+        for text, seed in product(self.grid.texts, self.grid.seeds):
+            work = GridWork.of(self.grid, model, tokenizer, text, seed)
+            rows += self._rows(work, setting | {"text": text, "seed": seed})
         return rows
 
-    def _rows(
-        self, work: GridWork, engine: Engine, setting: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+    def _rows(self, work: GridWork, setting: dict[str, Any]) -> list[dict[str, Any]]:
         said = ", ".join(f"{name} {value}" for name, value in setting.items())
         self.console.print(f"{self.grid.name}: {said}: {len(work.cells)} configurations")
         announce_done(self.console, self.store, work)
-        found = self._run(work, engine)
+        found = self._cells(work, self.engine)
         speeds: dict[str, list[float]] = {}
         if self.grid.repeats:
             times = work.times(found, self.grid.repeats, setting["seed"])
-            speeds = self._run(times, Serial())["times"]["tokens_per_s"]
+            speeds = self._cells(times, Serial())["times"]["tokens_per_s"]
         return rows_of(work, found, speeds, setting)
 
-    def _run(self, work: Any, engine: Engine) -> dict[str, dict[str, Any]]:
+    def _cells(self, work: Any, engine: Engine) -> dict[str, dict[str, Any]]:
         """{cell: result} of all cells of a Work."""
         found: dict[str, dict[str, Any]] = {}
         steps = sum(map(work.steps, work.cells))

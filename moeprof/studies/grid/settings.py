@@ -245,7 +245,7 @@ class Grid:
         known = [f.name for f in parameters_of(cls) if f.name not in fixed]
         found: dict[str, Any] = {"router": name}
         for key, value in table.items():
-            keys = ["routers", place, key]
+            keys: list[str | int] = ["routers", place, key]
             if key not in (*known, *RESERVED):
                 near = nearest(key, (*known, *RESERVED))
                 raise self.error(keys, f"{name} takes no {key!r}; {near}")
@@ -255,7 +255,8 @@ class Grid:
             if not found[key]:
                 raise self.error(keys, f"{key}: expected at least one value, got none")
             for number, one in enumerate(found[key]):
-                self._value([*keys, number], key, one)
+                rule = {"null": _NAME, "budgets": _BUDGET}.get(key, _SIZE if key in SIZES else _ANY)
+                self._check([*keys, number], key, one, rule)
         if "budgets" in found and cls.main in found:
             text = f"{cls.main}: it is what the budgets set; leave one of the two out"
             raise self.error(["routers", place, cls.main], text)
@@ -263,11 +264,6 @@ class Grid:
             raise self.error(["routers", place, "null"], f"null: {name} has no use for one")
         self._fits(place, found)
         return found
-
-    def _value(self, keys: Sequence[str | int], key: str, value: Any) -> None:
-        """A value of a table, as far as it can be told without the others."""
-        rule = {"null": _NAME, "budgets": _BUDGET}.get(key, _SIZE if key in SIZES else _ANY)
-        self._check(keys, key, value, rule)
 
     def _fits(self, place: int, table: Mapping[str, Any]) -> None:
         """Each combination of the values makes a router, which can use its nulls."""

@@ -78,13 +78,15 @@ class GridWork(Measured):
         )
         self._bytes = expert_bytes(model)
         setters = {
-            name: Budgets(replace(self.experiment, null=null), calibration)
-            for name, null in {None: None, **nulls}.items()
+            name: Budgets(replace(self.experiment, null=nulls.get(name)), calibration)
+            for name in {one.null or "" for one in configurations}
         }
-        self.cells = [self._cell(one, setters[one.null]) for one in configurations]
+        self.cells = [self._cell(one, setters[one.null or ""]) for one in configurations]
 
     @classmethod
-    def of(cls, grid: Grid, model: nn.Module, tokenizer: Tokenizer, text: str, seed: int) -> Any:
+    def of(
+        cls, grid: Grid, model: nn.Module, tokenizer: Tokenizer, text: str, seed: int
+    ) -> GridWork:
         """GridWork of one text and seed of a grid; it reads the text and fits nulls."""
         planned = grid.configurations(*experts_of(model)).configurations
         documents = demo.heldout_texts() if text == TEXT else read_documents([text])
@@ -142,12 +144,13 @@ class GridWork(Measured):
         )
 
     def _cell(self, one: Configuration, setter: Budgets) -> Cell:
-        experiment, null = setter.experiment, setter.experiment.null
+        experiment, null = setter.experiment, self.nulls.get(one.null or "")
         try:
             plan_patch(experiment.model, one.router, null=null)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{one.name}: {error}") from None
-        if one.budget is None:
+        measure: Callable[..., dict[str, Any]]
+        if one.budget is None or one.router is None:
             measure, steps = partial(experiment.run, one.router), experiment.steps
         else:
             measure, steps = partial(setter.run, one.router, one.budget), setter.steps
@@ -157,7 +160,7 @@ class GridWork(Measured):
             steps,
             router=described(one.router),
             budget=one.budget,
-            null=null_digest(null) if one.null else None,
+            null=null_digest(null),
             new_tokens=experiment.new_tokens,
         )
 
@@ -194,7 +197,7 @@ class TimesWork(Measured):
     ) -> None:
         super().__init__()
         self.model, self.routers, self.prompts = model, routers, prompts
-        self._settings = {"new_tokens": new_tokens, "rounds": rounds, "seed": seed}
+        self._settings: dict[str, Any] = {"new_tokens": new_tokens, "rounds": rounds, "seed": seed}
         self._ids: list[Tensor] = [prompt_ids(tokenizer, text) for text in prompts]
         self.cells = [
             self.cell(
@@ -202,7 +205,7 @@ class TimesWork(Measured):
                 self._measure,
                 rounds,
                 routers=[
-                    [name, described(router), null_digest(null)]  # type: ignore[arg-type]
+                    [name, described(router), null_digest(null)]
                     for name, (router, null) in routers.items()
                 ],
                 threads=torch.get_num_threads(),
@@ -216,7 +219,8 @@ class TimesWork(Measured):
 
     @property
     def make(self) -> Make:
-        return partial(TimesWork, routers=self.routers, prompts=self.prompts, **self._settings)
+        settings = {"routers": self.routers, "prompts": self.prompts, **self._settings}
+        return partial(TimesWork, **settings)
 
     def _measure(self, step: Callable[[], object]) -> dict[str, Any]:
         speeds: dict[str, list[float]] = {name: [] for name in self.routers}
