@@ -12,12 +12,14 @@ from ..studies.comparison.splits import BUDGET_TOKENS, TEST_TOKENS
 from .arguments import (
     DEMO,
     add_documents,
+    add_engine,
     add_model,
     add_null,
     add_number,
     add_out,
     add_seed,
     add_store,
+    engine_of,
     integers,
     load,
 )
@@ -38,6 +40,7 @@ def add_compare(commands: Commands) -> None:
     add_model(parser)
     add_out(parser, "results")
     add_store(parser)
+    add_engine(parser)
     parser.add_argument(
         "--routers",
         type=_names,
@@ -125,11 +128,12 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         check_model(arguments.model)
     files = ComparisonFiles(arguments.out, arguments.store)
+    engine = engine_of(arguments)
     model, tokenizer = load(arguments)
     comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
     console = make_console()
     name = DEMO if arguments.model is None else arguments.model
-    compare(comparison, files, _facts(arguments, model, name), console)
+    compare(comparison, files, _facts(arguments, model, name), console, engine=engine)
 
 
 def _efron(null: Null) -> Null:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import (
     DEMO,
+    add_engine,
     add_model,
     add_null,
     add_number,
     add_out,
     add_seed,
     add_store,
+    engine_of,
     integer,
     load,
 )
@@ -67,6 +69,7 @@ def add_eval_harness(commands: Commands) -> None:
     add_number(parser, "--batch-size", 8, requests, 1, 4096)
     add_out(parser, "results")
     add_store(parser)
+    add_engine(parser)
     add_seed(parser, "chooses the examples before the questions, and the bootstrap draws")
     parser.set_defaults(run=_run)
 
@@ -88,6 +91,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         check_model(arguments.model)
     files = HarnessFiles(arguments.out)
+    engine = engine_of(arguments)
     tasks = Tasks(_specs(arguments.tasks), arguments.num_fewshot, arguments.seed)
     model, tokenizer = load(arguments)
     contenders = [
@@ -97,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
     options = {"limit": arguments.limit, "batch_size": arguments.batch_size}
     work = HarnessWork(model, tokenizer, tasks, contenders, **options)
     with Store(store_path(arguments.out, arguments.store)) as store:
-        run_harness(work, store, files, _facts(arguments, model, tasks), make_console())
+        run_harness(work, store, files, _facts(arguments, model, tasks), make_console(), engine)
 
 
 def _specs(words: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from ..routers import REGISTRY
 from ..routers.written import FORM, written_router
 from ..texts.windows import HELDOUT_TOKENS
 from .arguments import (
+    add_engine,
     add_heldout_text,
     add_model,
     add_null,
@@ -18,6 +19,7 @@ from .arguments import (
     add_out,
     add_seed,
     add_store,
+    engine_of,
     integer,
     load,
 )
@@ -37,6 +39,7 @@ def add_evaluate(commands: Commands) -> None:
     add_model(parser)
     add_out(parser, "results")
     add_store(parser)
+    add_engine(parser)
     parser.add_argument(
         "--router",
         action="append",
@@ -92,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         check_model(arguments.model)
     check_folder(arguments.out)
+    engine = engine_of(arguments)
     model, tokenizer = load(arguments)
     found = evaluate(
         model,
@@ -104,6 +108,7 @@ def _run(arguments: argparse.Namespace) -> None:
         tokens=arguments.tokens,
         seed=arguments.seed,
         store=store_path(arguments.out, arguments.store),
+        engine=engine,
     )
     console = make_console()
     console.print(found.summary())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import demo
 
 if TYPE_CHECKING:
-    from torch import device
+    import torch
 
 
 class Source(NamedTuple):
@@ -54,7 +54,7 @@ class Source(NamedTuple):
             quantize(model, bits)
         return model.to(device), tokenizer
 
-    def _device(self) -> device:
+    def _device(self) -> torch.device:
         """Where the model runs; ValueError where that isn't there."""
         import torch
 

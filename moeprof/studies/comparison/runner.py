@@ -19,6 +19,7 @@ What a cell gives are rows of the tables, each a dict of plain values as it stan
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -154,7 +155,7 @@ class Runner:
         """Tokens per second of rows, in turn; settings: what `_setting` takes."""
         timed = [self._setting(**setting) for setting in settings]
         speeds = decode_speeds(self.model, self.prompts, timed, seed=seed, step=step)
-        return {"tokens_per_s": speeds}
+        return {"tokens_per_s": [statistics.median(each) for each in speeds]}
 
     def _setting(
         self, contender: dict[str, Any] | None, max_k: int, value: Any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,21 +25,23 @@ def decode_speeds(
     timed: Sequence[tuple[Any, AnyNull | None]],
     *,
     seed: int = 0,
+    new_tokens: int = NEW_TOKENS,
     step: Callable[[], object] = lambda: None,
-) -> list[float]:
-    """Tokens per second of each (router, null): the median over the rounds of its own prompts.
+) -> list[list[float]]:
+    """Tokens per second of each (router, null) in each round, all of them in turn in every one.
 
-    prompts: (1, n) token ids, one for each round; step is called after each generation.
+    prompts: (1, n) token ids, one for each round; new_tokens: that are timed; step is called after
+    each generation.
     """
     draw = random.Random(seed)
     order = list(range(len(timed)))
-    seconds: list[list[float]] = [[] for _ in timed]
+    speeds: list[list[float]] = [[] for _ in timed]
     greedy(model, prompts[0], 2)  # uncounted: the first calls pay for page faults
     for ids in prompts:
         draw.shuffle(order)
         for place in order:
             router, null = timed[place]
             with patch(model, router, null=null):
-                seconds[place].append(greedy(model, ids, NEW_TOKENS + 1)[1])
+                speeds[place].append(new_tokens / greedy(model, ids, new_tokens + 1)[1])
             step()
-    return [NEW_TOKENS / statistics.median(each) for each in seconds]
+    return speeds

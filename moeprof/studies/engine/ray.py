@@ -197,5 +197,5 @@ class Worker:
 
         begun = time.perf_counter()
         result = self.work.run(cell, lambda: None)
-        where = f"{ray.util.get_node_ip_address()}:{os.getpid()}"
+        where = f"{ray.get_runtime_context().get_node_id()[:8]}:{os.getpid()}"
         return result, time.perf_counter() - begun, where

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from ...checks import Tokenizer
     from ...null.resolve import AnyNull
+    from ..engine.engine import Engine
 
 
 def evaluate(
@@ -51,6 +52,7 @@ def evaluate(
     seed: int = 0,
     draws: int = DRAWS,
     store: str | os.PathLike[str] | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> Evaluated:
     """How well a model predicts a text, as it is and under each of the routers.
@@ -83,6 +85,8 @@ def evaluate(
         Bootstrap draws over documents.
     store : path, optional
         An SQLite file of finished cells: what is in it isn't measured again.
+    engine : Engine, optional
+        What runs the configurations, this process when not given; it needs a store.
     progress : bool
         Whether to show a bar if it takes more than 2 seconds.
 
@@ -107,6 +111,8 @@ def evaluate(
     """
     check_model("evaluate", model)
     check_tokenizer("evaluate", tokenizer)
+    if engine is not None and store is None:
+        raise ValueError("evaluate: engine: it needs a store, where its workers meet")
     asked = _named(routers)
     given: Any = None if null is None else resolve_null(null)
     if given is not None:
@@ -128,7 +134,7 @@ def evaluate(
         for name, (router, budget) in asked.items()
     ]
     work = EvaluationWork(model, text, calibration, configurations, norm)
-    measured = _run(work, store, progress)
+    measured = _run(work, store, engine, progress)
     facts = {
         "model": model_name(model),
         "dtype": described_dtype(model),
@@ -183,7 +189,10 @@ def _null_words(null: Any) -> str:
 
 
 def _run(
-    work: EvaluationWork, store: str | os.PathLike[str] | None, progress: bool
+    work: EvaluationWork,
+    store: str | os.PathLike[str] | None,
+    engine: Engine | None,
+    progress: bool,
 ) -> dict[str, dict[str, Any]]:
     """{configuration: what was measured}, in order."""
     console = make_console()
@@ -202,5 +211,5 @@ def _run(
             found[cell.name] = result
 
         listener = Listener(lambda cell: bar.note(cell.name), done, bar.step, console.print)
-        Serial().run(work, work.cells, kept, listener)
+        (engine or Serial()).run(work, work.cells, kept, listener)
     return {cell.name: found[cell.name] for cell in work.cells}

@@ -203,7 +203,7 @@ class TimesWork(Measured):
             self.cell(
                 "times",
                 self._measure,
-                rounds,
+                rounds * len(routers),
                 routers=[
                     [name, described(router), null_digest(null)]
                     for name, (router, null) in routers.items()
@@ -223,23 +223,22 @@ class TimesWork(Measured):
         return partial(TimesWork, **settings)
 
     def _measure(self, step: Callable[[], object]) -> dict[str, Any]:
-        speeds: dict[str, list[float]] = {name: [] for name in self.routers}
-        timed: list[tuple[dict[str, Any], Any, Any]] = [
-            ({}, router, None if null is None else resolve_null(null))
+        timed = [
+            (router, None if null is None else resolve_null(null))
             for router, null in self.routers.values()
         ]
-        for number in range(self._settings["rounds"]):
-            decode_speeds(
-                self.model,
-                [self._ids[number % len(self._ids)]],
-                timed,
-                seed=self._settings["seed"] + number,
-                new_tokens=self._settings["new_tokens"],
-            )
-            for name, (cell, *_) in zip(speeds, timed, strict=True):
-                speeds[name].append(cell["tokens_per_s"])
-            step()
-        return {"tokens_per_s": speeds, "threads": torch.get_num_threads()}
+        settings = self._settings
+        prompts = [self._ids[i % len(self._ids)] for i in range(settings["rounds"])]
+        speeds = decode_speeds(
+            self.model,
+            prompts,
+            timed,
+            seed=settings["seed"],
+            new_tokens=settings["new_tokens"],
+            step=step,
+        )
+        each = dict(zip(self.routers, speeds, strict=True))
+        return {"tokens_per_s": each, "threads": torch.get_num_threads()}
 
 
 def _that_ran(one: Configuration, result: Mapping[str, Any]) -> Router | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from ...files import as_json
+from ...null.resolve import resolve_null
 from ...version import __version__
 from .cells import Subject
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
-def subject(model: nn.Module, text: str, null: AnyNull | str | None) -> Subject:
+def subject(model: nn.Module, text: str, null: AnyNull | os.PathLike[str] | str | None) -> Subject:
     """The Subject of a model, a text's digest and a null (None where no p-values are used)."""
     return Subject(model_digest(model), text, null_digest(null), code_version())
 
@@ -58,7 +60,7 @@ def _digest(tensor: Tensor) -> bytes:
     plain = tensor.detach().cpu().contiguous()
     found = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
     if plain.numel():
-        found.update(plain.reshape(-1).view(torch.uint8).numpy())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 
@@ -82,16 +84,17 @@ def text_digest(
     return whole.hexdigest()
 
 
-def null_digest(null: AnyNull | str | None) -> str:
-    """SHA-256 over all that a null is made of; the word of one without a fit, such as "normal"."""
-    if null is None or isinstance(null, str):
-        return null or "none"
+def null_digest(null: AnyNull | os.PathLike[str] | str | None) -> str:
+    """SHA-256 over all that a null is made of; "none" where there is none."""
+    if null is None:
+        return "none"
+    null = resolve_null(null)
     whole = hashlib.sha256(type(null).__name__.encode())
     for field in fields(null):
         value = getattr(null, field.name)
         if isinstance(value, np.ndarray):
             whole.update(f"{field.name} {value.dtype} {value.shape}".encode())
-            whole.update(np.ascontiguousarray(value))
+            whole.update(np.ascontiguousarray(value).data)
         elif isinstance(value, str | int | float | None) and field.name != "model_name":
             whole.update(f"{field.name} {value!r}".encode())
     return whole.hexdigest()

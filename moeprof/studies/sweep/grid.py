@@ -45,7 +45,7 @@ class Configuration:
         """What `moeprof.patch` takes; None is the model's own top_k, on the same kernels."""
         if self.alpha is not None:
             return BH(self.alpha, max_k=self.max_k)
-        return None if self.is_baseline(top_k) else TopK(self.max_k)
+        return None if self.max_k is None or self.max_k == top_k else TopK(self.max_k)
 
 
 def configurations(
