@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 UNKNOWN = tuple(f"5.{minor}." for minor in range(6))
 
 # Packages of other extras than `moeprof[hf]`.
-EXTRAS = {"lm_eval": "harness"}
+EXTRAS = {"lm_eval": "harness", "ray": "ray"}
 
 ALL = (*MODELS, "scipy", "statsmodels", "pandas", "matplotlib", "rich")
 

@@ -1,6 +1,7 @@
 """The store of finished cells: found again, never mixed, never lost, run by one process alone."""
 
 import errno
+import json
 import os
 import signal
 import sqlite3
@@ -10,6 +11,7 @@ import threading
 
 import pytest
 
+from moeprof.cli import main
 from moeprof.studies.store.cells import Cell, Subject, key_of
 from moeprof.studies.store.store import Store
 
@@ -253,3 +255,44 @@ def test_what_json_has_no_word_for_is_refused(path):
         with pytest.raises(TypeError):
             store.run(CELL, SUBJECT, lambda: {"x": object()})
         assert store.rows() == []
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_export(path, tmp_path, suffix, capsys):
+    pandas = pytest.importorskip("pandas")
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    with Store(path) as store:
+        result = {"perplexity": 12.5, "name": "inside", "mixed": 1, "by_layer": [1.5, 2.5]}
+        store.run(CELL, SUBJECT, lambda: result)
+        other = Cell("compare", "static", {"k": 2})
+        store.run(other, SUBJECT, lambda: {"mixed": "word", "nan": float("nan")})
+    table = tmp_path / f"table.{suffix}"
+    assert main(["store", str(path), "--export", str(table)]) == 0
+    said = capsys.readouterr().out
+    assert "Finished cells: 2" in said and "sweep: 1" in said and str(table) in said
+    if suffix == "json":
+        rows = json.loads(table.read_text())
+        assert [row["result"] for row in rows] == [result, {"mixed": "word", "nan": None}]
+        assert rows[0]["parameters"] == CELL.parameters
+        return
+    read = pandas.read_csv if suffix == "csv" else pandas.read_parquet
+    rows = read(table)
+    assert rows["kind"].tolist() == ["sweep", "compare"] and rows["perplexity"][0] == 12.5
+    assert rows["name"].tolist() == [CELL.name, "static"] and rows["result_name"][0] == "inside"
+    assert rows["mixed"].tolist() == ["1", "word"]
+    assert json.loads(rows["parameters"][0]) == CELL.parameters
+
+
+def test_an_export_that_can_t_be_is_refused_before_anything(path, tmp_path, capsys):
+    assert main(["store", str(path)]) == 2
+    assert "no such file" in capsys.readouterr().err and not path.exists()
+    Store(path).close()
+    assert main(["store", str(path), "--export", str(tmp_path / "table.xlsx")]) == 2
+    assert ".csv, .json, .parquet" in capsys.readouterr().err
+    content = b"garbage" * 1000
+    path.write_bytes(content)
+    assert main(["store", str(path)]) == 2
+    assert "damaged" in capsys.readouterr().err
+    (aside,) = tmp_path.glob("*.damaged-*")
+    assert aside.read_bytes() == content

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     from .evaluate import add_evaluate
     from .inspect import add_inspect
     from .profile import add_profile
+    from .store import add_store_command
     from .sweep import add_sweep
 
     parser = _Parser(
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         add_evaluate,
         add_eval_harness,
         add_inspect,
+        add_store_command,
         add_cpu,
     ):
         add(commands)
@@ -116,6 +118,8 @@ def _plain_warnings() -> Iterator[None]:
 
 def _needed(arguments: argparse.Namespace) -> Sequence[str]:
     """The packages that the command will import, asked for before it does anything."""
+    if arguments.command == "store":
+        return ("pandas", "rich")
     if arguments.command == "cpu" or getattr(arguments, "merge", None) is not None:
         return ()
     if arguments.command == "calibrate":

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...checks import missing
 from .engine import apart, check_same
 from .serial import PAUSE, Serial
 
@@ -73,9 +74,7 @@ def connected(address: str | None) -> tuple[Any, bool]:
     try:
         import ray
     except ImportError:
-        raise ImportError(
-            "--engine ray needs ray, which isn't installed: pip install 'moeprof[ray]'"
-        ) from None
+        raise ImportError(missing("--engine ray", "ray")) from None
     if ray.is_initialized():
         return ray, False
     try:
