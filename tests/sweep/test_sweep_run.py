@@ -145,6 +145,7 @@ def test_the_model_is_unpatched_after_a_run_and_after_an_error(experiment, bh, m
         (dict(complexities=("simple",)), "expected one for each of the 3 prompts, got 1"),
         (dict(complexities=("simple", "hard", None)), "got 'hard'"),
         (dict(new_tokens=0), "max_new_tokens: expected an integer of at least 1, got 0"),
+        (dict(new_tokens=1024), "with 1024 more .* longer than the 1024 positions"),
     ],
 )
 def test_bad_input_to_an_experiment(experiment, change, message):

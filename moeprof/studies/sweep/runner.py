@@ -16,7 +16,7 @@ from ...demo.defaults import default_null, load_once
 from ...measure.generate import greedy
 from ...measure.loss import evaluate
 from ...models.blocks import experts_of, own_top_k
-from ...models.tokens import prompt_ids
+from ...models.tokens import most_positions, prompt_ids
 from ...patching.patch import patch
 from ...texts.documents import read_texts
 from ...texts.prompts import COMPLEXITIES
@@ -125,7 +125,14 @@ class Experiment:
                 f"max_new_tokens: expected an integer of at least 1, got {self.new_tokens!r}"
             )
         check_token_ids(self.model, (window.ids for window in self.heldout.windows))
-        check_token_ids(self.model, self.prompt_ids())
+        prompts = self.prompt_ids()
+        check_token_ids(self.model, prompts)
+        longest, most = max(ids.shape[1] for ids in prompts), most_positions(self.model)
+        if most is not None and longest + self.new_tokens > most:
+            raise ValueError(
+                f"prompts: one of {longest} tokens, with {self.new_tokens} more to generate, is "
+                f"longer than the {most} positions of the model: shorten it"
+            )
 
     @property
     def steps(self) -> int:
