@@ -207,11 +207,20 @@ def test_what_a_command_names_exists(block):
 # ---- what the pages are made of ----
 
 
+def test_files_in_toml_are_grids():
+    files = [block for block in blocks() if block.language == "toml"]
+    assert files
+    for block in files:
+        assert moeprof.studies.Grid(**tomllib.loads(block.text)).routers, block
+
+
 def test_every_block_says_its_language():
     for page in PAGES:
         fences = re.findall(r"^```(.*)$", page.read_text(encoding="utf-8"), re.M)
         assert len(fences) % 2 == 0, page
-        assert set(fences[::2]) <= {"python", "sh", "text"} and set(fences[1::2]) <= {""}, page
+        assert set(fences[::2]) <= {"python", "sh", "text", "toml"} and set(fences[1::2]) <= {""}, (
+            page
+        )
 
 
 def test_every_comment_is_one_that_is_known():
