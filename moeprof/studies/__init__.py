@@ -10,3 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["Grid"]
 
 __getattr__ = exports(__name__, {"Grid": "grid"})
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -41,3 +41,7 @@ __getattr__ = exports(
         "run_grid": "run",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return __all__
