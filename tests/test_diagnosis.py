@@ -375,8 +375,22 @@ def test_command(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "False discoveries by ablation, beside alpha" in printed
     assert f"Written: {out}/diagnosis.json" in printed
+    assert (out / "moeprof.sqlite").exists()
     facts = json.loads((out / "diagnosis.json").read_text())["facts"]
     assert (facts["alpha"], facts["seed"], facts["positions"]) == (0.2, 5, 24)
+
+
+def test_without_a_folder_or_a_store_nothing_is_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--null", "normal", "--positions", "0", "--tokens", "300")
+    assert main(["diagnose", *options]) == 0
+    first = capsys.readouterr().out.split("\n")
+    assert not list(tmp_path.iterdir())
+    for said in ("", "Of 2 cells 2 are finished, in s.sqlite"):
+        assert main(["diagnose", *options, "--store", "s.sqlite"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(said) and first[1] in out
+    assert {path.name for path in tmp_path.iterdir()} == {"s.sqlite", "s.sqlite.lock"}
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ def test_cells_run_in_any_order_on_work_made_anew(one_thread):
             made.found[cell.name] = made.run(cell, lambda: None)
     anew = made.make(olmoe(num_experts=12, num_experts_per_tok=4), None)
     assert anew.subject == made.subject
-    for cell in reversed(cells.values()):
+    # The quantised one first: what all are compared with is of the model before that.
+    for cell in sorted(reversed(cells.values()), key=lambda cell: cell.name != "top-k in 4 bits"):
         steps.clear()
         here = anew.run(cell, lambda: steps.append(1))
         for times in (here, made.found[cell.name]):
