@@ -64,6 +64,8 @@ RESULTS = [
     "bh_routing_quality.csv",
     "bh_routing_report.md",
     "bh_routing_summary.csv",
+    "moeprof.sqlite",
+    "moeprof.sqlite.lock",
     "visualizations/bh_routing_analysis.png",
 ]
 

@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -186,6 +187,9 @@ def added(cluster):
 def test_a_ray_cluster_of_two_nodes_one_killed_in_the_middle(model, expected, tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
+
+    # The workers can't import a file of tests.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     from moeprof.studies.engine.ray import OnRay
 

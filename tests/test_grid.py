@@ -14,6 +14,7 @@ from moeprof.studies import Grid
 from moeprof.studies.engine.serial import Serial
 from moeprof.studies.grid import COLUMNS, GridWork, grid_frame, run_grid, work
 from moeprof.studies.store.store import Store
+from moeprof.studies.store.subject import null_digest
 from moeprof.texts.windows import heldout_windows
 
 
@@ -206,7 +207,7 @@ def test_a_work_made_again_has_the_same_cells_and_subject(folder, loaded_once):
     named = {cell.name: cell.parameters for cell in more.cells}
     assert named["topk_1"] == first.cells[1].parameters
     assert named["bh_k4_a020 on trimmed"] == first.cells[3].parameters
-    assert named["bh_k4_a020 on normal"]["null"] == "normal"
+    assert named["bh_k4_a020 on normal"]["null"] == null_digest("normal")
 
 
 def test_bits_of_the_experts_are_a_setting(folder, tmp_path):

@@ -186,14 +186,18 @@ class Worker:
         import torch
 
         torch.set_num_threads(threads)
-        source, make, subject = arguments
-        self.work = make(*source.load())
-        check_same(self.work.subject, subject)
+        self.arguments = arguments
+        self.work: Work | None = None
 
     def run(self, cell: Cell) -> tuple[dict[str, Any], float, str]:
         """(result, seconds, which worker) of a cell."""
         import ray
 
+        if self.work is None:
+            # Not when the actor is made: what goes wrong there looks like a machine that was lost.
+            source, make, subject = self.arguments
+            self.work = make(*source.load())
+            check_same(self.work.subject, subject)
         begun = time.perf_counter()
         result = self.work.run(cell, lambda: None)
         where = f"{ray.get_runtime_context().get_node_id()[:8]}:{os.getpid()}"
