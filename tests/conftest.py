@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_collection_modifyitems(config, items):
     """Tests with one of these marks run where they are asked for by its name."""
-    for mark in ("compat", "families"):
+    for mark in ("cluster", "compat", "families"):
         if mark not in config.option.markexpr:
             left_out = [item for item in items if mark in item.keywords]
             config.hook.pytest_deselected(items=left_out)

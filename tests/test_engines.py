@@ -183,7 +183,7 @@ def added(cluster):
                 raise
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_ray_cluster_of_two_nodes_one_killed_in_the_middle(model, expected, tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster

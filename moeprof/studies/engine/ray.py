@@ -105,11 +105,14 @@ class _Cluster:
         self.maker = ray.remote(num_cpus=self.threads, max_restarts=0)(Worker)
         self.arguments = ray.put((engine.source, work.make, work.subject))
         self.running: dict[Any, _Task] = {}
+        self.starting: dict[Any, Any] = {}  # workers by what comes when they are there
         self.lost: dict[str, int] = {}
 
     def run(self, cells: Sequence[Cell]) -> None:
         waiting = deque(cells)
-        idle = [self._worker() for _ in range(min(self.count, len(cells)))]
+        idle: list[Any] = []  # there, and without a cell: one that never starts gets none
+        for _ in range(min(self.count, len(cells))):
+            self._start()
         try:
             while waiting or self.running:
                 passed = 0
@@ -122,18 +125,22 @@ class _Cluster:
                         passed += 1
                     else:
                         Serial().run(self.work, [cell], self.store, self.listener)
-                if self.running:
+                if not (idle or self.running or self.starting):
+                    self._start()  # the last one was lost: for a machine that comes back
+                if self.running or self.starting:
                     self._wait(waiting, idle)
                 elif waiting:
                     time.sleep(PAUSE)
         finally:
             for task in self.running.values():
                 task.claim.close()
-            for worker in [*idle, *(task.worker for task in self.running.values())]:
+            busy = [task.worker for task in self.running.values()]
+            for worker in [*idle, *busy, *self.starting.values()]:
                 self.ray.kill(worker)
 
-    def _worker(self) -> Any:
-        return self.maker.remote(self.arguments, self.threads)
+    def _start(self) -> None:
+        worker = self.maker.remote(self.arguments, self.threads)
+        self.starting[worker.there.remote()] = worker
 
     def _started(self, cell: Cell, worker: Any) -> bool:
         """Whether the worker has the cell now: not if it is finished, or another's."""
@@ -147,9 +154,17 @@ class _Cluster:
         return True
 
     def _wait(self, waiting: deque[Cell], idle: list[Any]) -> None:
-        """For the next result: into the store, and its worker to `idle`."""
-        ready, _ = self.ray.wait(list(self.running), timeout=1)
+        """For the next result, which goes into the store, or worker: both then to `idle`."""
+        ready, _ = self.ray.wait([*self.running, *self.starting], timeout=1)
         for reference in ready:
+            if reference in self.starting:
+                worker = self.starting.pop(reference)
+                try:
+                    self.ray.get(reference)
+                    idle.append(worker)
+                except self.ray.exceptions.RayActorError:
+                    self.listener.lost("A worker was lost before it was there")
+                continue
             task = self.running.pop(reference)
             with task.claim:
                 try:
@@ -157,9 +172,6 @@ class _Cluster:
                 except self.ray.exceptions.RayActorError:
                     self._lost(task.cell)
                     waiting.appendleft(task.cell)
-                    if not (idle or self.running):
-                        # Not before: there may be no room for it, and it would wait for ever.
-                        idle.append(self._worker())
                     continue
                 except self.ray.exceptions.RayTaskError as error:
                     raise error.cause from error
@@ -188,6 +200,9 @@ class Worker:
         torch.set_num_threads(threads)
         self.arguments = arguments
         self.work: Work | None = None
+
+    def there(self) -> None:
+        """Returns once this runs on a machine of the cluster."""
 
     def run(self, cell: Cell) -> tuple[dict[str, Any], float, str]:
         """(result, seconds, which worker) of a cell."""
