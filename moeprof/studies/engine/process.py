@@ -44,8 +44,7 @@ class Processes:
 
     def run(self, work: Work, cells: Sequence[Cell], store: Store, listener: Listener) -> None:
         found, shared, alone = apart(work, cells, store)
-        for cell in found:
-            Serial().run(work, [cell], store, listener)
+        Serial().run(work, found, store, listener)
         told = replace(listener, done=lambda cell, result, _: listener.done(cell, result, True))
         if shared:
             order = _Order(self.source, work.make, work.subject, store.path, shared)

@@ -57,8 +57,7 @@ class OnRay:
 
     def run(self, work: Work, cells: Sequence[Cell], store: Store, listener: Listener) -> None:
         found, shared, alone = apart(work, cells, store)
-        for cell in found:
-            Serial().run(work, [cell], store, listener)
+        Serial().run(work, found, store, listener)
         if shared:
             ray, ours = connected(self.address)
             try:

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...models.blocks import fewest_experts, runnable_blocks
+from ..engine.steps import steps_of
 from ..store.cells import Cell, Subject, described
 from ..store.subject import null_digest, subject, text_digest
 from .measure import Evaluation
@@ -93,17 +94,8 @@ class EvaluationWork:
 
     def run(self, cell: Cell, step: Callable[[], object]) -> dict[str, Any]:
         _, router, budget, null = self._by_name[cell.name]
-        left = self.steps(cell)
-
-        def counted() -> None:
-            nonlocal left
-            left -= 1
-            step()
-
-        result = self.evaluation.measure(router, null=null, budget=budget, step=counted)
-        for _ in range(left):  # a search that needs fewer passes
-            step()
-        return result
+        with steps_of(self.steps(cell), step) as counted:
+            return self.evaluation.measure(router, null=null, budget=budget, step=counted)
 
 
 def make_work(model: nn.Module, tokenizer: Tokenizer, **shared: Any) -> EvaluationWork:
