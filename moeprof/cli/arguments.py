@@ -78,6 +78,11 @@ def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
     add_number(parser, "--seed", 0, text, 0, 2**32 - 1)
 
 
+def add_budget_tokens(parser: argparse.ArgumentParser, default: int) -> None:
+    """--budget-tokens."""
+    add_number(parser, "--budget-tokens", default, "tokens that budgets are set on", 256, 10**6)
+
+
 def add_heldout_text(parser: argparse.ArgumentParser) -> None:
     """--text, documents in place of the shipped held-out ones."""
     add_documents(parser, "your own held-out text in place of the shipped one")

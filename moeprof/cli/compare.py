@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..studies.comparison.plan import TABLES
-from ..studies.comparison.splits import BUDGET_TOKENS, TEST_TOKENS
+from ..studies.comparison.splits import TEST_TOKENS
+from ..texts.windows import BUDGET_TOKENS
 from .arguments import (
     DEMO,
+    add_budget_tokens,
     add_documents,
     add_engine,
     add_model,
@@ -73,11 +75,9 @@ def add_compare(commands: Commands) -> None:
         "your own text in place of the shipped one, split by document into what fits the nulls, "
         "sets the budgets and tests",
     )
-    few, many = 256, 10**6
     held_out = "held-out tokens of the test; shipped are 128 documents, a window of 128 from each"
-    add_number(parser, "--tokens", TEST_TOKENS, held_out, few, many)
-    set_on = "tokens that budgets are set on"
-    add_number(parser, "--budget-tokens", BUDGET_TOKENS, set_on, few, many)
+    add_number(parser, "--tokens", TEST_TOKENS, held_out, 256, 10**6)
+    add_budget_tokens(parser, BUDGET_TOKENS)
     add_null(
         parser,
         "a null of `moeprof calibrate` (efron, on logprob, one per layer: what the tables "

@@ -9,8 +9,9 @@ from ..files import check_folder
 from ..models.load import check_model
 from ..routers import REGISTRY
 from ..routers.written import FORM, written_router
-from ..texts.windows import HELDOUT_TOKENS
+from ..texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS
 from .arguments import (
+    add_budget_tokens,
     add_engine,
     add_heldout_text,
     add_model,
@@ -70,6 +71,7 @@ def add_evaluate(commands: Commands) -> None:
         help="tokens from the start of a window to that of the next; with fewer than --context "
         "every token has more before it, and more is computed; default: --context",
     )
+    add_budget_tokens(parser, BUDGET_TOKENS)
     add_seed(parser, "chooses the windows, the bootstrap draws and the sign flips")
     parser.set_defaults(run=_run)
 
@@ -106,6 +108,7 @@ def _run(arguments: argparse.Namespace) -> None:
         context=arguments.context,
         stride=arguments.stride,
         tokens=arguments.tokens,
+        budget_tokens=arguments.budget_tokens,
         seed=arguments.seed,
         store=store_path(arguments.out, arguments.store),
         engine=engine,

@@ -14,9 +14,10 @@ from ..null.fitting import fit_null
 from ..studies.sweep.grid import ALPHAS, MAX_KS
 from ..texts.documents import read_document, read_documents
 from ..texts.prompts import read_prompts
-from ..texts.windows import HELDOUT_TOKENS, heldout_windows
+from ..texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS, heldout_windows
 from .arguments import (
     DEMO,
+    add_budget_tokens,
     add_engine,
     add_heldout_text,
     add_model,
@@ -100,6 +101,7 @@ def add_sweep(commands: Commands) -> None:
         1,
         10**6,
     )
+    add_budget_tokens(parser, BUDGET_TOKENS)
     add_seed(parser, "chooses the passages of the shipped text, and the bootstrap draws")
     parser.set_defaults(run=_run)
 
@@ -116,6 +118,7 @@ def _alphas(text: str) -> tuple[float, ...]:
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..models.blocks import experts_of
+    from ..studies.budget.stock import budget_text
     from ..studies.sweep import Experiment, SweepFiles, sweep
 
     prompts = demo.prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
@@ -152,6 +155,7 @@ def _run(arguments: argparse.Namespace) -> None:
         alphas=arguments.alphas,
         max_ks=arguments.max_ks,
         static=arguments.static,
+        calibration=budget_text(tokenizer, seed, arguments.budget_tokens),
         engine=engine,
     )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WINDOW = 512  # tokens; the stride is the same, so every token is read once
 HELDOUT_TOKENS = 32768
+BUDGET_TOKENS = 8192  # that budgets are set on
 PASSAGE = 1500  # characters, hardly more than a window
 Piece = TypeVar("Piece")
 CALIBRATION_CHARACTERS = 150_000  # about 45,000 tokens of the demo model

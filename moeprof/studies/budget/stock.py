@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import demo
 from ...measure.passes import collect, evaluating
-from ...texts.windows import heldout_windows
+from ...texts.windows import BUDGET_TOKENS, heldout_windows
 from .setting import MAX_PASSES, find, main_of, resolve, with_main
 
 if TYPE_CHECKING:
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from ...texts.windows import HeldOut
 
 
-BUDGET_TOKENS = 8192  # of the shipped calibration text, which no evaluation uses
 DIGITS = 5  # of the parameter that is found, run and shown
 
 
-def budget_text(tokenizer: Tokenizer, seed: int = 0) -> HeldOut:
-    """HeldOut: the text that budgets are set on, of the second half of the calibration text."""
-    return heldout_windows(tokenizer, demo.calibration_halves()[1], BUDGET_TOKENS, seed)
+def budget_text(tokenizer: Tokenizer, seed: int = 0, tokens: int = BUDGET_TOKENS) -> HeldOut:
+    """HeldOut: the text that budgets are set on, of the second half of the calibration text.
+
+    No evaluation uses that half.
+    """
+    return heldout_windows(tokenizer, demo.calibration_halves()[1], tokens, seed)
 
 
 class Found(NamedTuple):

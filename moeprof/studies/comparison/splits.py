@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ... import demo
 from ...texts.documents import EXPECTED
-from ...texts.windows import HeldOut, heldout_windows
+from ...texts.windows import BUDGET_TOKENS, HeldOut, heldout_windows
 
 if TYPE_CHECKING:
     from ...checks import Tokenizer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 WINDOW = 128  # tokens: one window of each document, so that many documents have their say
-BUDGET_TOKENS, TEST_TOKENS = 8192, 16384  # on the demo's text: every document of both
+TEST_TOKENS = 16384  # on the demo's text, every document; so are `BUDGET_TOKENS`
 TURNS = ("null", "budget", "test", "test")  # of a domain's documents, where a user brings them
 
 

@@ -21,7 +21,7 @@ from ...routers.written import written_router
 from ...show.console import make_console
 from ...show.console import progress as progress_bar
 from ...texts.documents import Document, read_texts
-from ...texts.windows import HELDOUT_TOKENS
+from ...texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS
 from ..budget.stock import budget_text
 from ..engine.engine import Listener, announce
 from ..engine.serial import Serial
@@ -49,6 +49,7 @@ def evaluate(
     stride: int | None = None,
     tokens: int = HELDOUT_TOKENS,
     norm: str = "model",
+    budget_tokens: int = BUDGET_TOKENS,
     seed: int = 0,
     draws: int = DRAWS,
     store: str | os.PathLike[str] | None = None,
@@ -79,6 +80,8 @@ def evaluate(
         About so many tokens of the texts are scored at most, spread over domains and documents.
     norm : {"model", "none", "sum", "mass"}
         As for `moeprof.patch`.
+    budget_tokens : int
+        Tokens of the calibration text that budgets are set on; it is read a few times a router.
     seed : int
         Chooses the windows, the bootstrap draws and the sign flips.
     draws : int
@@ -120,7 +123,7 @@ def evaluate(
     protocol = protocol_for(model, context, stride)
     documents = demo.heldout_texts() if texts is None else _documents(texts)
     text = evaluation_text(tokenizer, documents, protocol, tokens, seed)
-    calibration = budget_text(tokenizer, seed)
+    calibration = budget_text(tokenizer, seed, budget_tokens)
 
     def null_for(router: Router) -> AnyNull | None:
         if not isinstance(router, OnNull):

@@ -20,6 +20,7 @@ from ...measure.passes import evaluating
 from ...models.blocks import fewest_experts, runnable_blocks
 from ...patching.patch import patch
 from ...routers.table import describe
+from ...texts.windows import BUDGET_TOKENS
 from ..store.cells import Cell, Subject, described
 from ..store.subject import null_digest, subject
 from .samples import metrics_of
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 KIND = "eval-harness"
 OWN = "own routing"  # the model as it is, which each router is compared with
 BATCH = 8  # requests
-BUDGET_TOKENS = 8192  # of the text that budgets are set on
 
 
 class Contender(NamedTuple):
