@@ -158,7 +158,7 @@ def _comparison(
     from .. import demo
     from ..models.blocks import experts_of
     from ..models.tokens import prompt_ids
-    from ..studies.comparison.contenders import Nulls
+    from ..studies.comparison.contenders import EFRON, Nulls
     from ..studies.comparison.plan import plan_tables
     from ..studies.comparison.splits import make_splits
     from ..studies.comparison.work import Comparison
@@ -176,7 +176,8 @@ def _comparison(
         null = demo.null("efron")
     if null is not None:
         null.check(model)
-    nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())
+    given = {} if null is None else {EFRON: null}
+    nulls = Nulls(model, tokenizer, documents["null"], given, sys.stderr.isatty())
     prompts = [prompt_ids(tokenizer, text) for _, text in demo.prompts()]
     # One of each kind: simple, medium, complex, technical.
     few = prompts[::3]
