@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..models.load import check_model
+from ..show.console import make_console
 from ..studies.comparison.plan import REDUCTION, TABLES
 from ..studies.comparison.splits import TEST_TOKENS
 from ..studies.study.settings import PARTS, POSITIONS, Settings
@@ -20,6 +21,7 @@ from .arguments import (
     add_out,
     add_seed,
     add_store,
+    command_of,
     engine_of,
     integers,
     load,
@@ -27,6 +29,30 @@ from .arguments import (
 
 if TYPE_CHECKING:
     from .arguments import Commands
+
+
+# Of the options that the result depends on.
+DEFAULTS = {
+    "model": None,
+    "bits": None,
+    "dtype": "float32",
+    "device": "cpu",
+    "trust_remote_code": False,
+    "threads": None,
+    "grid": None,
+    "plan": False,
+    "parts": PARTS,
+    "budgets": None,
+    "routers": None,
+    "tables": (REDUCTION,),
+    "text": None,
+    "tokens": TEST_TOKENS,
+    "budget_tokens": BUDGET_TOKENS,
+    "null_characters": CALIBRATION_CHARACTERS,
+    "positions": POSITIONS,
+    "seed": 0,
+}
+BESIDE_GRID = ("grid", "device", "trust_remote_code", "threads")
 
 
 def add_study(commands: Commands) -> None:
@@ -41,6 +67,12 @@ def add_study(commands: Commands) -> None:
     add_out(parser, "study")
     add_store(parser)
     add_engine(parser)
+    parser.add_argument(
+        "--grid",
+        metavar="FILE",
+        help="run a grid in place of the parts, on the models, texts and seeds that it names: a "
+        "TOML file, or one that ships, bh-21, bh-20-later or equal-budget",
+    )
     parser.add_argument(
         "--plan",
         action="store_true",
@@ -98,7 +130,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..show.console import make_console
     from ..studies.comparison.contenders import choose_contenders
     from ..studies.store.store import Store
     from ..studies.study.files import StudyFiles
@@ -106,6 +137,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..studies.study.run import plan_study, study
     from ..texts.documents import read_documents
 
+    if arguments.grid is not None:
+        return _run_grid(arguments)
     settings = Settings(
         parts=arguments.parts,
         documents=None if arguments.text is None else read_documents(arguments.text),
@@ -125,10 +158,43 @@ def _run(arguments: argparse.Namespace) -> None:
     engine = engine_of(arguments)
     model, tokenizer = load(arguments)
     name = DEMO if arguments.model is None else arguments.model
-    ground = Ground(model, tokenizer, settings, files, name, arguments.bits)
+    ground = Ground(
+        model,
+        tokenizer,
+        settings,
+        files,
+        name,
+        arguments.bits,
+        command=command_of(arguments, DEFAULTS),
+    )
     console = make_console()
     with Store(files.store) as store:
         if arguments.plan:
             console.print(str(plan_study(ground, store, console)))
         else:
             study(ground, store, engine, console)
+
+
+def _run_grid(arguments: argparse.Namespace) -> None:
+    from ..studies.grid import Grid
+    from ..studies.store.store import Store
+    from ..studies.study.files import StudyFiles
+    from ..studies.study.run import study_grid
+
+    for name, default in DEFAULTS.items():
+        if name not in BESIDE_GRID and getattr(arguments, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')}: with --grid the file says that")
+    grid = Grid.read(arguments.grid)
+    files = StudyFiles(arguments.out, arguments.store)
+    engine_of(arguments)  # raises for options that belong to another
+    with Store(files.store) as store:
+        study_grid(
+            grid,
+            files,
+            store,
+            make_console(),
+            engine=lambda source: engine_of(arguments, source),
+            command=command_of(arguments, DEFAULTS),
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
+        )

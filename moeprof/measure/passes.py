@@ -214,7 +214,8 @@ class Reference:
 def reference_bytes(model: nn.Module, text: HeldOut) -> int:
     """Of memory that a `Reference` takes, but for what lies in a file."""
     predicted = sum(window.predicted for window in text.windows)
-    row = 4 * model.get_output_embeddings().weight.shape[0]
+    head: Any = model
+    row = 4 * head.get_output_embeddings().weight.shape[0]
     return predicted * row if predicted * row <= IN_MEMORY else BATCH * row
 
 

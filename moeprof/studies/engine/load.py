@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from .work import Work
 
 if TYPE_CHECKING:
+    import os
+
     from ...null.resolve import AnyNull
     from ...routers.base import Router
     from ..store.cells import Cell
@@ -30,7 +32,7 @@ class Load(NamedTuple):
     kind: str
     tokens: float
     experts: float | Router | None = None
-    null: AnyNull | str | None = None
+    null: AnyNull | os.PathLike[str] | str | None = None
 
 
 class Loaded(Work, Protocol):

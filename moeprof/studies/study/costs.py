@@ -25,6 +25,8 @@ from ...texts.windows import HeldOut
 from ..engine.load import COLLECT, DECODE, FIT, KL, LOSS, STOCK, STOCK_DECODE
 
 if TYPE_CHECKING:
+    import os
+
     from rich.console import Console
     from torch import Tensor, nn
 
@@ -92,7 +94,7 @@ class Costs:
             return float(load.experts)
         return self._chosen(load.experts, load.null)
 
-    def _chosen(self, router: Router, null: AnyNull | str | None) -> float:
+    def _chosen(self, router: Router, null: AnyNull | os.PathLike[str] | str | None) -> float:
         given: Any = resolve_null(null) if router.wants_null and null is not None else None
         logits, rules = self._passed.logits, self._passed.rules
         pairs = zip(by_layer(router, given, len(logits)), logits, rules, strict=True)

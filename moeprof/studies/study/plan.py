@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...measure.machine import peak_memory
 from ...show.console import WIDTH, text_console
 from ...show.tables import table
+from ..engine.staged import Staged, recall
 
 if TYPE_CHECKING:
     from ..store.store import Store
@@ -71,8 +72,10 @@ def plan(parts: Iterable[Part], costs: Costs, store: Store) -> StudyPlan:
 
 def _planned(part: Part, costs: Costs, store: Store) -> PlannedPart:
     work = part.work
-    cells = list(work.planned())
-    named = set(work.cells and [cell.name for cell in work.cells])
+    if isinstance(work, Staged):
+        recall(work, store)
+    cells = work.planned()
+    named = {cell.name for cell in work.cells}  # of the others a result has to say more
     left = [c for c in cells if c.name not in named or store.find(c, work.subject) is None]
     loads = [load for cell in left for load in work.load(cell)]
     return PlannedPart(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ...files import as_csv, write_whole
 from ...measure import machine
 from ...models.quantized import described_dtype
 from ...null.fitting import Form
 from ..comparison.contenders import FORMS
 from ..engine.engine import announce_store
 from ..engine.serial import Serial
+from ..grid import grid_frame, run_grid
 from ..store.store import Store
 from .calibration import read_nulls
 from .costs import Costs
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engine.engine import Engine
+    from ..grid.settings import Grid
+    from ..source import Source
+    from .files import StudyFiles
 
 
 def plan_study(ground: Ground, store: Store, console: Console) -> StudyPlan:
@@ -72,6 +77,46 @@ def study(ground: Ground, store: Store, engine: Engine | None, console: Console)
     return results
 
 
+def study_grid(
+    grid: Grid,
+    files: StudyFiles,
+    store: Store,
+    console: Console,
+    *,
+    engine: Callable[[Source], Engine] | None = None,
+    command: str = "moeprof study",
+    **source: Any,
+) -> Results:
+    """Run a grid on its own models, and write its table and the report.
+
+    engine: as `run_grid` takes it; source: device and trust_remote_code, as Source has them.
+    """
+    begun = time.perf_counter()
+    rows = run_grid(grid, store, engine, console, **source)
+    path = files.of("grid") / "grid.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, as_csv(grid_frame(rows)))
+    said = {"part": "grid", "words": grid.name, "cells": len(rows), "failed": None}
+    said |= {"planned_seconds": None, "seconds": round(time.perf_counter() - begun, 1)}
+    about = {"model": ", ".join(grid.models), "bits": None, "dtype": grid.dtype}
+    about |= {"seed": ", ".join(map(str, grid.seeds)), "command": command, "parts": [said]}
+    results = Results(about | _where(store), grid=rows)
+    for written in (path, *write_report(results, files.folder)):
+        console.print(f"Written: {written}")
+    return results
+
+
+def _where(store: Store) -> dict[str, Any]:
+    """The facts that are the same for all studies of this process."""
+    about = machine.describe()
+    return {
+        "machine": about,
+        "versions": about["versions"],
+        "store": str(store.path),
+        "peak_gb": machine.peak_memory() / 1e9,
+    }
+
+
 def _parts(ground: Ground) -> list[str]:
     """In the order in which they are run."""
     return [name for name in PARTS if name == "calibrate" or name in ground.settings.parts]
@@ -115,18 +160,13 @@ class _Run:
 
     def results(self) -> Results:
         ground, found = self.ground, self.found
-        about = machine.describe()
         facts = {
             "model": ground.name,
             "bits": ground.bits,
             "dtype": described_dtype(ground.model),
-            "machine": about,
-            "versions": about["versions"],
             "command": ground.command,
             "seed": ground.settings.seed,
-            "store": str(self.store.path),
-            "peak_gb": machine.peak_memory() / 1e9,
             "parts": self.parts,
-        }
+        } | _where(self.store)
         parts: Mapping[str, Any] = {name: found.get(name) for name in PARTS[1:]}
         return Results(facts, dict(ground.nulls), **parts)

@@ -237,7 +237,7 @@ def _table(groups: list[tuple[str, list[dict[str, Any]]]]) -> Table:
 
 
 def describe(
-    experiment: Experiment, planned: list[Configuration], dropped: list[int]
+    experiment: Experiment, planned: Sequence[Configuration], dropped: list[int]
 ) -> dict[str, Any]:
     """What was run, on what and how: everything in the JSON but the results."""
     import torch
