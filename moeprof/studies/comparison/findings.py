@@ -105,11 +105,16 @@ class View:
 
 def findings(run: dict[str, Any]) -> list[str]:
     """A list of sentences on a run whose cells have their effects."""
+    return [line for lines in findings_by_subject(run).values() for line in lines]
+
+
+def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
+    """The same by what they are about: "effects", "speed", "bytes" and "reach"."""
     view = View(run)
-    lines = [*_primary(view)]
+    effects = [*_primary(view)]
     for table in view.tables:
-        lines += _ranking(view, table)
-    lines += [
+        effects += _ranking(view, table)
+    effects += [
         *_adaptivity(view),
         *_contrasts(view),
         *_thresholds(view),
@@ -117,11 +122,9 @@ def findings(run: dict[str, Any]) -> list[str]:
         *_shared(view),
         *_bounds(view),
         *_wide(view),
-        *_speed(view),
-        *_shrinking(view),
-        *_outside(view),
     ]
-    return lines
+    rest = {"speed": _speed, "bytes": _shrinking, "reach": _outside}
+    return {"effects": effects} | {subject: list(say(view)) for subject, say in rest.items()}
 
 
 def signed(effect: Mapping[str, float], form: str = "+.4f") -> str:
