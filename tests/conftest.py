@@ -29,7 +29,7 @@ def _pages_without_drawing(request, monkeypatch):
     if "drawn" not in request.keywords:
         from moeprof.show import pictures
 
-        monkeypatch.setattr(pictures, "svg", lambda figure: b"<svg></svg>")
+        monkeypatch.setattr(pictures, "svg", lambda figure, **_: b"<svg></svg>")
 
 
 @pytest.fixture(params=["memory", "no memory"])

@@ -41,6 +41,9 @@ thead tr:first-child th.group { text-align: center; border-bottom: 1px solid var
 figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
 .picture { overflow-x: auto; }
 .picture img { width: var(--width); max-width: 100%; height: auto; display: block; }
+@media screen and (prefers-color-scheme: dark) {
+  .paper { background: #fff; padding: .8rem; border-radius: .5rem; }
+}
 .glossary { grid-template-columns: minmax(8rem, max-content) 1fr; font-size: .9rem; }
 .glossary dt { overflow-wrap: anywhere; } .unit { color: var(--faint); }
 @media screen and (max-width: 50rem) {
@@ -89,9 +92,11 @@ def document(title: str, top: str, parts: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def figure_block(figure: Figure, title: str, caption: str = "") -> str:
+def figure_block(figure: Figure, title: str, caption: str = "", *, paper: bool = False) -> str:
+    """paper : as `picture` has it"""
     said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{picture(figure, f'{title}. {caption}'.strip())}{said}</figure>"
+    image = picture(figure, f"{title}. {caption}".strip(), paper=paper)
+    return f"<figure>{image}{said}</figure>"
 
 
 def table_block(table: Table, links: Mapping[str, str] | None = None) -> str:

@@ -46,7 +46,7 @@ def report(run: dict[str, Any]) -> str:
     parts = ["# Routers at an equal budget of experts", *_status(run)]
     if run["cells"]:
         parts += ["## What the results say", _bullets(findings(run)), f"![Effects]({FIGURE})"]
-    parts += ["## What was measured", _bullets(_protocol(run))]
+    parts += ["## What was measured", _bullets(protocol(run))]
     if rows := bytes_rows(view):
         parts += ["## Skip experts or shrink them", BYTES, markdown(*rows)]
     for table, plan in view.tables.items():
@@ -74,7 +74,8 @@ def _status(run: dict[str, Any]) -> Iterator[str]:
         yield f"**Interrupted: {done} of {planned} rows of the tables were measured.**"
 
 
-def _protocol(run: dict[str, Any]) -> Iterator[str]:
+def protocol(run: dict[str, Any]) -> Iterator[str]:
+    """What was measured and how, in sentences."""
     size, splits = run["model_config"], run["splits"]
     test = splits["test"]
     domains = sorted({document["domain"] for document in test})

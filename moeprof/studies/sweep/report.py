@@ -31,9 +31,9 @@ def report(run: dict[str, Any]) -> str:
         _status(run),
         "## What to use",
         *map(_advice, advice(run)),
-        _beside_legend(run),
+        beside_legend(run),
         "## What was measured",
-        _bullets(_protocol(run)),
+        _bullets(protocol(run)),
         "## Results",
         markdown(*result_rows(groups)),
         *same_results(groups),
@@ -45,7 +45,7 @@ def report(run: dict[str, Any]) -> str:
         "## What alpha means here",
         _alpha(run, bh),
         "## What this can't say",
-        _bullets(_limits(run)),
+        _bullets(limits(run)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -56,7 +56,8 @@ def _advice(item: Mapping[str, Any]) -> str:
     return f"**{item['head']}**{code}{others}"
 
 
-def _beside_legend(run: dict[str, Any]) -> str:
+def beside_legend(run: dict[str, Any]) -> str:
+    """What "beside static" and the intervals mean."""
     count = len(run["heldout_documents"])
     text = (
         '"Beside static" is bits per byte above (+) or below (-) a straight line between the whole '
@@ -100,7 +101,8 @@ def _status(run: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _protocol(run: dict[str, Any]) -> list[str]:
+def protocol(run: dict[str, Any]) -> list[str]:
+    """What was measured and how, in sentences."""
     size, documents = run["model_config"], run["heldout_documents"]
     domains = sorted({document["domain"] for document in documents})
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
@@ -405,7 +407,8 @@ def _alpha(run: dict[str, Any], bh: pandas.DataFrame) -> str:
     return text
 
 
-def _limits(run: dict[str, Any]) -> list[str]:
+def limits(run: dict[str, Any]) -> list[str]:
+    """What the results can't say, in sentences."""
     return [
         "Which setting is best of all: the best of several was chosen on the text that it was "
         "measured on, so its lead over the others is a little too large; parameters that differ "

@@ -1,0 +1,51 @@
+"""What a study's parts gave, as the report takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ....null.model import Null
+    from ....profile.result import Profile
+    from ...diagnosis.result import Diagnosis
+    from ...evaluation.result import Evaluated
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of a study; None for a part that was left out, interrupted or failed.
+
+    Attributes
+    ----------
+    facts
+        A dict: "model" (its name), "bits" (None, 8 or 4), "dtype", "machine" (as
+        `moeprof.measure.machine.describe` gives it), "versions" {name: version}, "command", "seed",
+        "store" (path), "peak_gb" (resident memory at most, 10^9 bytes, or None) and "parts": a
+        dict each of "part", "seconds", "planned_seconds" (or None), "cells", "words" (what it did)
+        and "failed" (why it has no result, or None).
+    nulls
+        {kind: Null}.
+    profile, diagnose, evaluate
+        Profile, Diagnosis, Evaluated.
+    sweep, compare
+        The runs: dicts as in their JSON files.
+    grid
+        The rows that `run_grid` returns.
+    """
+
+    facts: dict[str, Any]
+    nulls: dict[str, Null] = field(default_factory=dict)
+    profile: Profile | None = None
+    sweep: dict[str, Any] | None = None
+    compare: dict[str, Any] | None = None
+    diagnose: Diagnosis | None = None
+    evaluate: Evaluated | None = None
+    grid: list[dict[str, Any]] | None = None
+
+    def missing(self, part: str) -> str:
+        """Why a part has no result, in a sentence."""
+        about = next((one for one in self.facts["parts"] if one["part"] == part), None)
+        if about and about.get("failed"):
+            return f"No result: {about['failed'].rstrip('.')}."
+        return "No result: this part was not finished." if about else "This part was not run."
