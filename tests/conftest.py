@@ -27,9 +27,9 @@ def pytest_collection_modifyitems(config, items):
 def _pages_without_drawing(request, monkeypatch):
     """HTML pages have empty pictures, which take most of a page's time, but for `drawn` tests."""
     if "drawn" not in request.keywords:
-        from moeprof.profile import pictures
+        from moeprof.show import pictures
 
-        monkeypatch.setattr(pictures, "svg", lambda figure: b"<svg></svg>")
+        monkeypatch.setattr(pictures, "svg", lambda figure, **_: b"<svg></svg>")
 
 
 @pytest.fixture(params=["memory", "no memory"])

@@ -14,8 +14,9 @@ from profiles import make_profile
 from wording import says
 
 from moeprof.profile import page as pages
-from moeprof.profile.page import divided
-from moeprof.profile.tables import Table, layers
+from moeprof.profile.tables import layers
+from moeprof.show.page import divided
+from moeprof.show.tables import Table
 
 pytestmark = pytest.mark.once
 

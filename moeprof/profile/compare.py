@@ -10,9 +10,9 @@ import numpy as np
 
 from ..files import printable
 from ..models.phases import PHASES
+from ..show.tables import Table
 from .frame import ALL, WHOLE, label_kind
 from .metrics import SCALARS
-from .tables import Table
 from .wording import PLAIN, counted, number, percent, short
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ class ProfileComparison:
         return f"<moeprof ProfileComparison: {printable(both)}>"
 
     def _repr_html_(self) -> str:
-        from .page import SCOPED, html_table
+        from ..show.page import html_table
+        from .page import SCOPED
 
         lines = "".join(f"<li>{escape(line)}</li>" for line in self.findings())
         table = self.table()

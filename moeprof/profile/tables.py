@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from ..show.tables import Table
 from .specialisation import ENOUGH, MINIMUM, most_by_domain
 from .wording import layer_names, number, short
 
@@ -17,19 +18,6 @@ if TYPE_CHECKING:
 
 DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
 TOKEN_ROWS = 12  # experts shown, over all layers, but at least one of each
-
-
-class Table(NamedTuple):
-    """columns: (group, name), a group's columns beside each other; rows: lists of texts.
-
-    words: the columns of words, which are aligned left; the others are of numbers.
-    """
-
-    title: str
-    note: str
-    columns: list[tuple[str, str]]
-    rows: list[list[str]]
-    words: tuple[str, ...] = ()
 
 
 def from_frame(title: str, note: str, frame: pandas.DataFrame) -> Table:

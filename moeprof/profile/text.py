@@ -14,7 +14,7 @@ from .findings import findings, heading
 from .tables import tables
 
 if TYPE_CHECKING:
-    from .tables import Table
+    from ..show.tables import Table
     from .types import Profiled
 
 

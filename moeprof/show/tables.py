@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 
-def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> Table:
+class Table(NamedTuple):
+    """columns: (group, name), a group's columns beside each other; rows: lists of texts.
+
+    words: the columns of words, which are aligned left; the others are of numbers.
+    """
+
+    title: str
+    note: str
+    columns: list[tuple[str, str]]
+    rows: list[list[str]]
+    words: tuple[str, ...] = ()
+
+
+def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> RichTable:
     """A rich table: columns {header: format}, rows of values, None for an empty cell."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    made = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for header, form in columns.items():
         made.add_column(header, justify="left" if form == "{}" else "right")
     for row in rows:
@@ -26,3 +39,13 @@ def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> Table:
 def milliseconds(times: Mapping[str, Mapping[str, float]], name: str) -> float | None:
     """A contender's median, None where it took no part."""
     return times[name]["median_ms"] if name in times else None
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown. left : so many columns are aligned left, the others right"""
+    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
+    return "\n".join([_row(head), rule, *map(_row, rows)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

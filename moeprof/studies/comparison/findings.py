@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,11 @@ class View:
         fixed = [budget for budget in PRIMARY_BUDGETS if budget in there]
         return fixed or [there[len(there) // 2]]
 
+    def ranked(self, table: str, budget: int) -> list[dict[str, Any]]:
+        """The routers' cells at a budget in every layer, by the effect, the best first."""
+        cells = self.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
+        return sorted(cells, key=lambda cell: cell["effect"]["kl"]["estimate"])
+
     def count(self, cells: list[dict[str, Any]]) -> str:
         """ "2 of 18 routers": of all that are compared, whether or not they reach the budget."""
         return f"{len({cell['contender'] for cell in cells})} of {len(self.contenders)} routers"
@@ -105,11 +110,16 @@ class View:
 
 def findings(run: dict[str, Any]) -> list[str]:
     """A list of sentences on a run whose cells have their effects."""
+    return [line for lines in findings_by_subject(run).values() for line in lines]
+
+
+def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
+    """The same by what they are about: "effects", "speed", "bytes" and "reach"."""
     view = View(run)
-    lines = [*_primary(view)]
+    effects = [*_primary(view)]
     for table in view.tables:
-        lines += _ranking(view, table)
-    lines += [
+        effects += _ranking(view, table)
+    effects += [
         *_adaptivity(view),
         *_contrasts(view),
         *_thresholds(view),
@@ -117,11 +127,9 @@ def findings(run: dict[str, Any]) -> list[str]:
         *_shared(view),
         *_bounds(view),
         *_wide(view),
-        *_speed(view),
-        *_shrinking(view),
-        *_outside(view),
     ]
-    return lines
+    rest = {"speed": _speed, "bytes": _shrinking, "reach": _outside}
+    return {"effects": effects} | {subject: list(say(view)) for subject, say in rest.items()}
 
 
 def signed(effect: Mapping[str, float], form: str = "+.4f") -> str:
@@ -155,22 +163,20 @@ def _primary(view: View) -> Iterator[str]:
 
 def _ranking(view: View, table: str) -> Iterator[str]:
     for budget in view.budgets(table):
-        cells = view.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
-        if not cells:
+        order = view.ranked(table, budget)
+        if not order:
             continue
-        effects = [cell["effect"]["kl"] for cell in cells]
-        won = [c for c, e in zip(cells, effects, strict=True) if verdict(e) == BETTER]
-        lost = [c for c, e in zip(cells, effects, strict=True) if verdict(e) == WORSE]
-        order = sorted(cells, key=lambda cell: cell["effect"]["kl"]["estimate"])
+        won = [cell for cell in order if verdict(cell["effect"]["kl"]) == BETTER]
+        lost = [cell for cell in order if verdict(cell["effect"]["kl"]) == WORSE]
         lead = f"Table {table}, budget {budget} in every layer: "
         if won:
-            text = f"{view.count(won)} beat static top-k ({_names(won, order)})"
+            text = f"{view.count(won)} beat static top-k ({_names(won)})"
         else:
             text = f"none of {len(view.contenders)} routers beats static top-k"
-        text += f", {len(lost)} lose to it" + (f" ({_names(lost, order)})" if lost else "")
-        undecided = len(cells) - len(won) - len(lost)
+        text += f", {len(lost)} lose to it" + (f" ({_names(lost)})" if lost else "")
+        undecided = len(order) - len(won) - len(lost)
         text += f", {undecided} can't be told from it" if undecided else ""
-        missing = view.unreached(cells)
+        missing = view.unreached(order)
         text += f", {missing} can't be set to this budget" if missing else ""
         best, worst = order[0], order[-1]
         yield (
@@ -180,9 +186,8 @@ def _ranking(view: View, table: str) -> Iterator[str]:
         )
 
 
-def _names(cells: list[dict[str, Any]], order: Sequence[dict[str, Any]] = ()) -> str:
-    ranked = [cell for cell in order if any(cell is other for other in cells)] or cells
-    return ", ".join(dict.fromkeys(cell["contender"] for cell in ranked))
+def _names(cells: list[dict[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(cell["contender"] for cell in cells))
 
 
 def _adaptivity(view: View) -> Iterator[str]:

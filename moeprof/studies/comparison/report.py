@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...measure.machine import in_one_line
+from ...show.tables import markdown
 from .bytes_read import quantized_name
 from .contenders import LEFT_OUT
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, WORSE, adaptive, verdict
@@ -45,29 +46,24 @@ def report(run: dict[str, Any]) -> str:
     parts = ["# Routers at an equal budget of experts", *_status(run)]
     if run["cells"]:
         parts += ["## What the results say", _bullets(findings(run)), f"![Effects]({FIGURE})"]
-    parts += ["## What was measured", _bullets(_protocol(run))]
+    parts += ["## What was measured", _bullets(protocol(run))]
     if rows := bytes_rows(view):
-        parts += ["## Skip experts or shrink them", BYTES, _markdown(*rows)]
+        parts += ["## Skip experts or shrink them", BYTES, markdown(*rows)]
     for table, plan in view.tables.items():
         parts.append(f"## Table {table}: at most {plan['max_k']} experts a token")
         for allocation in plan["allocations"]:
             if rows := effect_rows(view, table, allocation):
-                parts += [f"### {ALLOCATION[allocation].capitalize()}", _markdown(*rows)]
+                parts += [f"### {ALLOCATION[allocation].capitalize()}", markdown(*rows)]
         parts.append(LEGEND)
         for budget in view.budgets(table):
             if rows := detail_rows(view, table, budget):
-                parts += [f"### All measures at {budget} experts in every layer", _markdown(*rows)]
+                parts += [f"### All measures at {budget} experts in every layer", markdown(*rows)]
     parts += _outside(view)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def _status(run: dict[str, Any]) -> Iterator[str]:
@@ -78,7 +74,8 @@ def _status(run: dict[str, Any]) -> Iterator[str]:
         yield f"**Interrupted: {done} of {planned} rows of the tables were measured.**"
 
 
-def _protocol(run: dict[str, Any]) -> Iterator[str]:
+def protocol(run: dict[str, Any]) -> Iterator[str]:
+    """What was measured and how, in sentences."""
     size, splits = run["model_config"], run["splits"]
     test = splits["test"]
     domains = sorted({document["domain"] for document in test})

@@ -296,7 +296,6 @@ def _floors(diagnosis: Diagnosed) -> Iterator[str]:
 
 def _ablation_findings(diagnosis: Diagnosed) -> Iterator[str]:
     facts, alpha = diagnosis.facts, diagnosis.facts["alpha"]
-    by_layer = isinstance(alpha, tuple | list)
     frame = diagnosis.to_frame("fdp").set_index(["routing", "layer", "quantity"])
     used = facts["ablated_documents"]
     yield (
@@ -315,13 +314,28 @@ def _ablation_findings(diagnosis: Diagnosed) -> Iterator[str]:
             f"{_value(row, '.2f')} are false at δ0, {_value(hurt, '.2f')} hurt (a position without "
             f"discoveries counts as 0); of all discoveries together {_value(pooled, '.2f')} are"
         )
-        if name == next(iter(facts["compared"])) and alpha is not None and not by_layer:
-            where = "inside" if row["low"] <= alpha <= row["high"] else "outside"
+        if name == next(iter(facts["compared"])) and has_one_alpha(diagnosis):
+            where = "outside" if beside_alpha(diagnosis)[1] else "inside"
             line += (
                 f"; alpha is {alpha:g}, {where} that interval, and FDP(δ0) is "
                 f"{row['estimate'] / alpha:.1f} times alpha"
             )
         yield line + "."
+
+
+def has_one_alpha(diagnosis: Diagnosed) -> bool:
+    """Whether the router has an alpha, the same for all layers, and was ablated."""
+    alpha = diagnosis.facts["alpha"]
+    return "fdp" in diagnosis.tables and alpha is not None and not isinstance(alpha, tuple | list)
+
+
+def beside_alpha(diagnosis: Diagnosed) -> tuple[str, int]:
+    """(FDP(δ0) of the router over all layers with its interval, -1, 0 or 1): the interval lies
+    below alpha, holds it, or lies above. For a diagnosis that `has_one_alpha`."""
+    alpha, name = diagnosis.facts["alpha"], next(iter(diagnosis.facts["compared"]))
+    frame = diagnosis.to_frame("fdp").set_index(["routing", "layer", "quantity"])
+    row = frame.loc[(name, ALL, "FDP(delta0)")]
+    return _value(row, ".2f"), int(row["low"] > alpha) - int(row["high"] < alpha)
 
 
 def as_text(diagnosis: Diagnosed, width: int = WIDTH) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...show.tables import markdown
 from .advice import advice, is_above, is_below
 from .compared import compared, interval
 from .files import results_frame
@@ -23,29 +24,28 @@ TOLERANCES = (1, 5)  # per cent of perplexity above the baseline
 def report(run: dict[str, Any]) -> str:
     """Markdown of a run (a dict as in the JSON) that holds at least the baseline."""
     run = compared(run)
-    frame = results_frame(run["results"])
-    baseline, bh = frame.iloc[0], frame[frame["routing_type"] == "bh"]
+    baseline, bh = _split(run)
     groups = merged(run["results"])
     parts = [
         f"# BH routing against the model's own top-{baseline['max_k']}",
         _status(run),
         "## What to use",
         *map(_advice, advice(run)),
-        _beside_legend(run),
+        beside_legend(run),
         "## What was measured",
-        _bullets(_protocol(run)),
+        _bullets(protocol(run)),
         "## Results",
-        _table(groups),
+        markdown(*result_rows(groups)),
         *same_results(groups),
-        _legend(run),
+        legend(run),
         "## Static top-k and routers set by budget, on the held-out text",
         _beside_table(run),
         "## What the results say",
-        _bullets(_findings(run, baseline, bh)),
+        _bullets(findings(run)),
         "## What alpha means here",
         _alpha(run, bh),
         "## What this can't say",
-        _bullets(_limits(run)),
+        _bullets(limits(run)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -56,7 +56,8 @@ def _advice(item: Mapping[str, Any]) -> str:
     return f"**{item['head']}**{code}{others}"
 
 
-def _beside_legend(run: dict[str, Any]) -> str:
+def beside_legend(run: dict[str, Any]) -> str:
+    """What "beside static" and the intervals mean."""
     count = len(run["heldout_documents"])
     text = (
         '"Beside static" is bits per byte above (+) or below (-) a straight line between the whole '
@@ -100,7 +101,8 @@ def _status(run: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _protocol(run: dict[str, Any]) -> list[str]:
+def protocol(run: dict[str, Any]) -> list[str]:
+    """What was measured and how, in sentences."""
     size, documents = run["model_config"], run["heldout_documents"]
     domains = sorted({document["domain"] for document in documents})
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
@@ -133,7 +135,8 @@ def _machine(cpu: Mapping[str, Any]) -> str:
     return f"CPU with {', '.join(features)}" if features else "CPU"
 
 
-def _legend(run: dict[str, Any]) -> str:
+def legend(run: dict[str, Any]) -> str:
+    """How to read `result_rows`."""
     return (
         "Experts are per token; those on the held-out text are the ones that go with perplexity "
         "and bits per byte. The range after Δ bits/byte is a 95 % bootstrap interval over the "
@@ -143,8 +146,11 @@ def _legend(run: dict[str, Any]) -> str:
     )
 
 
-def _table(groups: Iterable[tuple[str, list[dict[str, Any]]]]) -> str:
-    head = (
+def result_rows(
+    groups: Iterable[tuple[str, list[dict[str, Any]]]],
+) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the grid; groups: as `merged` gives them."""
+    head = [
         "config",
         "experts",
         "reduction %",
@@ -155,10 +161,10 @@ def _table(groups: Iterable[tuple[str, list[dict[str, Any]]]]) -> str:
         "beside static",
         "agreement",
         "tokens/s",
-    )
-    lines = [_row(head), "|---" + "|---:" * (len(head) - 1) + "|"]
+    ]
+    rows = []
     for name, (row, *_) in groups:
-        cells = (
+        cells = [
             name,
             f"{row['avg_experts']:.2f}",
             f"{row['reduction_pct']:.1f}",
@@ -169,40 +175,41 @@ def _table(groups: Iterable[tuple[str, list[dict[str, Any]]]]) -> str:
             "0" if row["routing_type"] == "topk" else interval(row, "bits_above_static"),
             f"{row['token_agreement']:.2f}",
             _number(row["tokens_per_s"], ".1f"),
-        )
-        lines.append(_row(cells))
-    return "\n".join(lines)
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        ]
+        rows.append(cells)
+    return head, rows
 
 
 def _beside_table(run: dict[str, Any]) -> str:
-    rows = [row for row in [*run["static"], *run["budgets"]] if "nats_by_document" in row]
-    if not rows:
-        return "None has finished."
-    head = (
+    head, rows = beside_rows(run)
+    return markdown(head, rows, 2) if rows else "None has finished."
+
+
+def beside_rows(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of static top-k and the routers set by budget that have finished."""
+    head = [
         "config",
         "parameter",
         "experts, held-out",
         "perplexity",
         "Δ bits/byte",
         "beside static",
-    )
-    lines = [_row(head), "|---|---" + "|---:" * (len(head) - 2) + "|"]
-    for row in rows:
+    ]
+    rows = []
+    for row in [*run["static"], *run["budgets"]]:
+        if "nats_by_document" not in row:
+            continue
         parameter = f"{row['parameter']}={row['value']:g}" if "budget" in row else f"k={row['k']}"
-        cells = (
+        cells = [
             row["config"],
             parameter,
             f"{row['avg_experts_heldout']:.2f}",
             f"{row['perplexity']:.3f}",
             interval(row, "bits_above_own"),
             interval(row, "bits_above_static") if "budget" in row else "0",
-        )
-        lines.append(_row(cells))
-    return "\n".join(lines)
+        ]
+        rows.append(cells)
+    return head, rows
 
 
 def _number(value: float | None, form: str) -> str:
@@ -212,7 +219,15 @@ def _number(value: float | None, form: str) -> str:
 # ---------------------------------------------------------------- what the results say
 
 
-def _findings(run: dict[str, Any], baseline: Any, bh: pandas.DataFrame) -> list[str]:
+def _split(run: dict[str, Any]) -> tuple[Any, pandas.DataFrame]:
+    """The baseline's row and the frame of BH's."""
+    frame = results_frame(run["results"])
+    return frame.iloc[0], frame[frame["routing_type"] == "bh"]
+
+
+def findings(run: dict[str, Any]) -> list[str]:
+    """What the results say, in sentences; run: as `compared` gives it."""
+    baseline, bh = _split(run)
     if not len(bh):
         return ["No BH configuration has finished."]
     own = baseline["avg_experts_heldout"]
@@ -226,7 +241,7 @@ def _findings(run: dict[str, Any], baseline: Any, bh: pandas.DataFrame) -> list[
         *_within(baseline, fewer),
         _loses(baseline, more),
         _dominated(bh),
-        _beside_static(run),
+        beside_static(run),
         _agreement(bh),
         _speed(baseline, bh),
         _layers(bh),
@@ -321,7 +336,7 @@ def _dominated(bh: pandas.DataFrame) -> str:
     )
 
 
-def _beside_static(run: dict[str, Any]) -> str:
+def beside_static(run: dict[str, Any]) -> str:
     """How many settings are below and above the static line by more than the documents vary."""
     settings = [group[0] for _, group in merged(run["results"][1:])]
     settings += [row for row in run["budgets"] if not row["error"]]
@@ -392,7 +407,8 @@ def _alpha(run: dict[str, Any], bh: pandas.DataFrame) -> str:
     return text
 
 
-def _limits(run: dict[str, Any]) -> list[str]:
+def limits(run: dict[str, Any]) -> list[str]:
+    """What the results can't say, in sentences."""
     return [
         "Which setting is best of all: the best of several was chosen on the text that it was "
         "measured on, so its lead over the others is a little too large; parameters that differ "

@@ -1,10 +1,6 @@
-"""The report of a study (the helper's branch brings it)."""
+"""The report of `moeprof study`: what all its parts say, as Markdown and as one page."""
 
 from .results import Results
-
-
-def write_report(results, folder):
-    return []
-
+from .write import write_report
 
 __all__ = ["Results", "write_report"]

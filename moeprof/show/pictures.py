@@ -30,20 +30,24 @@ _STYLE = (
 )
 
 
-def picture(figure: Figure, text: str) -> str:
+def picture(figure: Figure, text: str, *, paper: bool = False) -> str:
     """The figure as an image that scrolls in a box of its own where the screen is narrow.
 
-    text : what is said where images are not seen
+    text : what is said where images are not seen; paper : it stays on white, whatever the
+        reader's setting, since it has colours that mean something on white only
     """
     width = round(96 * figure.get_size_inches()[0])
+    kind = "picture paper" if paper else "picture"
+    image = _data(svg(figure, paper=paper), "svg+xml")
     return (
-        f'<div class="picture" style="--width:{width}px"><img src="{_data(svg(figure), "svg+xml")}"'
+        f'<div class="{kind}" style="--width:{width}px"><img src="{image}"'
         f' alt="{escape(text)}"></div>'
     )
 
 
-def svg(figure: Figure) -> bytes:
-    """The figure in lines and letters' outlines, black and white by the reader's setting."""
+def svg(figure: Figure, *, paper: bool = False) -> bytes:
+    """The figure in lines and letters' outlines, black and white by the reader's setting; with
+    `paper` black on white."""
     from matplotlib import rc_context
 
     out = io.StringIO()
@@ -55,8 +59,10 @@ def svg(figure: Figure) -> bytes:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})\b", _role, text)
     text = re.sub(r">\s+<", "><", text)
+    if paper:
+        return text.encode()
+    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})\b", _role, text)
     return re.sub(r"(<svg[^>]*>)", rf"\1<style>{_STYLE}</style>", text, count=1).encode()
 
 

@@ -1,0 +1,63 @@
+"""A report as one HTML page that asks for nothing: figures are inside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING
+
+from ....files import printable
+from ....show.page import document, figure_block, table_block
+
+if TYPE_CHECKING:
+    from .content import Drawn, Report, Section, Shown
+
+
+def as_page(report: Report) -> str:
+    """Links lead to the parts' files by relative paths: the page is read in the study's folder."""
+    names, partners = report.names(), report.partners()
+    first, *rest = report.sections
+    parts = [(section.title, _section(section, names, partners)) for section in (first, *rest)]
+    return printable(document(report.title, "", parts))
+
+
+def _section(section: Section, names: Mapping[str, str], partners: Mapping[str, str]) -> str:
+    lines = "".join(
+        f"<li>{_text(sentence.text)}{_link(names, sentence.to)}</li>"
+        for sentence in section.sentences
+    )
+    parts = [f"<ul>{lines}</ul>"]
+    if section.note:
+        parts.append(f'<p class="note">{_text(section.note)}</p>')
+    if section.links:
+        files = ", ".join(
+            f'<a href="{escape(path)}">{escape(text)}</a>' for text, path in section.links
+        )
+        parts.append(f'<p class="note">Files: {files}</p>')
+    parts += [_figure(drawn, names, partners) for drawn in section.figures]
+    parts += [_table(shown, names, partners) for shown in section.tables]
+    return "\n".join(parts)
+
+
+def _figure(drawn: Drawn, names: Mapping[str, str], partners: Mapping[str, str]) -> str:
+    head = _head(drawn.key, drawn.title, names, partners)
+    return head + figure_block(drawn.figure, drawn.title, drawn.caption, paper=drawn.paper)
+
+
+def _table(shown: Shown, names: Mapping[str, str], partners: Mapping[str, str]) -> str:
+    return _head(shown.key, shown.table.title, names, partners) + table_block(shown.table)
+
+
+def _head(key: str, title: str, names: Mapping[str, str], partners: Mapping[str, str]) -> str:
+    link = _link(names, partners.get(key, ""))
+    return f'<h3 id="{key}">{names[key]}. {escape(title)}{link}</h3>\n'
+
+
+def _link(names: Mapping[str, str], key: str) -> str:
+    return f' <a class="to" href="#{key}">{names[key]}</a>' if key in names else ""
+
+
+def _text(text: str) -> str:
+    """Escaped; what stands in backticks is code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))

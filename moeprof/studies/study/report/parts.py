@@ -1,0 +1,269 @@
+"""A section for each part: what it found, its tables and figures, its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...comparison.findings import INTERVALS, View, findings_by_subject
+from ...comparison.plots import figure as compare_figure
+from ...comparison.report import ALLOCATION, BYTES, LEGEND, bytes_rows, detail_rows, effect_rows
+from ...diagnosis.views import findings as diagnosis_findings
+from ...diagnosis.views import views as diagnosis_views
+from ...grid.planned import written
+from ...grid.rows import SETTING
+from ...sweep import report as sweep_report
+from ...sweep.compared import interval
+from ...sweep.merged import merged, same_results
+from ...sweep.plots import figure as sweep_figure
+from .content import Drawn, Section, Sentence, Shown, plain_table
+from .pareto import BITS, drawn, of_grid, said, table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .results import Results
+
+
+SHOWN = (".html", ".md", ".csv", ".json", ".npz", ".safetensors")  # files that are linked
+PROFILE_FIGURES = {
+    "load": "Load of the experts: red does more than its part, blue less, grey nothing",
+    "k": "Experts per token, over all layers and by layer",
+    "roofline": "Roofline of the layers on this machine",
+    "union": "Distinct experts of a step: what decoding with a batch reads",
+}
+DIAGNOSIS_FIGURES = {
+    "p_values": ("The p-values by layer", "diagnose-0"),
+    "selection": ("How many experts BH selects, and where its limits decide", "diagnose-2"),
+    "ablation": ("What the selected experts did for the loss", "diagnose-fdp"),
+}
+
+
+def sections(results: Results, folder: Path) -> Iterator[Section]:
+    """In the order of the report."""
+    makers: dict[str, tuple[str, Any, Callable[[Results], Section]]] = {
+        "calibrate": ("Calibrate: the nulls", results.nulls, _calibrate),
+        "profile": ("Profile: what the model does", results.profile, _profile),
+        "sweep": ("Sweep: the BH grid and static top-k", results.sweep, _sweep),
+        "compare": ("Compare: routers at equal experts", results.compare, _compare),
+        "diagnose": ("Diagnose: do the p-values hold?", results.diagnose, _diagnose),
+        "evaluate": ("Evaluate: quality by kind of text", results.evaluate, _evaluate),
+        "grid": ("Grid", results.grid, _grid),
+    }
+    asked = {one["part"] for one in results.facts["parts"]}
+    for part, (title, result, make) in makers.items():
+        if result:
+            section = make(results)
+        elif part == "grid" and part not in asked:
+            continue
+        else:
+            section = Section(title, [Sentence(results.missing(part))])
+        yield section._replace(title=title, links=_files(folder, part))
+
+
+def _files(folder: Path, part: str) -> list[tuple[str, str]]:
+    """The part's own files, those to read before those to load."""
+    paths = [path for path in (folder / part).glob("*") if path.suffix in SHOWN]
+    paths.sort(key=lambda path: (SHOWN.index(path.suffix), path.name))
+    return [(path.name, f"{part}/{path.name}") for path in paths]
+
+
+def _from(lines: Iterable[str], to: str) -> list[Sentence]:
+    return [Sentence(line, to) for line in lines]
+
+
+# ---- calibrate, profile ----
+
+
+def _calibrate(results: Results) -> Section:
+    rows = [
+        [
+            kind,
+            null.score,
+            f"{null.tokens:,}",
+            str(len(null)),
+            str(null.counts.shape[1]),
+            f"{null.r_high}, {null.r_low}",
+            null.text_digest[:12],
+        ]
+        for kind, null in results.nulls.items()
+    ]
+    head = ["null", "score", "tokens", "layers", "experts", "left out", "text"]
+    note = (
+        "What scores an expert has that a token doesn't need: p-values come from it. Left out: the "
+        "highest and lowest scores of each token. Text: the first digits of its digest."
+    )
+    made = plain_table("Nulls", note, head, rows, 2)
+    lines = [f"{null.describe()}." for null in results.nulls.values()]
+    return Section("", _from(lines, "nulls"), [Shown("nulls", made)])
+
+
+def _profile(results: Results) -> Section:
+    from ....profile.findings import findings
+    from ....profile.tables import tables
+
+    profile = results.profile
+    assert profile is not None
+    shown = [Shown(f"profile-{n}", made) for n, made in enumerate(tables(profile))]
+    figures = [
+        Drawn(f"profile-{name}", title, "", profile.plot(name), "profile-0")
+        for name, title in PROFILE_FIGURES.items()
+        if name in profile.figures
+    ]
+    return Section("", _from(findings(profile), "profile-0"), shown, figures)
+
+
+# ---- sweep, compare ----
+
+
+def _sweep(results: Results) -> Section:
+    run = results.sweep
+    assert run is not None
+    groups = merged(run["results"])
+    sentences = [Sentence(item["head"], "sweep-beside") for item in run.get("advice", ())]
+    sentences += _from([*sweep_report.findings(run), *same_results(groups)], "sweep-settings")
+    note = f"{sweep_report.legend(run)} {sweep_report.beside_legend(run)}"
+    grid = plain_table("The grid of BH", note, *sweep_report.result_rows(groups))
+    shown = [Shown("sweep-settings", grid)]
+    head, rows = sweep_report.beside_rows(run)
+    if rows:
+        title = "Static top-k and routers set by budget"
+        beside = plain_table(title, "On the held-out text.", head, rows, 2)
+        shown.append(Shown("sweep-beside", beside))
+    figure = Drawn(
+        "sweep-figure",
+        "What each configuration used, and what that cost",
+        "",
+        sweep_figure(run["results"], run),
+        "sweep-settings",
+        paper=True,
+    )
+    return Section("", sentences, shown, [figure])
+
+
+def _compare(results: Results) -> Section:
+    run = results.compare
+    assert run is not None
+    view = View(run)
+    if not run["cells"]:
+        return Section("", [Sentence("Only static top-k was measured before it was interrupted.")])
+    first = next(iter(view.tables))
+    places = {"effects": f"compare-{first}", "bytes": "bytes", "reach": f"compare-{first}"}
+    places["speed"] = f"compare-{first}-{view.budgets(first)[0]}"
+    sentences = [
+        Sentence(line, places[subject])
+        for subject, lines in findings_by_subject(run).items()
+        for line in lines
+    ]
+    shown = [Shown(key, made) for key, made in _compare_tables(view)]
+    figure = Drawn(
+        "compare-figure",
+        "Routers at equal experts, and skipping beside shrinking",
+        INTERVALS,
+        compare_figure(run),
+        f"compare-{first}",
+    )
+    return Section("", sentences, shown, [figure])
+
+
+def _compare_tables(view: View) -> Iterator[tuple[str, Any]]:
+    for name, plan in view.tables.items():
+        for allocation in plan["allocations"]:
+            if found := effect_rows(view, name, allocation):
+                key = f"compare-{name}" + ("" if allocation == "equal" else f"-{allocation}")
+                title = f"Table {name}, at most {plan['max_k']} experts: {ALLOCATION[allocation]}"
+                note = LEGEND.replace("`", "") if allocation == "equal" else "As the table before."
+                yield key, plain_table(title, note, *found)
+        for budget in view.budgets(name):
+            if found := detail_rows(view, name, budget):
+                title = f"Table {name}: all measures at {budget} experts in every layer"
+                yield f"compare-{name}-{budget}", plain_table(title, "The best first.", *found)
+    if found := bytes_rows(view):
+        yield "bytes", plain_table("Skip experts or shrink them", BYTES, *found)
+
+
+# ---- diagnose, evaluate, grid ----
+
+
+def _diagnose(results: Results) -> Section:
+    diagnosis = results.diagnose
+    assert diagnosis is not None
+    shown = []
+    for number, view in enumerate(diagnosis_views(diagnosis)):
+        key = "diagnose-fdp" if view.title.startswith("False discoveries") else f"diagnose-{number}"
+        head, rows = list(map(str, view.frame.columns)), view.frame.astype(str).to_numpy().tolist()
+        shown.append(Shown(key, plain_table(view.title, view.note, head, rows)))
+    figures = [
+        Drawn(
+            f"diagnose-{name}", *_titled(name), diagnosis.figure(name), DIAGNOSIS_FIGURES[name][1]
+        )
+        for name in diagnosis.figures
+    ]
+    sentences = [
+        Sentence(line, "diagnose-fdp" if "δ0" in line else "diagnose-2" if "min_k" in line else "")
+        for line in diagnosis_findings(diagnosis)
+    ]
+    return Section("", sentences, shown, figures)
+
+
+def _titled(name: str) -> tuple[str, str]:
+    return DIAGNOSIS_FIGURES[name][0], ""
+
+
+def _evaluate(results: Results) -> Section:
+    found = results.evaluate
+    assert found is not None
+    shown = [
+        Shown(f"evaluate-{n}", plain_table(view.title, view.note, view.columns, view.rows))
+        for n, view in enumerate(found.views())
+    ]
+    figure = Drawn(
+        "evaluate-figure", "What each configuration costs", "", found.figure(), "evaluate-0"
+    )
+    return Section("", _from(found.findings(), "evaluate-0"), shown, [figure])
+
+
+def _grid(results: Results) -> Section:
+    rows = results.grid
+    assert rows is not None
+    failed = [row for row in rows if row["error"]]
+    sentences = [
+        Sentence(f"{len(rows)} rows, {len(failed)} of which could not be run.", "grid"),
+        *(Sentence(f"{row['configuration']} was not run: {row['error']}.") for row in failed),
+    ]
+    head = [*SETTING, "configuration", "parameters", "experts", "MB", "perplexity"]
+    head += ["bits/B above own", "beside static", "tokens/s"]
+    note = "In brackets 95 % intervals over documents; of tokens/s the quartiles over rounds."
+    made = plain_table("All rows", note, head, list(map(_grid_row, rows)), len(SETTING) + 2)
+    shown, figures = [Shown("grid", made)], []
+    for number, (setting, of) in enumerate(groupby(rows, lambda row: [row[n] for n in SETTING])):
+        points = of_grid(of)
+        if not points:
+            continue
+        about = ", ".join(f"{n} {v}" for n, v in zip(SETTING, setting, strict=True))
+        front = table(points, BITS, f"grid-front-{number}")
+        front = front._replace(table=front.table._replace(title=f"Members of the fronts: {about}"))
+        shown.append(front)
+        figures.append(drawn(points, BITS, f"grid-figure-{number}", front.key))
+        sentences += [Sentence(f"{about}: {line}", front.key) for line in said(points)]
+    return Section("", sentences, shown, figures)
+
+
+def _grid_row(row: dict[str, Any]) -> list[str]:
+    def text(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    read = row["bytes_per_token"]
+    return [
+        *(str(row[name]) for name in SETTING),
+        row["configuration"],
+        written(row["parameters"]),
+        text(row["avg_experts_heldout"], ".2f"),
+        text(None if read is None else read / 1e6, ".3g"),
+        text(row["perplexity"], ".3f"),
+        interval(row, "bits_above_own"),
+        interval(row, "bits_above_static"),
+        interval(row, "tokens_per_s", ".1f"),
+    ]

@@ -1,0 +1,108 @@
+"""What was run, how long it took, how to hand it on, and what it can't say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ....measure.machine import in_one_line
+from ...comparison.report import protocol as compare_protocol
+from ...sweep.report import limits as sweep_limits
+from ...sweep.report import protocol as sweep_protocol
+from .content import Section, Sentence, Shown, plain_table
+
+if TYPE_CHECKING:
+    from ....show.tables import Table
+    from .results import Results
+
+
+def sections(results: Results) -> Iterator[Section]:
+    facts = results.facts
+    shown = [Shown("ran", _about(facts)), Shown("parts", _parts(facts["parts"]))]
+    yield Section("What was run", [*_planned(facts["parts"]), *_protocol(results)], shown)
+    yield Section("Hand the result on", [Sentence(line) for line in _contribute(facts)])
+    yield Section("What this can't say", [Sentence(line) for line in _limits(results)])
+
+
+def _about(facts: dict[str, Any]) -> Table:
+    bits = facts.get("bits")
+    rows = [
+        ["model", str(facts["model"])],
+        ["weights", f"{facts['dtype']}{f', experts in {bits} bits' if bits else ''}"],
+        ["machine", in_one_line(facts["machine"])],
+        ["versions", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())],
+        ["command", facts["command"]],
+        ["seed", str(facts["seed"])],
+        ["store", str(facts["store"])],
+        ["started", str(facts["machine"].get("started", ""))],
+    ]
+    if facts.get("peak_gb") is not None:
+        rows.append(["memory at most", f"{facts['peak_gb']:.2f} GB (resident, 10^9 bytes)"])
+    return plain_table("Model, machine, command", "", ["what", "is"], rows, 2)
+
+
+def _parts(parts: list[dict[str, Any]]) -> Table:
+    rows = [
+        [
+            one["part"],
+            _time(one["seconds"]),
+            _time(one.get("planned_seconds")),
+            str(one.get("cells", "")),
+            f"failed: {one['failed']}" if one.get("failed") else str(one.get("words", "")),
+        ]
+        for one in parts
+    ]
+    note = "Time taken, and what the plan had said before; cells that were finished."
+    made = plain_table("Parts", note, ["part", "took", "planned", "cells", "what"], rows)
+    return made._replace(words=("part", "what"))
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _planned(parts: list[dict[str, Any]]) -> Iterator[Sentence]:
+    took = sum(one["seconds"] for one in parts)
+    text = f"All parts took {_time(took)}"
+    known = [one for one in parts if one.get("planned_seconds")]
+    if known:
+        plan = sum(one["planned_seconds"] for one in known)
+        real = sum(one["seconds"] for one in known)
+        text += f"; of those with a plan {_time(real)}, {100 * (real / plan - 1):+.0f} % of it"
+    yield Sentence(f"{text}.", "parts")
+
+
+def _protocol(results: Results) -> Iterator[Sentence]:
+    if results.sweep is not None:
+        yield from (Sentence(f"Sweep. {line}") for line in sweep_protocol(results.sweep))
+    if results.compare is not None:
+        yield from (Sentence(f"Compare. {line}") for line in compare_protocol(results.compare))
+    if results.evaluate is not None:
+        yield Sentence(f"Evaluate. {results.evaluate.facts['protocol']['words']}")
+
+
+def _contribute(facts: dict[str, Any]) -> list[str]:
+    return [
+        "Nobody has to run this again on the same model if you hand it on: send report.md and the "
+        "store as JSON to the project, in an issue with the model's name as its title.",
+        f"`moeprof store {facts['store']} --export result.json` writes the store as JSON: every "
+        "finished cell with its parameters, the digests of model and text, and the versions.",
+        "Neither file has text of yours in it, but for names: of the model, of files and folders "
+        "in the command, and of documents.",
+    ]
+
+
+def _limits(results: Results) -> list[str]:
+    lines = [
+        "How another model behaves: this is one model, without any training under these routers.",
+        "How fast this is elsewhere: times and tokens per second are of this machine, of its "
+        "kernels and of whatever else it did.",
+        "What people would say of the texts: KL, perplexity and bits per byte are of predictions "
+        "of held-out text, not of answers to tasks (`moeprof eval-harness` measures these).",
+    ]
+    return lines + (sweep_limits(results.sweep) if results.sweep is not None else [])

@@ -1,0 +1,173 @@
+"""What a person reads first: a few sentences over all parts, all computed from the results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ...comparison.contenders import PRIMARY
+from ...comparison.effects import BETTER, ROUTER, WORSE, verdict
+from ...comparison.findings import View, beside, megabytes, signed
+from ...diagnosis.views import beside_alpha, has_one_alpha
+from ...sweep.compared import interval
+from ...sweep.report import beside_static
+from .content import Section, Sentence
+
+if TYPE_CHECKING:
+    from ...diagnosis.result import Diagnosis
+    from .results import Results
+
+
+AGAINST_STATIC = {
+    BETTER: "it beats static top-k",
+    WORSE: "it loses to static top-k",
+}
+UNDECIDED = "undecided"
+NOTE = (
+    "95 % intervals are of one number alone, over documents. A band holds together with all other "
+    'bands of its table: a verdict is given only where a whole band is on one side of 0, and is "'
+    f'{UNDECIDED}" otherwise. KL: of the predictions from those of the model itself, in nats per '
+    "token; less is better."
+)
+
+
+def section(results: Results) -> Section:
+    found = [
+        *_quality(results),
+        *_shrinking(results),
+        *_settings(results),
+        *_p_values(results.diagnose),
+    ]
+    return Section("The verdict", found, note=NOTE)
+
+
+# ---- which router ----
+
+
+def _quality(results: Results) -> Iterator[Sentence]:
+    if results.compare is not None and results.compare["cells"]:
+        yield from _compared(View(results.compare))
+    elif results.evaluate is not None:
+        yield _evaluated(results.evaluate.rows)
+    else:
+        yield Sentence("Which router keeps quality best was not measured (compare, evaluate).")
+
+
+def _compared(view: View) -> Iterator[Sentence]:
+    table = next(iter(view.tables))
+    for budget in view.budgets(table):
+        ranked = view.ranked(table, budget)
+        if not ranked:
+            yield Sentence(f"At {budget} experts per token no router was measured.")
+            continue
+        best = ranked[0]
+        effect = best["effect"]["kl"]
+        yield Sentence(
+            f"At {budget} experts per token {best['contender']} keeps quality best of "
+            f"{len(ranked)} routers: {_level(best)}, {signed(effect)} beside static top-k at as "
+            f"many experts: {AGAINST_STATIC.get(verdict(effect), UNDECIDED)}.",
+            f"compare-{table}-{budget}",
+        )
+    yield from _bh(view, table)
+
+
+def _level(cell: dict[str, Any]) -> str:
+    text, level = f"KL {cell['kl']:.4f}", cell.get("level", {}).get("kl")
+    if level is None:
+        return text
+    return f"{text} (95 % interval {level['low']:.4f} to {level['high']:.4f})"
+
+
+def _bh(view: View, table: str) -> Iterator[Sentence]:
+    said = []
+    for budget in view.budgets(table):
+        cell = view.cell(
+            role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget
+        )
+        if cell:
+            effect = cell["effect"]["kl"]
+            ends = f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}"
+            what = AGAINST_STATIC.get(verdict(effect), UNDECIDED)
+            said.append(f"at {budget} {effect['estimate']:+.4f} (band {ends}), {what}")
+    if said:
+        yield Sentence(
+            f"BH, which was fixed before the run as the router to test: {'; '.join(said)}.",
+            f"compare-{table}",
+        )
+
+
+def _evaluated(rows: list[dict[str, Any]]) -> Sentence:
+    own, *others = (row for row in rows if row["slice"] == "all")
+    if not others:
+        return Sentence("No router was evaluated.", "evaluate-0")
+    best = min(others, key=lambda row: row["bits_above_own"])
+    return Sentence(
+        f"Of {len(others)} configurations {best['config']} keeps quality best, with "
+        f"{best['experts']:.2f} experts per token: {interval(best, 'bits_above_own')} bits per "
+        f"byte above the model's own routing, which takes {own['experts']:.2f}. compare, which "
+        "sets routers to the same experts, has no result.",
+        "evaluate-0",
+    )
+
+
+# ---- skip experts or shrink them ----
+
+
+def _shrinking(results: Results) -> Iterator[Sentence]:
+    if results.compare is None:
+        return
+    view, said = View(results.compare), []
+    for whole in view.whole():
+        effect, found = whole["effect"]["kl"], beside(view, whole)
+        what = {BETTER: "shrinking is closer", WORSE: "skipping is closer"}
+        ends = f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}"
+        said.append(
+            f"in {whole['bits']} bits all {whole['budget']} read {megabytes(whole)} MB per token "
+            f"and are at {_level(whole)}, {effect['estimate']:+.4f} (band {ends}) beside static "
+            f"top-k that reads as much: {what.get(verdict(effect), UNDECIDED)}; of the "
+            f"{len(view.skipping())} ways to skip {len(found['closer'])} are closer, reading "
+            "whatever they read"
+        )
+    if said:
+        yield Sentence(f"Shrink experts instead of skipping them: {'. '.join(said)}.", "bytes")
+    else:
+        yield Sentence("Shrinking the experts (8 or 4 bits) was not measured beside skipping.")
+
+
+# ---- the 21, and what alpha means ----
+
+
+def _settings(results: Results) -> Iterator[Sentence]:
+    run = results.sweep
+    if run is None or len(run["results"]) < 2:
+        yield Sentence("The BH configurations of the grid have no result.")
+    elif said := beside_static(run):
+        yield Sentence(f"The grid of BH: {said[0].lower()}{said[1:]}", "sweep-settings")
+    else:
+        yield Sentence("The grid of BH was run without the static top-k to set it beside.")
+
+
+def _p_values(diagnosis: Diagnosis | None) -> Iterator[Sentence]:
+    if diagnosis is None:
+        yield Sentence("Whether the p-values hold was not measured (diagnose).")
+        return
+    if not has_one_alpha(diagnosis):
+        yield Sentence(
+            "Whether alpha is a false discovery rate was not tested: diagnose ablated no experts "
+            "of a router with one alpha.",
+            "diagnose-0",
+        )
+        return
+    share, side = beside_alpha(diagnosis)
+    alpha = diagnosis.facts["alpha"]
+    what = {
+        -1: "the whole interval is below alpha, which bounds it here",
+        0: f"the interval holds alpha: {UNDECIDED}",
+        1: "the whole interval is above alpha, so the p-values don't hold as such and alpha is a "
+        "knob for compute only",
+    }
+    yield Sentence(
+        f"Whether the p-values hold: by ablation {share} of what BH at alpha {alpha:g} selects for "
+        f"a token are false discoveries; {what[side]}.",
+        "diagnose-fdp",
+    )
