@@ -14,6 +14,7 @@ from moeprof.cli import main
 from moeprof.routers import BH, TopK
 from moeprof.studies.engine.load import COLLECT, DECODE, FIT, KL, LOSS, Load
 from moeprof.studies.store.store import Store
+from moeprof.studies.store.subject import null_digest
 from moeprof.studies.study import parts as study_parts
 from moeprof.studies.study import run as study_run
 from moeprof.studies.study.costs import Costs, Rate
@@ -34,8 +35,11 @@ def tokenizer():
 @pytest.fixture
 def ground(tmp_path, tokenizer, monkeypatch):
     """Makes a Ground of a small model in a folder; the same each time."""
-    monkeypatch.setattr(demo, "prompts", lambda: demo_prompts[:2])
-    demo_prompts = demo.prompts()
+    two, few = demo.prompts()[:2], [half[::4] for half in demo.calibration_halves()]
+    documents = demo.heldout_texts()[::16]
+    monkeypatch.setattr(demo, "prompts", lambda: two)
+    monkeypatch.setattr(demo, "calibration_halves", lambda: few)  # all are tokenised
+    monkeypatch.setattr(demo, "heldout_texts", lambda: documents)
 
     def make(**changes):
         model = olmoe(
@@ -173,7 +177,7 @@ def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
         monkeypatch.setattr(maker, "run", never)
     again, _ = run(ground())
     assert again.evaluate.measured == results.evaluate.measured
-    assert again.nulls["trimmed"] == results.nulls["trimmed"]
+    assert null_digest(again.nulls) == null_digest(results.nulls)
     with Store(folder / "moeprof.sqlite") as store:
         assert len(store.rows()) == finished
 
@@ -186,7 +190,8 @@ def test_a_file_that_is_gone_or_changed_is_made_again(ground):
     for spoil in (path.unlink, lambda: path.write_bytes(b"")):
         spoil()
         again, _ = run(ground(parts=["calibrate"]))
-        assert path.read_bytes() == before and again.nulls["trimmed"] == first.nulls["trimmed"]
+        assert path.read_bytes() == before
+        assert null_digest(again.nulls["trimmed"]) == null_digest(first.nulls["trimmed"])
 
 
 def test_nulls_are_those_that_are_fitted_one_by_one(ground):
@@ -202,7 +207,7 @@ def test_nulls_are_those_that_are_fitted_one_by_one(ground):
         one = moeprof.fit_null(
             made.model, made.tokenizer, texts, kind=kind, score=score, progress=False
         )
-        assert results.nulls[name] == one
+        assert null_digest(results.nulls[name]) == null_digest(one)
 
 
 def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch):
@@ -227,12 +232,11 @@ def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study_parts, "evaluate", interrupted)
     made = ground(parts=["evaluate"])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(study_parts, "evaluate", interrupted)
         run(made)
     assert (made.files.folder / "report.md").is_file()
-    monkeypatch.undo()
 
     def counted(self, cell, step):
         calls.append(cell.name)
