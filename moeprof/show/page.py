@@ -44,6 +44,8 @@ figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
 @media screen and (prefers-color-scheme: dark) {
   .paper { background: #fff; padding: .8rem; border-radius: .5rem; }
 }
+.to { color: var(--faint); font-weight: normal; font-size: .85em; white-space: nowrap; }
+.to::before { content: "→ "; }
 .glossary { grid-template-columns: minmax(8rem, max-content) 1fr; font-size: .9rem; }
 .glossary dt { overflow-wrap: anywhere; } .unit { color: var(--faint); }
 @media screen and (max-width: 50rem) {

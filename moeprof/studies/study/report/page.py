@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 def as_page(report: Report) -> str:
     """Links lead to the parts' files by relative paths: the page is read in the study's folder."""
     names, partners = report.names(), report.partners()
-    first, *rest = report.sections
-    parts = [(section.title, _section(section, names, partners)) for section in (first, *rest)]
+    parts = [(section.title, _section(section, names, partners)) for section in report.sections]
     return printable(document(report.title, "", parts))
 
 
@@ -46,7 +45,8 @@ def _figure(drawn: Drawn, names: Mapping[str, str], partners: Mapping[str, str])
 
 
 def _table(shown: Shown, names: Mapping[str, str], partners: Mapping[str, str]) -> str:
-    return _head(shown.key, shown.table.title, names, partners) + table_block(shown.table)
+    table = shown.table._replace(note=shown.table.note.replace("`", ""))
+    return _head(shown.key, table.title, names, partners) + table_block(table)
 
 
 def _head(key: str, title: str, names: Mapping[str, str], partners: Mapping[str, str]) -> str:

@@ -28,11 +28,19 @@ if TYPE_CHECKING:
 
 
 SHOWN = (".html", ".md", ".csv", ".json", ".npz", ".safetensors")  # files that are linked
-PROFILE_FIGURES = {
-    "load": "Load of the experts: red does more than its part, blue less, grey nothing",
-    "k": "Experts per token, over all layers and by layer",
-    "roofline": "Roofline of the layers on this machine",
-    "union": "Distinct experts of a step: what decoding with a batch reads",
+# Columns that make the tables wider than a screen; the parts' own reports have them.
+SWEEP_LEFT_OUT = ("reduction %", "Δ perplexity")
+COMPARE_LEFT_OUT = ("against shuffled-k",)
+PROFILE_FIGURES = ("load", "k", "roofline", "cache")  # all others are on the profile's own page
+# What a finding of the profile is from, by words of it; the first that it has decides.
+PROFILE_PLACES = {
+    "specialised by domain": "profile-By domain",
+    "cache": "profile-cache",
+    "bandwidth": "profile-roofline",
+    "balance": "profile-load",
+    "Never selected": "profile-load",
+    "Counted": "profile-By layer",
+    "FLOPs": "profile-By layer",
 }
 DIAGNOSIS_FIGURES = {
     "p_values": ("The p-values by layer", "diagnose-0"),
@@ -70,6 +78,15 @@ def _files(folder: Path, part: str) -> list[tuple[str, str]]:
     return [(path.name, f"{part}/{path.name}") for path in paths]
 
 
+def _without(
+    found: tuple[list[str], list[list[str]]], *names: str
+) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) without these columns."""
+    head, rows = found
+    kept = [place for place, name in enumerate(head) if name not in names]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def _from(lines: Iterable[str], to: str) -> list[Sentence]:
     return [Sentence(line, to) for line in lines]
 
@@ -102,17 +119,22 @@ def _calibrate(results: Results) -> Section:
 
 def _profile(results: Results) -> Section:
     from ....profile.findings import findings
+    from ....profile.page import FIGURES
     from ....profile.tables import tables
 
     profile = results.profile
     assert profile is not None
-    shown = [Shown(f"profile-{n}", made) for n, made in enumerate(tables(profile))]
+    shown = [Shown(f"profile-{made.title}", made) for made in tables(profile)]
     figures = [
-        Drawn(f"profile-{name}", title, "", profile.plot(name), "profile-0")
-        for name, title in PROFILE_FIGURES.items()
+        Drawn(f"profile-{name}", *FIGURES[name], profile.plot(name), "profile-By layer")
+        for name in PROFILE_FIGURES
         if name in profile.figures
     ]
-    return Section("", _from(findings(profile), "profile-0"), shown, figures)
+    sentences = [
+        Sentence(line, next((to for words, to in PROFILE_PLACES.items() if words in line), ""))
+        for line in findings(profile)
+    ]
+    return Section("", sentences, shown, figures)
 
 
 # ---- sweep, compare ----
@@ -125,7 +147,9 @@ def _sweep(results: Results) -> Section:
     sentences = [Sentence(item["head"], "sweep-beside") for item in run.get("advice", ())]
     sentences += _from([*sweep_report.findings(run), *same_results(groups)], "sweep-settings")
     note = f"{sweep_report.legend(run)} {sweep_report.beside_legend(run)}"
-    grid = plain_table("The grid of BH", note, *sweep_report.result_rows(groups))
+    grid = plain_table(
+        "The grid of BH", note, *_without(sweep_report.result_rows(groups), *SWEEP_LEFT_OUT)
+    )
     shown = [Shown("sweep-settings", grid)]
     head, rows = sweep_report.beside_rows(run)
     if rows:
@@ -179,7 +203,8 @@ def _compare_tables(view: View) -> Iterator[tuple[str, Any]]:
         for budget in view.budgets(name):
             if found := detail_rows(view, name, budget):
                 title = f"Table {name}: all measures at {budget} experts in every layer"
-                yield f"compare-{name}-{budget}", plain_table(title, "The best first.", *found)
+                made = plain_table(title, "The best first.", *_without(found, *COMPARE_LEFT_OUT))
+                yield f"compare-{name}-{budget}", made
     if found := bytes_rows(view):
         yield "bytes", plain_table("Skip experts or shrink them", BYTES, *found)
 
