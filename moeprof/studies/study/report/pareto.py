@@ -242,7 +242,9 @@ def drawn(points: Sequence[Point], measure: str, key: str, of: str) -> Drawn:
         "have the numbers of the table. The scale is logarithmic, but straight from 0 to "
         "the smallest loss above it."
     )
-    return Drawn(key, "Quality against cost", caption, figure(points, measure), of)
+    groups = {point.group for point in points} - {TOP}
+    paper = len(groups) > len(COLOURS)  # the darker shades of the palette are lost on black
+    return Drawn(key, "Quality against cost", caption, figure(points, measure), of, paper)
 
 
 def figure(points: Sequence[Point], measure: str) -> Figure:

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ....show.figures import COLOURS
 from ...comparison.findings import INTERVALS, View, findings_by_subject
 from ...comparison.plots import figure as compare_figure
 from ...comparison.report import ALLOCATION, BYTES, LEGEND, bytes_rows, detail_rows, effect_rows
@@ -245,7 +246,12 @@ def _evaluate(results: Results) -> Section:
         for n, view in enumerate(found.views())
     ]
     figure = Drawn(
-        "evaluate-figure", "What each configuration costs", "", found.figure(), "evaluate-0"
+        "evaluate-figure",
+        "What each configuration costs",
+        "",
+        found.figure(),
+        "evaluate-0",
+        paper=len(found.measured) > 1 + len(COLOURS),  # darker shades are lost on black
     )
     return Section("", _from(found.findings(), "evaluate-0"), shown, [figure])
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def sections(results: Results) -> Iterator[Section]:
     facts = results.facts
     shown = [Shown("ran", _about(facts)), Shown("parts", _parts(facts["parts"]))]
-    yield Section("What was run", [*_planned(facts["parts"]), *_protocol(results)], shown)
+    yield Section("What was run", list(_planned(facts["parts"])), shown)
+    yield Section("How it was measured", list(_protocol(results)))
     yield Section("Hand the result on", [Sentence(line) for line in _contribute(facts)])
     yield Section("What this can't say", [Sentence(line) for line in _limits(results)])
 
@@ -105,4 +106,6 @@ def _limits(results: Results) -> list[str]:
         "What people would say of the texts: KL, perplexity and bits per byte are of predictions "
         "of held-out text, not of answers to tasks (`moeprof eval-harness` measures these).",
     ]
-    return lines + (sweep_limits(results.sweep) if results.sweep is not None else [])
+    lines += sweep_limits(results.sweep) if results.sweep is not None else []
+    by_subject = {line.partition(":")[0]: line for line in reversed(lines)}  # the first of each
+    return list(reversed(by_subject.values()))
