@@ -43,10 +43,11 @@ PROFILE_PLACES = {
     "Counted": "profile-By layer",
     "FLOPs": "profile-By layer",
 }
+# {figure: (title, key of its table, whether it needs white paper)}
 DIAGNOSIS_FIGURES = {
-    "p_values": ("The p-values by layer", "diagnose-0"),
-    "selection": ("How many experts BH selects, and where its limits decide", "diagnose-2"),
-    "ablation": ("What the selected experts did for the loss", "diagnose-fdp"),
+    "p_values": ("The p-values by layer", "diagnose-0", False),
+    "selection": ("How many experts BH selects, and where its limits decide", "diagnose-2", True),
+    "ablation": ("What the selected experts did for the loss", "diagnose-fdp", False),
 }
 
 
@@ -221,21 +222,19 @@ def _diagnose(results: Results) -> Section:
         key = "diagnose-fdp" if view.title.startswith("False discoveries") else f"diagnose-{number}"
         head, rows = list(map(str, view.frame.columns)), view.frame.astype(str).to_numpy().tolist()
         shown.append(Shown(key, plain_table(view.title, view.note, head, rows)))
-    figures = [
-        Drawn(
-            f"diagnose-{name}", *_titled(name), diagnosis.figure(name), DIAGNOSIS_FIGURES[name][1]
-        )
-        for name in diagnosis.figures
-    ]
+    figures = []
+    for name in diagnosis.figures:
+        title, of, paper = DIAGNOSIS_FIGURES[name]
+        figure = diagnosis.figure(name)
+        figures.append(Drawn(f"diagnose-{name}", title, "", figure, of, paper))
     sentences = [
-        Sentence(line, "diagnose-fdp" if "δ0" in line else "diagnose-2" if "min_k" in line else "")
+        Sentence(
+            line,
+            "diagnose-fdp" if "δ0" in line else "diagnose-2" if "min_k decides" in line else "",
+        )
         for line in diagnosis_findings(diagnosis)
     ]
     return Section("", sentences, shown, figures)
-
-
-def _titled(name: str) -> tuple[str, str]:
-    return DIAGNOSIS_FIGURES[name][0], ""
 
 
 def _evaluate(results: Results) -> Section:
