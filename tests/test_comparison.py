@@ -114,7 +114,7 @@ def test_the_test_text_only_tests(monkeypatch):
         (runner, "Reference", 1),
     ):
         spied(owner, name, place)
-    nulls = Nulls(model, None, [], "normal")
+    nulls = Nulls(model, None, [], {"efron": "normal"})
     plans = plan_tables(4, 12, ["reduction"], [2])
     contenders = [c for c in CONTENDERS if c.name in ("bh", "top_p")]
     made = Comparison(model, Splits([], budget, test), nulls, contenders, plans, [])

@@ -29,7 +29,7 @@ TEST = text(((0, 11), (1, 10), (2, 13)))
 
 def comparison(model, bits=(4, 8)):
     plans = plan_tables(4, 12, ["reduction"], [2])
-    nulls = Nulls(model, None, [], "normal")
+    nulls = Nulls(model, None, [], {"efron": "normal"})
     contenders, splits = choose_contenders(["top_p"]), Splits([], text(), TEST)
     return Comparison(model, splits, nulls, contenders, plans, [], bits=bits)
 

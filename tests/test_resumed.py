@@ -51,7 +51,7 @@ def comparison():
     splits = Splits([], text(), text(((0, 11), (1, 10), (2, 13))))
     contenders, nulls = (
         choose_contenders(["weighted_bh", "top_p"]),
-        Nulls(model, None, [], "normal"),
+        Nulls(model, None, [], {"efron": "normal"}),
     )
     plans, prompts = plan_tables(4, 12, ["reduction"], [2, 3]), [torch.tensor([[3, 4, 5]])]
     return Comparison(model, splits, nulls, contenders, plans, prompts, bits=(4,))

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     from .inspect import add_inspect
     from .profile import add_profile
     from .store import add_store_command
+    from .study import add_study
     from .sweep import add_sweep
 
     parser = _Parser(
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         add_sweep,
+        add_study,
         add_calibrate,
         add_profile,
         add_bench,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..bench.settings import DTYPES
@@ -156,6 +157,23 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return source_of(arguments).load()
 
 
+def command_of(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> str:
+    """The command that does the same again; defaults: {name: default} of its options in order."""
+    words = ["moeprof", arguments.command]
+    for name, default in defaults.items():
+        value = getattr(arguments, name)
+        if value == default:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if name == "text":
+            words += value
+        elif isinstance(value, list | tuple):
+            words.append(",".join(map(str, value)) or "none")
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """--engine, --workers and --ray-address, which `engine_of` reads."""
     parser.add_argument(
@@ -180,15 +198,16 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def engine_of(arguments: argparse.Namespace) -> Engine:
-    """What runs the cells, as the options of `add_engine` say."""
+def engine_of(arguments: argparse.Namespace, source: Source | None = None) -> Engine:
+    """What runs the cells, as the options of `add_engine` say; source: the model that isn't named
+    by those of `add_model`."""
     if arguments.engine != "ray" and arguments.ray_address is not None:
         raise ValueError("--ray-address belongs to --engine ray")
     if arguments.engine == "serial":
         if arguments.workers is not None:
             raise ValueError("--workers belongs to --engine process or ray")
         return Serial()
-    source = source_of(arguments)
+    source = source or source_of(arguments)
     if arguments.engine == "process":
         from ..studies.engine.process import Processes
 

@@ -21,6 +21,7 @@ from .arguments import (
     add_out,
     add_seed,
     add_store,
+    command_of,
     engine_of,
     integers,
     load,
@@ -89,6 +90,24 @@ def add_compare(commands: Commands) -> None:
 
 
 BITS = (4, 8)
+# Of the options that the result depends on.
+DEFAULTS = {
+    "model": None,
+    "trust_remote_code": False,
+    "dtype": "float32",
+    "bits": None,
+    "device": "cpu",
+    "threads": None,
+    "routers": None,
+    "budgets": None,
+    "tables": TABLES,
+    "quantized": None,
+    "text": None,
+    "tokens": TEST_TOKENS,
+    "budget_tokens": BUDGET_TOKENS,
+    "null": None,
+    "seed": 0,
+}
 
 
 def _bits(text: str) -> tuple[int, ...]:
@@ -158,7 +177,7 @@ def _comparison(
     from .. import demo
     from ..models.blocks import experts_of
     from ..models.tokens import prompt_ids
-    from ..studies.comparison.contenders import Nulls
+    from ..studies.comparison.contenders import EFRON, Nulls
     from ..studies.comparison.plan import plan_tables
     from ..studies.comparison.splits import make_splits
     from ..studies.comparison.work import Comparison
@@ -176,7 +195,8 @@ def _comparison(
         null = demo.null("efron")
     if null is not None:
         null.check(model)
-    nulls = Nulls(model, tokenizer, documents["null"], null, sys.stderr.isatty())
+    given = {} if null is None else {EFRON: null}
+    nulls = Nulls(model, tokenizer, documents["null"], given, sys.stderr.isatty())
     prompts = [prompt_ids(tokenizer, text) for _, text in demo.prompts()]
     # One of each kind: simple, medium, complex, technical.
     few = prompts[::3]
@@ -199,7 +219,7 @@ def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, An
     from ..models.quantized import described_dtype
 
     return {
-        "command": _command(arguments),
+        "command": command_of(arguments, DEFAULTS),
         "machine": machine.describe(),
         "model": name,
         "dtype": described_dtype(model),
@@ -207,38 +227,3 @@ def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, An
         "test_tokens": arguments.tokens,
         "budget_tokens": arguments.budget_tokens,
     }
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command that makes the same again, but for where it writes."""
-    words = ["moeprof compare"]
-    defaults = {
-        "model": None,
-        "trust_remote_code": False,
-        "dtype": "float32",
-        "bits": None,
-        "device": "cpu",
-        "threads": None,
-        "routers": None,
-        "budgets": None,
-        "tables": TABLES,
-        "quantized": None,
-        "text": None,
-        "tokens": TEST_TOKENS,
-        "budget_tokens": BUDGET_TOKENS,
-        "null": None,
-        "seed": 0,
-    }
-    for name, default in defaults.items():
-        value = getattr(arguments, name)
-        if value != default:
-            join = " " if name == "text" else ","
-            many = isinstance(value, list | tuple)
-            text = join.join(map(str, value)) or "none" if many else str(value)
-            option = f"--{name.replace('_', '-')}"
-            words.append(option if value is True else f"{option} {_quoted(text)}")
-    return " ".join(words)
-
-
-def _quoted(text: str) -> str:
-    return f"'{text}'" if " (" in text else text

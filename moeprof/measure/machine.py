@@ -1,6 +1,7 @@
 """The machine and the software, named beside every number."""
 
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -55,6 +56,16 @@ def cache_bytes() -> int:
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     found = [int(size.read_text().strip().rstrip("K")) << 10 for size in sizes]
     return max(found, default=32 << 20)
+
+
+def peak_memory() -> float:
+    """The most bytes of this process that were in memory; nan where the system doesn't tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def check_memory(needed: float) -> None:

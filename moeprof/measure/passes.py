@@ -211,6 +211,14 @@ class Reference:
         return Quality(predicted, kl, nats, agree, tokens, counts, experts)
 
 
+def reference_bytes(model: nn.Module, text: HeldOut) -> int:
+    """Of memory that a `Reference` takes, but for what lies in a file."""
+    predicted = sum(window.predicted for window in text.windows)
+    head: Any = model
+    row = 4 * head.get_output_embeddings().weight.shape[0]
+    return predicted * row if predicted * row <= IN_MEMORY else BATCH * row
+
+
 class KeptRows:
     """Float32 rows in the order in which they were added, in pieces as they were.
 

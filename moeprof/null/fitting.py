@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -171,7 +171,7 @@ def _run(
     texts: _Texts,
     tokenizer: Tokenizer,
     window: int,
-    histograms: Histograms,
+    histograms: Sequence[Histograms],
     progress: bool,
 ) -> int:
     """Feed the texts through the model and count; returns the number of tokens counted."""
@@ -181,7 +181,7 @@ def _run(
     gates = [block.family.gate_of(block.module) for block in blocks]
     device = next(gates[0].parameters()).device
     outputs: dict[int, Any] = {}
-    tokens, experts = 0, histograms.counts.shape[1]
+    tokens, experts = 0, blocks[0].num_experts
     training = [(module, module.training) for module in model.modules()]
     handles = []
     try:
@@ -196,7 +196,8 @@ def _run(
                     base(input_ids=torch.tensor([ids], device=device), use_cache=False)
                     for layer, block in enumerate(blocks):
                         logits = _window_logits(block, outputs[layer], len(ids), experts)
-                        histograms.add(layer, logits)
+                        for histogram in histograms:
+                            histogram.add(layer, logits)
                     tokens += len(ids) - 1
                     bar.update(_within(bar, share * size))
     finally:
@@ -254,7 +255,7 @@ def _check_amount(tokens: int, texts: int) -> None:
         warnings.warn(
             f"the null was fitted to {tokens:,} tokens, and its tail, which decides what is "
             f"selected, is known to 10 % from {ENOUGH_TOKENS:,} on: give more text",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -319,10 +320,35 @@ def fit_null(
     >>> null = moeprof.fit_null(model, tokenizer, texts)        # doctest: +SKIP
     >>> null.save("olmoe.safetensors")                          # doctest: +SKIP
     """
+    form = Form(kind, score, r_high, r_low)
+    return fit_nulls(model, tokenizer, texts, [form], window=window, progress=progress)[0]
+
+
+class Form(NamedTuple):
+    """Which null is fitted: the arguments of `fit_null` that say so."""
+
+    kind: str = "trimmed"
+    score: str = "logprob"
+    r_high: int | None = None
+    r_low: int | None = None
+
+
+def fit_nulls(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    forms: Iterable[Form],
+    *,
+    window: int = 512,
+    progress: bool = True,
+) -> list[Null]:
+    """Nulls of several forms in one pass over the texts: each as `fit_null` would give it."""
+    forms = list(forms)
     check_model("fit_null", model)
     check_tokenizer("fit_null", tokenizer)
-    check_choice("kind", kind, KINDS)
-    check_choice("score", score, SCORES)
+    for form in forms:
+        check_choice("kind", form.kind, KINDS)
+        check_choice("score", form.score, SCORES)
     if not isinstance(window, numbers.Integral) or window < 2:
         raise ValueError(f"window: expected at least 2 tokens, got {window}")
     from ..models.blocks import find_blocks  # with torch, which `import moeprof` has no use for
@@ -330,19 +356,25 @@ def fit_null(
     texts = _Texts(texts)
     blocks = find_blocks(model)
     experts = blocks[0].num_experts
-    r_high, r_low = _trimming(kind, r_high, r_low, model, experts)
-    histograms = Histograms(len(blocks), experts, score, r_high, r_low)
+    cuts = [_trimming(form.kind, form.r_high, form.r_low, model, experts) for form in forms]
+    histograms = [
+        Histograms(len(blocks), experts, form.score, *cut)
+        for form, cut in zip(forms, cuts, strict=True)
+    ]
     tokens = _run(model, blocks, texts, tokenizer, window, histograms, progress)
     _check_amount(tokens, texts.count)
-    return Null(
-        kind=kind,
-        score=score,
-        r_high=r_high,
-        r_low=r_low,
-        counts=histograms.counts,
-        largest=histograms.largest,
-        tokens=tokens,
-        model_name=model_name(model),
-        router_sample=router_sample(gates_of(model)),
-        text_digest=texts.digest,
-    )
+    return [
+        Null(
+            kind=form.kind,
+            score=form.score,
+            r_high=r_high,
+            r_low=r_low,
+            counts=histogram.counts,
+            largest=histogram.largest,
+            tokens=tokens,
+            model_name=model_name(model),
+            router_sample=router_sample(gates_of(model)),
+            text_digest=texts.digest,
+        )
+        for form, (r_high, r_low), histogram in zip(forms, cuts, histograms, strict=True)
+    ]

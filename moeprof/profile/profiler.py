@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -265,7 +264,7 @@ class MoEProfiler:
         self.result().save_csv(path)
 
     def _facts(self) -> dict[str, Any]:
-        from ..measure.machine import describe
+        from ..measure.machine import describe, peak_memory
 
         session = self._session
         config: Any = getattr(self.model, "config", None)
@@ -285,7 +284,7 @@ class MoEProfiler:
             "steps_left_out": session.steps - session.counted_steps,
             "warmup_steps": session.options.warmup_steps,
             "sampling_rate": session.options.sampling_rate,
-            "memory_peak_mb": _peak_memory(),
+            "memory_peak_mb": peak_memory() / 1e6,
             "notes": self._notes(),
         }
 
@@ -371,16 +370,6 @@ def _routers(by_layer: list[list[str]], labels: Sequence[int | str]) -> str:
     return "; ".join(
         f"layer{'s' * (len(run) > 1)} {spans(run)}: {text or 'not counted'}" for text, run in runs
     )
-
-
-def _peak_memory() -> float:
-    """The process's peak in MB (10^6 bytes); nan where the system doesn't tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _check_integer(name: str, value: object, low: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import demo
 from ...measure.passes import collect, evaluating
+from ...models.blocks import find_blocks
 from ...texts.windows import BUDGET_TOKENS, heldout_windows
 from .setting import MAX_PASSES, find, main_of, resolve, with_main
 
@@ -31,6 +32,13 @@ def budget_text(tokenizer: Tokenizer, seed: int = 0, tokens: int = BUDGET_TOKENS
     No evaluation uses that half.
     """
     return heldout_windows(tokenizer, demo.calibration_halves()[1], tokens, seed)
+
+
+def pass_bytes(model: nn.Module, text: HeldOut) -> int:
+    """Of memory that setting a budget takes: the logits of the stock model's pass over the text,
+    of the one before and of the one that is made."""
+    num_experts = max(block.num_experts for block in find_blocks(model))
+    return 3 * 4 * len(find_blocks(model)) * num_experts * text.tokens
 
 
 class Found(NamedTuple):

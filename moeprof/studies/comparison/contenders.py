@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ...checks import Tokenizer
     from ...measure.passes import Pass
     from ...null.model import Null
+    from ...null.resolve import AnyNull
     from ...routers.base import Router
     from ...texts.documents import Text
 
@@ -47,6 +48,7 @@ class Contender(NamedTuple):
 
 
 EFRON, LOGIT, TRIMMED = "efron", "efron on logit", "trimmed"
+FORMS = {EFRON: ("efron", "logprob"), LOGIT: ("efron", "logit"), TRIMMED: ("trimmed", "logprob")}
 CONTENDERS = (
     Contender("bh", "bh", EFRON),
     Contender("bh (logit)", "bh", LOGIT),
@@ -90,34 +92,29 @@ def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
 class Nulls:
     """The nulls of a comparison, fitted to the null split when they are first asked for.
 
-    given: the Null that stands for "efron", or None.
+    given: {name: null} of those that aren't fitted.
     """
 
     model: nn.Module
     tokenizer: Tokenizer
     texts: Sequence[Text]
-    given: Null | None = None
+    given: Mapping[str, AnyNull | str] = field(default_factory=dict)
     progress: bool = False
-    fitted: dict[str, Null] = field(default_factory=dict)
+    fitted: dict[str, AnyNull | str] = field(default_factory=dict)
 
-    def get(self, name: str | None) -> Null | None:
+    def get(self, name: str | None) -> AnyNull | str | None:
         """What `patch` takes as null= for a contender's null; None for None."""
         if name is None:
             return None
         if name not in self.fitted:
-            given = self.given if name == EFRON else None
-            self.fitted[name] = self._fit(name) if given is None else given
+            self.fitted[name] = self.given[name] if name in self.given else self._fit(name)
         return self.fitted[name]
 
     def _fit(self, name: str) -> Null:
         from ...null.fitting import fit_null
 
         texts = [document.text for document in self.texts]
-        kind, score = {
-            EFRON: ("efron", "logprob"),
-            LOGIT: ("efron", "logit"),
-            TRIMMED: ("trimmed", "logprob"),
-        }[name]
+        kind, score = FORMS[name]
         return fit_null(
             self.model, self.tokenizer, texts, kind=kind, score=score, progress=self.progress
         )

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...checks import check_token_ids
-from ...measure.passes import documents_of, evaluating
+from ...measure.passes import documents_of, evaluating, reference_bytes
 from ...models.blocks import find_blocks, model_norm
 from ...version import __version__
 from ..budget import allocate
+from ..budget.stock import pass_bytes
+from ..engine.load import COLLECT, DECODE, KL, USUAL_PASSES, Load
 from ..engine.steps import steps_of
 from ..store.cells import Cell, Subject
 from ..store.subject import subject, text_digest
@@ -28,7 +30,7 @@ from .controls import ORACLE_PASSES
 from .effects import ORACLE, QUANTIZED, RANDOM, ROUTER, STATIC, Table
 from .plan import Part
 from .runner import MAX_PASSES, Runner
-from .speed import ROUNDS
+from .speed import NEW_TOKENS, ROUNDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,6 +126,36 @@ class Comparison:
             return len(self.prompts) * self._timed_at_most()
         passes = {ORACLE: 1 + many * ORACLE_PASSES, ROUTER: many * MAX_PASSES}.get(role, 0)
         return passes * budget + self._rows_of(cell) * test
+
+    @property
+    def kept_bytes(self) -> int:
+        return pass_bytes(self.model, self.splits.budget) + sum(
+            reference_bytes(self.model, text) for text in (self.splits.budget, self.splits.test)
+        )
+
+    def load(self, cell: Cell) -> list[Load]:
+        of, role = cell.parameters, cell.parameters["role"]
+        budget, test = self.splits.budget.tokens, self.splits.test.tokens
+        if role == LAYER:  # all other layers are as they were
+            return [Load(KL, len(of["ks"]) * budget)]
+        if role == CURVE:
+            shared = [Load(KL, test), Load(COLLECT, budget)] if of["k"] == 1 else []  # of all cells
+            return [*shared, Load(KL, test, of["k"])]
+        if role == QUANTIZED:
+            return [Load(KL, test, k) for k in range(1, self.top_k + 1)]
+        if role == DECODING:
+            return [Load(DECODE, len(self.prompts) * self._timed_at_most() * NEW_TOKENS)]
+        loads, shared = [], of["part"]["allocation"] == "shared"
+        for experts in of["part"]["budgets"]:
+            if role == ORACLE:  # all experts run, so as to choose among them
+                loads.append(Load(COLLECT, USUAL_PASSES * budget, 2 * self.top_k))
+                loads.append(Load(KL, test, 2 * self.top_k))
+                continue
+            if role == ROUTER:
+                loads.append(Load(COLLECT, USUAL_PASSES * budget, experts))
+            tested = 2 if role == ROUTER and not shared else 1  # shuffled as well
+            loads.append(Load(KL, tested * test, experts))
+        return loads
 
     # ---- the plan ----
 

@@ -47,6 +47,7 @@ def diagnose(
     router: Router | None = None,
     positions: int = POSITIONS,
     tokens: int = HELDOUT_TOKENS,
+    budget_tokens: int = BUDGET_TOKENS,
     norm: str = "model",
     seed: int = 0,
     draws: int = DRAWS,
@@ -75,6 +76,8 @@ def diagnose(
         Positions at which experts are ablated, 0 for none.
     tokens : int
         Of the held-out text.
+    budget_tokens : int
+        Of the text that sets the other routers to as many experts.
     norm : {"model", "none", "sum", "mass"}
         As for `moeprof.patch`.
     seed : int
@@ -93,6 +96,63 @@ def diagnose(
         For a null of another model, a router that is none, documents without a domain, more
         positions than the text has; no model, no tokenizer, or one of another model.
     """
+    work = diagnosis_work(
+        null,
+        model,
+        tokenizer,
+        texts=texts,
+        calibration=calibration,
+        router=router,
+        positions=positions,
+        tokens=tokens,
+        budget_tokens=budget_tokens,
+        norm=norm,
+        seed=seed,
+        draws=draws,
+    )
+    console = make_console()
+    if store is not None:
+        recall(work, store)
+        announce(console, store, work)
+    listener = Listener(done=lambda cell, result, ran: work.found.update({cell.name: result}))
+    bar: AbstractContextManager[Bar | None] = nullcontext()
+    if progress:
+        bar = progress_bar(console, work.all_steps, "diagnose")
+    with bar as shown:
+        if shown is not None:
+            listener.begin, listener.step = lambda cell: shown.note(cell.name), shown.step
+        run_stages(work, store, listener, engine)
+    results = [work.found[cell.name] for cell in work.cells]
+    facts = describe(model, work.null, work.router, work.text) | {
+        "norm": norm,
+        "seed": seed,
+        "draws": draws,
+        "positions": positions,
+        "ablated_documents": len(
+            {w.document for w, at in zip(work.text.windows, work.places, strict=True) if len(at)}
+        ),
+        "compared": {name: repr(one) for name, one in work.compared.items()},
+        "seconds": round(sum(result["seconds"] for result in results), 1),
+    }
+    return Diagnosis((row for result in results for row in result.get("rows", ())), facts)
+
+
+def diagnosis_work(
+    null: AnyNull | str | os.PathLike[str],
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    *,
+    texts: Iterable[Text] | None = None,
+    calibration: Iterable[Text] | None = None,
+    router: Router | None = None,
+    positions: int = POSITIONS,
+    tokens: int = HELDOUT_TOKENS,
+    budget_tokens: int = BUDGET_TOKENS,
+    norm: str = "model",
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> DiagnosisWork:
+    """What `diagnose` runs, of its arguments."""
     check_model("diagnose", model)
     check_tokenizer("diagnose", tokenizer)
     resolved: Any = resolve_null(null)
@@ -110,8 +170,8 @@ def diagnose(
     check_token_ids(model, (window.ids for window in text.windows))
     for_nulls = for_nulls if isinstance(resolved, Null) else []
     windows = heldout_windows(tokenizer, for_nulls, text.tokens, seed) if for_nulls else NO_TEXT
-    budget = heldout_windows(tokenizer, for_budget, BUDGET_TOKENS, seed) if for_budget else text
-    work = DiagnosisWork(
+    budget = heldout_windows(tokenizer, for_budget, budget_tokens, seed) if for_budget else text
+    return DiagnosisWork(
         model,
         tokenizer,
         resolved,
@@ -125,31 +185,6 @@ def diagnose(
         windows,
         budget,
     )
-    console = make_console()
-    if store is not None:
-        recall(work, store)
-        announce(console, store, work)
-    listener = Listener(done=lambda cell, result, ran: work.found.update({cell.name: result}))
-    bar: AbstractContextManager[Bar | None] = nullcontext()
-    if progress:
-        bar = progress_bar(console, work.all_steps, "diagnose")
-    with bar as shown:
-        if shown is not None:
-            listener.begin, listener.step = lambda cell: shown.note(cell.name), shown.step
-        run_stages(work, store, listener, engine)
-    results = [work.found[cell.name] for cell in work.cells]
-    facts = describe(model, resolved, router, text) | {
-        "norm": norm,
-        "seed": seed,
-        "draws": draws,
-        "positions": positions,
-        "ablated_documents": len(
-            {w.document for w, at in zip(text.windows, work.places, strict=True) if len(at)}
-        ),
-        "compared": {name: repr(one) for name, one in work.compared.items()},
-        "seconds": round(sum(result["seconds"] for result in results), 1),
-    }
-    return Diagnosis((row for result in results for row in result.get("rows", ())), facts)
 
 
 def _checked(name: str, documents: Iterable[Any]) -> list[Text]:

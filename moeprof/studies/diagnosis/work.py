@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ...measure.passes import collect, evaluating
-from ...models.blocks import fewest_experts
+from ...models.blocks import fewest_experts, find_blocks, own_top_k
 from ...null import Null
 from ...routers import FixedP, Router, TopK, make_router
 from ..budget import BudgetError, set_budget
 from ..budget.setting import MAX_PASSES
+from ..budget.stock import pass_bytes
+from ..engine.load import COLLECT, FIT, LOSS, USUAL_PASSES, Load
 from ..engine.steps import steps_of
 from ..store.cells import Cell, Subject, described
 from ..store.subject import subject, text_digest
@@ -137,6 +139,32 @@ class DiagnosisWork:
         """Those of all cells, also of the ablations that are not known yet."""
         unknown = OTHERS if any(cell.name == EQUAL for cell in self.cells) else 0
         return sum(map(self.steps, self.cells)) + unknown * len(self.text.windows)
+
+    def planned(self) -> list[Cell]:
+        """All that have a name; which routers are ablated beside its own is measured first."""
+        return self.cells
+
+    @property
+    def kept_bytes(self) -> int:
+        return pass_bytes(self.model, self.budget) + pass_bytes(self.model, self.text)
+
+    def load(self, cell: Cell) -> list[Load]:
+        role, null, router = cell.parameters["role"], self.null, self.router
+        if role == TRANSFER:
+            fitted = Load(FIT, self.windows.tokens)
+            return [fitted, Load(LOSS, self.windows.tokens)]
+        if role == COMPARED:
+            passes = Load(COLLECT, (1 + USUAL_PASSES) * self.budget.tokens, router, null)
+            return [passes, *OTHERS * self._ablation_load()]  # whose names this cell gives
+        if role == ABLATED:
+            return self._ablation_load()
+        return [Load(LOSS, self.text.tokens, router if role == PATCHED else None, null)]
+
+    def _ablation_load(self) -> list[Load]:
+        """Each selected expert of each layer left out, it and all after it, and one added."""
+        null, top_k = self._null_for(self.router), own_top_k(self.model)
+        copies = self.positions * len(find_blocks(self.model)) * 2 * top_k
+        return [Load(LOSS, self.text.tokens + copies, self.router, null)]
 
     def run(self, cell: Cell, step: Step) -> dict[str, Any]:
         begun = time.perf_counter()

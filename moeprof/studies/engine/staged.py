@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .serial import Serial
 from .work import Work
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .engine import Engine, Listener
 
 
+@runtime_checkable
 class Staged(Work, Protocol):
     """Work whose `cells` are those that can be named with what is `found` so far.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from ... import demo
@@ -26,7 +27,7 @@ from ..budget.stock import budget_text
 from ..engine.engine import Listener, announce
 from ..engine.serial import Serial
 from ..store.store import Store
-from .measure import evaluation_text, protocol_for
+from .measure import Protocol, evaluation_text, protocol_for
 from .result import Evaluated
 from .work import Configuration, EvaluationWork
 
@@ -52,7 +53,7 @@ def evaluate(
     budget_tokens: int = BUDGET_TOKENS,
     seed: int = 0,
     draws: int = DRAWS,
-    store: str | os.PathLike[str] | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     engine: Engine | None = None,
     progress: bool = True,
 ) -> Evaluated:
@@ -86,7 +87,7 @@ def evaluate(
         Chooses the windows, the bootstrap draws and the sign flips.
     draws : int
         Bootstrap draws over documents.
-    store : path, optional
+    store : Store or path, optional
         An SQLite file of finished cells: what is in it isn't measured again.
     engine : Engine, optional
         What runs the configurations, this process when not given; it needs a store.
@@ -112,10 +113,55 @@ def evaluate(
     >>> found = moeprof.evaluate(model, tokenizer, ["topk:k=4", "bh@4"])   # doctest: +SKIP
     >>> print(found.summary())                                             # doctest: +SKIP
     """
-    check_model("evaluate", model)
-    check_tokenizer("evaluate", tokenizer)
     if engine is not None and store is None:
         raise ValueError("evaluate: engine: it needs a store, where its workers meet")
+    work, protocol = evaluation_work(
+        model,
+        tokenizer,
+        routers,
+        texts=texts,
+        null=null,
+        context=context,
+        stride=stride,
+        tokens=tokens,
+        norm=norm,
+        budget_tokens=budget_tokens,
+        seed=seed,
+        progress=progress,
+    )
+    measured = _run(work, store, engine, progress)
+    facts = {
+        "model": model_name(model),
+        "dtype": described_dtype(model),
+        "protocol": protocol._asdict() | {"words": protocol.words()},
+        "tokens_asked": tokens,
+        "norm": norm,
+        "nulls": {one.name: _null_words(one.null) for one in work.configurations if one.null},
+        "seed": seed,
+        "draws": draws,
+        "machine": machine.describe(),
+    }
+    return Evaluated(work.text.documents, measured, facts)
+
+
+def evaluation_work(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    routers: Iterable[str | Router] | Mapping[str, Router],
+    *,
+    texts: Iterable[Any] | None = None,
+    null: AnyNull | str | os.PathLike[str] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    tokens: int = HELDOUT_TOKENS,
+    norm: str = "model",
+    budget_tokens: int = BUDGET_TOKENS,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[EvaluationWork, Protocol]:
+    """What `evaluate` runs, of its arguments, and how the text is read."""
+    check_model("evaluate", model)
+    check_tokenizer("evaluate", tokenizer)
     asked = _named(routers)
     given: Any = None if null is None else resolve_null(null)
     if given is not None:
@@ -136,20 +182,7 @@ def evaluate(
         Configuration(name, router, budget, null_for(router))
         for name, (router, budget) in asked.items()
     ]
-    work = EvaluationWork(model, text, calibration, configurations, norm)
-    measured = _run(work, store, engine, progress)
-    facts = {
-        "model": model_name(model),
-        "dtype": described_dtype(model),
-        "protocol": protocol._asdict() | {"words": protocol.words()},
-        "tokens_asked": tokens,
-        "norm": norm,
-        "nulls": {one.name: _null_words(one.null) for one in configurations if one.null},
-        "seed": seed,
-        "draws": draws,
-        "machine": machine.describe(),
-    }
-    return Evaluated(text.documents, measured, facts)
+    return EvaluationWork(model, text, calibration, configurations, norm), protocol
 
 
 def _named(
@@ -193,7 +226,7 @@ def _null_words(null: Any) -> str:
 
 def _run(
     work: EvaluationWork,
-    store: str | os.PathLike[str] | None,
+    store: Store | str | os.PathLike[str] | None,
     engine: Engine | None,
     progress: bool,
 ) -> dict[str, dict[str, Any]]:
@@ -207,7 +240,8 @@ def _run(
                 bar.note(cell.name)
                 found[cell.name] = work.run(cell, bar.step)
         return found
-    with Store(store) as kept, shown as bar:
+    opened = nullcontext(store) if isinstance(store, Store) else Store(store)
+    with opened as kept, shown as bar:
         announce(console, kept, work)
 
         def done(cell: Any, result: dict[str, Any], ran: bool) -> None:

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...measure.passes import reference_bytes
 from ...models.blocks import fewest_experts, runnable_blocks
+from ..budget.stock import pass_bytes
+from ..engine.load import COLLECT, KL, USUAL_PASSES, Load
 from ..engine.steps import steps_of
 from ..store.cells import Cell, Subject, described
 from ..store.subject import null_digest, subject, text_digest
@@ -73,6 +76,23 @@ class EvaluationWork:
             return found
 
         return [Cell("evaluate", one.name, parameters(one)) for one in self.configurations]
+
+    def planned(self) -> list[Cell]:
+        return self.cells
+
+    @property
+    def kept_bytes(self) -> int:
+        model = self.evaluation.model
+        setting = any(one.budget is not None for one in self.configurations)
+        kept = pass_bytes(model, self.calibration) if setting else 0
+        return kept + reference_bytes(model, self.text)
+
+    def load(self, cell: Cell) -> list[Load]:
+        _, router, budget, null = self._by_name[cell.name]
+        if budget is None:
+            return [Load(KL, self.text.tokens, router, null)]
+        passes = Load(COLLECT, USUAL_PASSES * self.calibration.tokens, budget)
+        return [passes, Load(KL, self.text.tokens, budget)]
 
     @cached_property
     def subject(self) -> Subject:

@@ -92,7 +92,7 @@ class _Run(NamedTuple):
         speeds: dict[str, list[float]] = {}
         if self.grid.repeats:
             times = work.times(found, self.grid.repeats, setting["seed"])
-            speeds = self._cells(times, Serial())["times"]["tokens_per_s"]
+            speeds = self._cells(times, self.engine)["times"]["tokens_per_s"]
         return rows_of(work, found, speeds, setting)
 
     def _cells(self, work: Any, engine: Engine) -> dict[str, dict[str, Any]]:

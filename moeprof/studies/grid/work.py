@@ -152,12 +152,15 @@ class GridWork(Measured):
         measure: Callable[..., dict[str, Any]]
         if one.budget is None or one.router is None:
             measure, steps = partial(experiment.run, one.router), experiment.steps
+            load = experiment.load(one.router)
         else:
             measure, steps = partial(setter.run, one.router, one.budget), setter.steps
+            load = setter.load(one.budget)
         return self.cell(
             one.name,
             partial(self._measure, measure),
             steps,
+            load,
             router=described(one.router),
             budget=one.budget,
             null=null_digest(null),
@@ -204,6 +207,7 @@ class TimesWork(Measured):
                 "times",
                 self._measure,
                 rounds * len(routers),
+                alone=True,
                 routers=[
                     [name, described(router), null_digest(null)]
                     for name, (router, null) in routers.items()

@@ -138,6 +138,11 @@ class Store:
         stored: dict[str, Any] = json.loads(text)
         return stored
 
+    def forget(self, cell: Cell, subject: Subject) -> None:
+        """Drop a finished cell, so that it is run again."""
+        with _in_words(self.path), self._connection:
+            self._connection.execute("DELETE FROM cells WHERE key = ?", (key_of(cell, subject),))
+
     # ---- what there is ----
 
     def rows(self) -> list[dict[str, Any]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 import torch
@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
-def subject(model: nn.Module, text: str, null: AnyNull | os.PathLike[str] | str | None) -> Subject:
-    """The Subject of a model, a text's digest and a null (None where no p-values are used)."""
+AnyNulls = Union["AnyNull", os.PathLike[str], str, None]
+
+
+def subject(model: nn.Module, text: str, null: AnyNulls | Mapping[str, AnyNulls]) -> Subject:
+    """The Subject of a model, a text's digest and a null, or several by name (None where no
+    p-values are used)."""
     return Subject(model_digest(model), text, null_digest(null), code_version())
 
 
@@ -84,8 +88,11 @@ def text_digest(
     return whole.hexdigest()
 
 
-def null_digest(null: AnyNull | os.PathLike[str] | str | None) -> str:
-    """SHA-256 over all that a null is made of; "none" where there is none."""
+def null_digest(null: AnyNulls | Mapping[str, AnyNulls]) -> str:
+    """SHA-256 over all that a null is made of, or several are; "none" where there is none."""
+    if isinstance(null, Mapping):
+        each = {name: null_digest(one) for name, one in sorted(null.items())}
+        return hashlib.sha256(json.dumps(each).encode()).hexdigest() if each else "none"
     if null is None:
         return "none"
     null = resolve_null(null)

@@ -1,1 +1,1 @@
-"""All studies of one model, in one folder and one store, with one report."""
+"""The whole experiment on one model, into one store and one report: `moeprof study`."""

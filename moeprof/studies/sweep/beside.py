@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...routers import BH, FixedP
 from ..budget.setting import BudgetError
 from ..budget.stock import Setter
+from ..engine.load import COLLECT, USUAL_PASSES, Load
 from ..engine.steps import steps_of
 
 if TYPE_CHECKING:
@@ -35,9 +36,14 @@ class Budgets:
     """
 
     def __init__(self, experiment: Experiment, text: HeldOut) -> None:
-        self.experiment = experiment
+        self.experiment, self.text = experiment, text
         self._setter = Setter(experiment.model, text)
         self.steps = self._setter.steps + len(experiment.heldout.windows)
+
+    def load(self, budget: float) -> list[Load]:
+        """What a `run` takes."""
+        passes = Load(COLLECT, USUAL_PASSES * self.text.tokens, budget)
+        return [passes, *self.experiment.quality_load(budget)]
 
     def run(
         self, router: Router, budget: float, step: Callable[[], object] = lambda: None

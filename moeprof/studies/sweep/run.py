@@ -71,11 +71,11 @@ def sweep(
     check_type("sweep: experiment", experiment, Experiment, "an Experiment")
     files = files if isinstance(files, SweepFiles) else SweepFiles(files)
     console = console or make_console()
-    num_experts, top_k = experts_of(experiment.model)
-    planned = configurations(num_experts, top_k, alphas, max_ks)
-    static = _static(static, num_experts, top_k)
+    num_experts = experts_of(experiment.model)[0]
     if calibration is None:
         calibration = budget_text(experiment.tokenizer, facts["seed"])
+    work = sweep_work(experiment, calibration, alphas, max_ks, static)
+    planned = work.configurations
     run = describe(experiment, planned, dropped_max_ks(num_experts, max_ks)) | facts
     run["dropped_configurations"] = len(run["dropped_max_k"]) * len(alphas)
     run |= {"budget_tokens": calibration.tokens, "finished": False}
@@ -83,7 +83,6 @@ def sweep(
     console.print(f"Total configurations: {len(planned)}")
     for max_k in run["dropped_max_k"]:
         console.print(f"Left out: max_k {max_k}, the model has {num_experts} experts")
-    work = SweepWork(experiment, planned, static, calibration)
     try:
         with (
             Store(files.store) if store is None else nullcontext(store) as store,
@@ -100,6 +99,19 @@ def sweep(
         raise
     console.print("ALL EXPERIMENTS COMPLETE!")
     return _finish(run, files, console)
+
+
+def sweep_work(
+    experiment: Experiment,
+    calibration: HeldOut,
+    alphas: Sequence[float] = ALPHAS,
+    max_ks: Sequence[int] = MAX_KS,
+    static: Iterable[int] | None = None,
+) -> SweepWork:
+    """What `sweep` runs, of its arguments."""
+    num_experts, top_k = experts_of(experiment.model)
+    planned = configurations(num_experts, top_k, alphas, max_ks)
+    return SweepWork(experiment, planned, _static(static, num_experts, top_k), calibration)
 
 
 def _static(ks: Iterable[int] | None, num_experts: int, top_k: int) -> list[int]:
@@ -225,7 +237,7 @@ def _table(groups: list[tuple[str, list[dict[str, Any]]]]) -> Table:
 
 
 def describe(
-    experiment: Experiment, planned: list[Configuration], dropped: list[int]
+    experiment: Experiment, planned: Sequence[Configuration], dropped: list[int]
 ) -> dict[str, Any]:
     """What was run, on what and how: everything in the JSON but the results."""
     import torch

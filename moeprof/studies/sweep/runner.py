@@ -21,6 +21,7 @@ from ...patching.patch import patch
 from ...texts.documents import read_texts
 from ...texts.prompts import COMPLEXITIES
 from ...texts.windows import heldout_windows
+from ..engine.load import DECODE, LOSS, Load
 from .grid import as_configuration
 
 if TYPE_CHECKING:
@@ -159,6 +160,21 @@ class Experiment:
         with self._patched(router) as handle:
             measured = self._evaluate(handle, step)
         return measured | {"seconds": time.perf_counter() - start}
+
+    def load(self, router: Router | None) -> list[Load]:
+        """What `run` takes."""
+        prompts = self.prompt_ids()
+        read = sum(ids.shape[1] for ids in prompts)
+        new = len(prompts) * (self.new_tokens - 1)
+        return [
+            Load(LOSS, read, router, self.null),
+            Load(DECODE, new, router, self.null),
+            *self.quality_load(router),
+        ]
+
+    def quality_load(self, experts: Router | float | None) -> list[Load]:
+        """What `quality` takes; experts: the router, or how many it takes."""
+        return [Load(LOSS, self.heldout.tokens, experts, self.null)]
 
     def _patched(self, router: Router | None) -> Handle:
         null = self.null if router is not None and router.wants_null else None

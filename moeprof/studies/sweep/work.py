@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.blocks import own_top_k
 from ...routers import TopK
+from ..budget.stock import pass_bytes
 from ..engine.measured import Measured
 from ..store.cells import described
 from ..store.subject import subject, text_digest
@@ -50,6 +51,7 @@ class SweepWork(Measured):
                 one.name,
                 partial(experiment.run, one.router(top_k)),
                 experiment.steps,
+                experiment.load(one.router(top_k)),
                 router=described(one.router(top_k)),
                 new_tokens=experiment.new_tokens,
             )
@@ -60,6 +62,7 @@ class SweepWork(Measured):
                 f"topk_{k}",
                 partial(experiment.quality, TopK(k)),
                 len(experiment.heldout.windows),
+                experiment.quality_load(k),
                 router=described(TopK(k)),
             )
             for k in static
@@ -69,6 +72,7 @@ class SweepWork(Measured):
                 f"{router.name} set to {budget:g}",
                 partial(setter.run, router, budget),
                 setter.steps,
+                setter.load(budget),
                 router=described(router),
                 budget=budget,
             )
@@ -79,6 +83,13 @@ class SweepWork(Measured):
     @property
     def cells(self) -> list[Cell]:
         return [*self.grid, *self.static, *self.budgets]
+
+    def planned(self) -> list[Cell]:
+        return self.cells
+
+    @property
+    def kept_bytes(self) -> int:
+        return pass_bytes(self.experiment.model, self.calibration)
 
     @cached_property
     def subject(self) -> Subject:

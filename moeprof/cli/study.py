@@ -1,0 +1,200 @@
+"""The arguments of `moeprof study`, and the command itself."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ..models.load import check_model
+from ..show.console import make_console
+from ..studies.comparison.plan import REDUCTION, TABLES
+from ..studies.comparison.splits import TEST_TOKENS
+from ..studies.study.settings import PARTS, POSITIONS, Settings
+from ..texts.windows import BUDGET_TOKENS, CALIBRATION_CHARACTERS
+from .arguments import (
+    DEMO,
+    add_budget_tokens,
+    add_engine,
+    add_heldout_text,
+    add_model,
+    add_number,
+    add_out,
+    add_seed,
+    add_store,
+    command_of,
+    engine_of,
+    integers,
+    load,
+)
+
+if TYPE_CHECKING:
+    from .arguments import Commands
+
+
+# Of the options that the result depends on.
+DEFAULTS = {
+    "model": None,
+    "bits": None,
+    "dtype": "float32",
+    "device": "cpu",
+    "trust_remote_code": False,
+    "threads": None,
+    "grid": None,
+    "plan": False,
+    "parts": PARTS,
+    "budgets": None,
+    "routers": None,
+    "tables": (REDUCTION,),
+    "text": None,
+    "tokens": TEST_TOKENS,
+    "budget_tokens": BUDGET_TOKENS,
+    "null_characters": CALIBRATION_CHARACTERS,
+    "positions": POSITIONS,
+    "seed": 0,
+}
+BESIDE_GRID = ("grid", "device", "trust_remote_code", "threads")
+
+
+def add_study(commands: Commands) -> None:
+    """Add `study` to the commands of `moeprof`."""
+    parser = commands.add_parser(
+        "study",
+        help="all of it on one model: calibrate, profile, sweep, compare, diagnose, evaluate",
+        description="The whole experiment on one model, into one store and one report. It tells "
+        "first how long it will take, and goes on where it was stopped.",
+    )
+    add_model(parser)
+    add_out(parser, "study")
+    add_store(parser)
+    add_engine(parser)
+    parser.add_argument(
+        "--grid",
+        metavar="FILE",
+        help="run a grid in place of the parts, on the models, texts and seeds that it names: a "
+        "TOML file, or one that ships, bh-21, bh-20-later or equal-budget",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say what it takes: cells, tokens, time, memory, from a short measurement",
+    )
+    parser.add_argument(
+        "--parts",
+        type=_names,
+        default=PARTS,
+        metavar="PART,PART,...",
+        help=f"some of {', '.join(PARTS)}; calibrate is always run; default: all",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=integers,
+        metavar="B,B,...",
+        help="experts per token that routers are compared at; default: half and three quarters of "
+        "the model's own k, which is 4 and 6 of 8",
+    )
+    parser.add_argument(
+        "--routers",
+        type=_names,
+        metavar="NAME,NAME,...",
+        help="compare these only, as `moeprof compare` takes them; default: all",
+    )
+    parser.add_argument(
+        "--tables",
+        type=_names,
+        default=(REDUCTION,),
+        metavar="NAME,NAME",
+        help=f"of the comparison, {', '.join(TABLES)}: a token gets the model's own k at most, or "
+        "twice that; default: reduction",
+    )
+    add_heldout_text(parser)
+    add_number(parser, "--tokens", TEST_TOKENS, "of the held-out text, that a part reads", 2, 10**8)
+    add_budget_tokens(parser, BUDGET_TOKENS)
+    add_number(
+        parser,
+        "--null-characters",
+        CALIBRATION_CHARACTERS,
+        "of the shipped calibration text, that nulls are fitted to",
+        1000,
+        10**9,
+    )
+    add_number(
+        parser, "--positions", POSITIONS, "at which experts are ablated, 0 for none", 0, 10**6
+    )
+    add_seed(parser, "of the windows, the controls and the bootstrap")
+    parser.set_defaults(run=_run)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Whatever can be wrong without the model is looked at before the model is loaded."""
+    from ..studies.comparison.contenders import choose_contenders
+    from ..studies.store.store import Store
+    from ..studies.study.files import StudyFiles
+    from ..studies.study.parts import Ground
+    from ..studies.study.run import plan_study, study
+    from ..texts.documents import read_documents
+
+    if arguments.grid is not None:
+        return _run_grid(arguments)
+    settings = Settings(
+        parts=arguments.parts,
+        documents=None if arguments.text is None else read_documents(arguments.text),
+        tokens=arguments.tokens,
+        budgets=arguments.budgets,
+        budget_tokens=arguments.budget_tokens,
+        null_characters=arguments.null_characters,
+        routers=arguments.routers,
+        tables=arguments.tables,
+        positions=arguments.positions,
+        seed=arguments.seed,
+    )
+    choose_contenders(settings.routers)  # raises for an unknown one
+    if arguments.model is not None:
+        check_model(arguments.model)
+    files = StudyFiles(arguments.out, arguments.store)
+    engine = engine_of(arguments)
+    model, tokenizer = load(arguments)
+    name = DEMO if arguments.model is None else arguments.model
+    ground = Ground(
+        model,
+        tokenizer,
+        settings,
+        files,
+        name,
+        arguments.bits,
+        command=command_of(arguments, DEFAULTS),
+    )
+    console = make_console()
+    with Store(files.store) as store:
+        if arguments.plan:
+            console.print(str(plan_study(ground, store, console)))
+        else:
+            study(ground, store, engine, console)
+
+
+def _run_grid(arguments: argparse.Namespace) -> None:
+    from ..studies.grid import Grid
+    from ..studies.store.store import Store
+    from ..studies.study.files import StudyFiles
+    from ..studies.study.run import study_grid
+
+    for name, default in DEFAULTS.items():
+        if name not in BESIDE_GRID and getattr(arguments, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')}: with --grid the file says that")
+    grid = Grid.read(arguments.grid)
+    files = StudyFiles(arguments.out, arguments.store)
+    engine_of(arguments)  # raises for options that belong to another
+    with Store(files.store) as store:
+        study_grid(
+            grid,
+            files,
+            store,
+            make_console(),
+            engine=lambda source: engine_of(arguments, source),
+            command=command_of(arguments, DEFAULTS),
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code,
+        )

@@ -1,0 +1,83 @@
+"""The profile of a study: its model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...files import write_whole
+from ...measure.roofline import roofline
+from ...models.decoding import device_of
+from ...profile.run import PROMPT, plan, profile_texts
+from ..engine.load import STOCK, STOCK_DECODE, Load
+from ..engine.measured import Measured
+from ..store.subject import subject, text_digest
+from .files import digests
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ...checks import Tokenizer
+    from ...texts.documents import Text
+    from ..engine.work import Make
+    from ..store.cells import Cell, Subject
+
+
+CONTINUATIONS, NEW_TOKENS = 8, 32
+
+
+class ProfileWork(Measured):
+    """A profile as `Work` of one cell, which writes it to `folder`."""
+
+    kind = "profile"
+    kept_bytes = 0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        texts: Sequence[Text],
+        tokens: int,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        super().__init__()
+        self.model, self.folder = model, folder
+        self.texts, self.tokens, self.seed = texts, tokens, seed
+        self.plan = plan(
+            tokenizer,
+            texts,
+            tokens=tokens,
+            prompts=CONTINUATIONS,
+            new_tokens=NEW_TOKENS,
+            batches=[1],
+            seed=seed,
+        )
+        decoded = self.plan.prompts * self.plan.new_tokens
+        read = self.plan.text.tokens + self.plan.prompts * PROMPT
+        load = [Load(STOCK, read), Load(STOCK_DECODE, decoded)]
+        asked = {"prompts": self.plan.prompts, "new_tokens": self.plan.new_tokens}
+        self.cells = [self.cell("profile", self._measure, 0, load, alone=True, **asked)]
+
+    @cached_property
+    def subject(self) -> Subject:
+        return subject(self.model, text_digest(self.plan.text), None)
+
+    def planned(self) -> Sequence[Cell]:
+        return self.cells
+
+    @property
+    def make(self) -> Make:
+        return partial(
+            ProfileWork, texts=self.texts, tokens=self.tokens, seed=self.seed, folder=self.folder
+        )
+
+    def _measure(self, step: Callable[[], object]) -> dict[str, Any]:
+        limits = roofline(self.model) if device_of(self.model).type == "cpu" else None
+        result = profile_texts(self.model, self.plan, roofline=limits)
+        paths = result.save(self.folder)
+        page = self.folder / "index.html"
+        write_whole(page, result.to_html().encode())
+        return {"files": digests(self.folder, [*paths, page])}

@@ -1,0 +1,271 @@
+"""moeprof study: planned, run part by part, begun again, and what can be wrong with it."""
+
+import io
+import warnings
+
+import pytest
+import torch
+import transformers
+from models import olmoe
+from rich.console import Console
+
+from moeprof import demo, patch
+from moeprof.cli import main
+from moeprof.routers import BH, TopK
+from moeprof.studies.engine.load import COLLECT, DECODE, FIT, KL, LOSS, Load
+from moeprof.studies.store.store import Store
+from moeprof.studies.study import parts as study_parts
+from moeprof.studies.study import run as study_run
+from moeprof.studies.study.costs import Costs, Rate
+from moeprof.studies.study.files import StudyFiles
+from moeprof.studies.study.parts import MAKERS, Ground
+from moeprof.studies.study.plan import in_words
+from moeprof.studies.study.run import plan_study, study
+from moeprof.studies.study.settings import PARTS, Settings
+
+QUICK = {"tokens": 300, "budget_tokens": 300, "null_characters": 4000, "positions": 2}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(demo.PATH, local_files_only=True)
+
+
+@pytest.fixture
+def ground(tmp_path, tokenizer, monkeypatch):
+    """Makes a Ground of a small model in a folder; the same each time."""
+    monkeypatch.setattr(demo, "prompts", lambda: demo_prompts[:2])
+    demo_prompts = demo.prompts()
+
+    def make(**changes):
+        model = olmoe(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=1024,
+            initializer_range=0.3,
+            num_experts_per_tok=4,
+        )
+        settings = Settings(**QUICK | {"routers": ["fixed_p"], "budgets": [2]} | changes)
+        files = StudyFiles(tmp_path / "study")
+        return Ground(model, tokenizer, settings, files, "toy", progress=False)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens_are_no_news():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the null was fitted to")
+        warnings.filterwarnings("ignore", "Ill-conditioned")
+        yield
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=100)
+
+
+def run(made, engine=None):
+    """(Results, what the console showed)."""
+    console = quiet()
+    with Store(made.files.store) as store:
+        return study(made, store, engine, console), console.file.getvalue()
+
+
+# ---- the settings ----
+
+
+def test_budgets_are_half_and_three_quarters_of_what_the_model_takes():
+    assert Settings().budgets_for(8) == [4, 6] and Settings().budgets_for(2) == [1]
+    assert Settings().budgets_for(4) == [2, 3] and Settings(budgets=[5]).budgets_for(8) == [5]
+    with pytest.raises(ValueError, match="takes 1 expert, so none can be left out"):
+        Settings().budgets_for(1)
+
+
+@pytest.mark.parametrize("name, given", [("parts", ["swep"]), ("tables", ["long"]), ("parts", [])])
+def test_what_is_none_is_said(name, given):
+    with pytest.raises(ValueError, match=f"{name}: expected some of .+, got"):
+        Settings(**{name: given})
+
+
+# ---- the plan ----
+
+
+@pytest.fixture
+def costs(ground):
+    made = ground()
+    forms = [study_run.Form(*form) for form in study_run.FORMS.values()]
+    return made, Costs(made.model, made.tokenizer, made.heldout, forms, quiet())
+
+
+def test_a_load_takes_its_tokens_at_the_rate_of_its_kind(costs):
+    _, costs = costs
+    assert set(costs.rates) == {LOSS, KL, COLLECT, FIT, DECODE, "stock", "stock decode"}
+    assert all(rate.at(4) > 0 for rate in costs.rates.values())
+    costs.rates = {LOSS: Rate(2.0, 0.5), FIT: Rate(3.0, 0.0)}
+    assert costs.seconds(Load(LOSS, 10)) == 10 * (2 + 4 * 0.5)  # the model's own k
+    assert costs.seconds(Load(LOSS, 10, 3)) == 10 * (2 + 3 * 0.5)
+    assert costs.seconds(Load(FIT, 7, 3)) == 21
+
+
+def test_a_routers_experts_are_what_it_would_choose(costs):
+    """Beside the patched model on the same window, whose first layer sees the same."""
+    made, costs = costs
+    ids = costs.text.windows[0].ids
+    assert costs.experts(Load(LOSS, 1, TopK(3))) == 3
+    for router in (BH(0.3, max_k=8), BH(0.05, max_k=4)):
+        counts = []
+        with patch(made.model, router, null=costs.nulls[0]) as handle, torch.no_grad():
+            handle.on_routing(lambda layer, routing, c=counts: c.append(routing.counts))
+            made.model(input_ids=ids)
+        ran = torch.cat(counts).double().mean().item()
+        assert costs.experts(Load(LOSS, 1, router, costs.nulls[0])) == pytest.approx(ran, rel=0.1)
+
+
+def test_the_plan_has_every_cell_and_nothing_is_run(ground):
+    made = ground()
+    with Store(made.files.store) as store:
+        plan = plan_study(made, store, quiet())
+        assert store.rows() == []
+    assert [part.name for part in plan.parts] == list(PARTS)
+    cells = {part.name: part.cells for part in plan.parts}
+    # baseline, BH by 2 max_k x 4 alphas, static 1 to 3, 2 routers at 2 budgets
+    assert cells["sweep"] == 1 + 8 + 3 + 4
+    # 2 layers, static 1 to 4, 2 quantised, 5 controls, 1 router spread in 3 ways, speeds
+    assert cells["compare"] == 2 + 4 + 2 + 5 + 3 + 1
+    assert cells["evaluate"] == 1 + 1 + 3
+    assert all(part.seconds > 0 and part.tokens > 0 for part in plan.parts)
+    assert all(part.peak_bytes > 0 for part in plan.parts)
+    assert made.nulls == {} and [path.name for path in made.files.folder.iterdir()] != []
+    shown = str(plan)
+    assert all(name in shown for name in (*PARTS, "all", "peak memory", "finished"))
+
+
+def test_times_in_words():
+    assert [in_words(s) for s in (3.4, 99, 700, 12345)] == ["3 s", "99 s", "12 min", "3 h 26 min"]
+
+
+# ---- the run ----
+
+
+@pytest.mark.slow
+def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
+    results, shown = run(ground())
+    folder = ground().files.folder
+    assert [part["part"] for part in results.facts["parts"]] == list(PARTS)
+    assert all(part["failed"] is None for part in results.facts["parts"])
+    assert set(results.nulls) == {"efron", "efron on logit", "trimmed"}
+    assert len(results.sweep["results"]) == 9 and results.compare["cells"]
+    assert "own routing" in results.evaluate.measured and "bh@2" in results.evaluate.measured
+    assert results.profile.facts["steps"] > 0 and len(results.diagnose.to_frame())
+    for part in PARTS:
+        assert f"{part} (part {PARTS.index(part) + 1} of 6)" in shown
+        assert (folder / {"calibrate": "nulls"}.get(part, part)).is_dir()
+    assert (folder / "index.html").is_file() and (folder / "report.md").is_file()
+
+    def never(self, cell, step):
+        raise AssertionError(f"{cell.name} was run again")
+
+    with Store(folder / "moeprof.sqlite") as store:
+        finished = len(store.rows())
+        plan = plan_study(ground(), store, quiet())
+        assert [part.finished for part in plan.parts] == [part.cells for part in plan.parts]
+        assert plan.seconds == 0
+    for maker in (study_parts.Comparison, study_parts.CalibrationWork, study_parts.ProfileWork):
+        monkeypatch.setattr(maker, "run", never)
+    again, _ = run(ground())
+    assert again.evaluate.measured == results.evaluate.measured
+    assert again.nulls["trimmed"] == results.nulls["trimmed"]
+    with Store(folder / "moeprof.sqlite") as store:
+        assert len(store.rows()) == finished
+
+
+def test_a_file_that_is_gone_or_changed_is_made_again(ground):
+    made = ground(parts=["calibrate"])
+    first, _ = run(made)
+    path = made.files.folder / "nulls" / "trimmed.safetensors"
+    before = path.read_bytes()
+    for spoil in (path.unlink, lambda: path.write_bytes(b"")):
+        spoil()
+        again, _ = run(ground(parts=["calibrate"]))
+        assert path.read_bytes() == before and again.nulls["trimmed"] == first.nulls["trimmed"]
+
+
+def test_nulls_are_those_that_are_fitted_one_by_one(ground):
+    import moeprof
+
+    made = ground(parts=["calibrate"])
+    results, _ = run(made)
+    texts = MAKERS["calibrate"](made).work.texts
+    for name, kind, score in (
+        ("efron on logit", "efron", "logit"),
+        ("trimmed", "trimmed", "logprob"),
+    ):
+        one = moeprof.fit_null(
+            made.model, made.tokenizer, texts, kind=kind, score=score, progress=False
+        )
+        assert results.nulls[name] == one
+
+
+def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch):
+    made, original = ground(parts=["diagnose", "evaluate"]), study_parts.diagnose
+
+    def fails(*args, **kwargs):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(study_parts, "diagnose", fails)
+    with pytest.raises(ValueError, match="diagnose: no such thing; the report has the other parts"):
+        run(made)
+    report = (made.files.folder / "report.md").read_text()
+    assert "no such thing" in report and "bh@2" in report
+    monkeypatch.setattr(study_parts, "diagnose", original)
+    results, _ = run(ground(parts=["diagnose", "evaluate"]))
+    assert results.diagnose is not None and results.sweep is None
+
+
+def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
+    calls, measure = [], study_parts.CalibrationWork.run
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_parts, "evaluate", interrupted)
+    made = ground(parts=["evaluate"])
+    with pytest.raises(KeyboardInterrupt):
+        run(made)
+    assert (made.files.folder / "report.md").is_file()
+    monkeypatch.undo()
+
+    def counted(self, cell, step):
+        calls.append(cell.name)
+        return measure(self, cell, step)
+
+    monkeypatch.setattr(study_parts.CalibrationWork, "run", counted)
+    results, _ = run(ground(parts=["evaluate"]))
+    assert calls == [] and results.evaluate is not None
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--parts", "swep"], "parts: expected some of calibrate, profile, sweep"),
+        (["--tables", "long"], "tables: expected some of reduction, wide"),
+        (["--routers", "bhh"], "router: expected one of"),
+        (["--tokens", "1"], "from 2 to"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--workers", "2"], "--workers belongs to --engine"),
+        (["--model", "no/such/folder/at/all"], "no/such/folder/at/all"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_run(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "load", lambda *args: pytest.fail("the model was loaded"))
+        try:
+            code = main(["study", *words])
+        except SystemExit as stopped:
+            code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "study").exists()
