@@ -155,15 +155,17 @@ def members(points: Sequence[Point]) -> list[int]:
     return sorted(found, key=lambda place: (points[place].loss, -(points[place].experts or 0)))
 
 
-def section(results: Results) -> Section:
-    """Of compare; of the sweep where there is no compare."""
+def sections(results: Results) -> Iterator[Section]:
+    """One, of compare; of the sweep where there is no compare. A grid has its own fronts."""
     title = "Quality against cost: the Pareto fronts"
     if results.compare is not None:
         points, measure = of_compare(results.compare), KL
     elif results.sweep is not None:
         points, measure = of_sweep(results.sweep), BITS
     else:
-        return Section(title, [Sentence("Neither compare nor sweep has a result to show.")])
+        if not results.grid:
+            yield Section(title, [Sentence("Neither compare nor sweep has a result to show.")])
+        return
     sentences = [
         Sentence(
             "How to read it: a point is one way to route; down is closer to the model itself. The "
@@ -178,7 +180,7 @@ def section(results: Results) -> Section:
             "run to run."
         ),
     ]
-    return Section(
+    yield Section(
         title,
         sentences,
         [table(points, measure, "front")],

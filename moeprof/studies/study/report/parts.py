@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from ...comparison.report import ALLOCATION, BYTES, LEGEND, bytes_rows, detail_r
 from ...diagnosis.views import findings as diagnosis_findings
 from ...diagnosis.views import views as diagnosis_views
 from ...grid.planned import written
-from ...grid.rows import SETTING
+from ...grid.rows import SETTING, by_setting
 from ...sweep import report as sweep_report
 from ...sweep.compared import interval
 from ...sweep.merged import merged, same_results
@@ -35,13 +34,13 @@ COMPARE_LEFT_OUT = ("against shuffled-k",)
 PROFILE_FIGURES = ("load", "k", "roofline", "cache")  # all others are on the profile's own page
 # What a finding of the profile is from, by words of it; the first that it has decides.
 PROFILE_PLACES = {
-    "specialised by domain": "profile-By domain",
+    "specialised by domain": "profile-by-domain",
     "cache": "profile-cache",
     "bandwidth": "profile-roofline",
     "balance": "profile-load",
     "Never selected": "profile-load",
-    "Counted": "profile-By layer",
-    "FLOPs": "profile-By layer",
+    "Counted": "profile-by-layer",
+    "FLOPs": "profile-by-layer",
 }
 # {figure: (title, key of its table, whether it needs white paper)}
 DIAGNOSIS_FIGURES = {
@@ -66,7 +65,7 @@ def sections(results: Results, folder: Path) -> Iterator[Section]:
     for part, (title, result, make) in makers.items():
         if result:
             section = make(results)
-        elif part == "grid" and part not in asked:
+        elif part not in asked and (part == "grid" or asked == {"grid"}):
             continue
         else:
             section = Section(title, [Sentence(results.missing(part))])
@@ -126,9 +125,13 @@ def _profile(results: Results) -> Section:
 
     profile = results.profile
     assert profile is not None
-    shown = [Shown(f"profile-{made.title}", made) for made in tables(profile)]
+    shown: list[Shown] = []
+    for made in tables(profile):
+        key = f"profile-{made.title.lower().replace(' ', '-')}"
+        again = any(key == other.key for other in shown)  # a table for every two phases
+        shown.append(Shown(f"{key}-{len(shown)}" if again else key, made))
     figures = [
-        Drawn(f"profile-{name}", *FIGURES[name], profile.plot(name), "profile-By layer")
+        Drawn(f"profile-{name}", *FIGURES[name], profile.plot(name), "profile-by-layer")
         for name in PROFILE_FIGURES
         if name in profile.figures
     ]
@@ -268,11 +271,10 @@ def _grid(results: Results) -> Section:
     note = "In brackets 95 % intervals over documents; of tokens/s the quartiles over rounds."
     made = plain_table("All rows", note, head, list(map(_grid_row, rows)), len(SETTING) + 2)
     shown, figures = [Shown("grid", made)], []
-    for number, (setting, of) in enumerate(groupby(rows, lambda row: [row[n] for n in SETTING])):
+    for number, (about, of) in enumerate(by_setting(rows)):
         points = of_grid(of)
         if not points:
             continue
-        about = ", ".join(f"{n} {v}" for n, v in zip(SETTING, setting, strict=True))
         front = table(points, BITS, f"grid-front-{number}")
         front = front._replace(table=front.table._replace(title=f"Members of the fronts: {about}"))
         shown.append(front)

@@ -26,10 +26,9 @@ def sections(results: Results) -> Iterator[Section]:
 
 
 def _about(facts: dict[str, Any]) -> Table:
-    bits = facts.get("bits")
     rows = [
         ["model", str(facts["model"])],
-        ["weights", f"{facts['dtype']}{f', experts in {bits} bits' if bits else ''}"],
+        ["weights", facts["dtype"]],
         ["machine", in_one_line(facts["machine"])],
         ["versions", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())],
         ["command", facts["command"]],
@@ -48,14 +47,22 @@ def _parts(parts: list[dict[str, Any]]) -> Table:
             one["part"],
             _time(one["seconds"]),
             _time(one.get("planned_seconds")),
-            str(one.get("cells", "")),
+            _cells(one),
             f"failed: {one['failed']}" if one.get("failed") else str(one.get("words", "")),
         ]
         for one in parts
     ]
-    note = "Time taken, and what the plan had said before; cells that were finished."
+    note = (
+        "Time taken, and what the plan had said before; how many cells it has, and how "
+        "many the store had from before, which took no time."
+    )
     made = plain_table("Parts", note, ["part", "took", "planned", "cells", "what"], rows)
     return made._replace(words=("part", "what"))
+
+
+def _cells(part: dict[str, Any]) -> str:
+    before = part.get("finished_before")
+    return f"{part.get('cells', '')}" + (f", {before} of them before" if before else "")
 
 
 def _time(seconds: float | None) -> str:

@@ -9,6 +9,8 @@ from ...comparison.contenders import PRIMARY
 from ...comparison.effects import BETTER, ROUTER, WORSE, verdict
 from ...comparison.findings import View, beside, megabytes
 from ...diagnosis.views import beside_alpha, has_one_alpha
+from ...grid.rows import by_setting
+from ...sweep.advice import is_above, is_below
 from ...sweep.compared import interval
 from ...sweep.report import beside_static
 from .content import Section, Sentence
@@ -32,6 +34,8 @@ NOTE = (
 
 
 def section(results: Results) -> Section:
+    if results.grid is not None and {one["part"] for one in results.facts["parts"]} == {"grid"}:
+        return Section("The verdict", list(_grid(results.grid)))
     found = [
         *_quality(results),
         *_shrinking(results),
@@ -137,6 +141,29 @@ def _shrinking(results: Results) -> Iterator[Sentence]:
         yield Sentence(f"All experts, but in fewer bits: {'; '.join(said)}.", "bytes")
     else:
         yield Sentence("Shrinking the experts (8 or 4 bits) was not measured beside skipping.")
+
+
+# ---- of a grid alone ----
+
+
+def _grid(rows: list[dict[str, Any]]) -> Iterator[Sentence]:
+    """How many of each setting are better and worse than static top-k."""
+    for setting, of in by_setting(rows):
+        known = [row for row in of if row.get("bits_above_static") is not None]
+        known = [row for row in known if row["router"] != "topk"]
+        text = f"{setting}: "
+        if known:
+            better = [row["configuration"] for row in known if is_below(row)]
+            named = f" ({', '.join(better)})" if better else ""
+            text += (
+                f"of {len(known)} configurations {len(better) or 'none'} beyond doubt better than "
+                f"static top-k at the same experts per token"
+                f"{named}, {sum(map(is_above, known))} worse; "
+                "of the others no difference was shown."
+            )
+        else:
+            text += "nothing could be compared with static top-k at the same experts per token."
+        yield Sentence(text, "grid")
 
 
 # ---- the 21, and what alpha means ----
