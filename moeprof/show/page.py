@@ -71,10 +71,10 @@ figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
 """
 
 
-def document(title: str, top: str, parts: Iterable[tuple[str, str]]) -> str:
+def document(title: str, top: str, parts: Iterable[tuple[str, str]], style: str = "") -> str:
     """A whole HTML document with a list of its contents.
 
-    top : HTML below the title; parts : (heading, HTML) each
+    top : HTML below the title; parts : (heading, HTML) each; style : rules besides STYLE
     """
     places = [(f"part-{number}", *part) for number, part in enumerate(parts, 1)]
     contents = "".join(f'<li><a href="#{at}">{escape(of)}</a></li>' for at, of, _ in places)
@@ -88,7 +88,9 @@ def document(title: str, top: str, parts: Iterable[tuple[str, str]]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
     )
 
 

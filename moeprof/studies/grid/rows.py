@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +89,15 @@ def grid_frame(rows: list[dict[str, Any]]) -> pandas.DataFrame:
 
     texts = [row | {"parameters": written(row["parameters"])} for row in rows]
     return pandas.DataFrame(texts, columns=list(COLUMNS))
+
+
+def by_setting(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(what SETTING names, in words; its rows) of each model, weights, text and seed."""
+    settings: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        settings.setdefault(tuple(row[name] for name in SETTING), []).append(row)
+    for values, of in settings.items():
+        yield ", ".join(f"{name} {v}" for name, v in zip(SETTING, values, strict=True)), of
 
 
 def _parameters(one: Configuration, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 TOP = "static top-k"
+NEAR_X, NEAR_Y = 0.08, 0.034  # of a panel: numbers that are nearer overlap
 KL = "KL to the model itself, nats per token"
 BITS = "bits per byte above the model's own routing"
 ALLOCATED = {"equal": "", "free": ", split over layers", "shared": ", one parameter"}
@@ -153,15 +155,17 @@ def members(points: Sequence[Point]) -> list[int]:
     return sorted(found, key=lambda place: (points[place].loss, -(points[place].experts or 0)))
 
 
-def section(results: Results) -> Section:
-    """Of compare; of the sweep where there is no compare."""
+def sections(results: Results) -> Iterator[Section]:
+    """One, of compare; of the sweep where there is no compare. A grid has its own fronts."""
     title = "Quality against cost: the Pareto fronts"
     if results.compare is not None:
         points, measure = of_compare(results.compare), KL
     elif results.sweep is not None:
         points, measure = of_sweep(results.sweep), BITS
     else:
-        return Section(title, [Sentence("Neither compare nor sweep has a result to show.")])
+        if not results.grid:
+            yield Section(title, [Sentence("Neither compare nor sweep has a result to show.")])
+        return
     sentences = [
         Sentence(
             "How to read it: a point is one way to route; down is closer to the model itself. The "
@@ -176,7 +180,7 @@ def section(results: Results) -> Section:
             "run to run."
         ),
     ]
-    return Section(
+    yield Section(
         title,
         sentences,
         [table(points, measure, "front")],
@@ -236,11 +240,13 @@ def _number(value: float | None, form: str) -> str:
 
 def drawn(points: Sequence[Point], measure: str, key: str, of: str) -> Drawn:
     caption = (
-        "Static top-k is the black line; bars: 95 % intervals; the wide line joins the front, its "
-        "members have the numbers of the table. The scale is logarithmic, but straight from 0 to "
+        "Static top-k is black; bars: 95 % intervals; the wide line joins the front, whose members "
+        "have the numbers of the table. The scale is logarithmic, but straight from 0 to "
         "the smallest loss above it."
     )
-    return Drawn(key, "Quality against cost", caption, figure(points, measure), of)
+    groups = {point.group for point in points} - {TOP}
+    paper = len(groups) > len(COLOURS)  # the darker shades of the palette are lost on black
+    return Drawn(key, "Quality against cost", caption, figure(points, measure), of, paper)
 
 
 def figure(points: Sequence[Point], measure: str) -> Figure:
@@ -259,14 +265,15 @@ def figure(points: Sequence[Point], measure: str) -> Figure:
         fig.text(0.5, 0.5, "nothing was measured", ha="center", size=14)
         return fig
     axes = fig.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    _scale(axes[0], points)
     for place, (axis, cost) in enumerate(zip(axes, costs, strict=True)):
         style(axis, cost.label, "" if place else measure, f"{cost.better}, down is better")
         _front(axis, points, cost, on[cost.field])
         for group in groups:
             _group(axis, points, cost, group, looks[group], on[cost.field])
+        axis.margins(x=0.1)
         _numbers(axis, points, cost, on[cost.field], numbers)
         axis.tick_params(labelsize=11)
-    _scale(axes[0], points)
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=11)
     return fig
@@ -276,9 +283,11 @@ def _scale(axis: Axes, points: Sequence[Point]) -> None:
     above = [point.loss for point in points if point.loss > 0]
     if above:
         axis.set_yscale("symlog", linthresh=min(above), linscale=0.4)
+        first, last = (math.floor(math.log10(end(above))) for end in (min, max))
+        axis.set_yticks([0.0, *(10.0**power for power in range(first + 1, last + 1))])
         axis.yaxis.set_major_formatter("{x:g}")
-        low = min([point.loss for point in points])
-        axis.set_ylim(min(low, 0) - 0.25 * min(above), 1.6 * max(above))
+        low = min(point.loss for point in points)
+        axis.set_ylim(min(low, 0) - 0.4 * min(above), 1.8 * max(above))
 
 
 def _front(axis: Axes, points: Sequence[Point], cost: Cost, places: list[int]) -> None:
@@ -298,7 +307,7 @@ def _group(
     """The points of a group: those of the front large and in front of the others."""
     of = [i for i, point in enumerate(points) if point.group == group]
     of = [i for i in of if cost.of(points[i]) is not None]
-    if of and points[of[0]].joined:
+    if of and points[of[0]].joined and cost.sign > 0:  # times vary too much for a line
         line = sorted((cost.of(points[i]), points[i].loss) for i in of)
         dashes = "-" if group == TOP else "--"
         axis.plot(*zip(*line, strict=True), dashes, color=look["color"], linewidth=1.3, zorder=2)
@@ -317,17 +326,30 @@ def _group(
 def _numbers(
     axis: Axes, points: Sequence[Point], cost: Cost, places: list[int], numbers: Mapping[int, int]
 ) -> None:
-    """Beside the members: on the side of the front where there are no points."""
-    for place in places:
-        x = cost.of(points[place])
-        assert x is not None  # a member has it
-        axis.annotate(
+    """Beside the members, on the side of the front where there are no points, one below the other
+    where they would overlap."""
+    axis.get_xlim()  # so that the limits are those of what is drawn
+    to_axes = axis.transScale + axis.transLimits
+    spots = sorted((*to_axes.transform((cost.of(points[i]), points[i].loss)), i) for i in places)
+    put: list[tuple[float, float]] = []
+    for x, y, place in sorted(spots, key=lambda spot: -spot[1]):
+        at_x, at_y = x - cost.sign * 0.035, y - 0.025
+        while any(
+            abs(at_x - other) < NEAR_X and abs(at_y - below) < NEAR_Y for other, below in put
+        ):
+            at_y -= 0.005
+        put.append((at_x, at_y))
+        text = axis.annotate(
             str(numbers[place]),
-            (x, points[place].loss),
-            (-8 * cost.sign, -8),
-            textcoords="offset points",
+            (x, y),
+            (at_x, at_y),
+            "axes fraction",
+            "axes fraction",
             ha="right" if cost.sign > 0 else "left",
-            va="top",
+            va="center",
             size=11,
             weight="bold",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "#777777", "shrinkA": 0},
         )
+        text.set_in_layout(False)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ....show.figures import COLOURS
 from ...comparison.findings import INTERVALS, View, findings_by_subject
 from ...comparison.plots import figure as compare_figure
 from ...comparison.report import ALLOCATION, BYTES, LEGEND, bytes_rows, detail_rows, effect_rows
 from ...diagnosis.views import findings as diagnosis_findings
 from ...diagnosis.views import views as diagnosis_views
 from ...grid.planned import written
-from ...grid.rows import SETTING
+from ...grid.rows import SETTING, by_setting
 from ...sweep import report as sweep_report
 from ...sweep.compared import interval
 from ...sweep.merged import merged, same_results
@@ -28,16 +28,25 @@ if TYPE_CHECKING:
 
 
 SHOWN = (".html", ".md", ".csv", ".json", ".npz", ".safetensors")  # files that are linked
-PROFILE_FIGURES = {
-    "load": "Load of the experts: red does more than its part, blue less, grey nothing",
-    "k": "Experts per token, over all layers and by layer",
-    "roofline": "Roofline of the layers on this machine",
-    "union": "Distinct experts of a step: what decoding with a batch reads",
+# Columns that make the tables wider than a screen; the parts' own reports have them.
+SWEEP_LEFT_OUT = ("reduction %", "Δ perplexity")
+COMPARE_LEFT_OUT = ("against shuffled-k",)
+PROFILE_FIGURES = ("load", "k", "roofline", "cache")  # all others are on the profile's own page
+# What a finding of the profile is from, by words of it; the first that it has decides.
+PROFILE_PLACES = {
+    "specialised by domain": "profile-by-domain",
+    "cache": "profile-cache",
+    "bandwidth": "profile-roofline",
+    "balance": "profile-load",
+    "Never selected": "profile-load",
+    "Counted": "profile-by-layer",
+    "FLOPs": "profile-by-layer",
 }
+# {figure: (title, key of its table, whether it needs white paper)}
 DIAGNOSIS_FIGURES = {
-    "p_values": ("The p-values by layer", "diagnose-0"),
-    "selection": ("How many experts BH selects, and where its limits decide", "diagnose-2"),
-    "ablation": ("What the selected experts did for the loss", "diagnose-fdp"),
+    "p_values": ("The p-values by layer", "diagnose-0", False),
+    "selection": ("How many experts BH selects, and where its limits decide", "diagnose-2", True),
+    "ablation": ("What the selected experts did for the loss", "diagnose-fdp", False),
 }
 
 
@@ -56,7 +65,7 @@ def sections(results: Results, folder: Path) -> Iterator[Section]:
     for part, (title, result, make) in makers.items():
         if result:
             section = make(results)
-        elif part == "grid" and part not in asked:
+        elif part not in asked and (part == "grid" or asked == {"grid"}):
             continue
         else:
             section = Section(title, [Sentence(results.missing(part))])
@@ -68,6 +77,15 @@ def _files(folder: Path, part: str) -> list[tuple[str, str]]:
     paths = [path for path in (folder / part).glob("*") if path.suffix in SHOWN]
     paths.sort(key=lambda path: (SHOWN.index(path.suffix), path.name))
     return [(path.name, f"{part}/{path.name}") for path in paths]
+
+
+def _without(
+    found: tuple[list[str], list[list[str]]], *names: str
+) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) without these columns."""
+    head, rows = found
+    kept = [place for place, name in enumerate(head) if name not in names]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _from(lines: Iterable[str], to: str) -> list[Sentence]:
@@ -102,17 +120,26 @@ def _calibrate(results: Results) -> Section:
 
 def _profile(results: Results) -> Section:
     from ....profile.findings import findings
+    from ....profile.page import FIGURES
     from ....profile.tables import tables
 
     profile = results.profile
     assert profile is not None
-    shown = [Shown(f"profile-{n}", made) for n, made in enumerate(tables(profile))]
+    shown: list[Shown] = []
+    for made in tables(profile):
+        key = f"profile-{made.title.lower().replace(' ', '-')}"
+        again = any(key == other.key for other in shown)  # a table for every two phases
+        shown.append(Shown(f"{key}-{len(shown)}" if again else key, made))
     figures = [
-        Drawn(f"profile-{name}", title, "", profile.plot(name), "profile-0")
-        for name, title in PROFILE_FIGURES.items()
+        Drawn(f"profile-{name}", *FIGURES[name], profile.plot(name), "profile-by-layer")
+        for name in PROFILE_FIGURES
         if name in profile.figures
     ]
-    return Section("", _from(findings(profile), "profile-0"), shown, figures)
+    sentences = [
+        Sentence(line, next((to for words, to in PROFILE_PLACES.items() if words in line), ""))
+        for line in findings(profile)
+    ]
+    return Section("", sentences, shown, figures)
 
 
 # ---- sweep, compare ----
@@ -125,7 +152,9 @@ def _sweep(results: Results) -> Section:
     sentences = [Sentence(item["head"], "sweep-beside") for item in run.get("advice", ())]
     sentences += _from([*sweep_report.findings(run), *same_results(groups)], "sweep-settings")
     note = f"{sweep_report.legend(run)} {sweep_report.beside_legend(run)}"
-    grid = plain_table("The grid of BH", note, *sweep_report.result_rows(groups))
+    grid = plain_table(
+        "The grid of BH", note, *_without(sweep_report.result_rows(groups), *SWEEP_LEFT_OUT)
+    )
     shown = [Shown("sweep-settings", grid)]
     head, rows = sweep_report.beside_rows(run)
     if rows:
@@ -179,7 +208,8 @@ def _compare_tables(view: View) -> Iterator[tuple[str, Any]]:
         for budget in view.budgets(name):
             if found := detail_rows(view, name, budget):
                 title = f"Table {name}: all measures at {budget} experts in every layer"
-                yield f"compare-{name}-{budget}", plain_table(title, "The best first.", *found)
+                made = plain_table(title, "The best first.", *_without(found, *COMPARE_LEFT_OUT))
+                yield f"compare-{name}-{budget}", made
     if found := bytes_rows(view):
         yield "bytes", plain_table("Skip experts or shrink them", BYTES, *found)
 
@@ -195,21 +225,19 @@ def _diagnose(results: Results) -> Section:
         key = "diagnose-fdp" if view.title.startswith("False discoveries") else f"diagnose-{number}"
         head, rows = list(map(str, view.frame.columns)), view.frame.astype(str).to_numpy().tolist()
         shown.append(Shown(key, plain_table(view.title, view.note, head, rows)))
-    figures = [
-        Drawn(
-            f"diagnose-{name}", *_titled(name), diagnosis.figure(name), DIAGNOSIS_FIGURES[name][1]
-        )
-        for name in diagnosis.figures
-    ]
+    figures = []
+    for name in diagnosis.figures:
+        title, of, paper = DIAGNOSIS_FIGURES[name]
+        figure = diagnosis.figure(name)
+        figures.append(Drawn(f"diagnose-{name}", title, "", figure, of, paper))
     sentences = [
-        Sentence(line, "diagnose-fdp" if "δ0" in line else "diagnose-2" if "min_k" in line else "")
+        Sentence(
+            line,
+            "diagnose-fdp" if "δ0" in line else "diagnose-2" if "min_k decides" in line else "",
+        )
         for line in diagnosis_findings(diagnosis)
     ]
     return Section("", sentences, shown, figures)
-
-
-def _titled(name: str) -> tuple[str, str]:
-    return DIAGNOSIS_FIGURES[name][0], ""
 
 
 def _evaluate(results: Results) -> Section:
@@ -220,7 +248,12 @@ def _evaluate(results: Results) -> Section:
         for n, view in enumerate(found.views())
     ]
     figure = Drawn(
-        "evaluate-figure", "What each configuration costs", "", found.figure(), "evaluate-0"
+        "evaluate-figure",
+        "What each configuration costs",
+        "",
+        found.figure(),
+        "evaluate-0",
+        paper=len(found.measured) > 1 + len(COLOURS),  # darker shades are lost on black
     )
     return Section("", _from(found.findings(), "evaluate-0"), shown, [figure])
 
@@ -238,11 +271,10 @@ def _grid(results: Results) -> Section:
     note = "In brackets 95 % intervals over documents; of tokens/s the quartiles over rounds."
     made = plain_table("All rows", note, head, list(map(_grid_row, rows)), len(SETTING) + 2)
     shown, figures = [Shown("grid", made)], []
-    for number, (setting, of) in enumerate(groupby(rows, lambda row: [row[n] for n in SETTING])):
+    for number, (about, of) in enumerate(by_setting(rows)):
         points = of_grid(of)
         if not points:
             continue
-        about = ", ".join(f"{n} {v}" for n, v in zip(SETTING, setting, strict=True))
         front = table(points, BITS, f"grid-front-{number}")
         front = front._replace(table=front.table._replace(title=f"Members of the fronts: {about}"))
         shown.append(front)

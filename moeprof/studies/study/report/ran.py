@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 def sections(results: Results) -> Iterator[Section]:
     facts = results.facts
     shown = [Shown("ran", _about(facts)), Shown("parts", _parts(facts["parts"]))]
-    yield Section("What was run", [*_planned(facts["parts"]), *_protocol(results)], shown)
+    yield Section("What was run", list(_planned(facts["parts"])), shown)
+    yield Section("How it was measured", list(_protocol(results)))
     yield Section("Hand the result on", [Sentence(line) for line in _contribute(facts)])
     yield Section("What this can't say", [Sentence(line) for line in _limits(results)])
 
 
 def _about(facts: dict[str, Any]) -> Table:
-    bits = facts.get("bits")
     rows = [
         ["model", str(facts["model"])],
-        ["weights", f"{facts['dtype']}{f', experts in {bits} bits' if bits else ''}"],
+        ["weights", facts["dtype"]],
         ["machine", in_one_line(facts["machine"])],
         ["versions", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())],
         ["command", facts["command"]],
@@ -47,14 +47,22 @@ def _parts(parts: list[dict[str, Any]]) -> Table:
             one["part"],
             _time(one["seconds"]),
             _time(one.get("planned_seconds")),
-            str(one.get("cells", "")),
+            _cells(one),
             f"failed: {one['failed']}" if one.get("failed") else str(one.get("words", "")),
         ]
         for one in parts
     ]
-    note = "Time taken, and what the plan had said before; cells that were finished."
+    note = (
+        "Time taken, and what the plan had said before; how many cells it has, and how "
+        "many the store had from before, which took no time."
+    )
     made = plain_table("Parts", note, ["part", "took", "planned", "cells", "what"], rows)
     return made._replace(words=("part", "what"))
+
+
+def _cells(part: dict[str, Any]) -> str:
+    before = part.get("finished_before")
+    return f"{part.get('cells', '')}" + (f", {before} of them before" if before else "")
 
 
 def _time(seconds: float | None) -> str:
@@ -105,4 +113,6 @@ def _limits(results: Results) -> list[str]:
         "What people would say of the texts: KL, perplexity and bits per byte are of predictions "
         "of held-out text, not of answers to tasks (`moeprof eval-harness` measures these).",
     ]
-    return lines + (sweep_limits(results.sweep) if results.sweep is not None else [])
+    lines += sweep_limits(results.sweep) if results.sweep is not None else []
+    by_subject = {line.partition(":")[0]: line for line in reversed(lines)}  # the first of each
+    return list(reversed(by_subject.values()))

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...comparison.contenders import PRIMARY
 from ...comparison.effects import BETTER, ROUTER, WORSE, verdict
-from ...comparison.findings import View, beside, megabytes, signed
+from ...comparison.findings import View, beside, megabytes
 from ...diagnosis.views import beside_alpha, has_one_alpha
+from ...grid.rows import by_setting
+from ...sweep.advice import is_above, is_below
 from ...sweep.compared import interval
 from ...sweep.report import beside_static
 from .content import Section, Sentence
@@ -32,6 +34,8 @@ NOTE = (
 
 
 def section(results: Results) -> Section:
+    if results.grid is not None and {one["part"] for one in results.facts["parts"]} == {"grid"}:
+        return Section("The verdict", list(_grid(results.grid)))
     found = [
         *_quality(results),
         *_shrinking(results),
@@ -61,11 +65,9 @@ def _compared(view: View) -> Iterator[Sentence]:
             yield Sentence(f"At {budget} experts per token no router was measured.")
             continue
         best = ranked[0]
-        effect = best["effect"]["kl"]
         yield Sentence(
-            f"At {budget} experts per token {best['contender']} keeps quality best of "
-            f"{len(ranked)} routers: {_level(best)}, {signed(effect)} beside static top-k at as "
-            f"many experts: {AGAINST_STATIC.get(verdict(effect), UNDECIDED)}.",
+            f"At {budget} experts per token {best['contender']} keeps quality best of the "
+            f"{len(ranked)} routers that can be set to it: {_level(best)}, {_beside_static(best)}.",
             f"compare-{table}-{budget}",
         )
     yield from _bh(view, table)
@@ -78,6 +80,18 @@ def _level(cell: dict[str, Any]) -> str:
     return f"{text} (95 % interval {level['low']:.4f} to {level['high']:.4f})"
 
 
+def _beside_static(cell: dict[str, Any]) -> str:
+    effect = cell["effect"]["kl"]
+    what = AGAINST_STATIC.get(verdict(effect), UNDECIDED)
+    return f"{_band(effect)} beside static top-k at as many experts, {what}"
+
+
+def _band(effect: dict[str, float]) -> str:
+    """ "-0.0123 (band -0.0160 to -0.0086)"."""
+    low, high = effect["band_low"], effect["band_high"]
+    return f"{effect['estimate']:+.4f} (band {low:+.4f} to {high:+.4f})"
+
+
 def _bh(view: View, table: str) -> Iterator[Sentence]:
     said = []
     for budget in view.budgets(table):
@@ -85,10 +99,7 @@ def _bh(view: View, table: str) -> Iterator[Sentence]:
             role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget
         )
         if cell:
-            effect = cell["effect"]["kl"]
-            ends = f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}"
-            what = AGAINST_STATIC.get(verdict(effect), UNDECIDED)
-            said.append(f"at {budget} {effect['estimate']:+.4f} (band {ends}), {what}")
+            said.append(f"at {budget} {_beside_static(cell)}")
     if said:
         yield Sentence(
             f"BH, which was fixed before the run as the router to test: {'; '.join(said)}.",
@@ -118,20 +129,41 @@ def _shrinking(results: Results) -> Iterator[Sentence]:
         return
     view, said = View(results.compare), []
     for whole in view.whole():
-        effect, found = whole["effect"]["kl"], beside(view, whole)
+        effect, ways = whole["effect"]["kl"], view.skipping()
         what = {BETTER: "shrinking is closer", WORSE: "skipping is closer"}
-        ends = f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}"
         said.append(
-            f"in {whole['bits']} bits all {whole['budget']} read {megabytes(whole)} MB per token "
-            f"and are at {_level(whole)}, {effect['estimate']:+.4f} (band {ends}) beside static "
-            f"top-k that reads as much: {what.get(verdict(effect), UNDECIDED)}; of the "
-            f"{len(view.skipping())} ways to skip {len(found['closer'])} are closer, reading "
-            "whatever they read"
+            f"in {whole['bits']} bits ({megabytes(whole)} MB per token) {_level(whole)}, "
+            f"{_band(effect)} beside static top-k that reads as much: "
+            f"{what.get(verdict(effect), UNDECIDED)}, and of {len(ways)} ways to skip, whatever "
+            f"they read, {len(beside(view, whole)['closer']) or 'none'} closer"
         )
     if said:
-        yield Sentence(f"Shrink experts instead of skipping them: {'. '.join(said)}.", "bytes")
+        yield Sentence(f"All experts, but in fewer bits: {'; '.join(said)}.", "bytes")
     else:
         yield Sentence("Shrinking the experts (8 or 4 bits) was not measured beside skipping.")
+
+
+# ---- of a grid alone ----
+
+
+def _grid(rows: list[dict[str, Any]]) -> Iterator[Sentence]:
+    """How many of each setting are better and worse than static top-k."""
+    for setting, of in by_setting(rows):
+        known = [row for row in of if row.get("bits_above_static") is not None]
+        known = [row for row in known if row["router"] != "topk"]
+        text = f"{setting}: "
+        if known:
+            better = [row["configuration"] for row in known if is_below(row)]
+            named = f" ({', '.join(better)})" if better else ""
+            text += (
+                f"of {len(known)} configurations {len(better) or 'none'} beyond doubt better than "
+                f"static top-k at the same experts per token"
+                f"{named}, {sum(map(is_above, known))} worse; "
+                "of the others no difference was shown."
+            )
+        else:
+            text += "nothing could be compared with static top-k at the same experts per token."
+        yield Sentence(text, "grid")
 
 
 # ---- the 21, and what alpha means ----
@@ -142,7 +174,11 @@ def _settings(results: Results) -> Iterator[Sentence]:
     if run is None or len(run["results"]) < 2:
         yield Sentence("The BH configurations of the grid have no result.")
     elif said := beside_static(run):
-        yield Sentence(f"The grid of BH: {said[0].lower()}{said[1:]}", "sweep-settings")
+        count = len(run["results"])
+        yield Sentence(
+            f"The {count} configurations of the sweep: {said[0].lower()}{said[1:]}",
+            "sweep-settings",
+        )
     else:
         yield Sentence("The grid of BH was run without the static top-k to set it beside.")
 
@@ -160,14 +196,15 @@ def _p_values(diagnosis: Diagnosis | None) -> Iterator[Sentence]:
         return
     share, side = beside_alpha(diagnosis)
     alpha = diagnosis.facts["alpha"]
+    facts = diagnosis.facts
     what = {
-        -1: "the whole interval is below alpha, which bounds it here",
+        -1: "the whole interval is below alpha, as they promise",
         0: f"the interval holds alpha: {UNDECIDED}",
-        1: "the whole interval is above alpha, so the p-values don't hold as such and alpha is a "
-        "knob for compute only",
+        1: "the whole interval is above alpha, so they don't, and alpha is a knob for compute only",
     }
     yield Sentence(
-        f"Whether the p-values hold: by ablation {share} of what BH at alpha {alpha:g} selects for "
-        f"a token are false discoveries; {what[side]}.",
+        f"Whether the p-values hold: of what BH at alpha {alpha:g} selects for a token, a share of "
+        f"{share} are false discoveries by ablation ({facts['positions']:,} positions in "
+        f"{facts['ablated_documents']} documents); {what[side]}.",
         "diagnose-fdp",
     )

@@ -43,7 +43,7 @@ def make_report(results: Results, folder: Path) -> Report:
     """The Report over all parts; folder: where their files are."""
     sections = [
         verdict.section(results),
-        pareto.section(results),
+        *pareto.sections(results),
         *parts.sections(results, folder),
         *ran.sections(results),
     ]

@@ -1,0 +1,485 @@
+"""The report of a study: fronts, the verdict, and that the page and the Markdown say the same."""
+
+import html
+import re
+
+import numpy as np
+import pytest
+from test_comparison_bytes import shrinking_run
+from test_comparison_results import made_cell, made_run
+from test_profiler_page import Reader, chromium, needs_chromium
+from wording import says
+
+from moeprof.studies.diagnosis import Diagnosis
+from moeprof.studies.evaluation.result import Evaluated
+from moeprof.studies.grid.rows import COLUMNS
+from moeprof.studies.study.report import Results, pareto, verdict, write, write_report
+from moeprof.studies.study.report.front import front
+from moeprof.studies.sweep.compared import compared
+
+pytestmark = pytest.mark.once
+
+# ---------------------------------------------------------------- the front
+
+
+def dominated(point, others):
+    return any(
+        all(a <= b for a, b in zip(other, point, strict=True)) and tuple(other) != tuple(point)
+        for other in others
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_front_is_that_of_brute_force(size):
+    """Among few whole numbers, so that there are ties in one coordinate and in all."""
+    rng = np.random.default_rng(size)
+    for count in range(30):
+        points = rng.integers(0, 5, (count, size)).tolist()
+        expected = [i for i, point in enumerate(points) if not dominated(point, points)]
+        assert front(points) == expected
+
+
+def test_equal_points_are_all_on_the_front():
+    assert front([(1, 1), (1, 1), (1, 2), (0, 2)]) == [0, 1, 3]
+
+
+def test_what_was_not_measured_neither_dominates_nor_belongs():
+    assert front([(None, 0), (0, float("nan")), (2, 2), (3, 1), (3, 3)]) == [2, 3]
+    assert front([(None, 1)]) == front([]) == []
+
+
+def test_points_are_those_of_the_run_and_more_tokens_a_second_are_better():
+    run = compared_run(0.0)
+    points = pareto.of_compare(run)
+    by_name = {point.name: point for point in points}
+    own = by_name["static top-8 (the model itself)"]
+    assert own.experts == 8 and own.megabytes == pytest.approx(800e-6)
+    assert by_name["bh at 4"].loss == next(c["kl"] for c in run["cells"] if c["budget"] == 4)
+    assert by_name["bh at 4"].low < by_name["bh at 4"].loss < by_name["bh at 4"].high
+    assert by_name["static top-8 in 4 bits"].speed is None
+    fast = [own._replace(speed=speed, loss=loss) for speed, loss in ((9, 1), (8, 1), (7, 0.5))]
+    assert pareto.fronts(fast)["speed"] == [0, 2]
+
+
+def test_the_table_has_each_member_once_and_names_its_fronts():
+    points = pareto.of_compare(compared_run(0.0))
+    on, rows = pareto.fronts(points), pareto.table(points, pareto.KL, "front").table.rows
+    names = [points[i].name for i in {i for places in on.values() for i in places}]
+    assert sorted(row[1] for row in rows) == sorted(names)
+    assert [row[0] for row in rows] == [str(n) for n in range(1, len(rows) + 1)]
+    for row in rows:
+        fronts = {
+            cost.short for cost in pareto.COSTS for i in on[cost.field] if points[i].name == row[1]
+        }
+        assert fronts == set(row[-1].split(", "))
+
+
+def test_the_figure_numbers_the_fronts_as_the_table_does():
+    points = pareto.of_compare(compared_run(0.0))
+    numbers = {name: row for row, name, *_ in pareto.table(points, pareto.KL, "front").table.rows}
+    figure = pareto.figure(points, pareto.KL)
+    for axis, places in zip(figure.axes, pareto.fronts(points).values(), strict=True):
+        drawn = {text.get_text() for text in axis.texts}
+        assert drawn == {numbers[points[place].name] for place in places}
+
+
+# ---------------------------------------------------------------- results to report
+
+
+def compared_run(shift, **more):
+    """BH is `shift` nats from static top-k; experts in 4 bits lose 0.05, in 8 bits 0.002."""
+    cells = [made_cell(budget=budget, shift=shift, seed=budget, **more) for budget in (4, 6)]
+    return shrinking_run({4: 0.05, 8: 0.002}, *cells)
+
+
+def swept_run(shift=0.0):
+    """Static top-2 of 4 and four BH configurations, the first two `shift` nats from static."""
+    rng, documents = np.random.default_rng(0), 20
+
+    def row(name, experts, nats, **more):
+        each = 100 * (nats + 0.001 * rng.standard_normal(documents))
+        return {
+            "config": name,
+            "avg_experts": experts,
+            "avg_experts_heldout": experts,
+            "experts_by_document": [101 * experts] * documents,
+            "experts_by_layer": [experts, experts],
+            "nats_by_document": each.tolist(),
+            "perplexity": float(np.exp(nats)),
+            "bits_per_byte": float(each.sum() / np.log(2) / (400 * documents)),
+            "reduction_pct": 0.0,
+            "delta_perplexity": 0.0,
+            "token_agreement": 0.5,
+            "tokens_per_s": 100.0,
+            "share_without_rejection": 0.1,
+            "seconds": 1.0,
+            **dict.fromkeys(
+                (f"avg_experts_{x}" for x in ("simple", "medium", "complex", "technical")), 1.0
+            ),
+            **more,
+        }
+
+    own = row("topk_4_baseline", 4.0, 3.0, routing_type="topk", alpha=None, max_k=4)
+    bh = [
+        row(f"bh_k4_a0{a}", 1.0 + n, 3.6 - 0.2 * n + shift, routing_type="bh", alpha=a, max_k=4)
+        for n, a in enumerate((0.01, 0.1))
+    ]
+    run = {
+        "model": "toy",
+        "model_config": {
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 2,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "norm_topk_prob": False,
+        },
+        "results": [own, *bh],
+        "static": [row(f"topk_{k}", float(k), 3.8 - 0.2 * k, k=k) for k in (1, 2, 3)],
+        "budgets": [],
+        "heldout_documents": [{"domain": "a", "tokens": 101, "bytes": 400}] * documents,
+        "heldout_tokens": 2020,
+        "budget_tokens": 100,
+        "prompts": [{}],
+        "new_tokens": 5,
+        "null": "a null",
+        "null_source": "From a test.",
+        "null_code": "null",
+        "dtype": "float32",
+        "versions": {},
+        "cpu": {},
+        "threads": 1,
+        "started": "now",
+        "seed": 0,
+    }
+    return compared(run)
+
+
+def diagnosed(alpha=0.3, low=0.37, high=0.47):
+    """Every number a diagnosis needs, FDP(δ0) with this interval."""
+    rows = []
+
+    def add(table, routing, quantity, at, estimate, low=0.0, high=1.0):
+        for layer in (0, -1):
+            row = {"table": table, "routing": routing, "layer": layer, "quantity": quantity}
+            row |= {"at": at, "estimate": estimate, "error": 0.1, "low": low, "high": high}
+            rows.append(row | {"band_low": low, "band_high": high})
+
+    shares = ("P(R >= 1)", "P(R < min_k)", "P(R > max_k)")
+    for routing in ("stock", "patched"):
+        add("pi0", routing, "pi0", 0.5, 0.9)
+        add("quantiles", routing, "quantile", 0.05, 0.04)
+        for name in ("experts", "rejections", *shares):
+            add("selection", routing, name, None, 0.5)
+        for name in ("entropy", "loss"):
+            add("selection", routing, f"Spearman(R, {name})", None, 0.1)
+    add("fdp", "bh", "FDP(delta0)", None, (low + high) / 2, low, high)
+    for name in ("FDP(0)", "false of all", "experts", "delta0"):
+        add("fdp", "bh", name, None, 0.4)
+    add("fdp curve", "bh", "FDP", 0.01, 0.4)
+    facts = {
+        "model": "toy",
+        "dtype": "float32",
+        "null": "a null",
+        "router": "BH",
+        "alpha": alpha,
+        "min_k": 1,
+        "max_k": 8,
+        "heldout_tokens": 100,
+        "heldout_documents": [{"domain": "a"}] * 4,
+        "positions": 2000,
+        "ablated_documents": 50,
+        "compared": {"bh": "BH"},
+    }
+    return Diagnosis(rows, facts)
+
+
+def evaluated():
+    rng = np.random.default_rng(0)
+
+    def sums(experts, kl):
+        each = kl * 100 * (1 + 0.1 * rng.random(6))
+        return {
+            "nats": (300 + each).tolist(),
+            "kl": each.tolist(),
+            "agree": [90] * 6,
+            "predicted": [100] * 6,
+            "tokens": [101] * 6,
+            "experts": [101 * experts] * 6,
+            "bytes": [400] * 6,
+        }
+
+    documents = [{"domain": name, "name": name} for name in "aaabbb"]
+    facts = {"model": "toy", "dtype": "float32", "protocol": {"words": "Windows of 1,024 tokens."}}
+    facts |= {"tokens_asked": 600, "draws": 200, "seed": 0}
+    measured = {"own routing": sums(8, 0), "topk:k=4": sums(4, 0.2), "bh@4": sums(4, 0.1)}
+    return Evaluated(documents, measured, facts)
+
+
+def grid_rows():
+    def row(name, router, experts, bits, static, speed):
+        return dict.fromkeys(COLUMNS) | {
+            "model": "toy",
+            "bits": "none",
+            "text": "shipped",
+            "seed": 0,
+            "configuration": name,
+            "router": router,
+            "parameters": {"k": 4},
+            "avg_experts_heldout": experts,
+            "bytes_per_token": 1e6 * experts,
+            "bits_above_own": bits,
+            "bits_above_own_low": bits - 0.001,
+            "bits_above_own_high": bits + 0.001,
+            "bits_above_static": static,
+            "bits_above_static_low": static - 0.01,
+            "bits_above_static_high": static + 0.01,
+            "tokens_per_s": speed,
+        }
+
+    return [
+        row("own", "topk", 8.0, 0.0, 0.0, 50.0),
+        row("topk-4", "topk", 4.0, 0.1, 0.0, 80.0),
+        row("bh-good", "bh", 4.0, 0.05, -0.05, 70.0),
+        row("bh-like", "bh", 4.0, 0.1, 0.0, 60.0),
+    ]
+
+
+def facts(*parts, **more):
+    machine = {"cpu": "a CPU", "features": ["avx2"], "threads": 2, "started": "now"}
+    said = [
+        {"part": part, "seconds": 81.0, "planned_seconds": 90.0, "cells": 4, "words": "some"}
+        | {"failed": None}
+        for part in parts
+    ]
+    known = {"model": "toy", "bits": None, "dtype": "float32", "machine": machine, "parts": said}
+    known |= {"versions": {"moeprof": "1"}, "command": "moeprof study", "seed": 0}
+    return known | {"store": "out/moeprof.sqlite", "peak_gb": 1.25} | more
+
+
+PARTS = ("calibrate", "profile", "sweep", "compare", "diagnose", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def whole(profile):
+    """Results of all parts but calibrate, which failed."""
+    about = facts(*PARTS, model='a <model> | "x"')
+    about["parts"][0]["failed"] = "the text is too short"
+    return Results(
+        about,
+        profile=profile,
+        sweep=swept_run(),
+        compare=compared_run(0.01),
+        diagnose=diagnosed(),
+        evaluate=evaluated(),
+        grid=grid_rows(),
+    )
+
+
+@pytest.fixture(scope="module")
+def written(whole, tmp_path_factory):
+    """(report, its folder, the Markdown, the page), PNGs and the diagnosis's figures left out."""
+    folder = tmp_path_factory.mktemp("study")
+    for name in ("sweep/bh_routing_report.md", "compare/comparison.json", "profile/index.html"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("x")
+    with pytest.MonkeyPatch.context() as patched:
+        from moeprof.show import pictures
+
+        patched.setattr(pictures, "svg", lambda figure, **_: b"<svg></svg>")
+        patched.setattr(write, "_png", lambda figure: b"png")
+        patched.setattr(Diagnosis, "figures", [])
+        paths = write_report(whole, folder)
+        report = write.make_report(whole, folder)
+    assert all(path.is_file() for path in paths)
+    return report, folder, *((folder / n).read_text() for n in ("report.md", "index.html"))
+
+
+# ---------------------------------------------------------------- the verdict
+
+
+def said(**parts):
+    found = verdict.section(Results(facts(*parts), **parts))
+    return [sentence.text for sentence in found.sentences]
+
+
+@pytest.mark.parametrize(
+    ("shift", "words"),
+    [(-0.05, "beats static top-k"), (0.05, "loses to static top-k"), (0.0, "undecided")],
+)
+def test_the_verdict_says_whether_bh_beats_static(shift, words):
+    lines = said(compare=compared_run(shift))
+    for budget in (4, 6):
+        (best,) = [line for line in lines if line.startswith(f"At {budget} experts")]
+        assert says(best, "bh", words, "KL", "95 % interval", "band")
+    (bh,) = [line for line in lines if line.startswith("BH")]
+    assert bh.count(words) == 2
+
+
+def test_the_best_router_is_the_one_with_the_least_effect():
+    cells = [
+        made_cell(contender=name, budget=budget, shift=shift, seed=budget)
+        for budget in (4, 6)
+        for name, shift in (("bh", 0.02), ("fixed_p", -0.02), ("min_p", 0.01))
+    ]
+    lines = said(compare=made_run(*cells) | {"quantized": []})
+    assert says(lines[0], "fixed_p keeps quality best", "3 routers", "beats")
+    assert says(lines[2], "BH", "loses")
+    assert any(says(line, "Shrinking", "not measured") for line in lines)
+
+
+def test_the_verdict_on_shrinking_has_the_bands_and_who_is_closer():
+    lines = said(compare=compared_run(-0.05))
+    (line,) = [line for line in lines if "fewer bits" in line]
+    assert "in 8 bits" in line and "in 4 bits" in line and "shrinking is closer" in line
+    assert "none closer" in line
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [((0.37, 0.47), "above alpha"), ((0.1, 0.2), "below alpha"), ((0.2, 0.4), "undecided")],
+)
+def test_the_verdict_says_whether_the_p_values_hold(ends, words):
+    lines = said(diagnose=diagnosed(0.3, *ends))
+    assert any(says(line, "p-values", f"[{ends[0]:.2f}, {ends[1]:.2f}]", words) for line in lines)
+    assert any("not tested" in line for line in said(diagnose=diagnosed(None)))
+
+
+@pytest.mark.parametrize(("shift", "count"), [(-0.05, "2 predict"), (0.05, "0 predict")])
+def test_the_verdict_counts_the_settings_of_the_sweep(shift, count):
+    lines = said(sweep=swept_run(shift))
+    assert any(says(line, "3 configurations of the sweep", "2 settings", count) for line in lines)
+
+
+def test_without_compare_the_verdict_is_that_of_evaluate():
+    lines = said(evaluate=evaluated())
+    assert says(lines[0], "bh@4 keeps quality best", "2 configurations", "4.00 experts")
+
+
+def test_without_anything_the_verdict_says_so():
+    lines = said()
+    assert len(lines) == 3
+    assert all("not measured" in line or "no result" in line for line in lines)
+
+
+def test_the_verdict_of_a_grid_alone():
+    results = Results(facts("grid"), grid=grid_rows())
+    (line,) = verdict.section(results).sentences
+    assert says(line.text, "of 2 configurations 1", "better", "bh-good", "0 worse")
+
+
+# ---------------------------------------------------------------- the two files
+
+
+def test_both_files_say_the_same(written):
+    report, _, markdown, page = written
+    read = html.unescape(re.sub("<[^>]+>", "", page))
+    for section in report.sections:
+        assert f"## {section.title}\n" in markdown and section.title in read
+        for sentence in section.sentences:
+            assert sentence.text in markdown
+            assert sentence.text.replace("`", "") in read
+        for shown in section.tables:
+            assert f"{report.names()[shown.key]}. {shown.table.title}" in markdown
+            assert f"{report.names()[shown.key]}. {shown.table.title}" in read
+            for row in shown.table.rows:
+                assert all(cell in read for cell in row)
+        for drawn in section.figures:
+            assert f"figures/{drawn.key}.png" in markdown
+    assert 4 <= len(report.sections[0].sentences) <= 6  # for a person to read first
+
+
+def test_the_page_asks_for_nothing_and_its_links_lead_somewhere(written):
+    _, folder, _, page = written
+    read = Reader(page)
+    assert not {"script", "iframe", "object", "base", "link"} & (set(read.tags) - {"link"})
+    inside = [address[1:] for address in read.asked if address.startswith("#")]
+    assert len(set(read.ids)) == len(read.ids) and set(inside) <= set(read.ids)
+    assert len(inside) > 40 and "http" not in page
+    files = [a for a in read.asked if not a.startswith(("#", "data:"))]
+    assert sorted(files) == [
+        "compare/comparison.json",
+        "profile/index.html",
+        "sweep/bh_routing_report.md",
+    ]
+    assert all((folder / name).is_file() for name in files)
+    assert 'a <model> | "x"' in read.text
+
+
+def test_the_markdowns_links_lead_somewhere(written):
+    _, folder, markdown, _ = written
+    places = set(re.findall(r'<a id="([^"]+)">', markdown))
+    assert set(re.findall(r"\]\(#([^)]+)\)", markdown)) <= places
+    for path in re.findall(r"\]\(([^#)][^)]*)\)", markdown):
+        assert (folder / path).is_file(), path
+    assert 'a <model> \\| "x"' in markdown  # in a table's cell
+
+
+def test_every_figure_of_a_table_leads_to_it_and_back(written):
+    report, _, _, page = written
+    partners = report.partners()
+    assert partners["front-figure"] == "front" and partners["front"] == "front-figure"
+    assert partners["sweep-figure"] == "sweep-settings"
+    heads = re.findall(r'<h3 id="front(?:-figure)?">.*?</h3>', page)
+    assert [re.search(r'href="#([^"]+)"', head)[1] for head in heads] == ["front", "front-figure"]
+
+
+def test_a_part_without_a_result_says_why(written, tmp_path):
+    report, _, _, page = written
+    assert says(re.sub("<[^>]+>", "\n\n", page), "No result: the text is too short.")
+    results = Results(facts("sweep"))
+    text = "\n\n".join(
+        sentence.text
+        for section in write.make_report(results, tmp_path).sections
+        for sentence in section.sentences
+    )
+    assert says(text, "not finished") and text.count("This part was not run.") == 5
+
+
+def test_the_report_of_nothing_is_written(tmp_path):
+    paths = write_report(Results(facts()), tmp_path / "study")
+    assert [path.name for path in paths] == ["report.md", "index.html"]
+
+
+def test_the_report_of_a_grid_has_no_word_of_other_parts(tmp_path):
+    report = write.make_report(Results(facts("grid"), grid=grid_rows()), tmp_path)
+    titles = [section.title for section in report.sections]
+    assert titles[:3] == ["The verdict", "Grid", "What was run"]
+    assert {shown.key for shown in report.sections[1].tables} == {"grid", "grid-front-0"}
+
+
+def test_what_was_run_has_the_time_taken_and_planned(written):
+    report, *_ = written
+    tables = {s.key: s.table for section in report.sections for s in section.tables}
+    row = next(row for row in tables["parts"].rows if row[0] == "sweep")
+    assert row[1:4] == ["81 s", "90 s", "4"]
+    sentences = [s.text for section in report.sections for s in section.sentences]
+    assert any(says(text, "All parts took 8 min", "-10 %") for text in sentences)
+    assert any("moeprof store out/moeprof.sqlite --export result.json" in s for s in sentences)
+    leads = [s.text.partition(":")[0] for s in report.sections[-1].sentences]
+    assert len(set(leads)) == len(leads)  # limits are said once
+
+
+@pytest.mark.drawn
+def test_a_figure_for_paper_does_not_follow_dark_mode():
+    from matplotlib.figure import Figure
+
+    from moeprof.show.pictures import picture, svg
+
+    figure = Figure()
+    figure.subplots().plot([1, 2], color="black")
+    assert b"var(--" in svg(figure) and b"var(--" not in svg(figure, paper=True)
+    assert 'class="picture paper"' in picture(figure, "x", paper=True)
+
+
+@needs_chromium
+def test_a_phone_scrolls_in_the_boxes_only(written, tmp_path):
+    page = tmp_path / "index.html"
+    measure = (
+        "<script>console.error('widths', document.documentElement.scrollWidth, innerWidth)"
+        "</script></body>"
+    )
+    page.write_text(written[3].replace("</body>", measure), encoding="utf-8")
+    ((line,), asked, _) = chromium(page, tmp_path, size="400,3000")
+    scroll, screen = map(int, re.findall(r"\d+", line[line.index("widths") :])[:2])
+    assert scroll == screen <= 500 and asked == set()
