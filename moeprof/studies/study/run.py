@@ -98,7 +98,7 @@ def study_grid(
     write_whole(path, as_csv(grid_frame(rows)))
     said = {"part": "grid", "words": grid.name, "cells": len(rows), "failed": None}
     said |= {"planned_seconds": None, "seconds": round(time.perf_counter() - begun, 1)}
-    about = {"model": ", ".join(grid.models), "bits": None, "dtype": grid.dtype}
+    about: dict[str, Any] = {"model": ", ".join(grid.models), "bits": None, "dtype": grid.dtype}
     about |= {"seed": ", ".join(map(str, grid.seeds)), "command": command, "parts": [said]}
     results = Results(about | _where(store), grid=rows)
     for written in (path, *write_report(results, files.folder)):
