@@ -61,9 +61,13 @@ def apart(
     work: Work, cells: Sequence[Cell], store: Store
 ) -> tuple[list[Cell], list[Cell], list[Cell]]:
     """(finished, to be run side by side, to be run alone) of the cells."""
-    found = [cell for cell in cells if store.find(cell, work.subject) is not None]
-    left = [cell for cell in cells if cell not in found]
-    return found, [c for c in left if not c.alone], [c for c in left if c.alone]
+    found: list[Cell] = []
+    shared: list[Cell] = []
+    alone: list[Cell] = []
+    for cell in cells:
+        done = store.find(cell, work.subject) is not None
+        (found if done else alone if cell.alone else shared).append(cell)
+    return found, shared, alone
 
 
 def check_same(here: Subject, wanted: Subject) -> None:

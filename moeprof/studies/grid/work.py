@@ -113,16 +113,14 @@ class GridWork(Measured):
 
     @property
     def make(self) -> Make:
-        experiment = self.experiment
+        shared = self.experiment.shared
+        del shared["null"]  # each configuration has its own
         return partial(
             GridWork,
             configurations=self.configurations,
             nulls=self.nulls,
-            prompts=experiment.prompts,
-            complexities=experiment.complexities,
-            heldout=experiment.heldout,
             calibration=self.calibration,
-            new_tokens=experiment.new_tokens,
+            **shared,
         )
 
     def times(self, found: Mapping[str, dict[str, Any]], rounds: int, seed: int) -> TimesWork:

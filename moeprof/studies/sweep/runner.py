@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,6 +134,12 @@ class Experiment:
                 f"prompts: one of {longest} tokens, with {self.new_tokens} more to generate, is "
                 f"longer than the {most} positions of the model: shorten it"
             )
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Its fields but the model and tokenizer: the same experiment where these are loaded."""
+        names = [field.name for field in fields(self)]
+        return {name: getattr(self, name) for name in names if name not in ("model", "tokenizer")}
 
     @property
     def steps(self) -> int:

@@ -99,14 +99,9 @@ class SweepWork(Measured):
 
     @property
     def make(self) -> Make:
-        experiment = self.experiment
         return partial(
             make_work,
-            prompts=experiment.prompts,
-            complexities=experiment.complexities,
-            heldout=experiment.heldout,
-            null=experiment.null,
-            new_tokens=experiment.new_tokens,
+            **self.experiment.shared,
             configurations=self.configurations,
             static=self.ks,
             calibration=self.calibration,
