@@ -42,7 +42,8 @@ figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
 .picture { overflow-x: auto; }
 .picture img { width: var(--width); max-width: 100%; height: auto; display: block; }
 @media screen and (prefers-color-scheme: dark) {
-  .paper { background: #fff; padding: .8rem; border-radius: .5rem; }
+  .paper { background: #fff; --faint: #666; padding: .8rem; border-radius: .5rem;
+    margin-bottom: .6rem; }
 }
 .glossary { grid-template-columns: minmax(8rem, max-content) 1fr; font-size: .9rem; }
 .glossary dt { overflow-wrap: anywhere; } .unit { color: var(--faint); }

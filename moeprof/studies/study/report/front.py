@@ -18,7 +18,7 @@ def front(points: Sequence[Sequence[float | None]]) -> list[int]:
     if not whole:
         return []
     values = np.array([points[i] for i in whole], float)  # (n, M)
-    no_more = (values[:, None] <= values).all(axis=2)
-    less = (values[:, None] < values).any(axis=2)
-    dominated = (no_more & less).any(axis=0)
+    no_more = np.all(values[:, None] <= values, axis=2)
+    less = np.any(values[:, None] < values, axis=2)
+    dominated = np.any(no_more & less, axis=0).tolist()
     return [i for i, out in zip(whole, dominated, strict=True) if not out]

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ....show.figures import COLOURS, line_styles, pads, plain, style
 from ...comparison.bytes_read import quantized_name
 from ...comparison.effects import ROUTER, STATIC
@@ -127,8 +129,10 @@ def _of_row(row: Mapping[str, Any], name: str, group: str) -> Point:
         row["avg_experts_heldout"],
         None if read is None else read / 1e6,
         row.get("tokens_per_s"),
-        *(row.get(f"bits_above_own{end}") for end in ("", "_low", "_high")),  # type: ignore[arg-type]
-        joined=group == TOP,
+        row["bits_above_own"],
+        row.get("bits_above_own_low"),
+        row.get("bits_above_own_high"),
+        group == TOP,
     )
 
 
@@ -317,9 +321,16 @@ def _group(
         assert x is not None  # `of` has only those
         if point.low is not None and point.high is not None:
             axis.plot([x, x], [point.low, point.high], color=look["color"], lw=1.6, zorder=2)
-        edge = {"markeredgecolor": "black" if best else "white", "markeredgewidth": 0.8}
-        size = 10 if best else 6
-        axis.plot(x, point.loss, linestyle="", markersize=size, zorder=3 + best, **edge, **look)
+        axis.plot(
+            x,
+            point.loss,
+            linestyle="",
+            markersize=10 if best else 6,
+            zorder=3 + best,
+            markeredgecolor="black" if best else "white",
+            markeredgewidth=0.8,
+            **look,
+        )
     axis.plot([], [], linestyle="", markersize=8, label=plain(group, 32), **look)
 
 
@@ -330,9 +341,10 @@ def _numbers(
     where they would overlap."""
     axis.get_xlim()  # so that the limits are those of what is drawn
     to_axes = axis.transScale + axis.transLimits
-    spots = sorted((*to_axes.transform((cost.of(points[i]), points[i].loss)), i) for i in places)
+    at = [[cost.of(points[place]), points[place].loss] for place in places]
+    spots = to_axes.transform(np.array(at, float)).tolist()
     put: list[tuple[float, float]] = []
-    for x, y, place in sorted(spots, key=lambda spot: -spot[1]):
+    for (x, y), place in sorted(zip(spots, places, strict=True), key=lambda spot: -spot[0][1]):
         at_x, at_y = x - cost.sign * 0.035, y - 0.025
         while any(
             abs(at_x - other) < NEAR_X and abs(at_y - below) < NEAR_Y for other, below in put
