@@ -60,8 +60,7 @@ class StudyPlan(NamedTuple):
 
 NOTE = (
     "Times are of passes that were measured just now, on one window; tokens are counted once for "
-    "each time that they are read. A budget is taken to be found in 2 passes (at most 4), so "
-    "compare and evaluate may take less or more."
+    "each time that they are read. A budget is taken to be found in 2 passes; it may take 1 to 4."
 )
 
 
@@ -90,7 +89,7 @@ def _planned(part: Part, costs: Costs, store: Store) -> PlannedPart:
 
 def in_words(seconds: float) -> str:
     """ "35 s", "12 min", "3 h 20 min"."""
-    if seconds < 100:
+    if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -67,7 +67,7 @@ def study(ground: Ground, store: Store, engine: Engine | None, console: Console)
             run.part(name)
     finally:
         results = run.results()
-        for path in write_report(results, ground.files.folder):
+        for path in write_report(results, ground.files.folder, console):
             console.print(f"Written: {path}")
     if failed := run.failed:
         raise ValueError(
@@ -101,7 +101,7 @@ def study_grid(
     about: dict[str, Any] = {"model": ", ".join(grid.models), "bits": None, "dtype": grid.dtype}
     about |= {"seed": ", ".join(map(str, grid.seeds)), "command": command, "parts": [said]}
     results = Results(about | _where(store), grid=rows)
-    for written in (path, *write_report(results, files.folder)):
+    for written in (path, *write_report(results, files.folder, console)):
         console.print(f"Written: {written}")
     return results
 

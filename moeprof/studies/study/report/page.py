@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,24 @@ h3 { font-size: 1.05rem; margin-top: 1.8rem; }
 """
 
 
-def as_page(report: Report) -> str:
-    """Links lead to the parts' files by relative paths: the page is read in the study's folder."""
+def as_page(report: Report, step: Callable[[], object] = lambda: None) -> str:
+    """Links lead to the parts' files by relative paths: the page is read in the study's folder.
+
+    step : called after each figure
+    """
     names, partners = report.names(), report.partners()
-    parts = [(section.title, _section(section, names, partners)) for section in report.sections]
+    parts = [
+        (section.title, _section(section, names, partners, step)) for section in report.sections
+    ]
     return printable(document(report.title, "", parts, STYLE))
 
 
-def _section(section: Section, names: Mapping[str, str], partners: Mapping[str, str]) -> str:
+def _section(
+    section: Section,
+    names: Mapping[str, str],
+    partners: Mapping[str, str],
+    step: Callable[[], object],
+) -> str:
     lines = "".join(
         f"<li>{_text(sentence.text)}{_link(names, sentence.to)}</li>"
         for sentence in section.sentences
@@ -44,7 +54,9 @@ def _section(section: Section, names: Mapping[str, str], partners: Mapping[str, 
             f'<a href="{escape(path)}">{escape(text)}</a>' for text, path in section.links
         )
         parts.append(f'<p class="note">Files: {files}</p>')
-    parts += [_figure(drawn, names, partners) for drawn in section.figures]
+    for drawn in section.figures:
+        parts.append(_figure(drawn, names, partners))
+        step()
     parts += [_table(shown, names, partners) for shown in section.tables]
     return "\n".join(parts)
 

@@ -9,6 +9,7 @@ from ....measure.machine import in_one_line
 from ...comparison.report import protocol as compare_protocol
 from ...sweep.report import limits as sweep_limits
 from ...sweep.report import protocol as sweep_protocol
+from ..plan import in_words
 from .content import Section, Sentence, Shown, plain_table
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def _parts(parts: list[dict[str, Any]]) -> Table:
     rows = [
         [
             one["part"],
-            _time(one["seconds"]),
-            _time(one.get("planned_seconds")),
+            in_words(one["seconds"]),
+            _planned_time(one),
             _cells(one),
             f"failed: {one['failed']}" if one.get("failed") else str(one.get("words", "")),
         ]
@@ -60,28 +61,24 @@ def _parts(parts: list[dict[str, Any]]) -> Table:
     return made._replace(words=("part", "what"))
 
 
+def _planned_time(part: dict[str, Any]) -> str:
+    seconds = part.get("planned_seconds")
+    return "" if seconds is None else in_words(seconds)
+
+
 def _cells(part: dict[str, Any]) -> str:
     before = part.get("finished_before")
     return f"{part.get('cells', '')}" + (f", {before} of them before" if before else "")
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def _planned(parts: list[dict[str, Any]]) -> Iterator[Sentence]:
     took = sum(one["seconds"] for one in parts)
-    text = f"All parts took {_time(took)}"
+    text = f"All parts took {in_words(took)}"
     known = [one for one in parts if one.get("planned_seconds")]
     if known:
         plan = sum(one["planned_seconds"] for one in known)
         real = sum(one["seconds"] for one in known)
-        text += f"; of those with a plan {_time(real)}, {100 * (real / plan - 1):+.0f} % of it"
+        text += f"; of those with a plan {in_words(real)}, {100 * (real / plan - 1):+.0f} % of it"
     yield Sentence(f"{text}.", "parts")
 
 

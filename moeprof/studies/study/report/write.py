@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....files import check_folder, write_whole
+from ....show.console import make_console, progress
 from . import pareto, parts, ran, verdict
 from .content import Report
 from .markdown import as_markdown
@@ -14,6 +15,7 @@ from .page import as_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
     from .results import Results
 
@@ -21,18 +23,23 @@ if TYPE_CHECKING:
 FIGURES = "figures"
 
 
-def write_report(results: Results, folder: Path) -> list[Path]:
+def write_report(results: Results, folder: Path, console: Console | None = None) -> list[Path]:
     """Write report.md, index.html and figures/*.png; returns their paths.
 
     folder : that of the study, with the parts' own folders, whose files are linked. Each file
-    appears whole or not at all. OSError where the folder can't be written.
+    appears whole or not at all. console : where a bar is shown. OSError where the folder can't
+    be written.
     """
     check_folder(folder / FIGURES)
     report = make_report(results, folder)
     paths = {drawn.key: f"{FIGURES}/{drawn.key}.png" for drawn in report.drawn()}
-    files = {paths[drawn.key]: _png(drawn.figure) for drawn in report.drawn()}
-    files["report.md"] = as_markdown(report, paths).encode()
-    files["index.html"] = as_page(report).encode()
+    files = {}
+    with progress(console or make_console(), 2 * len(paths), "the report") as bar:
+        for drawn in report.drawn():
+            files[paths[drawn.key]] = _png(drawn.figure)
+            bar.step()
+        files["report.md"] = as_markdown(report, paths).encode()
+        files["index.html"] = as_page(report, bar.step).encode()
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_whole(folder / name, data)
