@@ -193,7 +193,7 @@ MUTATIONS = [
              "test_files.py test_null_files.py test_profiler_damage.py"),
     Mutation("moeprof/files/__init__.py", "os.fsync(file.fileno())", "pass",
              "sweep/test_sweep_files.py test_files.py"),
-    Mutation("moeprof/cli/arguments.py", "torch.set_num_threads(arguments.threads)", "pass",
+    Mutation("moeprof/cli/options.py", "torch.set_num_threads(arguments.threads)", "pass",
              "test_cli.py test_cli_models.py"),
     # ---- files of quantised models ----
     Mutation("moeprof/quantizing/sources.py", "names.sort(key=_natural)", "names.sort()",

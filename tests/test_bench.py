@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import fails
 from matplotlib import image
 from matplotlib.colors import to_rgb
 from models import V5
@@ -459,13 +460,7 @@ def test_the_other_figures_are_labelled():
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys):
-    try:
-        code = main(["bench", *arguments])
-    except SystemExit as stopped:
-        code = stopped.code
-    assert code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("moeprof: error: ") and message in lines[0]
+    assert message in fails(capsys, "bench", *arguments)
 
 
 def test_memory_is_checked():

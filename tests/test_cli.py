@@ -14,6 +14,7 @@ import numpy as np
 import pandas
 import pytest
 import transformers
+from commands import fails
 from models import olmoe
 
 import moeprof
@@ -261,20 +262,6 @@ def test_version_and_cpu(capsys):
 
 
 # ---------------------------------------------------------------- what doesn't
-
-
-def fails(capsys, *arguments):
-    """The one line that `moeprof …` says on stderr before it exits with code 2."""
-    capsys.readouterr()
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as stopped:  # argparse
-        code = stopped.code
-    stdout, stderr = capsys.readouterr()
-    assert code == 2
-    assert stdout == ""
-    assert re.fullmatch(r"moeprof: error: [^\n]+\n", stderr)
-    return stderr.removeprefix("moeprof: error: ").rstrip()
 
 
 @pytest.fixture

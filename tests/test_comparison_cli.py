@@ -5,6 +5,7 @@ from collections import Counter
 
 import pandas
 import pytest
+from commands import fails
 
 import moeprof
 from moeprof import demo
@@ -106,12 +107,7 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = main(["compare", *arguments])
-    except SystemExit as exit:
-        code = exit.code
-    error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and message in error
+    assert message in fails(capsys, "compare", *arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from commands import fails
 from models import olmoe
 from wording import says
 
@@ -405,12 +406,7 @@ def test_without_a_folder_or_a_store_nothing_is_kept(tmp_path, capsys, monkeypat
     ],
 )
 def test_bad_input_is_one_line(options, message, capsys):
-    try:
-        code = main(["diagnose", *options])
-    except SystemExit as error:  # argparse
-        code = error.code
-    error = capsys.readouterr().err.strip()
-    assert code == 2 and message in error and error.count("\n") == 0
+    assert message in fails(capsys, "diagnose", *options)
 
 
 def test_intervals_cover(null):

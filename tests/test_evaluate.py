@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from commands import fails
 from letters import Letters
 from models import assert_unchanged, olmoe, snapshot
 
@@ -304,10 +305,5 @@ def test_bad_input_is_one_line_and_writes_nothing(options, words, tmp_path, monk
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "bad.jsonl").write_text('{"text": "one two"}\n{"text": 3}\n')
     there = sorted(tmp_path.iterdir())
-    try:
-        code = main(["evaluate", "--tokens", "100", *options])
-    except SystemExit as stopped:
-        code = stopped.code
-    said = capsys.readouterr().err
-    assert code == 2 and said.count("\n") == 1 and words in said
+    assert words in fails(capsys, "evaluate", "--tokens", "100", *options)
     assert sorted(tmp_path.iterdir()) == there

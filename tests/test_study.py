@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 import transformers
+from commands import fails
 from models import olmoe
 from rich.console import Console
 
 from moeprof import demo, patch
-from moeprof.cli import main
 from moeprof.routers import BH, TopK
 from moeprof.studies.engine.load import COLLECT, DECODE, FIT, KL, LOSS, Load
 from moeprof.studies.store.store import Store
@@ -213,10 +213,10 @@ def test_nulls_are_those_that_are_fitted_one_by_one(ground):
 def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch):
     made, original = ground(parts=["diagnose", "evaluate"]), study_parts.diagnose
 
-    def fails(*args, **kwargs):
+    def broken(*args, **kwargs):
         raise ValueError("no such thing")
 
-    monkeypatch.setattr(study_parts, "diagnose", fails)
+    monkeypatch.setattr(study_parts, "diagnose", broken)
     with pytest.raises(ValueError, match="diagnose: no such thing; the report has the other parts"):
         run(made)
     report = (made.files.folder / "report.md").read_text()
@@ -264,12 +264,6 @@ def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
 )
 def test_bad_input_is_one_line_before_anything_is_run(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(demo, "load", lambda *args: pytest.fail("the model was loaded"))
-        try:
-            code = main(["study", *words])
-        except SystemExit as stopped:
-            code = stopped.code
-    error = capsys.readouterr().err
-    assert code == 2 and said in error and len(error.splitlines()) == 1
+    monkeypatch.setattr(demo, "load", lambda *args: pytest.fail("the model was loaded"))
+    assert said in fails(capsys, "study", *words)
     assert not (tmp_path / "study").exists()

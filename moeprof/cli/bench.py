@@ -6,10 +6,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..bench.settings import DTYPES, FAMILIES, SHAPES, Settings, Shape
-from .arguments import add_threads, integer
+from . import options
 
 if TYPE_CHECKING:
-    from .arguments import Commands
+    from .options import Commands
 
 
 _MOST = 10**6
@@ -75,7 +75,7 @@ def _add_common(parser: argparse.ArgumentParser, tokens: tuple[int, ...], what: 
     )
     parser.add_argument(
         "--repeats",
-        type=integer(1),
+        type=options.integer(1),
         default=15,
         metavar="N",
         help="rounds of each measurement, a third of them above 128 tokens; default: 15",
@@ -87,18 +87,18 @@ def _add_common(parser: argparse.ArgumentParser, tokens: tuple[int, ...], what: 
 
 def _add_dtype_and_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    add_threads(parser)
+    options.add_threads(parser)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     """ "1,4,32" as ascending numbers."""
-    return tuple(sorted({integer(1, _MOST)(part) for part in text.split(",")}))
+    return tuple(sorted({options.integer(1, _MOST)(part) for part in text.split(",")}))
 
 
 def _shape(text: str) -> Shape:
     if text in SHAPES:
         return SHAPES[text]
-    numbers = [integer(1, _MOST)(part) for part in text.split(",")]
+    numbers = [options.integer(1, _MOST)(part) for part in text.split(",")]
     if len(numbers) != 4:
         raise argparse.ArgumentTypeError(
             f"expected E,H,I,K or one of {', '.join(SHAPES)}, got {text!r}"

@@ -12,10 +12,10 @@ from ..models.load import check_model
 from ..null import KINDS, SCORES, Null
 from ..null.fitting import fit_null
 from ..texts.streams import TextFiles
-from .arguments import add_model, load
+from . import options
 
 if TYPE_CHECKING:
-    from .arguments import Commands
+    from .options import Commands
 
 
 def add_calibrate(commands: Commands) -> None:
@@ -25,7 +25,7 @@ def add_calibrate(commands: Commands) -> None:
         help="learn from text which scores are usual, as routers on p-values need (a null)",
         description="Fit null distributions to a model's routers, or add fitted ones up.",
     )
-    add_model(parser)
+    options.add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text",
@@ -75,7 +75,7 @@ def _fitted(arguments: argparse.Namespace) -> Null:
     texts = TextFiles(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
-    model, tokenizer = load(arguments)
+    model, tokenizer = options.load(arguments)
     return fit_null(
         model,
         tokenizer,

@@ -10,29 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ..studies.comparison.plan import TABLES
 from ..studies.comparison.splits import TEST_TOKENS
 from ..texts.windows import BUDGET_TOKENS
-from .arguments import (
-    DEMO,
-    add_budget_tokens,
-    add_documents,
-    add_engine,
-    add_model,
-    add_null,
-    add_number,
-    add_out,
-    add_seed,
-    add_store,
-    command_of,
-    engine_of,
-    integers,
-    load,
-)
+from . import options
 
 if TYPE_CHECKING:
     from ..null.model import Null
     from ..studies.comparison.contenders import Contender
     from ..studies.comparison.work import Comparison
     from ..texts.documents import Text
-    from .arguments import Commands
+    from .options import Commands
 
 
 def add_compare(commands: Commands) -> None:
@@ -40,10 +25,7 @@ def add_compare(commands: Commands) -> None:
     parser = commands.add_parser(
         "compare", help="compare routers at an equal budget of experts, and with static top-k"
     )
-    add_model(parser)
-    add_out(parser, "results")
-    add_store(parser)
-    add_engine(parser)
+    options.add_study_options(parser)
     parser.add_argument(
         "--routers",
         type=_names,
@@ -52,7 +34,7 @@ def add_compare(commands: Commands) -> None:
     )
     parser.add_argument(
         "--budgets",
-        type=integers,
+        type=options.integers,
         metavar="B,B,...",
         help="experts per token; default: 2 to k - 1 (table reduction) and 2 to k (table wide)",
     )
@@ -71,21 +53,21 @@ def add_compare(commands: Commands) -> None:
         "token reads; 8 or 4 for one of them, none to leave this out; default: 8,4, and none "
         "with --bits",
     )
-    add_documents(
+    options.add_documents(
         parser,
         "your own text in place of the shipped one, split by document into what fits the nulls, "
         "sets the budgets and tests",
     )
     held_out = "held-out tokens of the test; shipped are 128 documents, a window of 128 from each"
-    add_number(parser, "--tokens", TEST_TOKENS, held_out, 256, 10**6)
-    add_budget_tokens(parser, BUDGET_TOKENS)
-    add_null(
+    options.add_number(parser, "--tokens", TEST_TOKENS, held_out, 256, 10**6)
+    options.add_budget_tokens(parser, BUDGET_TOKENS)
+    options.add_null(
         parser,
         "a null of `moeprof calibrate` (efron, on logprob, one per layer: what the tables "
         "call efron); it must not have seen the other texts; default: the demo model's own, else "
         "fitted first",
     )
-    add_seed(parser, "of the windows, the controls and the bootstrap")
+    options.add_seed(parser, "of the windows, the controls and the bootstrap")
     parser.set_defaults(run=_run)
 
 
@@ -112,7 +94,7 @@ DEFAULTS = {
 
 def _bits(text: str) -> tuple[int, ...]:
     """Those of "8,4", ascending; () for "none"."""
-    bits = () if text.strip() == "none" else integers(text)
+    bits = () if text.strip() == "none" else options.integers(text)
     if not set(bits) <= set(BITS):
         raise argparse.ArgumentTypeError(f"expected 8, 4, both or none, got {text!r}")
     return bits
@@ -147,11 +129,11 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         check_model(arguments.model)
     files = ComparisonFiles(arguments.out, arguments.store)
-    engine = engine_of(arguments)
-    model, tokenizer = load(arguments)
+    engine = options.engine_of(arguments)
+    model, tokenizer = options.load(arguments)
     comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
     console = make_console()
-    name = DEMO if arguments.model is None else arguments.model
+    name = options.DEMO if arguments.model is None else arguments.model
     compare(comparison, files, _facts(arguments, model, name), console, engine=engine)
 
 
@@ -219,7 +201,7 @@ def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, An
     from ..models.quantized import described_dtype
 
     return {
-        "command": command_of(arguments, DEFAULTS),
+        "command": options.command_of(arguments, DEFAULTS),
         "machine": machine.describe(),
         "model": name,
         "dtype": described_dtype(model),

@@ -11,7 +11,7 @@ from ..backends.cpu import cpu_info
 from ..show.console import WIDTH
 
 if TYPE_CHECKING:
-    from .arguments import Commands
+    from .options import Commands
 
 
 _THREADS = (

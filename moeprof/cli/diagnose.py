@@ -11,20 +11,10 @@ from ..files import check_folder
 from ..models.load import check_model
 from ..show.console import make_console
 from ..texts.windows import HELDOUT_TOKENS
-from .arguments import (
-    add_heldout_text,
-    add_model,
-    add_null,
-    add_number,
-    add_seed,
-    add_store,
-    integer,
-    level,
-    load,
-)
+from . import options
 
 if TYPE_CHECKING:
-    from .arguments import Commands
+    from .options import Commands
 
 
 ALPHA, POSITIONS = 0.3, 1000
@@ -36,8 +26,8 @@ def add_diagnose(commands: Commands) -> None:
         "diagnose",
         help="check whether p-values are what they say, and what BH routing on them selects",
     )
-    add_model(parser)
-    add_null(
+    options.add_model(parser)
+    options.add_null(
         parser,
         'a null of `moeprof calibrate`, "normal" or "softmax"; default: an efron null on '
         "logprob, the demo model's own or fitted first",
@@ -45,11 +35,16 @@ def add_diagnose(commands: Commands) -> None:
     parser.add_argument(
         "--alpha", type=_alpha, default=ALPHA, metavar="A", help="of BH, in (0, 1); default: 0.3"
     )
-    parser.add_argument("--min-k", type=integer(1, 1024), default=1, metavar="K", help="default: 1")
     parser.add_argument(
-        "--max-k", type=integer(1, 1024), metavar="K", help="default: 16, or all experts if fewer"
+        "--min-k", type=options.integer(1, 1024), default=1, metavar="K", help="default: 1"
     )
-    add_number(
+    parser.add_argument(
+        "--max-k",
+        type=options.integer(1, 1024),
+        metavar="K",
+        help="default: 16, or all experts if fewer",
+    )
+    options.add_number(
         parser,
         "--positions",
         POSITIONS,
@@ -57,18 +52,18 @@ def add_diagnose(commands: Commands) -> None:
         0,
         10**6,
     )
-    add_number(parser, "--tokens", HELDOUT_TOKENS, "of the held-out text", 1, 10**6)
-    add_heldout_text(parser)
+    options.add_number(parser, "--tokens", HELDOUT_TOKENS, "of the held-out text", 1, 10**6)
+    options.add_heldout_text(parser)
     parser.add_argument(
         "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
     )
-    add_store(parser, ", and nothing is kept without --out")
-    add_seed(parser, "chooses the windows, the positions and the experts that are added")
+    options.add_store(parser, ", and nothing is kept without --out")
+    options.add_seed(parser, "chooses the windows, the positions and the experts that are added")
     parser.set_defaults(run=_run)
 
 
 def _alpha(text: str) -> float:
-    if (value := level(text)) is None:
+    if (value := options.level(text)) is None:
         raise argparse.ArgumentTypeError(f"expected a number in (0, 1), got {text}")
     return value
 
@@ -89,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         check_folder(arguments.out)
     router = BH(arguments.alpha, min_k=arguments.min_k, max_k=arguments.max_k)
-    model, tokenizer = load(arguments)
+    model, tokenizer = options.load(arguments)
     runnable_blocks(model)  # raises where the model can't be patched
     router.limits(fewest_experts(model))  # raises where the router doesn't fit the model
     if null is None:

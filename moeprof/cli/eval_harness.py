@@ -6,24 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import (
-    DEMO,
-    add_engine,
-    add_model,
-    add_null,
-    add_number,
-    add_out,
-    add_seed,
-    add_store,
-    engine_of,
-    integer,
-    load,
-)
+from . import options
 
 if TYPE_CHECKING:
     from ..null.resolve import AnyNull
     from ..studies.harness.tasks import Tasks
-    from .arguments import Commands
+    from .options import Commands
 
 
 def add_eval_harness(commands: Commands) -> None:
@@ -32,7 +20,7 @@ def add_eval_harness(commands: Commands) -> None:
         "eval-harness",
         help="tasks of lm-evaluation-harness with the model's own router and with others",
     )
-    add_model(parser)
+    options.add_model(parser)
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -50,27 +38,30 @@ def add_eval_harness(commands: Commands) -> None:
         help="run the tasks with this router too: bh:alpha=0.3,max_k=16, or bh@6 for 6 experts per "
         "token on average; may be given several times. The model's own always runs first",
     )
-    add_null(
+    options.add_null(
         parser,
         'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
         "on logprob, of the kind that each router needs, the demo model's own or fitted first",
     )
     parser.add_argument(
-        "--limit", type=integer(1), metavar="N", help="first documents of each task; default: all"
+        "--limit",
+        type=options.integer(1),
+        metavar="N",
+        help="first documents of each task; default: all",
     )
     parser.add_argument(
         "--num-fewshot",
-        type=integer(0, 1000),
+        type=options.integer(0, 1000),
         metavar="N",
         help="examples before each question; default: as the task says. A task that says 0 keeps "
         "it",
     )
     requests = "requests in one call of the model; it doesn't change the results"
-    add_number(parser, "--batch-size", 8, requests, 1, 4096)
-    add_out(parser, "results")
-    add_store(parser)
-    add_engine(parser)
-    add_seed(parser, "chooses the examples before the questions, and the bootstrap draws")
+    options.add_number(parser, "--batch-size", 8, requests, 1, 4096)
+    options.add_out(parser, "results")
+    options.add_store(parser)
+    options.add_engine(parser)
+    options.add_seed(parser, "chooses the examples before the questions, and the bootstrap draws")
     parser.set_defaults(run=_run)
 
 
@@ -91,15 +82,15 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         check_model(arguments.model)
     files = HarnessFiles(arguments.out)
-    engine = engine_of(arguments)
+    engine = options.engine_of(arguments)
     tasks = Tasks(_specs(arguments.tasks), arguments.num_fewshot, arguments.seed)
-    model, tokenizer = load(arguments)
+    model, tokenizer = options.load(arguments)
     contenders = [
         Contender(text, router, budget, _null(model, tokenizer, router, null, arguments.seed))
         for text, (router, budget) in written.items()
     ]
-    options = {"limit": arguments.limit, "batch_size": arguments.batch_size}
-    work = HarnessWork(model, tokenizer, tasks, contenders, **options)
+    asked = {"limit": arguments.limit, "batch_size": arguments.batch_size}
+    work = HarnessWork(model, tokenizer, tasks, contenders, **asked)
     with Store(store_path(arguments.out, arguments.store)) as store:
         run_harness(work, store, files, _facts(arguments, model, tasks), make_console(), engine)
 
@@ -130,7 +121,7 @@ def _facts(arguments: argparse.Namespace, model: Any, tasks: Tasks) -> dict[str,
     from ..models.quantized import described_dtype
 
     return {
-        "model": DEMO if arguments.model is None else arguments.model,
+        "model": options.DEMO if arguments.model is None else arguments.model,
         "weights": described_dtype(model),
         "tasks": list(tasks.loaded),
         "limit": arguments.limit or "all documents",

@@ -10,23 +10,10 @@ from ..models.load import check_model
 from ..routers import REGISTRY
 from ..routers.written import FORM, written_router
 from ..texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS
-from .arguments import (
-    add_budget_tokens,
-    add_engine,
-    add_heldout_text,
-    add_model,
-    add_null,
-    add_number,
-    add_out,
-    add_seed,
-    add_store,
-    engine_of,
-    integer,
-    load,
-)
+from . import options
 
 if TYPE_CHECKING:
-    from .arguments import Commands
+    from .options import Commands
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -37,10 +24,7 @@ def add_evaluate(commands: Commands) -> None:
         description="Perplexity, bits per byte, and KL and agreement with the model's own routing, "
         "on any text, by domain and complexity, with intervals and paired tests.",
     )
-    add_model(parser)
-    add_out(parser, "results")
-    add_store(parser)
-    add_engine(parser)
+    options.add_study_options(parser)
     parser.add_argument(
         "--router",
         action="append",
@@ -51,28 +35,28 @@ def add_evaluate(commands: Commands) -> None:
         help=f"{FORM}; one of {', '.join(sorted(REGISTRY))}; may be given several times, and the "
         "model's own routing always comes first",
     )
-    add_null(
+    options.add_null(
         parser,
         'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
         "on logprob, of the kind that each router needs, the demo model's own or fitted first",
     )
-    add_heldout_text(parser)
-    add_number(parser, "--tokens", HELDOUT_TOKENS, "about so many are scored", 1, 10**8)
+    options.add_heldout_text(parser)
+    options.add_number(parser, "--tokens", HELDOUT_TOKENS, "about so many are scored", 1, 10**8)
     parser.add_argument(
         "--context",
-        type=integer(2, 10**7),
+        type=options.integer(2, 10**7),
         metavar="N",
         help="tokens of a window; default: 2048, or as many positions as the model has",
     )
     parser.add_argument(
         "--stride",
-        type=integer(1, 10**7),
+        type=options.integer(1, 10**7),
         metavar="N",
         help="tokens from the start of a window to that of the next; with fewer than --context "
         "every token has more before it, and more is computed; default: --context",
     )
-    add_budget_tokens(parser, BUDGET_TOKENS)
-    add_seed(parser, "chooses the windows, the bootstrap draws and the sign flips")
+    options.add_budget_tokens(parser, BUDGET_TOKENS)
+    options.add_seed(parser, "chooses the windows, the bootstrap draws and the sign flips")
     parser.set_defaults(run=_run)
 
 
@@ -97,8 +81,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         check_model(arguments.model)
     check_folder(arguments.out)
-    engine = engine_of(arguments)
-    model, tokenizer = load(arguments)
+    engine = options.engine_of(arguments)
+    model, tokenizer = options.load(arguments)
     found = evaluate(
         model,
         tokenizer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import add_model, load
+from . import options
 
 
 def add_inspect(commands: Any) -> None:
@@ -13,7 +13,7 @@ def add_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect", help="show a model's MoE layers, and which of them moeprof can run"
     )
-    add_model(parser)
+    options.add_model(parser)
     parser.set_defaults(run=_run)
 
 
@@ -23,5 +23,5 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.model is not None:
         check_model(arguments.model)
-    model, _ = load(arguments)
+    model, _ = options.load(arguments)
     print(inspect(model))

@@ -17,7 +17,7 @@ from ..routers.written import written_router
 from ..show.console import make_console
 from ..texts.documents import Document
 from ..texts.streams import TextFiles
-from .arguments import add_model, add_null, add_number, add_out, add_seed, add_texts, integer, load
+from . import options
 
 if TYPE_CHECKING:
     from ..null.resolve import AnyNull
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..profile.result import Profile
     from ..profile.run import Plan
     from ..routers.base import Router
-    from .arguments import Commands
+    from .options import Commands
 
 
 TOKENS, CONTINUATIONS, NEW_TOKENS = 8192, 8, 32
@@ -40,8 +40,8 @@ def add_profile(commands: Commands) -> None:
         description="Run a model over text and decode steps and write what its mixture-of-experts "
         "layers did to a folder: index.html, tables, raw counts.",
     )
-    add_model(parser)
-    add_texts(
+    options.add_model(parser)
+    options.add_texts(
         parser,
         "UTF-8; the files' names are the domains. default: the held-out text that ships "
         "with the demo model",
@@ -56,17 +56,17 @@ def add_profile(commands: Commands) -> None:
     parser.add_argument(
         "--patched", action="store_true", help="the model's own router, run in C by moeprof"
     )
-    add_null(
+    options.add_null(
         parser,
         'for a router on p-values: a null of `moeprof calibrate`, or "normal"; default: a '
         "trimmed null on logprob (efron for local_fdr, ebh and expert_threshold), the demo "
         "model's own or fitted first",
     )
-    add_out(parser, "profile")
-    add_number(
+    options.add_out(parser, "profile")
+    options.add_number(
         parser, "--tokens", TOKENS, "about so many tokens as prefills of up to 512", 2, 10**9
     )
-    add_number(
+    options.add_number(
         parser,
         "--continuations",
         CONTINUATIONS,
@@ -74,10 +74,10 @@ def add_profile(commands: Commands) -> None:
         0,
         10**6,
     )
-    add_number(parser, "--new-tokens", NEW_TOKENS, "decode steps of each", 1, 10**6)
+    options.add_number(parser, "--new-tokens", NEW_TOKENS, "decode steps of each", 1, 10**6)
     parser.add_argument(
         "--batch",
-        type=integer(1, 4096),
+        type=options.integer(1, 4096),
         nargs="+",
         default=[1],
         metavar="B",
@@ -97,7 +97,7 @@ def add_profile(commands: Commands) -> None:
         action="store_true",
         help="also measure the loss when one layer takes fewer experts; this takes a while",
     )
-    add_seed(parser, "chooses the passages")
+    options.add_seed(parser, "chooses the passages")
     parser.set_defaults(run=_run)
 
 
@@ -135,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.records is not None:
         check_records(arguments.records)
     documents = heldout_texts() if arguments.text is None else _documents(arguments.text)
-    model, tokenizer = load(arguments)
+    model, tokenizer = options.load(arguments)
     if arguments.router is not None or arguments.patched or arguments.ablation:
         runnable_blocks(model)  # raises where the model can't be patched
     patch = _patch(arguments, model, tokenizer, null)

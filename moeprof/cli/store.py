@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .arguments import Commands
+    from .options import Commands
 
 
 def add_store_command(commands: Commands) -> None:

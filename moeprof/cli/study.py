@@ -11,24 +11,10 @@ from ..studies.comparison.plan import REDUCTION, TABLES
 from ..studies.comparison.splits import TEST_TOKENS
 from ..studies.study.settings import PARTS, POSITIONS, Settings
 from ..texts.windows import BUDGET_TOKENS, CALIBRATION_CHARACTERS
-from .arguments import (
-    DEMO,
-    add_budget_tokens,
-    add_engine,
-    add_heldout_text,
-    add_model,
-    add_number,
-    add_out,
-    add_seed,
-    add_store,
-    command_of,
-    engine_of,
-    integers,
-    load,
-)
+from . import options
 
 if TYPE_CHECKING:
-    from .arguments import Commands
+    from .options import Commands
 
 
 # Of the options that the result depends on.
@@ -63,10 +49,7 @@ def add_study(commands: Commands) -> None:
         description="The whole experiment on one model, into one store and one report. It tells "
         "first how long it will take, and goes on where it was stopped.",
     )
-    add_model(parser)
-    add_out(parser, "study")
-    add_store(parser)
-    add_engine(parser)
+    options.add_study_options(parser, "study")
     parser.add_argument(
         "--grid",
         metavar="FILE",
@@ -87,7 +70,7 @@ def add_study(commands: Commands) -> None:
     )
     parser.add_argument(
         "--budgets",
-        type=integers,
+        type=options.integers,
         metavar="B,B,...",
         help="experts per token that routers are compared at; default: half and three quarters of "
         "the model's own k, which is 4 and 6 of 8",
@@ -106,10 +89,12 @@ def add_study(commands: Commands) -> None:
         help=f"of the comparison, {', '.join(TABLES)}: a token gets the model's own k at most, or "
         "twice that; default: reduction",
     )
-    add_heldout_text(parser)
-    add_number(parser, "--tokens", TEST_TOKENS, "of the held-out text, that a part reads", 2, 10**8)
-    add_budget_tokens(parser, BUDGET_TOKENS)
-    add_number(
+    options.add_heldout_text(parser)
+    options.add_number(
+        parser, "--tokens", TEST_TOKENS, "of the held-out text, that a part reads", 2, 10**8
+    )
+    options.add_budget_tokens(parser, BUDGET_TOKENS)
+    options.add_number(
         parser,
         "--null-characters",
         CALIBRATION_CHARACTERS,
@@ -117,10 +102,10 @@ def add_study(commands: Commands) -> None:
         1000,
         10**9,
     )
-    add_number(
+    options.add_number(
         parser, "--positions", POSITIONS, "at which experts are ablated, 0 for none", 0, 10**6
     )
-    add_seed(parser, "of the windows, the controls and the bootstrap")
+    options.add_seed(parser, "of the windows, the controls and the bootstrap")
     parser.set_defaults(run=_run)
 
 
@@ -155,9 +140,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         check_model(arguments.model)
     files = StudyFiles(arguments.out, arguments.store)
-    engine = engine_of(arguments)
-    model, tokenizer = load(arguments)
-    name = DEMO if arguments.model is None else arguments.model
+    engine = options.engine_of(arguments)
+    model, tokenizer = options.load(arguments)
+    name = options.DEMO if arguments.model is None else arguments.model
     ground = Ground(
         model,
         tokenizer,
@@ -165,7 +150,7 @@ def _run(arguments: argparse.Namespace) -> None:
         files,
         name,
         arguments.bits,
-        command=command_of(arguments, DEFAULTS),
+        command=options.command_of(arguments, DEFAULTS),
     )
     console = make_console()
     with Store(files.store) as store:
@@ -186,15 +171,15 @@ def _run_grid(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: with --grid the file says that")
     grid = Grid.read(arguments.grid)
     files = StudyFiles(arguments.out, arguments.store)
-    engine_of(arguments)  # raises for options that belong to another
+    options.engine_of(arguments)  # raises for options that belong to another
     with Store(files.store) as store:
         study_grid(
             grid,
             files,
             store,
             make_console(),
-            engine=lambda source: engine_of(arguments, source),
-            command=command_of(arguments, DEFAULTS),
+            engine=lambda source: options.engine_of(arguments, source),
+            command=options.command_of(arguments, DEFAULTS),
             device=arguments.device,
             trust_remote_code=arguments.trust_remote_code,
         )

@@ -15,27 +15,12 @@ from ..studies.sweep.grid import ALPHAS, MAX_KS
 from ..texts.documents import read_document, read_documents
 from ..texts.prompts import read_prompts
 from ..texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS, heldout_windows
-from .arguments import (
-    DEMO,
-    add_budget_tokens,
-    add_engine,
-    add_heldout_text,
-    add_model,
-    add_null,
-    add_number,
-    add_out,
-    add_seed,
-    add_store,
-    engine_of,
-    integers,
-    level,
-    load,
-)
+from . import options
 
 if TYPE_CHECKING:
     from ..studies.sweep.files import SweepFiles
     from ..texts.documents import Document
-    from .arguments import Commands
+    from .options import Commands
 
 
 NORMAL = (
@@ -49,17 +34,14 @@ def add_sweep(commands: Commands) -> None:
     parser = commands.add_parser(
         "sweep", help="compare the model's own top-k with 20 settings of BH routing"
     )
-    add_model(parser)
-    add_out(parser, "results")
-    add_store(parser)
-    add_engine(parser)
+    options.add_study_options(parser)
     parser.add_argument(
         "--prompts",
         metavar="FILE",
         help="a prompt a line, after a label (simple, medium, complex, technical) and a TAB or "
         "not; default: twelve that ship with the demo model",
     )
-    add_null(
+    options.add_null(
         parser,
         'a null of `moeprof calibrate`, or "normal" for one without calibration; default: '
         "a trimmed null on logprob: the demo model's own, or fitted first",
@@ -73,7 +55,7 @@ def add_sweep(commands: Commands) -> None:
     )
     parser.add_argument(
         "--max-k",
-        type=integers,
+        type=options.integers,
         default=MAX_KS,
         metavar="K,K,...",
         dest="max_ks",
@@ -82,18 +64,18 @@ def add_sweep(commands: Commands) -> None:
     )
     parser.add_argument(
         "--static",
-        type=integers,
+        type=options.integers,
         metavar="K,K,...",
         help="run static top-k with these k on the held-out text, the line that BH has to beat; "
         "default: 1 to the model's own k",
     )
-    add_heldout_text(parser)
+    options.add_heldout_text(parser)
     parser.add_argument(
         "--null-text",
         metavar="FILE",
         help="text to fit the default null to; default: the shipped calibration text",
     )
-    add_number(
+    options.add_number(
         parser,
         "--tokens",
         HELDOUT_TOKENS,
@@ -101,15 +83,15 @@ def add_sweep(commands: Commands) -> None:
         1,
         10**6,
     )
-    add_budget_tokens(parser, BUDGET_TOKENS)
-    add_seed(parser, "chooses the passages of the shipped text, and the bootstrap draws")
+    options.add_budget_tokens(parser, BUDGET_TOKENS)
+    options.add_seed(parser, "chooses the passages of the shipped text, and the bootstrap draws")
     parser.set_defaults(run=_run)
 
 
 def _alphas(text: str) -> tuple[float, ...]:
     values = []
     for part in text.split(","):
-        if (value := level(part)) is None:
+        if (value := options.level(part)) is None:
             raise argparse.ArgumentTypeError(f"expected numbers in (0, 1), got {part.strip()!r}")
         values.append(value)
     return tuple(sorted(set(values)))
@@ -130,9 +112,9 @@ def _run(arguments: argparse.Namespace) -> None:
     documents = _heldout_documents(arguments.text)
     if arguments.model is not None:
         check_model(arguments.model)
-    engine = engine_of(arguments)
+    engine = options.engine_of(arguments)
     files = SweepFiles(arguments.out, arguments.store)
-    model, tokenizer = load(arguments)
+    model, tokenizer = options.load(arguments)
     seed = arguments.seed
     _check_grid(arguments, experts_of(model)[0])  # raises where the model can't be patched
     heldout = heldout_windows(tokenizer, documents, arguments.tokens, seed)
@@ -145,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> None:
         heldout,
         null,
     )
-    facts |= {"model": DEMO if arguments.model is None else arguments.model, "seed": seed}
+    facts |= {"model": options.DEMO if arguments.model is None else arguments.model, "seed": seed}
     facts["heldout_source"] = "shipped" if arguments.text is None else arguments.text
     facts["null_code"] = repr(arguments.null) if arguments.null else facts["null_code"]
     sweep(

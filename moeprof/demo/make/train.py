@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...cli.arguments import MOST_THREADS, integer
+from ...cli.options import MOST_THREADS, integer
 from ...files import write_whole
 from ...texts.documents import Document
 from .corpus import DOMAINS, read_text, split, write_jsonl

@@ -198,6 +198,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_study_options(parser: argparse.ArgumentParser, out: str = "results") -> None:
+    """Those of every study: of its model, --out, of its store and of its engine."""
+    add_model(parser)
+    add_out(parser, out)
+    add_store(parser)
+    add_engine(parser)
+
+
 def engine_of(arguments: argparse.Namespace, source: Source | None = None) -> Engine:
     """What runs the cells, as the options of `add_engine` say; source: the model that isn't named
     by those of `add_model`."""
