@@ -5,6 +5,7 @@ from numbers import Integral
 from typing import Any
 
 from .. import _C
+from .pages import huge_pages
 
 _MOST_THREADS = 2**31 - 1  # a C int; regions use no more than they have tasks for
 
@@ -19,7 +20,9 @@ def cpu_info() -> dict[str, Any]:
     dict
         ``features``: the CPU features kernels may use, as names of MOEPROF_CPU;
         ``kernels``: {kernel: variant in use}; ``threads``: their number;
-        ``pool``: "openmp" (torch's) or "pthreads" (moeprof's own).
+        ``pool``: "openmp" (torch's) or "pthreads" (moeprof's own); ``huge_pages``: who gets
+        memory in pieces of 2 MB, "always", "madvise" (quantised experts of moeprof do) or
+        "never", "" where the system has no such setting.
     """
     threads = get_num_threads()  # looks for torch's OpenMP, which `pool` tells
     return {
@@ -27,6 +30,7 @@ def cpu_info() -> dict[str, Any]:
         "kernels": {kernel: variant for kernel, variant, _, used in _C.variants() if used},
         "threads": threads,
         "pool": _C.threads()[0],
+        "huge_pages": huge_pages(),
     }
 
 

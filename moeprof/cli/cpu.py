@@ -18,6 +18,13 @@ _THREADS = (
     "{} without torch; a model runs on as many as torch.get_num_threads() says (this command "
     "doesn't import torch)"
 )
+_PAGES = {
+    "always": "always: all weights that are not read from a file in place lie on them",
+    "madvise": "madvise: experts that moeprof quantised lie on them; torch's other tensors do "
+    "where THP_MEM_ALLOC_ENABLE=1 is set (`moeprof inspect` says how much of a model does)",
+    "never": "never: the system gives none",
+    "": "not known on this system",
+}
 _POOL = "{} without torch; a model runs on torch's OpenMP where it can be used"
 
 
@@ -35,6 +42,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _lines(info: dict[str, Any]) -> Iterator[str]:
     """Three columns: what is told, a kernel's name, and the value, in lines of 100 columns."""
     info = info | {"threads": _THREADS.format(info["threads"]), "pool": _POOL.format(info["pool"])}
+    info["huge_pages"] = _PAGES.get(info["huge_pages"], info["huge_pages"])
     rows = []
     for name, value in info.items():
         items = value.items() if isinstance(value, dict) else [("", value)]

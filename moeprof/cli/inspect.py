@@ -18,10 +18,18 @@ def add_inspect(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from ..backends.pages import huge_share
+    from ..models.find import find_sites
     from ..models.inspection import inspect
     from ..models.load import check_model
+    from ..models.sizes import weights_of
 
     if arguments.model is not None:
         check_model(arguments.model)
     model, _ = options.load(arguments)
     print(inspect(model))
+    experts = [site.experts for site in find_sites(model) if site.experts is not None]
+    parts = [part for each in experts for part in each.modules()]
+    share = huge_share(tensor for part in parts for tensor in weights_of(part))
+    if share is not None:
+        print(f"On huge pages: {share:.0%} of the experts' weights (see `moeprof cpu`)")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _C
 from ..backends.cpu import get_num_threads
+from ..backends.pages import advised
 from ..backends.tables import DTYPES, LayerMatrices, Storage, is_packed, sizes_of
 from ..models.quantized import PANEL, QuantizedExperts
 
@@ -88,7 +89,7 @@ def _encoded_kind(
             except ValueError as error:
                 raise ValueError(f"expert {number}, {names[index]}: {error}") from None
             if out is None:
-                out = data.new_empty((len(experts), len(kind), len(data)))
+                out = advised((len(experts), len(kind), len(data)))
             out[number, place] = data
     assert out is not None
     return out

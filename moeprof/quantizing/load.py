@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.pages import advised
 from ..backends.tables import BY_NAME, DTYPES, LayerMatrices, Storage
 from ..models.blocks import Block, find_blocks
 from ..models.load import check_loaded, check_model, reason_of
@@ -303,7 +304,7 @@ def _experts(name: str, source: Source, format: str, errors: list[float]) -> Qua
         except ValueError as error:
             raise ValueError(f"model {name}: {source.name}, expert {number}: {error}") from None
         if number == 0:
-            into, out = (m.new_empty((source.num_experts, *m.shape)) for m in made)
+            into, out = (advised((source.num_experts, *m.shape)) for m in made)
         into[number], out[number] = made
         biases.append(biases_of(read))
         if number == 0 and source.is_mxfp4:
