@@ -24,9 +24,9 @@ from moeprof.bench.settings import FAMILIES, SHAPES, Shape, family_of
 from moeprof.bench.weights import Calls, layer_weights
 from moeprof.cli import main
 from moeprof.measure import limits
-from moeprof.measure.limits import roof
+from moeprof.measure.limits import roof, roof_share
 from moeprof.measure.machine import check_memory
-from moeprof.measure.timing import interleave
+from moeprof.measure.timing import interleave, ratio
 from moeprof.models.families.base import Layout
 from moeprof.routers import make_router
 from moeprof.show.figures import COLOURS, colours, plain
@@ -73,7 +73,9 @@ def check(result, name):
     for row in result["rows"]:
         for times in row["times"].values():
             assert times["best_ms"] <= times["lower_ms"] <= times["median_ms"] <= times["upper_ms"]
-            assert all(value > 0 for value in times.values())
+            each = times["each_ms"]
+            assert min(each) == times["best_ms"] and np.median(each) == times["median_ms"]
+            assert all(value > 0 for value in each)
     signed = ("bh_over_topk_share",)  # a difference
     for key, number in numbers(result):
         assert math.isfinite(number) and (number > 0 or key in signed), key
@@ -351,9 +353,33 @@ def test_roof():
     assert roof(4e9, 1e9, rates) == {"read_ms": 200.0, "gemm_ms": 10.0, "roof_ms": 200.0}
 
 
+def of_rounds(**each):
+    return {name: {"best_ms": min(ms), "each_ms": ms} for name, ms in each.items()}
+
+
+def test_ratios_are_within_the_rounds():
+    """The second round is slow for all; the ratio isn't."""
+    times = of_rounds(ours=[1.0, 10.0, 2.0], other=[1.1, 11.0, 2.4])
+    found = ratio(times, "other", "ours")
+    assert found.median == pytest.approx(1.1) and found.lower == pytest.approx(1.1)
+    assert found.upper == pytest.approx(1.15) and found.quartiles == "1.10-1.15"
+
+
+def test_a_share_of_the_roof_is_of_each_round_and_none_of_a_roof_that_was_beaten():
+    words = torch.zeros(1000, dtype=torch.uint8)
+    times = of_rounds(read=[1.0, 2.0, 1.0], gemm=[1.0, 1.0, 1.0], moeprof=[2.0, 4.0, 2.5])
+    # half of the words are read; next to nothing is computed
+    share = roof_share(times, words, 500, 1, "moeprof")
+    assert share == (0.25, pytest.approx(0.225), 0.25)
+    computed = roof_share(times, words, 1, 2 * limits.SIZE**3, "moeprof")
+    assert computed.median == 0.4  # in each round a whole GEMM: 1 / 2, 1 / 4, 1 / 2.5
+    assert roof_share(times, words, 2001, 1, "moeprof") is None  # read in 2.001 ms at best
+
+
 def times_of(**medians):
     return {
         name: {"median_ms": ms, "best_ms": ms, "lower_ms": ms / 2, "upper_ms": 2 * ms}
+        | {"each_ms": [ms]}
         for name, ms in medians.items()
     }
 
@@ -460,7 +486,7 @@ def test_the_other_figures_are_labelled():
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys):
-    assert message in fails(capsys, "bench", *arguments)
+    assert message in fails(capsys, "bench", *arguments, silent=False)
 
 
 def test_memory_is_checked():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from ..measure.limits import WORDS, limit_calls, rates, roof
+from ..measure.limits import WORDS, limit_calls, rates, roof, roof_share
 from ..measure.timing import interleave, ratio, steps
 from ..show.tables import milliseconds, table
 from . import plots
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from ..measure.timing import Ratio
     from ..show.console import Bar
     from .contenders import Contender
     from .settings import Settings
@@ -64,6 +65,8 @@ def _row(
         "flop": flop,
         "rates": measured,
         "roof": roof(nbytes, flop, measured),
+        "roof_share": roof_share(times, weights.words, nbytes, flop, "moeprof"),
+        "ratios": {name: ratio(times, name, "moeprof") for name in calls},
         "errors": wrong,
         "times": times,
     }
@@ -130,23 +133,27 @@ def tables(result: dict[str, Any]) -> Iterator[Any]:
     columns |= {f"{HEADERS.get(name, name)}\nms": "{:.2f}" for name in names}
     columns |= {
         "other/\nours": "{:.2f}",
+        "quar-\ntiles": "{}",
         "GB/s": "{:.1f}",
         "GFLOP\n/s": "{:.0f}",
         "roof\nms": "{:.2f}",
         "roof/\nours": "{:.2f}",
+        "quar-\ntiles ": "{}",
         "error": "{:.1e}",
     }
     yield table(columns, [_cells(row, names) for row in rows])
     best = [max(row["rates"][rate] for row in rows) for rate in ("read_gbs", "gemm_gflops")]
     yield (
         "hit: experts; ours: moeprof's time, of which are GB/s, GFLOP/s and the error, relative, "
-        "to float64; other: the fastest of the others. The roof of each T is of its own rounds "
-        f"({WORDS}); the best were {best[0]:.1f} GB/s and {best[1]:.0f} GFLOP/s."
+        "to float64; other: the fastest of the others. Ratios are of times of the same round: the "
+        f"median over the rounds and the quartiles. The roof is of {WORDS}; the best were "
+        f"{best[0]:.1f} GB/s and {best[1]:.0f} GFLOP/s. No share of a roof stands where a kernel "
+        "was faster than that."
     )
     skip = result["skipping"]
     yield (
         f"decode at an average of {skip['kept']} experts / decode at {skip['all']}: "
-        f"{skip['ratio']:.3f} (limit {skip['limit']:.3f}, target {skip['target']:.2f})"
+        f"{skip['ratio'].median:.3f}, quartiles {skip['ratio'].quartiles} (limit {skip['limit']:.3f}, target {skip['target']:.2f})"
     )
     for name, reason in result["missing"].items():
         yield f"left out: {name}: {reason}"
@@ -154,18 +161,23 @@ def tables(result: dict[str, Any]) -> Iterator[Any]:
 
 def _cells(row: Mapping[str, Any], names: list[str]) -> list[Any]:
     times, ours = row["times"], row["times"]["moeprof"]["median_ms"]
-    others = [times[name]["median_ms"] for name in names if name != "moeprof"]
+    others = [row["ratios"][name] for name in names if name != "moeprof"]
     return [
         row["tokens"],
         row["experts_hit"],
         *(milliseconds(times, name) for name in names),
-        min(others) / ours if others else None,
+        *_shown(min(others) if others else None),
         row["bytes"] / ours / 1e6,
         row["flop"] / ours / 1e6,
         row["roof"]["roof_ms"],
-        row["roof"]["roof_ms"] / ours,
+        *_shown(row["roof_share"]),
         row["errors"].get("moeprof"),
     ]
+
+
+def _shown(found: Ratio | None) -> tuple[float | None, str | None]:
+    """A ratio in two cells."""
+    return (None, None) if found is None else (found.median, found.quartiles)
 
 
 def figure(result: dict[str, Any]) -> Figure:

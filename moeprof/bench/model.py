@@ -240,7 +240,7 @@ def _costs(times: Times) -> Iterator[str]:
     """What looking on costs, of each kind that was measured."""
     for name, plain in {CALLBACK: PATCHED, **PROFILED}.items():
         if name in times:
-            yield f"{name}: {ratio(times, name, plain) - 1:+.2%}"
+            yield f"{name}: {ratio(times, name, plain).median - 1:+.2%}"
 
 
 def _cells(

@@ -202,9 +202,9 @@ def _times(row: Mapping[str, Any], names: list[str]) -> list[Any]:
 
 
 def _of_ours(row: Mapping[str, Any], ours: list[str]) -> list[Any]:
-    cells = [row["tokens"]]
+    cells: list[Any] = [row["tokens"]]
     for name in ours:
-        times = ratio(row["times"], "moeprof", name)
+        times = ratio(row["times"], "moeprof", name).median
         cells += [times, row["read_share"][name], row["errors"].get(name)]
     return cells
 

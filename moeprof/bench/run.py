@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,8 @@ def _header(settings: Settings, facts: dict[str, Any]) -> Iterator[str]:
     versions = facts["versions"]
     software = ("moeprof", "torch", "transformers")
     yield f"{settings.benchmark}: {machine.in_one_line(facts)}"
+    pages = f"pages of {mmap.PAGESIZE >> 10} KB"
+    yield f"{pages}, huge pages: {facts['huge_pages']}" if facts["huge_pages"] else pages
     yield ", ".join(f"{name} {versions[name]}" for name in software if name in versions)
     long = settings.rounds(129)
     rounds = f"{settings.repeats} round{'s' * (settings.repeats > 1)}"

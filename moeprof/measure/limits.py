@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+from .timing import over_rounds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .timing import Times
+    from .timing import Ratio, Times
 
 
 SIZE = 2048
@@ -37,6 +40,19 @@ def rates(times: Times, words: Tensor) -> dict[str, float]:
         "read_gbs": words.nbytes / times["read"]["best_ms"] / 1e6,
         "gemm_gflops": 2 * SIZE**3 / times["gemm"]["best_ms"] / 1e6,
     }
+
+
+def roof_share(times: Times, words: Tensor, nbytes: float, flop: float, name: str) -> Ratio | None:
+    """How near a contender came to the roof of its own round: 1 is at it.
+
+    None where it was once faster than the best that the limits ever were: then these were
+    measured too low, and a share of them says nothing.
+    """
+    if roof(nbytes, flop, rates(times, words))["roof_ms"] > times[name]["best_ms"]:
+        return None
+    read = np.array(times["read"]["each_ms"]) * nbytes / words.nbytes
+    compute = np.array(times["gemm"]["each_ms"]) * flop / (2 * SIZE**3)
+    return over_rounds(np.maximum(read, compute) / times[name]["each_ms"])
 
 
 def roof(nbytes: float, flop: float, rates: Mapping[str, float]) -> dict[str, float]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from torch import Tensor
 
     from ..show.console import Bar
 
 
-Times = Mapping[str, Mapping[str, float]]  # {contender: {"median_ms", "best_ms", …}}
+# {contender: {"median_ms", "best_ms", …, and of each round "each_ms"}}
+Times = Mapping[str, Mapping[str, Any]]
 
 
 def wait_for(tensor: Tensor) -> None:
@@ -31,7 +33,7 @@ def interleave(
     rounds: int,
     prepare: Callable[[str], Iterable[Any]],
     bar: Bar,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """{name: times} of functions that run once each, in turn, in every round.
 
     Their order is drawn for each round, so that none is always the one after another's caches.
@@ -54,9 +56,11 @@ def interleave(
     return {name: _summary(values) for name, values in seconds.items()}
 
 
-def _summary(seconds: list[float]) -> dict[str, float]:
-    best, lower, median, upper = np.percentile(seconds, [0, 25, 50, 75]) * 1e3
-    return {"median_ms": median, "best_ms": best, "lower_ms": lower, "upper_ms": upper}
+def _summary(seconds: list[float]) -> dict[str, Any]:
+    each = np.multiply(seconds, 1e3)
+    best, lower, median, upper = np.percentile(each, [0, 25, 50, 75]).tolist()
+    times = {"median_ms": median, "best_ms": best, "lower_ms": lower, "upper_ms": upper}
+    return times | {"each_ms": each.tolist()}
 
 
 def steps(rounds: Iterable[int]) -> int:
@@ -64,6 +68,27 @@ def steps(rounds: Iterable[int]) -> int:
     return sum(n + 1 for n in rounds)
 
 
-def ratio(times: Times, name: str, other: str) -> float:
-    """The median of one contender over that of another."""
-    return times[name]["median_ms"] / times[other]["median_ms"]
+class Ratio(NamedTuple):
+    """A ratio within each round: its median over the rounds, and its quartiles.
+
+    What slows a whole round down, such as memory that others use, falls out of it.
+    """
+
+    median: float
+    lower: float
+    upper: float
+
+    @property
+    def quartiles(self) -> str:
+        return f"{self.lower:.2f}-{self.upper:.2f}"
+
+
+def ratio(times: Times, name: str, other: str) -> Ratio:
+    """The time of one contender over that of another."""
+    return over_rounds(np.divide(times[name]["each_ms"], times[other]["each_ms"]))
+
+
+def over_rounds(values: ArrayLike) -> Ratio:
+    """What values of each round come to."""
+    lower, median, upper = np.percentile(np.asarray(values), [25, 50, 75]).tolist()
+    return Ratio(median, lower, upper)
