@@ -153,7 +153,8 @@ def tables(result: dict[str, Any]) -> Iterator[Any]:
     skip = result["skipping"]
     yield (
         f"decode at an average of {skip['kept']} experts / decode at {skip['all']}: "
-        f"{skip['ratio'].median:.3f}, quartiles {skip['ratio'].quartiles} (limit {skip['limit']:.3f}, target {skip['target']:.2f})"
+        f"{skip['ratio'].median:.3f}, quartiles {skip['ratio'].quartiles} "
+        f"(limit {skip['limit']:.3f}, target {skip['target']:.2f})"
     )
     for name, reason in result["missing"].items():
         yield f"left out: {name}: {reason}"
