@@ -12,17 +12,23 @@ from rich.console import Console
 
 from moeprof import demo, patch
 from moeprof.routers import BH, TopK
+from moeprof.studies.comparison.work import Comparison
+from moeprof.studies.diagnosis.work import DiagnosisWork
 from moeprof.studies.engine.load import COLLECT, DECODE, FIT, KL, LOSS, Load
+from moeprof.studies.evaluation.work import EvaluationWork
 from moeprof.studies.store.store import Store
 from moeprof.studies.store.subject import null_digest
 from moeprof.studies.study import parts as study_parts
 from moeprof.studies.study import run as study_run
+from moeprof.studies.study.calibration import CalibrationWork
 from moeprof.studies.study.costs import Costs, Rate
 from moeprof.studies.study.files import StudyFiles
 from moeprof.studies.study.parts import MAKERS, Ground
 from moeprof.studies.study.plan import in_words
+from moeprof.studies.study.profiling import ProfileWork
 from moeprof.studies.study.run import plan_study, study
 from moeprof.studies.study.settings import PARTS, Settings
+from moeprof.studies.sweep.work import SweepWork
 
 QUICK = {"tokens": 300, "budget_tokens": 300, "null_characters": 4000, "positions": 2}
 
@@ -41,12 +47,12 @@ def ground(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(demo, "calibration_halves", lambda: few)  # all are tokenised
     monkeypatch.setattr(demo, "heldout_texts", lambda: documents)
 
-    def make(**changes):
+    def make(top_k=4, **changes):
         model = olmoe(
             vocab_size=len(tokenizer),
             max_position_embeddings=1024,
             initializer_range=0.3,
-            num_experts_per_tok=4,
+            num_experts_per_tok=top_k,
         )
         settings = Settings(**QUICK | {"routers": ["fixed_p"], "budgets": [2]} | changes)
         files = StudyFiles(tmp_path / "study")
@@ -80,8 +86,9 @@ def run(made, engine=None):
 def test_budgets_are_half_and_three_quarters_of_what_the_model_takes():
     assert Settings().budgets_for(8) == [4, 6] and Settings().budgets_for(2) == [1]
     assert Settings().budgets_for(4) == [2, 3] and Settings(budgets=[5]).budgets_for(8) == [5]
-    with pytest.raises(ValueError, match="takes 1 expert, so none can be left out"):
-        Settings().budgets_for(1)
+    assert Settings().budgets_for(1) == []
+    with pytest.raises(ValueError, match="from 1 to 8, which the model takes, got 9, 20"):
+        Settings(budgets=[4, 9, 20]).budgets_for(8)
 
 
 @pytest.mark.parametrize("name, given", [("parts", ["swep"]), ("tables", ["long"]), ("parts", [])])
@@ -138,7 +145,7 @@ def test_the_plan_has_every_cell_and_nothing_is_run(ground):
     assert cells["evaluate"] == 1 + 1 + 3
     assert all(part.seconds > 0 and part.tokens > 0 for part in plan.parts)
     assert all(part.peak_bytes > 0 for part in plan.parts)
-    assert made.nulls == {} and [path.name for path in made.files.folder.iterdir()] != []
+    assert made.nulls == {} and not any((made.files.folder / part).exists() for part in PARTS)
     shown = str(plan)
     assert all(name in shown for name in (*PARTS, "all", "peak memory", "finished"))
 
@@ -154,6 +161,7 @@ def test_times_in_words():
 def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
     results, shown = run(ground())
     folder = ground().files.folder
+    page = (folder / "index.html").read_text()
     assert [part["part"] for part in results.facts["parts"]] == list(PARTS)
     assert all(part["failed"] is None for part in results.facts["parts"])
     assert set(results.nulls) == {"efron", "efron on logit", "trimmed"}
@@ -162,8 +170,8 @@ def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
     assert results.profile.facts["steps"] > 0 and len(results.diagnose.to_frame())
     for part in PARTS:
         assert f"{part} (part {PARTS.index(part) + 1} of 6)" in shown
-        assert (folder / {"calibrate": "nulls"}.get(part, part)).is_dir()
-    assert (folder / "index.html").is_file() and (folder / "report.md").is_file()
+        assert (folder / part).is_dir() and f'href="{part}/' in page
+    assert (folder / "report.md").is_file() and "your own text" not in page
 
     def never(self, cell, step):
         raise AssertionError(f"{cell.name} was run again")
@@ -173,9 +181,11 @@ def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
         plan = plan_study(ground(), store, quiet())
         assert [part.finished for part in plan.parts] == [part.cells for part in plan.parts]
         assert plan.seconds == 0
-    for maker in (study_parts.Comparison, study_parts.CalibrationWork, study_parts.ProfileWork):
-        monkeypatch.setattr(maker, "run", never)
-    again, _ = run(ground())
+    works = (Comparison, DiagnosisWork, EvaluationWork, CalibrationWork, ProfileWork, SweepWork)
+    for work in works:
+        monkeypatch.setattr(work, "run", never)
+    again, _ = run(ground(parts=["evaluate"]))  # the others are finished, so it has them, too
+    assert again.sweep["results"] == results.sweep["results"] and again.diagnose is not None
     assert again.evaluate.measured == results.evaluate.measured
     assert null_digest(again.nulls) == null_digest(results.nulls)
     with Store(folder / "moeprof.sqlite") as store:
@@ -185,7 +195,7 @@ def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
 def test_a_file_that_is_gone_or_changed_is_made_again(ground):
     made = ground(parts=["calibrate"])
     first, _ = run(made)
-    path = made.files.folder / "nulls" / "trimmed.safetensors"
+    path = next((made.files.folder / "calibrate").glob("trimmed-*.safetensors"))
     before = path.read_bytes()
     for spoil in (path.unlink, lambda: path.write_bytes(b"")):
         spoil()
@@ -210,6 +220,86 @@ def test_nulls_are_those_that_are_fitted_one_by_one(ground):
         assert null_digest(results.nulls[name]) == null_digest(one)
 
 
+def test_a_model_that_takes_two_experts_is_compared_with_none(ground):
+    """One of two is a budget for evaluate, and none for the table of the comparison."""
+    made = ground(parts=["compare", "evaluate"], budgets=None, top_k=2)
+    with pytest.raises(ValueError, match="compare: budgets: .+; the report has the other parts"):
+        run(made)
+    report = (made.files.folder / "report.md").read_text()
+    assert "can't be run" in report or "No result: budgets" in report
+    assert "bh@1" in report
+
+
+def test_a_model_that_cannot_be_patched_is_profiled(ground, monkeypatch):
+    def refused(*args, **kwargs):
+        raise ValueError("no logits")
+
+    made = ground(parts=["profile", "evaluate"])
+    monkeypatch.setattr(study_run, "Costs", refused)
+    with pytest.MonkeyPatch.context() as patched:
+        for part in ("calibrate", "evaluate"):
+            patched.setitem(study_run.MAKERS, part, refused)
+        with pytest.raises(ValueError, match="calibrate: no logits; evaluate: no logits"):
+            run(made)
+    assert (made.files.folder / "profile" / "index.html").is_file()
+    assert "no logits" in (made.files.folder / "report.md").read_text()
+
+
+def test_two_studies_with_one_store_have_their_own_files(ground, tmp_path):
+    made = ground(parts=["calibrate"])
+    run(made)
+    other = ground(parts=["calibrate"])
+    other.files = StudyFiles(tmp_path / "other", made.files.store)
+    results, _ = run(other)
+    assert set(results.nulls) == set(study_run.FORMS)
+    with Store(made.files.store) as store:
+        plan = plan_study(ground(parts=["calibrate"]), store, quiet())
+    assert plan.parts[0].is_done
+
+
+def test_other_settings_in_one_folder_leave_each_other_alone(ground):
+    """The nulls of the first are found again after a study with another seed."""
+    run(ground(parts=["calibrate"]))
+    run(ground(parts=["calibrate"], seed=1))
+    with Store(ground().files.store) as store:
+        plan = plan_study(ground(parts=["calibrate"]), store, quiet())
+    assert plan.parts[0].is_done
+
+
+def test_own_texts_are_named(ground):
+    documents = demo.heldout_texts()
+    made = ground(parts=["sweep"], documents=documents, sources=["mine.txt"])
+    results, _ = run(made)
+    assert results.sweep["heldout_source"] == ["mine.txt"]
+
+
+# ---- what cells take ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["sweep", "compare", "diagnose", "evaluate"])
+def test_a_cell_reads_as_many_tokens_as_its_load_says(part, ground, costs):
+    """Counted at the embedding, over all cells; a budget may take other passes than is usual."""
+    made, costs = costs
+    made.nulls = dict(zip(study_run.FORMS, costs.nulls, strict=True))
+    work = MAKERS[part](made).work
+    read = 0
+
+    def count(module, args, output):
+        nonlocal read
+        read += args[0].numel()
+
+    planned = 0.0
+    handle = made.model.get_input_embeddings().register_forward_hook(count)
+    try:
+        for cell in work.cells:  # of those that can be named
+            planned += sum(map(costs.tokens, work.load(cell)))
+            work.run(cell, lambda: None)
+    finally:
+        handle.remove()
+    assert 0.75 < read / planned < 1.33
+
+
 def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch):
     made, original = ground(parts=["diagnose", "evaluate"]), study_parts.diagnose
 
@@ -227,7 +317,7 @@ def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch)
 
 
 def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
-    calls, measure = [], study_parts.CalibrationWork.run
+    calls, measure = [], CalibrationWork.run
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -242,7 +332,7 @@ def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
         calls.append(cell.name)
         return measure(self, cell, step)
 
-    monkeypatch.setattr(study_parts.CalibrationWork, "run", counted)
+    monkeypatch.setattr(CalibrationWork, "run", counted)
     results, _ = run(ground(parts=["evaluate"]))
     assert calls == [] and results.evaluate is not None
 

@@ -120,6 +120,8 @@ def _plain_warnings() -> Iterator[None]:
 
 def _needed(arguments: argparse.Namespace) -> Sequence[str]:
     """The packages that the command will import, asked for before it does anything."""
+    if getattr(arguments, "engine", None) == "ray":
+        return (*checks.ALL, "ray")
     if arguments.command == "store":
         return ("pandas", "rich")
     if arguments.command == "cpu" or getattr(arguments, "merge", None) is not None:

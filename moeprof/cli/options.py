@@ -148,12 +148,17 @@ def source_of(arguments: argparse.Namespace) -> Source:
     )
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) as the options of `add_model` say."""
+def set_threads(arguments: argparse.Namespace) -> None:
+    """Those of --threads, where it is given."""
     if arguments.threads:
         import torch
 
         torch.set_num_threads(arguments.threads)
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) as the options of `add_model` say."""
+    set_threads(arguments)
     return source_of(arguments).load()
 
 

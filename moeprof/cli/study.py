@@ -26,7 +26,6 @@ DEFAULTS = {
     "trust_remote_code": False,
     "threads": None,
     "grid": None,
-    "plan": False,
     "parts": PARTS,
     "budgets": None,
     "routers": None,
@@ -127,6 +126,7 @@ def _run(arguments: argparse.Namespace) -> None:
     settings = Settings(
         parts=arguments.parts,
         documents=None if arguments.text is None else read_documents(arguments.text),
+        sources=arguments.text or (),
         tokens=arguments.tokens,
         budgets=arguments.budgets,
         budget_tokens=arguments.budget_tokens,
@@ -166,10 +166,13 @@ def _run_grid(arguments: argparse.Namespace) -> None:
     from ..studies.study.files import StudyFiles
     from ..studies.study.run import study_grid
 
+    if arguments.plan:
+        raise ValueError("--plan tells of the parts; a grid says what it runs as it begins")
     for name, default in DEFAULTS.items():
         if name not in BESIDE_GRID and getattr(arguments, name) != default:
             raise ValueError(f"--{name.replace('_', '-')}: with --grid the file says that")
     grid = Grid.read(arguments.grid)
+    options.set_threads(arguments)
     files = StudyFiles(arguments.out, arguments.store)
     options.engine_of(arguments)  # raises for options that belong to another
     with Store(files.store) as store:

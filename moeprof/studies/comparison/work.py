@@ -20,11 +20,11 @@ from ...models.blocks import find_blocks, model_norm
 from ...version import __version__
 from ..budget import allocate
 from ..budget.stock import pass_bytes
-from ..engine.load import COLLECT, DECODE, KL, USUAL_PASSES, Load
+from ..engine.load import COLLECT, DECODE, KL, LOSS, USUAL_PASSES, Load
 from ..engine.steps import steps_of
 from ..store.cells import Cell, Subject
 from ..store.subject import subject, text_digest
-from .bytes_read import BytesTable, quantized_name
+from .bytes_read import BytesTable, quantized_bytes, quantized_name
 from .contenders import Nulls
 from .controls import ORACLE_PASSES
 from .effects import ORACLE, QUANTIZED, RANDOM, ROUTER, STATIC, Table
@@ -129,9 +129,9 @@ class Comparison:
 
     @property
     def kept_bytes(self) -> int:
-        return pass_bytes(self.model, self.splits.budget) + sum(
-            reference_bytes(self.model, text) for text in (self.splits.budget, self.splits.test)
-        )
+        texts = self.splits.budget, self.splits.test
+        kept = pass_bytes(self.model, texts[0]) + sum(reference_bytes(self.model, t) for t in texts)
+        return kept + quantized_bytes(self.model, max(self.bits)) if self.bits else kept
 
     def load(self, cell: Cell) -> list[Load]:
         of, role = cell.parameters, cell.parameters["role"]
@@ -144,8 +144,12 @@ class Comparison:
         if role == QUANTIZED:
             return [Load(KL, test, k) for k in range(1, self.top_k + 1)]
         if role == DECODING:
-            return [Load(DECODE, len(self.prompts) * self._timed_at_most() * NEW_TOKENS)]
+            read = sum(ids.shape[1] for ids in self.prompts)
+            new, times = len(self.prompts) * NEW_TOKENS, self._timed_at_most()
+            return [Load(LOSS, times * read), Load(DECODE, times * new)]
         loads, shared = [], of["part"]["allocation"] == "shared"
+        if role == ORACLE:
+            loads.append(Load(COLLECT, budget, 2 * self.top_k))
         for experts in of["part"]["budgets"]:
             if role == ORACLE:  # all experts run, so as to choose among them
                 loads.append(Load(COLLECT, USUAL_PASSES * budget, 2 * self.top_k))

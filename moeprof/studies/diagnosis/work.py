@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ...measure.passes import collect, evaluating
-from ...models.blocks import fewest_experts, find_blocks, own_top_k
+from ...models.blocks import fewest_experts, find_blocks
 from ...null import Null
 from ...routers import FixedP, Router, TopK, make_router
 from ..budget import BudgetError, set_budget
@@ -141,8 +141,11 @@ class DiagnosisWork:
         return sum(map(self.steps, self.cells)) + unknown * len(self.text.windows)
 
     def planned(self) -> list[Cell]:
-        """All that have a name; which routers are ablated beside its own is measured first."""
-        return self.cells
+        """Also the ablations of routers that the cell EQUAL will name."""
+        cells = self.cells
+        if any(cell.name == EQUAL for cell in cells) and EQUAL not in self.found:
+            cells += [self._cell(f"ablation, another {n}", ABLATED) for n in range(OTHERS)]
+        return cells
 
     @property
     def kept_bytes(self) -> int:
@@ -151,20 +154,16 @@ class DiagnosisWork:
     def load(self, cell: Cell) -> list[Load]:
         role, null, router = cell.parameters["role"], self.null, self.router
         if role == TRANSFER:
-            fitted = Load(FIT, self.windows.tokens)
-            return [fitted, Load(LOSS, self.windows.tokens)]
+            bytes_each = sum(d["bytes"] for d in self.windows.documents) / self.windows.tokens
+            fitted_to = sum(len(document.text.encode()) for document in self.for_nulls)
+            return [Load(FIT, fitted_to / bytes_each), Load(LOSS, self.windows.tokens)]
         if role == COMPARED:
-            passes = Load(COLLECT, (1 + USUAL_PASSES) * self.budget.tokens, router, null)
-            return [passes, *OTHERS * self._ablation_load()]  # whose names this cell gives
-        if role == ABLATED:
-            return self._ablation_load()
+            return [Load(COLLECT, (2 + USUAL_PASSES) * self.budget.tokens, router, null)]
+        if role == ABLATED:  # each expert of each layer alone, and it with all after it; one added
+            layers = len(find_blocks(self.model)) * self.positions
+            read = self.text.tokens + self.positions + layers
+            return [Load(LOSS, read, router, self._null_for(router), 2 * layers)]
         return [Load(LOSS, self.text.tokens, router if role == PATCHED else None, null)]
-
-    def _ablation_load(self) -> list[Load]:
-        """Each selected expert of each layer left out, it and all after it, and one added."""
-        null, top_k = self._null_for(self.router), own_top_k(self.model)
-        copies = self.positions * len(find_blocks(self.model)) * 2 * top_k
-        return [Load(LOSS, self.text.tokens + copies, self.router, null)]
 
     def run(self, cell: Cell, step: Step) -> dict[str, Any]:
         begun = time.perf_counter()

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from .work import Work
-
 if TYPE_CHECKING:
     import os
 
     from ...null.resolve import AnyNull
     from ...routers.base import Router
-    from ..store.cells import Cell
+    from ..store.cells import Cell, Subject
 
 
 # Kinds of passes: for the loss; with the KL from the unchanged model; of the layers alone, whose
@@ -27,19 +25,28 @@ class Load(NamedTuple):
 
     experts : per token, the model's own k for None; a router takes what it takes
     null : what the router's p-values are measured against
+    each : tokens for each expert of a token, beside the others
     """
 
     kind: str
     tokens: float
     experts: float | Router | None = None
     null: AnyNull | os.PathLike[str] | str | None = None
+    each: float = 0
 
 
-class Loaded(Work, Protocol):
-    """Work that can tell what it takes.
+class Loaded(Protocol):
+    """Cells that can tell what they take.
 
+    subject, cells : as of Work
     kept_bytes : of memory beside the model, for as long as the cells are run
     """
+
+    @property
+    def subject(self) -> Subject: ...
+
+    @property
+    def cells(self) -> Sequence[Cell]: ...
 
     @property
     def kept_bytes(self) -> int: ...

@@ -91,8 +91,11 @@ class EvaluationWork:
         _, router, budget, null = self._by_name[cell.name]
         if budget is None:
             return [Load(KL, self.text.tokens, router, null)]
-        passes = Load(COLLECT, USUAL_PASSES * self.calibration.tokens, budget)
-        return [passes, Load(KL, self.text.tokens, budget)]
+        tokens, shared = self.calibration.tokens, []
+        if cell.name == next(one.name for one in self.configurations if one.budget is not None):
+            shared = [Load(COLLECT, tokens)]  # the stock model's pass, which all share
+        passes = Load(COLLECT, USUAL_PASSES * tokens, budget)
+        return [*shared, passes, Load(KL, self.text.tokens, budget)]
 
     @cached_property
     def subject(self) -> Subject:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -40,11 +42,26 @@ def subject(model: nn.Module, text: str, null: AnyNulls | Mapping[str, AnyNulls]
     return Subject(model_digest(model), text, null_digest(null), code_version())
 
 
+_digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Within it the model is taken to stay as it is: its weights are read for a digest once."""
+    _digests[model] = model_digest(model)
+    try:
+        yield
+    finally:
+        del _digests[model]
+
+
 def model_digest(model: nn.Module) -> str:
     """SHA-256 over the config and every weight, in whatever format it is kept.
 
     It reads the whole model once: about a second for 2 GB on a CPU of 2021.
     """
+    if model in _digests:
+        return _digests[model]
     config = getattr(model, "config", None)
     described = as_json(config.to_dict()) if config is not None else type(model).__name__
     for name in ("_name_or_path", "transformers_version"):  # where it lay, and who read it

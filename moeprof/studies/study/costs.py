@@ -84,7 +84,10 @@ class Costs:
 
     def seconds(self, load: Load) -> float:
         """What a Load takes."""
-        return load.tokens * self.rates[load.kind].at(self.experts(load))
+        return self.tokens(load) * self.rates[load.kind].at(self.experts(load))
+
+    def tokens(self, load: Load) -> float:
+        return load.tokens + load.each * (self.experts(load) if load.each else 0)
 
     def experts(self, load: Load) -> float:
         """Experts per token: of a router as it would choose on the logits that were measured."""
@@ -131,7 +134,7 @@ class Costs:
 
         at_own = timed(patched(loss, own), size)
         few = 1 if own > 1 else 2
-        each = (at_own - timed(patched(loss, few), size)) / (own - few)
+        each = max((at_own - timed(patched(loss, few), size)) / (own - few), 0.0)
         found: list[Pass] = []
         collected = timed(lambda: found.append(collect(model, self.text, TopK(own))), size)
         self._passed = found[-1]
@@ -162,7 +165,7 @@ class Costs:
 
         own, few = self.top_k, 1 if self.top_k > 1 else 2
         at_own = decoding(own)
-        each = (at_own - decoding(few)) / (own - few)
+        each = max((at_own - decoding(few)) / (own - few), 0.0)
         self.rates[DECODE] = Rate(at_own - each * own, each)
         self.rates[STOCK_DECODE] = Rate(decoding(None), 0.0)
 

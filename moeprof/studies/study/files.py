@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...files import check_folder
-from ..engine.engine import Listener
 from ..engine.load import Loaded
-from ..engine.serial import Serial
+from ..engine.serial import PAUSE
 from ..store.store import store_path
 
 if TYPE_CHECKING:
+    from ..store.cells import Cell
     from ..store.store import Store
 
 
@@ -38,9 +39,15 @@ class StudyFiles:
 
 
 class FilesWork(Loaded, Protocol):
-    """Work of one cell, whose result names what it wrote to `folder`: {"files": `digests`, …}."""
+    """One cell, whose result names what it wrote to `folder`: {"files": `digests`, …}.
+
+    It is run in the command's own process. The folder is among its parameters: of two studies with
+    one store each has its own files.
+    """
 
     folder: Path
+
+    def run(self, cell: Cell, step: Callable[[], object]) -> dict[str, Any]: ...
 
 
 def digests(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
@@ -48,18 +55,23 @@ def digests(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): _digest(path) for path in paths}
 
 
-def run_files(
-    work: FilesWork, store: Store, step: Callable[[], object] = lambda: None
-) -> dict[str, Any]:
-    """The result of its cell, run again where its files aren't there as they were written."""
+def finished(work: FilesWork, store: Store) -> dict[str, Any] | None:
+    """The result of its cell, or None where that, or one of the files as written, isn't there."""
     (cell,) = work.cells
     found = store.find(cell, work.subject)
-    if found is not None and not _intact(work.folder, found["files"]):
+    return found if found is not None and _intact(work.folder, found["files"]) else None
+
+
+def run_files(work: FilesWork, store: Store) -> dict[str, Any]:
+    """The result of its cell; it is run unless it is finished."""
+    (cell,) = work.cells
+    if finished(work, store) is None:
         store.forget(cell, work.subject)
-    results: list[dict[str, Any]] = []
-    listener = Listener(done=lambda cell, result, ran: results.append(result), step=step)
-    Serial().run(work, [cell], store, listener)
-    return results[0]
+    while True:
+        result = store.run(cell, work.subject, lambda: work.run(cell, lambda: None))
+        if result is not None:
+            return result
+        time.sleep(PAUSE)  # another process writes them
 
 
 def _intact(folder: Path, files: dict[str, str]) -> bool:

@@ -14,6 +14,7 @@ from ...models.quantized import described_dtype
 from ...models.tokens import prompt_ids
 from ...profile.result import Profile
 from ...routers import BH
+from ...texts.documents import Document
 from ...texts.windows import calibration_passages, heldout_windows
 from ..budget.stock import budget_text
 from ..comparison.compare import compare
@@ -27,7 +28,7 @@ from ..evaluation.run import evaluate, evaluation_work
 from ..sweep.files import SweepFiles
 from ..sweep.run import sweep, sweep_work
 from ..sweep.runner import Experiment
-from .calibration import CalibrationWork, read_nulls
+from .calibration import CalibrationWork
 from .files import run_files
 from .profiling import ProfileWork
 
@@ -37,12 +38,11 @@ if TYPE_CHECKING:
 
     from ...checks import Tokenizer
     from ...null.model import Null
-    from ...texts.documents import Document
     from ...texts.windows import HeldOut
     from ..engine.engine import Engine
     from ..engine.load import Loaded
     from ..store.store import Store
-    from .files import StudyFiles
+    from .files import FilesWork, StudyFiles
     from .settings import Settings
 
 
@@ -89,34 +89,52 @@ class Ground:
     def budgets(self) -> list[int]:
         return self.settings.budgets_for(experts_of(self.model)[1])
 
+    @cached_property
+    def passages(self) -> list[str]:
+        """What nulls are fitted to."""
+        settings, half = self.settings, demo.calibration_halves()[0]
+        return calibration_passages(half, settings.null_characters, settings.seed)
+
+    def null(self, name: str) -> Null:
+        """ValueError where the part calibrate gave none."""
+        if name not in self.nulls:
+            raise ValueError("it needs the nulls of the part calibrate, which there are none of")
+        return self.nulls[name]
+
 
 Run = Callable[["Store", "Engine", "Console"], Any]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part: `work` is what it has to run, and `run` runs it and writes its files."""
+    """A part: `work` is what it has to run, and `run` runs it and writes its files.
+
+    files : the work, where its result are files
+    """
 
     name: str
     words: str
     work: Loaded
     run: Run
+    files: FilesWork | None = None
+
+
+def calibration_of(ground: Ground) -> CalibrationWork:
+    """What the part calibrate runs."""
+    asked = ground.model, ground.tokenizer, ground.passages
+    return CalibrationWork(*asked, ground.files.of("calibrate"), ground.progress)
 
 
 def calibrate_part(ground: Ground) -> Part:
-    settings = ground.settings
-    texts = demo.calibration_halves()[0]
-    passages = calibration_passages(texts, settings.null_characters, settings.seed)
-    folder = ground.files.of("nulls")
-    work = CalibrationWork(ground.model, ground.tokenizer, passages, folder, ground.progress)
+    work = calibration_of(ground)
 
     def run(store: Store, engine: Engine, console: Console) -> dict[str, Null]:
         for line in run_files(work, store)["words"].values():
             console.print(line)
-        ground.nulls = read_nulls(folder)
+        ground.nulls = work.read()
         return ground.nulls
 
-    return Part("calibrate", "null distributions of the router's scores", work, run)
+    return Part("calibrate", "null distributions of the router's scores", work, run, work)
 
 
 def profile_part(ground: Ground) -> Part:
@@ -130,11 +148,12 @@ def profile_part(ground: Ground) -> Part:
         profile.print_summary()
         return profile
 
-    return Part("profile", "what the experts do as the model is", work, run)
+    return Part("profile", "what the experts do as the model is", work, run, work)
 
 
 def sweep_part(ground: Ground) -> Part:
-    prompts, null = demo.prompts(), ground.nulls[TRIMMED]
+    settings = ground.settings
+    prompts, null = demo.prompts(), ground.null(TRIMMED)
     experiment = Experiment(
         ground.model,
         ground.tokenizer,
@@ -145,11 +164,11 @@ def sweep_part(ground: Ground) -> Part:
     )
     facts = {
         "model": ground.name,
-        "seed": ground.settings.seed,
+        "seed": settings.seed,
         "null": null.describe(),
         "null_source": "It was fitted in the part calibrate.",
-        "null_code": repr(str(ground.files.of("nulls") / f"{TRIMMED}.safetensors")),
-        "heldout_source": "shipped" if ground.settings.documents is None else "given",
+        "null_code": repr(str(calibration_of(ground).path(TRIMMED))),
+        "heldout_source": "shipped" if settings.documents is None else list(settings.sources),
     }
 
     def run(store: Store, engine: Engine, console: Console) -> dict[str, Any]:
@@ -174,10 +193,14 @@ def sweep_part(ground: Ground) -> Part:
 def compare_part(ground: Ground) -> Part:
     settings, model = ground.settings, ground.model
     num_experts, top_k = experts_of(model)
-    null, budget = demo.calibration_halves()
+    ground.null(EFRON)
+    passages = (
+        Document("calibration", f"passage {number}", text)
+        for number, text in enumerate(ground.passages, 1)
+    )
     splits = make_splits(
         ground.tokenizer,
-        {"null": null, "budget": budget, "test": ground.documents},
+        {"null": list(passages), "budget": demo.calibration_halves()[1], "test": ground.documents},
         budget_tokens=settings.budget_tokens,
         tokens=settings.tokens,
         seed=settings.seed,
@@ -211,7 +234,7 @@ def compare_part(ground: Ground) -> Part:
 
 
 def diagnose_part(ground: Ground) -> Part:
-    settings, null = ground.settings, ground.nulls[EFRON]
+    settings, null = ground.settings, ground.null(EFRON)
     asked: Mapping[str, Any] = {
         "texts": ground.documents,
         "calibration": _shortened(settings.null_characters),
@@ -239,7 +262,7 @@ def evaluate_part(ground: Ground) -> Part:
     routers += [f"{name}@{budget}" for budget in ground.budgets for name in AT_BUDGET]
     asked: Mapping[str, Any] = {
         "texts": ground.documents,
-        "null": ground.nulls[TRIMMED],
+        "null": ground.null(TRIMMED),
         "tokens": settings.tokens,
         "budget_tokens": settings.budget_tokens,
         "seed": settings.seed,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...measure.machine import peak_memory
 from ...show.console import WIDTH, text_console
 from ...show.tables import table
 from ..engine.staged import Staged, recall
+from .files import finished
 
 if TYPE_CHECKING:
     from ..store.store import Store
@@ -18,14 +18,22 @@ if TYPE_CHECKING:
 
 
 class PlannedPart(NamedTuple):
-    """A part; cells and finished: how many; tokens, seconds: of those that aren't finished."""
+    """A part; cells and finished: how many; tokens, seconds: of those that aren't finished.
+
+    failed : why it can't be run, or None
+    """
 
     name: str
-    cells: int
-    finished: int
-    tokens: float
-    seconds: float
-    peak_bytes: float
+    cells: int = 0
+    finished: int = 0
+    tokens: float = 0
+    seconds: float = 0
+    peak_bytes: float = 0
+    failed: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.failed is None and self.finished == self.cells
 
 
 class StudyPlan(NamedTuple):
@@ -40,48 +48,53 @@ class StudyPlan(NamedTuple):
     def __str__(self) -> str:
         forms = {"cells": "{}", "finished": "{}", "tokens": "{:,.0f}", "time": "{:>12}"}
         columns = {"part": "{}", **forms, "peak memory": "{:.1f} GB"}
-        whole = PlannedPart(
-            "all",
-            sum(part.cells for part in self.parts),
-            sum(part.finished for part in self.parts),
-            sum(part.tokens for part in self.parts),
-            self.seconds,
-            max(part.peak_bytes for part in self.parts),
-        )
+        known = [part for part in self.parts if part.failed is None]
         rows = [
             (p.name, p.cells, p.finished, p.tokens, in_words(p.seconds), p.peak_bytes / 1e9)
-            for p in [*self.parts, whole]
+            for p in [*known, _whole(known)]
         ]
         file = io.StringIO()
         text_console(file, WIDTH).print(table(columns, rows))
-        lines = [line.rstrip() for line in file.getvalue().splitlines()]
-        return "\n".join([*lines, "", NOTE])
+        lines = [line.rstrip() for line in file.getvalue().strip("\n").splitlines()]
+        failed = [f"{p.name} can't be run: {p.failed}" for p in self.parts if p.failed]
+        return "\n".join([*lines, *failed, NOTE])
 
 
 NOTE = (
-    "Times are of passes that were measured just now, on one window; tokens are counted once for "
-    "each time that they are read. A budget is taken to be found in 2 passes; it may take 1 to 4."
+    "Times are of passes that were measured just now, on one window, in one process. Tokens are "
+    "counted each time that they are read. A budget is taken to be found in 2 passes; it may take "
+    "1 to 4."
 )
 
 
-def plan(parts: Iterable[Part], costs: Costs, store: Store) -> StudyPlan:
-    """A StudyPlan of parts; what is in the store is finished."""
-    return StudyPlan([_planned(part, costs, store) for part in parts])
+def _whole(parts: list[PlannedPart]) -> PlannedPart:
+    """All of them together."""
+    return PlannedPart(
+        "all",
+        sum(part.cells for part in parts),
+        sum(part.finished for part in parts),
+        sum(part.tokens for part in parts),
+        sum(part.seconds for part in parts),
+        max((part.peak_bytes for part in parts), default=0),
+    )
 
 
-def _planned(part: Part, costs: Costs, store: Store) -> PlannedPart:
+def plan_part(part: Part, costs: Costs, store: Store) -> PlannedPart:
+    """A PlannedPart; what is in the store is finished."""
     work = part.work
     if isinstance(work, Staged):
         recall(work, store)
     cells = work.planned()
     named = {cell.name for cell in work.cells}  # of the others a result has to say more
     left = [c for c in cells if c.name not in named or store.find(c, work.subject) is None]
+    if part.files is not None and finished(part.files, store) is None:
+        left = list(cells)
     loads = [load for cell in left for load in work.load(cell)]
     return PlannedPart(
         part.name,
         len(cells),
         len(cells) - len(left),
-        sum(load.tokens for load in loads),
+        sum(map(costs.tokens, loads)),
         sum(map(costs.seconds, loads)),
         peak_memory() + work.kept_bytes,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from ...checks import Tokenizer
     from ...texts.documents import Text
-    from ..engine.work import Make
     from ..store.cells import Cell, Subject
 
 
@@ -29,7 +28,7 @@ CONTINUATIONS, NEW_TOKENS = 8, 32
 
 
 class ProfileWork(Measured):
-    """A profile as `Work` of one cell, which writes it to `folder`."""
+    """A profile: one cell, which writes it to `folder`."""
 
     kind = "profile"
     kept_bytes = 0
@@ -45,7 +44,6 @@ class ProfileWork(Measured):
     ) -> None:
         super().__init__()
         self.model, self.folder = model, folder
-        self.texts, self.tokens, self.seed = texts, tokens, seed
         self.plan = plan(
             tokenizer,
             texts,
@@ -56,10 +54,12 @@ class ProfileWork(Measured):
             seed=seed,
         )
         decoded = self.plan.prompts * self.plan.new_tokens
-        read = self.plan.text.tokens + self.plan.prompts * PROMPT
+        first = self.plan.text.windows[0].ids.shape[1]  # is run once more, uncounted
+        read = first + self.plan.text.tokens + self.plan.prompts * PROMPT
         load = [Load(STOCK, read), Load(STOCK_DECODE, decoded)]
-        asked = {"prompts": self.plan.prompts, "new_tokens": self.plan.new_tokens}
-        self.cells = [self.cell("profile", self._measure, 0, load, alone=True, **asked)]
+        asked: dict[str, Any] = {"prompts": self.plan.prompts, "new_tokens": self.plan.new_tokens}
+        asked["folder"] = str(folder.resolve())
+        self.cells = [self.cell("profile", self._measure, 0, load, **asked)]
 
     @cached_property
     def subject(self) -> Subject:
@@ -67,12 +67,6 @@ class ProfileWork(Measured):
 
     def planned(self) -> Sequence[Cell]:
         return self.cells
-
-    @property
-    def make(self) -> Make:
-        return partial(
-            ProfileWork, texts=self.texts, tokens=self.tokens, seed=self.seed, folder=self.folder
-        )
 
     def _measure(self, step: Callable[[], object]) -> dict[str, Any]:
         limits = roofline(self.model) if device_of(self.model).type == "cpu" else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, write_whole
@@ -16,16 +16,18 @@ from ..engine.engine import announce_store
 from ..engine.serial import Serial
 from ..grid import grid_frame, run_grid
 from ..store.store import Store
-from .calibration import read_nulls
+from ..store.subject import unchanged
 from .costs import Costs
-from .parts import MAKERS, Ground
-from .plan import StudyPlan, in_words, plan
+from .files import finished
+from .parts import MAKERS, Ground, calibration_of
+from .plan import PlannedPart, StudyPlan, in_words, plan_part
 from .report import Results, write_report
 from .settings import PARTS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ...null.model import Null
     from ..engine.engine import Engine
     from ..grid.settings import Grid
     from ..source import Source
@@ -33,42 +35,71 @@ if TYPE_CHECKING:
 
 
 def plan_study(ground: Ground, store: Store, console: Console) -> StudyPlan:
-    """A StudyPlan, from a short measurement; nothing of the study is run.
+    """A StudyPlan of what was asked for, and of what is finished; nothing of the study is run.
 
-    Before nulls are fitted, those of the measurement stand for them.
+    Times are of a short measurement; before nulls are fitted, those of it stand for them.
+    ValueError for budgets that the model can't have.
     """
-    forms = [Form(*form) for form in FORMS.values()]
-    costs = Costs(ground.model, ground.tokenizer, ground.heldout, forms, console)
-    first = MAKERS["calibrate"](ground)
-    with suppress(OSError, ValueError):
-        if all(store.find(cell, first.work.subject) for cell in first.work.cells):
-            ground.nulls = read_nulls(ground.files.of("nulls"))
-    nulls = ground.nulls or dict(zip(FORMS, costs.nulls, strict=True))
-    ground.nulls = nulls
+    _ = ground.budgets
+    with unchanged(ground.model), _nulls_kept(ground):
+        try:
+            forms = [Form(*form) for form in FORMS.values()]
+            costs = Costs(ground.model, ground.tokenizer, ground.heldout, forms, console)
+            ground.nulls = _fitted(ground, store) or dict(zip(FORMS, costs.nulls, strict=True))
+        except ValueError as error:
+            return StudyPlan([PlannedPart(name, failed=str(error)) for name in asked(ground)])
+        parts = [_planned(name, ground, costs, store) for name in PARTS]
+        return StudyPlan([p for p in parts if p.name in asked(ground) or p.is_done])
+
+
+@contextmanager
+def _nulls_kept(ground: Ground) -> Iterator[None]:
+    """The nulls of a Ground are afterwards as they were."""
+    before = ground.nulls
     try:
-        return plan([MAKERS[name](ground) for name in _parts(ground)], costs, store)
+        yield
     finally:
-        ground.nulls = {}
+        ground.nulls = before
+
+
+def _fitted(ground: Ground, store: Store) -> dict[str, Null] | None:
+    """The nulls, where they are fitted already."""
+    work = calibration_of(ground)
+    return None if finished(work, store) is None else work.read()
+
+
+def _planned(name: str, ground: Ground, costs: Costs, store: Store) -> PlannedPart:
+    try:
+        return plan_part(MAKERS[name](ground), costs, store)
+    except ValueError as error:
+        return PlannedPart(name, failed=str(error))
+
+
+def asked(ground: Ground) -> list[str]:
+    """The parts in the order in which they are run; others need the nulls of calibrate."""
+    return [name for name in PARTS if name == "calibrate" or name in ground.settings.parts]
 
 
 def study(ground: Ground, store: Store, engine: Engine | None, console: Console) -> Results:
     """Run the parts of a Ground, each into its folder, and write the report.
 
-    What is finished stays in the store, where the same call finds it. A part that can't be run is
+    What is finished stays in the store, where the same call finds it; parts that weren't asked for
+    are in the report, too, where all of their cells are finished. A part that can't be run is
     said, and the others are run: ValueError at the end. When it is interrupted, the report is of
-    what is finished, and KeyboardInterrupt goes on.
+    the parts that are finished, and KeyboardInterrupt goes on.
     """
     announce_store(console, store)
     planned = plan_study(ground, store, console)
     console.print(str(planned))
     run = _Run(ground, store, engine or Serial(), console, planned)
-    try:
-        for name in _parts(ground):
-            run.part(name)
-    finally:
-        results = run.results()
-        for path in write_report(results, ground.files.folder, console):
-            console.print(f"Written: {path}")
+    with unchanged(ground.model):
+        try:
+            for part in planned.parts:
+                run.part(part)
+        finally:
+            results = run.results()
+            for path in write_report(results, ground.files.folder, console):
+                console.print(f"Written: {path}")
     if failed := run.failed:
         raise ValueError(
             "; ".join(f"{name}: {why}" for name, why in failed.items())
@@ -98,7 +129,7 @@ def study_grid(
     write_whole(path, as_csv(grid_frame(rows)))
     said = {"part": "grid", "words": grid.name, "cells": len(rows), "failed": None}
     said |= {"planned_seconds": None, "seconds": round(time.perf_counter() - begun, 1)}
-    about: dict[str, Any] = {"model": ", ".join(grid.models), "bits": None, "dtype": grid.dtype}
+    about: dict[str, Any] = {"model": ", ".join(grid.models), "dtype": grid.dtype}
     about |= {"seed": ", ".join(map(str, grid.seeds)), "command": command, "parts": [said]}
     results = Results(about | _where(store), grid=rows)
     for written in (path, *write_report(results, files.folder, console)):
@@ -117,11 +148,6 @@ def _where(store: Store) -> dict[str, Any]:
     }
 
 
-def _parts(ground: Ground) -> list[str]:
-    """In the order in which they are run."""
-    return [name for name in PARTS if name == "calibrate" or name in ground.settings.parts]
-
-
 class _Run:
     """A study that is under way."""
 
@@ -129,17 +155,21 @@ class _Run:
         self, ground: Ground, store: Store, engine: Engine, console: Console, planned: StudyPlan
     ) -> None:
         self.ground, self.store, self.engine, self.console = ground, store, engine, console
-        self.planned = {part.name: part for part in planned.parts}
+        self.left = planned.seconds
+        self.number = len(planned.parts)
         self.found: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
         self.parts: list[dict[str, Any]] = []
 
-    def part(self, name: str) -> None:
-        planned, begun = self.planned[name], time.perf_counter()
-        left = sum(one.seconds for at, one in self.planned.items() if at not in self._begun())
-        number = f"{len(self.parts) + 1} of {len(self.planned)}"
-        about = f"about {in_words(planned.seconds)}, and with all that follows {in_words(left)}"
-        self.console.print(f"\n{name} (part {number}): {about}")
+    def part(self, planned: PlannedPart) -> None:
+        name, begun = planned.name, time.perf_counter()
+        number = f"{len(self.parts) + 1} of {self.number}"
+        about = ""
+        if planned.failed is None:
+            left = in_words(self.left)
+            about = f": about {in_words(planned.seconds)}, and with all that follows {left}"
+        self.console.print(f"\n{name} (part {number}){about}")
+        self.left -= planned.seconds
         said = {"part": name, "planned_seconds": planned.seconds, "failed": None}
         said |= {"cells": planned.cells, "finished_before": planned.finished}
         self.parts.append(said)
@@ -147,22 +177,16 @@ class _Run:
             part = MAKERS[name](self.ground)
             said["words"] = part.words
             self.found[name] = part.run(self.store, self.engine, self.console)
-        except ValueError as error:
-            if name == "calibrate":
-                raise
+        except (ValueError, OSError) as error:
             said["failed"] = self.failed[name] = str(error)
             self.console.print(f"{name} can't be run: {error}")
         finally:
             said["seconds"] = round(time.perf_counter() - begun, 1)
 
-    def _begun(self) -> list[str]:
-        return [part["part"] for part in self.parts]
-
     def results(self) -> Results:
         ground, found = self.ground, self.found
         facts = {
             "model": ground.name,
-            "bits": ground.bits,
             "dtype": described_dtype(ground.model),
             "command": ground.command,
             "seed": ground.settings.seed,

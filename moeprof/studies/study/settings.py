@@ -19,7 +19,7 @@ class Settings:
     """What a study is asked to do; ValueError for a part or a table that isn't one.
 
     parts : some of PARTS; "calibrate" is always among them, for others need its nulls
-    documents : the held-out text, None for what ships with moeprof
+    documents : the held-out text, None for what ships with moeprof; sources : where it is from
     tokens : of the held-out text, that each part reads
     budgets : experts per token that routers are compared at; None for half and three quarters of
         what the model takes
@@ -33,6 +33,7 @@ class Settings:
 
     parts: Sequence[str] = PARTS
     documents: Sequence[Document] | None = None
+    sources: Sequence[str] = ("your own text",)
     tokens: int = TEST_TOKENS
     budgets: Sequence[int] | None = None
     budget_tokens: int = BUDGET_TOKENS
@@ -51,10 +52,12 @@ class Settings:
                 raise ValueError(f"{name}: expected some of {', '.join(known)}, got none")
 
     def budgets_for(self, top_k: int) -> list[int]:
-        """Experts per token; ValueError where the model takes too few to leave any out."""
-        if self.budgets is not None:
-            return list(self.budgets)
-        found = sorted({top_k * 2 // 4, top_k * 3 // 4} - {0, top_k})
-        if not found:
-            raise ValueError(f"budgets: the model takes {top_k} expert, so none can be left out")
-        return found
+        """Experts per token; none for a model that takes one. ValueError for more than it takes."""
+        if self.budgets is None:
+            return sorted({top_k * 2 // 4, top_k * 3 // 4} - {0, top_k})
+        if bad := [budget for budget in self.budgets if not 1 <= budget <= top_k]:
+            raise ValueError(
+                f"budgets: expected experts per token from 1 to {top_k}, which the model takes, "
+                f"got {', '.join(map(str, bad))}"
+            )
+        return list(self.budgets)

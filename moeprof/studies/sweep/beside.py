@@ -41,9 +41,14 @@ class Budgets:
         self.steps = self._setter.steps + len(experiment.heldout.windows)
 
     def load(self, budget: float) -> list[Load]:
-        """What a `run` takes."""
+        """What a `run` takes, without the stock model's pass that all share."""
         passes = Load(COLLECT, USUAL_PASSES * self.text.tokens, budget)
         return [passes, *self.experiment.quality_load(budget)]
+
+    @property
+    def shared_load(self) -> list[Load]:
+        """The stock model's pass."""
+        return [Load(COLLECT, self.text.tokens)]
 
     def run(
         self, router: Router, budget: float, step: Callable[[], object] = lambda: None

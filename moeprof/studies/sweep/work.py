@@ -46,6 +46,7 @@ class SweepWork(Measured):
         self.configurations, self.ks = configurations, static
         top_k = own_top_k(experiment.model)
         setter = Budgets(experiment, calibration)
+        shared = iter(setter.shared_load)  # of the first one
         self.grid = [
             self.cell(
                 one.name,
@@ -72,7 +73,7 @@ class SweepWork(Measured):
                 f"{router.name} set to {budget:g}",
                 partial(setter.run, router, budget),
                 setter.steps,
-                setter.load(budget),
+                [*shared, *setter.load(budget)],
                 router=described(router),
                 budget=budget,
             )

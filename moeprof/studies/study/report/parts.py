@@ -55,7 +55,7 @@ def sections(results: Results, folder: Path) -> Iterator[Section]:
     makers: dict[str, tuple[str, Any, Callable[[Results], Section]]] = {
         "calibrate": ("Calibrate: the nulls", results.nulls, _calibrate),
         "profile": ("Profile: what the model does", results.profile, _profile),
-        "sweep": ("Sweep: the BH grid and static top-k", results.sweep, _sweep),
+        "sweep": ("Sweep: BH by alpha and max_k, and static top-k", results.sweep, _sweep),
         "compare": ("Compare: routers at equal experts", results.compare, _compare),
         "diagnose": ("Diagnose: do the p-values hold?", results.diagnose, _diagnose),
         "evaluate": ("Evaluate: quality by kind of text", results.evaluate, _evaluate),
@@ -153,7 +153,7 @@ def _sweep(results: Results) -> Section:
     sentences += _from([*sweep_report.findings(run), *same_results(groups)], "sweep-settings")
     note = f"{sweep_report.legend(run)} {sweep_report.beside_legend(run)}"
     grid = plain_table(
-        "The grid of BH", note, *_without(sweep_report.result_rows(groups), *SWEEP_LEFT_OUT)
+        "BH by alpha and max_k", note, *_without(sweep_report.result_rows(groups), *SWEEP_LEFT_OUT)
     )
     shown = [Shown("sweep-settings", grid)]
     head, rows = sweep_report.beside_rows(run)

@@ -87,6 +87,11 @@ def _protocol(results: Results) -> Iterator[Sentence]:
         yield from (Sentence(f"Sweep. {line}") for line in sweep_protocol(results.sweep))
     if results.compare is not None:
         yield from (Sentence(f"Compare. {line}") for line in compare_protocol(results.compare))
+    if sum(run is not None for run in (results.sweep, results.compare, results.evaluate)) > 1:
+        yield Sentence(
+            "Each part cuts its own windows of the held-out text and may draw other passages of "
+            "it, so bits per byte and perplexities are compared within a part, not between two."
+        )
     if results.evaluate is not None:
         yield Sentence(f"Evaluate. {results.evaluate.facts['protocol']['words']}")
 
@@ -97,8 +102,9 @@ def _contribute(facts: dict[str, Any]) -> list[str]:
         "store as JSON to the project, in an issue with the model's name as its title.",
         f"`moeprof store {facts['store']} --export result.json` writes the store as JSON: every "
         "finished cell with its parameters, the digests of model and text, and the versions.",
-        "Neither file has text of yours in it, but for names: of the model, of files and folders "
-        "in the command, and of documents.",
+        "Both hold numbers and names: of the model, of files and folders in the command, and of "
+        "documents. Of texts they hold what the model wrote after prompts, which are shipped ones "
+        "unless a grid names others.",
     ]
 
 

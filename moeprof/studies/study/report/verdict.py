@@ -172,7 +172,7 @@ def _grid(rows: list[dict[str, Any]]) -> Iterator[Sentence]:
 def _settings(results: Results) -> Iterator[Sentence]:
     run = results.sweep
     if run is None or len(run["results"]) < 2:
-        yield Sentence("The BH configurations of the grid have no result.")
+        yield Sentence("The BH configurations of the sweep have no result.")
     elif said := beside_static(run):
         count = len(run["results"])
         yield Sentence(
@@ -180,7 +180,7 @@ def _settings(results: Results) -> Iterator[Sentence]:
             "sweep-settings",
         )
     else:
-        yield Sentence("The grid of BH was run without the static top-k to set it beside.")
+        yield Sentence("The sweep has no static top-k to set its BH configurations beside.")
 
 
 def _p_values(diagnosis: Diagnosis | None) -> Iterator[Sentence]:
