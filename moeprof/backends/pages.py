@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 PAGE = 2 << 20  # bytes
-LEAST = 2 * PAGE  # bytes of a tensor that is worth it
+# Bytes of a tensor that asks for them. Smaller ones may get memory that others freed, which glibc
+# keeps for that up to this size: asked for anew, it would come on top.
+LEAST = 32 << 20
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MAPS = Path("/proc/self/smaps")
 
