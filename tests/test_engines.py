@@ -26,11 +26,12 @@ class Slow:
     """A study of the demo model: each cell is the loss of a few tokens, and waits a moment.
 
     alone: how many of its last cells are to be run alone. bad: the number of a cell that fails.
+    pause: seconds of a cell.
     """
 
-    def __init__(self, model, alone=0, bad=None, digest="m"):
-        self.model, self.bad = model, bad
-        self.make = functools.partial(make, alone=alone, bad=bad, digest="m")
+    def __init__(self, model, alone=0, bad=None, digest="m", pause=0.3):
+        self.model, self.bad, self.pause = model, bad, pause
+        self.make = functools.partial(make, alone=alone, bad=bad, digest="m", pause=pause)
         self.subject = Subject(digest, "t", "n", "c")
         self.cells = [Cell("slow", f"cell {n}", {"n": n}, n >= CELLS - alone) for n in range(CELLS)]
 
@@ -45,7 +46,7 @@ class Slow:
         ids = torch.arange(1, 9)[None] + number
         with torch.no_grad():
             loss = self.model(input_ids=ids, labels=ids).loss.item()
-        time.sleep(0.3)
+        time.sleep(self.pause)
         step()
         return {"loss": loss, "threads": torch.get_num_threads()}
 
@@ -204,15 +205,21 @@ def test_a_ray_cluster_of_two_nodes_one_killed_in_the_middle(model, expected, tm
         second = added(cluster)
         ray.init(cluster.address, log_to_driver=False)
 
+        path, killed = tmp_path / "x.sqlite", []
+
         def kill(done):
-            if done == 4:
+            """Once both have finished a cell: they load the model first."""
+            with Store(path) as store:
+                workers = {row["worker"] for row in store.rows()}
+            if len(workers) == 2 and not killed:
+                killed.append(done)
                 cluster.remove_node(second, allow_graceful=False)
 
-        path, work, heard = tmp_path / "x.sqlite", Slow(model, alone=1), Heard(kill)
+        work, heard = Slow(model, alone=1, pause=2), Heard(kill)
         with Store(path) as store:
             OnRay(Source(), threads=1).run(work, work.cells, store, heard.listener())
         rows = check(path, work, heard, expected)
-        assert heard.lost and "was lost while it ran" in heard.lost[0]
+        assert killed and heard.lost and "was lost while it ran" in heard.lost[0]
         assert len({row["worker"] for row in rows}) == 3  # two of the cluster, and ours for one
 
         other = Slow(model, digest="another model")
