@@ -28,7 +28,7 @@ def add_compare(commands: Commands) -> None:
     options.add_study_options(parser)
     parser.add_argument(
         "--routers",
-        type=_names,
+        type=options.names,
         metavar="NAME,NAME,...",
         help="of these only: bh, storey_bh, ..., or one contender as the tables name it",
     )
@@ -40,7 +40,7 @@ def add_compare(commands: Commands) -> None:
     )
     parser.add_argument(
         "--tables",
-        type=_names,
+        type=options.names,
         default=TABLES,
         metavar="NAME,NAME",
         help="reduction (a token gets k experts at most), wide (2 k); default: both",
@@ -98,10 +98,6 @@ def _bits(text: str) -> tuple[int, ...]:
     if not set(bits) <= set(BITS):
         raise argparse.ArgumentTypeError(f"expected 8, 4, both or none, got {text!r}")
     return bits
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -42,6 +42,11 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(sorted({integer(1)(part) for part in text.split(",")}))
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Those of "bh,top_p", in their order."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def level(text: str) -> float | None:
     """A number in (0, 1), or None for a text that is none."""
     try:

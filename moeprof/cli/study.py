@@ -62,7 +62,7 @@ def add_study(commands: Commands) -> None:
     )
     parser.add_argument(
         "--parts",
-        type=_names,
+        type=options.names,
         default=PARTS,
         metavar="PART,PART,...",
         help=f"some of {', '.join(PARTS)}; calibrate is always run; default: all",
@@ -76,13 +76,13 @@ def add_study(commands: Commands) -> None:
     )
     parser.add_argument(
         "--routers",
-        type=_names,
+        type=options.names,
         metavar="NAME,NAME,...",
         help="compare these only, as `moeprof compare` takes them; default: all",
     )
     parser.add_argument(
         "--tables",
-        type=_names,
+        type=options.names,
         default=(REDUCTION,),
         metavar="NAME,NAME",
         help=f"of the comparison, {', '.join(TABLES)}: a token gets the model's own k at most, or "
@@ -106,10 +106,6 @@ def add_study(commands: Commands) -> None:
     )
     options.add_seed(parser, "of the windows, the controls and the bootstrap")
     parser.set_defaults(run=_run)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -48,6 +48,9 @@ _digests: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Within it the model is taken to stay as it is: its weights are read for a digest once."""
+    if model in _digests:  # within another
+        yield
+        return
     _digests[model] = model_digest(model)
     try:
         yield

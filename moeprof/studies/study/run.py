@@ -89,10 +89,10 @@ def study(ground: Ground, store: Store, engine: Engine | None, console: Console)
     the parts that are finished, and KeyboardInterrupt goes on.
     """
     announce_store(console, store)
-    planned = plan_study(ground, store, console)
-    console.print(str(planned))
-    run = _Run(ground, store, engine or Serial(), console, planned)
     with unchanged(ground.model):
+        planned = plan_study(ground, store, console)
+        console.print(str(planned))
+        run = _Run(ground, store, engine or Serial(), console, planned)
         try:
             for part in planned.parts:
                 run.part(part)
