@@ -17,6 +17,7 @@ from moeprof.studies.comparison.work import Comparison
 from moeprof.studies.diagnosis.work import DiagnosisWork
 from moeprof.studies.engine.load import COLLECT, DECODE, FIT, KL, LOSS, Load
 from moeprof.studies.evaluation.work import EvaluationWork
+from moeprof.studies.store import subject
 from moeprof.studies.store.store import Store
 from moeprof.studies.store.subject import null_digest
 from moeprof.studies.study import parts as study_parts
@@ -364,3 +365,13 @@ def test_bad_input_is_one_line_before_anything_is_run(words, said, tmp_path, mon
     monkeypatch.setattr(demo, "load", lambda *args: pytest.fail("the model was loaded"))
     assert said in fails(capsys, "study", *words)
     assert not (tmp_path / "study").exists()
+
+
+def test_the_weights_are_read_once_within_and_again_afterwards():
+    model = olmoe()
+    with subject.unchanged(model):
+        before = subject.model_digest(model)
+        with subject.unchanged(model):
+            model.lm_head.weight.data += 1
+        assert subject.model_digest(model) == before
+    assert subject.model_digest(model) != before
