@@ -74,7 +74,9 @@ static int exec(PyObject *module)
         || !(state->route_spec = add_type(module, &mp_route_spec_type))
         || !(state->layer = add_type(module, &mp_layer_type)))
         return -1;
-    return 0;
+    PyTypeObject *watch = add_type(module, &mp_watch_type);
+    Py_XDECREF(watch); /* the module has it */
+    return watch ? 0 : -1;
 }
 
 static int traverse(PyObject *module, visitproc visit, void *arg)

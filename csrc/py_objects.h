@@ -12,7 +12,7 @@ typedef struct {
     PyTypeObject *route_spec, *layer;
 } mp_state;
 
-extern PyType_Spec mp_route_spec_type, mp_layer_type;
+extern PyType_Spec mp_route_spec_type, mp_layer_type, mp_watch_type;
 
 /* Both objects are immutable, and what they point into lives as long as they do. They have
  * no tp_clear, as a tuple has none: a cycle through them has another object in it that can

@@ -28,6 +28,17 @@ class Layer:
         /,
     ) -> Layer: ...
 
+# true for as long as dicts hold what they held, have as many entries, and objects are of their type
+class Watch:
+    def __new__(
+        cls,
+        places: list[tuple[dict[Any, Any], Any]],
+        tables: list[dict[Any, Any]],
+        objects: list[Any],
+        /,
+    ) -> Watch: ...
+    def __bool__(self) -> bool: ...
+
 # routing: (routing_weights, expert_ids, counts, rejections), and p
 def route(
     logits: _Bits, spec: RouteSpec, threads: int, want_p: bool, /

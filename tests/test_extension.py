@@ -192,6 +192,7 @@ made = _C.RouteSpec(spec, "float32", 16)
 coded = _C.encode(w, "float32", "q8", 1)
 ids, weights = util.random_slots(40, 3, 16)
 bad_ids = np.full_like(ids, 99)
+held = {"a": x, "c": z}
 places = _C.tally_layout(16, True)
 counts, sums = (np.zeros(max(o + r * c for o, r, c in part.values()), t)
                 for part, t in zip(places, (np.int64, float), strict=True))
@@ -212,6 +213,9 @@ CALLS = {
               (pointers, *f32, 32, 24, None, "rows"), (pointers, *f32, 32, 24, silu[:3],
               "rows"), (pointers, *f32, 32, 24, ("silu", -1.0, 1.0, 0.0), "rows"),
               (pointers, *f32, 32, 24, silu, "nope"), (pointers,)],
+    "Watch": [([(held, "a"), (held, "b")], [held], [layer, x]), ([(held, [])], [held], []),
+              ([(held, "a"), (1, 2)], [], []), ([], [held, x], []), ([], [], x), ([(held,)], [],
+              []), ([], [])],
     "route": [(z, made, 2, True), (z, made, 2, False), (bad_row, made, 1, True), (z, spec, 1,
               True), (p, made, 1, True), (short, made, 1, True), (z,)],
     "choice_logits": [(z, made), (bad_row, made), (z, spec), (z[:, :3], made), (1, 2)],

@@ -5,11 +5,12 @@ has put its own classes, hooks or tensors into a layer, the error says which one
 """
 
 from collections.abc import Iterable, Iterator
-from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
+
+from .. import _C
 
 _QUANTISED = (
     "{name} has quantised this layer, and the C path reads plain float32, bfloat16 or float16: "
@@ -137,10 +138,8 @@ def gate_obstacle(gate: nn.Module, is_stock: bool) -> str | None:
 
     is_stock: the C path passes by the choice of such a gate, which has to be the class's then.
     """
-    if torch._C._is_any_autocast_enabled():
-        device = next((parameter.device.type for parameter in gate.parameters()), "cpu")
-        if torch.is_autocast_enabled(device):
-            return f"{device.upper()} autocast is active"
+    if reason := autocast_obstacle(gate):
+        return reason
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         if foreign := [h for h in _global_hooks() if not _is_known(h)]:
@@ -153,6 +152,15 @@ def gate_obstacle(gate: nn.Module, is_stock: bool) -> str | None:
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         if foreign := [h for h in _hooks(gate) if not _is_known(h)]:
             return f"a hook on the gate: {foreign[0]!r}"
+    return None
+
+
+def autocast_obstacle(gate: nn.Module) -> str | None:
+    """What a thread has switched on that no module shows, or None."""
+    if torch._C._is_any_autocast_enabled():
+        device = next((parameter.device.type for parameter in gate.parameters()), "cpu")
+        if torch.is_autocast_enabled(device):
+            return f"{device.upper()} autocast is active"
     return None
 
 
@@ -169,36 +177,52 @@ def _is_known(hook: Any) -> bool:
     return (getattr(hook, "__module__", "") or "").startswith(_KNOWN_HOOKS)
 
 
-class Unchanged:
-    """Is a module still what it was when it was read? Its parts, parameters, hooks and flags.
+class Watched:
+    """What of modules has to stay as it is, to be looked at in every step: see `_C.Watch`.
 
-    To read the experts of a layer takes a look at hundreds of modules; this takes one at their
-    dictionaries, in C loops, and runs in every step.
+    To read the experts of a layer takes a look at hundreds of modules; a `_C.Watch` takes one at
+    their dictionaries, in C.
     """
 
-    def __init__(self, root: nn.Module, flags: Iterable[str]):
-        self._modules = [*root.modules()]
-        self._classes = [type(module) for module in self._modules]
-        self._hooks: list[dict[int, Any]] = []
-        self._parts: list[dict[str, Any]] = []
-        places: list[tuple[dict[str, Any], str]] = []
-        for module in self._modules:
-            own = vars(module)
-            self._hooks += (own["_forward_hooks"], own["_forward_pre_hooks"])
-            places += [(own, name) for name in ("forward", *flags)]
-            for table in (own["_modules"], own["_parameters"], own["_buffers"]):
-                self._parts.append(table)
-                places += [(table, name) for name in table]
-        self._sizes = [*map(len, self._parts)]
-        self._tables = [table for table, _ in places]
-        self._names = [name for _, name in places]
-        self._values = [table.get(name) for table, name in places]
+    def __init__(self) -> None:
+        self._places: list[tuple[dict[Any, Any], Any]] = []
+        self._tables: list[dict[Any, Any]] = []
+        self._modules: list[nn.Module] = []
 
-    def __bool__(self) -> bool:
-        """False after a change, and where there is a hook, also a known one."""
-        return (
-            not any(self._hooks)
-            and [*map(len, self._parts)] == self._sizes
-            and all(map(is_, map(dict.get, self._tables, self._names), self._values))
-            and all(map(is_, map(type, self._modules), self._classes))
-        )
+    def attributes(self, module: nn.Module, *names: str) -> None:
+        """These of its attributes, also that it has none of this name."""
+        own = vars(module)
+        self._places += [(own, name) for name in names]
+
+    def children(self, module: nn.Module) -> None:
+        self._entries(module, "_modules")
+
+    def hooks(self, module: nn.Module) -> None:
+        """What stands before its forward, and after."""
+        self.attributes(module, "forward")
+        self._entries(module, "_forward_hooks", "_forward_pre_hooks")
+        self._modules.append(module)
+
+    def parts(self, root: nn.Module, flags: Iterable[str]) -> None:
+        """All that is in it: modules, parameters, buffers, hooks and these attributes."""
+        for module in root.modules():
+            self.hooks(module)
+            self.attributes(module, *flags)
+            self._entries(module, "_modules", "_parameters", "_buffers")
+
+    def everywhere(self) -> None:
+        """Hooks on all modules."""
+        self._table(nn.modules.module._global_forward_hooks)
+        self._table(nn.modules.module._global_forward_pre_hooks)
+
+    def begin(self) -> _C.Watch:
+        """True for as long as all of it is what it is now."""
+        return _C.Watch(self._places, self._tables, self._modules)
+
+    def _entries(self, module: nn.Module, *names: str) -> None:
+        for name in names:
+            self._table(vars(module)[name])
+
+    def _table(self, table: dict[Any, Any]) -> None:
+        self._tables.append(table)
+        self._places += [(table, key) for key in table]

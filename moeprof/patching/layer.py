@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import _C
 from ..backends.ops import operands_of, prepare
 from ..backends.spec import RouteSpec, Rule
 from ..backends.tables import NOTHING_READ, Matrices, WeightTable, backend_of, table_of
 from ..models.families.base import Layout
 from ..models.families.rules import Settings
-from ..models.guards import Unchanged
+from ..models.guards import autocast_obstacle
 from ..models.routing import Routing
 from ..null import LayerNull, TokenNull
 from ..routers import Router, TopK
@@ -46,7 +47,7 @@ class PatchedLayer(Patched):
     cap: "CapWatch | None" = field(default=None, repr=False)  # of a null's router, max_k None
     # The model's settings, and what was made of them; the block's experts, as they were read.
     _spec: tuple[Settings, RouteSpec, Any] | None = field(default=None, repr=False)
-    _read: tuple[nn.Module, Unchanged, Matrices] | None = field(default=None, repr=False)
+    _read: tuple[_C.Watch, Matrices] | None = field(default=None, repr=False)
 
     @property
     def title(self) -> str:
@@ -95,18 +96,16 @@ class PatchedLayer(Patched):
             return NOTHING_READ, f"{setting} was set after patch: unpatch, and patch again"
         if torch.compiler.is_compiling():  # a tracer's tensors lie nowhere
             return self.family.readable(block, self.backend)
-        if reason := self.family.obstacle(block):
-            return NOTHING_READ, reason
         if self._read is not None:
-            experts, unchanged, table = self._read
-            if self.family.experts_of(block) is experts and unchanged and self._goes_with(table):
+            unchanged, table = self._read
+            as_read = unchanged and self._goes_with(table)
+            if as_read and not autocast_obstacle(self.family.gate_of(block)):
                 return table, None
         read, reason = self.family.readable(block, self.backend)
         if reason:
             return read, reason
-        experts, unchanged = self.family.experts_of(block), self.family.unchanged(block)
-        table = table_of(read)
-        self._read = experts, unchanged, table
+        unchanged, table = self.family.watch(block), table_of(read)
+        self._read = unchanged, table
         return table, None
 
     def _goes_with(self, table: Matrices) -> bool:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ... import _C
 from ...backends.spec import Rule
 from ...backends.tables import NOTHING_READ, LayerMatrices, backend_of, tensor_obstacle
-from ..guards import Unchanged, gate_obstacle
+from ..guards import Watched, gate_obstacle
 from ..quantized import QuantizedExperts
 from ..reading import as_logits, read_gate
 from ..routing import Routing
@@ -169,11 +170,19 @@ class Layout:
             return "its router draws experts at random in training mode: call model.eval()"
         return gate_obstacle(self.gate_of(block), self.has_stock_gate(block))
 
-    def unchanged(self, block: nn.Module) -> Unchanged:
-        """Tells later whether what `read_experts` read is still so."""
-        experts = self.experts_of(block)
+    def watch(self, block: nn.Module) -> _C.Watch:
+        """True for as long as what `readable` found of the block is so, but for autocast and where
+        the experts' tensors lie."""
+        gate, experts = self.gate_of(block), self.experts_of(block)
+        fused = self.family.fused
+        watched = Watched()
+        watched.attributes(block, "training", *((fused,) if isinstance(fused, str) else ()))
+        watched.children(block)
+        watched.everywhere()
+        watched.hooks(gate)
         flags = ("exact",) if isinstance(experts, QuantizedExperts) else self.flags
-        return Unchanged(experts, flags)
+        watched.parts(experts, flags)
+        return watched.begin()
 
     def route(self, block: nn.Module, x: Tensor, name: str) -> Routing:
         """What the gate of the block `name`, stock or a user's, says of x (T, H)."""
