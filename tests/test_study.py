@@ -108,11 +108,14 @@ def test_what_is_none_is_said(name, given):
 # ---- the plan ----
 
 
+FORMS = [study_run.Form(*form) for form in study_run.FORMS.values()]
+
+
 @pytest.fixture
 def costs(ground):
     made = ground()
-    forms = [study_run.Form(*form) for form in study_run.FORMS.values()]
-    return made, Costs(made.model, made.tokenizer, made.heldout, forms, quiet())
+    read = made.heldout.windows, made.passages
+    return made, Costs(made.model, made.tokenizer, *read, FORMS, quiet())
 
 
 def test_a_load_takes_its_tokens_at_the_rate_of_its_kind(costs):
@@ -123,6 +126,18 @@ def test_a_load_takes_its_tokens_at_the_rate_of_its_kind(costs):
     assert costs.seconds(Load(LOSS, 10)) == 10 * (2 + 4 * 0.5)  # the model's own k
     assert costs.seconds(Load(LOSS, 10, 3)) == 10 * (2 + 3 * 0.5)
     assert costs.seconds(Load(FIT, 7, 3)) == 21
+
+
+def test_a_short_text_is_no_measure_for_long_ones(ground):
+    """A pass of a few tokens takes nearly as long as one of many: rates are of a longer window."""
+    made = ground()
+    short = made.heldout.windows[0]
+    short = short._replace(ids=short.ids[:, :3])
+    measured = []
+    for windows in ([short], [short, *made.calibration.windows]):
+        costs = Costs(made.model, made.tokenizer, windows, made.passages, FORMS[:1], quiet())
+        measured.append(costs.text.tokens)
+    assert measured == [3, max(w.ids.shape[1] for w in made.calibration.windows)]
 
 
 def test_a_routers_experts_are_what_it_would_choose(costs):

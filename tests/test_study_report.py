@@ -440,6 +440,16 @@ def test_a_part_without_a_result_says_why(written, tmp_path):
     assert says(text, "not finished") and text.count("This part was not run.") == 5
 
 
+def test_the_files_of_a_part_that_was_interrupted_are_shown(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "quality.csv").write_text("config\n")
+    report = write.make_report(Results(facts("sweep")), tmp_path)
+    section = next(s for s in report.sections if s.title.startswith("Sweep"))
+    first, second = (sentence.text for sentence in section.sentences)
+    assert "not finished" in first and "its own files" in second
+    assert section.links == [("quality.csv", "sweep/quality.csv")]
+
+
 def test_the_report_of_nothing_is_written(tmp_path):
     paths = write_report(Results(facts()), tmp_path / "study")
     assert [path.name for path in paths] == ["report.md", "index.html"]

@@ -16,7 +16,8 @@ from ...measure.passes import Reference, collect, evaluating
 from ...measure.routing import by_layer
 from ...models.blocks import experts_of
 from ...models.decoding import device_of
-from ...null.fitting import MIN_TOKENS, Form, fit_nulls
+from ...models.tokens import token_ids
+from ...null.fitting import Form, fit_nulls
 from ...null.resolve import resolve_null
 from ...patching.patch import patch
 from ...routers import Router, TopK
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
     from ...null.model import Null
     from ...null.resolve import AnyNull
     from ...show.console import Bar
+    from ...texts.windows import Window
     from ..engine.load import Load
 
 
-WINDOW, PROMPT, NEW_TOKENS = 512, 64, 8  # of what is run
+WINDOW, PROMPT, NEW_TOKENS = 512, 64, 8  # tokens of what is run
 REPEATS, LONG = 5, 0.5  # a pass that takes longer, in seconds, is run once
 STEPS = 10  # passes that are timed, and one that isn't
 
@@ -56,21 +58,23 @@ class Rate(NamedTuple):
 class Costs:
     """The rates of each kind of pass; nulls: [Null] of the forms, of hardly any text.
 
-    text: HeldOut, of which one window is run; forms: of the nulls that a study fits.
+    windows: of the texts that a study reads, of which the longest is run, since a token takes
+        longer in a short one; passages: that nulls are fitted to; forms: of these nulls.
     """
 
     def __init__(
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        text: HeldOut,
+        windows: Sequence[Window],
+        passages: Sequence[str],
         forms: Sequence[Form],
         console: Console,
     ) -> None:
-        window = max(text.windows, key=lambda window: min(window.ids.shape[1], WINDOW))
-        window = window._replace(document=0, ids=window.ids[:, :WINDOW])
-        document = text.documents[0] | {"tokens": window.ids.shape[1]}
-        self.text = HeldOut([window], [document])
+        longest = max(windows, key=lambda window: min(window.ids.shape[1], WINDOW))
+        ids = longest.ids[:, :WINDOW]
+        document = {"domain": "", "name": "", "tokens": ids.shape[1], "bytes": longest.num_bytes}
+        self.text = HeldOut([longest._replace(document=0, ids=ids)], [document])
         self.top_k = experts_of(model)[1]
         self.rates: dict[str, Rate] = {}
         with (
@@ -78,8 +82,7 @@ class Costs:
             progress(console, STEPS, "a short measurement", still=True) as bar,
         ):
             self._measure(model, bar)
-            words = tokenizer.decode(window.ids[0].tolist())
-            self.nulls = self._fit(model, tokenizer, words, forms)
+            self.nulls = self._fit(model, tokenizer, passages, forms)
             bar.step()
 
     def seconds(self, load: Load) -> float:
@@ -170,12 +173,18 @@ class Costs:
         self.rates[STOCK_DECODE] = Rate(decoding(None), 0.0)
 
     def _fit(
-        self, model: nn.Module, tokenizer: Tokenizer, words: str, forms: Sequence[Form]
+        self, model: nn.Module, tokenizer: Tokenizer, passages: Sequence[str], forms: Sequence[Form]
     ) -> list[Null]:
-        texts = [words] * -(-MIN_TOKENS // max(self.text.tokens - 1, 1))
+        few: list[str] = []
+        tokens = 0
+        for passage in passages:
+            few.append(passage)
+            tokens += len(token_ids(tokenizer, passage)) - 1
+            if tokens >= WINDOW:
+                break
         begun = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of so little text
-            nulls = fit_nulls(model, tokenizer, texts, forms, progress=False)
-        self.rates[FIT] = Rate((time.perf_counter() - begun) / max(nulls[0].tokens, 1), 0.0)
+            nulls = fit_nulls(model, tokenizer, few, forms, progress=False)
+        self.rates[FIT] = Rate((time.perf_counter() - begun) / nulls[0].tokens, 0.0)
         return nulls

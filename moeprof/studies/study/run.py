@@ -44,7 +44,9 @@ def plan_study(ground: Ground, store: Store, console: Console) -> StudyPlan:
     with unchanged(ground.model), _nulls_kept(ground):
         try:
             forms = [Form(*form) for form in FORMS.values()]
-            costs = Costs(ground.model, ground.tokenizer, ground.heldout, forms, console)
+            windows = [*ground.heldout.windows, *ground.calibration.windows]
+            read = windows, ground.passages
+            costs = Costs(ground.model, ground.tokenizer, *read, forms, console)
             ground.nulls = _fitted(ground, store) or dict(zip(FORMS, costs.nulls, strict=True))
         except ValueError as error:
             return StudyPlan([PlannedPart(name, failed=str(error)) for name in asked(ground)])

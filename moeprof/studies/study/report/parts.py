@@ -63,13 +63,17 @@ def sections(results: Results, folder: Path) -> Iterator[Section]:
     }
     asked = {one["part"] for one in results.facts["parts"]}
     for part, (title, result, make) in makers.items():
+        links = _files(folder, part)
         if result:
             section = make(results)
         elif part not in asked and (part == "grid" or asked == {"grid"}):
             continue
         else:
-            section = Section(title, [Sentence(results.missing(part))])
-        yield section._replace(title=title, links=_files(folder, part))
+            said = [Sentence(results.missing(part))]
+            if part in asked and links:
+                said.append(Sentence("What it had finished is in its own files."))
+            section = Section(title, said)
+        yield section._replace(title=title, links=links)
 
 
 def _files(folder: Path, part: str) -> list[tuple[str, str]]:
