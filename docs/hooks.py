@@ -47,7 +47,9 @@ def _sections(parser, summary):
 
 
 def _options(parser):
-    return [a for a in parser._actions if a.option_strings and a.dest not in ("help", "version")]
+    """And what stands without an option: FILE of `moeprof store`."""
+    actions = [a for a in parser._actions if not isinstance(a, argparse._SubParsersAction)]
+    return [a for a in actions if a.dest not in ("help", "version")]
 
 
 def _row(parser, action):
