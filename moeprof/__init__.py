@@ -1,4 +1,4 @@
-"""moeprof: look into, change and run the mixture-of-experts layers of Hugging Face models on a CPU.
+"""moeprof: look into, change and run the mixture-of-experts layers of Hugging Face models.
 
 ``import moeprof`` needs NumPy only and gives the routers as functions. Whatever touches a
 model (``moeprof.patch`` ...) is imported on first use, and with it torch and transformers.

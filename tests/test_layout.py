@@ -9,7 +9,7 @@ pytestmark = pytest.mark.once
 
 PACKAGE = Path(__file__).resolve().parents[1] / "moeprof"
 
-# From the top to the bottom; a line is a floor. docs/design says what lives on each.
+# From the top to the bottom; a line is a floor. docs/contributing says what lives on each.
 FLOORS = """
 __main__
 cli

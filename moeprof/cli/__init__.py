@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="moeprof",
         description="Look into, change and run the mixture-of-experts layers of Hugging Face "
-        "models, on the CPU.",
+        "models, on a CPU in C, elsewhere in torch.",
         epilog="The commands run on a small demo model unless you name one. `moeprof sweep` is "
         "the one to begin with; `moeprof COMMAND --help` explains a command.",
     )

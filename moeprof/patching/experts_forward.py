@@ -1,4 +1,4 @@
-"""One layer's experts, on request: also the experts implementation of transformers 5."""
+"""One layer's experts, on request: also the experts implementation of transformers."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def experts_forward(
 ) -> Tensor:
     """Run the experts that a routing names, skipping the others and every empty slot.
 
-    On transformers 5 this is also the experts implementation "moeprof":
+    On transformers 5.12 and newer this is also the experts implementation "moeprof":
     ``model.set_experts_implementation("moeprof")``, for every class on that interface whose
     experts lie as below and compute with SiLU, GELU, ReLU or squared ReLU, with or without gate
     and limits.

@@ -45,7 +45,7 @@ class Protocol(NamedTuple):
         )
         return (
             f"Each document is cut into windows of {self.context:,} tokens, {apart}, the last one "
-            "shorter. A window is one call of the model. In it those tokens are scored that no "
+            "shorter. Each window is read by itself. In it those tokens are scored that no "
             "window before had; the first token of a window is never scored, as nothing stands "
             f"before it. {before}No token (bos, eos) is put before a document."
         )
