@@ -267,3 +267,21 @@ def test_popularity_is_how_often_the_model_takes_an_expert():
     top = np.argsort(-passed.logits[1], axis=1)[:, :2]
     expected = np.bincount(top.ravel(), minlength=8) * 8 / top.size
     np.testing.assert_allclose(weights[1], expected)
+
+
+def test_nulls_are_fitted_in_one_pass(loaded):
+    model, tokenizer = loaded
+    texts = demo.calibration_texts()[:6]
+    given = Nulls(model, tokenizer, texts, {"efron": "normal"})
+    calls = []
+    handle = model.model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        assert given.get("efron") == "normal" and given.get(None) is None and not calls
+        trimmed, logit = given.get("trimmed"), given.get("efron on logit")
+    finally:
+        handle.remove()
+    words = [text.text for text in texts]
+    assert len(calls) == sum(-(-len(tokenizer(text)["input_ids"]) // 512) for text in words)
+    again = moeprof.fit_null(model, tokenizer, words, kind="efron", score="logit", progress=False)
+    assert (again.counts == logit.counts).all() and (again.largest == logit.largest).all()
+    assert (trimmed.kind, trimmed.score) == ("trimmed", "logprob")

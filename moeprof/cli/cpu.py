@@ -21,7 +21,8 @@ _THREADS = (
 _PAGES = {
     "always": "always: all weights that are not read from a file in place lie on them",
     "madvise": "madvise: experts that moeprof quantised, of 32 MB and more, lie on them; torch's "
-    "other tensors do where THP_MEM_ALLOC_ENABLE=1 is set (`moeprof inspect` says how much of a model does)",
+    "other tensors do where THP_MEM_ALLOC_ENABLE=1 is set (`moeprof inspect` says how much of a "
+    "model does)",
     "never": "never: the system gives none",
     "": "not known on this system",
 }

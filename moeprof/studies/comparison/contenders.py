@@ -90,7 +90,8 @@ def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
 
 @dataclass
 class Nulls:
-    """The nulls of a comparison, fitted to the null split when they are first asked for.
+    """The nulls of a comparison, fitted to the null split when one is first asked for: all of
+    them, since a pass over the text takes most of the time.
 
     given: {name: null} of those that aren't fitted.
     """
@@ -100,24 +101,26 @@ class Nulls:
     texts: Sequence[Text]
     given: Mapping[str, AnyNull | str] = field(default_factory=dict)
     progress: bool = False
-    fitted: dict[str, AnyNull | str] = field(default_factory=dict)
+    fitted: dict[str, Null] = field(default_factory=dict)
 
     def get(self, name: str | None) -> AnyNull | str | None:
         """What `patch` takes as null= for a contender's null; None for None."""
         if name is None:
             return None
-        if name not in self.fitted:
-            self.fitted[name] = self.given[name] if name in self.given else self._fit(name)
+        if name in self.given:
+            return self.given[name]
+        if not self.fitted:
+            self._fit()
         return self.fitted[name]
 
-    def _fit(self, name: str) -> Null:
-        from ...null.fitting import fit_null
+    def _fit(self) -> None:
+        from ...null.fitting import Form, fit_nulls
 
+        names = [name for name in FORMS if name not in self.given]
         texts = [document.text for document in self.texts]
-        kind, score = FORMS[name]
-        return fit_null(
-            self.model, self.tokenizer, texts, kind=kind, score=score, progress=self.progress
-        )
+        forms = [Form(*FORMS[name]) for name in names]
+        nulls = fit_nulls(self.model, self.tokenizer, texts, forms, progress=self.progress)
+        self.fitted.update(zip(names, nulls, strict=True))
 
 
 def popularity(passed: Pass, top_k: int) -> NDArray[np.float64]:
