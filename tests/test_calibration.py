@@ -513,29 +513,31 @@ def test_the_halves_share_no_document_and_have_each_domain():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["trimmed", "efron"])
-def test_the_shipped_nulls_are_the_demo_models_and_those_of_a_refit(kind):
+def test_the_shipped_nulls_are_the_demo_models_and_those_of_a_refit():
     pytest.importorskip("statsmodels")
     from moeprof.demo.make import fit as command
 
-    shipped = demo.null(kind)
-    shipped.check(demo.load()[0])
-    assert (shipped.kind, shipped.score, shipped.model_name) == (kind, "logprob", "moeprof/demo")
-    assert (shipped.r_high, shipped.r_low) == ((4, 4) if kind == "trimmed" else (0, 0))
-    assert demo.NULL_PATHS[kind].stat().st_size < 1_500_000
-    again = command.fitted(kind)
-    assert (again.tokens, again.text_digest) == (shipped.tokens, shipped.text_digest)
-    # Other versions and CPUs sum in another order, which takes a score over an edge at times.
-    moved = np.abs(again.counts.astype(int) - shipped.counts.astype(int)).sum()
-    assert moved <= 2e-3 * shipped.counts.sum()
-    np.testing.assert_allclose(
-        np.sort(again.largest, axis=2), np.sort(shipped.largest, axis=2), atol=1e-2
-    )
-    for index in range(len(shipped)):
-        mine, its = shipped.layer(index), again.layer(index)
-        np.testing.assert_allclose(mine.table[3:], its.table[3:], atol=1e-4)
-        if kind == "efron":
-            np.testing.assert_allclose(mine.local_fdr, its.local_fdr, atol=1e-2)
+    made = command.fitted()
+    assert list(made) == ["trimmed", "efron"]
+    for kind, again in made.items():
+        shipped = demo.null(kind)
+        shipped.check(demo.load()[0])
+        facts = shipped.kind, shipped.score, shipped.model_name
+        assert facts == (kind, "logprob", "moeprof/demo")
+        assert (shipped.r_high, shipped.r_low) == ((4, 4) if kind == "trimmed" else (0, 0))
+        assert demo.NULL_PATHS[kind].stat().st_size < 1_500_000
+        assert (again.tokens, again.text_digest) == (shipped.tokens, shipped.text_digest)
+        # Other versions and CPUs sum in another order, which takes a score over an edge at times.
+        moved = np.abs(again.counts.astype(int) - shipped.counts.astype(int)).sum()
+        assert moved <= 2e-3 * shipped.counts.sum()
+        np.testing.assert_allclose(
+            np.sort(again.largest, axis=2), np.sort(shipped.largest, axis=2), atol=1e-2
+        )
+        for index in range(len(shipped)):
+            mine, its = shipped.layer(index), again.layer(index)
+            np.testing.assert_allclose(mine.table[3:], its.table[3:], atol=1e-4)
+            if kind == "efron":
+                np.testing.assert_allclose(mine.local_fdr, its.local_fdr, atol=1e-2)
 
 
 def test_routing_takes_the_trimmed_null_unless_told_otherwise():

@@ -12,24 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ... import demo
-from ...null.fitting import fit_null
+from ...null.fitting import Form, fit_nulls
 
 if TYPE_CHECKING:
     from ...null.model import Null
 
 
-def fitted(kind: str, progress: bool = False) -> Null:
-    """The null of a kind, fitted anew."""
+def fitted(progress: bool = False) -> dict[str, Null]:
+    """{kind: null} of all that ship, fitted anew."""
     model, tokenizer = demo.load()
     documents, _ = demo.calibration_halves()
     texts = [document.text for document in documents]
-    return fit_null(model, tokenizer, texts, kind=kind, score="logprob", progress=progress)
+    forms = [Form(kind, "logprob") for kind in demo.NULL_PATHS]
+    nulls = fit_nulls(model, tokenizer, texts, forms, progress=progress)
+    return dict(zip(demo.NULL_PATHS, nulls, strict=True))
 
 
 def main(arguments: list[str]) -> None:
-    for kind, path in demo.NULL_PATHS.items():
+    for kind, null in fitted(progress=sys.stderr.isatty()).items():
+        path = demo.NULL_PATHS[kind]
         path = Path(arguments[0]) / path.name if arguments else path
-        null = fitted(kind, progress=sys.stderr.isatty())
         null.save(path)
         print(f"{null.describe()}\nWritten: {path}")
 
