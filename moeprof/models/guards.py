@@ -207,7 +207,8 @@ class Watched:
         """All that is in it: modules, parameters, buffers, hooks and these attributes."""
         for module in root.modules():
             self.hooks(module)
-            self.attributes(module, *flags)
+            if type(module) is not nn.Linear:  # of which nothing else is read, and there are many
+                self.attributes(module, *flags)
             self._entries(module, "_modules", "_parameters", "_buffers")
 
     def everywhere(self) -> None:
