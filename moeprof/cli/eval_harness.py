@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from . import options
 
 if TYPE_CHECKING:
-    from ..null.resolve import AnyNull
     from ..studies.harness.tasks import Tasks
     from .options import Commands
 
@@ -71,10 +70,11 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..null import resolve_null
     from ..routers.written import written_router
     from ..show.console import make_console
+    from ..studies.configuration import Configuration, null_for
     from ..studies.harness.report import HarnessFiles
     from ..studies.harness.run import run_harness
     from ..studies.harness.tasks import Tasks
-    from ..studies.harness.work import Contender, HarnessWork
+    from ..studies.harness.work import HarnessWork
     from ..studies.store.store import Store, store_path
 
     written = {text: written_router(text) for text in arguments.routers}
@@ -85,12 +85,14 @@ def _run(arguments: argparse.Namespace) -> None:
     engine = options.engine_of(arguments)
     tasks = Tasks(_specs(arguments.tasks), arguments.num_fewshot, arguments.seed)
     model, tokenizer = options.load(arguments)
-    contenders = [
-        Contender(text, router, budget, _null(model, tokenizer, router, null, arguments.seed))
+    configurations = [
+        Configuration(
+            text, router, budget, null_for(router, model, tokenizer, null, seed=arguments.seed)
+        )
         for text, (router, budget) in written.items()
     ]
     asked = {"limit": arguments.limit, "batch_size": arguments.batch_size}
-    work = HarnessWork(model, tokenizer, tasks, contenders, **asked)
+    work = HarnessWork(model, tokenizer, tasks, configurations, **asked)
     with Store(store_path(arguments.out, arguments.store)) as store:
         run_harness(work, store, files, _facts(arguments, model, tasks), make_console(), engine)
 
@@ -98,19 +100,6 @@ def _run(arguments: argparse.Namespace) -> None:
 def _specs(words: list[str]) -> list[str]:
     """Names and paths; commas separate names, but a path may have them."""
     return [s for w in words for s in ([w] if Path(w).exists() else w.split(",")) if s.strip()]
-
-
-def _null(
-    model: Any, tokenizer: Any, router: Any, given: AnyNull | None, seed: int
-) -> AnyNull | None:
-    """The null of a router that works on one: what --null names, else the kind that it needs."""
-    from ..demo.defaults import default_null
-
-    if not router.wants_null:
-        return None
-    if given is not None:
-        return given
-    return default_null(model, tokenizer, seed=seed, kind=router.null_kind)
 
 
 def _facts(arguments: argparse.Namespace, model: Any, tasks: Tasks) -> dict[str, Any]:
