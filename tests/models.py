@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 import moeprof
@@ -49,6 +49,12 @@ def eager_olmoe() -> OlmoeForCausalLM:
         model.set_experts_implementation("eager")
     model(token_ids(), output_router_logits=True)
     return model
+
+
+def llama(vocab_size: int = 64, **settings) -> LlamaForCausalLM:
+    """A model without experts."""
+    sizes = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **settings))
 
 
 def token_ids(rows: int = 2, columns: int = 11, seed: int = 0) -> torch.Tensor:
