@@ -15,6 +15,9 @@ import moeprof
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 
+ONE = moeprof.TopK(1)  # differs visibly from the own top-2 of `olmoe`
+LAYER_1 = r"model\.layers\.1\.mlp"  # its second layer, as a pattern for messages
+
 
 def olmoe_config(**changes) -> OlmoeConfig:
     """Two layers of 8 experts, top-2; weights large enough for the experts to matter."""
@@ -59,6 +62,10 @@ def llama(vocab_size: int = 64, **settings) -> LlamaForCausalLM:
 
 def token_ids(rows: int = 2, columns: int = 11, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 64, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(token_ids()).logits
 
 
 def moe_block(shape=(8, 2, 32, 16), *, norm=False, seed=0, dtype=torch.float32) -> nn.ModuleDict:
