@@ -68,6 +68,18 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model(token_ids()).logits
 
 
+def generate(model: nn.Module, ids: torch.Tensor, new: int, **options):
+    """What transformers' generate returns for so many new tokens of each row, greedily."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        **options,
+    )
+
+
 def moe_block(shape=(8, 2, 32, 16), *, norm=False, seed=0, dtype=torch.float32) -> nn.ModuleDict:
     """A model that is one block, "mlp", of shape (E, k, H, I); stock experts run eagerly."""
     num_experts, k, hidden, intermediate = shape
