@@ -148,17 +148,17 @@ def evaluation_work(
     tokenizer: Tokenizer,
     routers: Iterable[str | Router] | Mapping[str, Router],
     *,
-    texts: Iterable[Any] | None = None,
-    null: AnyNull | str | os.PathLike[str] | None = None,
-    context: int | None = None,
-    stride: int | None = None,
-    tokens: int = HELDOUT_TOKENS,
-    norm: str = "model",
-    budget_tokens: int = BUDGET_TOKENS,
-    seed: int = 0,
-    progress: bool = True,
+    texts: Iterable[Any] | None,
+    null: AnyNull | str | os.PathLike[str] | None,
+    context: int | None,
+    stride: int | None,
+    tokens: int,
+    norm: str,
+    budget_tokens: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[EvaluationWork, Protocol]:
-    """What `evaluate` runs, of its arguments, and how the text is read."""
+    """What `evaluate`, where the defaults are, runs of its arguments; and how the text is read."""
     check_model("evaluate", model)
     check_tokenizer("evaluate", tokenizer)
     asked = _named(routers)
