@@ -37,11 +37,7 @@ def add_eval_harness(commands: Commands) -> None:
         help="run the tasks with this router too: bh:alpha=0.3,max_k=16, or bh@6 for 6 experts per "
         "token on average; may be given several times. The model's own always runs first",
     )
-    options.add_null(
-        parser,
-        'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
-        "on logprob, of the kind that each router needs, the demo model's own or fitted first",
-    )
+    options.add_null_of_routers(parser)
     parser.add_argument(
         "--limit",
         type=options.integer(1),
@@ -66,8 +62,6 @@ def add_eval_harness(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.load import check_model
-    from ..null import resolve_null
     from ..routers.written import written_router
     from ..show.console import make_console
     from ..studies.configuration import Configuration, null_for
@@ -78,9 +72,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..studies.store.store import Store, store_path
 
     written = {text: written_router(text) for text in arguments.routers}
-    null = None if arguments.null is None else resolve_null(arguments.null)
-    if arguments.model is not None:
-        check_model(arguments.model)
+    null = options.given_null(arguments)
+    options.check_named_model(arguments)
     files = HarnessFiles(arguments.out)
     engine = options.engine_of(arguments)
     tasks = Tasks(_specs(arguments.tasks), arguments.num_fewshot, arguments.seed)
@@ -110,7 +103,7 @@ def _facts(arguments: argparse.Namespace, model: Any, tasks: Tasks) -> dict[str,
     from ..models.quantized import described_dtype
 
     return {
-        "model": options.DEMO if arguments.model is None else arguments.model,
+        "model": options.model_name(arguments),
         "weights": described_dtype(model),
         "tasks": list(tasks.loaded),
         "limit": arguments.limit or "all documents",
