@@ -21,11 +21,7 @@ static PyArrayObject *parse_pointers(PyObject *pointers)
 
 static int parse_storage(const char *name, mp_storage *storage)
 {
-    static const char *const names[] = {
-#define X(name) #name,
-        MP_STORAGES(X)
-#undef X
-    };
+    static const char *const names[] = {MP_STORAGES(MP_NAME)};
     const int found = mp_parse_word("storage", name, names, sizeof names / sizeof *names);
     if (found < 0)
         return -1;

@@ -129,11 +129,7 @@ int mp_parse_word(const char *argument, const char *word, const char *const *wor
 
 static int parse_function(const char *name, mp_function *function)
 {
-    static const char *const names[] = {
-#define X(name) #name,
-        MP_FUNCTIONS(X)
-#undef X
-    };
+    static const char *const names[] = {MP_FUNCTIONS(MP_NAME)};
     const int found = mp_parse_word("activation", name, names, sizeof names / sizeof *names);
     if (found < 0)
         return -1;

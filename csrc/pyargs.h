@@ -43,6 +43,9 @@ int mp_check_dtype(mp_format format, mp_float dtype);
 int mp_parse_word(const char *argument, const char *word, const char *const *words,
                   size_t count);
 
+/* For the words of an X(name) list: {MP_FUNCTIONS(MP_NAME)}. */
+#define MP_NAME(name) #name,
+
 /* A tuple (name, alpha, limit, shift), see activation.h. Runs code of the caller's, as of an
  * object that becomes a number: before arrays are looked at. */
 int mp_parse_activation(PyObject *tuple, mp_activation *activation);

@@ -8,12 +8,15 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 import moeprof
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
+
+ONE = moeprof.TopK(1)  # differs visibly from the own top-2 of `olmoe`
+LAYER_1 = r"model\.layers\.1\.mlp"  # its second layer, as a pattern for messages
 
 
 def olmoe_config(**changes) -> OlmoeConfig:
@@ -51,8 +54,30 @@ def eager_olmoe() -> OlmoeForCausalLM:
     return model
 
 
+def llama(vocab_size: int = 64, **settings) -> LlamaForCausalLM:
+    """A model without experts."""
+    sizes = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **settings))
+
+
 def token_ids(rows: int = 2, columns: int = 11, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 64, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(token_ids()).logits
+
+
+def generate(model: nn.Module, ids: torch.Tensor, new: int, **options):
+    """What transformers' generate returns for so many new tokens of each row, greedily."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        **options,
+    )
 
 
 def moe_block(shape=(8, 2, 32, 16), *, norm=False, seed=0, dtype=torch.float32) -> nn.ModuleDict:

@@ -15,7 +15,7 @@ import pandas
 import pytest
 import transformers
 from commands import fails
-from models import olmoe
+from models import llama, olmoe
 
 import moeprof
 from moeprof import demo
@@ -376,15 +376,7 @@ def test_a_hub_id_without_a_network_is_tried_once(capsys, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("null", [(), ("--null", "normal")])
 def test_a_model_without_a_moe_block(capsys, tmp_path, tiny, prompts, null):
-    config = transformers.LlamaConfig(
-        vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        pad_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    llama(vocab_size=4096, pad_token_id=1).save_pretrained(tmp_path / "llama")
     transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "llama")
     line = fails(
         capsys,

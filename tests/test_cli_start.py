@@ -148,7 +148,7 @@ def test_ctrl_c_inside_an_exec(folder, tmp_path):
 
 
 def test_a_fault_of_moeprof_keeps_its_traceback(folder):
-    program = "import moeprof.cli.profile as p; p.check_model = lambda n: {}[n]; " + MAIN
+    program = "import moeprof.models.load as m; m.check_model = lambda n: {}[n]; " + MAIN
     ended = python(program, "profile", "--model", "m", folder=folder)
     assert ended.returncode == 1 and "KeyError: 'm'" in ended.stderr
 

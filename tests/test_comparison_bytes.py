@@ -16,6 +16,7 @@ from wording import says
 import moeprof
 from moeprof.studies.comparison.bytes_read import BytesTable, expert_bytes
 from moeprof.studies.comparison.contenders import Nulls, choose_contenders
+from moeprof.studies.comparison.effects import Documents
 from moeprof.studies.comparison.files import frame
 from moeprof.studies.comparison.findings import findings
 from moeprof.studies.comparison.plan import plan_tables
@@ -164,7 +165,8 @@ def shrinking_run(losses, *cells):
     for cell in run["static"]:
         with_bytes(cell, 100)
     skipping = [*run["static"][:-1], *(c for c in cells if c["role"] == "router")]
-    table = BytesTable(lines, skipping, run["static"], [100] * 40, [101] * 40, ["a", "b"] * 20)
+    documents = Documents.of([100] * 40, [101] * 40, ["a", "b"] * 20)
+    table = BytesTable(lines, skipping, run["static"], documents)
     table.analyse()
     return run | {"quantized": lines, "planned_cells": len(lines) + run["planned_cells"]}
 
@@ -174,7 +176,7 @@ def test_effects_at_equal_bytes_are_those_of_a_computation_by_hand():
     run = shrinking_run({4: 0.03, 8: 0.002}, made_cell(budget=6))
     static, lines = run["static"], run["quantized"]
     predicted, tokens = rng.integers(50, 100, 40), rng.integers(101, 120, 40)
-    table = BytesTable(lines, static[:-1], static, predicted, tokens, ["a"] * 40)
+    table = BytesTable(lines, static[:-1], static, Documents.of(predicted, tokens, ["a"] * 40))
     weights = rng.integers(0, 4, (5, 40)).astype(float)
     effects, differences = table.effects(weights, "kl"), table.differences(weights)
     names = [name for _, name in table.contrasts()]

@@ -7,7 +7,7 @@ import pytest
 from wording import says
 
 from moeprof.studies.comparison.contenders import CONTENDERS, choose_contenders
-from moeprof.studies.comparison.effects import Table, interpolate, verdict
+from moeprof.studies.comparison.effects import Documents, Table, interpolate, verdict
 from moeprof.studies.comparison.files import frame
 from moeprof.studies.comparison.findings import findings
 from moeprof.studies.comparison.plan import plan_tables
@@ -77,7 +77,7 @@ def made_run(*cells, plan_budgets=(4, 6)):
     static = [
         made_cell("static", "top-k", budget=k, noise=0) | {"table": None} for k in range(1, 9)
     ]
-    Table(list(cells), static, [100] * 40, [101] * 40, ["a", "b"] * 20).analyse()
+    Table(list(cells), static, Documents.of([100] * 40, [101] * 40, ["a", "b"] * 20)).analyse()
     names = dict.fromkeys(c["contender"] for c in cells if c["role"] == "router")
     return {
         "static": static,
@@ -119,7 +119,7 @@ def test_effects_are_those_of_a_computation_by_hand():
     cells[0]["by_document"]["experts"] = (101 * rng.uniform(3, 5, 40)).tolist()
     static = [made_cell("static", "top-k", budget=k, seed=k) for k in range(1, 9)]
     predicted, tokens = rng.integers(50, 100, 40), rng.integers(101, 120, 40)
-    table = Table(cells, static, predicted, tokens, ["a"] * 40)
+    table = Table(cells, static, Documents.of(predicted, tokens, ["a"] * 40))
     weights = rng.integers(0, 4, (5, 40)).astype(float)
     found = table.effects(weights, "kl")
     for b, w in enumerate(weights):

@@ -14,8 +14,8 @@ import moeprof
 from moeprof import demo
 from moeprof.cli import main
 from moeprof.measure import passes
+from moeprof.studies.configuration import OWN
 from moeprof.studies.evaluation.measure import Evaluation, Protocol, evaluation_text, protocol_for
-from moeprof.studies.evaluation.work import OWN
 from moeprof.texts.documents import Document
 from moeprof.texts.windows import heldout_windows
 

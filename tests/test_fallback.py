@@ -6,16 +6,18 @@ import warnings
 import pytest
 import torch
 from models import (
+    LAYER_1,
+    ONE,
     V5,
     assert_unchanged,
     blocks,
     eager_olmoe,
+    logits,
     olmoe,
     random_hidden,
     relative,
     run,
     snapshot,
-    token_ids,
 )
 from torch import nn
 from torch.nn.utils import parametrize
@@ -25,17 +27,10 @@ import moeprof
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-ONE = moeprof.TopK(1)
-NAME = r"model\.layers\.1\.mlp"  # the layer that the tests put an obstacle into
-
 
 @pytest.fixture
 def model():
     return eager_olmoe()
-
-
-def logits(model):
-    return model(token_ids()).logits
 
 
 # ---- obstacles: each changes what the layer computes, or how its weights lie ----
@@ -184,7 +179,7 @@ def watch(handle):
 def assert_one_warning(caught, words):
     (warning,) = caught
     assert issubclass(warning.category, UserWarning)
-    with pytest.raises(Exception, match=f"{NAME} runs the model's own forward: .*{words}"):
+    with pytest.raises(Exception, match=f"{LAYER_1} runs the model's own forward: .*{words}"):
         raise warning.message
 
 
@@ -199,7 +194,7 @@ def test_obstacle_is_refused(model, obstacle):
     install, words = OBSTACLES[obstacle]
     install(blocks(model)[1])
     before = snapshot(model)
-    with pytest.raises(ValueError, match=f"{NAME}: can't run .*{words}"):
+    with pytest.raises(ValueError, match=f"{LAYER_1}: can't run .*{words}"):
         moeprof.patch(model)
     assert_unchanged(model, before)
 
@@ -235,7 +230,7 @@ def test_obstacle_that_comes_later_is_refused(model, obstacle):
     with moeprof.patch(model):
         logits(model)
         install(blocks(model)[1])
-        with pytest.raises(RuntimeError, match=f"{NAME}: can't run .*{words}"):
+        with pytest.raises(RuntimeError, match=f"{LAYER_1}: can't run .*{words}"):
             logits(model)
 
 
@@ -264,7 +259,7 @@ def test_obstacle_that_comes_later_is_left_to_the_model(model, obstacle):
 def test_layer_returns_to_our_path_when_the_hook_is_gone(model):
     with moeprof.patch(model, strict=False) as handle:
         hook = blocks(model)[1].gate.register_forward_hook(lambda *args: None)
-        with pytest.warns(UserWarning, match=NAME):
+        with pytest.warns(UserWarning, match=LAYER_1):
             logits(model)
         hook.remove()
         seen = watch(handle)
@@ -284,7 +279,7 @@ def test_forward_from_before_the_patch_is_the_models_own(model):
     block.forward = types.MethodType(forward, block)
     with moeprof.patch(model, strict=False), moeprof.patch(model, ONE, strict=False):
         hook_on_experts = inside(block)[0].register_forward_hook(lambda *args: None)
-        with pytest.warns(UserWarning, match=NAME):
+        with pytest.warns(UserWarning, match=LAYER_1):
             assert torch.equal(run(block, random_hidden(1, 5, 32)), 3 * plain)
         hook_on_experts.remove()
 
@@ -399,10 +394,10 @@ def test_weights_that_nothing_can_run(model, case):
     change, words = UNRUNNABLE[case]
     change(blocks(model)[1])
     expected, before = failure(model), snapshot(model)
-    with pytest.raises(ValueError, match=f"{NAME}: .*({words})"):
+    with pytest.raises(ValueError, match=f"{LAYER_1}: .*({words})"):
         moeprof.patch(model)
     assert_unchanged(model, before)
-    with pytest.warns(UserWarning, match=f"{NAME} .*({words})"):
+    with pytest.warns(UserWarning, match=f"{LAYER_1} .*({words})"):
         handle = moeprof.patch(model, strict=False)
     assert_falls_back(handle, words)
     assert failure(model) == expected
@@ -413,7 +408,7 @@ def test_weights_that_nothing_can_run_any_more(model, case):
     change, words = UNRUNNABLE[case]
     with moeprof.patch(model):
         change(blocks(model)[1])
-        with pytest.raises(RuntimeError, match=f"{NAME}: .*({words})"):
+        with pytest.raises(RuntimeError, match=f"{LAYER_1}: .*({words})"):
             logits(model)
 
 
@@ -421,7 +416,7 @@ def test_weights_on_meta(model):
     """Not a matter of strict=False: what torch makes of them has no numbers."""
     blocks(model)[1].experts.to("meta")
     before = snapshot(model)
-    with pytest.raises(ValueError, match=f"{NAME}: .*device meta"):
+    with pytest.raises(ValueError, match=f"{LAYER_1}: .*device meta"):
         moeprof.patch(model)
     assert_unchanged(model, before)
 
@@ -432,12 +427,12 @@ def test_patched_model_that_moves_to_meta(model, what):
     with moeprof.patch(model):
         if what != "hidden states":
             model.to("meta")
-        with pytest.raises(RuntimeError, match=f"{NAME}: .*device meta"):
+        with pytest.raises(RuntimeError, match=f"{LAYER_1}: .*device meta"):
             block(x if what == "experts" else x.to("meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_hidden_states_of_another_dtype(model, dtype):
     with moeprof.patch(model):
-        with pytest.raises(RuntimeError, match=f"{NAME}: .*the hidden states: .*{dtype}"):
+        with pytest.raises(RuntimeError, match=f"{LAYER_1}: .*the hidden states: .*{dtype}"):
             blocks(model)[1](random_hidden(1, 3, 32, dtype))

@@ -33,11 +33,12 @@ def folder(monkeypatch, tmp_path):
 
 
 def make_work(loaded, specs=(".",), with_bh=True, num_fewshot=None, **options):
+    from moeprof.studies.configuration import Configuration
     from moeprof.studies.harness.tasks import Tasks
-    from moeprof.studies.harness.work import Contender, HarnessWork
+    from moeprof.studies.harness.work import HarnessWork
 
-    contenders = [Contender("bh", BH, null=demo.null())] if with_bh else []
-    return HarnessWork(*loaded, Tasks(specs, num_fewshot), contenders, **options)
+    configurations = [Configuration("bh", BH, null=demo.null())] if with_bh else []
+    return HarnessWork(*loaded, Tasks(specs, num_fewshot), configurations, **options)
 
 
 def run(work, name):

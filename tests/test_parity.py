@@ -9,6 +9,7 @@ from models import (
     expert_weights,
     gap,
     gate_logits,
+    generate,
     moe_block,
     olmoe,
     random_hidden,
@@ -132,17 +133,9 @@ def loaded():
     return demo.load()
 
 
-def generate(model, ids):
+def decoded(model, ids):
     """(new tokens (20,), their logits (20, V)) of greedy decoding from one prompt (1, T)."""
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=20,
-        min_new_tokens=20,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    output = generate(model, ids, 20, return_dict_in_generate=True, output_logits=True)
     return output.sequences[0, ids.shape[1] :], torch.cat(output.logits)
 
 
@@ -174,7 +167,7 @@ def stock_generation(loaded):
     with torch.no_grad():
         for _, text in demo.prompts():
             prompt = tokenizer(text, return_tensors="pt")["input_ids"]
-            new, logits = generate(model, prompt)
+            new, logits = decoded(model, prompt)
             found.append((prompt, new, logits, critical_step(model, prompt, new)))
     return found
 
@@ -187,7 +180,7 @@ def test_demo_generation(loaded, stock_generation, router):
     complete = 0
     with moeprof.patch(model, **options):
         for prompt, new, logits, until in stock_generation:
-            our_new, our_logits = generate(model, prompt)
+            our_new, our_logits = decoded(model, prompt)
             assert our_new[:until].tolist() == new[:until].tolist()
             for ours, stock in zip(our_logits[:until], logits[:until], strict=True):
                 assert relative(ours, stock) <= 1e-4

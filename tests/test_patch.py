@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from models import (
+    ONE,
     V5,
     assert_unchanged,
     blocks,
@@ -23,8 +24,6 @@ from models import (
 from torch import nn
 
 import moeprof
-
-ONE = moeprof.TopK(1)  # differs visibly from the model's own top-2
 
 
 @pytest.fixture

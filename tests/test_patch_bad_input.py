@@ -3,37 +3,32 @@
 import pytest
 import torch
 from models import (
+    LAYER_1,
+    ONE,
     V5,
     assert_unchanged,
     blocks,
     choose,
     eager_olmoe,
     fit_null,
+    llama,
+    logits,
     olmoe,
     random_hidden,
     scores,
     snapshot,
-    token_ids,
     wrap_gates,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import build
 
 import moeprof
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-ONE = moeprof.TopK(1)
-NAME = r"model\.layers\.1\.mlp"  # the layer that the tests put an obstacle into
-
 
 @pytest.fixture
 def model():
     return eager_olmoe()
-
-
-def logits(model):
-    return model(token_ids()).logits
 
 
 # ---- NaN ----
@@ -44,14 +39,14 @@ def test_nan_in_hidden_states(model, router):
     x = random_hidden(2, 3, 32)
     x[1, 1, 5] = torch.nan
     with moeprof.patch(model, router, null="normal" if router else None):
-        with pytest.raises(ValueError, match=f"{NAME}: .*row 4 has a NaN"):
+        with pytest.raises(ValueError, match=f"{LAYER_1}: .*row 4 has a NaN"):
             blocks(model)[1](x)
         logits(model)  # the patch is as good as before
 
 
 def test_nan_in_router_logits(model):
     blocks(model)[1].gate.weight[4, 0] = torch.nan
-    with moeprof.patch(model), pytest.raises(ValueError, match=f"{NAME}: .*row 0 has a NaN"):
+    with moeprof.patch(model), pytest.raises(ValueError, match=f"{LAYER_1}: .*row 0 has a NaN"):
         logits(model)
 
 
@@ -159,11 +154,6 @@ def test_null_of_another_model(model, other):
     with pytest.raises(ValueError, match="null was fitted to .*, not to"):
         moeprof.patch(model, "bh", null=null)
     assert_unchanged(model, before)
-
-
-def llama():
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=16, num_attention_heads=4)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
 
 
 @pytest.mark.parametrize("face", [moeprof.patch, moeprof.OLMoERouterPatcher])

@@ -7,10 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from models import V5, assert_unchanged, blocks, fit_null, olmoe, snapshot, token_ids
+from models import V5, assert_unchanged, blocks, fit_null, llama, olmoe, snapshot, token_ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import build
 
 import moeprof
@@ -309,17 +308,8 @@ def test_another_family_is_told_what_works(model, monkeypatch):
 
 
 def test_a_dense_model_is_promised_nothing():
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-        )
-    )
     with pytest.raises(ValueError, match="No routers found") as caught:
-        moeprof.patch(llama)
+        moeprof.patch(llama())
     assert "Profiler" not in str(caught.value) and "moeprof.patch knows" in str(caught.value)
     assert "set_experts" not in str(caught.value)
 

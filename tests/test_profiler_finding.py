@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from models import V5, Middleware, moe_block, olmoe, wrap_gates
+from models import V5, Middleware, llama, moe_block, olmoe, wrap_gates
 from torch import nn
 
 import moeprof
@@ -338,17 +338,9 @@ def test_no_router(children):
 
 
 def test_a_dense_model():
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=H,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    model = transformers.LlamaForCausalLM(config)
     message = "No routers found in LlamaForCausalLM: looked for .*gate or router; found .* none$"
     with pytest.raises(ValueError, match=message):
-        find_sites(model)
+        find_sites(llama())
 
 
 def test_the_error_names_what_looks_like_a_mixture_of_experts():

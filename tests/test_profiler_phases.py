@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from models import blocks, olmoe, token_ids
+from models import blocks, generate, olmoe, token_ids
 from torch import nn
 
 import moeprof
@@ -119,13 +119,7 @@ def test_models_with_a_state_beside_their_cache(name):
     model, ids = zoo.build(name), zoo.inputs(name)["input_ids"]
     for use_cache, decoded in ((True, 2 * 2), (False, 2 * (10 + 11))):
         with torch.no_grad(), moeprof.MoEProfiler(model) as profiler:
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=3,
-                min_new_tokens=3,
-                use_cache=use_cache,
-            )
+            generate(model, ids, 3, use_cache=use_cache)
         assert counted(profiler) == {"prefill": (18, 0, 1), "decode": (decoded, 0, 2)}
 
 
@@ -321,6 +315,18 @@ def test_an_attention_mask_comes_before_the_id():
     assert counted(profiler)["prefill"] == (ids.numel(), 0, 1)
 
 
+def six_tokens_and_padding(mask, use_cache):
+    """Options of `generate`: rows that ended get an id that no row chooses, as a model that is
+    not trained may choose any other one."""
+    return {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "use_cache": use_cache,
+        "pad_token_id": 1,
+        "bad_words_ids": [[1]],
+    }
+
+
 @pytest.mark.parametrize("use_cache", (True, False))
 @pytest.mark.parametrize("masked", (True, False))
 def test_what_generate_gives_to_rows_that_ended_is_padding_on_request(use_cache, masked):
@@ -328,14 +334,7 @@ def test_what_generate_gives_to_rows_that_ended_is_padding_on_request(use_cache,
     model, ids = olmoe(), token_ids(3, 6)
     mask = torch.ones_like(ids)
     mask[0, :2] = not masked
-    # an id that is not there, as the model that is not trained may choose any other one
-    options = {
-        "attention_mask": mask,
-        "max_new_tokens": 6,
-        "use_cache": use_cache,
-        "pad_token_id": 1,
-        "bad_words_ids": [[1]],
-    }
+    options = six_tokens_and_padding(mask, use_cache)
     counts = []
     with torch.no_grad():
         eos = int(model.generate(ids, min_new_tokens=6, **options)[0, 7])
@@ -362,13 +361,7 @@ def test_text_that_generates_repetitions_does_not_look_padded():
         warnings.simplefilter("error", UserWarning)
         with moeprof.MoEProfiler(model):
             for use_cache in (True, False):
-                model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=20,
-                    min_new_tokens=20,
-                    use_cache=use_cache,
-                )
+                generate(model, ids, 20, use_cache=use_cache)
 
 
 def test_what_looks_padded_is_said_once_and_counts():
@@ -430,13 +423,7 @@ def test_the_mask_of_a_prompt_goes_on_in_what_is_generated(use_cache, pad):
     model, ids = olmoe(), token_ids(3, 6)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    options = {
-        "attention_mask": mask,
-        "max_new_tokens": 6,
-        "use_cache": use_cache,
-        "pad_token_id": 1,
-        "bad_words_ids": [[1]],
-    }
+    options = six_tokens_and_padding(mask, use_cache)
     with torch.no_grad():
         eos = int(model.generate(ids, min_new_tokens=6, **options)[0, 7])
         with moeprof.MoEProfiler(model, pad_token_id=pad) as profiler:

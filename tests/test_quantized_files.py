@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import zoo
-from models import V5, olmoe, token_ids
+from models import V5, llama, olmoe, token_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -309,14 +309,7 @@ def test_weights_that_others_have_quantised_are_refused(changed):
 
 
 def test_a_model_without_experts_is_refused(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="No routers found in LlamaForCausalLM"):
         moeprof.load(tmp_path, bits=8)
 

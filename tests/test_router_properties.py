@@ -21,6 +21,11 @@ MOST = {"c": 3.0, "k": 8}  # of a main parameter that is no share
 WIDTHS = st.sampled_from((1, 2, 8, 64))
 
 
+def drawn(test):
+    """A test of a seed and of a number of experts."""
+    return given(seed=seeds, experts=WIDTHS)(quick(test))
+
+
 def draw(seed, experts, tokens=40):
     """Logits (T,E) without ties, some of them sharp, and the generator."""
     rng = np.random.default_rng(seed)
@@ -34,8 +39,7 @@ def null_kind(seed, name, own):
 
 
 @every_case
-@given(seed=seeds, experts=WIDTHS)
-@quick
+@drawn
 def test_permuting_the_experts_permutes_the_selection(case, seed, experts):
     """With them their nulls and their weights; outside ties of the evidence."""
     name, own = case
@@ -69,8 +73,7 @@ def ties(router, z, null):
 
 
 @every_router
-@given(seed=seeds, experts=WIDTHS)
-@quick
+@drawn
 def test_R_never_falls_or_never_rises_with_the_main_parameter(name, seed, experts):
     rng, z = draw(seed, experts)
     cls = REGISTRY[name]
@@ -90,8 +93,7 @@ def test_R_never_falls_or_never_rises_with_the_main_parameter(name, seed, expert
 
 
 @every_case
-@given(seed=seeds, experts=WIDTHS)
-@quick
+@drawn
 def test_limits_and_sums_of_weights(case, seed, experts):
     """min_k <= counts <= max_k; the weights sum to M_S, 1 and M_topk."""
     name, own = case

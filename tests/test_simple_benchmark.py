@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from captured import assert_as_before, capture
-from models import choose, olmoe, wrap_gates
+from models import choose, generate, olmoe, wrap_gates
 from scipy.stats import binom
 from torch import nn
 from wording import says
@@ -81,14 +81,7 @@ def test_a_run_of_the_stock_model():
     assert own["loss_short"] == pytest.approx(loss_of(model, TEXTS["short"]), rel=1e-5)
     for text, generated in zip(ALL, result.seen.generated, strict=True):
         ids = Tokenizer()(text, return_tensors="pt")["input_ids"]
-        expected = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=3,
-            max_new_tokens=3,
-            eos_token_id=-1,
-        )
+        expected = generate(model, ids, 3, eos_token_id=-1)
         assert generated == expected[0, ids.shape[1] :].tolist()
     experts = {name: value for name, value in own.items() if name.startswith("experts")}
     assert len(experts) == 9 and set(experts.values()) == {2.0}
@@ -107,14 +100,7 @@ def recorded(model, configure, texts, new_tokens):
     for category, members in texts.items():
         for text in members:
             ids = Tokenizer()(text, return_tensors="pt")["input_ids"]
-            whole = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                eos_token_id=-1,
-                min_new_tokens=new_tokens + 1,
-                max_new_tokens=new_tokens + 1,
-            )
+            whole = generate(model, ids, new_tokens + 1, eos_token_id=-1)
             assert whole.shape[1] == ids.shape[1] + new_tokens + 1
             layers = len(handle.layers)
             means.setdefault((category, "prefill"), []).extend(found[:layers])

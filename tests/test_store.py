@@ -26,6 +26,13 @@ def path(tmp_path):
     return tmp_path / "cells.sqlite"
 
 
+def execute(path, statement):
+    """By SQLite itself, as another program may."""
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement)
+    connection.close()
+
+
 def test_a_cell_is_run_once_and_found_by_another_store(path):
     result = {"perplexity": 0.1 + 0.2, "by_layer": [1, None], "nan": float("inf")}
     with Store(path) as store:
@@ -184,9 +191,7 @@ def test_a_changed_letter_of_a_result_is_noticed(path):
     """SQLite itself has no checksum over what it keeps."""
     with Store(path) as store:
         store.run(CELL, SUBJECT, lambda: {"perplexity": 12.5})
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE cells SET result = replace(result, '12.5', '12.6')")
-    connection.close()
+    execute(path, "UPDATE cells SET result = replace(result, '12.5', '12.6')")
     with Store(path) as store:
         assert store.find(CELL, SUBJECT) is None
         assert store.rows()[0]["damaged"]
@@ -197,18 +202,14 @@ def test_a_changed_letter_of_a_result_is_noticed(path):
 
 def test_a_store_of_another_version_or_program_is_refused_and_untouched(path):
     Store(path).close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 7")
-    connection.close()
+    execute(path, "PRAGMA user_version = 7")
     content = path.read_bytes()
     with pytest.raises(ValueError, match="version 7.*reads 1"):
         Store(path)
     assert path.read_bytes() == content
 
     other = path.with_name("firefox.sqlite")
-    with sqlite3.connect(other) as connection:
-        connection.execute("CREATE TABLE places (url)")
-    connection.close()
+    execute(other, "CREATE TABLE places (url)")
     content = other.read_bytes()
     with pytest.raises(ValueError, match="another's"):
         Store(other)

@@ -19,10 +19,6 @@
         }                                                                              \
     }
 
-#define SAME(value) (value)
-#define LOAD_BF16(at) mp_f32_from_bf16(mp_load_u16(at))
-#define LOAD_F16(at) mp_f32_from_f16(mp_load_u16(at))
-
 DEFINE_LINEAR(f32, float, SAME, 4, mp_load_f32)
 DEFINE_LINEAR(bf16, uint16_t, mp_f32_from_bf16, 2, LOAD_BF16)
 DEFINE_LINEAR(f16, float, SAME, 2, LOAD_F16)

@@ -9,4 +9,9 @@
 #include "../bits.h"
 #include "../kernels.h"
 
+/* How a weight or an activation becomes a float. */
+#define SAME(value) (value)
+#define LOAD_BF16(at) mp_f32_from_bf16(mp_load_u16(at))
+#define LOAD_F16(at) mp_f32_from_f16(mp_load_u16(at))
+
 #endif

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import check_folder
-from ..models.load import check_model
 from ..null import KINDS, SCORES, Null
 from ..null.fitting import fit_null
 from ..texts.streams import TextFiles
@@ -73,8 +72,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _fitted(arguments: argparse.Namespace) -> Null:
     texts = TextFiles(arguments.text)
-    if arguments.model is not None:
-        check_model(arguments.model)
+    options.check_named_model(arguments)
     model, tokenizer = options.load(arguments)
     return fit_null(
         model,

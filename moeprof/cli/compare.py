@@ -26,24 +26,23 @@ def add_compare(commands: Commands) -> None:
         "compare", help="compare routers at an equal budget of experts, and with static top-k"
     )
     options.add_study_options(parser)
-    parser.add_argument(
+    options.add_names(
+        parser,
         "--routers",
-        type=options.names,
-        metavar="NAME,NAME,...",
-        help="of these only: bh, storey_bh, ..., or one contender as the tables name it",
+        "of these only: bh, storey_bh, ..., or one contender as the tables name it",
     )
-    parser.add_argument(
+    options.add_integers(
+        parser,
         "--budgets",
-        type=options.integers,
-        metavar="B,B,...",
-        help="experts per token; default: 2 to k - 1 (table reduction) and 2 to k (table wide)",
+        "B",
+        "experts per token; default: 2 to k - 1 (table reduction) and 2 to k (table wide)",
     )
-    parser.add_argument(
+    options.add_names(
+        parser,
         "--tables",
-        type=options.names,
-        default=TABLES,
-        metavar="NAME,NAME",
-        help="reduction (a token gets k experts at most), wide (2 k); default: both",
+        "reduction (a token gets k experts at most), wide (2 k); default: both",
+        TABLES,
+        "NAME,NAME",
     )
     parser.add_argument(
         "--quantized",
@@ -102,7 +101,6 @@ def _bits(text: str) -> tuple[int, ...]:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.load import check_model
     from ..null import Null
     from ..show.console import make_console
     from ..studies.comparison.compare import compare
@@ -122,15 +120,13 @@ def _run(arguments: argparse.Namespace) -> None:
     else:
         documents = split_documents(read_documents(arguments.text))
     null = None if arguments.null is None else _efron(Null.load(arguments.null))
-    if arguments.model is not None:
-        check_model(arguments.model)
+    options.check_named_model(arguments)
     files = ComparisonFiles(arguments.out, arguments.store)
     engine = options.engine_of(arguments)
     model, tokenizer = options.load(arguments)
     comparison = _comparison(arguments, model, tokenizer, contenders, documents, null)
     console = make_console()
-    name = options.DEMO if arguments.model is None else arguments.model
-    compare(comparison, files, _facts(arguments, model, name), console, engine=engine)
+    compare(comparison, files, _facts(arguments, model), console, engine=engine)
 
 
 def _efron(null: Null) -> Null:
@@ -190,7 +186,7 @@ def _quantized(arguments: argparse.Namespace) -> tuple[int, ...]:
     return ()
 
 
-def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, Any]:
+def _facts(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     """What the JSON says of machine, model and command."""
     from ..measure import machine
     from ..models.blocks import model_sizes
@@ -199,7 +195,7 @@ def _facts(arguments: argparse.Namespace, model: Any, name: str) -> dict[str, An
     return {
         "command": options.command_of(arguments, DEFAULTS),
         "machine": machine.describe(),
-        "model": name,
+        "model": options.model_name(arguments),
         "dtype": described_dtype(model),
         "model_config": model_sizes(model),
         "test_tokens": arguments.tokens,

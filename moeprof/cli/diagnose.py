@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ..demo.defaults import default_null
 from ..files import check_folder
-from ..models.load import check_model
 from ..show.console import make_console
 from ..texts.windows import HELDOUT_TOKENS
 from . import options
@@ -71,16 +70,13 @@ def _alpha(text: str) -> float:
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..models.blocks import fewest_experts, runnable_blocks
-    from ..null import resolve_null
     from ..routers import BH
     from ..studies.diagnosis import diagnose
     from ..studies.store.store import Store, store_path
-    from ..texts.documents import read_documents
 
-    null = None if arguments.null is None else resolve_null(arguments.null)
-    texts = None if arguments.text is None else read_documents(arguments.text)
-    if arguments.model is not None:
-        check_model(arguments.model)
+    null = options.given_null(arguments)
+    texts = options.given_documents(arguments)
+    options.check_named_model(arguments)
     if arguments.out is not None:
         check_folder(arguments.out)
     router = BH(arguments.alpha, min_k=arguments.min_k, max_k=arguments.max_k)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from . import options
 
 if TYPE_CHECKING:
-    from ..null.resolve import AnyNull
     from ..studies.harness.tasks import Tasks
     from .options import Commands
 
@@ -38,11 +37,7 @@ def add_eval_harness(commands: Commands) -> None:
         help="run the tasks with this router too: bh:alpha=0.3,max_k=16, or bh@6 for 6 experts per "
         "token on average; may be given several times. The model's own always runs first",
     )
-    options.add_null(
-        parser,
-        'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
-        "on logprob, of the kind that each router needs, the demo model's own or fitted first",
-    )
+    options.add_null_of_routers(parser)
     parser.add_argument(
         "--limit",
         type=options.integer(1),
@@ -67,30 +62,30 @@ def add_eval_harness(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..models.load import check_model
-    from ..null import resolve_null
     from ..routers.written import written_router
     from ..show.console import make_console
+    from ..studies.configuration import Configuration, null_for
     from ..studies.harness.report import HarnessFiles
     from ..studies.harness.run import run_harness
     from ..studies.harness.tasks import Tasks
-    from ..studies.harness.work import Contender, HarnessWork
+    from ..studies.harness.work import HarnessWork
     from ..studies.store.store import Store, store_path
 
     written = {text: written_router(text) for text in arguments.routers}
-    null = None if arguments.null is None else resolve_null(arguments.null)
-    if arguments.model is not None:
-        check_model(arguments.model)
+    null = options.given_null(arguments)
+    options.check_named_model(arguments)
     files = HarnessFiles(arguments.out)
     engine = options.engine_of(arguments)
     tasks = Tasks(_specs(arguments.tasks), arguments.num_fewshot, arguments.seed)
     model, tokenizer = options.load(arguments)
-    contenders = [
-        Contender(text, router, budget, _null(model, tokenizer, router, null, arguments.seed))
+    configurations = [
+        Configuration(
+            text, router, budget, null_for(router, model, tokenizer, null, seed=arguments.seed)
+        )
         for text, (router, budget) in written.items()
     ]
     asked = {"limit": arguments.limit, "batch_size": arguments.batch_size}
-    work = HarnessWork(model, tokenizer, tasks, contenders, **asked)
+    work = HarnessWork(model, tokenizer, tasks, configurations, **asked)
     with Store(store_path(arguments.out, arguments.store)) as store:
         run_harness(work, store, files, _facts(arguments, model, tasks), make_console(), engine)
 
@@ -98,19 +93,6 @@ def _run(arguments: argparse.Namespace) -> None:
 def _specs(words: list[str]) -> list[str]:
     """Names and paths; commas separate names, but a path may have them."""
     return [s for w in words for s in ([w] if Path(w).exists() else w.split(",")) if s.strip()]
-
-
-def _null(
-    model: Any, tokenizer: Any, router: Any, given: AnyNull | None, seed: int
-) -> AnyNull | None:
-    """The null of a router that works on one: what --null names, else the kind that it needs."""
-    from ..demo.defaults import default_null
-
-    if not router.wants_null:
-        return None
-    if given is not None:
-        return given
-    return default_null(model, tokenizer, seed=seed, kind=router.null_kind)
 
 
 def _facts(arguments: argparse.Namespace, model: Any, tasks: Tasks) -> dict[str, Any]:
@@ -121,7 +103,7 @@ def _facts(arguments: argparse.Namespace, model: Any, tasks: Tasks) -> dict[str,
     from ..models.quantized import described_dtype
 
     return {
-        "model": options.DEMO if arguments.model is None else arguments.model,
+        "model": options.model_name(arguments),
         "weights": described_dtype(model),
         "tasks": list(tasks.loaded),
         "limit": arguments.limit or "all documents",

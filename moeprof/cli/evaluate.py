@@ -6,7 +6,6 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..files import check_folder
-from ..models.load import check_model
 from ..routers import REGISTRY
 from ..routers.written import FORM, written_router
 from ..texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS
@@ -35,11 +34,7 @@ def add_evaluate(commands: Commands) -> None:
         help=f"{FORM}; one of {', '.join(sorted(REGISTRY))}; may be given several times, and the "
         "model's own routing always comes first",
     )
-    options.add_null(
-        parser,
-        'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
-        "on logprob, of the kind that each router needs, the demo model's own or fitted first",
-    )
+    options.add_null_of_routers(parser)
     options.add_heldout_text(parser)
     options.add_number(parser, "--tokens", HELDOUT_TOKENS, "about so many are scored", 1, 10**8)
     parser.add_argument(
@@ -70,16 +65,13 @@ def _router(text: str) -> str:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
-    from ..null import resolve_null
     from ..show.console import make_console
     from ..studies.evaluation import evaluate
     from ..studies.store.store import store_path
-    from ..texts.documents import read_documents
 
-    null = None if arguments.null is None else resolve_null(arguments.null)
-    texts = None if arguments.text is None else read_documents(arguments.text)
-    if arguments.model is not None:
-        check_model(arguments.model)
+    null = options.given_null(arguments)
+    texts = options.given_documents(arguments)
+    options.check_named_model(arguments)
     check_folder(arguments.out)
     engine = options.engine_of(arguments)
     model, tokenizer = options.load(arguments)

@@ -21,11 +21,9 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..backends.pages import huge_share
     from ..models.find import find_sites
     from ..models.inspection import inspect
-    from ..models.load import check_model
     from ..models.sizes import weights_of
 
-    if arguments.model is not None:
-        check_model(arguments.model)
+    options.check_named_model(arguments)
     model, _ = options.load(arguments)
     print(inspect(model))
     experts = [site.experts for site in find_sites(model) if site.experts is not None]

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ..bench.settings import DTYPES
 from ..studies.engine.serial import Serial
 from ..studies.source import Source
-from ..texts.documents import EXPECTED
+from ..texts.documents import EXPECTED, read_documents
 
 if TYPE_CHECKING:
+    from ..null.resolve import AnyNull
     from ..studies.engine.engine import Engine
+    from ..texts.documents import Document
 
 # What `add_subparsers` returns: argparse has no public name for it.
 Commands = Any
@@ -64,9 +66,34 @@ def add_number(
     parser.add_argument(name, type=integer(low, high), default=default, metavar="N", help=help)
 
 
+def add_integers(parser: argparse.ArgumentParser, name: str, letter: str, text: str) -> None:
+    """An option of one or several integers: B,B,... of the letter B."""
+    parser.add_argument(name, type=integers, metavar=f"{letter},{letter},...", help=text)
+
+
+def add_names(
+    parser: argparse.ArgumentParser,
+    name: str,
+    text: str,
+    default: tuple[str, ...] | None = None,
+    metavar: str = "NAME,NAME,...",
+) -> None:
+    """An option of one or several names."""
+    parser.add_argument(name, type=names, default=default, metavar=metavar, help=text)
+
+
 def add_null(parser: argparse.ArgumentParser, text: str) -> None:
     """--null, a file of `moeprof calibrate` or a word."""
     parser.add_argument("--null", metavar="FILE", help=text)
+
+
+def add_null_of_routers(parser: argparse.ArgumentParser) -> None:
+    """--null, where several routers may be given."""
+    add_null(
+        parser,
+        'for routers on p-values: a null of `moeprof calibrate`, "normal" or "softmax"; default: '
+        "on logprob, of the kind that each router needs, the demo model's own or fitted first",
+    )
 
 
 def add_texts(parser: argparse.ArgumentParser, text: str, metavar: str = "FILE") -> None:
@@ -151,6 +178,31 @@ def source_of(arguments: argparse.Namespace) -> Source:
         arguments.device,
         arguments.trust_remote_code,
     )
+
+
+def check_named_model(arguments: argparse.Namespace) -> None:
+    """Raises where --model names none, before anything is loaded."""
+    if arguments.model is not None:
+        from ..models.load import check_model
+
+        check_model(arguments.model)
+
+
+def model_name(arguments: argparse.Namespace) -> str:
+    """What files call the model."""
+    return DEMO if arguments.model is None else str(arguments.model)
+
+
+def given_null(arguments: argparse.Namespace) -> AnyNull | None:
+    """That of --null, None where it isn't given."""
+    from ..null import resolve_null
+
+    return None if arguments.null is None else resolve_null(arguments.null)
+
+
+def given_documents(arguments: argparse.Namespace) -> list[Document] | None:
+    """Those of --text, None where it isn't given."""
+    return None if arguments.text is None else read_documents(arguments.text)
 
 
 def set_threads(arguments: argparse.Namespace) -> None:

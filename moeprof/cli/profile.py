@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ..demo import heldout_texts
 from ..demo.defaults import default_null
 from ..files import as_csv, check_folder, write_whole
-from ..models.load import check_model
 from ..routers import REGISTRY
 from ..routers.written import written_router
 from ..show.console import make_console
@@ -118,16 +117,14 @@ def _router(text: str) -> Router:
 def _run(arguments: argparse.Namespace) -> None:
     """Whatever can be wrong without the model is looked at before the model is loaded."""
     from ..models.blocks import runnable_blocks
-    from ..null import resolve_null
     from ..profiler.records import check_records
 
     if arguments.router is None and arguments.null is not None:
         raise ValueError("--null is what a router on p-values works on, and no --router is given")
     if arguments.router is not None and arguments.patched:
         raise ValueError("--patched runs the model's own router, and --router another one")
-    null = None if arguments.null is None else resolve_null(arguments.null)
-    if arguments.model is not None:
-        check_model(arguments.model)
+    null = options.given_null(arguments)
+    options.check_named_model(arguments)
     asked, largest = arguments.continuations, max(arguments.batch)
     if asked and largest > asked:
         raise ValueError(f"--batch {largest}: expected at most --continuations, which is {asked}")

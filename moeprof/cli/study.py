@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..models.load import check_model
 from ..show.console import make_console
 from ..studies.comparison.plan import REDUCTION, TABLES
 from ..studies.comparison.splits import TEST_TOKENS
@@ -60,33 +59,32 @@ def add_study(commands: Commands) -> None:
         action="store_true",
         help="only say what it takes: cells, tokens, time, memory, from a short measurement",
     )
-    parser.add_argument(
+    options.add_names(
+        parser,
         "--parts",
-        type=options.names,
-        default=PARTS,
-        metavar="PART,PART,...",
-        help=f"some of {', '.join(PARTS)}; calibrate is always run; default: all",
+        f"some of {', '.join(PARTS)}; calibrate is always run; default: all",
+        PARTS,
+        "PART,PART,...",
     )
-    parser.add_argument(
+    options.add_integers(
+        parser,
         "--budgets",
-        type=options.integers,
-        metavar="B,B,...",
-        help="experts per token that routers are compared at; default: half and three quarters of "
+        "B",
+        "experts per token that routers are compared at; default: half and three quarters of "
         "the model's own k, which is 4 and 6 of 8",
     )
-    parser.add_argument(
+    options.add_names(
+        parser,
         "--routers",
-        type=options.names,
-        metavar="NAME,NAME,...",
-        help="compare these only, as `moeprof compare` takes them; default: all",
+        "compare these only, as `moeprof compare` takes them; default: all",
     )
-    parser.add_argument(
+    options.add_names(
+        parser,
         "--tables",
-        type=options.names,
-        default=(REDUCTION,),
-        metavar="NAME,NAME",
-        help=f"of the comparison, {', '.join(TABLES)}: a token gets the model's own k at most, or "
+        f"of the comparison, {', '.join(TABLES)}: a token gets the model's own k at most, or "
         "twice that; default: reduction",
+        (REDUCTION,),
+        "NAME,NAME",
     )
     options.add_heldout_text(parser)
     options.add_number(
@@ -115,13 +113,12 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..studies.study.files import StudyFiles
     from ..studies.study.parts import Ground
     from ..studies.study.run import plan_study, study
-    from ..texts.documents import read_documents
 
     if arguments.grid is not None:
         return _run_grid(arguments)
     settings = Settings(
         parts=arguments.parts,
-        documents=None if arguments.text is None else read_documents(arguments.text),
+        documents=options.given_documents(arguments),
         sources=arguments.text or (),
         tokens=arguments.tokens,
         budgets=arguments.budgets,
@@ -133,18 +130,16 @@ def _run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     choose_contenders(settings.routers)  # raises for an unknown one
-    if arguments.model is not None:
-        check_model(arguments.model)
+    options.check_named_model(arguments)
     files = StudyFiles(arguments.out, arguments.store)
     engine = options.engine_of(arguments)
     model, tokenizer = options.load(arguments)
-    name = options.DEMO if arguments.model is None else arguments.model
     ground = Ground(
         model,
         tokenizer,
         settings,
         files,
-        name,
+        options.model_name(arguments),
         arguments.bits,
         command=options.command_of(arguments, DEFAULTS),
     )

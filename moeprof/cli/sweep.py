@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from .. import demo
 from ..demo.defaults import default_null, shipped_null
-from ..models.load import check_model
 from ..null import Null
 from ..null.fitting import fit_null
 from ..studies.sweep.grid import ALPHAS, MAX_KS
@@ -62,11 +61,11 @@ def add_sweep(commands: Commands) -> None:
         help="most experts that BH gives a token; default: 4,8,16,32,64, of which those above "
         "the model's number of experts are left out",
     )
-    parser.add_argument(
+    options.add_integers(
+        parser,
         "--static",
-        type=options.integers,
-        metavar="K,K,...",
-        help="run static top-k with these k on the held-out text, the line that BH has to beat; "
+        "K",
+        "run static top-k with these k on the held-out text, the line that BH has to beat; "
         "default: 1 to the model's own k",
     )
     options.add_heldout_text(parser)
@@ -110,8 +109,7 @@ def _run(arguments: argparse.Namespace) -> None:
     null_text = None if text is None else read_document(text, "null text")
     null = _given_null(arguments.null)
     documents = _heldout_documents(arguments.text)
-    if arguments.model is not None:
-        check_model(arguments.model)
+    options.check_named_model(arguments)
     engine = options.engine_of(arguments)
     files = SweepFiles(arguments.out, arguments.store)
     model, tokenizer = options.load(arguments)
@@ -127,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> None:
         heldout,
         null,
     )
-    facts |= {"model": options.DEMO if arguments.model is None else arguments.model, "seed": seed}
+    facts |= {"model": options.model_name(arguments), "seed": seed}
     facts["heldout_source"] = "shipped" if arguments.text is None else arguments.text
     facts["null_code"] = repr(arguments.null) if arguments.null else facts["null_code"]
     sweep(

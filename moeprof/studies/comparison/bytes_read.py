@@ -17,8 +17,10 @@ from ...models.sizes import tensor_bytes
 from .effects import interpolate, interval, sums
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
     from torch import nn
+
+    from .effects import Documents
 
 
 FIELDS = ("kl", "nats", "agree")
@@ -57,13 +59,10 @@ class BytesTable:
         quantized: list[dict[str, Any]],
         skipping: list[dict[str, Any]],
         curve: list[dict[str, Any]],
-        predicted: ArrayLike,
-        tokens: ArrayLike,
-        groups: ArrayLike,
+        documents: Documents,
     ) -> None:
         self.quantized, self.skipping, self.curve = quantized, skipping, curve
-        self.predicted, self.tokens = np.asarray(predicted), np.asarray(tokens)
-        self.groups = np.unique(groups, return_inverse=True)[1]
+        self.predicted, self.tokens, self.groups = documents
         self.lines: dict[int, list[int]] = {}  # {bits: places of its cells, k ascending}
         for place in sorted(range(len(quantized)), key=lambda i: quantized[i]["budget"]):
             self.lines.setdefault(quantized[place]["bits"], []).append(place)

@@ -6,7 +6,7 @@ A cell is a dict as in the JSON (see `runner`); its sums by document are in "by_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -40,24 +40,31 @@ def sums(cells: Sequence[dict[str, Any]], field: str) -> NDArray[np.float64]:
     return np.array([cell["by_document"][field] for cell in cells], float).T
 
 
+class Documents(NamedTuple):
+    """(D,) of the test's documents: tokens that were predicted, all tokens, numbers of domains."""
+
+    predicted: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    groups: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, predicted: ArrayLike, tokens: ArrayLike, domains: ArrayLike) -> Documents:
+        groups = np.unique(domains, return_inverse=True)[1]
+        return cls(np.asarray(predicted), np.asarray(tokens), groups)
+
+
 class Table:
     """The measured cells of one table, as arrays over documents.
 
     cells: of one table, all with "by_document". curve: the cells of static top-k with
-    k = 1, ..., K in every layer. predicted, tokens: (D,); groups: (D,) domains.
+    k = 1, ..., K in every layer.
     """
 
     def __init__(
-        self,
-        cells: list[dict[str, Any]],
-        curve: list[dict[str, Any]],
-        predicted: ArrayLike,
-        tokens: ArrayLike,
-        groups: ArrayLike,
+        self, cells: list[dict[str, Any]], curve: list[dict[str, Any]], documents: Documents
     ) -> None:
         self.cells, self.curve = cells, curve
-        self.predicted, self.tokens = np.asarray(predicted), np.asarray(tokens)
-        self.groups = np.unique(groups, return_inverse=True)[1]
+        self.predicted, self.tokens, self.groups = documents
 
     def effects(self, weights: NDArray[np.float64], field: str) -> NDArray[np.float64]:
         """(B, M) mean of a field per predicted token, less that of static top-k at equal experts.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files import as_csv, check_folder, finite, write_whole
-from ..store.store import store_path
+from ...files import as_csv, finite, write_whole
+from ..store.folder import Folder
 
 if TYPE_CHECKING:
     import pandas
@@ -46,24 +46,17 @@ LISTS = ("static", "quantized", "cells")  # of the JSON; older files have no "qu
 INTERVAL = ("estimate", "low", "high", "band_low", "band_high")
 
 
-class ComparisonFiles:
-    """The folder that the files are written to; made with the first of them.
-
-    store: where finished cells are kept; "moeprof.sqlite" in the folder when not given.
-    OSError, before anything is run, when it can't be made or written to.
-    """
+class ComparisonFiles(Folder):
+    """The files of a comparison."""
 
     def __init__(
         self, folder: str | os.PathLike[str], store: str | os.PathLike[str] | None = None
     ) -> None:
-        folder = Path(folder)
-        self.folder = folder
-        self.json = folder / "comparison.json"
-        self.csv = folder / "comparison.csv"
-        self.report = folder / "comparison_report.md"
-        self.figure = folder / "comparison.png"
-        self.store = store_path(folder, store)
-        check_folder(folder)
+        super().__init__(folder, store)
+        self.json = self.folder / "comparison.json"
+        self.csv = self.folder / "comparison.csv"
+        self.report = self.folder / "comparison_report.md"
+        self.figure = self.folder / "comparison.png"
         self._written = time.monotonic()
 
     @property

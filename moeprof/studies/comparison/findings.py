@@ -59,6 +59,10 @@ class View:
         fixed = [budget for budget in PRIMARY_BUDGETS if budget in there]
         return fixed or [there[len(there) // 2]]
 
+    def places(self) -> list[tuple[str, int]]:
+        """Each table with each budget to speak of."""
+        return [(table, budget) for table in self.tables for budget in self.budgets(table)]
+
     def ranked(self, table: str, budget: int) -> list[dict[str, Any]]:
         """The routers' cells at a budget in every layer, by the effect, the best first."""
         cells = self.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
@@ -274,42 +278,40 @@ def _allocation(view: View) -> Iterator[str]:
 
 
 def _shared(view: View) -> Iterator[str]:
-    for table in view.tables:
-        for budget in view.budgets(table):
-            both: list[Any] = [
-                view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation=a, budget=budget)
-                for a in ("shared", "equal")
-            ]
-            if all(both):
-                shared, equal = (cell["effect"]["kl"] for cell in both)
-                layers = ", ".join(f"{k:.2f}" for k in both[0]["by_layer"])
-                yield (
-                    f"BH with one alpha for all layers, budget {budget} (table {table}): "
-                    f"{signed(shared)} against {equal['estimate']:+.4f} with an alpha a layer; its "
-                    f"layers took {layers} experts."
-                )
+    for table, budget in view.places():
+        both: list[Any] = [
+            view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation=a, budget=budget)
+            for a in ("shared", "equal")
+        ]
+        if all(both):
+            shared, equal = (cell["effect"]["kl"] for cell in both)
+            layers = ", ".join(f"{k:.2f}" for k in both[0]["by_layer"])
+            yield (
+                f"BH with one alpha for all layers, budget {budget} (table {table}): "
+                f"{signed(shared)} against {equal['estimate']:+.4f} with an alpha a layer; its "
+                f"layers took {layers} experts."
+            )
 
 
 def _bounds(view: View) -> Iterator[str]:
-    for table in view.tables:
-        for budget in view.budgets(table):
-            found: dict[str, Any] = {
-                role: view.cell(role=role, table=table, allocation="equal", budget=budget)
-                for role in (ORACLE, RANDOM)
-            }
-            if not all(found.values()):
-                continue
-            oracle, chance = (found[role]["effect"]["kl"] for role in (ORACLE, RANDOM))
-            routers = view.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
-            best = min((c["effect"]["kl"]["estimate"] for c in routers), default=np.nan)
-            share = best / oracle["estimate"] if verdict(oracle) == BETTER else np.nan
-            text = (
-                f"Bounds at {budget} (table {table}): random numbers of experts "
-                f"{chance['estimate']:+.4f}, the oracle {oracle['estimate']:+.4f}"
-            )
-            if np.isfinite(share):
-                text += f"; the best router gets {100 * max(share, 0):.0f} % of the oracle's gain"
-            yield text + "."
+    for table, budget in view.places():
+        found: dict[str, Any] = {
+            role: view.cell(role=role, table=table, allocation="equal", budget=budget)
+            for role in (ORACLE, RANDOM)
+        }
+        if not all(found.values()):
+            continue
+        oracle, chance = (found[role]["effect"]["kl"] for role in (ORACLE, RANDOM))
+        routers = view.cells(role=ROUTER, table=table, allocation="equal", budget=budget)
+        best = min((c["effect"]["kl"]["estimate"] for c in routers), default=np.nan)
+        share = best / oracle["estimate"] if verdict(oracle) == BETTER else np.nan
+        text = (
+            f"Bounds at {budget} (table {table}): random numbers of experts "
+            f"{chance['estimate']:+.4f}, the oracle {oracle['estimate']:+.4f}"
+        )
+        if np.isfinite(share):
+            text += f"; the best router gets {100 * max(share, 0):.0f} % of the oracle's gain"
+        yield text + "."
 
 
 def _wide(view: View) -> Iterator[str]:

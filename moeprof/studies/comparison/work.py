@@ -27,7 +27,7 @@ from ..store.subject import subject, text_digest
 from .bytes_read import BytesTable, quantized_bytes, quantized_name
 from .contenders import Nulls
 from .controls import ORACLE_PASSES
-from .effects import ORACLE, QUANTIZED, RANDOM, ROUTER, STATIC, Table
+from .effects import ORACLE, QUANTIZED, RANDOM, ROUTER, STATIC, Documents, Table
 from .plan import Part
 from .runner import MAX_PASSES, Runner
 from .speed import NEW_TOKENS, ROUNDS
@@ -297,15 +297,15 @@ class Comparison:
         """The same with effects and their intervals, in every table that has some."""
         tokens = np.bincount(documents_of(self.splits.test))
         predicted = tokens - np.bincount([w.document for w in self.splits.test.windows])
-        rows, about = self.rows(), (predicted, tokens, self.splits.domains)
+        rows, documents = self.rows(), Documents.of(predicted, tokens, self.splits.domains)
         measured = [row for row in rows["cells"] if row["status"] == "measured"]
         for plan in self.plans:
             if cells := [row for row in measured if row["table"] == plan.name]:
-                Table(cells, rows["static"][: plan.max_k], *about).analyse(self.seed)
+                Table(cells, rows["static"][: plan.max_k], documents).analyse(self.seed)
         if quantized := [row for row in rows["quantized"] if row["status"] == "measured"]:
             curve = rows["static"][: self.top_k]
             skipping = [row for row in measured if row["role"] in (STATIC, ROUTER)]
-            BytesTable(quantized, [*curve[:-1], *skipping], curve, *about).analyse(self.seed)
+            BytesTable(quantized, [*curve[:-1], *skipping], curve, documents).analyse(self.seed)
         return rows
 
     def describe(self) -> dict[str, Any]:

@@ -142,17 +142,17 @@ def diagnosis_work(
     model: nn.Module,
     tokenizer: Tokenizer,
     *,
-    texts: Iterable[Text] | None = None,
-    calibration: Iterable[Text] | None = None,
-    router: Router | None = None,
-    positions: int = POSITIONS,
-    tokens: int = HELDOUT_TOKENS,
-    budget_tokens: int = BUDGET_TOKENS,
-    norm: str = "model",
-    seed: int = 0,
-    draws: int = DRAWS,
+    texts: Iterable[Text] | None,
+    calibration: Iterable[Text] | None,
+    router: Router | None,
+    positions: int,
+    tokens: int,
+    budget_tokens: int,
+    norm: str,
+    seed: int,
+    draws: int,
 ) -> DiagnosisWork:
-    """What `diagnose` runs, of its arguments."""
+    """What `diagnose`, where the defaults are, runs of its arguments."""
     check_model("diagnose", model)
     check_tokenizer("diagnose", tokenizer)
     resolved: Any = resolve_null(null)

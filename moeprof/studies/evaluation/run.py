@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ... import demo
 from ...checks import check_model, check_tokenizer, check_type
-from ...demo.defaults import default_null
 from ...measure import machine
 from ...measure.bootstrap import DRAWS
 from ...models.identity import model_name
 from ...models.quantized import described_dtype
 from ...null import resolve_null
 from ...routers import Router
-from ...routers.evidence import OnNull
 from ...routers.table import describe
 from ...routers.written import written_router
 from ...show.console import make_console
@@ -24,12 +22,13 @@ from ...show.console import progress as progress_bar
 from ...texts.documents import Document, read_texts
 from ...texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS
 from ..budget.stock import budget_text
+from ..configuration import Configuration, null_for
 from ..engine.engine import Listener, announce
 from ..engine.serial import Serial
 from ..store.store import Store
 from .measure import Protocol, evaluation_text, protocol_for
 from .result import Evaluated
-from .work import Configuration, EvaluationWork
+from .work import EvaluationWork
 
 if TYPE_CHECKING:
     from torch import nn
@@ -149,17 +148,17 @@ def evaluation_work(
     tokenizer: Tokenizer,
     routers: Iterable[str | Router] | Mapping[str, Router],
     *,
-    texts: Iterable[Any] | None = None,
-    null: AnyNull | str | os.PathLike[str] | None = None,
-    context: int | None = None,
-    stride: int | None = None,
-    tokens: int = HELDOUT_TOKENS,
-    norm: str = "model",
-    budget_tokens: int = BUDGET_TOKENS,
-    seed: int = 0,
-    progress: bool = True,
+    texts: Iterable[Any] | None,
+    null: AnyNull | str | os.PathLike[str] | None,
+    context: int | None,
+    stride: int | None,
+    tokens: int,
+    norm: str,
+    budget_tokens: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[EvaluationWork, Protocol]:
-    """What `evaluate` runs, of its arguments, and how the text is read."""
+    """What `evaluate`, where the defaults are, runs of its arguments; and how the text is read."""
     check_model("evaluate", model)
     check_tokenizer("evaluate", tokenizer)
     asked = _named(routers)
@@ -170,16 +169,13 @@ def evaluation_work(
     documents = demo.heldout_texts() if texts is None else _documents(texts)
     text = evaluation_text(tokenizer, documents, protocol, tokens, seed)
     calibration = budget_text(tokenizer, seed, budget_tokens)
-
-    def null_for(router: Router) -> AnyNull | None:
-        if not isinstance(router, OnNull):
-            return None
-        if given is not None:
-            return cast("AnyNull", given)
-        return default_null(model, tokenizer, progress, seed, kind=router.null_kind)
-
     configurations = [
-        Configuration(name, router, budget, null_for(router))
+        Configuration(
+            name,
+            router,
+            budget,
+            null_for(router, model, tokenizer, given, seed=seed, progress=progress),
+        )
         for name, (router, budget) in asked.items()
     ]
     return EvaluationWork(model, text, calibration, configurations, norm), protocol

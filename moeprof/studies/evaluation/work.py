@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ...measure.passes import reference_bytes
-from ...models.blocks import fewest_experts, runnable_blocks
 from ..budget.stock import pass_bytes
+from ..configuration import with_own
 from ..engine.load import COLLECT, KL, USUAL_PASSES, Load
 from ..engine.steps import steps_of
 from ..store.cells import Cell, Subject, described
@@ -19,26 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...checks import Tokenizer
-    from ...null.resolve import AnyNull
-    from ...routers.base import Router
     from ...texts.windows import HeldOut
+    from ..configuration import Configuration
     from ..engine.work import Make
-
-
-OWN = "own routing"
-
-
-class Configuration(NamedTuple):
-    """A router by its name in the tables; budget: experts per token that it is set to, or None.
-
-    router : None for the model's own routing
-    null : what the router's p-values are measured against; None where it needs none
-    """
-
-    name: str
-    router: Router | None
-    budget: float | None = None
-    null: AnyNull | None = None
 
 
 class EvaluationWork:
@@ -52,17 +35,10 @@ class EvaluationWork:
         configurations: Sequence[Configuration],
         norm: str = "model",
     ) -> None:
-        runnable_blocks(model)
-        self.configurations = [Configuration(OWN, None), *configurations]
-        names = [one.name for one in self.configurations]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"router {twice[0]!r}: there are two of that name")
-        for one in configurations:
-            if one.router is not None:
-                one.router.limits(fewest_experts(model))
+        self._by_name = with_own(model, configurations)
+        self.configurations = list(self._by_name.values())
         self.evaluation = Evaluation(model, text, calibration, norm)
         self.text, self.calibration, self.norm = text, calibration, norm
-        self._by_name = dict(zip(names, self.configurations, strict=True))
 
     @cached_property
     def cells(self) -> list[Cell]:

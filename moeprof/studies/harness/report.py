@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
+from ..configuration import OWN
 from .paired import paired
-from .work import OWN
 
 if TYPE_CHECKING:
     from rich.table import Table

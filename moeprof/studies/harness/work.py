@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cached_property, partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ import torch
 from ... import demo
 from ...files import as_json
 from ...measure.passes import evaluating
-from ...models.blocks import fewest_experts, runnable_blocks
 from ...patching.patch import patch
 from ...routers.table import describe
 from ...texts.windows import BUDGET_TOKENS
+from ..configuration import with_own
 from ..store.cells import Cell, Subject, described
 from ..store.subject import null_digest, subject
 from .samples import metrics_of
@@ -30,28 +30,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...checks import Tokenizer
-    from ...null.resolve import AnyNull
     from ...routers.base import Router
+    from ..configuration import Configuration
     from ..engine.work import Make
     from .tasks import Tasks
 
 KIND = "eval-harness"
-OWN = "own routing"  # the model as it is, which each router is compared with
 BATCH = 8  # requests
-
-
-class Contender(NamedTuple):
-    """A router by its name in the tables.
-
-    router : None for the model's own routing
-    budget : experts per token that the router's main parameter is set to; None leaves it
-    null : what the router's p-values are measured against; None where it needs none
-    """
-
-    name: str
-    router: Router | None
-    budget: float | None = None
-    null: AnyNull | None = None
 
 
 class HarnessWork:
@@ -59,7 +44,7 @@ class HarnessWork:
 
     model, tokenizer : of Hugging Face transformers
     tasks : Tasks
-    contenders : [Contender], without the model's own routing
+    configurations : [Configuration], without the model's own routing
     limit : documents of each task; None is all
     batch_size : requests in one call of the model; it doesn't change the results
 
@@ -75,22 +60,15 @@ class HarnessWork:
         model: nn.Module,
         tokenizer: Tokenizer,
         tasks: Tasks,
-        contenders: Sequence[Contender] = (),
+        configurations: Sequence[Configuration] = (),
         *,
         limit: int | None = None,
         batch_size: int = BATCH,
     ) -> None:
         _check_end(tokenizer)
-        runnable_blocks(model)
         self.model, self.tokenizer = model, tokenizer
         self.tasks, self.limit, self.batch_size = tasks, limit, batch_size
-        self.contenders = {OWN: Contender(OWN, None)}
-        for one in contenders:
-            if one.name in self.contenders:
-                raise ValueError(f"router {one.name!r}: there are two of that name")
-            if one.router is not None:
-                one.router.limits(fewest_experts(model))
-            self.contenders[one.name] = one
+        self.configurations = with_own(model, configurations)
         self.cells: list[Cell] = []
         self._steps: dict[str, int] = {}
         self._at_budget: dict[str, Router] = {}
@@ -100,7 +78,7 @@ class HarnessWork:
     def _add(self, name: str) -> None:
         """The cells of a task."""
         number, digest = self.tasks.requests(name, self.limit)
-        for called, router, budget, null in self.contenders.values():
+        for called, router, budget, null in self.configurations.values():
             parameters = {
                 "task": name,
                 "called": called,
@@ -126,7 +104,7 @@ class HarnessWork:
         return partial(
             HarnessWork,
             tasks=self.tasks,
-            contenders=list(self.contenders.values())[1:],
+            configurations=list(self.configurations.values())[1:],
             limit=self.limit,
             batch_size=self.batch_size,
         )
@@ -147,7 +125,7 @@ class HarnessWork:
 
         from .language_model import CountingLM
 
-        name, one = cell.parameters["task"], self.contenders[cell.parameters["called"]]
+        name, one = cell.parameters["task"], self.configurations[cell.parameters["called"]]
         router = one.router if one.budget is None else self._set(one)
         with quiet(), evaluating(self.model), patch(self.model, router, null=one.null) as handle:
             tokenizer = deepcopy(self.tokenizer)  # HFLM gives it a token for padding
@@ -175,7 +153,7 @@ class HarnessWork:
         )
         return measured
 
-    def _set(self, one: Contender) -> Router:
+    def _set(self, one: Configuration) -> Router:
         """The router at its budget, set once for all tasks, on text that no null was fitted to."""
         if one.name not in self._at_budget:
             router: Any = one.router

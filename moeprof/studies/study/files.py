@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...files import check_folder
 from ..engine.load import Loaded
 from ..engine.serial import PAUSE
-from ..store.store import store_path
+from ..store.folder import Folder
 
 if TYPE_CHECKING:
     from ..store.cells import Cell
     from ..store.store import Store
 
 
-class StudyFiles:
-    """The folder that a study writes to: a folder for each part, the report, the store.
-
-    store: where finished cells are kept; "moeprof.sqlite" in the folder when not given.
-    OSError, before anything is run, when it can't be made or written to.
-    """
-
-    def __init__(
-        self, folder: str | os.PathLike[str], store: str | os.PathLike[str] | None = None
-    ) -> None:
-        self.folder = Path(folder)
-        self.store = store_path(folder, store)
-        check_folder(self.folder)
+class StudyFiles(Folder):
+    """The folder that a study writes to: a folder for each part, the report, the store."""
 
     def of(self, part: str) -> Path:
         """The folder of a part."""

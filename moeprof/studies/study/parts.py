@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import demo
 from ...measure import machine
+from ...measure.bootstrap import DRAWS
 from ...models.blocks import experts_of, model_sizes
 from ...models.quantized import described_dtype
 from ...models.tokens import prompt_ids
@@ -242,7 +243,9 @@ def diagnose_part(ground: Ground) -> Part:
         "positions": settings.positions,
         "tokens": settings.tokens,
         "budget_tokens": settings.budget_tokens,
+        "norm": "model",
         "seed": settings.seed,
+        "draws": DRAWS,
     }
     work = diagnosis_work(null, ground.model, ground.tokenizer, **asked)
 
@@ -263,7 +266,10 @@ def evaluate_part(ground: Ground) -> Part:
     asked: Mapping[str, Any] = {
         "texts": ground.documents,
         "null": ground.null(TRIMMED),
+        "context": None,
+        "stride": None,
         "tokens": settings.tokens,
+        "norm": "model",
         "budget_tokens": settings.budget_tokens,
         "seed": settings.seed,
         "progress": ground.progress,

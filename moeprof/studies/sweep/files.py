@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, check_folder, finite, write_whole
-from ..store.store import store_path
+from ..store.folder import Folder
 
 if TYPE_CHECKING:
     import pandas
@@ -58,25 +57,19 @@ QUALITY = (
 )
 
 
-class SweepFiles:
-    """The folder that a run's files are written to; made with the first of them.
-
-    store: where finished cells are kept; "moeprof.sqlite" in the folder when not given.
-    Raises OSError, before anything is run, when it can't be made or written to.
-    """
+class SweepFiles(Folder):
+    """The files of a sweep."""
 
     def __init__(
         self, folder: str | os.PathLike[str], store: str | os.PathLike[str] | None = None
     ) -> None:
-        folder = Path(folder)
-        self.json = folder / "bh_routing_full_results.json"
-        self.csv = folder / "bh_routing_summary.csv"
-        self.quality = folder / "bh_routing_quality.csv"
-        self.store = store_path(folder, store)
-        self.null = folder / "bh_routing_null.npz"  # only where the run fitted one
-        self.report = folder / "bh_routing_report.md"
-        self.figure = folder / "visualizations" / "bh_routing_analysis.png"
-        check_folder(folder)
+        super().__init__(folder, store)
+        self.json = self.folder / "bh_routing_full_results.json"
+        self.csv = self.folder / "bh_routing_summary.csv"
+        self.quality = self.folder / "bh_routing_quality.csv"
+        self.null = self.folder / "bh_routing_null.npz"  # only where the run fitted one
+        self.report = self.folder / "bh_routing_report.md"
+        self.figure = self.folder / "visualizations" / "bh_routing_analysis.png"
         check_folder(self.figure.parent)
 
     def save_results(self, run: dict[str, Any]) -> None:
