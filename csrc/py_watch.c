@@ -30,7 +30,8 @@ typedef struct {
 
 static int refused(const char *expected, PyObject *got)
 {
-    PyErr_Format(PyExc_TypeError, "Watch: expected %s, got %R", expected, got);
+    PyErr_Format(PyExc_TypeError, "Watch: expected %s, got %s", expected,
+                 Py_TYPE(got)->tp_name);
     return -1;
 }
 
