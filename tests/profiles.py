@@ -113,6 +113,10 @@ FACTS = {
     "warmup_steps": 0,
     "sampling_rate": 1,
     "memory_peak_mb": 512.5,
+    "devices": [
+        {"device": "cuda:0", "name": "Some GPU", "memory_peak_mb": 1024.0},
+        {"device": "cuda:1", "name": "Some GPU", "memory_peak_mb": 2048.0},
+    ],
     "notes": [],
 }
 ROOF = Roofline(read_gbs=20.0, gemm_gflops=900.0, dtype="float32", weight_bytes=10**8, seconds=1.0)

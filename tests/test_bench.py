@@ -19,7 +19,7 @@ from util import in_use
 
 import moeprof
 from moeprof import _C
-from moeprof.bench import kernels, layer, llama, model, quantized, router, twins
+from moeprof.bench import decode, kernels, layer, llama, model, quantized, router, twins
 from moeprof.bench.settings import FAMILIES, SHAPES, Shape, family_of
 from moeprof.bench.weights import Calls, layer_weights
 from moeprof.cli import main
@@ -300,6 +300,61 @@ def test_model(capsys, tmp_path):
     for header in ("contender", "x trans-", "best", "roof", "of a layer"):
         assert header in out
     assert image.imread(picture).size
+
+
+QUANTIZABLE = ("--shape", "8,64,32,4", "--repeats", 2, "--tokens", "3,5", "--threads", 1)
+
+
+@pytest.mark.slow
+def test_decode(capsys, tmp_path, monkeypatch):
+    """Without llama.cpp; a peer that computes something else is left out."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    picture = tmp_path / "decode.png"
+    out, result = bench(capsys, tmp_path, "decode", *QUANTIZABLE, "--plot", picture)
+    assert result["contenders"] == ["moeprof", "q8", "q4"]
+    assert set(result["missing"]) == set(decode.PEERS)
+    assert [row["tokens"] for row in result["rows"]] == [3, 5]
+    assert all(set(row["times"]) == {"read", "moeprof", "q8", "q4"} for row in result["rows"])
+    found = result["distances"]
+    assert found["moeprof"] < 0.01 and found["moeprof"] < found["q8"] < found["q4"] < 0.7
+    # Of 4 layers: 4 experts of 3 matrices; 4 matrices of attention and a gate; lm_head.
+    experts, others = 4 * 4 * 3 * 64 * 32, 4 * (4 * 64 * 64 + 8 * 64) + 50304 * 64
+    assert result["bytes"] == {
+        "moeprof": 2 * (experts + others),
+        "q8": (experts + others) * 8.5 / 8,
+        "q4": (experts * 4.5 + others * 8.5) / 8,
+    }
+    assert "left out: llama.cpp Q8_0: ModuleNotFoundError" in words(out)
+    assert image.imread(picture).size
+
+    class Wrong(decode._Model):
+        def __init__(self, path, cached):
+            pass
+
+        def fill(self, ids):
+            pass
+
+        def step(self, token):
+            return torch.ones(decode.VOCABULARY)
+
+    monkeypatch.setattr(decode, "save_gguf", lambda *_: None)
+    monkeypatch.setattr(decode, "LlamaModel", Wrong)
+    _, result = bench(capsys, tmp_path, "decode", *QUANTIZABLE)
+    assert result["contenders"] == ["moeprof", "q8", "q4"]
+    assert all("its logits are wrong" in why for why in result["missing"].values())
+
+
+@pytest.mark.slow
+def test_decode_beside_llama(capsys, tmp_path):
+    for package in ("llama_cpp", "gguf"):
+        pytest.importorskip(package)
+    out, result = bench(capsys, tmp_path, "decode", *QUANTIZABLE)
+    assert result["missing"] == {} and set(decode.PEERS) < {*result["contenders"]}
+    found = result["distances"]
+    for ours, peer in (("q8", "llama.cpp Q8_0"), ("q4", decode.BOTH)):
+        assert found[peer] < 2 * found[ours]  # the same model, rounded alike
+        assert f"{ours} takes" in words(out) and f"of {peer}'s time" in words(out)
 
 
 # ---------------------------------------------------------------- what they are made of

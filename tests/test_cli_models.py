@@ -194,8 +194,10 @@ def test_bits(good, tmp_path, monkeypatch, capsys):
     said = []
     for options in (["--model", str(good), "--bits", "4"], ["--model", "saved"]):
         assert main(["inspect", *options]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and " q4 " in said[0]
+        # Which memory lies on huge pages is the system's choice, another one in each run.
+        lines = capsys.readouterr().out.splitlines()
+        said.append([line for line in lines if not line.startswith("On huge pages: ")])
+    assert said[0] == said[1] and any(" q4 " in line for line in said[0])
     assert main(["inspect", "--bits", "8"]) == 0 and " q8 " in capsys.readouterr().out
     assert main(["inspect", "--model", "saved", "--bits", "8"]) == 2
     assert says(capsys.readouterr().err, "bits=8", "q4")

@@ -134,6 +134,7 @@ def test_the_python_of_a_page_runs(ran, page):
     assert "moeprof" in scope  # each page imports what it uses, so that one can begin with any
 
 
+@pytest.mark.slow
 def test_the_budget_of_the_page_is_met(ran):
     scope, printed = ran(ROOT / "docs" / "routing.md")
     shown = str(scope["router"].budget.heldout)

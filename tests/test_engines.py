@@ -95,6 +95,7 @@ def check(path, work, heard, expected):
     return rows
 
 
+@pytest.mark.slow
 def test_serial_leaves_a_cell_to_who_runs_it(model, expected, tmp_path):
     """Another runs the first cell and finishes it a little later; it isn't run again."""
     path, work, heard = tmp_path / "x.sqlite", Slow(model), Heard()

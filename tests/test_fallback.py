@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from transformers.activations import ACT2FN
 
 import moeprof
+from moeprof.models.families.base import Layout
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -265,6 +266,19 @@ def test_layer_returns_to_our_path_when_the_hook_is_gone(model):
         seen = watch(handle)
         logits(model)
     assert seen == [0, 1]
+
+
+def test_a_hook_that_comes_while_a_layer_is_read_is_seen(model, monkeypatch):
+    """Another thread may put it on after the block was read, before it is watched."""
+    watch = Layout.watch
+
+    def late(self, block):
+        block.gate.register_forward_hook(lambda *args: None)
+        return watch(self, block)
+
+    monkeypatch.setattr(Layout, "watch", late)
+    with moeprof.patch(model), pytest.raises(RuntimeError, match="a hook on the gate"):
+        logits(model)
 
 
 def test_forward_from_before_the_patch_is_the_models_own(model):

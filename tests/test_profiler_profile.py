@@ -65,6 +65,7 @@ def test_the_frame_is_tidy_and_holds_the_metrics(profile):
     assert whole["all", "z_loss"] == pytest.approx(profile.z_loss())
     assert whole["decode", "load_balance_loss"] == profile.load_balance_loss("decode")
     assert whole["all", "memory_peak_mb"] == 512.5
+    assert whole["all", "device_memory_peak_mb"] == 3072
 
 
 def test_domains_beside_an_even_choice(profile):

@@ -3,6 +3,7 @@
 import copy
 import gc
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from models import assert_unchanged, olmoe, snapshot
 from torch import nn
 
+from moeprof.measure.machine import devices_under
 from moeprof.measure.roofline import Roofline, known_roofline, roofline
 
 module = import_module("moeprof.measure.roofline")  # the function has the module's name
@@ -59,6 +61,7 @@ def test_what_is_measured_and_nothing_changed():
     found = roofline(model)
     assert isinstance(found, Roofline) and found.read_gbs > 0 and found.gemm_gflops > 0
     assert (found.dtype, found.threads) == ("float32", torch.get_num_threads())
+    assert found.device == "cpu" and found.conditions == "float32"
     # 2 layers of 8 experts of three 16 x 32 matrices
     assert found.weight_bytes == 2 * 8 * 3 * 16 * 32 * 4
     assert "fit the caches" in found.note and "0.1 MB" in found.note
@@ -70,8 +73,8 @@ def test_what_is_measured_and_nothing_changed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_experts_are_read_in_place_all_of_them(dtype):
     model = model_of((1001, 1001), (700, 999), (5,), dtype=dtype)
-    pieces = module._pieces(module._weights(model))
-    large = [p for p in weights_of(model) if p.nbytes >= module.SMALL]
+    pieces = module._pieces(module._weights(model), module.CPU)
+    large = [p for p in weights_of(model) if p.nbytes >= module.CPU.small]
     assert sum(p.nbytes for p in pieces) == sum(p.nbytes for p in large)
     inside = [memory(p) for p in large]
     assert large and all(any(a <= x < y <= b for a, b in inside) for x, y in map(memory, pieces))
@@ -84,7 +87,7 @@ def test_weights_off_any_alignment():
         words = torch.frombuffer(data, dtype=torch.bfloat16, count=1_000_001, offset=offset)
         assert words.data_ptr() % 2 == 1
         model.weight = nn.Parameter(words.view(-1, 1))
-        pieces = module._pieces(module._weights(model))
+        pieces = module._pieces(module._weights(model), module.CPU)
         assert [p.data_ptr() for p in pieces] == [words.data_ptr()]
         assert roofline(model).dtype == "bfloat16"
 
@@ -113,8 +116,8 @@ def test_once_per_model_dtype_and_threads(monkeypatch):
         torch.set_num_threads(threads)
     assert found.threads == threads + 1
     roofline(model)
-    kinds = [(torch.float32, threads)] * 2
-    assert calls == [*kinds, (torch.bfloat16, threads), (torch.bfloat16, threads + 1)]
+    kinds = [(torch.float32, threads)] * 2 + [(torch.bfloat16, threads + n) for n in (0, 1)]
+    assert calls == [(dtype, torch.device("cpu"), number) for dtype, number in kinds]
     held = len(module._measured)
     del model, other
     gc.collect()
@@ -123,11 +126,11 @@ def test_once_per_model_dtype_and_threads(monkeypatch):
 
 def test_a_large_model_is_read_in_part_and_past_the_caches(monkeypatch):
     monkeypatch.setattr(module, "LIMIT", 8 << 20)
-    monkeypatch.setattr(module, "PIECE", 1 << 20)
-    monkeypatch.setattr(module, "_all_caches", lambda: 2 << 20)
+    monkeypatch.setattr(module, "CPU", module.CPU._replace(piece=1 << 20))
+    monkeypatch.setattr(module, "_all_caches", lambda device: 2 << 20)
     model, seen = model_of((10, 256, 1024)), []  # 40 MiB
-    pieces = module._pieces(module._weights(model))
-    monkeypatch.setattr(module, "_pieces", lambda weights: [Read(p, seen) for p in pieces])
+    pieces = module._pieces(module._weights(model), module.CPU)
+    monkeypatch.setattr(module, "_pieces", lambda weights, sizes: [Read(p, seen) for p in pieces])
     found = roofline(model)
     places = {piece.data_ptr(): place for place, piece in enumerate(pieces)}
     parts = sorted({places[piece.data_ptr()] for piece in seen})
@@ -148,12 +151,71 @@ def test_the_dtype_is_that_of_the_largest_weights():
 
 def test_the_best_of_several_rounds_counts(monkeypatch):
     """Of rounds of 5 and 2 s the latter; a product of n x n matrices is 2 n³ operations."""
-    clock = iter(np.cumsum([0, 0, 5, 0, 2, 0]).tolist())
-    stub = type("time", (), {"perf_counter": staticmethod(lambda: next(clock))})
-    monkeypatch.setattr(module, "time", stub)
-    assert module._best(lambda: None, 0) == 2
-    monkeypatch.setattr(module, "_best", lambda call, limit: 1.0)
-    assert module._gemm_gflops(torch.float32) == pytest.approx(2 * 256**3 / 1e9)
+    seconds = iter([5, 2])
+
+    class Span:
+        def __init__(self, tensor):
+            self.stop = lambda: SimpleNamespace(nanoseconds=next(seconds) * 10**9)
+
+    monkeypatch.setattr(module, "Span", Span)
+    assert module._best(lambda: None, torch.ones(1), 0) == 2
+    monkeypatch.setattr(module, "_best", lambda *_: 1.0)
+    found = module._gemm_gflops(torch.float32, torch.device("cpu"), module.CPU)
+    assert found == pytest.approx(2 * 256**3 / 1e9)
+
+
+# ---- other devices, tests/gpu measures one where there is one ----
+
+
+def test_experts_that_a_gpu_reads_at_once_are_read_from_one_copy():
+    model = model_of((700, 999))  # 2.8 MB four times
+    sizes = module.DEVICE._replace(small=4 << 20, piece=4 << 20)
+    (piece,) = module._pieces(module._weights(model), sizes)
+    assert piece.nbytes == 2 * 4 * 700 * 999  # as many as it takes
+    assert piece.data_ptr() not in {weight.data_ptr() for weight in weights_of(model)}
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype", [(module.CPU, torch.float32), (module.DEVICE, torch.float16)]
+)
+def test_float16_is_multiplied_as_the_device_computes_it(monkeypatch, sizes, dtype):
+    seen = []
+    monkeypatch.setattr(module, "_best", lambda call, near, limit: seen.append(call.args) or 1.0)
+    module._gemm_gflops(torch.float16, torch.device("cpu"), sizes)
+    assert {matrix.dtype for pair in seen for matrix in pair} == {dtype}
+
+
+def test_the_cache_of_a_device_is_what_torch_says_of_it(monkeypatch):
+    cuda = SimpleNamespace(get_device_properties=lambda d: SimpleNamespace(L2_cache_size=d.index))
+    modules = {"cuda": cuda, "mps": SimpleNamespace()}
+    monkeypatch.setattr(torch, "get_device_module", lambda device: modules[device.type])
+    assert module._all_caches(torch.device("cuda:7")) == 7
+    assert module._all_caches(torch.device("mps")) == 0
+
+
+def test_a_roof_is_of_the_device_that_it_was_measured_on():
+    model = olmoe()
+    roofline(model)
+    assert known_roofline(model.to("meta")) is None
+
+
+def test_the_devices_under_a_model_and_their_memory(monkeypatch):
+    """A CUDA device tells both; MPS has neither; the CPU, and weights elsewhere, are left out."""
+    places = ["cuda:1", "cpu", "meta", "cuda:0", "cuda:1", "mps"]
+    model = SimpleNamespace(
+        parameters=lambda: [SimpleNamespace(device=torch.device(place)) for place in places]
+    )
+    cuda = SimpleNamespace(
+        get_device_name=lambda device: f"GPU {device}", max_memory_allocated=lambda device: 2.5e6
+    )
+    modules = {"cuda:0": cuda, "cuda:1": cuda, "mps": SimpleNamespace()}
+    monkeypatch.setattr(torch, "get_device_module", modules.__getitem__)
+    assert devices_under(model) == [
+        {"device": "cuda:0", "name": "GPU cuda:0", "memory_peak_mb": 2.5},
+        {"device": "cuda:1", "name": "GPU cuda:1", "memory_peak_mb": 2.5},
+        {"device": "mps", "name": "mps", "memory_peak_mb": None},
+    ]
+    assert devices_under(olmoe()) == []
 
 
 def test_errors():
@@ -164,4 +226,7 @@ def test_errors():
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="weight is on the device meta"):
+        roofline(model)
+    model.bias = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"weight is on the device meta and bias is .* cpu;"):
         roofline(model)

@@ -215,6 +215,7 @@ def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
         assert len(store.rows()) == finished
 
 
+@pytest.mark.slow
 def test_a_file_that_is_gone_or_changed_is_made_again(ground):
     made = ground(parts=["calibrate"])
     first, _ = run(made)
@@ -268,6 +269,7 @@ def test_a_model_that_cannot_be_patched_is_profiled(ground, monkeypatch):
     assert "no logits" in (made.files.folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_studies_with_one_store_have_their_own_files(ground, tmp_path):
     made = ground(parts=["calibrate"])
     run(made)
@@ -280,6 +282,7 @@ def test_two_studies_with_one_store_have_their_own_files(ground, tmp_path):
     assert plan.parts[0].is_done
 
 
+@pytest.mark.slow
 def test_other_settings_in_one_folder_leave_each_other_alone(ground):
     """The nulls of the first are found again after a study with another seed."""
     run(ground(parts=["calibrate"]))
@@ -289,6 +292,7 @@ def test_other_settings_in_one_folder_leave_each_other_alone(ground):
     assert plan.parts[0].is_done
 
 
+@pytest.mark.slow
 def test_own_texts_are_named(ground):
     documents = demo.heldout_texts()
     made = ground(parts=["sweep"], documents=documents, sources=["mine.txt"])
@@ -339,6 +343,7 @@ def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch)
     assert results.diagnose is not None and results.sweep is None
 
 
+@pytest.mark.slow
 def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
     calls, measure = [], CalibrationWork.run
 

@@ -253,6 +253,7 @@ def facts(*parts, **more):
     ]
     known = {"model": "toy", "bits": None, "dtype": "float32", "machine": machine, "parts": said}
     known |= {"versions": {"moeprof": "1"}, "command": "moeprof study", "seed": 0}
+    known |= {"devices": [{"device": "cuda:0", "name": "a GPU", "memory_peak_mb": 2500.0}]}
     return known | {"store": "out/moeprof.sqlite", "peak_gb": 1.25} | more
 
 
@@ -467,6 +468,7 @@ def test_what_was_run_has_the_time_taken_and_planned(written):
     tables = {s.key: s.table for section in report.sections for s in section.tables}
     row = next(row for row in tables["parts"].rows if row[0] == "sweep")
     assert row[1:4] == ["81 s", "90 s", "4"]
+    assert ["cuda:0", "a GPU, 2.50 GB at most (10^9 bytes, of torch)"] in tables["ran"].rows
     sentences = [s.text for section in report.sections for s in section.sentences]
     assert any(says(text, "All parts took 8 min", "-10 %") for text in sentences)
     assert any("moeprof store out/moeprof.sqlite --export result.json" in s for s in sentences)

@@ -152,15 +152,16 @@ def _matrices(backend: Any, weights: LayerWeights, kind: int) -> list[Any]:
         ggml.ggml_backend_buffer_free(buffer)
         ggml.ggml_free(context)
     for tensor, matrix in zip(made, (gate, up, weights.down), strict=True):
-        q = _quantized(matrix, kind)
+        q = quantized_rows(matrix, kind)
         ggml.ggml_backend_tensor_set(tensor, q.data_ptr(), 0, q.nbytes)
     return made
 
 
-def _quantized(matrices: Tensor, kind: int) -> Tensor:
-    ggml, (experts, n, k) = _ggml(), matrices.shape
-    q = torch.empty(experts, n * ggml.ggml_row_size(kind, k), dtype=torch.uint8)
-    for matrix, to in zip(matrices, q, strict=True):
+def quantized_rows(matrices: Tensor, kind: int) -> Tensor:
+    """The rows of (..., N, K) in bytes, (..., N, bytes of a row)."""
+    ggml, (*many, n, k) = _ggml(), matrices.shape
+    q = torch.empty(*many, n, ggml.ggml_row_size(kind, k), dtype=torch.uint8)
+    for matrix, to in zip(matrices.view(-1, n, k), q.view(-1, *q.shape[-2:]), strict=True):
         wide = matrix.float().contiguous()
         ggml.ggml_quantize_chunk(kind, wide.data_ptr(), to.data_ptr(), 0, n, k, None)
     return q

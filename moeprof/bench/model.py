@@ -180,14 +180,14 @@ def _bytes_read(model: Any, shape: Shape, experts: int) -> dict[str, int]:
     """{part: bytes} that a call reads of the weights, `experts` of them; not the embedding."""
     read = {"experts": experts * shape.size * model.dtype.itemsize}
     read |= {"attention": 0, "lm_head": 0, "gates and norms": 0}
-    for name, parameter in _dense(model):
+    for name, parameter in dense(model):
         attention = "attn" in name and parameter.dim() > 1
         head = "lm_head" if name.startswith("lm_head") else "gates and norms"
         read["attention" if attention else head] += parameter.nbytes
     return read
 
 
-def _dense(model: Any) -> list[tuple[str, torch.Tensor]]:
+def dense(model: Any) -> list[tuple[str, torch.Tensor]]:
     """Names and parameters that every token goes through."""
     left_out = (".experts.", "embed_tokens")
     parameters = model.named_parameters()
@@ -196,9 +196,9 @@ def _dense(model: Any) -> list[tuple[str, torch.Tensor]]:
 
 def _flop(model: Any, shape: Shape, tokens: int) -> int:
     """Of the products with the weights, and of attention between the tokens of the call."""
-    dense = 2 * tokens * sum(p.numel() for _, p in _dense(model) if p.dim() > 1)
+    others = 2 * tokens * sum(p.numel() for _, p in dense(model) if p.dim() > 1)
     experts = tokens * LAYERS * shape.top_k * shape.flop
-    return dense + experts + 2 * LAYERS * shape.hidden * tokens**2
+    return others + experts + 2 * LAYERS * shape.hidden * tokens**2
 
 
 # ---- what is shown ----

@@ -55,6 +55,13 @@ def add_bench(commands: Commands) -> None:
     model = names.add_parser("model", help="a whole model: decode steps and prefills")
     _add_common(model, (1, 32, 512, 2048), "tokens of a forward pass; 1 is a decode step")
     _add_dtype_and_threads(model)
+    decode = names.add_parser(
+        "decode",
+        help="a decode step of a whole model in 8 and 4 bits, beside llama.cpp (llama-cpp-python, "
+        "gguf), where installed",
+    )
+    _add_common(decode, (64,), "tokens cached before the step")
+    _add_dtype_and_threads(decode)
 
 
 def _add_common(parser: argparse.ArgumentParser, tokens: tuple[int, ...], what: str) -> None:

@@ -171,7 +171,7 @@ def _profile(
     patch: dict[str, Any] | None,
 ) -> None:
     from ..measure.roofline import roofline
-    from ..models.decoding import device_of
+    from ..models.decoding import only_device_of
     from ..profile.run import plan, profile_texts
 
     console = make_console()
@@ -188,7 +188,7 @@ def _profile(
         model,
         planned,
         patch=patch,
-        roofline=roofline(model) if device_of(model).type == "cpu" else None,
+        roofline=roofline(model) if only_device_of(model) else None,
         trace=arguments.trace,
         records=arguments.records,
         vocabulary=arguments.vocabulary,

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..backends.cpu import cpu_info
 from ..version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def describe() -> dict[str, Any]:
@@ -66,6 +69,24 @@ def peak_memory() -> float:
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def devices_under(model: "nn.Module") -> list[dict[str, Any]]:
+    """A row for each device but the CPU that holds weights of a model: "device" ("cuda:0"), its
+    "name", and "memory_peak_mb", the most that torch has had there in this process (10^6 bytes),
+    or None where torch doesn't tell."""
+    import torch
+
+    kinds = {str(weight.device): weight.device.type for weight in model.parameters()}
+    rows = []
+    for device in sorted(kinds.keys() - {"cpu", "meta"}):
+        module: Any = torch.get_device_module(device)
+        tell_name = getattr(module, "get_device_name", None)
+        tell_peak = getattr(module, "max_memory_allocated", None)
+        name = tell_name(device) if tell_name else kinds[device]
+        peak = tell_peak(device) / 1e6 if tell_peak else None
+        rows.append({"device": device, "name": name, "memory_peak_mb": peak})
+    return rows
 
 
 def check_memory(needed: float) -> None:

@@ -17,6 +17,13 @@ def device_of(model: "nn.Module") -> "device":
     return torch.device("cpu") if found.type == "meta" else found
 
 
+def only_device_of(model: "nn.Module") -> "device | None":
+    """That of all its parameters and buffers; None where they lie on several, or on meta, from
+    where accelerate fetches them."""
+    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return found.pop() if len(found) == 1 and next(iter(found)).type != "meta" else None
+
+
 def decode(model: Any, input_ids: "Tensor", cache: Any, **options: Any) -> Any:
     """Call the model with what it has cached of the tokens before; options: further arguments.
 

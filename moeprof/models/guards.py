@@ -226,4 +226,4 @@ class Watched:
 
     def _table(self, table: dict[Any, Any]) -> None:
         self._tables.append(table)
-        self._places += [(table, key) for key in table]
+        self._places += [(table, key) for key in list(table)]  # others may add to it

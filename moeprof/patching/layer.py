@@ -104,7 +104,12 @@ class PatchedLayer(Patched):
         read, reason = self.family.readable(block, self.backend)
         if reason:
             return read, reason
-        unchanged, table = self.family.watch(block), table_of(read)
+        unchanged = self.family.watch(block)
+        # Once more: another thread may have changed it since, before it was watched.
+        read, reason = self.family.readable(block, self.backend)
+        if reason:
+            return read, reason
+        table = table_of(read)
         self._read = unchanged, table
         return table, None
 

@@ -181,12 +181,14 @@ def _name(profile: Profiled) -> str:
 
 
 def _conditions(profile: Profiled) -> str:
-    """What times depend on beside the model's routing: CPU, threads, dtype where it is known."""
+    """What times depend on beside the model's routing: CPU, threads, devices, dtype where it is
+    known."""
     machine = profile.facts.get("machine") or {}
     threads = machine.get("threads")
     said = (
         machine.get("cpu"),
         None if threads is None else counted(threads, "thread"),
+        *(row["name"] for row in profile.facts.get("devices") or []),
         profile.roofline and profile.roofline.dtype,
     )
     return ", ".join(part for part in said if part) or PLAIN

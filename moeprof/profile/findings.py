@@ -316,6 +316,9 @@ def _rest(profile: Profiled) -> Iterator[str]:
     peak = profile.facts.get("memory_peak_mb")
     if peak is not None:
         yield f"Peak memory of the process: {short(float(peak))} MB."
+    for row in profile.facts.get("devices") or []:
+        if row["memory_peak_mb"] is not None:
+            yield f"Peak memory on {row['device']}: {short(float(row['memory_peak_mb']))} MB."
 
 
 def heading(profile: Profiled) -> list[tuple[str, str]]:
@@ -337,12 +340,14 @@ def heading(profile: Profiled) -> list[tuple[str, str]]:
         versions = machine.get("versions") or {}
         lines.append(("Machine", in_one_line(machine)))
         lines.append(("Software", ", ".join(f"{k} {v}" for k, v in versions.items())))
+    for row in facts.get("devices") or []:
+        lines.append(("Device", f"{row['name']} ({row['device']})"))
     roof = profile.roofline
     if roof is not None:
         note = f"; {roof.note}" if roof.note else ""
         text = (
             f"{short(roof.read_gbs)} GB/s reading, {scaled(1e9 * roof.gemm_gflops, 'FLOP/s')} in "
-            f"matrix products ({roof.dtype}), measured{note}"
+            f"matrix products ({roof.conditions}), measured{note}"
         )
         lines.append(("Roof", text))
     return lines

@@ -48,6 +48,9 @@ def to_frame(profile: Profiled) -> pandas.DataFrame:
     rows += [(u["label"], None, u["block"], None, ALL, "not_counted", 1) for u in missing]
     peak = profile.facts.get("memory_peak_mb")
     rows.append((None, None, None, None, ALL, "memory_peak_mb", peak))
+    peaks = [row["memory_peak_mb"] for row in profile.facts.get("devices") or []]
+    if peaks and None not in peaks:
+        rows.append((None, None, None, None, ALL, "device_memory_peak_mb", sum(peaks)))
     frame = pandas.DataFrame(rows, columns=COLUMNS)
     labels = [*profile.labels, *(u["label"] for u in missing)]
     kinds = {

@@ -228,6 +228,12 @@ METRICS = {
             "1 for what looks like an MoE layer and could not be counted; the summary says why.",
         ),
         ("memory_peak_mb", "MB", "Peak memory of the process since it began, 10⁶ bytes."),
+        (
+            "device_memory_peak_mb",
+            "MB",
+            "The most that torch has had on the devices of the model since the process began, "
+            "10⁶ bytes, their sum; not of a model on the CPU.",
+        ),
     )
 }
 

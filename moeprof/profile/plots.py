@@ -169,7 +169,7 @@ def roofline(profile: Profiled) -> Figure:
         axis,
         "arithmetic intensity (FLOP for each byte of weights)",
         "GFLOP/s",
-        f"Dots: layers; large: all of a phase. Roof: measured, {roof.dtype}",
+        f"Dots: layers; large: all of a phase. Roof: measured, {roof.conditions}",
     )
     axis.legend(frameon=False, loc="lower right", markerscale=0.6)
     return fig

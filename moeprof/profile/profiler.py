@@ -264,7 +264,7 @@ class MoEProfiler:
         self.result().save_csv(path)
 
     def _facts(self) -> dict[str, Any]:
-        from ..measure.machine import describe, peak_memory
+        from ..measure.machine import describe, devices_under, peak_memory
 
         session = self._session
         config: Any = getattr(self.model, "config", None)
@@ -285,6 +285,7 @@ class MoEProfiler:
             "warmup_steps": session.options.warmup_steps,
             "sampling_rate": session.options.sampling_rate,
             "memory_peak_mb": peak_memory() / 1e6,
+            "devices": devices_under(self.model),
             "notes": self._notes(),
         }
 

@@ -44,7 +44,8 @@ class Profile:
         {phase: [counts of each layer]}.
     facts
         A dict of model, model_class, config, machine, router, not_counted, passed_over, steps,
-        steps_left_out, warmup_steps, sampling_rate, memory_peak_mb, notes, and of
+        steps_left_out, warmup_steps, sampling_rate, memory_peak_mb, devices (a dict
+        each of device, name and memory_peak_mb; none for the CPU), notes, and of
         ``moeprof profile`` decode_by_batch; kept as JSON would.
     joint
         Counts of each layer, or None: of steps of several phases, what they did as a whole less

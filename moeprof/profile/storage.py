@@ -56,12 +56,14 @@ _FACTS: dict[str, Any] = {
     "notes": list[str],
     "not_counted": list[dict],  # type: ignore[type-arg]  # compared with, see `_fits`
     "passed_over": list[int | str],
+    "devices": list[dict],  # type: ignore[type-arg]
     "decode_by_batch": list[dict],  # type: ignore[type-arg]
 }
 _MEASURED = float | None
 # What each row of these facts has.
 _ROWS: dict[str, dict[str, Any]] = {
     "not_counted": {"label": int | str, "block": str, "reason": str},
+    "devices": {"device": str, "name": str, "memory_peak_mb": _MEASURED},
     "decode_by_batch": {
         "batch": int,
         "steps": int,

@@ -329,6 +329,19 @@ def test_a_span_on_another_device_is_timed_by_its_events(monkeypatch):
     assert spans.Span(torch.zeros(1, device="meta")).stop().nanoseconds == 3_000_000
 
 
+def test_the_roof_and_the_memory_are_those_of_the_device(model, device):
+    roof = moeprof.roofline(model)
+    where = str(next(model.parameters()).device)
+    assert roof.device == where and roof.read_gbs > 0 and roof.gemm_gflops > 0
+    with moeprof.MoEProfiler(model) as profiler:
+        logits(model, device)
+    found = profiler.result()
+    assert found.roofline == roof
+    rows = found.facts["devices"]
+    assert [row["device"] for row in rows] == [where] * (device.type != "cpu")
+    assert all(row["memory_peak_mb"] > 0 for row in rows)
+
+
 def test_a_cap_is_watched_now_and_then():
     """Of rejections on a device that the host waits for: after 1, 2, 4, ... calls."""
     from moeprof.patching.layer import CapWatch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...files import write_whole
 from ...measure.roofline import roofline
-from ...models.decoding import device_of
+from ...models.decoding import only_device_of
 from ...profile.run import PROMPT, plan, profile_texts
 from ..engine.load import STOCK, STOCK_DECODE, Load
 from ..engine.measured import Measured
@@ -69,7 +69,7 @@ class ProfileWork(Measured):
         return self.cells
 
     def _measure(self, step: Callable[[], object]) -> dict[str, Any]:
-        limits = roofline(self.model) if device_of(self.model).type == "cpu" else None
+        limits = roofline(self.model) if only_device_of(self.model) else None
         result = profile_texts(self.model, self.plan, roofline=limits)
         paths = result.save(self.folder)
         page = self.folder / "index.html"

@@ -190,6 +190,7 @@ class _Run:
         facts = {
             "model": ground.name,
             "dtype": described_dtype(ground.model),
+            "devices": machine.devices_under(ground.model),
             "command": ground.command,
             "seed": ground.settings.seed,
             "parts": self.parts,

@@ -39,6 +39,10 @@ def _about(facts: dict[str, Any]) -> Table:
     ]
     if facts.get("peak_gb") is not None:
         rows.append(["memory at most", f"{facts['peak_gb']:.2f} GB (resident, 10^9 bytes)"])
+    for row in facts.get("devices") or []:
+        peak = row["memory_peak_mb"]
+        most = "" if peak is None else f", {peak / 1e3:.2f} GB at most (10^9 bytes, of torch)"
+        rows.append([row["device"], row["name"] + most])
     return plain_table("Model, machine, command", "", ["what", "is"], rows, 2)
 
 
