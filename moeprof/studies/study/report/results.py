@@ -23,8 +23,8 @@ class Results:
         "machine" (as `moeprof.measure.machine.describe` gives it), "versions" {name: version},
         "command", "seed", "store" (path), "peak_gb" (resident memory at most, 10^9 bytes, or
         None), "devices" (as `devices_under` gives them) and "parts": a dict each of "part",
-        "seconds", "planned_seconds" (or None), "cells", "finished_before" (of them, in the store), "words" (what it did) and "failed" (why it has
-        no result, or None).
+        "seconds", "planned_seconds" (or None), "cells", "finished_before" (of them, in the
+        store), "words" (what it did) and "failed" (why it has no result, or None).
     nulls
         {kind: Null}.
     profile, diagnose, evaluate
