@@ -317,7 +317,7 @@ def test_decode(capsys, tmp_path, monkeypatch):
     assert [row["tokens"] for row in result["rows"]] == [3, 5]
     assert all(set(row["times"]) == {"read", "moeprof", "q8", "q4"} for row in result["rows"])
     found = result["distances"]
-    assert found["moeprof"] < 0.01 and found["moeprof"] < found["q8"] < found["q4"] < 0.7
+    assert found["moeprof"] < min(found["q8"], found["q4"]) and max(found.values()) < 0.05
     # Of 4 layers: 4 experts of 3 matrices; 4 matrices of attention and a gate; lm_head.
     experts, others = 4 * 4 * 3 * 64 * 32, 4 * (4 * 64 * 64 + 8 * 64) + 50304 * 64
     assert result["bytes"] == {
