@@ -185,6 +185,17 @@ def test_float16_is_multiplied_as_the_device_computes_it(monkeypatch, sizes, dty
     assert {matrix.dtype for pair in seen for matrix in pair} == {dtype}
 
 
+def test_a_device_that_is_nearly_full_multiplies_small_matrices(monkeypatch):
+    def best(call, near, limit):
+        if len(near) > 512:
+            raise torch.OutOfMemoryError
+        return 0.01 / len(near)
+
+    monkeypatch.setattr(module, "_best", best)
+    found = module._gemm_gflops(torch.float32, torch.device("cpu"), module.DEVICE)
+    assert found == pytest.approx(2 * 512**4 / 0.01 / 1e9)
+
+
 def test_the_cache_of_a_device_is_what_torch_says_of_it(monkeypatch):
     cuda = SimpleNamespace(get_device_properties=lambda d: SimpleNamespace(L2_cache_size=d.index))
     modules = {"cuda": cuda, "mps": SimpleNamespace()}

@@ -188,11 +188,12 @@ def _profile(
         model,
         planned,
         patch=patch,
-        roofline=roofline(model) if only_device_of(model) else None,
         trace=arguments.trace,
         records=arguments.records,
         vocabulary=arguments.vocabulary,
     )
+    if only_device_of(model):  # afterwards, since it takes memory of the device, too
+        result.roofline = roofline(model)
     if result.vocabulary is not None:
         result.vocabulary["text"] = [tokenizer.decode([i]) for i in result.vocabulary["tokens"]]
     result.print_summary()

@@ -256,10 +256,16 @@ def _gemm_gflops(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> floa
     best, size, seconds = 0.0, 256, 0.0
     # Twice the size is eight times the work.
     while size <= sizes.gemm and 8 * 2 * seconds < GEMM_SECONDS:
-        a, b = (
-            torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2)
-        )
-        seconds = _best(partial(torch.matmul, a, b), a, GEMM_SECONDS / 4)
+        try:
+            a, b = (
+                torch.randn(size, size, generator=generator, device=device).to(dtype)
+                for _ in range(2)
+            )
+            seconds = _best(partial(torch.matmul, a, b), a, GEMM_SECONDS / 4)
+        except torch.OutOfMemoryError:  # the model fills the device
+            if not best:
+                raise
+            break
         best, size = max(best, 2 * size**3 / seconds / 1e9), 2 * size
     return best
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..checks import Tokenizer
-    from ..measure.roofline import Roofline
     from ..show.console import Bar
     from ..texts.documents import Text
     from ..texts.windows import Window
@@ -91,7 +90,6 @@ def profile_texts(
     plan: Plan,
     *,
     patch: dict[str, Any] | None = None,
-    roofline: Roofline | None = None,
     **options: Any,
 ) -> Profile:
     """The Profile of a model that runs a Plan; the model is afterwards as it was.
@@ -113,7 +111,7 @@ def profile_texts(
             for batch in plan.batches:
                 _continue(model, plan, batch, profiler, bar)
                 results.append(profiler.result())
-    result = profiler.result(roofline=roofline)
+    result = profiler.result()
     result.facts["decode_by_batch"] = as_json(
         [
             _decode_row(batch, *pair)

@@ -69,8 +69,9 @@ class ProfileWork(Measured):
         return self.cells
 
     def _measure(self, step: Callable[[], object]) -> dict[str, Any]:
-        limits = roofline(self.model) if only_device_of(self.model) else None
-        result = profile_texts(self.model, self.plan, roofline=limits)
+        result = profile_texts(self.model, self.plan)
+        if only_device_of(self.model):  # afterwards, since it takes memory of the device, too
+            result.roofline = roofline(self.model)
         paths = result.save(self.folder)
         page = self.folder / "index.html"
         write_whole(page, result.to_html().encode())
