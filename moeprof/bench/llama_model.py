@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,5 +111,5 @@ class LlamaModel:
         """The logits (V,) after one token more than is cached; that stays as it was."""
         self._llama.n_tokens = self._cached  # what is behind is overwritten
         self._llama.eval([token])
-        logits = self._llama.scores[0]
+        logits = np.ctypeslib.as_array(self._llama._ctx.get_logits(), (self._llama.n_vocab(),))
         return torch.from_numpy(logits.copy())
