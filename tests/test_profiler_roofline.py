@@ -126,6 +126,7 @@ def test_once_per_model_dtype_and_threads(monkeypatch):
 
 def test_a_large_model_is_read_in_part_and_past_the_caches(monkeypatch):
     monkeypatch.setattr(module, "LIMIT", 8 << 20)
+    monkeypatch.setattr(module, "FIRST_SECONDS", 60)  # a busy machine reads slowly
     monkeypatch.setattr(module, "CPU", module.CPU._replace(piece=1 << 20))
     monkeypatch.setattr(module, "_all_caches", lambda device: 2 << 20)
     model, seen = model_of((10, 256, 1024)), []  # 40 MiB
@@ -238,6 +239,9 @@ def test_errors():
         model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="weight is on the device meta"):
         roofline(model)
+    with pytest.raises(ValueError, match="qint8, which has no plain memory"):
+        layers = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8))
+        roofline(torch.ao.quantization.quantize_dynamic(layers, {nn.Linear}))
     model.bias = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=r"weight is on the device meta and bias is .* cpu;"):
         roofline(model)

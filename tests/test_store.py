@@ -292,8 +292,25 @@ def test_an_export_that_can_t_be_is_refused_before_anything(path, tmp_path, caps
     assert main(["store", str(path), "--export", str(tmp_path / "table.xlsx")]) == 2
     assert ".csv, .json, .parquet" in capsys.readouterr().err
     content = b"garbage" * 1000
-    path.write_bytes(content)
+    path.write_bytes(content)  # its lock is still there
     assert main(["store", str(path)]) == 2
     assert "damaged" in capsys.readouterr().err
     (aside,) = tmp_path.glob("*.damaged-*")
     assert aside.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"x", b"my notes\n" * 600, b"{}"])
+def test_a_file_that_never_was_a_store_is_left_as_it_is(path, content, capsys):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="expected a store, this is another file"):
+        Store(path)
+    assert main(["store", str(path)]) == 2
+    assert "this is another file" in capsys.readouterr().err
+    assert path.read_bytes() == content and list(path.parent.iterdir()) == [path]
+
+
+def test_an_empty_file_is_not_made_a_store_by_showing_it(path, capsys):
+    path.touch()
+    assert main(["store", str(path)]) == 2
+    assert "this file is empty" in capsys.readouterr().err
+    assert path.stat().st_size == 0 and list(path.parent.iterdir()) == [path]

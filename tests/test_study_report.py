@@ -10,7 +10,7 @@ from test_comparison_results import made_cell, made_run
 from test_profiler_page import Reader, chromium, needs_chromium
 from wording import says
 
-from moeprof.studies.comparison.findings import View, beside
+from moeprof.studies.comparison.findings import View, beside, findings
 from moeprof.studies.diagnosis import Diagnosis
 from moeprof.studies.evaluation.result import Evaluated
 from moeprof.studies.grid.rows import COLUMNS
@@ -314,6 +314,21 @@ def test_the_verdict_says_whether_bh_beats_static(shift, words):
         assert says(best, "bh", words, "KL", "95 % interval", "band")
     (bh,) = [line for line in lines if line.startswith("BH")]
     assert bh.count(words) == 2
+
+
+def test_one_document_decides_nothing():
+    """What doesn't vary over documents has no interval."""
+    run = compared_run(-0.05)
+    for cell in [*run["cells"], *run["quantized"]]:
+        for effect in (*cell.get("effect", {}).values(), *cell.get("against", {}).values()):
+            ends = ("low", "high", "band_low", "band_high")
+            effect |= dict.fromkeys(ends, effect["estimate"]) | {"error": 0.0}
+    lines = said(compare=run)
+    assert says(lines[0], "one document", "nothing is decided")
+    text = " ".join(lines + findings(run))
+    assert "it beats static" not in text and "loses to static" not in text
+    assert "1 of 1 routers beat" not in text and "closer" in text
+    assert lines[1].count("undecided") == 1 and "95 % interval" not in lines[1]
 
 
 def test_the_best_router_is_the_one_with_the_least_effect():

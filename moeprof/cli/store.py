@@ -34,6 +34,8 @@ def _run(arguments: argparse.Namespace) -> None:
     path = Path(arguments.file)
     if not path.exists():
         raise FileNotFoundError(f"store {path}: no such file")
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"store {path}: expected a store of moeprof, this file is empty")
     if arguments.export is not None:
         check_suffix(Path(arguments.export))
     console = make_console()

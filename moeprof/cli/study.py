@@ -76,7 +76,7 @@ def add_study(commands: Commands) -> None:
     options.add_names(
         parser,
         "--routers",
-        "compare these only, as `moeprof compare` takes them; default: all",
+        "the part compare has these only, named as `moeprof compare` takes them; default: all",
     )
     options.add_names(
         parser,
@@ -100,7 +100,12 @@ def add_study(commands: Commands) -> None:
         10**9,
     )
     options.add_number(
-        parser, "--positions", POSITIONS, "at which experts are ablated, 0 for none", 0, 10**6
+        parser,
+        "--positions",
+        POSITIONS,
+        "at most where experts are ablated, 0 for none",
+        0,
+        10**6,
     )
     options.add_seed(parser, "of the windows, the controls and the bootstrap")
     parser.set_defaults(run=_run)

@@ -161,6 +161,13 @@ def _weights(model: nn.Module) -> list[Tensor]:
     weights = [*dict.fromkeys(t for part in parts for t in weights_of(part) if t.numel())]
     if not weights:
         raise ValueError(f"roofline: {type(model).__name__} has no weights")
+    for tensor in weights:
+        if tensor.is_quantized or tensor.layout is not torch.strided:
+            kind = tensor.dtype if tensor.is_quantized else tensor.layout
+            raise ValueError(
+                f"roofline: its weights are {kind}, which has no plain memory to read; load the "
+                "model in plain numbers"
+            )
     return weights
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...measure.bootstrap import bootstrap
+from ...measure.bootstrap import ROUNDING, bootstrap
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -130,8 +130,16 @@ def interval(intervals: Intervals, at: int) -> dict[str, float]:
     return {name: float(values[at]) for name, values in intervals._asdict().items()}
 
 
+def varies(effect: Mapping[str, float]) -> bool:
+    """Is it not the same in all draws of documents? It is where the text has only one."""
+    return effect["band_high"] - effect["band_low"] > ROUNDING
+
+
 def verdict(effect: Mapping[str, float]) -> str:
-    """BETTER where the whole band is below 0, WORSE where it is above, UNDECIDED otherwise."""
+    """BETTER where the whole band is below 0, WORSE where it is above, UNDECIDED otherwise; and
+    UNDECIDED where nothing varies, so that there is no band."""
+    if not varies(effect):
+        return UNDECIDED
     if effect["band_high"] < 0:
         return BETTER
     return WORSE if effect["band_low"] > 0 else UNDECIDED

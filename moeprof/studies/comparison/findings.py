@@ -9,7 +9,7 @@ import numpy as np
 
 from .bytes_read import quantized_name
 from .contenders import PRIMARY, THRESHOLDS
-from .effects import BETTER, ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, WORSE, verdict
+from .effects import BETTER, ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, WORSE, varies, verdict
 from .plan import REDUCTION, WIDE
 
 PRIMARY_BUDGETS = (4, 6)
@@ -120,7 +120,7 @@ def findings(run: dict[str, Any]) -> list[str]:
 def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
     """The same by what they are about: "effects", "speed", "bytes" and "reach"."""
     view = View(run)
-    effects = [*_primary(view)]
+    effects = [*caution(view), *_primary(view)]
     for table in view.tables:
         effects += _ranking(view, table)
     effects += [
@@ -136,11 +136,30 @@ def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
     return {"effects": effects} | {subject: list(say(view)) for subject, say in rest.items()}
 
 
+def caution(view: View) -> Iterator[str]:
+    """That nothing is decided, where no effect varies over documents."""
+    effects = [cell["effect"]["kl"] for cell in view.cells(role=ROUTER)]
+    if effects and not any(map(varies, effects)):
+        yield (
+            "The test text is one document, or one of each domain, and intervals are over "
+            "documents: there are none, and nothing is decided. Give more tokens."
+        )
+
+
+def band(effect: Mapping[str, float]) -> str:
+    """ "-0.0160 to -0.0086"."""
+    if not varies(effect):
+        return "none"
+    return f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}"
+
+
 def signed(effect: Mapping[str, float], form: str = "+.4f") -> str:
     """ "-0.0123 (95 % interval -0.0140 to -0.0106; band -0.0160 to -0.0086)"; see INTERVALS."""
     value, low, high, band_low, band_high = (
         format(effect[name], form) for name in ("estimate", "low", "high", "band_low", "band_high")
     )
+    if not varies(effect):
+        return f"{value} (no interval)"
     return f"{value} (95 % interval {low} to {high}; band {band_low} to {band_high})"
 
 

@@ -9,8 +9,8 @@ from ...measure.machine import in_one_line
 from ...show.tables import markdown
 from .bytes_read import quantized_name
 from .contenders import LEFT_OUT
-from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, WORSE, adaptive, verdict
-from .findings import INTERVALS, NO_ADAPTIVITY, View, findings, megabytes
+from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, UNDECIDED, WORSE, adaptive, verdict
+from .findings import INTERVALS, NO_ADAPTIVITY, View, band, findings, megabytes
 
 if TYPE_CHECKING:
     from .findings import View
@@ -213,7 +213,7 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
                 megabytes(cell),
                 f"{cell['kl']:.4f}",
                 f"{effect['estimate']:+.4f}",
-                f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}",
+                band(effect),
                 _against(against),
                 f"{nats['estimate']:+.4f}",
                 f"{cell['perplexity']:.2f}",
@@ -254,17 +254,14 @@ def bytes_rows(view: View) -> tuple[list[str], list[list[str]]] | None:
 
 
 def _with_band(effect: Mapping[str, float]) -> str:
-    low, high = effect["band_low"], effect["band_high"]
-    return f"{effect['estimate']:+.4f} ({low:+.4f} to {high:+.4f})"
+    return f"{effect['estimate']:+.4f} ({band(effect)})"
 
 
 def _against(against: Mapping[str, Any] | None) -> str:
     if against is None:
         return ""
-    ends = f"{against['band_low']:+.4f} to {against['band_high']:+.4f}"
-    text = f"{against['estimate']:+.4f} (band {ends})"
-    silent = against["band_low"] <= 0 <= against["band_high"]
-    return f"{text}: {NO_ADAPTIVITY}" if silent else text
+    text = f"{against['estimate']:+.4f} (band {band(against)})"
+    return f"{text}: {NO_ADAPTIVITY}" if verdict(against) == UNDECIDED else text
 
 
 def _speed(cell: Mapping[str, Any]) -> str:

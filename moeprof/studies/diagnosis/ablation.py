@@ -66,13 +66,23 @@ class Ablation(NamedTuple):
     delta: NDArray[np.float64]
 
 
+def _sizes(text: HeldOut) -> list[int]:
+    """Of each window the positions that can be sampled."""
+    return [max(window.ids.shape[1] - 2, 0) for window in text.windows]
+
+
+def most_positions(text: HeldOut) -> int:
+    """How many `sample_positions` can give."""
+    return sum(_sizes(text))
+
+
 def sample_positions(text: HeldOut, count: int, seed: int = 0) -> list[NDArray[np.int64]]:
     """For each window the sampled positions, ascending: `count` in all, even over documents.
 
     A position has a token before it (the first of a window is left out, as in the fit of a
     null) and one after it, whose loss is measured. ValueError if the text has too few.
     """
-    sizes = [max(window.ids.shape[1] - 2, 0) for window in text.windows]
+    sizes = _sizes(text)
     window = np.repeat(np.arange(len(sizes)), sizes)
     place = np.concatenate([np.arange(1, size + 1) for size in sizes])
     if count > len(place):

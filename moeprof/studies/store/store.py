@@ -20,6 +20,7 @@ from .claims import Claims
 
 VERSION = 1  # of the table below
 APPLICATION = 0x6D6F6570  # "moep": SQLite keeps it in the file's head
+MAGIC = b"SQLite format 3\0"
 WAIT = 60  # seconds for another process's writing
 COLUMNS = {
     "key": "TEXT PRIMARY KEY",
@@ -60,9 +61,12 @@ class Store:
         self.set_aside: Path | None = None
         if self.path.is_dir():
             raise ValueError(f"store {self.path}: expected a file, this is a folder")
+        lock = self.path.with_name(self.path.name + ".lock")
+        if not lock.exists() and _is_no_database(self.path):
+            raise ValueError(f"store {self.path}: expected a store, this is another file")
         with _in_words(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._claims = Claims.of(self.path.with_name(self.path.name + ".lock"))
+            self._claims = Claims.of(lock)
             with self._claims.alone():
                 self._connection = self._open()
 
@@ -223,6 +227,17 @@ class Store:
 def store_path(folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
     """Where a command that writes to `folder` keeps its cells: `path`, where that is given."""
     return Path(folder) / "moeprof.sqlite" if path is None else Path(path)
+
+
+def _is_no_database(path: Path) -> bool:
+    """Does it hold something that doesn't begin as files of SQLite do? A store that is damaged may,
+    but has its lock beside it."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(MAGIC))
+    except FileNotFoundError:
+        return False
+    return bool(head) and head != MAGIC
 
 
 def _timed(compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:

@@ -24,6 +24,7 @@ from ..comparison.files import ComparisonFiles
 from ..comparison.plan import plan_tables
 from ..comparison.splits import make_splits
 from ..comparison.work import Comparison
+from ..diagnosis.ablation import most_positions
 from ..diagnosis.run import ALPHA, diagnose, diagnosis_work
 from ..evaluation.run import evaluate, evaluation_work
 from ..sweep.files import SweepFiles
@@ -236,11 +237,12 @@ def compare_part(ground: Ground) -> Part:
 
 def diagnose_part(ground: Ground) -> Part:
     settings, null = ground.settings, ground.null(EFRON)
+    text = heldout_windows(ground.tokenizer, ground.documents, settings.tokens, settings.seed)
     asked: Mapping[str, Any] = {
         "texts": ground.documents,
         "calibration": _shortened(settings.null_characters),
         "router": BH(ALPHA),
-        "positions": settings.positions,
+        "positions": min(settings.positions, most_positions(text)),
         "tokens": settings.tokens,
         "budget_tokens": settings.budget_tokens,
         "norm": "model",

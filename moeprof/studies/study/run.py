@@ -22,6 +22,7 @@ from .files import finished
 from .parts import MAKERS, Ground, calibration_of
 from .plan import PlannedPart, StudyPlan, in_words, plan_part
 from .report import Results, write_report
+from .report.verdict import section
 from .settings import PARTS
 
 if TYPE_CHECKING:
@@ -100,7 +101,11 @@ def study(ground: Ground, store: Store, engine: Engine | None, console: Console)
                 run.part(part)
         finally:
             results = run.results()
-            for path in write_report(results, ground.files.folder, console):
+            paths = write_report(results, ground.files.folder, console)
+            console.print("\nThe verdict, which begins the report:")
+            for sentence in section(results).sentences:
+                console.print(f"- {sentence.text}")
+            for path in paths:
                 console.print(f"Written: {path}")
     if failed := run.failed:
         raise ValueError(

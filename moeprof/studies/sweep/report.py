@@ -346,9 +346,12 @@ def beside_static(run: dict[str, Any]) -> str:
     text = (
         f"Of {len(known)} settings (BH configurations, equal ones once, and those set by budget) "
         f"{sum(map(is_below, known))} predict the text better than static top-k at the same "
-        f"experts per token, {sum(map(is_above, known))} worse; of the others no difference was "
-        "shown."
+        f"experts per token, {sum(map(is_above, known))} worse; "
     )
+    if known[0]["bits_above_static_high"] is None:
+        text += "the text is one document, so none of it has an interval, and nothing is decided."
+    else:
+        text += "of the others no difference was shown."
     if len(known) < len(settings):
         text += f" {len(settings) - len(known)} lie outside of what static top-k was run for."
     return text

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...comparison.contenders import PRIMARY
-from ...comparison.effects import BETTER, ROUTER, WORSE, verdict
-from ...comparison.findings import View, beside, megabytes
+from ...comparison.effects import BETTER, ROUTER, WORSE, varies, verdict
+from ...comparison.findings import View, band, beside, caution, megabytes
 from ...diagnosis.views import beside_alpha, has_one_alpha
 from ...grid.rows import by_setting
 from ...sweep.advice import is_above, is_below
@@ -58,6 +58,7 @@ def _quality(results: Results) -> Iterator[Sentence]:
 
 
 def _compared(view: View) -> Iterator[Sentence]:
+    yield from map(Sentence, caution(view))
     table = next(iter(view.tables))
     for budget in view.budgets(table):
         ranked = view.ranked(table, budget)
@@ -75,7 +76,7 @@ def _compared(view: View) -> Iterator[Sentence]:
 
 def _level(cell: dict[str, Any]) -> str:
     text, level = f"KL {cell['kl']:.4f}", cell.get("level", {}).get("kl")
-    if level is None:
+    if level is None or not varies(cell["effect"]["kl"]):
         return text
     return f"{text} (95 % interval {level['low']:.4f} to {level['high']:.4f})"
 
@@ -88,8 +89,7 @@ def _beside_static(cell: dict[str, Any]) -> str:
 
 def _band(effect: dict[str, float]) -> str:
     """ "-0.0123 (band -0.0160 to -0.0086)"."""
-    low, high = effect["band_low"], effect["band_high"]
-    return f"{effect['estimate']:+.4f} (band {low:+.4f} to {high:+.4f})"
+    return f"{effect['estimate']:+.4f} (band {band(effect)})"
 
 
 def _bh(view: View, table: str) -> Iterator[Sentence]:
