@@ -117,8 +117,8 @@ def test_times_of_other_conditions_are_told_apart():
     facts = copy.deepcopy(FACTS)
     facts["machine"]["threads"] = 1
     said = " ".join(first.compare(make_profile(2, 8, 2, facts=facts)).summary().split())
-    assert "not of the same conditions: Some CPU @ 2.00GHz, 2 threads, float32; Some CPU" in said
-    assert "1 thread, float32" in said
+    assert "conditions: Some CPU @ 2.00GHz, 2 threads, Some GPU, float32; Some CPU" in said
+    assert "1 thread, Some GPU, float32" in said
 
 
 def test_padding_is_said_to_cost_more_than_none():

@@ -188,7 +188,7 @@ def _conditions(profile: Profiled) -> str:
     said = (
         machine.get("cpu"),
         None if threads is None else counted(threads, "thread"),
-        *(row["name"] for row in profile.facts.get("devices") or []),
+        *dict.fromkeys(row["name"] for row in profile.facts.get("devices") or []),
         profile.roofline and profile.roofline.dtype,
     )
     return ", ".join(part for part in said if part) or PLAIN
