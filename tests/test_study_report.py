@@ -385,6 +385,14 @@ def test_the_verdict_of_a_grid_alone():
     results = Results(facts("grid"), grid=grid_rows())
     (line,) = verdict.section(results).sentences
     assert says(line.text, "of 2 configurations 1", "better", "bh-good", "0 worse")
+    assert "no difference was shown" in line.text
+
+
+def test_a_grid_on_one_document_decides_nothing():
+    none = dict.fromkeys(("bits_above_static_low", "bits_above_static_high"))
+    results = Results(facts("grid"), grid=[row | none for row in grid_rows()])
+    (line,) = verdict.section(results).sentences
+    assert says(line.text, "one document", "nothing is decided")
 
 
 # ---------------------------------------------------------------- the two files

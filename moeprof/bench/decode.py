@@ -19,7 +19,7 @@ from ..show.tables import table
 from . import plots
 from .llama import Q4_0, Q8_0
 from .llama_model import Kinds, LlamaModel, save_gguf
-from .model import LAYERS, VOCABULARY, dense, random_model
+from .model import LAYERS, VOCABULARY, dense, random_ids, random_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,12 +127,8 @@ def _quantized(settings: Settings, bits: int) -> _Model:
     return _Model(model)
 
 
-def _ids(count: int) -> Tensor:
-    return torch.randint(2, VOCABULARY, (count,), generator=torch.Generator().manual_seed(count))
-
-
 def _logits(decoder: Decoder) -> Tensor:
-    decoder.fill(_ids(16))
+    decoder.fill(random_ids(16, VOCABULARY))
     return decoder.step(7)
 
 
@@ -146,7 +142,7 @@ def _row(
 ) -> dict[str, Any]:
     bar.note(f"decode: after {cached} tokens")
     for decoder in decoders.values():
-        decoder.fill(_ids(cached))
+        decoder.fill(random_ids(cached, VOCABULARY))
 
     def prepare(name: str) -> tuple[int, ...]:
         """An uncounted step before: threads of the contender before may still be busy."""

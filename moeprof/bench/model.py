@@ -86,6 +86,12 @@ def random_model(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
     return words, model.eval().requires_grad_(False)
 
 
+def random_ids(count: int, vocabulary: int) -> torch.Tensor:
+    """Token ids (count,), the same in every run."""
+    draw = torch.Generator().manual_seed(count)
+    return torch.randint(2, vocabulary, (count,), generator=draw)
+
+
 # ---- one measurement ----
 
 
@@ -100,21 +106,17 @@ class _Contenders:
         self.model = model
         self.seen: list[Any] = []
         self._profiler = MoEProfiler(model)
-        self._ids = self._random_ids(tokens)
+        self._ids = random_ids(tokens, model.config.vocab_size)[None]
         self._handle: Any = None
         self._cache: Any = None
         if tokens == 1:
             self._cache = DynamicCache()
-            self.call(self._random_ids(CACHED), self._cache)
+            self.call(random_ids(CACHED, model.config.vocab_size)[None], self._cache)
 
     def call(self, ids: torch.Tensor, cache: Any) -> Any:
         if cache is None:
             return self.model(input_ids=ids, use_cache=False)
         return decode(self.model, ids, cache)
-
-    def _random_ids(self, count: int) -> torch.Tensor:
-        draw = torch.Generator().manual_seed(count)
-        return torch.randint(2, self.model.config.vocab_size, (1, count), generator=draw)
 
     def prepare(self, name: str) -> tuple[torch.Tensor, Any]:
         """(ids, cache) for the next call, of `name`."""

@@ -237,12 +237,11 @@ def compare_part(ground: Ground) -> Part:
 
 def diagnose_part(ground: Ground) -> Part:
     settings, null = ground.settings, ground.null(EFRON)
-    text = heldout_windows(ground.tokenizer, ground.documents, settings.tokens, settings.seed)
     asked: Mapping[str, Any] = {
         "texts": ground.documents,
         "calibration": _shortened(settings.null_characters),
         "router": BH(ALPHA),
-        "positions": min(settings.positions, most_positions(text)),
+        "positions": min(settings.positions, most_positions(ground.heldout)),
         "tokens": settings.tokens,
         "budget_tokens": settings.budget_tokens,
         "norm": "model",

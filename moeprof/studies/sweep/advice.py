@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,6 +123,13 @@ def is_above(row: Mapping[str, Any]) -> bool:
     """Above static beyond doubt; for a single document, above it."""
     low = row["bits_above_static_low"]
     return (row["bits_above_static"] if low is None else low) > 0
+
+
+def how_sure(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The end of a sentence that counts those of the rows that are below and above static."""
+    if rows[0]["bits_above_static_high"] is None:
+        return "the text is one document, so none of it has an interval, and nothing is decided."
+    return "of the others no difference was shown."
 
 
 def _name(row: Mapping[str, Any]) -> str:

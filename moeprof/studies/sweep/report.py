@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.tables import markdown
-from .advice import advice, is_above, is_below
+from .advice import advice, how_sure, is_above, is_below
 from .compared import compared, interval
 from .files import results_frame
 from .merged import merged, same_results
@@ -346,12 +346,8 @@ def beside_static(run: dict[str, Any]) -> str:
     text = (
         f"Of {len(known)} settings (BH configurations, equal ones once, and those set by budget) "
         f"{sum(map(is_below, known))} predict the text better than static top-k at the same "
-        f"experts per token, {sum(map(is_above, known))} worse; "
+        f"experts per token, {sum(map(is_above, known))} worse; {how_sure(known)}"
     )
-    if known[0]["bits_above_static_high"] is None:
-        text += "the text is one document, so none of it has an interval, and nothing is decided."
-    else:
-        text += "of the others no difference was shown."
     if len(known) < len(settings):
         text += f" {len(settings) - len(known)} lie outside of what static top-k was run for."
     return text

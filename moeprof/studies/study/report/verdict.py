@@ -10,7 +10,7 @@ from ...comparison.effects import BETTER, ROUTER, WORSE, varies, verdict
 from ...comparison.findings import View, band, beside, caution, megabytes
 from ...diagnosis.views import beside_alpha, has_one_alpha
 from ...grid.rows import by_setting
-from ...sweep.advice import is_above, is_below
+from ...sweep.advice import how_sure, is_above, is_below
 from ...sweep.compared import interval
 from ...sweep.report import beside_static
 from .content import Section, Sentence
@@ -156,10 +156,9 @@ def _grid(rows: list[dict[str, Any]]) -> Iterator[Sentence]:
             better = [row["configuration"] for row in known if is_below(row)]
             named = f" ({', '.join(better)})" if better else ""
             text += (
-                f"of {len(known)} configurations {len(better) or 'none'} beyond doubt better than "
-                f"static top-k at the same experts per token"
-                f"{named}, {sum(map(is_above, known))} worse; "
-                "of the others no difference was shown."
+                f"of {len(known)} configurations {len(better) or 'none'} better than static top-k "
+                f"at the same experts per token{named}, {sum(map(is_above, known))} worse; "
+                f"{how_sure(known)}"
             )
         else:
             text += "nothing could be compared with static top-k at the same experts per token."
