@@ -168,6 +168,21 @@ def test_the_best_of_several_rounds_counts(monkeypatch):
 # ---- other devices, tests/gpu measures one where there is one ----
 
 
+@pytest.mark.parametrize("device, sizes", [("cpu", module.CPU), ("cuda:0", module.DEVICE)])
+def test_how_much_is_read_goes_by_the_device(monkeypatch, device, sizes):
+    asked = []
+
+    def pieces(weights, given):
+        asked.append(given)
+        raise InterruptedError  # there is no such device
+
+    monkeypatch.setattr(module, "_pieces", pieces)
+    monkeypatch.setattr(module, "_all_caches", lambda device: 0)
+    with pytest.raises(InterruptedError):
+        module._measure([torch.ones(1)], torch.float32, torch.device(device), 0)
+    assert asked == [sizes]
+
+
 def test_experts_that_a_gpu_reads_at_once_are_read_from_one_copy():
     model = model_of((700, 999))  # 2.8 MB four times
     sizes = module.DEVICE._replace(small=4 << 20, piece=4 << 20)
