@@ -4,6 +4,9 @@
 #include "pool.h"
 #include "scratch.h"
 
+/* Rows at a time: what is packed of them stays in L3, and scratch doesn't grow beyond. */
+enum { MOST_ROWS = 384 };
+
 typedef struct {
     mp_rows x;    /* as activations */
     void *panels; /* the same, packed, where the rows are many and the weights are not quantised */
@@ -62,7 +65,7 @@ static void prepare(job *j, char *base, size_t *used)
             j->x.data = own;
         }
     }
-    if (j->x.count > MP_FEW_ROWS && !mp_is_quantized(j->w->format)) {
+    if (!mp_is_quantized(j->w->format) && j->x.count > mp_few_rows(j->w->format)) {
         const ptrdiff_t size = mp_panel_size(j->x.count, j->k) * mp_act_size(j->act);
         void *panels = mp_carve(base, used, (size_t)size);
         if (!base)
@@ -72,12 +75,11 @@ static void prepare(job *j, char *base, size_t *used)
     }
 }
 
-int mp_dense(const void *x, mp_float dtype, ptrdiff_t m, const mp_matrix *w, ptrdiff_t n,
-             ptrdiff_t k, const void *bias, int threads, void *out)
+/* The same as mp_dense, of at most MOST_ROWS rows. */
+static int multiply(const void *x, mp_float dtype, ptrdiff_t m, const mp_matrix *w, ptrdiff_t n,
+                    ptrdiff_t k, const void *bias, int threads, void *out)
 {
     const ptrdiff_t tasks = (n + MP_BLOCK_N - 1) / MP_BLOCK_N;
-    if (m == 0 || n == 0)
-        return 0;
     threads = threads < tasks ? threads : (int)tasks;
     threads = threads < MP_MAX_THREADS ? threads : MP_MAX_THREADS;
     const mp_act act = mp_format_act(w->format);
@@ -95,5 +97,18 @@ int mp_dense(const void *x, mp_float dtype, ptrdiff_t m, const mp_matrix *w, ptr
     prepare(&j, memory, &used);
     mp_parallel(tasks, threads, columns, &j);
     mp_give_scratch_back(memory);
+    return 0;
+}
+
+int mp_dense(const void *x, mp_float dtype, ptrdiff_t m, const mp_matrix *w, ptrdiff_t n,
+             ptrdiff_t k, const void *bias, int threads, void *out)
+{
+    const ptrdiff_t size = mp_float_size(dtype), parts = (m + MOST_ROWS - 1) / MOST_ROWS;
+    for (ptrdiff_t i = 0; i < parts && n > 0; i++) { /* of equal size: all are many rows */
+        const ptrdiff_t first = m * i / parts, count = m * (i + 1) / parts - first;
+        if (multiply((const char *)x + first * k * size, dtype, count, w, n, k, bias, threads,
+                     (char *)out + first * n * size))
+            return -1;
+    }
     return 0;
 }

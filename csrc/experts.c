@@ -213,7 +213,7 @@ static ptrdiff_t pairs_of(const chunk *c, ptrdiff_t a)
 
 static int in_panels(const chunk *c, ptrdiff_t a)
 {
-    return has_panels(c->layer) && pairs_of(c, a) > MP_FEW_ROWS;
+    return has_panels(c->layer) && pairs_of(c, a) > mp_few_rows(c->layer->format);
 }
 
 /* Whether the slot of this id has an expert: -1 is an empty slot, and so is E, as

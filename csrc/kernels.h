@@ -30,15 +30,17 @@ static inline ptrdiff_t mp_row(const mp_rows *x, ptrdiff_t r)
     return (x->index ? x->index[r] : r) * x->stride;
 }
 
-/* There are two ways to multiply numbers that lie as models have them, and the number of rows
- * of an expert chooses: up to MP_FEW_ROWS, `linear` streams the weights past rows that lie as they are; above,
- * `gemm` works on rows that `pack` has brought into panels.
+/* There are two ways to multiply numbers that lie as models have them, and the number of
+ * rows of an expert chooses: up to mp_few_rows(format), `linear` streams the weights past
+ * rows that lie as they are; above, `gemm` works on rows that `pack` has brought into panels.
  *
- * The number is measured (AMD Zen 4 with AVX512-BF16, 2 threads, 64 times 2048 rows of
+ * The numbers are measured. AMD Zen 4 with AVX512-BF16 (2 threads, 64 times 2048 rows of
  * weights of K = 2048 from memory, ms of linear|gemm): bf16 for 7 rows 22.0|22.5, 10
  * 23.5|24.7, 12 24.2|24.1, 16 29.6|24.2; f32 for 7 rows 39.6|41.8, 10 44.7|45.8, 12
- * 54.2|49.4, 16 62.7|45.2. */
-enum { MP_FEW_ROWS = 10 };
+ * 54.2|49.4, 16 62.7|45.2. AMD Zen 3 with AVX2 (1 thread, 64 rows of weights of K = 2048 from
+ * L2, GFLOP/s): bf16 for 8 rows 69|48, 13 66|58, 16 68|71; f16 for 8 rows 71|40, 13 67|63,
+ * 16 70|76; f32 for 4 rows 47|25, 6 47|44, 8 47|58, 16 47|95. */
+enum { MP_FEW_ROWS = 10, MP_FEW_ROWS_AVX2 = 14, MP_FEW_ROWS_AVX2_F32 = 6 };
 
 /* Rows of weights that one call sees at most: a tile of them stays in L2 while the
  * panels pass, and a tile of products (M,N) stays small. */
@@ -197,6 +199,9 @@ typedef struct {
 
 /* The variants in use. Written by mp_ops_select only. */
 extern mp_ops_table mp_ops;
+
+/* Up to so many rows `linear` is faster than `gemm`, by the variants in use. */
+ptrdiff_t mp_few_rows(mp_format format);
 
 /* The kernels that read a format of weights. */
 static inline mp_linear_fn *mp_linear(mp_format format)

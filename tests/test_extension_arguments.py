@@ -199,7 +199,7 @@ BAD = [
     (
         lambda: layer("int4"),
         TypeError,
-        "format: expected one of float32 bfloat16 float16 q8 .*, got int4",
+        "format: expected one of float32 bfloat16 float16 .*q8 .*, got int4",
     ),
     (lambda: layer(size=0), ValueError, "hidden_size, intermediate_size: expected .* got 0, 2"),
     (lambda: route(F64), TypeError, "router_logits: expected dtype float32, got float64"),

@@ -36,7 +36,7 @@ def random_dense(dtype, m, n, k, with_bias, seed=0):
 @pytest.mark.parametrize("dtype", util.DTYPES)
 def test_dense(level, dtype):
     util.force_level(level)
-    for m in (1, 2, 6, 7, 9, 16, 33, 70):
+    for m in (1, 2, 6, 7, 9, 16, 33, 70, 769):  # 384 at a time
         for n, k, with_bias in ((1, 1, False), (63, 17, True), (130, 96, False), (64, 33, True)):
             x, weight, bias = random_dense(DTYPE[dtype], m, n, k, with_bias)
             ref, tol = util.matmul(x.double().numpy(), weight.double().numpy())
@@ -50,7 +50,7 @@ def test_dense(level, dtype):
 
 @pytest.mark.parametrize("dtype", util.DTYPES)
 def test_dense_gives_the_same_bits_whatever_the_threads(dtype):
-    for m in (1, 20):
+    for m in (1, 20, 400):
         arguments = random_dense(DTYPE[dtype], m, 300, 200, True)
         first = dense(*arguments, threads=1)
         for threads in (2, 4, 300):
@@ -138,12 +138,31 @@ def test_logits_are_those_of_the_model(dtype, calls):
 
 
 def test_many_rows_are_left_to_torch(model, calls):
-    rows = linears.MAX_ROWS
+    rows = linears.MAX_ROWS  # in float32
     with moeprof.patch(model, linears=True):
         model(token_ids(1, rows + 1))
         assert not calls
         model(token_ids(1, rows))
         assert set(calls) == {rows}
+
+
+@pytest.mark.parametrize("has_instructions", (True, False))
+@pytest.mark.parametrize("dtype, name", ((torch.bfloat16, "bf16"), (torch.float16, "fp16")))
+def test_many_rows_run_in_c_where_torch_has_no_instructions(
+    dtype, name, has_instructions, calls, monkeypatch
+):
+    monkeypatch.setattr(
+        torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: has_instructions
+    )
+    linears.most_rows.cache_clear()
+    model = olmoe().to(dtype).requires_grad_(False)
+    ids = token_ids(1, 2 * linears.MAX_ROWS)
+    expected = model(ids).logits.double()
+    with moeprof.patch(model, linears=True):
+        got = model(ids).logits.double()
+    assert set(calls) == (set() if has_instructions else {ids.numel()})
+    assert ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.05
+    linears.most_rows.cache_clear()
 
 
 def test_gradients_are_left_to_torch(calls):

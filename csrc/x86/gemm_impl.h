@@ -1,5 +1,6 @@
 /* Template of `gemm`: TILE_R rows of weights by up to three panels of activations, of
- * LANES rows each, or of two and a half.
+ * LANES rows each, or of two and a half; one panel alone by eight rows, since fewer sums
+ * than eight would wait for each other.
  *
  * A dword of a row of weights is broadcast and multiplied with the vector of the same
  * place in LANES rows of activations, a unit of their panel: an f32 of each, or a pair of
@@ -30,6 +31,7 @@
 #define STEPS 1
 #endif
 #define MAX_PANELS 3
+#define MAX_ROWS 8
 
 /* Bytes of weights in memory that a unit goes with, and units between prefetches. */
 enum { NAME(unit_bytes) = (PAIRS ? 2 : 1) * W_SIZE, NAME(units) = 16 };
@@ -75,35 +77,32 @@ INLINE vf NAME(load_w)(const char *at, int is_half_pair)
 }
 
 INLINE void NAME(unit)(const int R, const int V, const int H, const NAME(place) *p,
-                       ptrdiff_t u, const int is_half_pair, vf acc[TILE_R][MAX_PANELS],
-                       vh acc_half[TILE_R])
+                       ptrdiff_t u, const int step, const int is_half_pair,
+                       vf acc[MAX_ROWS][MAX_PANELS], vh acc_half[MAX_ROWS])
 {
     const char *panel = p->panels + u * LANES * 4;
+    vf x[MAX_PANELS];
     MP_UNROLL
-    for (int step = 0; step < STEPS; step++) {
-        vf x[MAX_PANELS];
+    for (int v = 0; v < V; v++)
+        x[v] = LOAD_X(panel + v * p->panel_bytes, step);
+    const vh x_half = H ? HALF_X(panel + V * p->panel_bytes, step) : vh_zero();
+    MP_UNROLL
+    for (int r = 0; r < R; r++) {
+        const char *at = p->w + r * p->w_bytes + (u * STEPS + step) * 4;
+        const vf w = NAME(load_w)(at, is_half_pair);
         MP_UNROLL
         for (int v = 0; v < V; v++)
-            x[v] = LOAD_X(panel + v * p->panel_bytes, step);
-        const vh x_half = H ? HALF_X(panel + V * p->panel_bytes, step) : vh_zero();
-        MP_UNROLL
-        for (int r = 0; r < R; r++) {
-            const char *at = p->w + r * p->w_bytes + (u * STEPS + step) * 4;
-            const vf w = NAME(load_w)(at, is_half_pair);
-            MP_UNROLL
-            for (int v = 0; v < V; v++)
-                acc[r][v] = MULTIPLY(acc[r][v], w, x[v]);
-            if (H)
-                acc_half[r] = HALF_MULTIPLY(acc_half[r], w, x_half);
-        }
+            acc[r][v] = MULTIPLY(acc[r][v], w, x[v]);
+        if (H)
+            acc_half[r] = HALF_MULTIPLY(acc_half[r], w, x_half);
     }
 }
 
 INLINE void NAME(tile)(const int R, const int V, const int H, const NAME(place) *place)
 {
     const NAME(place) p = *place;
-    vf acc[TILE_R][MAX_PANELS];
-    vh acc_half[TILE_R];
+    vf acc[MAX_ROWS][MAX_PANELS];
+    vh acc_half[MAX_ROWS];
     MP_UNROLL
     for (int r = 0; r < R; r++) {
         MP_UNROLL
@@ -121,12 +120,17 @@ INLINE void NAME(tile)(const int R, const int V, const int H, const NAME(place) 
         if (p.next_panels)
             for (ptrdiff_t i = 0; i < p.lines; i++)
                 MP_PREFETCH(p.next_panels + (u / NAME(units) * p.lines + i) * 64);
-        _Pragma("GCC unroll 2")
-        for (ptrdiff_t i = u; i < end; i++)
-            NAME(unit)(R, V, H, &p, i, 0, acc, acc_half);
+        /* One half of the pairs after the other: both at once would want more registers
+         * than AVX2 has. */
+        MP_UNROLL
+        for (int step = 0; step < STEPS; step++) {
+            _Pragma("GCC unroll 2")
+            for (ptrdiff_t i = u; i < end; i++)
+                NAME(unit)(R, V, H, &p, i, step, 0, acc, acc_half);
+        }
     }
     if (p.half_pair)
-        NAME(unit)(R, V, H, &p, whole, 1, acc, acc_half);
+        NAME(unit)(R, V, H, &p, whole, 0, 1, acc, acc_half);
 
     __m256i sums[8];
     MP_UNROLL
@@ -151,16 +155,16 @@ INLINE void NAME(tile)(const int R, const int V, const int H, const NAME(place) 
     case 2 * (V) + (H):                                                                \
         NAME(tile)(R, V, H, p);                                                                            \
         break;
-#define DEFINE_TILES(name, R)                                                          \
+#define DEFINE_TILES(name, R, R_OF_ONE)                                                \
     static MP_TARGET void name(ptrdiff_t panels, int half, const NAME(place) *p)       \
     {                                                                                  \
         switch (2 * panels + half) {                                                   \
-            CASE(R, 0, 1) CASE(R, 1, 0) CASE(R, 1, 1) CASE(R, 2, 0) CASE(R, 2, 1)      \
-            CASE(R, 3, 0)                                                              \
+            CASE(R, 0, 1) CASE(R_OF_ONE, 1, 0) CASE(R, 1, 1) CASE(R, 2, 0)             \
+            CASE(R, 2, 1) CASE(R, 3, 0)                                                \
         }                                                                              \
     }
-DEFINE_TILES(NAME(tiles), TILE_R)
-DEFINE_TILES(NAME(row_tiles), 1)
+DEFINE_TILES(NAME(tiles), TILE_R, MAX_ROWS)
+DEFINE_TILES(NAME(row_tiles), 1, 1)
 
 #if defined(WIDEN)
 /* Rows of weights as f32, padded with 0 to an even count. The padding after that keeps
@@ -193,6 +197,10 @@ static void NAME(take)(ptrdiff_t rows, ptrdiff_t *panels, int *half)
     if (whole == MAX_PANELS + 1 || (whole == MAX_PANELS && last_is_half))
         *panels = MAX_PANELS - 1;
     *half = last_is_half && *panels == whole;
+    if (LANES == 8 && *half && *panels == MAX_PANELS - 1) { /* for 16 registers too many */
+        *panels = MAX_PANELS;
+        *half = 0;
+    }
 }
 
 /* All weights by the panels of one tile, which stay in L2 meanwhile. */
@@ -200,17 +208,18 @@ static MP_TARGET void NAME(columns)(NAME(place) p, ptrdiff_t panels, int half,
                                     const char *w, ptrdiff_t n, ptrdiff_t k,
                                     int first, const char *next, float *scratch)
 {
-    const ptrdiff_t row = k * W_SIZE, tiles = (n + TILE_R - 1) / TILE_R;
+    const ptrdiff_t row = k * W_SIZE, tile = panels == 1 && !half ? MAX_ROWS : TILE_R;
+    const ptrdiff_t tiles = (n + tile - 1) / tile;
     const ptrdiff_t blocks = (p.units + NAME(units) - 1) / NAME(units);
     const char *next_panels = p.next_panels;
     float *out = p.out;
     (void)scratch;
     p.lines = ((panels + half) * NAME(units) + tiles - 1) / tiles;
     for (ptrdiff_t j = 0, i = 0, step; j < n; j += step, i++) {
-        step = n - j >= TILE_R ? TILE_R : 1;
-        if (n - j < TILE_R && n >= TILE_R) { /* the last tile overlaps: same results */
-            j = n - TILE_R;
-            step = TILE_R;
+        step = n - j >= tile ? tile : 1;
+        if (n - j < tile && n >= tile) { /* the last tile overlaps: same results */
+            j = n - tile;
+            step = tile;
         }
         p.w = w + j * row;
         p.w_bytes = row;
@@ -253,6 +262,7 @@ MP_TARGET void NAME(gemm)(const void *panels, ptrdiff_t m, const mp_matrix *w,
 #undef DEFINE_TILES
 #undef STEPS
 #undef MAX_PANELS
+#undef MAX_ROWS
 #undef NAME
 #undef TILE_R
 #undef PAIRS

@@ -1,10 +1,13 @@
 """The linear layers around the experts: for few rows, their weights at memory speed.
 
 In a decode step with the experts in C, torch's own matrix-vector products (the attention's
-projections, lm_head) take most of the time; in bfloat16 they read at half the bandwidth.
+projections, lm_head) take most of the time; in bfloat16 they read at half the bandwidth. Where
+torch has no instructions for a dtype, its products of many rows are slower still.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,20 @@ from .state import Patched
 # takes 0.48 of torch's time in bfloat16 and 0.50 in float32, 64 rows 0.86 and 0.64, 256 rows
 # 1.03 and 0.84. Beyond 64 rows the weights are no longer what takes the time.
 MAX_ROWS = 64
+
+
+@cache
+def most_rows(dtype: torch.dtype) -> float:
+    """So many rows of an input run in C, at most.
+
+    Any number where torch multiplies numbers of 16 bits without instructions for them: then it
+    takes MEASURED times as long (AMD Zen 3 with AVX2, torch 2.13).
+    """
+    support = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return MAX_ROWS if dtype not in support or support[dtype]() else math.inf
 
 
 # Likewise, the least weights for which the way into C pays at 1 row: 512 x 512 in float32
@@ -50,7 +67,7 @@ def find_linears(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[str, n
 
 
 def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    """The forward of a patched layer, bound to it: in C for few rows, else as it was."""
+    """The forward of a patched layer, bound to it: in C for `most_rows`, else as it was."""
     weight, bias = self.weight, self.bias
     if _runs_in_c(input, weight, bias):
         rows = input.reshape(-1, weight.shape[1])
@@ -68,7 +85,7 @@ def _runs_in_c(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         unobserved(*tensors)  # first: a compiler would specialise on what comes after
         and input.shape[-1] == features
-        and 0 < input.numel() <= MAX_ROWS * features
+        and 0 < input.numel() <= most_rows(weight.dtype) * features
         and tensor_obstacle(tensors) is None
         and weight.is_contiguous()
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))

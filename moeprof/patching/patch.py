@@ -79,9 +79,10 @@ def patch(
     linears : bool
         Also run the plain ``nn.Linear`` layers around the MoE blocks (the attention's
         projections, lm_head) in C wherever the input has at most 64 rows and no gradient is
-        wanted, as in decoding: torch reads their weights at half the memory's speed. Small
-        layers, where that does not pay, stay with torch, as do those that have a forward of
-        their own.
+        wanted, as in decoding: torch reads their weights at half the memory's speed. In 16 bits
+        on a CPU without instructions for them, where torch is many times slower, also with more
+        rows. Small layers, where that does not pay, stay with torch, as do those that have a
+        forward of their own.
         ``handle.linears`` names them. The results differ by the order of fp32 sums.
     backend : {"c", "torch"} or None
         What runs routing and experts. None is by the device that a layer's experts are on, in
