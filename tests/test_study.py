@@ -51,6 +51,7 @@ def ground(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(demo, "calibration_texts", lambda: all_of_it)
     monkeypatch.setattr(demo, "heldout_texts", lambda: documents)
     monkeypatch.setattr(study_costs, "REPEATS", 2)  # of what is timed
+    monkeypatch.setattr(study_parts, "DRAWS", 100)  # of the diagnosis' intervals
 
     def make(top_k=4, **changes):
         model = olmoe(
@@ -331,6 +332,7 @@ def test_a_cell_reads_as_many_tokens_as_its_load_says(part, ground, costs):
     assert 0.75 < read / planned < 1.33
 
 
+@pytest.mark.slow
 def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch):
     made, original = ground(parts=["diagnose", "evaluate"]), study_parts.diagnose
 
