@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 from commands import fails
+from matplotlib.figure import Figure
 from models import olmoe
 from wording import says
 
@@ -381,6 +382,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     fewer, few = demo.calibration_texts()[::4], demo.heldout_texts()[::4]
     monkeypatch.setattr(demo, "calibration_texts", lambda: fewer)  # a null for each domain
     monkeypatch.setattr(demo, "heldout_texts", lambda: few)
+    # test_files_are_written_whole draws.
+    monkeypatch.setattr(Figure, "savefig", lambda self, out, **settings: out.write(b"drawn"))
     out = tmp_path / "out"
     options = ("--positions", "12", "--tokens", "2048", "--alpha", "0.2", "--seed", "5")
     assert main(["diagnose", *options, "--out", str(out)]) == 0
