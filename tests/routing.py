@@ -167,6 +167,13 @@ def nulls_of(name, own=()):
     )
 
 
+def some_nulls(case, widths, experts):
+    """Three of the kinds of null that a case works with, others at each width: at some width each
+    of them, and at each width, over the cases, every kind."""
+    kinds, first = nulls_of(*case), CASES.index(case) + 3 * widths.index(experts)
+    return list(dict.fromkeys(kinds[(first + i) % len(kinds)] for i in range(3)))
+
+
 def any_null(name, experts):
     """One that the router works with."""
     return layer_null(nulls_of(name)[0], experts)
