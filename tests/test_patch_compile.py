@@ -90,9 +90,11 @@ def test_one_graph_with_one_operator_a_layer(way):
     assert_unchanged(block, before)
 
 
-@each_way
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("way", "strict"), [*((way, False) for way in WAYS), ("bh", True), ([*WAYS][-1], True)]
+)
 def test_export(way, strict):
+    """A strict one is traced by what torch.compile traces with, and that by each way above."""
     model = olmoe()
     with WAYS[way](model), torch.no_grad():
         expected = model(**CALL).logits
@@ -169,9 +171,10 @@ def test_a_seam_is_one_graph(name, router):
 @only_5
 @each_seam
 @each_router
-@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
-def test_a_seam_is_exported(name, router, strict):
+def test_a_seam_is_exported(name, router):
+    """Strictly with one of the routers, and otherwise with the other."""
+    strict = (SEAMS.index(name) + [*ROUTERS].index(router)) % 2 == 1
     block, x = seam(name)
     with moeprof.patch(block, **ROUTERS[router]), torch.no_grad():
         expected = block(x)
