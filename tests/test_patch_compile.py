@@ -105,6 +105,7 @@ def test_export(way, strict):
         assert torch.equal(program.module()(**CALL).logits, expected)
 
 
+@pytest.mark.slow
 def test_inductor():
     """One block: to compile a whole model takes a minute."""
     model, x = moe_block(), torch.randn(1, 7, 32)
