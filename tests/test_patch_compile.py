@@ -208,7 +208,7 @@ def test_a_copy_that_never_ran_says_what_to_do_before_it_is_compiled():
         assert torch.equal(torch.compile(copied, fullgraph=True, backend="eager")(x), expected)
 
 
-@pytest.mark.parametrize("bits, exact", ((8, False), (4, True)))
+@pytest.mark.parametrize("bits, exact", ((8, False), pytest.param(4, True, marks=pytest.mark.slow)))
 def test_a_quantised_model_compiles_whole(bits, exact):
     """Experts and linear layers, by itself and patched with a router."""
     model = olmoe(num_hidden_layers=1)
@@ -224,6 +224,7 @@ def test_a_quantised_model_compiles_whole(bits, exact):
         assert torch.equal(compiled(**CALL).logits, expected)
 
 
+@pytest.mark.slow
 def test_what_quantize_changes_after_compiling_is_seen():
     model = olmoe(num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
