@@ -73,8 +73,9 @@ def scores(z, score):
 def conformal_table(calibration):
     """The table of the form "conformal" of these scores."""
     ordered = np.sort(calibration)
-    at_least = ordered.size - np.searchsorted(ordered, EDGES, side="left")
-    at_least[0] = ordered.size
+    # As many are at or above an edge as lie in the bins from there on; the ends are open.
+    bins = np.clip(np.floor(ordered * 128) + 4096, 0, 8192).astype(int)
+    at_least = np.bincount(bins, minlength=8193)[::-1].cumsum()[::-1]
     largest = np.concatenate([ordered[::-1], np.full(1024, -np.inf)])[:1024]
     return np.concatenate([[ordered.size], at_least, largest]).astype(float)
 
@@ -165,6 +166,13 @@ def nulls_of(name, own=()):
         "each",
         "conformal each",
     )
+
+
+def some_nulls(case, widths, experts):
+    """Three of the kinds of null that a case works with, others at each width: at some width each
+    of them, and at each width, over the cases, every kind."""
+    kinds, first = nulls_of(*case), CASES.index(case) + 3 * widths.index(experts)
+    return list(dict.fromkeys(kinds[(first + i) % len(kinds)] for i in range(3)))
 
 
 def any_null(name, experts):

@@ -513,7 +513,7 @@ def test_the_halves_share_no_document_and_have_each_domain():
 
 
 @pytest.mark.slow
-def test_the_shipped_nulls_are_the_demo_models_and_those_of_a_refit():
+def test_the_shipped_nulls_are_the_demo_models_and_those_of_a_refit(loaded):
     pytest.importorskip("statsmodels")
     from moeprof.demo.make import fit as command
 
@@ -521,7 +521,7 @@ def test_the_shipped_nulls_are_the_demo_models_and_those_of_a_refit():
     assert list(made) == ["trimmed", "efron"]
     for kind, again in made.items():
         shipped = demo.null(kind)
-        shipped.check(demo.load()[0])
+        shipped.check(loaded[0])
         facts = shipped.kind, shipped.score, shipped.model_name
         assert facts == (kind, "logprob", "moeprof/demo")
         assert (shipped.r_high, shipped.r_low) == ((4, 4) if kind == "trimmed" else (0, 0))

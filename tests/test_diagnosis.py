@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 from commands import fails
+from matplotlib.figure import Figure
 from models import olmoe
 from wording import says
 
@@ -40,9 +41,11 @@ def small(loaded, null):
     """A diagnosis of little text."""
     return null.diagnose(
         *loaded,
+        texts=demo.heldout_texts()[::2],  # all are tokenised
         calibration=demo.calibration_texts()[::4],
         router=BH(0.3),
-        positions=48,
+        positions=24,
+        budget_tokens=4096,
         tokens=4096,
         draws=100,
         progress=False,
@@ -193,7 +196,11 @@ def test_a_row_is_the_position_decoded_alone(loaded, null, router, monkeypatch):
         rows, label = ab.plan(places, counts, np.stack(extra, axis=1))
         losses = ab.changed_losses(model, ids, cache, rows, routers)
         assert cache.get_seq_length() == ids.shape[1] - 1
-        for n in [*range(3), *range(3, len(losses), 3)]:
+        # In an order by chance, the first row of each kind of change in each layer.
+        rows_by_chance = 3 + np.random.default_rng(0).permutation(len(losses) - 3)
+        _, first = np.unique(label[1:3, rows_by_chance], axis=1, return_index=True)
+        assert len(first) == 12  # three kinds, four layers
+        for n in [*range(3), *rows_by_chance[first]]:
             alone = one_by_one(model, ids, rows.place[n], routers, rows.take([n]))
             assert losses[n] == pytest.approx(alone, abs=1e-5), (label[:, n], n)
     with moeprof.patch(model, router, null=null if router.wants_null else None):
@@ -280,6 +287,7 @@ def test_an_alpha_for_each_layer_and_positions_in_few_documents(loaded, null):
     router = BH((0.1, 0.2, 0.3, 0.4))
     found = null.diagnose(
         *loaded,
+        texts=demo.heldout_texts()[::2],
         router=router,
         calibration=[],
         positions=6,
@@ -348,7 +356,10 @@ def test_a_figures_title_says_what_decides_most(small):
 
 
 def test_a_null_without_a_fit_has_no_domains(loaded):
-    found = diagnose("normal", *loaded, positions=0, tokens=2048, draws=20, progress=False)
+    few = demo.heldout_texts()[::8]
+    found = diagnose(
+        "normal", *loaded, texts=few, positions=0, tokens=1024, draws=20, progress=False
+    )
     assert {"transfer", "fdp"}.isdisjoint(found.tables)
     assert found.figures == ["p_values", "selection"]
     assert "normal" in found.summary()
@@ -368,21 +379,27 @@ def test_bad_input_of_the_function(loaded, null):
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    fewer = demo.calibration_texts()[::4]  # a null is fitted to each domain of them
-    monkeypatch.setattr(demo, "calibration_texts", lambda: fewer)
+    fewer, few = demo.calibration_texts()[::4], demo.heldout_texts()[::4]
+    monkeypatch.setattr(demo, "calibration_texts", lambda: fewer)  # a null for each domain
+    monkeypatch.setattr(demo, "heldout_texts", lambda: few)
+    # test_files_are_written_whole draws.
+    monkeypatch.setattr(Figure, "savefig", lambda self, out, **settings: out.write(b"drawn"))
     out = tmp_path / "out"
-    options = ("--positions", "24", "--tokens", "2048", "--alpha", "0.2", "--seed", "5")
+    options = ("--positions", "12", "--tokens", "2048", "--alpha", "0.2", "--seed", "5")
     assert main(["diagnose", *options, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "False discoveries by ablation, beside alpha" in printed
     assert f"Written: {out}/diagnosis.json" in printed
     assert (out / "moeprof.sqlite").exists()
     facts = json.loads((out / "diagnosis.json").read_text())["facts"]
-    assert (facts["alpha"], facts["seed"], facts["positions"]) == (0.2, 5, 24)
+    assert (facts["alpha"], facts["seed"], facts["positions"]) == (0.2, 5, 12)
 
 
 def test_without_a_folder_or_a_store_nothing_is_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    few = demo.heldout_texts()[::16]
+    monkeypatch.setattr(demo, "heldout_texts", lambda: few)
+    monkeypatch.setattr(demo, "calibration_texts", lambda: few)
     options = ("--null", "normal", "--positions", "0", "--tokens", "300")
     assert main(["diagnose", *options]) == 0
     first = capsys.readouterr().out.split("\n")

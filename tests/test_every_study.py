@@ -33,7 +33,7 @@ FAMILIES = {
 }
 # {family: bits}: the same of models whose experts are quantised
 QUANTISED = {"olmoe": 8, "deepseek_v3": 4}
-TEXTS = demo.calibration_texts()[:12]
+TEXTS = demo.calibration_texts()[:4]
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *(f"{n}, quantised" for n in QUANTISED)])

@@ -212,7 +212,8 @@ def test_stored_otherwise_a_token_alone_is_a_token_in_a_batch(level, name):
 def test_stored_otherwise_no_byte_too_many_is_read(dtype, side, size, name):
     place = partial(util.guarded, side=side)
     layer, *arrays = stored(name, size, dtype, place=place)
-    hold_experts(layer, *map(place, arrays))
+    reference = stored_with_reference(name, size, dtype)[1]  # of the same numbers elsewhere
+    hold_experts(layer, *map(place, arrays), reference=reference)
 
 
 @pytest.mark.parametrize("dtype", util.DTYPES)
@@ -220,7 +221,8 @@ def test_stored_otherwise_no_byte_too_many_is_read(dtype, side, size, name):
 @each_stored
 def test_stored_otherwise_they_lie_anywhere(dtype, offset, name):
     place = partial(util.shifted, offset=offset)
-    hold_experts(*stored(name, "few and many rows", dtype, place=place))
+    reference = stored_with_reference(name, "few and many rows", dtype)[1]
+    hold_experts(*stored(name, "few and many rows", dtype, place=place), reference=reference)
 
 
 @each_stored
@@ -245,13 +247,14 @@ def test_stored_otherwise_nan_reaches_the_output_of_its_expert_alone(name):
 def test_experts_read_no_byte_too_many(dtype, side, name):
     place = partial(util.guarded, side=side)
     layer, *arrays = routing_of(name, dtype, place=place)
-    hold_experts(layer, *map(place, arrays))
+    hold_experts(layer, *map(place, arrays), reference=with_reference(name, dtype)[1])
 
 
 @pytest.mark.parametrize("dtype", util.DTYPES)
 @pytest.mark.parametrize("offset", (1, 2, 3))
 def test_experts_lie_anywhere(dtype, offset):
-    hold_experts(*routing_of("tiles in n and k", dtype, place=partial(util.shifted, offset=offset)))
+    moved = routing_of("tiles in n and k", dtype, place=partial(util.shifted, offset=offset))
+    hold_experts(*moved, reference=with_reference("tiles in n and k", dtype)[1])
 
 
 @pytest.mark.parametrize("level", ("scalar", None))
@@ -287,7 +290,7 @@ def test_chunks_and_blocks_do_not_depend_on_the_threads(level, dtype):
     ids = np.concatenate([ids, np.full((tokens, 8), -1)], axis=1).astype(np.int32)
     hidden, weights = layer.hidden(tokens), rng.random(ids.shape).astype(np.float32)
     first = layer(hidden, ids, weights, 1)
-    for threads in (2, 4, 8, 64):
+    for threads in (2, 64):
         np.testing.assert_array_equal(layer(hidden, ids, weights, threads), first)
 
 

@@ -48,8 +48,9 @@ def nulls(loaded_once):
 @pytest.fixture(scope="module", autouse=True)
 def _little_text(nulls):
     """A small part of the shipped text, as nulls and budgets take minutes on all of it."""
-    budget = demo.calibration_halves()[1][::16]
+    budget, heldout = demo.calibration_halves()[1][::16], demo.heldout_texts()[::16]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "heldout_texts", lambda: heldout)  # all are tokenised
         patch.setattr(
             work, "budget_text", lambda tokenizer, seed: heldout_windows(tokenizer, budget, 600)
         )

@@ -1,5 +1,6 @@
 """Memory: no second copy of the weights, bounded scratch, nothing new in a decode step."""
 
+import json
 import sys
 
 import pytest
@@ -11,39 +12,82 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
+QUANTIZED = ((8, "float32"), (4, "float32"), (8, "bfloat16"))
 
-# Half an experts layer of OLMoE-1B-7B, 403 MB of bfloat16: the peaks of the whole process.
-PEAKS = """
-import re, torch
-from models import olmoe_config, random_hidden
+# One process imports torch and the models, and is forked for each case: the peaks are of a whole
+# process, and no case has the memory that another has freed.
+CASES = """
+import json, os, re, sys, torch
+from models import olmoe, olmoe_config, random_hidden
 from torch import nn
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 import moeprof
 
-config = olmoe_config(num_experts=32, num_experts_per_tok=8, hidden_size=2048,
-                      intermediate_size=1024)
-config._experts_implementation = "eager"
-with torch.device("meta"):
-    model = nn.ModuleDict({"mlp": OlmoeSparseMoeBlock(config)}).to(torch.bfloat16)
-model = model.to_empty(device="cpu").eval().requires_grad_(False)
-for parameter in model.parameters():
-    parameter.uniform_(-0.02, 0.02)
+def status(name):
+    found = re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())
+    return int(found[1]) * 1024
 
-def peak(*lengths):
+def begin():
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins at what is in use now
-    for length in lengths:
-        model.mlp(random_hidden(1, length, 2048, torch.bfloat16))
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-unpatched = peak(1, 40)
-moeprof.patch(model)
-print(unpatched, peak(1, 40, 300))
+# Half an experts layer of OLMoE-1B-7B, 403 MB of bfloat16.
+def patched_layer():
+    config = olmoe_config(num_experts=32, num_experts_per_tok=8, hidden_size=2048,
+                          intermediate_size=1024)
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        model = nn.ModuleDict({"mlp": OlmoeSparseMoeBlock(config)}).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.02, 0.02)
+
+    def peak(*lengths):
+        begin()
+        for length in lengths:
+            model.mlp(random_hidden(1, length, 2048, torch.bfloat16))
+        return status("VmHWM")
+
+    unpatched = peak(1, 40)
+    moeprof.patch(model)
+    return unpatched, peak(1, 40, 300)
+
+# Four layers, each 50 MB of experts in float32.
+def quantized(bits, dtype):
+    sizes = dict(num_hidden_layers=4, num_experts=32, hidden_size=256, intermediate_size=512)
+    moeprof.quantize(olmoe(), progress=False)  # the first call loads what all need
+    model = olmoe(**sizes).to(getattr(torch, dtype))
+    before = status("VmRSS")
+    begin()
+    report = moeprof.quantize(model, bits, linears=True, progress=False)
+    layer = next(row for row in report.layers if row.layer.endswith("mlp"))
+    return before, status("VmHWM"), layer.bytes_before, layer.bytes_after
+
+CASES = [(patched_layer,), *((quantized, *case) for case in QUANTIZED)]
+for function, *arguments in CASES:
+    child = os.fork()
+    if not child:
+        try:
+            print(json.dumps(function(*arguments)), flush=True)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{function.__name__} {arguments} failed")
 """
 
 
-def test_peak_of_a_patched_layer_is_that_of_the_unpatched_one():
+@pytest.fixture(scope="module")
+def peaks():
+    """{case: the numbers of its process}; a case is the arguments of `quantized`, or none."""
+    code = f"QUANTIZED = {QUANTIZED!r}\n{CASES}"
+    lines = util.run_python(code, timeout=300).stdout.splitlines()
+    return dict(zip(((), *QUANTIZED), map(json.loads, lines), strict=True))
+
+
+def test_peak_of_a_patched_layer_is_that_of_the_unpatched_one(peaks):
     """Within 1 % and the 64 MiB of scratch, for many more tokens too."""
-    unpatched, patched = map(int, util.run_python(PEAKS, timeout=300).stdout.split())
+    unpatched, patched = peaks[()]
     assert unpatched > 402 * 10**6  # it holds the weights
     assert patched <= 1.01 * unpatched + 64 * MIB
 
@@ -85,35 +129,10 @@ def test_a_decode_step_touches_no_new_memory():
     assert int(util.run_python(code).stdout) < 100
 
 
-# Four layers, each 50 MB of experts in float32.
-QUANTIZE = """
-import re, sys, torch
-from models import olmoe
-import moeprof
-
-sizes = dict(num_hidden_layers=4, num_experts=32, hidden_size=256, intermediate_size=512)
-bits, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
-
-def status(name):
-    found = re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())
-    return int(found[1]) * 1024
-
-moeprof.quantize(olmoe(), progress=False)  # the first call loads what all need
-model = olmoe(**sizes).to(dtype)
-before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins at what is in use now
-report = moeprof.quantize(model, bits, linears=True, progress=False)
-layer = next(row for row in report.layers if row.layer.endswith("mlp"))
-print(before, status("VmHWM"), layer.bytes_before, layer.bytes_after)
-"""
-
-
-@pytest.mark.parametrize("bits, dtype", ((8, "float32"), (4, "float32"), (8, "bfloat16")))
-def test_peak_of_quantize_is_the_model_and_one_layer(bits, dtype):
+@pytest.mark.parametrize("bits, dtype", QUANTIZED)
+def test_peak_of_quantize_is_the_model_and_one_layer(peaks, bits, dtype):
     """Each layer is freed before the next is made; measured of the whole process."""
-    code = QUANTIZE.replace("sys.argv[1]", str(bits)).replace("sys.argv[2]", repr(dtype))
-    numbers = map(int, util.run_python(code, timeout=300).stdout.split())
-    before, peak, layer, quantised = numbers
+    before, peak, layer, quantised = peaks[bits, dtype]
     assert layer == 32 * 3 * 256 * 512 * (4 if dtype == "float32" else 2)
     assert before > 4 * layer  # the process holds the weights
     assert peak <= before + quantised + 4 * MIB

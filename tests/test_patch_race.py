@@ -25,7 +25,7 @@ from moeprof.models.blocks import find_blocks
 from moeprof.patching.install import install
 from moeprof.patching.state import Patched, is_patched
 
-THREADS, SECONDS = 8, 3.0
+THREADS, SECONDS = 8, 1.0
 
 
 def unpatched_when_read(layer, model):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from profiles import make_profile
 
-from moeprof.profile import page
+from moeprof.profile import page, text
 from moeprof.profile.result import Profile
 
 pytestmark = pytest.mark.once
@@ -63,8 +63,22 @@ def show(profile):
     profile.compare(profile).summary(), repr(profile)
 
 
-def test_whatever_a_value_is_replaced_by(folder, monkeypatch):
-    monkeypatch.setattr(page, "_figures", lambda profile: ())  # take most of the time
+@pytest.fixture
+def _made_once(monkeypatch):
+    """No figures, and a profile's tables once for its text and its page: most of the time."""
+    monkeypatch.setattr(page, "_figures", lambda profile: ())
+    made, last = page.tables, [None, None]
+
+    def tables(profile):
+        if last[0] is not profile:
+            last[:] = profile, made(profile)
+        return last[1]
+
+    for module in (page, text):
+        monkeypatch.setattr(module, "tables", tables)
+
+
+def test_whatever_a_value_is_replaced_by(folder, _made_once):
     file = folder / "profile.json"
     head = json.loads(file.read_text())
     shown = set()

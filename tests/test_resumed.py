@@ -43,7 +43,7 @@ FACTS = {
         "norm_topk_prob": False,
     },
 }
-TEXTS = demo.calibration_texts()[:12]
+TEXTS = demo.calibration_texts()[:4]
 
 
 def comparison():

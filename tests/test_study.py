@@ -20,6 +20,7 @@ from moeprof.studies.evaluation.work import EvaluationWork
 from moeprof.studies.store import subject
 from moeprof.studies.store.store import Store
 from moeprof.studies.store.subject import null_digest
+from moeprof.studies.study import costs as study_costs
 from moeprof.studies.study import parts as study_parts
 from moeprof.studies.study import run as study_run
 from moeprof.studies.study.calibration import CalibrationWork
@@ -44,10 +45,13 @@ def tokenizer():
 def ground(tmp_path, tokenizer, monkeypatch):
     """Makes a Ground of a small model in a folder; the same each time."""
     two, few = demo.prompts()[:2], [half[::4] for half in demo.calibration_halves()]
-    documents = demo.heldout_texts()[::16]
+    documents, all_of_it = demo.heldout_texts()[::16], demo.calibration_texts()[::8]
     monkeypatch.setattr(demo, "prompts", lambda: two)
     monkeypatch.setattr(demo, "calibration_halves", lambda: few)  # all are tokenised
+    monkeypatch.setattr(demo, "calibration_texts", lambda: all_of_it)
     monkeypatch.setattr(demo, "heldout_texts", lambda: documents)
+    monkeypatch.setattr(study_costs, "REPEATS", 2)  # of what is timed
+    monkeypatch.setattr(study_parts, "DRAWS", 100)  # of the diagnosis' intervals
 
     def make(top_k=4, **changes):
         model = olmoe(
@@ -328,6 +332,7 @@ def test_a_cell_reads_as_many_tokens_as_its_load_says(part, ground, costs):
     assert 0.75 < read / planned < 1.33
 
 
+@pytest.mark.slow
 def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch):
     made, original = ground(parts=["diagnose", "evaluate"]), study_parts.diagnose
 
