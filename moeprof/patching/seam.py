@@ -64,9 +64,13 @@ class _Call:
 
 
 class _Here(threading.local):
-    """Of this thread: the call that it is in, the innermost."""
+    """Of this thread: the call that it is in, the innermost.
 
-    call: _Call | None = None
+    Set for each thread: torch.compile guards what it found in the instance.
+    """
+
+    def __init__(self) -> None:
+        self.call: _Call | None = None
 
 
 _HERE = _Here()
