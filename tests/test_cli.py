@@ -40,10 +40,16 @@ def prompts(tmp_path):
     return path
 
 
+IMPORTED = """
+import matplotlib.pyplot, statsmodels.api, transformers.generation, moeprof.studies.sweep
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
+"""
+
+
 @pytest.fixture(scope="module")
 def forked():
     """Forks of a process that has imported what commands import."""
-    with forks("import matplotlib.pyplot, moeprof.cli, statsmodels.api, transformers") as started:
+    with forks(IMPORTED) as started:
         yield started
 
 
@@ -54,6 +60,7 @@ def undrawn(monkeypatch):
 
 
 FEW = ("--tokens", "300", "--budget-tokens", "256")
+ONE = ("--alphas", "0.1", "--max-k", "4,64", "--static", "1")  # beside the model's own top-k
 MAIN = "import sys; from moeprof.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -123,7 +130,7 @@ def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
     assert main(["calibrate", *arguments]) == 0
     described = moeprof.Null.load(null).describe()
     assert "logit" in described and described in capsys.readouterr().out
-    options = ["--null", str(null), "--prompts", str(prompts), *FEW]
+    options = ["--null", str(null), "--prompts", str(prompts), *FEW, *ONE]
     assert main(["sweep", "--model", str(tiny), *options, "--out", str(out)]) == 0
     run = json.loads((out / RESULTS[0]).read_text())
     assert run["null"] == described
@@ -199,7 +206,7 @@ def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
 def test_null_text(tmp_path, tiny, prompts):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(demo.calibration_texts()[0].text)
-    options = ["--null-text", str(text), "--prompts", str(prompts), *FEW]
+    options = ["--null-text", str(text), "--prompts", str(prompts), *FEW, *ONE]
     assert main(["sweep", "--model", str(tiny), *options, "--out", str(out)]) == 0
     run = json.loads((out / RESULTS[0]).read_text())
     assert "--null-text" in run["null_source"]
@@ -209,7 +216,7 @@ def test_null_text(tmp_path, tiny, prompts):
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes(tmp_path, tiny, prompts, dtype):
-    options = ["--dtype", dtype, "--null", "normal", *FEW]
+    options = ["--dtype", dtype, "--null", "normal", *FEW, *ONE]
     options += ["--prompts", str(prompts), "--out", str(tmp_path / "out")]
     assert main(["sweep", "--model", str(tiny), *options]) == 0
     run = json.loads((tmp_path / "out" / RESULTS[0]).read_text())
@@ -329,9 +336,8 @@ def test_the_seed_chooses_the_passages(tmp_path, tiny, prompts):
     chosen = []
     for seed in (1, 1, 2):
         out = tmp_path / str(len(chosen))
-        options = ["--prompts", str(prompts), *FEW, "--null", "normal"]
-        grid = ["--alphas", "0.1", "--max-k", "4"]
-        given = [*options, *grid, "--seed", str(seed), "--out", str(out)]
+        options = ["--prompts", str(prompts), *FEW, *ONE, "--null", "normal"]
+        given = [*options, "--seed", str(seed), "--out", str(out)]
         main(["sweep", "--model", str(tiny), *given])
         chosen.append(json.loads((out / RESULTS[0]).read_text())["heldout_documents"])
     assert chosen[0] == chosen[1] != chosen[2]
