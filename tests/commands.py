@@ -102,4 +102,4 @@ def _wait_for(file, words):
     while words not in file.read_text(encoding="utf-8"):
         assert time.monotonic() < end
         time.sleep(0.05)
-    time.sleep(0.3)
+    time.sleep(0.1)

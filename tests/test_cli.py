@@ -111,7 +111,7 @@ def test_sweep_of_the_demo_model(forked, tmp_path, prompts):
 @pytest.mark.slow
 def test_ctrl_c(forked, tmp_path, tiny, prompts):
     """Exit code 130, what is finished is on disk, no traceback."""
-    options = ["--null", "normal", "--tokens", 30000, "--budget-tokens", 256]
+    options = ["--null", "normal", "--tokens", 12000, "--budget-tokens", 256]
     options += ["--prompts", prompts, "--out", tmp_path / "r"]
     ended = forked.run(MAIN, "sweep", "--model", tiny, *options, until="[3/9]")
     assert ended.returncode == 130

@@ -30,6 +30,7 @@ FILES = [
     "moeprof.sqlite.lock",
 ]
 SMALL = ("--tokens", "512", "--budget-tokens", "512", "--tables", "reduction")
+SMALLER = ("--tokens", "256", "--budget-tokens", "256", "--tables", "reduction")
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +89,7 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
 
     monkeypatch.setattr(runner, "shuffled", interrupt)
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # as empty files
-    options = ["--routers", "top_p", "--budgets", "4", "--quantized", "none", *SMALL]
+    options = ["--routers", "top_p", "--budgets", "4", "--quantized", "none", *SMALLER]
     code = main(["compare", *options, "--out", str(tmp_path)])
     assert code == 130 and "cells are finished" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
