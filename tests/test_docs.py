@@ -9,8 +9,8 @@ A comment above a block says where that isn't so:
     <!-- the main command -->, <!-- the test command -->: README's, which install; looked at
 
 The demo model stands in for a model of the hub. What would take minutes runs on fewer tokens, see
-QUICK and FEWER; all else is as on the page. A fifth of the shipped calibration text does here,
-and pictures are not drawn.
+QUICK, FEWER and `in_folder`; all else is as on the page. A fifth of the shipped calibration text
+does here, and pictures are not drawn.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from models import V5
 import moeprof
 from moeprof import cli, demo
 from moeprof.studies.comparison.speed import decode_speeds
+from moeprof.studies.diagnosis.run import diagnose
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,6 +106,8 @@ def in_folder(folder: Path):
     fewer = demo.calibration_texts()[::5]  # a diagnosis fits a null to each domain of them
     patched.setattr(demo, "calibration_texts", lambda: fewer)
     patched.setitem(decode_speeds.__kwdefaults__, "new_tokens", 2)
+    patched.setitem(diagnose.__kwdefaults__, "draws", 200)
+    patched.setitem(diagnose.__kwdefaults__, "budget_tokens", 1024)
     patched.setattr(Figure, "savefig", lambda *_, **__: None)
     stack = contextlib.ExitStack()
     stack.callback(patched.undo)
