@@ -1,6 +1,15 @@
-"""Commands that end in an error."""
+"""Commands that end in an error, and processes of their own that share their imports."""
 
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
 
 from moeprof.cli import main
 
@@ -20,3 +29,77 @@ def fails(capsys, *arguments, silent=True):
     assert not silent or stdout == ""
     assert re.fullmatch(r"moeprof: error: [^\n]+\n", stderr)
     return stderr.removeprefix("moeprof: error: ").rstrip()
+
+
+# The last lines run in the fork alone, which then ends as Python does.
+FORKED = """
+import json, os, sys
+exec(sys.argv[1])
+for line in sys.stdin:
+    code, arguments, folder, stdout, stderr = json.loads(line)
+    if child := os.fork():
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    else:
+        break
+else:
+    sys.exit()
+os.chdir(folder)
+for number, name in enumerate((os.devnull, stdout, stderr)):
+    os.dup2(os.open(name, os.O_RDWR), number)
+sys.argv = ["-c", *arguments]
+exec(code)
+"""
+
+
+class Forks:
+    """A process that has run `imports`; what it is told to run, runs in a fork of it."""
+
+    def __init__(self, imports):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", FORKED, imports],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            # Ctrl-C reaches it also where the tests run in the background of a shell, which
+            # ignores it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def close(self):
+        self._process.communicate(timeout=60)
+
+    def run(self, code, *arguments, folder=None, until=None):
+        """A finished process, as of `subprocess.run`.
+
+        until: Ctrl-C is pressed a moment after this stands on its stdout
+        """
+        with tempfile.TemporaryDirectory() as place:
+            files = [Path(place) / name for name in ("stdout", "stderr")]
+            for file in files:
+                file.touch()
+            given = [code, list(map(str, arguments)), str(folder or os.getcwd())]
+            print(json.dumps([*given, *map(str, files)]), file=self._process.stdin, flush=True)
+            child = int(self._process.stdout.readline())
+            if until is not None:
+                _wait_for(files[0], until)
+                os.kill(child, signal.SIGINT)
+            ended = int(self._process.stdout.readline())
+            said = [file.read_text(encoding="utf-8") for file in files]
+        return subprocess.CompletedProcess(arguments, ended, *said)
+
+
+@contextmanager
+def forks(imports):
+    started = Forks(imports)
+    yield started
+    started.close()
+
+
+def _wait_for(file, words):
+    end = time.monotonic() + 120
+    while words not in file.read_text(encoding="utf-8"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(0.1)

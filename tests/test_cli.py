@@ -1,12 +1,8 @@
 """The command line: what it prints, what it writes, and one clear line for what is wrong."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +10,8 @@ import numpy as np
 import pandas
 import pytest
 import transformers
-from commands import fails
+from commands import fails, forks
+from matplotlib.figure import Figure
 from models import llama, olmoe
 
 import moeprof
@@ -43,17 +40,28 @@ def prompts(tmp_path):
     return path
 
 
-def python_m(*arguments):
-    """`python -m moeprof …` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "moeprof", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # Ctrl-C reaches it also where the tests run in the background of a shell, which ignores it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+IMPORTED = """
+import matplotlib.pyplot, statsmodels.api, transformers.generation, moeprof.studies.sweep
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
+"""
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """Forks of a process that has imported what commands import."""
+    with forks(IMPORTED) as started:
+        yield started
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are empty files: drawing one takes longer than a sweep of a tiny model."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+
+
+FEW = ("--tokens", "300", "--budget-tokens", "256")
+ONE = ("--alphas", "0.1", "--max-k", "4,64", "--static", "1")  # beside the model's own top-k
+MAIN = "import sys; from moeprof.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def files(folder):
@@ -75,20 +83,20 @@ RESULTS = [
 
 
 @pytest.mark.slow  # shorter ones run on both versions, below and in sweep/
-def test_sweep_of_the_demo_model(tmp_path, prompts):
+def test_sweep_of_the_demo_model(forked, tmp_path, prompts):
     """All 21, as a user runs it: four files, the promised lines and nothing on stderr."""
     out = tmp_path / "new" / "folder"
-    options = ("--prompts", prompts, "--tokens", 512, "--threads", 1, "--out", out)
-    process = python_m("sweep", *options)
-    stdout, stderr = process.communicate(timeout=300)
-    assert (process.returncode, stderr) == (0, "")
-    lines = stdout.splitlines()
+    options = ["--prompts", prompts, "--tokens", 512, "--budget-tokens", 512]
+    options += ["--threads", 1, "--out", out]
+    ended = forked.run(MAIN, "sweep", *options)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
     assert lines[0] == "Total configurations: 21"
     assert "[1/21] Running: topk_8_baseline" in lines
     assert "[21/21] Running: bh_k64_a020" in lines
     assert "Avg experts: 8.00" in lines
     assert "ALL EXPERIMENTS COMPLETE!" in lines
-    assert "\x1b" not in stdout
+    assert "\x1b" not in ended.stdout
     assert files(out) == RESULTS
     table = pandas.read_csv(out / RESULTS[3])
     assert len(table) == 21 and table["avg_experts"][0] == 8
@@ -101,35 +109,20 @@ def test_sweep_of_the_demo_model(tmp_path, prompts):
 
 
 @pytest.mark.slow
-def test_ctrl_c(tmp_path, tiny, prompts):
+def test_ctrl_c(forked, tmp_path, tiny, prompts):
     """Exit code 130, what is finished is on disk, no traceback."""
-    process = python_m(
-        "sweep",
-        "--model",
-        tiny,
-        "--prompts",
-        prompts,
-        "--out",
-        tmp_path / "r",
-        "--null",
-        "normal",
-        "--tokens",
-        30000,
-    )
-    for line in process.stdout:
-        if line.startswith("[3/9]"):
-            break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Interrupted: 2 of 9 are finished" in stdout
-    assert "Traceback" not in stderr
+    options = ["--null", "normal", "--tokens", 12000, "--budget-tokens", 256]
+    options += ["--prompts", prompts, "--out", tmp_path / "r"]
+    ended = forked.run(MAIN, "sweep", "--model", tiny, *options, until="[3/9]")
+    assert ended.returncode == 130
+    assert "Interrupted: 2 of 9 are finished" in ended.stdout
+    assert "Traceback" not in ended.stderr
     assert files(tmp_path / "r") == RESULTS
     assert len(pandas.read_csv(tmp_path / "r" / RESULTS[3])) == 2
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
     text, null, out = tmp_path / "text.txt", tmp_path / "null.npz", tmp_path / "out"
     text.write_text(demo.calibration_texts()[0].text)
@@ -137,7 +130,7 @@ def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
     assert main(["calibrate", *arguments]) == 0
     described = moeprof.Null.load(null).describe()
     assert "logit" in described and described in capsys.readouterr().out
-    options = ["--null", str(null), "--prompts", str(prompts), "--tokens", "600"]
+    options = ["--null", str(null), "--prompts", str(prompts), *FEW, *ONE]
     assert main(["sweep", "--model", str(tiny), *options, "--out", str(out)]) == 0
     run = json.loads((out / RESULTS[0]).read_text())
     assert run["null"] == described
@@ -145,12 +138,14 @@ def test_calibrate_then_sweep_with_that_null(tmp_path, tiny, prompts, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_grid_and_text_of_the_users_own(tmp_path, tiny, prompts, capsys):
     """--alphas, --max-k, --static and --text are what runs, and the files say so."""
     text, out = tmp_path / "mine.jsonl", tmp_path / "out"
     documents = [document.text[:1500] for document in demo.heldout_texts()[:3]]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     options = ["--null", "normal", "--prompts", prompts, "--text", text, "--out", out]
+    options += ["--budget-tokens", 256]
     grid = ["--alphas", "0.025,0.3", "--max-k", "2,4", "--static", "1,3"]
     assert main([*map(str, ["sweep", "--model", tiny, *options]), *grid]) == 0
     assert capsys.readouterr().out.startswith("Total configurations: 5\n")
@@ -207,19 +202,21 @@ def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_null_text(tmp_path, tiny, prompts):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(demo.calibration_texts()[0].text)
-    options = ["--null-text", str(text), "--prompts", str(prompts), "--tokens", "600"]
+    options = ["--null-text", str(text), "--prompts", str(prompts), *FEW, *ONE]
     assert main(["sweep", "--model", str(tiny), *options, "--out", str(out)]) == 0
     run = json.loads((out / RESULTS[0]).read_text())
     assert "--null-text" in run["null_source"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes(tmp_path, tiny, prompts, dtype):
-    options = ["--dtype", dtype, "--null", "normal", "--tokens", "600"]
+    options = ["--dtype", dtype, "--null", "normal", *FEW, *ONE]
     options += ["--prompts", str(prompts), "--out", str(tmp_path / "out")]
     assert main(["sweep", "--model", str(tiny), *options]) == 0
     run = json.loads((tmp_path / "out" / RESULTS[0]).read_text())
@@ -227,26 +224,12 @@ def test_dtypes(tmp_path, tiny, prompts, dtype):
 
 
 @pytest.mark.slow
-def test_a_warning_is_a_line_without_a_path(tmp_path, tiny):
+def test_a_warning_is_a_line_without_a_path(forked, tmp_path, tiny):
     text = tmp_path / "short.txt"
     text.write_text("In the beginning God created the heaven and the earth. " * 8)
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "moeprof",
-            "calibrate",
-            "--model",
-            tiny,
-            "--text",
-            text,
-            "--out",
-            tmp_path / "null.npz",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    options = ["--text", text, "--out", tmp_path / "null.npz"]
+    ran = forked.run(MAIN, "calibrate", "--model", tiny, *options)
+    assert ran.returncode == 0
     (line,) = [line for line in ran.stderr.splitlines() if "fitted to" in line]
     assert line.startswith("moeprof: warning: the null was fitted to ") and ".py" not in ran.stderr
 
@@ -348,13 +331,13 @@ def test_a_null_is_not_written_over_a_folder(capsys, tiny, tmp_path, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_seed_chooses_the_passages(tmp_path, tiny, prompts):
     chosen = []
     for seed in (1, 1, 2):
         out = tmp_path / str(len(chosen))
-        options = ["--prompts", str(prompts), "--tokens", "600", "--null", "normal"]
-        grid = ["--alphas", "0.1", "--max-k", "4"]
-        given = [*options, *grid, "--seed", str(seed), "--out", str(out)]
+        options = ["--prompts", str(prompts), *FEW, *ONE, "--null", "normal"]
+        given = [*options, "--seed", str(seed), "--out", str(out)]
         main(["sweep", "--model", str(tiny), *given])
         chosen.append(json.loads((out / RESULTS[0]).read_text())["heldout_documents"])
     assert chosen[0] == chosen[1] != chosen[2]

@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from commands import forks
 
 import moeprof
 from moeprof import checks, cli, demo
 
 pytestmark = pytest.mark.slow  # many processes, which import all; little depends on the version
 
-SLOW = ("torch", "transformers", "pandas", "matplotlib", "scipy", "statsmodels", "rich", "tqdm")
+SLOW = (*checks.ALL,)
 COMMANDS = {
     "sweep": ["--out", "out"],
     "profile": ["--text", "text.txt", "--out", "out"],
@@ -21,6 +22,13 @@ COMMANDS = {
     "calibrate": ["--text", "text.txt", "--out", "out.npz"],
     "bench": ["layer", "--json", "out.json", "--plot", "out.png"],
 }
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """Forks of a process that has imported the command line, and nothing that is slow."""
+    with forks("import moeprof.cli") as started:
+        yield started
 
 
 def python(code, *arguments, folder=None, path=None):
@@ -64,7 +72,7 @@ def folder(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_nothing_slow_is_imported_for_help_and_wrong_arguments(arguments, code):
+def test_nothing_slow_is_imported_for_help_and_wrong_arguments(forked, arguments, code):
     program = f"""
 import sys
 import moeprof.cli
@@ -78,13 +86,13 @@ found = [name for name in slow if name in sys.modules]
 assert not found, found
 sys.exit(code)
 """
-    ended = python(program, *arguments)
+    ended = forked.run(program, *arguments)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_cpu_says_what_is_known_without_torch(capsys):
-    shown = python(MAIN, "cpu").stdout
+def test_cpu_says_what_is_known_without_torch(forked):
+    shown = forked.run(MAIN, "cpu").stdout
     for kernel, variant in moeprof.cpu_info()["kernels"].items():
         assert f"{kernel} " in shown and f" {variant}\n" in shown
     for feature in moeprof.cpu_info()["features"]:
@@ -105,10 +113,10 @@ def test_cpu_says_what_is_known_without_torch(capsys):
         ("bench", "matplotlib"),
     ],
 )
-def test_without_the_extra(command, missing, folder):
+def test_without_the_extra(forked, command, missing, folder):
     """One line that says what to install, before anything runs or is written."""
     program = f"import sys; sys.modules[{missing!r}] = None; {MAIN}"
-    ended = python(program, command, *COMMANDS[command], folder=folder)
+    ended = forked.run(program, command, *COMMANDS[command], folder=folder)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
         f"moeprof: error: moeprof {command} needs {missing}, which isn't installed: "
@@ -147,10 +155,12 @@ def test_ctrl_c_inside_an_exec(folder, tmp_path):
     assert (ended.returncode, ended.stderr) == (130, "moeprof: interrupted\n")
 
 
-def test_a_fault_of_moeprof_keeps_its_traceback(folder):
-    program = "import moeprof.models.load as m; m.check_model = lambda n: {}[n]; " + MAIN
-    ended = python(program, "profile", "--model", "m", folder=folder)
-    assert ended.returncode == 1 and "KeyError: 'm'" in ended.stderr
+def test_a_fault_of_moeprof_keeps_its_traceback(folder, monkeypatch):
+    """It goes through `main`, so Python ends with it."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("moeprof.models.load.check_model", lambda name: {}[name])
+    with pytest.raises(KeyError, match="'m'"):
+        cli.main(["profile", "--model", "m"])
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):
@@ -177,7 +187,7 @@ def test_a_disk_that_is_full():
 @pytest.mark.parametrize(
     "name", ["patch", "fit_null", "MoEProfiler", "BudgetError", "SimpleBenchmark"]
 )
-def test_attributes_that_need_the_extra(name):
+def test_attributes_that_need_the_extra(forked, name):
     program = f"""
 import sys
 sys.modules["torch"] = None
@@ -188,6 +198,6 @@ except ImportError as error:
     assert type(error) is ImportError
     print(error)
 """
-    ended = python(program)
+    ended = forked.run(program)
     assert ended.returncode == 0, ended.stderr
     assert "needs torch, which isn't installed: pip install 'moeprof[hf]'" in ended.stdout

@@ -6,6 +6,7 @@ from collections import Counter
 import pandas
 import pytest
 from commands import fails
+from matplotlib.figure import Figure
 
 import moeprof
 from moeprof import demo
@@ -13,6 +14,7 @@ from moeprof.cli import main
 from moeprof.studies.comparison import runner
 from moeprof.studies.comparison.files import ComparisonFiles
 from moeprof.studies.comparison.report import report
+from moeprof.studies.comparison.speed import decode_speeds
 
 pytestmark = pytest.mark.slow  # test_comparison and test_every_study compare on both versions
 
@@ -28,6 +30,13 @@ FILES = [
     "moeprof.sqlite.lock",
 ]
 SMALL = ("--tokens", "512", "--budget-tokens", "512", "--tables", "reduction")
+SMALLER = ("--tokens", "256", "--budget-tokens", "256", "--tables", "reduction")
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_are_timed(monkeypatch):
+    """That they are is looked at here, not how fast they are."""
+    monkeypatch.setitem(decode_speeds.__kwdefaults__, "new_tokens", 2)
 
 
 def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, capsys):
@@ -79,7 +88,8 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "shuffled", interrupt)
-    options = ["--routers", "top_p", "--budgets", "4", "--quantized", "none", *SMALL]
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # as empty files
+    options = ["--routers", "top_p", "--budgets", "4", "--quantized", "none", *SMALLER]
     code = main(["compare", *options, "--out", str(tmp_path)])
     assert code == 130 and "cells are finished" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES

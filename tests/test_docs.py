@@ -8,9 +8,9 @@ A comment above a block says where that isn't so:
     <!-- slow -->               Python that takes more than ten seconds with its page
     <!-- the main command -->, <!-- the test command -->: README's, which install; looked at
 
-The demo model stands in for a model of the hub. Commands that would take minutes run on fewer
-tokens, see QUICK; their options are those of the page otherwise. A quarter of the shipped
-calibration text does here.
+The demo model stands in for a model of the hub. What would take minutes runs on fewer tokens, see
+QUICK, FEWER and `in_folder`; all else is as on the page. A fifth of the shipped calibration text
+does here, and pictures are not drawn.
 """
 
 import contextlib
@@ -23,10 +23,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from matplotlib.figure import Figure
 from models import V5
 
 import moeprof
 from moeprof import cli, demo
+from moeprof.studies.comparison.speed import decode_speeds
+from moeprof.studies.diagnosis.run import diagnose
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,11 +40,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB = "allenai/OLMoE-1B-7B-0924"
 QUICK = {
-    "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --tokens 512 --prompts prompts.txt",
+    "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --tokens 256 --budget-tokens 512 "
+    "--prompts prompts.txt",
     "profile": "--tokens 256 --continuations 1 --new-tokens 2",
-    "diagnose": "--positions 5 --tokens 512",
-    "evaluate": "--tokens 400",
-    "compare": "--tokens 512 --budget-tokens 1024 --tables reduction --budgets 4 --quantized 8",
+    "diagnose": "--positions 2 --tokens 256",
+    "evaluate": "--tokens 400 --budget-tokens 512",
+    "compare": "--tokens 256 --budget-tokens 512 --tables reduction --budgets 4 --quantized 8",
+}
+FEWER = {
+    "tokens=4096": "tokens=1024",  # routing.md
+    "tokens=2048": "tokens=512",  # results.md, statistics.md, studies.md
+    "positions=20": "positions=4",  # statistics.md
 }
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -94,8 +103,12 @@ def in_folder(folder: Path):
     (folder / "prompts.txt").write_text("simple\tThe list is\n", encoding="utf-8")
     patched = pytest.MonkeyPatch()
     patched.chdir(folder)
-    fewer = demo.calibration_texts()[::4]  # a diagnosis fits a null to each domain of them
+    fewer = demo.calibration_texts()[::5]  # a diagnosis fits a null to each domain of them
     patched.setattr(demo, "calibration_texts", lambda: fewer)
+    patched.setitem(decode_speeds.__kwdefaults__, "new_tokens", 2)
+    patched.setitem(diagnose.__kwdefaults__, "draws", 200)
+    patched.setitem(diagnose.__kwdefaults__, "budget_tokens", 1024)
+    patched.setattr(Figure, "savefig", lambda *_, **__: None)
     stack = contextlib.ExitStack()
     stack.callback(patched.undo)
     return stack
@@ -114,6 +127,8 @@ def ran(tmp_path_factory):
         with in_folder(tmp_path_factory.mktemp("page")), contextlib.redirect_stdout(printed):
             for block in PYTHON[page]:
                 text = block.text.replace(HUB, demo.PATH.as_posix())
+                for written, here in FEWER.items():
+                    text = text.replace(written, here)
                 # Empty lines before it: a traceback then shows the line of the page.
                 exec(compile("\n" * (block.line - 1) + text, page, "exec"), scope)
         return scope, printed.getvalue()
@@ -124,8 +139,16 @@ def ran(tmp_path_factory):
 PYTHON = {b.page: [c for c in of("python") if c.page == b.page] for b in of("python")}
 
 
+# In a diagnosis of so few documents a bootstrap draw can leave out all of a domain: 0 / 0.
+zero_by_zero = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered in divide:RuntimeWarning"
+)
+
+
 def marks_of(page: Path) -> list:
-    return [pytest.mark.slow] if any(block.note == "slow" for block in PYTHON[page]) else []
+    slow = any(block.note == "slow" for block in PYTHON[page])
+    diagnoses = any(".diagnose(" in block.text for block in PYTHON[page])
+    return [pytest.mark.slow] * slow + [zero_by_zero] * diagnoses
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=p.stem, marks=marks_of(p)) for p in PYTHON])
@@ -178,8 +201,7 @@ def ended(arguments: list[str]) -> int:
 RUN = [pytest.param(block, id=str(block)) for block in of("sh") if block.is_run]
 
 
-# In a diagnosis of so few documents a bootstrap draw can leave out all of a domain: 0 / 0.
-@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+@zero_by_zero
 @pytest.mark.slow  # test_cli and test_profiler_cli run the commands on both versions
 @pytest.mark.parametrize("block", RUN)
 def test_the_commands_of_a_block_run(block, tmp_path, capsys):

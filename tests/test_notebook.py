@@ -1,4 +1,8 @@
-"""The notebooks run from top to bottom, in a kernel of the interpreter that runs the tests."""
+"""The notebooks run from top to bottom, in a kernel of the interpreter that runs the tests.
+
+All in one kernel, since each imports torch and transformers; it is reset for every notebook. Some
+run on fewer texts and tokens than a reader's, see FEWER.
+"""
 
 import re
 import sys
@@ -12,15 +16,45 @@ EACH = pytest.mark.parametrize(
     "path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem
 )
 
+FEWER = {  # {notebook: {what it says: what runs here}}
+    "01_profile.ipynb": {
+        "texts[::16]": "texts[::32]",
+        "max_new_tokens=40": "max_new_tokens=10",
+        "max_new_tokens=10, repeats=3": "max_new_tokens=4, repeats=2",
+    },
+    "02_bh_routing.ipynb": {
+        "calibration_texts()[::8]": "calibration_texts()[::32]",
+        "prompts()[::3]": "prompts()[::6]",
+        "heldout_texts()[::32]": "heldout_texts()[::64]",
+    },
+    "03_router_for_a_budget.ipynb": {
+        "tokens=4096": "tokens=1024",
+        "context=128, tokens=8192": "context=128, tokens=8192, budget_tokens=2048",
+    },
+    "04_your_own_router.ipynb": {"heldout_texts()[::16]": "heldout_texts()[::32]"},
+    "05_fit_a_real_model.ipynb": {"heldout_texts()[::16]": "heldout_texts()[::32]"},
+}
+
 nbformat = pytest.importorskip("nbformat")
 
 
-def execute(name, folder):
-    """The notebook with its outputs, run in `folder`."""
-    nbclient = pytest.importorskip("nbclient")
+def read(name):
+    """The notebook as it runs here."""
+    text = (NOTEBOOKS / name).read_text(encoding="utf-8")
+    for said, here in FEWER[name].items():
+        assert said in text, f"{name}: {said}"
+        text = text.replace(said, here)
+    return nbformat.reads(text, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """The manager of a kernel that runs."""
+    pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
+    from jupyter_core.utils import run_sync
 
     class ThisInterpreter(KernelSpecManager):
         """Whatever kernels are installed on the machine, this one is used."""
@@ -29,12 +63,30 @@ def execute(name, folder):
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=command, display_name=kernel_name, language="python")
 
-    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     manager = AsyncKernelManager(kernel_spec_manager=ThisInterpreter())
-    nbclient.NotebookClient(
-        notebook, km=manager, timeout=300, resources={"metadata": {"path": str(folder)}}
-    ).execute()
-    return notebook
+    run_sync(manager.start_kernel)()
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
+@pytest.fixture
+def execute(kernel, tmp_path):
+    """A function: the notebook with its outputs, run in `tmp_path` without any variable before."""
+    import nbclient
+
+    def execute(name):
+        notebook = read(name)
+        reset = f"%reset -f\nimport os\nos.chdir({str(tmp_path)!r})\ndel os"
+        before = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(reset)])
+        for each in (before, notebook):
+            client = nbclient.NotebookClient(each, km=kernel, timeout=300)
+            try:
+                client.execute()
+            finally:
+                client.kc.stop_channels()
+        return notebook
+
+    return execute
 
 
 def outputs(notebook):
@@ -52,8 +104,8 @@ def shown(notebook, kind):
 
 
 @pytest.mark.slow
-def test_the_experiment_runs_and_shows_its_table_and_both_figures(tmp_path):
-    executed = execute("02_bh_routing.ipynb", tmp_path)
+def test_the_experiment_runs_and_shows_its_table_and_both_figures(execute):
+    executed = execute("02_bh_routing.ipynb")
     assert "The logits are bit for bit those from before." in printed(executed)
     assert len(shown(executed, "image/png")) == 2
     table = next(html for html in shown(executed, "text/html") if "avg_experts" in html)
@@ -61,8 +113,8 @@ def test_the_experiment_runs_and_shows_its_table_and_both_figures(tmp_path):
 
 
 @pytest.mark.slow
-def test_profiling_a_model_runs_and_shows_its_tables_and_figures(tmp_path):
-    executed = execute("01_profile.ipynb", tmp_path)
+def test_profiling_a_model_runs_and_shows_its_tables_and_figures(execute, tmp_path):
+    executed = execute("01_profile.ipynb")
     assert "Saved, and the logits are bit for bit those from before." in printed(executed)
     assert "13 tokens and 7 of padding" in printed(executed)
     assert len(shown(executed, "image/png")) == 4
@@ -73,8 +125,8 @@ def test_profiling_a_model_runs_and_shows_its_tables_and_figures(tmp_path):
 
 
 @pytest.mark.slow
-def test_routers_at_a_budget_are_compared_and_judged(tmp_path):
-    executed = execute("03_router_for_a_budget.ipynb", tmp_path)
+def test_routers_at_a_budget_are_compared_and_judged(execute):
+    executed = execute("03_router_for_a_budget.ipynb")
     text = printed(executed)
     judged = [line for line in text.splitlines() if "static top-4" in line]
     assert [line.split("@")[0] for line in judged] == ["fixed_p", "bh", "top_p", "entropy"]
@@ -87,8 +139,8 @@ def test_routers_at_a_budget_are_compared_and_judged(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_router_of_ones_own_is_checked_and_a_middleware_shown(tmp_path):
-    executed = execute("04_your_own_router.ipynb", tmp_path)
+def test_a_router_of_ones_own_is_checked_and_a_middleware_shown(execute):
+    executed = execute("04_your_own_router.ipynb")
     text = printed(executed)
     assert "the same number of experts for every token: True" in text
     assert len(re.findall(r"layer \d without expert +\d+: \+0\.", text)) == 4
@@ -97,8 +149,8 @@ def test_a_router_of_ones_own_is_checked_and_a_middleware_shown(tmp_path):
 
 
 @pytest.mark.slow
-def test_fitting_a_real_model_counts_memory_and_saves_in_4_bits(tmp_path):
-    executed = execute("05_fit_a_real_model.ipynb", tmp_path)
+def test_fitting_a_real_model_counts_memory_and_saves_in_4_bits(execute):
+    executed = execute("05_fit_a_real_model.ipynb")
     table = next(html for html in shown(executed, "text/html") if "Qwen3-30B-A3B" in html)
     cells = re.findall(r"<t[dh]>([^<]*)</t[dh]>", table)
     at = cells.index("OLMoE-1B-7B")

@@ -40,6 +40,12 @@ def html(profile):
     return html
 
 
+@pytest.fixture(scope="module")
+def view(profile):
+    """The notebook's, as `html` with its pictures."""
+    return profile._repr_html_()
+
+
 class Reader(HTMLParser):
     """Tags, whatever asks for something, and the text; fails where tags don't close in order."""
 
@@ -67,9 +73,9 @@ class Reader(HTMLParser):
 
 
 @pytest.mark.drawn
-@pytest.mark.parametrize("view", ["to_html", "_repr_html_"])
-def test_the_html_asks_for_nothing(profile, html, view):
-    html = html if view == "to_html" else profile._repr_html_()
+@pytest.mark.parametrize("which", ["html", "view"])
+def test_the_html_asks_for_nothing(request, which):
+    html = request.getfixturevalue(which)
     read = Reader(html)
     assert read.asked and all(address.startswith(("data:", "#")) for address in read.asked)
     assert not {"script", "iframe", "object", "base"} & set(read.tags)
@@ -145,9 +151,8 @@ def test_the_page_is_no_larger_than_its_figures_as_pictures_were():
 
 
 @pytest.mark.drawn
-def test_the_notebooks_view_touches_nothing_outside(profile):
-    html = profile._repr_html_()
-    style = re.search(r"<style>(.*?)</style>", html, re.S).group(1)
+def test_the_notebooks_view_touches_nothing_outside(view):
+    style = re.search(r"<style>(.*?)</style>", view, re.S).group(1)
     for selectors in re.findall(r"([^{}]+)\{", style):
         assert all(s.strip().startswith(".moeprof-profile") for s in selectors.split(","))
     assert not re.search(r"(?<!-)color: (?!inherit)", style)  # readable on dark and on light
