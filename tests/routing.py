@@ -29,7 +29,7 @@ VARIANTS = {
     "gap_ratio": [{"c": 0.05}, {"c": -1.0}],
     "storey_bh": [{"pi0": 0.7}, {"alpha": 0.4, "lam": 0.3}],
     "ebh": [{"alpha": 0.5, "e": "calibrator"}],
-    "entropy": [{"c": 0.1}, {"c": 1.0}],
+    "entropy": [{"c": 0.1}, {"c": 1.0}, {"c": 3.0}],
     "weighted_bh": [{"alpha": 0.3, "v": 1.5}],
 }
 CASES = [(name, own) for name in NAMES for own in ({}, *VARIANTS.get(name, ()))]

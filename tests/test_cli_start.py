@@ -155,12 +155,10 @@ def test_ctrl_c_inside_an_exec(folder, tmp_path):
     assert (ended.returncode, ended.stderr) == (130, "moeprof: interrupted\n")
 
 
-def test_a_fault_of_moeprof_keeps_its_traceback(folder, monkeypatch):
-    """It goes through `main`, so Python ends with it."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("moeprof.models.load.check_model", lambda name: {}[name])
-    with pytest.raises(KeyError, match="'m'"):
-        cli.main(["profile", "--model", "m"])
+def test_a_fault_of_moeprof_keeps_its_traceback(folder):
+    program = "import moeprof.models.load as m; m.check_model = lambda n: {}[n]; " + MAIN
+    ended = python(program, "profile", "--model", "m", folder=folder)
+    assert ended.returncode == 1 and "KeyError: 'm'" in ended.stderr
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):

