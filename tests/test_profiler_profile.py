@@ -10,6 +10,7 @@ from wording import says
 
 from moeprof.models.phases import PHASES
 from moeprof.profile import tables
+from moeprof.profile.findings import findings
 from moeprof.profile.metrics import SCALARS
 from moeprof.profile.result import Profile
 
@@ -178,6 +179,24 @@ def test_the_summary_says_what_was_measured(profile, capsys):
     assert "Layers 0 to 2: model.layers.{0 … 2}.mlp" in text
     profile.print_summary()
     assert capsys.readouterr().out.split() == profile.summary().split()
+
+
+@pytest.mark.parametrize("steps, many", [(250, False), (40, True)])
+def test_experts_that_were_never_selected_are_named(steps, many):
+    """A few one by one; of many, the layer with most."""
+    found = make_profile(2, 24, 2, prefill=(), decode=(1,) * steps, seed=1)
+    idle = {
+        f"layer {i}": [str(e) for e, load in enumerate(m.counts.load[0]) if not load]
+        for i, m in enumerate(found.each("decode"))
+    }
+    count = sum(map(len, idle.values()))
+    line = next(line for line in findings(found) if line.startswith("Never selected"))
+    assert f"{count} of 48 experts" in line and (count > 4) == many
+    if many:
+        most = max(idle, key=lambda name: len(idle[name]))
+        assert f"most in {most}, {len(idle[most])}" in line
+    else:
+        assert all(f"{e} of {name}" in line for name, experts in idle.items() for e in experts)
 
 
 def test_nothing_counted_is_said_with_its_reason():

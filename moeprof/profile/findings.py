@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 SLOW = 1.5  # from this multiple of the median on, the mean is of a few slow steps
+NAMED = 4  # so many experts are named one by one
 STALE = 1.0  # above this share of a roof, the roof was measured too low
 
 
@@ -198,10 +199,23 @@ def _balance(profile: Profiled, phase: str) -> Iterator[str]:
         f"Least balanced in {phase}: {_layer(profile, index)} (Gini {value:.2f}); busiest: expert "
         f"{expert} of {_layer(profile, busy)}, {times:.1f} times the mean load."
     )
-    idle = [m.layer.num_experts - m.active_experts for m in metrics if m.tokens]
-    if sum(idle):
-        total = sum(m.layer.num_experts for m in metrics if m.tokens)
-        yield f"Never selected in {phase}: {sum(idle):,} of {total:,} experts."
+    yield from _never_selected(profile, phase)
+
+
+def _never_selected(profile: Profiled, phase: str) -> Iterator[str]:
+    """How many experts, and which: of a few each, of many the layer with most."""
+    each = [(i, m) for i, m in enumerate(profile.each(phase)) if m.tokens]
+    idle = {i: np.flatnonzero(m.counts.load[0] == 0).tolist() for i, m in each}
+    count, total = sum(map(len, idle.values())), sum(m.layer.num_experts for _, m in each)
+    if not count:
+        return
+    if count <= NAMED:
+        named = [f"{e} of {_layer(profile, i)}" for i, experts in idle.items() for e in experts]
+        which = listed(named)
+    else:
+        most = max(idle, key=lambda i: len(idle[i]))
+        which = f"most in {_layer(profile, most)}, {len(idle[most])}"
+    yield f"Never selected in {phase}: {count:,} of {total:,} experts ({which})."
 
 
 def _time(profile: Profiled, phase: str) -> Iterator[str]:
@@ -230,7 +244,7 @@ def _time(profile: Profiled, phase: str) -> Iterator[str]:
     if step and mean > SLOW * step:
         yield (
             f"Some {phase} steps took far longer: the mean is {short(mean)} ms, {mean / step:.1f} "
-            "times the median; rates and shares of a roof are of all steps."
+            "times the median, and rates are of all steps."
         )
     each = zip(profile.labels, profile.each(phase), strict=True)
     stale = [label for label, m in each if max(m.mbu, m.mfu) > STALE]
