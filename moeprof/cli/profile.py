@@ -13,7 +13,7 @@ from ..demo.defaults import default_null
 from ..files import as_csv, check_folder, write_whole
 from ..routers import REGISTRY
 from ..routers.written import written_router
-from ..show.console import make_console
+from ..show.console import make_console, progress
 from ..texts.documents import Document
 from ..texts.streams import TextFiles
 from . import options
@@ -193,7 +193,8 @@ def _profile(
         vocabulary=arguments.vocabulary,
     )
     if only_device_of(model):  # afterwards, since it takes memory of the device, too
-        result.roofline = roofline(model)
+        with progress(console, 1, "the memory's speed, 5 s at most", still=True):
+            result.roofline = roofline(model)
     if result.vocabulary is not None:
         result.vocabulary["text"] = [tokenizer.decode([i]) for i in result.vocabulary["tokens"]]
     result.print_summary()
@@ -251,7 +252,10 @@ def _save(result: Profile, folder: Path, trace: bool) -> list[Path]:
 
 def _show(result: Profile, folder: Path, sections: dict[str, Section]) -> list[Path]:
     """index.html, and the sections' tables; the files' paths."""
-    files = {"index.html": result.to_html(sections.values()).encode()}
+    from ..profile.page import page
+
+    with progress(make_console(), len(result.figures), "figures") as bar:
+        files = {"index.html": page(result, sections.values(), bar.step).encode()}
     for name, section in sections.items():
         files[f"{name}.csv"] = as_csv(section.frame)
     for name, data in files.items():

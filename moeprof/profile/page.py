@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -99,20 +99,27 @@ class Section(NamedTuple):
     figure: Figure | None = None
 
 
-def page(profile: Profiled, sections: Iterable[Section] = ()) -> str:
-    """A whole HTML document: findings, tables, figures, a glossary. No script, no request."""
+def page(
+    profile: Profiled,
+    sections: Iterable[Section] = (),
+    drawn: Callable[[], None] = lambda: None,
+) -> str:
+    """A whole HTML document: findings, tables, figures, a glossary. No script, no request.
+
+    drawn: called after each of the profile's figures, which take a second or two
+    """
     title = f"Profile of {profile.facts.get('model') or PLAIN}"
     body = [
         ("Findings", _list(profile)),
         *((table.title, _table(table)) for table in tables(profile)),
-        *_figures(profile),
+        *_figures(profile, drawn),
         *((section.title, _more(section)) for section in sections),
         *([("Glossary", _glossary())] if profile.phases else []),
     ]
     return document(title, _heading(profile), body)
 
 
-def _figures(profile: Profiled) -> Iterator[tuple[str, str]]:
+def _figures(profile: Profiled, drawn: Callable[[], None]) -> Iterator[tuple[str, str]]:
     """(heading, HTML) of each figure, or of the sentence that stands in its place."""
     sentences = instead(profile)
     for name in profile.figures:
@@ -121,6 +128,7 @@ def _figures(profile: Profiled) -> Iterator[tuple[str, str]]:
             yield heading_, f"<p>{escape(sentences[name])}</p>"
         else:
             yield heading_, figure_block(profile.plot(name), heading_, caption)
+        drawn()
 
 
 def _more(section: Section) -> str:
