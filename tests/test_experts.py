@@ -111,7 +111,9 @@ def test_many_experts_and_many_of_a_token(dtype, name):
 
 
 @pytest.mark.parametrize("name", util.ACTIVATIONS)
-def test_nan_reaches_the_output_through_limits(name):
+@pytest.mark.parametrize("variant", util.variants_of("glu_f32"))
+def test_nan_reaches_the_output_through_limits(variant, name):
+    util.force("glu_f32", variant)
     activation, gated = util.ACTIVATIONS[name]
     layer = util.Layer(2, 8, 3, activation=activation, gated=gated)
     ids, ones = np.array([[0], [1]], np.int32), np.ones((2, 1), np.float32)
