@@ -145,7 +145,7 @@ MUTATIONS = [
     Mutation("moeprof/backends/tables.py",
              "return tuple(map(Tensor.data_ptr, self.matrices)) == self._addresses", "return True",
              "test_patch.py test_fallback.py"),
-    Mutation("moeprof/patching/linears.py", "else math.inf", "else MAX_ROWS",
+    Mutation("moeprof/patching/linears.py", "math.inf if slow", "MAX_ROWS if slow",
              "test_linears.py -k instructions"),
     # ---- models: finder, reader, phases ----
     Mutation("moeprof/models/find.py", '"shared" not in child_name and ', "",

@@ -146,6 +146,7 @@ def test_many_rows_are_left_to_torch(model, calls):
         assert set(calls) == {rows}
 
 
+@pytest.mark.skipif("avx2" not in _C.cpu_features(), reason="this CPU lacks AVX2")
 @pytest.mark.parametrize("has_instructions", (True, False))
 @pytest.mark.parametrize("dtype, name", ((torch.bfloat16, "bf16"), (torch.float16, "fp16")))
 def test_many_rows_run_in_c_where_torch_has_no_instructions(
@@ -160,6 +161,13 @@ def test_many_rows_run_in_c_where_torch_has_no_instructions(
         got = model(ids).logits.double()
     assert set(calls) == (set() if has_instructions else {ids.numel()})
     assert ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.05
+    linears.most_rows.cache_clear()
+
+
+def test_a_torch_that_cannot_be_asked_keeps_its_many_rows(monkeypatch):
+    monkeypatch.setattr(linears, "SUPPORT", {torch.bfloat16: "no_such_operator"})
+    linears.most_rows.cache_clear()
+    assert linears.most_rows(torch.bfloat16) == linears.MAX_ROWS
     linears.most_rows.cache_clear()
 
 

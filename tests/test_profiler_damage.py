@@ -66,7 +66,7 @@ def show(profile):
 @pytest.fixture
 def _made_once(monkeypatch):
     """No figures, and a profile's tables once for its text and its page: most of the time."""
-    monkeypatch.setattr(page, "_figures", lambda profile: ())
+    monkeypatch.setattr(page, "_figures", lambda *_: ())
     made, last = page.tables, [None, None]
 
     def tables(profile):

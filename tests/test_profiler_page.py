@@ -278,7 +278,7 @@ def test_the_printed_page_is_whole(tmp_path):
 @pytest.mark.skipif(shutil.which("pdftotext") is None, reason="pdftotext is not installed")
 def test_a_tables_note_is_on_the_sheet_of_the_table(tmp_path, monkeypatch):
     """Wherever on a sheet the table comes to stand."""
-    monkeypatch.setattr(pages, "_figures", lambda profile: ())
+    monkeypatch.setattr(pages, "_figures", lambda *_: ())
     html = make_profile(4, 8, 2).to_html()
     page, pdf = tmp_path / "index.html", tmp_path / "page.pdf"
     for space in (60, 120, 180):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import _C
 from ..backends.c import C
 from ..backends.ops import unobserved
 from ..backends.tables import tensor_obstacle
@@ -23,19 +24,23 @@ from .state import Patched
 # 1.03 and 0.84. Beyond 64 rows the weights are no longer what takes the time.
 MAX_ROWS = 64
 
+# What tells whether torch has such instructions; not every build of torch can be asked.
+SUPPORT = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+
 
 @cache
 def most_rows(dtype: torch.dtype) -> float:
     """So many rows of an input run in C, at most.
 
-    Any number where torch multiplies numbers of 16 bits without instructions for them: it then
-    takes 4 to 6 times as long (AMD Zen 3 with AVX2, torch 2.13).
+    Any number where torch multiplies numbers of 16 bits without instructions for them, and the
+    kernels have vectors: torch then takes 4 to 6 times as long (AMD Zen 3 with AVX2, torch 2.13).
     """
-    support = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return MAX_ROWS if dtype not in support or support[dtype]() else math.inf
+    ask = getattr(torch.ops.mkldnn, SUPPORT.get(dtype, ""), None)
+    slow = ask is not None and not ask() and "avx2" in _C.cpu_features()
+    return math.inf if slow else MAX_ROWS
 
 
 # Likewise, the least weights for which the way into C pays at 1 row: 512 x 512 in float32
