@@ -129,7 +129,7 @@ MUTATIONS = [
     Mutation("moeprof/null/efron.py", "return np.minimum.accumulate(table)", "return table",
              "test_null_efron.py"),
     Mutation("moeprof/null/resolve.py", "if len(null) > 1:", "if len(null) > 2:",
-             "test_routers.py test_calibration.py"),
+             "test_null_files.py"),
     # ---- patching ----
     Mutation("moeprof/patching/install.py", "in reversed([*zip(changes, attributes, strict=True)])",
              "in zip(changes, attributes, strict=True)", "test_patch_race.py test_patch.py"),
