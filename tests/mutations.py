@@ -177,7 +177,7 @@ MUTATIONS = [
              "test_profiler_metrics.py test_profiler_rows.py"),
     # ---- texts, losses, studies ----
     Mutation("moeprof/texts/windows.py", "range(0, len(ids) - 1, stride)",
-             "range(0, len(ids), stride)", "sweep/test_sweep_settings.py test_comparison.py"),
+             "range(0, len(ids), stride)", "test_texts.py"),
     Mutation("moeprof/measure/loss.py", "window.ids.shape[1] - 1 for", "window.ids.shape[1] for",
              "sweep/test_sweep_run.py"),
     Mutation("moeprof/measure/bootstrap.py", "[0.025, 0.975]", "[0.05, 0.95]",

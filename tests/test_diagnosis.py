@@ -78,6 +78,12 @@ def test_p_value_statistics_are_the_plain_formulas():
     assert np.allclose(st.pi0(cdf(weights))[0][4], (repeated > 0.5).mean() / 0.5)
 
 
+def test_a_p_value_on_an_edge_counts_below_it():
+    counts = st.count_p(st.EDGES[None], np.zeros(1, int), 1)
+    assert counts.tolist() == [[1] * len(st.EDGES) + [0]]
+    assert (np.diff(st.cdf_statistic(counts)(np.ones((1, 1)))[0]) > 0).all()
+
+
 def test_spearman_is_scipys():
     rng = np.random.default_rng(1)
     x = rng.integers(0, 9, 3000).astype(float)  # ties

@@ -140,3 +140,13 @@ def test_windows_that_overlap_count_each_token_once():
         assert max(w.ids.shape[1] for w in found.windows) == 20
         before = [w.first for w in found.windows if letters.decode(w.ids[0])[0] != text[0]]
         assert min(before) >= max(20 - stride, 1)
+
+
+def test_a_window_of_a_single_token_predicts_nothing_and_is_left_out():
+    from letters import Letters
+
+    text = "".join(map(chr, range(33, 33 + 41)))
+    found = heldout_windows(Letters(), [Document("a", "d", text)], 99, window=20)
+    assert sorted(w.ids.shape[1] for w in found.windows) == [20, 20]
+    with pytest.raises(ValueError, match="no document has two tokens"):
+        heldout_windows(Letters(), [Document("a", "d", "x")], 99)
