@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and one clear line for what is wrong."""
 
+import argparse
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+import torch
 import transformers
 from commands import fails, forks
 from matplotlib.figure import Figure
@@ -16,7 +18,7 @@ from models import llama, olmoe
 
 import moeprof
 from moeprof import demo
-from moeprof.cli import main
+from moeprof.cli import main, options
 
 # The nulls of these tests are fitted to few tokens; that this is said is a test of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:the null was fitted to")
@@ -475,3 +477,12 @@ def test_arguments(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, *arguments)
     assert files(tmp_path) == []
+
+
+def test_threads_are_torchs(monkeypatch):
+    """A number that the tests don't run on."""
+    asked, before = [], torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for given in (before + 2, None):
+        options.set_threads(argparse.Namespace(threads=given))
+    assert asked == [before + 2]
