@@ -55,13 +55,13 @@ exec(code)
 class Forks:
     """A process that has run `imports`; what it is told to run, runs in a fork of it."""
 
-    def __init__(self, imports):
+    def __init__(self, imports, **environment):
         self._process = subprocess.Popen(
             [sys.executable, "-c", FORKED, imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
             # Ctrl-C reaches it also where the tests run in the background of a shell, which
             # ignores it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -4,17 +4,14 @@ Each pool is tried in a process of its own: "openmp" where torch is imported, "p
 NumPy is alone.
 """
 
-import json
-import os
-import subprocess
 import sys
-import threading
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 import util
+from commands import Forks
 
 import moeprof
 from moeprof import _C
@@ -61,66 +58,26 @@ def in_pool(pool, code):
     return util.run_python(code, OPENBLAS_NUM_THREADS="1").stdout.split()
 
 
-# Has imported torch, which takes seconds, and calculated nothing: what it forks is as a process
-# that has just begun. It has no thread and not moeprof, which tells a fork by its own handler.
-BEGUN = """
-import json, os, sys, tempfile, traceback
-import numpy, torch
-
-for line in sys.stdin:
-    with tempfile.TemporaryFile("w+") as printed:
-        child = os.fork()
-        if child == 0:
-            for number in (1, 2):
-                os.dup2(printed.fileno(), number)
-            try:
-                exec(json.loads(line), {"__name__": "__main__"})
-                sys.stdout.flush()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-        status = os.waitpid(child, 0)[1]
-        printed.seek(0)
-        print(json.dumps([status, printed.read()]), flush=True)
-"""
-
-
 @lru_cache
 def begun():
-    """A process that forks itself for every code it is given."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", BEGUN],
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "2"},
-        cwd=Path(__file__).parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return process
+    """Has imported torch, which takes seconds, and calculated nothing: what it forks is as a
+    process that has just begun. It has no thread and not moeprof, which tells a fork by its own
+    handler."""
+    return Forks("import numpy, torch", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="2")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _what_has_begun_ends():
     yield
     if begun.cache_info().currsize:
-        with begun() as process:  # which ends with its input
-            process.stdin.close()
+        begun().close()
         begun.cache_clear()
 
 
 def forked_with_torch(code):
-    process = begun()
-    limit = threading.Timer(120, process.kill)
-    limit.start()
-    try:
-        process.stdin.write(json.dumps(code) + "\n")
-        process.stdin.flush()
-        status, printed = json.loads(process.stdout.readline())
-    finally:
-        limit.cancel()
-    assert status == 0, printed[-3000:]
-    return printed.split()
+    done = begun().run(code, folder=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
 
 
 # ---- how many ----

@@ -244,7 +244,8 @@ def _time(profile: Profiled, phase: str) -> Iterator[str]:
     if step and mean > SLOW * step:
         yield (
             f"Some {phase} steps took far longer: the mean is {short(mean)} ms, {mean / step:.1f} "
-            "times the median, and rates are of all steps."
+            f"times the median; rates{' and shares of a roof' * bool(profile.roofline)} are of all "
+            "steps."
         )
     each = zip(profile.labels, profile.each(phase), strict=True)
     stale = [label for label, m in each if max(m.mbu, m.mfu) > STALE]
