@@ -10,7 +10,15 @@ from torch import nn
 import moeprof
 from moeprof import _C
 from moeprof.backends.tables import DTYPES, as_array, as_tensor
+from moeprof.measure import passes
+from moeprof.measure.passes import Reference, collect
 from moeprof.patching import linears
+from moeprof.routers import TopK
+from moeprof.studies.ablation import layer_ablation
+from moeprof.studies.diagnosis.ablation import ablate
+from moeprof.studies.diagnosis.seen import see
+from moeprof.studies.sweep.runner import Experiment
+from moeprof.texts.windows import HeldOut, Window
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -153,7 +161,7 @@ def test_many_rows_run_in_c_where_torch_has_no_instructions(
     dtype, name, has_instructions, calls, monkeypatch
 ):
     monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: has_instructions)
-    linears.most_rows.cache_clear()
+    linears.torch_is_slow.cache_clear()
     model = olmoe().to(dtype).requires_grad_(False)
     ids = token_ids(1, 2 * linears.MAX_ROWS)
     expected = model(ids).logits.double()
@@ -161,14 +169,14 @@ def test_many_rows_run_in_c_where_torch_has_no_instructions(
         got = model(ids).logits.double()
     assert set(calls) == (set() if has_instructions else {ids.numel()})
     assert ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.05
-    linears.most_rows.cache_clear()
+    linears.torch_is_slow.cache_clear()
 
 
 def test_a_torch_that_cannot_be_asked_keeps_its_many_rows(monkeypatch):
     monkeypatch.setattr(linears, "SUPPORT", {torch.bfloat16: "no_such_operator"})
-    linears.most_rows.cache_clear()
-    assert linears.most_rows(torch.bfloat16) == linears.MAX_ROWS
-    linears.most_rows.cache_clear()
+    linears.torch_is_slow.cache_clear()
+    assert not linears.torch_is_slow(torch.bfloat16)
+    linears.torch_is_slow.cache_clear()
 
 
 def test_gradients_are_left_to_torch(calls):
@@ -351,3 +359,48 @@ def test_generation(model, calls):
         got = model.generate(ids, max_new_tokens=6, do_sample=False)
     steps = got.shape[1] - ids.shape[1] - 1  # the first token comes of the prompt
     assert calls.count(1) >= 9 * steps > 0 and torch.equal(got, expected)
+
+
+# ---- in the passes of studies, whose times are not reported ----
+
+
+def by_the_sweep(model, text, tokenizer):
+    experiment = Experiment(model, tokenizer, ("A prompt",), (None,), text, None, new_tokens=3)
+    return experiment.run(TopK(1))
+
+
+def by_the_diagnosis(model, text, tokenizer):
+    see(model, text, TopK(1))
+    ablate(model, text, TopK(1), positions=[np.array([100, 101])])
+
+
+PASSES = {
+    "logits": lambda model, text, tokenizer: collect(model, text, TopK(1)),
+    "quality": lambda model, text, tokenizer: Reference(model, text).measure(TopK(1)),
+    "layers": lambda model, text, tokenizer: layer_ablation(
+        model, tokenizer, ["An apple a day. " * 40], tokens=100, ks=[1], progress=False
+    ),
+    "sweep": by_the_sweep,
+    "diagnosis": by_the_diagnosis,
+}
+
+
+@pytest.mark.parametrize("slow", (True, False))
+@pytest.mark.parametrize("run", PASSES.values(), ids=PASSES)
+def test_studies_run_the_layers_in_c_where_torch_is_slow(run, slow, calls, monkeypatch, loaded):
+    tokenizer = loaded[1]
+    for module in (linears, passes):
+        monkeypatch.setattr(module, "torch_is_slow", lambda dtype: slow and dtype != torch.float32)
+    ids = token_ids(1, 2 * linears.MAX_ROWS)
+    document = {"domain": "a", "name": "a", "tokens": ids.numel(), "bytes": ids.numel()}
+    text = HeldOut([Window(0, ids, ids.numel())], [document])
+    model = olmoe(vocab_size=len(tokenizer)).requires_grad_(False)
+    run(model, text, tokenizer)
+    assert not calls
+    model = model.to(torch.bfloat16)
+    before = snapshot(model)
+    run(model, text, tokenizer)
+    assert bool(calls) is slow
+    if run is by_the_sweep:  # whose generation is timed, as `moeprof.patch` runs it
+        assert set(calls) <= {ids.numel()}
+    assert_unchanged(model, before)

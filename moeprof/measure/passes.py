@@ -16,6 +16,7 @@ import torch
 from ..backends.torch.prepared import precise
 from ..models.blocks import find_blocks
 from ..models.decoding import device_of
+from ..patching.linears import torch_is_slow
 from ..patching.patch import patch
 from ..routers import Router
 from ..texts.windows import HeldOut
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..backends.spec import Rule
     from ..null.resolve import AnyNull
+    from ..patching.handle import Handle
     from ..routers.base import Router
     from ..texts.windows import Window
 
@@ -85,6 +87,15 @@ class Quality(NamedTuple):
         return float(self.kl.sum() / self.predicted.sum())
 
 
+def patched(
+    model: nn.Module, router: Routers = None, *, null: AnyNull | None = None, norm: str = "model"
+) -> Handle:
+    """`patch` for passes whose times are not reported: the linear layers around the experts run
+    in C too where torch is many times slower with the model's numbers (`torch_is_slow`)."""
+    linears = torch_is_slow(next(model.parameters()).dtype)
+    return patch(model, router, null=null, norm=norm, linears=linears)
+
+
 def collect(
     model: nn.Module,
     text: HeldOut,
@@ -99,7 +110,7 @@ def collect(
     text: HeldOut; step is called for each window. The model is afterwards as it was.
     """
     base = getattr(model, "base_model", model)  # the head is not needed
-    with patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
+    with patched(model, router, null=null, norm=norm) as handle, torch.inference_mode():
         calls: list[list[Any]] = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing))
         for windows in batches(text):
@@ -190,8 +201,10 @@ class Reference:
         size, rows = len(self.text.documents), documents_of(self.text)
         kl, nats = np.zeros(size), np.zeros(size)
         agree, predicted = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        patched = patch(self.model, router, null=null, norm=norm)
-        with patched as handle, torch.inference_mode():
+        with (
+            patched(self.model, router, null=null, norm=norm) as handle,
+            torch.inference_mode(),
+        ):
             calls: list[list[Any]] = [[] for _ in handle.layers]
             handle.on_routing(lambda layer, routing: calls[layer].append(routing.counts))
             for windows in batches(self.text):

@@ -5,7 +5,6 @@ projections, lm_head) take most of the time; in bfloat16 they read at half the b
 torch has no instructions for a dtype, its products of many rows are slower still.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,15 +31,14 @@ SUPPORT = {
 
 
 @cache
-def most_rows(dtype: torch.dtype) -> float:
-    """So many rows of an input run in C, at most.
+def torch_is_slow(dtype: torch.dtype) -> bool:
+    """Whether C is faster at any number of rows.
 
-    Any number where torch multiplies numbers of 16 bits without instructions for them, and the
+    So it is where torch multiplies numbers of 16 bits without instructions for them, and the
     kernels have vectors: torch then takes 4 to 6 times as long (AMD Zen 3 with AVX2, torch 2.13).
     """
     ask = getattr(torch.ops.mkldnn, SUPPORT.get(dtype, ""), None)
-    slow = ask is not None and not ask() and "avx2" in _C.cpu_features()
-    return math.inf if slow else MAX_ROWS
+    return ask is not None and not ask() and "avx2" in _C.cpu_features()
 
 
 # Likewise, the least weights for which the way into C pays at 1 row: 512 x 512 in float32
@@ -72,7 +70,7 @@ def find_linears(model: nn.Module, blocks: list[nn.Module]) -> list[tuple[str, n
 
 
 def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    """The forward of a patched layer, bound to it: in C for `most_rows`, else as it was."""
+    """The forward of a patched layer, bound to it: in C where that is faster, else as it was."""
     weight, bias = self.weight, self.bias
     if _runs_in_c(input, weight, bias):
         rows = input.reshape(-1, weight.shape[1])
@@ -90,7 +88,8 @@ def _runs_in_c(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         unobserved(*tensors)  # first: a compiler would specialise on what comes after
         and input.shape[-1] == features
-        and 0 < input.numel() <= most_rows(weight.dtype) * features
+        and input.numel() > 0
+        and (input.numel() <= MAX_ROWS * features or torch_is_slow(weight.dtype))
         and tensor_obstacle(tensors) is None
         and weight.is_contiguous()
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))

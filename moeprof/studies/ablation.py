@@ -13,10 +13,9 @@ import torch
 from ..backends.torch.prepared import precise
 from ..checks import check_model, check_token_ids, check_tokenizer
 from ..measure.bootstrap import bootstrap
-from ..measure.passes import batches, evaluating, ids_for
+from ..measure.passes import batches, evaluating, ids_for, patched
 from ..models.blocks import runnable_blocks
 from ..models.names import layer_keys, layer_labels, layer_numbers, spans
-from ..patching.patch import patch
 from ..routers import TopK
 from ..show.console import Bar, make_console
 from ..show.console import progress as progress_bar
@@ -169,7 +168,7 @@ def _nats(
 ) -> NDArray[np.float64]:
     """(D,) the sum of -ln P(token) over each document, patched with `router`."""
     nats = np.zeros(len(text.documents))
-    with patch(model, router):
+    with patched(model, router):
         for windows in batches(text):
             ids = ids_for(model, windows)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()

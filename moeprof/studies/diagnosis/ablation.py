@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from ...measure.passes import ids_for
+from ...measure.passes import ids_for, patched
 from ...measure.routing import affinities, by_layer, choose
 from ...models.blocks import find_blocks, model_norm
 from ...models.decoding import cache_of, decode, keeps_all
-from ...patching.patch import patch
 from ...texts.windows import HeldOut
 
 if TYPE_CHECKING:
@@ -201,7 +200,7 @@ def ablate(
     """
     routers = changed_routers(model, router, null, norm)
     rng, parts, count = np.random.default_rng(seed), [], 0
-    with patch(model, routers), torch.inference_mode():
+    with patched(model, routers), torch.inference_mode():
         for window, places in zip(text.windows, positions, strict=True):
             if len(places):
                 part = _ablate_window(model, window, places, routers, rng)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ...measure.passes import documents_of, ids_for
+from ...measure.passes import documents_of, ids_for, patched
 from ...measure.routing import by_layer, choose
 from ...models.blocks import find_blocks
-from ...patching.patch import patch
 from ...texts.windows import HeldOut
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def see(
 ) -> Seen:
     """The text through the model patched with `router` (None: its own top-k)."""
     losses = []
-    with patch(model, router, null=null, norm=norm) as handle, torch.inference_mode():
+    with patched(model, router, null=null, norm=norm) as handle, torch.inference_mode():
         calls: list[list[Any]] = [[] for _ in handle.layers]
         handle.on_routing(lambda layer, routing: calls[layer].append(routing.logits))
         for window in text.windows:

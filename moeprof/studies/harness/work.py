@@ -16,8 +16,7 @@ import torch
 
 from ... import demo
 from ...files import as_json
-from ...measure.passes import evaluating
-from ...patching.patch import patch
+from ...measure.passes import evaluating, patched
 from ...routers.table import describe
 from ...texts.windows import BUDGET_TOKENS
 from ..configuration import with_own
@@ -127,7 +126,11 @@ class HarnessWork:
 
         name, one = cell.parameters["task"], self.configurations[cell.parameters["called"]]
         router = one.router if one.budget is None else self._set(one)
-        with quiet(), evaluating(self.model), patch(self.model, router, null=one.null) as handle:
+        with (
+            quiet(),
+            evaluating(self.model),
+            patched(self.model, router, null=one.null) as handle,
+        ):
             tokenizer = deepcopy(self.tokenizer)  # HFLM gives it a token for padding
             lm = CountingLM(self.model, tokenizer, handle, self.batch_size, step)
             task = self.tasks.begin(name)

@@ -6,13 +6,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ...measure.generate import greedy
 from ...measure.loss import nats
-from ...measure.passes import Reference, collect, evaluating
+from ...measure.passes import Reference, collect, evaluating, patched
 from ...measure.routing import by_layer
 from ...models.blocks import experts_of
 from ...models.decoding import device_of
@@ -120,10 +121,10 @@ class Costs:
             bar.step()
             return statistics.median(took) / tokens
 
-        def patched(call: Callable[[], object], k: int) -> Callable[[], object]:
+        def loss(k: int) -> Callable[[], object]:
             def run() -> object:
-                with patch(model, TopK(k)):
-                    return call()
+                with patched(model, TopK(k)):
+                    return nats(model, ids)
 
             return run
 
@@ -132,12 +133,9 @@ class Costs:
         reference = Reference(model, self.text)  # uncounted: the first pass waits for the disk
         bar.step()
 
-        def loss() -> object:
-            return nats(model, ids)
-
-        at_own = timed(patched(loss, own), size)
+        at_own = timed(loss(own), size)
         few = 1 if own > 1 else 2
-        each = max((at_own - timed(patched(loss, few), size)) / (own - few), 0.0)
+        each = max((at_own - timed(loss(few), size)) / (own - few), 0.0)
         found: list[Pass] = []
         collected = timed(lambda: found.append(collect(model, self.text, TopK(own))), size)
         self._passed = found[-1]
@@ -147,23 +145,18 @@ class Costs:
         with torch.inference_mode():
             stock = timed(lambda: model(input_ids=ids.to(device_of(model)), use_cache=False), size)
         self.rates[STOCK] = Rate(stock, 0.0)
-        self._decoding(model, ids[:, :PROMPT], timed, patched)
+        self._decoding(model, ids[:, :PROMPT], timed)
 
-    def _decoding(
-        self,
-        model: nn.Module,
-        ids: Tensor,
-        timed: Callable[..., float],
-        patched: Callable[..., Any],
-    ) -> None:
+    def _decoding(self, model: nn.Module, ids: Tensor, timed: Callable[..., float]) -> None:
         def decoding(k: int | None) -> float:
             """Seconds of a step, without those of the prompt."""
             took: list[float] = []
 
             def once() -> None:
-                took.append(greedy(model, ids, NEW_TOKENS + 1)[1])
+                with nullcontext() if k is None else patch(model, TopK(k)):
+                    took.append(greedy(model, ids, NEW_TOKENS + 1)[1])
 
-            timed(once if k is None else patched(once, k), 1)
+            timed(once, 1)
             return statistics.median(took) / NEW_TOKENS
 
         own, few = self.top_k, 1 if self.top_k > 1 else 2

@@ -15,6 +15,7 @@ from ...checks import check_model, check_token_ids, check_tokenizer, check_type
 from ...demo.defaults import default_null, load_once
 from ...measure.generate import greedy
 from ...measure.loss import evaluate
+from ...measure.passes import patched
 from ...models.blocks import experts_of, own_top_k
 from ...models.tokens import most_positions, prompt_ids
 from ...patching.patch import patch
@@ -154,8 +155,7 @@ class Experiment:
         router: None for the model's own top-k. The model is unpatched afterwards.
         """
         start = time.perf_counter()
-        with self._patched(router) as handle:
-            measured = self._generate(handle, step) | self._evaluate(handle, step)
+        measured = self._generate(router, step) | self._evaluate(router, step)
         return measured | {"seconds": time.perf_counter() - start}
 
     def quality(
@@ -163,8 +163,7 @@ class Experiment:
     ) -> dict[str, Any]:
         """The same on the held-out text alone: the fields of `run` that are of that."""
         start = time.perf_counter()
-        with self._patched(router) as handle:
-            measured = self._evaluate(handle, step)
+        measured = self._evaluate(router, step)
         return measured | {"seconds": time.perf_counter() - start}
 
     def load(self, router: Router | None) -> list[Load]:
@@ -182,13 +181,13 @@ class Experiment:
         """What `quality` takes; experts: the router, or how many it takes."""
         return [Load(LOSS, self.heldout.tokens, experts, self.null)]
 
-    def _patched(self, router: Router | None) -> Handle:
-        null = self.null if router is not None and router.wants_null else None
-        return patch(self.model, router, null=null)
+    def _null(self, router: Router | None) -> Any:
+        return self.null if router is not None and router.wants_null else None
 
-    def _evaluate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
-        tally = self._tally(handle)
-        with handle.on_routing(tally):
+    def _evaluate(self, router: Router | None, step: Callable[[], object]) -> dict[str, Any]:
+        with patched(self.model, router, null=self._null(router)) as handle:
+            tally = self._tally(handle)
+            handle.on_routing(tally)
             measured = evaluate(self.model, self.heldout, step)
         tally.settle()
         by_document = [0.0] * len(self.heldout.documents)
@@ -205,19 +204,20 @@ class Experiment:
     def _tally(self, handle: Handle) -> Tally:
         return Tally(len(handle.layers), max(layer.num_experts for layer in handle.layers))
 
-    def _generate(self, handle: Handle, step: Callable[[], object]) -> dict[str, Any]:
+    def _generate(self, router: Router | None, step: Callable[[], object]) -> dict[str, Any]:
         """Greedy generation on all prompts, batch 1: experts, tokens per second, tokens, texts."""
         prompts = self.prompt_ids()
-        greedy(self.model, prompts[0], 2)  # uncounted: the first calls pay for page faults
         tallies, tokens, seconds = [], [], 0.0
-        for ids in prompts:
-            tally = self._tally(handle)
-            with handle.on_routing(tally):
-                new, decode_seconds = greedy(self.model, ids, self.new_tokens)
-            tallies.append(tally.settle())
-            tokens.append(new)
-            seconds += decode_seconds
-            step()
+        with patch(self.model, router, null=self._null(router)) as handle:
+            greedy(self.model, prompts[0], 2)  # uncounted: the first calls pay for page faults
+            for ids in prompts:
+                tally = self._tally(handle)
+                with handle.on_routing(tally):
+                    new, decode_seconds = greedy(self.model, ids, self.new_tokens)
+                tallies.append(tally.settle())
+                tokens.append(new)
+                seconds += decode_seconds
+                step()
         decoded = len(prompts) * (self.new_tokens - 1)
         histogram = _histogram(tallies)
         return {
