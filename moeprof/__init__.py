@@ -61,7 +61,7 @@ _LAZY = {
     "SimpleBenchmark": "studies.benchmark",
     "evaluate": "studies.evaluation",
     "experts_forward": "patching.experts_forward",
-    "fit_null": "null.fitting",
+    "fit_null": "measure.fitting",
     "inspect": "models.inspection",
     "layer_ablation": "studies.ablation",
     "load": "quantizing.load",

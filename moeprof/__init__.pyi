@@ -9,11 +9,11 @@ from . import studies as studies
 from .backends.cpu import cpu_info as cpu_info
 from .backends.cpu import get_num_threads as get_num_threads
 from .backends.cpu import set_num_threads as set_num_threads
+from .measure.fitting import fit_null as fit_null
 from .measure.roofline import roofline as roofline
 from .models.inspection import inspect as inspect
 from .models.routing import Routing as Routing
 from .null import Null as Null
-from .null.fitting import fit_null as fit_null
 from .patching.experts_forward import experts_forward as experts_forward
 from .patching.handle import Handle as Handle
 from .patching.patch import OLMoERouterPatcher as OLMoERouterPatcher

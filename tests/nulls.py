@@ -4,7 +4,7 @@ import numpy as np
 
 from moeprof.models.identity import text_digest
 from moeprof.null import Null
-from moeprof.null.fitting import Histograms
+from moeprof.null.histograms import Histograms
 from moeprof.null.model import _ARRAYS
 
 

@@ -12,9 +12,9 @@ from nulls import assert_same, null_of
 
 from moeprof import demo
 from moeprof import null as nulls
+from moeprof.measure import fitting
 from moeprof.models.identity import model_name
-from moeprof.null import LayerNull, Null
-from moeprof.null import fitting as calibration
+from moeprof.null import LayerNull, Null, histograms
 from moeprof.texts.streams import PIECE, TextFiles
 
 # The nulls of these tests are fitted to few tokens; that this is said is a test of its own.
@@ -70,7 +70,7 @@ def model():
 
 
 def fit(model, texts=TEXTS, **options):
-    return calibration.fit_null(model, Tokenizer([5, 6]), texts, **{"progress": False, **options})
+    return fitting.fit_null(model, Tokenizer([5, 6]), texts, **{"progress": False, **options})
 
 
 def gate_logits(model, ids):
@@ -99,7 +99,7 @@ def gate_logits(model, ids):
 def test_fitting_counts_what_the_gates_give(model, kind, score):
     null = fit(model, kind=kind, score=score, window=8)
     trim = (1, 1) if kind == "trimmed" else (0, 0)
-    counter = calibration.Histograms(2, 8, score, *trim)
+    counter = histograms.Histograms(2, 8, score, *trim)
     tokens = 0
     for text in TEXTS:
         ids = Tokenizer()(text)["input_ids"]
@@ -248,7 +248,7 @@ def test_an_unreadable_gate_is_named(model):
     scores, indices = torch.zeros(3, E), torch.zeros(3, 2, dtype=torch.long)
 
     def read(output):
-        calibration._window_logits(block, (hidden, output), 3, E)
+        fitting._window_logits(block, (hidden, output), 3, E)
 
     with pytest.raises(
         ValueError, match="Router output format unexpected: .*gate: .* got NoneType"
@@ -418,8 +418,8 @@ def test_what_is_no_text_in_an_iterator_is_an_error(model):
 
 def test_counting_in_lumps_is_counting_one_by_one():
     rng = np.random.default_rng(0)
-    logits = rng.standard_normal((2 * calibration._PENDING + 77, 3)).astype(np.float32)
-    whole, pieces = (calibration.Histograms(1, 3, "centred") for _ in range(2))
+    logits = rng.standard_normal((2 * histograms._PENDING + 77, 3)).astype(np.float32)
+    whole, pieces = (histograms.Histograms(1, 3, "centred") for _ in range(2))
     whole.add(0, logits)
     reused = np.empty((100, 3), np.float32)
     for start in range(0, len(logits), 100):

@@ -11,11 +11,11 @@ import zoo
 from models import V5, olmoe
 
 import moeprof
+from moeprof.measure.fitting import _trimming
 from moeprof.models import families
 from moeprof.models.blocks import experts_of, find_blocks, model_sizes
 from moeprof.models.families.base import Family
 from moeprof.models.families.rules import GateRule
-from moeprof.null.fitting import _trimming
 from moeprof.studies.sweep import configurations, dropped_max_ks
 
 # A rule or layout each.

@@ -374,7 +374,12 @@ def by_the_diagnosis(model, text, tokenizer):
     ablate(model, text, TopK(1), positions=[np.array([100, 101])])
 
 
+def by_the_fit(model, text, tokenizer):
+    moeprof.fit_null(model, tokenizer, ["An apple a day. " * 800], progress=False)
+
+
 PASSES = {
+    "null": by_the_fit,
     "logits": lambda model, text, tokenizer: collect(model, text, TopK(1)),
     "quality": lambda model, text, tokenizer: Reference(model, text).measure(TopK(1)),
     "layers": lambda model, text, tokenizer: layer_ablation(
@@ -404,3 +409,14 @@ def test_studies_run_the_layers_in_c_where_torch_is_slow(run, slow, calls, monke
     if run is by_the_sweep:  # whose generation is timed, as `moeprof.patch` runs it
         assert set(calls) <= {ids.numel()}
     assert_unchanged(model, before)
+
+
+def test_a_null_is_fitted_to_the_model_as_it_is_patched(calls, monkeypatch, loaded):
+    tokenizer = loaded[1]
+    monkeypatch.setattr(passes, "torch_is_slow", lambda dtype: True)
+    model = olmoe(vocab_size=len(tokenizer)).requires_grad_(False).to(torch.bfloat16)
+    with moeprof.patch(model, "topk", k=1) as handle:
+        seen = []
+        handle.on_routing(lambda layer, routing: seen.append(routing.counts.max()))
+        by_the_fit(model, None, tokenizer)
+    assert max(seen) == 1 and not calls

@@ -13,7 +13,7 @@ from moeprof import files
 from moeprof import null as nulls
 from moeprof.models.identity import text_digest
 from moeprof.null import Null, storage
-from moeprof.null.fitting import Histograms
+from moeprof.null.histograms import Histograms
 
 pytestmark = pytest.mark.once
 

@@ -15,7 +15,7 @@ from ..backends.tables import as_array
 from ..measure.timing import interleave, steps
 from ..null import LayerNull
 from ..null.efron import efron_table, fit_efron
-from ..null.fitting import Histograms
+from ..null.histograms import Histograms
 from ..null.tables import counted_table, pooled
 from ..routers import BH, REGISTRY, TopK, make_router
 from ..show.tables import milliseconds, table

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ..files import check_folder
 from ..null import KINDS, SCORES, Null
-from ..null.fitting import fit_null
 from ..texts.streams import TextFiles
 from . import options
 
@@ -71,6 +70,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _fitted(arguments: argparse.Namespace) -> Null:
+    from ..measure.fitting import fit_null
+
     texts = TextFiles(arguments.text)
     options.check_named_model(arguments)
     model, tokenizer = options.load(arguments)

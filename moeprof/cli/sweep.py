@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from .. import demo
 from ..demo.defaults import default_null, shipped_null
 from ..null import Null
-from ..null.fitting import fit_null
 from ..studies.sweep.grid import ALPHAS, MAX_KS
 from ..texts.documents import read_document, read_documents
 from ..texts.prompts import read_prompts
@@ -180,6 +179,8 @@ def _null_for(
         return given, {"null": given.describe(), "null_source": source, "null_code": ""}
     code = "moeprof.demo.null()"
     if text is not None:
+        from ..measure.fitting import fit_null
+
         null = fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
         source = "It was fitted to the text given with --null-text."
     elif (shipped := shipped_null(model)) is not None:

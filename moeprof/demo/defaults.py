@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from .. import demo
-from ..null.fitting import fit_null
 from ..texts.windows import calibration_passages
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ def default_null(
     if (kind, seed) not in nulls:
         null = shipped_null(model, kind)
         if null is None:
+            from ..measure.fitting import fit_null
+
             passages = calibration_passages(demo.calibration_halves()[0], seed=seed)
             null = fit_null(model, tokenizer, passages, kind=kind, progress=progress)
         nulls[kind, seed] = null

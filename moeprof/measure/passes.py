@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..models.blocks import find_blocks
 from ..models.decoding import device_of
 from ..patching.linears import torch_is_slow
 from ..patching.patch import patch
+from ..patching.state import is_patched
 from ..routers import Router
 from ..texts.windows import HeldOut
 
@@ -94,6 +95,17 @@ def patched(
     in C too where torch is many times slower with the model's numbers (`torch_is_slow`)."""
     linears = torch_is_slow(next(model.parameters()).dtype)
     return patch(model, router, null=null, norm=norm, linears=linears)
+
+
+def quick(model: nn.Module) -> AbstractContextManager[Any]:
+    """The model `patched` where torch is slow with its numbers, if it can be; else, and where it
+    is patched already, as it is."""
+    if not torch_is_slow(next(model.parameters()).dtype) or any(map(is_patched, model.modules())):
+        return nullcontext()
+    try:
+        return patched(model)
+    except ValueError:  # some layer can't run on moeprof's path
+        return nullcontext()
 
 
 def collect(

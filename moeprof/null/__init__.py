@@ -1,4 +1,4 @@
-"""Null distributions of router scores: save, load, p-values (fitted in `moeprof.null.fitting`).
+"""Null distributions of router scores: save, load, p-values (fitted in `moeprof.measure.fitting`).
 
 A null is the distribution of the router's score of an expert that a token does not need.
 `Null` holds one for each MoE layer of a model, as integer histograms per expert, so that two

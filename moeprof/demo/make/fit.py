@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ... import demo
-from ...null.fitting import Form, fit_nulls
+from ...measure.fitting import Form, fit_nulls
 
 if TYPE_CHECKING:
     from ...null.model import Null

@@ -114,7 +114,7 @@ class Nulls:
         return self.fitted[name]
 
     def _fit(self) -> None:
-        from ...null.fitting import Form, fit_nulls
+        from ...measure.fitting import Form, fit_nulls
 
         names = [name for name in FORMS if name not in self.given]
         texts = [document.text for document in self.texts]

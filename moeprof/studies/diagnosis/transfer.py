@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...measure.bootstrap import bootstrap
-from ...null.fitting import fit_null
+from ...measure.fitting import fit_null
 from .rows import rows_by_layer
 from .seen import select
 from .statistics import cdf_statistic, count_p, joined, mean_statistic

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...measure.fitting import Form, fit_nulls
 from ...models.tokens import token_ids
 from ...null import Null
-from ...null.fitting import Form, fit_nulls
 from ...texts.documents import Document
 from ..comparison.contenders import FORMS
 from ..engine.load import FIT, Load

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ...measure.fitting import Form, fit_nulls
 from ...measure.generate import greedy
 from ...measure.loss import nats
 from ...measure.passes import Reference, collect, evaluating, patched
@@ -18,7 +19,6 @@ from ...measure.routing import by_layer
 from ...models.blocks import experts_of
 from ...models.decoding import device_of
 from ...models.tokens import token_ids
-from ...null.fitting import Form, fit_nulls
 from ...null.resolve import resolve_null
 from ...patching.patch import patch
 from ...routers import Router, TopK

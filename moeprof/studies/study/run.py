@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...files import as_csv, write_whole
 from ...measure import machine
+from ...measure.fitting import Form
 from ...models.quantized import described_dtype
-from ...null.fitting import Form
 from ..comparison.contenders import FORMS
 from ..engine.engine import announce_store
 from ..engine.serial import Serial

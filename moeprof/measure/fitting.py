@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
+import torch
 
-from ..backends.spec import BINS, LARGEST
 from ..checks import check_model, check_token_ids, check_tokenizer
+from ..models.blocks import find_blocks
 from ..models.identity import NO_TEXT, add_digests, gates_of, model_name, router_sample
+from ..models.reading import describe_output
 from ..models.tokens import token_ids
-from .model import KINDS, Null, trim_padding
-from .scores import SCORES, bins_of, check_choice, keep_largest, stored_scores
+from ..null.histograms import Histograms
+from ..null.model import KINDS, Null
+from ..null.scores import SCORES, check_choice
+from .passes import quick
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,63 +33,6 @@ if TYPE_CHECKING:
 # BH's first threshold is p <= alpha/E. Of n tokens' scores of E experts n * alpha lie beyond it:
 # at alpha 0.05 one with 20 tokens, and 100, which is what a tail known to 10 % takes, with 2,000.
 MIN_TOKENS, ENOUGH_TOKENS = 20, 2000
-_PENDING = 4096  # tokens of a layer that wait for being counted together
-
-
-class Histograms:
-    """Counts scores layer by layer, in memory that doesn't grow with the text.
-
-    score, r_high and r_low: as in Null. Logits wait until there are enough of them to be worth
-    a pass over the counts, which is (E,8192) numbers long whatever it adds.
-    """
-
-    def __init__(
-        self, layers: int, experts: int, score: str, r_high: int = 0, r_low: int = 0
-    ) -> None:
-        self.score, self.r_high, self.r_low = score, r_high, r_low
-        self._counts = np.zeros((layers, experts, BINS), np.uint64)
-        self._largest = np.full((layers, experts, LARGEST), -np.inf, np.float32)
-        self._pending: list[list[NDArray[np.float32]]] = [[] for _ in range(layers)]
-
-    @property
-    def counts(self) -> NDArray[np.uint64]:
-        """(L,E,8192) uint64."""
-        self._count_all()
-        return self._counts
-
-    @property
-    def largest(self) -> NDArray[np.float32]:
-        """(L,E,at most 1024) float32, descending, padded with -inf."""
-        self._count_all()
-        return trim_padding(keep_largest(self._largest))
-
-    def add(self, layer: int, logits: NDArray[np.float32]) -> None:
-        """Count a layer's float32 logits (T,E); of equal ones the lower id ranks higher."""
-        self._pending[layer].append(np.array(logits))  # a gate may use its memory again
-        if sum(map(len, self._pending[layer])) >= _PENDING:
-            self._count(layer)
-
-    def _count_all(self) -> None:
-        for layer, pending in enumerate(self._pending):
-            if pending:
-                self._count(layer)
-
-    def _count(self, layer: int) -> None:
-        logits = np.concatenate(self._pending[layer])
-        self._pending[layer].clear()
-        scores, experts = stored_scores(logits, self.score), logits.shape[1]
-        at = bins_of(scores) + BINS * np.arange(experts)
-        if self.r_high or self.r_low:
-            ranked = np.argsort(-logits, axis=1, kind="stable")
-            kept = np.zeros(scores.shape, bool)
-            middle = ranked[:, self.r_high : experts - self.r_low]
-            np.put_along_axis(kept, middle, True, axis=1)
-            at, scores = at[kept], np.where(kept, scores, np.float32(-np.inf))
-        found = np.bincount(at.ravel(), minlength=experts * BINS).reshape(experts, BINS)
-        self._counts[layer] += found.astype(np.uint64)
-        joined = np.concatenate([self._largest[layer], scores.T], axis=1)
-        # A partition only: `largest` sorts, once.
-        self._largest[layer] = np.partition(joined, -LARGEST, axis=1)[:, -LARGEST:]
 
 
 def _recorder(outputs: dict[int, Any], layer: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -113,8 +60,6 @@ def _window_logits(block: Block, said: Any, tokens: int, experts: int) -> NDArra
 
     said: (hidden states, output) of the block's gate.
     """
-    from ..models.reading import describe_output
-
     name, (hidden, output) = block.gate_name, said
     logits = block.gate_logits(output, hidden)
     if logits is None:
@@ -175,8 +120,6 @@ def _run(
     progress: bool,
 ) -> int:
     """Feed the texts through the model and count; returns the number of tokens counted."""
-    import torch
-
     base = getattr(model, "base_model", model)  # the head isn't needed
     gates = [block.family.gate_of(block.module) for block in blocks]
     device = next(gates[0].parameters()).device
@@ -188,7 +131,7 @@ def _run(
         model.eval()
         for layer, gate in enumerate(gates):
             handles.append(gate.register_forward_hook(_recorder(outputs, layer)))
-        with torch.inference_mode(), _bar(texts.total, progress) as bar:
+        with quick(model), torch.inference_mode(), _bar(texts.total, progress) as bar:
             for text, size in texts:
                 for ids, share in _windows(text, tokenizer, window):
                     check_token_ids(model, [ids])
@@ -229,8 +172,6 @@ def _trimming(
         if r_high or r_low:
             raise ValueError("r_high and r_low belong to kind='trimmed'")
         return 0, 0
-    from ..models.blocks import find_blocks
-
     # Rounded up, so that a top-1 router's own choice is left out; a score at least stays.
     top_k = max(block.top_k for block in find_blocks(model))
     half = min((top_k + 1) // 2, (experts - 1) // 2)
@@ -351,8 +292,6 @@ def fit_nulls(
         check_choice("score", form.score, SCORES)
     if not isinstance(window, numbers.Integral) or window < 2:
         raise ValueError(f"window: expected at least 2 tokens, got {window}")
-    from ..models.blocks import find_blocks  # with torch, which `import moeprof` has no use for
-
     texts = _Texts(texts)
     blocks = find_blocks(model)
     experts = blocks[0].num_experts
