@@ -145,8 +145,10 @@ MUTATIONS = [
     Mutation("moeprof/backends/tables.py",
              "return tuple(map(Tensor.data_ptr, self.matrices)) == self._addresses", "return True",
              "test_patch.py test_fallback.py"),
-    Mutation("moeprof/patching/linears.py", "math.inf if slow", "MAX_ROWS if slow",
+    Mutation("moeprof/patching/linears.py", " or torch_is_slow(weight.dtype)", "",
              "test_linears.py -k instructions"),
+    Mutation("moeprof/measure/passes.py", "norm=norm, linears=linears)", "norm=norm)",
+             "test_linears.py -k studies"),
     # ---- models: finder, reader, phases ----
     Mutation("moeprof/models/find.py", '"shared" not in child_name and ', "",
              "test_profiler_finding.py"),

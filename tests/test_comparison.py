@@ -28,6 +28,8 @@ from moeprof.studies.engine.engine import Listener
 from moeprof.studies.engine.staged import run_stages
 from moeprof.texts.windows import HeldOut, Window
 
+pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
+
 
 def text(windows=((0, 12), (0, 12), (1, 12), (2, 9)), domains=("a", "a", "b")):
     pieces = [Window(d, token_ids(1, n, seed=i), n) for i, (d, n) in enumerate(windows)]

@@ -25,6 +25,8 @@ from moeprof.studies.comparison.report import console_tables, report
 from moeprof.studies.comparison.splits import Splits
 from moeprof.studies.comparison.work import Comparison
 
+pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
+
 TEST = text(((0, 11), (1, 10), (2, 13)))
 
 

@@ -17,6 +17,8 @@ from moeprof.studies.store.store import Store
 from moeprof.studies.store.subject import null_digest
 from moeprof.texts.windows import heldout_windows
 
+pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -157,7 +159,6 @@ def test_every_configuration_is_timed_in_every_round(folder, tmp_path, monkeypat
         assert len(calls) == 5  # they are in the store
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bh-21", "bh-20-later", "equal-budget"])
 def test_every_shipped_grid_runs(name, folder, tmp_path, capsys):
     grid = replace(Grid.read(name), **small(folder, repeats=1))

@@ -50,7 +50,10 @@ OPERATOR = dict.fromkeys(WAYS, torch.ops.moeprof.moe.default)
 if V5:  # transformers 4 has no such interface
     WAYS["implementation"] = implementation
     OPERATOR["implementation"] = torch.ops.moeprof.experts.default
-each_way = pytest.mark.parametrize("way", WAYS)
+SLOW = pytest.mark.slow
+each_way = pytest.mark.parametrize(  # one of them on both versions: the operator is the same
+    "way", [pytest.param(way, marks=() if way == "patched" else SLOW) for way in WAYS]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +95,11 @@ def test_one_graph_with_one_operator_a_layer(way):
 
 
 @pytest.mark.parametrize(
-    ("way", "strict"), [*((way, False) for way in WAYS), ("bh", True), ([*WAYS][-1], True)]
+    ("way", "strict"),
+    [
+        pytest.param(way, strict, marks=() if (way, strict) == ("bh", False) else SLOW)
+        for way, strict in [*((way, False) for way in WAYS), ("bh", True), ([*WAYS][-1], True)]
+    ],
 )
 def test_export(way, strict):
     """A strict one is traced by what torch.compile traces with, and that by each way above."""
@@ -105,7 +112,7 @@ def test_export(way, strict):
         assert torch.equal(program.module()(**CALL).logits, expected)
 
 
-@pytest.mark.slow
+@SLOW
 def test_inductor():
     """One block: to compile a whole model takes a minute."""
     model, x = moe_block(), torch.randn(1, 7, 32)
@@ -116,7 +123,7 @@ def test_inductor():
         torch.testing.assert_close(run(compiled, x), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
+@SLOW
 def test_other_lengths_and_a_changed_top_k():
     """The compiled block follows what the eager one does: what stands around it is not ours."""
     model = moe_block()
@@ -208,7 +215,7 @@ def test_a_copy_that_never_ran_says_what_to_do_before_it_is_compiled():
         assert torch.equal(torch.compile(copied, fullgraph=True, backend="eager")(x), expected)
 
 
-@pytest.mark.parametrize("bits, exact", ((8, False), pytest.param(4, True, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("bits, exact", ((8, False), pytest.param(4, True, marks=SLOW)))
 def test_a_quantised_model_compiles_whole(bits, exact):
     """Experts and linear layers, by itself and patched with a router."""
     model = olmoe(num_hidden_layers=1)
@@ -224,7 +231,7 @@ def test_a_quantised_model_compiles_whole(bits, exact):
         assert torch.equal(compiled(**CALL).logits, expected)
 
 
-@pytest.mark.slow
+@SLOW
 def test_what_quantize_changes_after_compiling_is_seen():
     model = olmoe(num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -9,6 +9,8 @@ from models import V5, assert_unchanged, blocks, olmoe, snapshot
 from moeprof import demo
 from moeprof.studies.ablation import COLUMNS, _frame, ablation_figure, layer_ablation
 
+pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
+
 TEXTS = [document.text[:700] for document in demo.heldout_texts()[::16]]
 
 

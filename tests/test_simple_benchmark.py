@@ -19,6 +19,8 @@ from moeprof.studies.benchmark import SimpleBenchmark, measure
 from moeprof.studies.benchmark.measure import Prompt, Seen, Times
 from moeprof.studies.benchmark.result import BenchmarkComparison, Measurement, median_interval
 
+pytestmark = pytest.mark.slow  # the tests of the profiler and of decoding run on both versions
+
 
 class Tokenizer:
     """A token for each character."""
@@ -159,7 +161,6 @@ def test_times_are_of_the_calls(monkeypatch):
     assert slow["prefill_ms"] == 1.25e3 * 31 / 4
 
 
-@pytest.mark.slow
 def test_compare_runs_all_in_turn_and_undoes_each(monkeypatch):
     model = olmoe()
     model.train()

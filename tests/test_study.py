@@ -33,6 +33,8 @@ from moeprof.studies.study.run import plan_study, study
 from moeprof.studies.study.settings import PARTS, Settings
 from moeprof.studies.sweep.work import SweepWork
 
+pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
+
 QUICK = {"tokens": 300, "budget_tokens": 300, "null_characters": 4000, "positions": 2}
 
 
@@ -184,7 +186,6 @@ def test_times_in_words():
 # ---- the run ----
 
 
-@pytest.mark.slow
 def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
     results, shown = run(ground())
     folder = ground().files.folder
@@ -220,7 +221,6 @@ def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
         assert len(store.rows()) == finished
 
 
-@pytest.mark.slow
 def test_a_file_that_is_gone_or_changed_is_made_again(ground):
     made = ground(parts=["calibrate"])
     first, _ = run(made)
@@ -274,7 +274,6 @@ def test_a_model_that_cannot_be_patched_is_profiled(ground, monkeypatch):
     assert "no logits" in (made.files.folder / "report.md").read_text()
 
 
-@pytest.mark.slow
 def test_two_studies_with_one_store_have_their_own_files(ground, tmp_path):
     made = ground(parts=["calibrate"])
     run(made)
@@ -287,7 +286,6 @@ def test_two_studies_with_one_store_have_their_own_files(ground, tmp_path):
     assert plan.parts[0].is_done
 
 
-@pytest.mark.slow
 def test_other_settings_in_one_folder_leave_each_other_alone(ground):
     """The nulls of the first are found again after a study with another seed."""
     run(ground(parts=["calibrate"]))
@@ -297,7 +295,6 @@ def test_other_settings_in_one_folder_leave_each_other_alone(ground):
     assert plan.parts[0].is_done
 
 
-@pytest.mark.slow
 def test_own_texts_are_named(ground):
     documents = demo.heldout_texts()
     made = ground(parts=["sweep"], documents=documents, sources=["mine.txt"])
@@ -308,7 +305,6 @@ def test_own_texts_are_named(ground):
 # ---- what cells take ----
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", ["sweep", "compare", "diagnose", "evaluate"])
 def test_a_cell_reads_as_many_tokens_as_its_load_says(part, ground, costs):
     """Counted at the embedding, over all cells; a budget may take other passes than is usual."""
@@ -332,7 +328,6 @@ def test_a_cell_reads_as_many_tokens_as_its_load_says(part, ground, costs):
     assert 0.75 < read / planned < 1.33
 
 
-@pytest.mark.slow
 def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch):
     made, original = ground(parts=["diagnose", "evaluate"]), study_parts.diagnose
 
@@ -349,7 +344,6 @@ def test_a_part_that_cannot_be_run_does_not_stop_the_others(ground, monkeypatch)
     assert results.diagnose is not None and results.sweep is None
 
 
-@pytest.mark.slow
 def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
     calls, measure = [], CalibrationWork.run
 

@@ -13,6 +13,8 @@ from moeprof.backends import cpu
 from moeprof.measure.bits import words_of
 from moeprof.measure.snapshot import _sums, undoing
 
+pytestmark = pytest.mark.slow  # takes no interest in what a model computes
+
 
 def in_place(change):
     """A configure that changes tensors where they are."""

@@ -13,8 +13,9 @@ from moeprof.studies.sweep.beside import budgets
 from moeprof.studies.sweep.compared import compared, on_line
 from moeprof.studies.sweep.merged import merged
 
+pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
 
-@pytest.mark.slow
+
 def test_static_is_what_top_k_does_on_the_same_text(experiment, run):
     (row,) = run[0]["static"]  # the own k is the baseline
     assert row["k"] == 1 and row["avg_experts_heldout"] == 1

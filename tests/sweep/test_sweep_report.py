@@ -11,6 +11,8 @@ from moeprof.studies.sweep.advice import advice
 from moeprof.studies.sweep.merged import merged, same_results
 from moeprof.studies.sweep.report import report
 
+pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
+
 
 def test_the_report_begins_with_the_advice(run):
     text = report(run[0])
