@@ -73,7 +73,7 @@ class Forks:
     def run(self, code, *arguments, folder=None, until=None):
         """A finished process, as of `subprocess.run`.
 
-        until: Ctrl-C is pressed a moment after this stands on its stdout
+        until: Ctrl-C is pressed a moment after this stands on its stdout, or is true when called
         """
         with tempfile.TemporaryDirectory() as place:
             files = [Path(place) / name for name in ("stdout", "stderr")]
@@ -83,11 +83,18 @@ class Forks:
             print(json.dumps([*given, *map(str, files)]), file=self._process.stdin, flush=True)
             child = int(self._process.stdout.readline())
             if until is not None:
-                _wait_for(files[0], until)
+                _wait_for(until if callable(until) else lambda: until in files[0].read_text())
                 os.kill(child, signal.SIGINT)
             ended = int(self._process.stdout.readline())
             said = [file.read_text(encoding="utf-8") for file in files]
         return subprocess.CompletedProcess(arguments, ended, *said)
+
+
+MAIN = "import sys; from moeprof.cli import main; sys.exit(main(sys.argv[1:]))"
+IMPORTED = """
+import matplotlib.pyplot, statsmodels.api, transformers.generation, moeprof.studies.sweep
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
+"""
 
 
 @contextmanager
@@ -97,9 +104,9 @@ def forks(imports):
     started.close()
 
 
-def _wait_for(file, words):
+def _wait_for(seen):
     end = time.monotonic() + 120
-    while words not in file.read_text(encoding="utf-8"):
+    while not seen():
         assert time.monotonic() < end
         time.sleep(0.05)
     time.sleep(0.1)

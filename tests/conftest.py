@@ -46,6 +46,15 @@ def memory(request, monkeypatch):
     return request.param == "memory"
 
 
+@pytest.fixture(scope="session")
+def forked():
+    """Forks of a process that has imported what commands import, see `commands.Forks`."""
+    from commands import IMPORTED, forks
+
+    with forks(IMPORTED) as started:
+        yield started
+
+
 @pytest.fixture
 def no_grad():
     import torch

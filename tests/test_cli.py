@@ -12,7 +12,7 @@ import pandas
 import pytest
 import torch
 import transformers
-from commands import fails, forks
+from commands import MAIN, fails
 from matplotlib.figure import Figure
 from models import llama, olmoe
 
@@ -42,19 +42,6 @@ def prompts(tmp_path):
     return path
 
 
-IMPORTED = """
-import matplotlib.pyplot, statsmodels.api, transformers.generation, moeprof.studies.sweep
-from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
-"""
-
-
-@pytest.fixture(scope="module")
-def forked():
-    """Forks of a process that has imported what commands import."""
-    with forks(IMPORTED) as started:
-        yield started
-
-
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are empty files: drawing one takes longer than a sweep of a tiny model."""
@@ -63,7 +50,6 @@ def undrawn(monkeypatch):
 
 FEW = ("--tokens", "300", "--budget-tokens", "256")
 ONE = ("--alphas", "0.1", "--max-k", "4,64", "--static", "1")  # beside the model's own top-k
-MAIN = "import sys; from moeprof.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def files(folder):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import forks
+from commands import MAIN, forks
 
 import moeprof
 from moeprof import checks, cli, demo
@@ -43,9 +43,6 @@ def python(code, *arguments, folder=None, path=None):
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(found)},
     )
-
-
-MAIN = "import sys; from moeprof.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def own():
 
 @pytest.mark.slow
 def test_routing_matters_and_text_is_compressed(own):
-    results = evaluation.evaluate(*own, few_documents(6))
+    results = evaluation.evaluate(*own, few_documents(4))
     check_results(results, margin=0.9)
     recorded = RECORD["heldout"]["bits_per_byte"]
     assert results["bits_per_byte"]["total"] == pytest.approx(recorded["total"], abs=0.2)

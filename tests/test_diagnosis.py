@@ -1,6 +1,7 @@
 """Diagnosis: its statistics against SciPy and NumPy, ablation against decoding one by one."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -391,14 +392,17 @@ def test_command(tmp_path, capsys, monkeypatch):
     # test_files_are_written_whole draws.
     monkeypatch.setattr(Figure, "savefig", lambda self, out, **settings: out.write(b"drawn"))
     out = tmp_path / "out"
-    options = ("--positions", "12", "--tokens", "2048", "--alpha", "0.2", "--seed", "5")
+    options = ("--positions", "6", "--tokens", "1024", "--alpha", "0.2", "--seed", "5")
     assert main(["diagnose", *options, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "False discoveries by ablation, beside alpha" in printed
     assert f"Written: {out}/diagnosis.json" in printed
+    # Of its domains each has one document, one none that a null was fitted to.
+    transfer = printed.partition("Largest distance")[2].partition("False discoveries")[0]
+    assert re.search(r"bible +0\.\d+ ", transfer) and "–" in transfer and "nan" not in transfer
     assert (out / "moeprof.sqlite").exists()
     facts = json.loads((out / "diagnosis.json").read_text())["facts"]
-    assert (facts["alpha"], facts["seed"], facts["positions"]) == (0.2, 5, 12)
+    assert (facts["alpha"], facts["seed"], facts["positions"]) == (0.2, 5, 6)
 
 
 def test_without_a_folder_or_a_store_nothing_is_kept(tmp_path, capsys, monkeypatch):

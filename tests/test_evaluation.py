@@ -95,6 +95,16 @@ def test_documents_are_drawn_within_their_group():
     assert bootstrap(means(values), 12).error[0] > 0.3
 
 
+def test_a_domain_of_one_document_is_no_domain_of_its_own():
+    """Drawn within it, it would seem not to vary, and with it the whole."""
+    values = np.random.default_rng(3).normal(size=(1, 12))
+    groups = np.repeat(np.arange(6), [7, 1, 1, 1, 1, 1])
+    for one_each in (groups, np.arange(12)):
+        found, plain = bootstrap(means(values), 12, groups=one_each), bootstrap(means(values), 12)
+        assert all(np.array_equal(a, b) for a, b in zip(found, plain, strict=True))
+        assert found.error[0] > 0.1
+
+
 def test_differences_are_paired():
     a = np.random.default_rng(0).normal(size=50)
     found = bootstrap(means(np.stack([a, a + 1, np.ones(50)])), 50)

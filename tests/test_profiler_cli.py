@@ -3,17 +3,13 @@
 import importlib
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas
 import pytest
 import torch
 import transformers
+from commands import MAIN
 from models import olmoe
 from wording import says
 
@@ -300,41 +296,17 @@ def test_what_was_measured_is_on_disk_before_the_ablation(tiny, text, tmp_path, 
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_half_written(tiny, tmp_path):
-    """In a process of its own, as a user would; the records before it are readable."""
+def test_ctrl_c_leaves_nothing_half_written(forked, tiny, tmp_path):
+    """The records before it are readable."""
     records, out = tmp_path / "records.parquet", tmp_path / "out"
     pytest.importorskip("pyarrow")
-    command = [
-        sys.executable,
-        "-m",
-        "moeprof",
-        "profile",
-        "--model",
-        tiny,
-        "--out",
-        out,
-        "--records",
-        records,
-        "--tokens",
-        200_000,
-        "--continuations",
-        0,
-    ]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    end = time.monotonic() + 120
-    while not (records.exists() and records.stat().st_size > 1000) and process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stderr == "moeprof: interrupted\n"
+    options = ["--records", records, "--tokens", 200_000, "--continuations", 0, "--out", out]
+
+    def written():
+        return records.exists() and records.stat().st_size > 1000
+
+    ended = forked.run(MAIN, "profile", "--model", tiny, *options, until=written)
+    assert (ended.returncode, ended.stderr) == (130, "moeprof: interrupted\n")
     assert not out.exists()
     assert len(read_records(records)) > 0
 

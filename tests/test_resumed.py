@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -106,11 +104,11 @@ def killed(study, folder, number):
 
 
 TWICE = """
-import os, sys
+import os, sys, warnings
 from pathlib import Path
-import pandas
 import torch
 torch.set_num_threads(1)
+warnings.simplefilter("ignore")
 from test_resumed import killed
 for study, *numbers in (("compare", 4, 17), ("diagnose", 3, 3)):
     for number in map(int, numbers):
@@ -122,16 +120,10 @@ for study, *numbers in (("compare", 4, 17), ("diagnose", 3, 3)):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, forked):
     """Where each study was killed twice, in different cells."""
     folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", TWICE, folder],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.run(TWICE, folder, folder=Path(__file__).parent)
     ends = [line for line in done.stderr.split("\n") if line == str(-signal.SIGKILL)]
     assert len(ends) == 4, done.stderr
     return folder

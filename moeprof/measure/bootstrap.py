@@ -28,6 +28,10 @@ class Intervals(NamedTuple):
     band_low: NDArray[np.float64]
     band_high: NDArray[np.float64]
 
+    def unknown(self) -> Intervals:
+        """The estimate alone, the rest NaN: of a single document, which can't vary."""
+        return Intervals(self.estimate, *[np.full_like(self.estimate, np.nan)] * 5)
+
 
 def bootstrap(
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
@@ -47,7 +51,8 @@ def bootstrap(
     documents : int
         D.
     groups : (D,) integers, optional
-        Domains: documents are drawn within their own.
+        Domains: documents are drawn within their own, where each has several; a single one
+        would seem not to vary.
 
     Returns
     -------
@@ -58,6 +63,8 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     groups = np.zeros(documents, int) if groups is None else np.asarray(groups)
+    if np.unique(groups, return_counts=True)[1].min() < 2:
+        groups = np.zeros(documents, int)
     weights = np.zeros((draws, documents))
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +40,15 @@ def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> RichTabl
 def milliseconds(times: Mapping[str, Mapping[str, float]], name: str) -> float | None:
     """A contender's median, None where it took no part."""
     return times[name]["median_ms"] if name in times else None
+
+
+def with_interval(estimate: float, low: float, high: float, form: str, apart: str = " ") -> str:
+    """ "0.61 [0.58, 0.64]"; the estimate alone where there is no interval, "–" without both."""
+    if math.isnan(estimate):
+        return "–"
+    return format(estimate, form) + (
+        "" if math.isnan(low) else f"{apart}[{low:{form}}, {high:{form}}]"
+    )
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

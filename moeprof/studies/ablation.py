@@ -205,8 +205,7 @@ def _frame(
         return weights @ (changed - whole).T / (weights @ predicted)[:, None]
 
     found = bootstrap(change, len(whole), draws=draws, seed=seed)
-    known = len(whole) > 1
-    low, high = (ends if known else np.full(len(plan), np.nan) for ends in (found.low, found.high))
+    found = found if len(whole) > 1 else found.unknown()
     layers, ks = zip(*plan, strict=True)
     labels, blocks = layer_numbers(names), [names[layer] for layer in layers]
     columns = (
@@ -216,8 +215,8 @@ def _frame(
         ks,
         changed.sum(1) / predicted.sum(),
         found.estimate,
-        low,
-        high,
+        found.low,
+        found.high,
     )
     return pandas.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 

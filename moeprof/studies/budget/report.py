@@ -322,9 +322,7 @@ def _measured(passed: Pass, text: HeldOut) -> Measured:
     experts = np.bincount(passed.documents, passed.counts.mean(axis=0), count)
     sizes = np.bincount(passed.documents, minlength=count)
     domains = [document["domain"] for document in text.documents]
-    members = np.unique(domains, return_inverse=True)[1]
-    # A domain of one document would seem not to vary.
-    groups = None if np.bincount(members).min() < 2 else members
+    groups = np.unique(domains, return_inverse=True)[1]
     found = bootstrap(lambda w: (w @ experts / (w @ sizes))[:, None], count, groups=groups)
     error = float(found.error[0]) if count > 1 else math.nan
     average = float(passed.counts.mean())

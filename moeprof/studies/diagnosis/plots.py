@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.figures import COLOURS, pads, plain, style, whole_ticks
+from ...show.tables import with_interval
 from .discoveries import DOCUMENTS
 from .rows import ALL, PATCHED, STOCK
 from .statistics import BINS
@@ -95,7 +96,7 @@ def fdp_verdict(fdp: pandas.DataFrame, facts: dict[str, Any]) -> str:
     router = next(iter(facts["compared"]))
     rows = fdp[(fdp["routing"] == router) & (fdp["layer"] == ALL)]
     row = rows[rows["quantity"] == "FDP(delta0)"].iloc[0]
-    ends = f"{row['estimate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    ends = with_interval(row["estimate"], row["low"], row["high"], ".2f")
     alpha = facts["alpha"]
     if not isinstance(alpha, float):
         return plain(f"{router}: FDP at δ0 is {ends}")
@@ -239,14 +240,14 @@ def _matrix(axis: Axes, frame: pandas.DataFrame, form: str, title: str) -> None:
     down, across = (list(dict.fromkeys(frame[name])) for name in ("routing", "at"))
     shown = np.full((len(down), len(across)), np.nan)
     values = frame["estimate"].to_numpy(dtype=float)
-    low, high = values.min(), values.max()
+    low, high = np.nanmin(values), np.nanmax(values)
     for row in frame.to_dict("records"):
         shown[down.index(row["routing"]), across.index(row["at"])] = row["estimate"]
     axis.imshow(shown, cmap="Blues", aspect="auto", vmin=low, vmax=high)
     for row in frame.to_dict("records"):
         place = across.index(row["at"]), down.index(row["routing"])
         dark = (row["estimate"] - low) > 0.6 * (high - low) > 0
-        ends = f"{row['estimate']:{form}}\n[{row['low']:{form}}, {row['high']:{form}}]"
+        ends = with_interval(row["estimate"], row["low"], row["high"], form, apart="\n")
         axis.text(
             *place, ends, ha="center", va="center", size=9, color="white" if dark else "black"
         )

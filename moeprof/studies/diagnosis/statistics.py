@@ -48,12 +48,15 @@ def count_p(p: NDArray[np.float64], documents: NDArray[np.int64], size: int) -> 
 
 
 def cdf_statistic(counts: NDArray[np.int64]) -> Statistic:
-    """The share of p-values <= each of EDGES: (B, len(EDGES)). counts as `count_p` has them."""
+    """The share of p-values <= each of EDGES: (B, len(EDGES)). counts as `count_p` has them.
+
+    NaN where there is no p-value: no document, or none drawn that has tokens.
+    """
     below = counts.cumsum(axis=1).astype(float)
 
     def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         drawn = weights @ below
-        return drawn[:, :-1] / drawn[:, -1:]
+        return _divide(drawn[:, :-1], drawn[:, -1:])
 
     return statistic
 

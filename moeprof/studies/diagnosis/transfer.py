@@ -68,8 +68,9 @@ def transfer_rows(
 
     The KS distance is between the p-values of domain B's held-out text and of the text that the
     null was fitted on, both under that null: on the diagonal it shows what two texts of one
-    domain differ by. Intervals are over the documents of B; the fitted null, and the text it
-    was fitted on, stay as they are.
+    domain differ by. Intervals are over the documents of B, NaN for a single one; the fitted
+    null, and the text it was fitted on, stay as they are. NaN, too, where the calibration text
+    has none of the null's domain.
     """
     calibration, calibration_domains = fitted_on
     layers = len(seen.logits)
@@ -87,6 +88,7 @@ def transfer_rows(
             documents = np.flatnonzero(domains == domain)
             statistic = _of_domain(documents, seen, selected, counts, shares)
             found = bootstrap(statistic, len(documents), draws=draws)
+            found = found if len(documents) > 1 else found.unknown()
             names = ("P(R >= 1)", "experts", "KS distance")
             yield from rows_by_layer("transfer", name, layers, names, domain, found)
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...show.console import WIDTH, text_console
+from ...show.tables import with_interval
 from .rows import ALL, PATCHED, STOCK
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ class View(NamedTuple):
 
 
 def _value(row: Mapping[str, Any], form: str) -> str:
-    """ "0.61 [0.58, 0.64]"."""
-    estimate, low, high = (format(row[name], form) for name in ("estimate", "low", "high"))
-    return estimate if estimate == "nan" else f"{estimate} [{low}, {high}]"
+    return with_interval(row["estimate"], row["low"], row["high"], form)
 
 
 def _layer(layer: int) -> str:

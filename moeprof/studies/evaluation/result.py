@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
 from ...show.console import WIDTH, text_console
-from ...show.tables import table
+from ...show.tables import table, with_interval
 from .statistics import Row, results
 
 if TYPE_CHECKING:
@@ -247,10 +248,9 @@ class Evaluated:
 
 def _interval(row: Mapping[str, Any], name: str, form: str, times: float = 1) -> str:
     """ "+0.0213 [+0.0190, +0.0230]", the value alone where there is no interval."""
-    value, low, high = (row[name + end] for end in ("", "_low", "_high"))
-    if low is None:
-        return format(times * value, form)
-    return f"{times * value:{form}} [{times * low:{form}}, {times * high:{form}}]"
+    fields = (row[name + end] for end in ("", "_low", "_high"))
+    value, low, high = (math.nan if field is None else times * field for field in fields)
+    return with_interval(value, low, high, form)
 
 
 def _count(number: int, what: str) -> str:

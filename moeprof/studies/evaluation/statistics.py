@@ -79,10 +79,9 @@ def _part(one: Mapping[str, Any], at: list[int]) -> dict[str, NDArray[np.float64
     return {field: np.asarray(one[field], float)[at] for field in fields}
 
 
-def _groups(documents: Sequence[Mapping[str, Any]], at: list[int]) -> NDArray[np.int64] | None:
-    """The domain of each document; None where one has a single document, which can't vary."""
-    groups = np.unique([documents[i]["domain"] for i in at], return_inverse=True)[1]
-    return groups if np.bincount(groups).min() > 1 else None
+def _groups(documents: Sequence[Mapping[str, Any]], at: list[int]) -> NDArray[np.int64]:
+    """The domain of each document, as a number."""
+    return np.unique([documents[i]["domain"] for i in at], return_inverse=True)[1]
 
 
 class _Sums:
