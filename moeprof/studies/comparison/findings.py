@@ -21,6 +21,11 @@ INTERVALS = (
     'go by it. "band" against shuffled-k: the same of the difference from the router\'s own '
     "numbers of experts dealt to other tokens; where it reaches 0 or is above, the dot is hollow."
 )
+AGAINST_STATIC = {
+    BETTER: "it beats static top-k",
+    WORSE: "it loses to static top-k",
+}
+UNDECIDED = "undecided"
 OTHERS = {
     "fixed_p": "the same p-values cut at one fixed p, without the correction",
     "bh (logit)": "BH on raw logits",
@@ -120,7 +125,7 @@ def findings(run: dict[str, Any]) -> list[str]:
 def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
     """The same by what they are about: "effects", "speed", "bytes" and "reach"."""
     view = View(run)
-    effects = [*caution(view), *_primary(view)]
+    effects = [*caution(view), *_answers(view), *_primary(view)]
     for table in view.tables:
         effects += _ranking(view, table)
     effects += [
@@ -141,9 +146,48 @@ def caution(view: View) -> Iterator[str]:
     effects = [cell["effect"]["kl"] for cell in view.cells(role=ROUTER)]
     if effects and not any(map(varies, effects)):
         yield (
-            "The test text is one document, or one of each domain, and intervals are over "
-            "documents: there are none, and nothing is decided. Give more tokens."
+            "The test text is one document, and intervals are over documents: there are none, and "
+            "nothing is decided. Give more tokens."
         )
+
+
+def _answers(view: View) -> Iterator[str]:
+    if view.cells(role=ROUTER):
+        table = next(iter(view.tables))
+        for budget in view.budgets(table):
+            yield answer(view, table, budget)
+
+
+def answer(view: View, table: str, budget: int) -> str:
+    """Which router keeps quality best at a budget in every layer."""
+    ranked = view.ranked(table, budget)
+    if not ranked:
+        return f"At {budget} experts per token no router was measured."
+    best = ranked[0]
+    return (
+        f"At {budget} experts per token {best['contender']} keeps quality best of the "
+        f"{len(ranked)} routers that can be set to it: {with_level(best)}, {against_static(best)}."
+    )
+
+
+def with_level(cell: Mapping[str, Any]) -> str:
+    """ "KL 0.0756 (95 % interval 0.0698 to 0.0814)"."""
+    text, level = f"KL {cell['kl']:.4f}", cell.get("level", {}).get("kl")
+    if level is None or not varies(cell["effect"]["kl"]):
+        return text
+    return f"{text} (95 % interval {level['low']:.4f} to {level['high']:.4f})"
+
+
+def against_static(cell: Mapping[str, Any]) -> str:
+    """Its distance from static top-k with the same number of experts, and who wins."""
+    effect = cell["effect"]["kl"]
+    what = AGAINST_STATIC.get(verdict(effect), UNDECIDED)
+    return f"{with_band(effect)} beside static top-k at as many experts, {what}"
+
+
+def with_band(effect: Mapping[str, float]) -> str:
+    """ "-0.0123 (band -0.0160 to -0.0086)"."""
+    return f"{effect['estimate']:+.4f} (band {band(effect)})"
 
 
 def band(effect: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from ...show.tables import with_interval
 from .discoveries import DOCUMENTS
 from .rows import ALL, PATCHED, STOCK
 from .statistics import BINS
+from .views import uniform_layers
 
 if TYPE_CHECKING:
     import pandas
@@ -65,15 +66,9 @@ def _columns(rows: pandas.DataFrame, *names: str) -> Iterator[NDArray[np.float64
 
 def uniform_verdict(pi0: pandas.DataFrame) -> str:
     """Whether π̂0 at the middle λ is told from 1, of each model's logits; from its table."""
-    at = pi0["at"].astype(float)
-    middle = pi0[at == sorted(set(at))[len(set(at)) // 2]]
-    parts = []
-    for routing in (STOCK, PATCHED):
-        rows = middle[(middle["routing"] == routing) & (middle["layer"] != ALL)]
-        inside = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum())
-        parts.append(f"{routing} {inside} of {len(rows)}")
-    where = f"λ {float(middle['at'].iloc[0]):g}"
-    return f"Layers where π̂0 at {where} is as uniform p-values give, 1: {', '.join(parts)}"
+    where, layers = uniform_layers(pi0)
+    parts = [f"{routing} {inside} of {of}" for routing, (inside, of) in layers.items()]
+    return f"Layers where π̂0 at λ {where:g} is as uniform p-values give, 1: {', '.join(parts)}"
 
 
 def clamp_verdict(selection: pandas.DataFrame, facts: dict[str, Any]) -> str:

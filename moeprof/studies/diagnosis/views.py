@@ -262,11 +262,12 @@ def _joint(diagnosis: Diagnosed) -> Iterator[View]:
 
 
 def findings(diagnosis: Diagnosed) -> list[str]:
-    """What was measured, what it was measured against, and what came out, in sentences."""
+    """The answer, what was measured, against what, and what came out, in sentences."""
     facts = diagnosis.facts
     documents = facts["heldout_documents"]
     domains = len({d["domain"] for d in documents})
     found = [
+        *_answer(diagnosis),
         f"{facts['router']} on {facts['model']} ({facts['dtype']}).",
         f"Null: {facts['null']}.",
         f"Held-out text: {facts['heldout_tokens']:,} tokens of {len(documents)} documents in "
@@ -279,6 +280,36 @@ def findings(diagnosis: Diagnosed) -> list[str]:
     if "fdp" in diagnosis.tables:
         found += _ablation_findings(diagnosis)
     return found
+
+
+def _answer(diagnosis: Diagnosed) -> Iterator[str]:
+    """Is alpha what is false, and are the p-values what they have to be for that?"""
+    if has_one_alpha(diagnosis):
+        false, side = beside_alpha(diagnosis)
+        beside = {-1: "fewer than alpha", 0: "not told from alpha", 1: "more than alpha"}[side]
+        yield (
+            f"Is alpha what is false? Of a position's discoveries at alpha = "
+            f"{diagnosis.facts['alpha']:g} a share of {false} is, as shown by leaving each out: "
+            f"{beside}."
+        )
+    where, layers = uniform_layers(diagnosis.to_frame("pi0"))
+    inside = " and ".join(f"{n} of {of} on the {name} model's" for name, (n, of) in layers.items())
+    yield (
+        "Are the p-values of unneeded experts uniform, as that needs? Not told from it in so many "
+        f"layers: {inside} logits (1 is in the interval of Storey's π̂0 at λ {where:g})."
+    )
+
+
+def uniform_layers(pi0: pandas.DataFrame) -> tuple[float, dict[str, tuple[int, int]]]:
+    """(the middle λ, {routing: (layers in which π̂0 there is not told from 1, layers)})."""
+    at = pi0["at"].astype(float)
+    where = sorted(set(at))[len(set(at)) // 2]
+    middle = pi0[(at == where) & (pi0["layer"] != ALL)]
+    counts = {}
+    for routing in (STOCK, PATCHED):
+        rows = middle[middle["routing"] == routing]
+        counts[routing] = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum()), len(rows)
+    return where, counts
 
 
 def _floors(diagnosis: Diagnosed) -> Iterator[str]:

@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...comparison.contenders import PRIMARY
-from ...comparison.effects import BETTER, ROUTER, WORSE, varies, verdict
-from ...comparison.findings import View, band, beside, caution, megabytes
+from ...comparison.effects import BETTER, ROUTER, WORSE, verdict
+from ...comparison.findings import (
+    UNDECIDED,
+    View,
+    against_static,
+    answer,
+    beside,
+    caution,
+    megabytes,
+    with_band,
+    with_level,
+)
 from ...diagnosis.views import beside_alpha, has_one_alpha
 from ...grid.rows import by_setting
 from ...sweep.advice import how_sure, is_above, is_below
@@ -20,11 +30,6 @@ if TYPE_CHECKING:
     from .results import Results
 
 
-AGAINST_STATIC = {
-    BETTER: "it beats static top-k",
-    WORSE: "it loses to static top-k",
-}
-UNDECIDED = "undecided"
 NOTE = (
     "95 % intervals are of one number alone, over documents. A band holds together with all other "
     'bands of its table: a verdict is given only where a whole band is on one side of 0, and is "'
@@ -61,35 +66,9 @@ def _compared(view: View) -> Iterator[Sentence]:
     yield from map(Sentence, caution(view))
     table = next(iter(view.tables))
     for budget in view.budgets(table):
-        ranked = view.ranked(table, budget)
-        if not ranked:
-            yield Sentence(f"At {budget} experts per token no router was measured.")
-            continue
-        best = ranked[0]
-        yield Sentence(
-            f"At {budget} experts per token {best['contender']} keeps quality best of the "
-            f"{len(ranked)} routers that can be set to it: {_level(best)}, {_beside_static(best)}.",
-            f"compare-{table}-{budget}",
-        )
+        place = f"compare-{table}-{budget}" if view.ranked(table, budget) else ""
+        yield Sentence(answer(view, table, budget), place)
     yield from _bh(view, table)
-
-
-def _level(cell: dict[str, Any]) -> str:
-    text, level = f"KL {cell['kl']:.4f}", cell.get("level", {}).get("kl")
-    if level is None or not varies(cell["effect"]["kl"]):
-        return text
-    return f"{text} (95 % interval {level['low']:.4f} to {level['high']:.4f})"
-
-
-def _beside_static(cell: dict[str, Any]) -> str:
-    effect = cell["effect"]["kl"]
-    what = AGAINST_STATIC.get(verdict(effect), UNDECIDED)
-    return f"{_band(effect)} beside static top-k at as many experts, {what}"
-
-
-def _band(effect: dict[str, float]) -> str:
-    """ "-0.0123 (band -0.0160 to -0.0086)"."""
-    return f"{effect['estimate']:+.4f} (band {band(effect)})"
 
 
 def _bh(view: View, table: str) -> Iterator[Sentence]:
@@ -99,7 +78,7 @@ def _bh(view: View, table: str) -> Iterator[Sentence]:
             role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget
         )
         if cell:
-            said.append(f"at {budget} {_beside_static(cell)}")
+            said.append(f"at {budget} {against_static(cell)}")
     if said:
         yield Sentence(
             f"BH, which was fixed before the run as the router to test: {'; '.join(said)}.",
@@ -132,8 +111,8 @@ def _shrinking(results: Results) -> Iterator[Sentence]:
         effect, ways = whole["effect"]["kl"], view.skipping()
         what = {BETTER: "shrinking is closer", WORSE: "skipping is closer"}
         said.append(
-            f"in {whole['bits']} bits ({megabytes(whole)} MB per token) {_level(whole)}, "
-            f"{_band(effect)} beside static top-k that reads as much: "
+            f"in {whole['bits']} bits ({megabytes(whole)} MB per token) {with_level(whole)}, "
+            f"{with_band(effect)} beside static top-k that reads as much: "
             f"{what.get(verdict(effect), UNDECIDED)}, and of {len(ways)} ways to skip, whatever "
             f"they read, {len(beside(view, whole)['closer']) or 'none'} closer"
         )
