@@ -58,6 +58,7 @@ def bench(capsys, tmp_path, *arguments):
     out, err = capsys.readouterr()
     assert err == "" and f"Written: {file}" in out
     assert max(map(len, out.splitlines())) <= max(100, len(f"Written: {file}"))
+    assert "…" not in out, "a table that is cut off"
     result = json.loads(file.read_text())
     check(result, arguments[0])
     return out, result
