@@ -175,6 +175,16 @@ def test_findings_when_bh_loses():
     assert f"{100 * share:.0f} % of the oracle's gain" in text
 
 
+def test_the_first_finding_is_who_keeps_quality_best():
+    cells = [made_cell(contender=name, shift=shift) for name, shift in (("a", 0.1), ("b", -0.03))]
+    four, six, *_ = findings(made_run(*cells))
+    kl = cells[1]["kl"]
+    assert says(four, "At 4 experts", "b keeps quality best of the 2 routers", f"KL {kl:.4f}")
+    assert "beats static top-k" in four and says(six, "At 6 experts", "no router was measured")
+    four, *_ = findings(made_run(made_cell(shift=0.03)))
+    assert "loses to static top-k" in four
+
+
 def test_findings_without_a_difference_and_without_adaptivity():
     router = made_cell(shift=0.0002, noise=0.05)
     text = said(router, made_cell("shuffled", shift=0.0001, noise=0.05, seed=8))

@@ -24,9 +24,10 @@ from moeprof.studies.diagnosis import diagnose, plots
 from moeprof.studies.diagnosis import statistics as st
 from moeprof.studies.diagnosis.discoveries import DELTAS, FDP, discovery_rows
 from moeprof.studies.diagnosis.pvalues import selection_rows
+from moeprof.studies.diagnosis.result import Diagnosis
 from moeprof.studies.diagnosis.rows import ALL
 from moeprof.studies.diagnosis.seen import Seen, Selected, entropy
-from moeprof.studies.diagnosis.views import views
+from moeprof.studies.diagnosis.views import findings, views
 from moeprof.texts.windows import HeldOut, Window, heldout_windows
 
 pytestmark = pytest.mark.slow  # test_every_study runs a diagnosis on both versions
@@ -341,7 +342,13 @@ def test_figures_say_what_came_out_and_what_their_letters_mean(small):
     ):
         said = plots.fdp_verdict(fdp, small.facts | {"alpha": float(alpha)})
         assert f"], {side} alpha = " in said
+        changed = Diagnosis(small._rows, small.facts | {"alpha": float(alpha)})
+        false, uniform, *_ = findings(changed)
+        beside = {"above": "more than alpha", "below": "fewer than alpha", "not told from": side}
+        assert says(false, f"{row['estimate']:.2f} [", f"alpha = {alpha:g}", beside[side])
+        assert says(uniform, "of 4 layers on the stock model", "π̂0")
     assert "alpha" not in plots.fdp_verdict(fdp, small.facts | {"alpha": None})
+    assert findings(Diagnosis(small._rows, small.facts | {"alpha": None}))[0] == uniform
     assert "of the tokens" in selection.get_suptitle()
     pi0 = small.to_frame("pi0")
     for low, high, inside in ((0.9, 1.1, 4), (1.01, 1.1, 0)):

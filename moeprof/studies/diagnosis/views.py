@@ -288,15 +288,14 @@ def _answer(diagnosis: Diagnosed) -> Iterator[str]:
         false, side = beside_alpha(diagnosis)
         beside = {-1: "fewer than alpha", 0: "not told from alpha", 1: "more than alpha"}[side]
         yield (
-            f"Is alpha what is false? Of a position's discoveries at alpha = "
-            f"{diagnosis.facts['alpha']:g} a share of {false} is, as shown by leaving each out: "
-            f"{beside}."
+            f"Is alpha what is false? Left out one by one, {false} of a position's discoveries "
+            f"turn out to be false, at alpha = {diagnosis.facts['alpha']:g}: {beside}."
         )
     where, layers = uniform_layers(diagnosis.to_frame("pi0"))
-    inside = " and ".join(f"{n} of {of} on the {name} model's" for name, (n, of) in layers.items())
+    said = [f"in {n} of {of} layers on the {name} model's" for name, (n, of) in layers.items()]
     yield (
-        "Are the p-values of unneeded experts uniform, as that needs? Not told from it in so many "
-        f"layers: {inside} logits (1 is in the interval of Storey's π̂0 at λ {where:g})."
+        "Are the p-values of unneeded experts uniform, as that needs? They can't be told from it "
+        f"{' and '.join(said)} logits (1 is in the interval of Storey's π̂0 at λ {where:g})."
     )
 
 
