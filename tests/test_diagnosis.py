@@ -290,6 +290,22 @@ def test_summary_fits_the_width_and_is_honest(small):
     assert "<table" in small._repr_html_() and "patched" in small._repr_html_()
 
 
+def test_one_document_has_no_intervals_and_decides_nothing(loaded, null):
+    text = max(demo.heldout_texts(), key=lambda document: len(document.text))
+    found = null.diagnose(
+        *loaded, texts=[text], router=BH(0.3), calibration=[], positions=3, tokens=300, draws=20,
+        progress=False,
+    )  # fmt: skip
+    said = found.summary()
+    assert says(said, "one document", "nothing is decided")
+    assert "nan" not in said and "[" not in said.partition("Storey's")[0]
+    assert "[" not in re.sub(r"\[95 %\s+intervals\]", "", said)
+    frame = found.to_frame()
+    assert frame["low"].isna().all() and frame["estimate"].notna().any()
+    for name in found.figures:
+        assert found.figure(name).get_suptitle()
+
+
 def test_an_alpha_for_each_layer_and_positions_in_few_documents(loaded, null):
     """As `with_budget(per_layer=True)` returns a router; 6 positions are in 6 documents."""
     router = BH((0.1, 0.2, 0.3, 0.4))

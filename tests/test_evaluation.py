@@ -96,13 +96,17 @@ def test_documents_are_drawn_within_their_group():
 
 
 def test_a_domain_of_one_document_is_no_domain_of_its_own():
-    """Drawn within it, it would seem not to vary, and with it the whole."""
-    values = np.random.default_rng(3).normal(size=(1, 12))
-    groups = np.repeat(np.arange(6), [7, 1, 1, 1, 1, 1])
-    for one_each in (groups, np.arange(12)):
-        found, plain = bootstrap(means(values), 12, groups=one_each), bootstrap(means(values), 12)
-        assert all(np.array_equal(a, b) for a, b in zip(found, plain, strict=True))
-        assert found.error[0] > 0.1
+    """Drawn within it, it would seem not to vary: those that are alone are drawn together."""
+    values = np.repeat([[0.0, 1.0, 5.0]], 4, axis=1).reshape(1, 12)
+    for groups, same in (
+        (range(12), [0] * 12),
+        ([0] * 4 + [1] * 4 + [2, 3, 4, 5], [0] * 4 + [1] * 4 + [2] * 4),
+        ([0] * 6 + [1] * 5 + [2], [0] * 6 + [1] * 6),  # with the smallest other
+    ):
+        found, wanted = (bootstrap(means(values), 12, groups=each) for each in (groups, same))
+        for name in ("error", "low", "high"):
+            assert getattr(found, name)[0] == pytest.approx(getattr(wanted, name)[0], abs=0.2), name
+    assert bootstrap(means(np.ones((1, 1))), 1, groups=[0]).error[0] == 0
 
 
 def test_differences_are_paired():

@@ -5,6 +5,7 @@ All families run in test_every_family.py; here is what holds for the records.
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -20,6 +21,10 @@ from moeprof.studies.sweep import configurations, dropped_max_ks
 
 # A rule or layout each.
 SAMPLE = ("olmoe", "qwen3_moe", "mixtral", "deepseek_v3", "granitemoe", "gpt_oss", "aria")
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(params=SAMPLE)
@@ -41,6 +46,24 @@ def test_a_record_is_all_that_a_family_of_these_layouts_takes(family):
             assert (model(**inputs).logits - stock).abs().max() > 1e-2
             assert all((counts == 1).all() for counts in seen) and len(seen) == layers
         assert torch.equal(model(**inputs).logits, stock)
+
+
+@pytest.mark.filterwarnings("ignore:the null was fitted to")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_null_is_fitted_to_a_patched_model_as_to_its_own(family, dtype):
+    """Also where a patched block does without its gate, as some on transformers 4."""
+    model = zoo.build(family).to(dtype)
+
+    def tokenizer(text, **_):
+        return {"input_ids": torch.randint(2, 60, (64,), generator=seeded(0)).tolist()}
+
+    own = moeprof.fit_null(model, tokenizer, ["a text"], progress=False)
+    with moeprof.patch(model, linears=True):
+        patched = moeprof.fit_null(model, tokenizer, ["a text"], progress=False)
+    # The first layer's gate sees the same but for linear layers before it, in 16 bits.
+    moved = np.abs(patched.counts[0].astype(int) - own.counts[0].astype(int)).sum()
+    assert moved <= (0.02 if dtype == torch.float32 else 0.5) * own.counts[0].sum()
+    assert patched.counts.sum() == own.counts.sum() > 0
 
 
 def test_inspect_knows_it(family):

@@ -8,7 +8,7 @@ from models import assert_unchanged, blocks, olmoe, relative, snapshot, token_id
 from torch import nn
 
 import moeprof
-from moeprof import _C
+from moeprof import _C, demo
 from moeprof.backends.tables import DTYPES, as_array, as_tensor
 from moeprof.measure import passes
 from moeprof.measure.passes import Reference, collect
@@ -17,6 +17,7 @@ from moeprof.routers import TopK
 from moeprof.studies.ablation import layer_ablation
 from moeprof.studies.diagnosis.ablation import ablate
 from moeprof.studies.diagnosis.seen import see
+from moeprof.studies.diagnosis.transfer import domain_nulls
 from moeprof.studies.sweep.runner import Experiment
 from moeprof.texts.windows import HeldOut, Window
 
@@ -375,7 +376,8 @@ def by_the_diagnosis(model, text, tokenizer):
 
 
 def by_the_fit(model, text, tokenizer):
-    moeprof.fit_null(model, tokenizer, ["An apple a day. " * 800], progress=False)
+    documents = [demo.Document("apples", "made up", "An apple a day. " * 800)]
+    domain_nulls(model, tokenizer, demo.null("efron"), documents)
 
 
 PASSES = {

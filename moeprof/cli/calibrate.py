@@ -71,18 +71,20 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _fitted(arguments: argparse.Namespace) -> Null:
     from ..measure.fitting import fit_null
+    from ..measure.passes import quick
 
     texts = TextFiles(arguments.text)
     options.check_named_model(arguments)
     model, tokenizer = options.load(arguments)
-    return fit_null(
-        model,
-        tokenizer,
-        texts,
-        kind=arguments.kind or "trimmed",
-        score=arguments.score or "logprob",
-        progress=sys.stderr.isatty(),
-    )
+    with quick(model):
+        return fit_null(
+            model,
+            tokenizer,
+            texts,
+            kind=arguments.kind or "trimmed",
+            score=arguments.score or "logprob",
+            progress=sys.stderr.isatty(),
+        )
 
 
 def _merged(arguments: argparse.Namespace) -> Null:

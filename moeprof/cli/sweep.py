@@ -180,8 +180,10 @@ def _null_for(
     code = "moeprof.demo.null()"
     if text is not None:
         from ..measure.fitting import fit_null
+        from ..measure.passes import quick
 
-        null = fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
+        with quick(model):
+            null = fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
         source = "It was fitted to the text given with --null-text."
     elif (shipped := shipped_null(model)) is not None:
         null = shipped

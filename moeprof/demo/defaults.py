@@ -48,8 +48,10 @@ def default_null(
         null = shipped_null(model, kind)
         if null is None:
             from ..measure.fitting import fit_null
+            from ..measure.passes import quick
 
             passages = calibration_passages(demo.calibration_halves()[0], seed=seed)
-            null = fit_null(model, tokenizer, passages, kind=kind, progress=progress)
+            with quick(model):
+                null = fit_null(model, tokenizer, passages, kind=kind, progress=progress)
         nulls[kind, seed] = null
     return nulls[kind, seed]

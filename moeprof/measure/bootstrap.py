@@ -51,8 +51,8 @@ def bootstrap(
     documents : int
         D.
     groups : (D,) integers, optional
-        Domains: documents are drawn within their own, where each has several; a single one
-        would seem not to vary.
+        Domains: documents are drawn within their own. Those that have a single document, which
+        would seem not to vary, are one together; if there is one such, with the smallest other.
 
     Returns
     -------
@@ -62,9 +62,7 @@ def bootstrap(
         not vary have no say in q.
     """
     rng = np.random.default_rng(seed)
-    groups = np.zeros(documents, int) if groups is None else np.asarray(groups)
-    if np.unique(groups, return_counts=True)[1].min() < 2:
-        groups = np.zeros(documents, int)
+    groups = np.zeros(documents, int) if groups is None else _of_several(np.asarray(groups))
     weights = np.zeros((draws, documents))
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
@@ -78,3 +76,12 @@ def bootstrap(
     t = np.abs(drawn - estimate)[:, varies] / error[varies]
     q = np.quantile(t.max(axis=1), 0.95) if varies.any() else 0.0
     return Intervals(estimate, error, low, high, estimate - q * error, estimate + q * error)
+
+
+def _of_several(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The groups, those of one member made one together, and that of several."""
+    members, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
+    alone = sizes[members] == 1
+    if alone.sum() == 1 and len(sizes) > 1:
+        alone |= members == np.argmin(np.where(sizes > 1, sizes, len(groups)))
+    return np.where(alone, -1, members)

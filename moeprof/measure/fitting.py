@@ -19,7 +19,9 @@ from ..models.tokens import token_ids
 from ..null.histograms import Histograms
 from ..null.model import KINDS, Null
 from ..null.scores import SCORES, check_choice
-from .passes import quick
+from ..patching.handle import Removable
+from ..patching.layer import PatchedLayer
+from ..patching.state import STATE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from ..checks import Tokenizer
     from ..models.blocks import Block
+    from ..models.routing import Routing
 
 
 # BH's first threshold is p <= alpha/E. Of n tokens' scores of E experts n * alpha lie beyond it:
@@ -47,6 +50,15 @@ def _recorder(outputs: dict[int, Any], layer: int) -> Callable[[nn.Module, Any, 
     return record
 
 
+def _reader(outputs: dict[int, Any], layer: int) -> Callable[[int, Routing], None]:
+    """The same of a patched block, which may do without its gate: keeps what it made of it."""
+
+    def read(index: int, routing: Routing) -> None:
+        outputs[layer] = None, routing.logits
+
+    return read
+
+
 def _windows(text: str, tokenizer: Tokenizer, window: int) -> Iterator[tuple[list[int], float]]:
     """The token ids of a text, `window` at a time; a single last token tells nothing."""
     ids = token_ids(tokenizer, text)
@@ -58,10 +70,15 @@ def _windows(text: str, tokenizer: Tokenizer, window: int) -> Iterator[tuple[lis
 def _window_logits(block: Block, said: Any, tokens: int, experts: int) -> NDArray[np.float32]:
     """What a router sees of one window, float32 (T-1,E): the first token is left out.
 
-    said: (hidden states, output) of the block's gate.
+    said: (hidden states, output) of the block's gate; (None, logits) of a patched one.
     """
-    name, (hidden, output) = block.gate_name, said
-    logits = block.gate_logits(output, hidden)
+    name = block.gate_name
+    if said is None:
+        raise ValueError(
+            f"{name} did not run: was the model patched while a null was fitted to it?"
+        )
+    hidden, output = said
+    logits = output if hidden is None else block.gate_logits(output, hidden)
     if logits is None:
         raise ValueError(
             f"Router output format unexpected: {name}: a null is fitted to logits "
@@ -126,19 +143,21 @@ def _run(
     outputs: dict[int, Any] = {}
     tokens, experts = 0, blocks[0].num_experts
     training = [(module, module.training) for module in model.modules()]
-    handles = []
+    handles: list[Any] = []
     try:
         model.eval()
-        for layer, gate in enumerate(gates):
+        for layer, (gate, block) in enumerate(zip(gates, blocks, strict=True)):
             handles.append(gate.register_forward_hook(_recorder(outputs, layer)))
-        with quick(model), torch.inference_mode(), _bar(texts.total, progress) as bar:
+            if isinstance(patch := vars(block.module).get(STATE), PatchedLayer):
+                handles.append(Removable([patch], _reader(outputs, layer)))
+        with torch.inference_mode(), _bar(texts.total, progress) as bar:
             for text, size in texts:
                 for ids, share in _windows(text, tokenizer, window):
                     check_token_ids(model, [ids])
                     outputs.clear()
                     base(input_ids=torch.tensor([ids], device=device), use_cache=False)
                     for layer, block in enumerate(blocks):
-                        logits = _window_logits(block, outputs[layer], len(ids), experts)
+                        logits = _window_logits(block, outputs.get(layer), len(ids), experts)
                         for histogram in histograms:
                             histogram.add(layer, logits)
                     tokens += len(ids) - 1

@@ -92,20 +92,28 @@ def patched(
     model: nn.Module, router: Routers = None, *, null: AnyNull | None = None, norm: str = "model"
 ) -> Handle:
     """`patch` for passes whose times are not reported: the linear layers around the experts run
-    in C too where torch is many times slower with the model's numbers (`torch_is_slow`)."""
-    linears = torch_is_slow(next(model.parameters()).dtype)
-    return patch(model, router, null=null, norm=norm, linears=linears)
+    in C too where torch is many times slower with their numbers."""
+    return patch(model, router, null=null, norm=norm, linears=_is_slow(model))
 
 
 def quick(model: nn.Module) -> AbstractContextManager[Any]:
     """The model `patched` where torch is slow with its numbers, if it can be; else, and where it
-    is patched already, as it is."""
-    if not torch_is_slow(next(model.parameters()).dtype) or any(map(is_patched, model.modules())):
+    is patched already, as it is. For what would run the model as transformers has it.
+
+    Not for what users call, who may patch the model in another thread meanwhile.
+    """
+    if not _is_slow(model) or any(map(is_patched, model.modules())):
         return nullcontext()
     try:
         return patched(model)
     except ValueError:  # some layer can't run on moeprof's path
         return nullcontext()
+
+
+def _is_slow(model: nn.Module) -> bool:
+    """Whether torch is slow with some linear layer of it, as `torch_is_slow` says of a CPU."""
+    weights = [module.weight for module in model.modules() if type(module) is torch.nn.Linear]
+    return any(weight.is_cpu and torch_is_slow(weight.dtype) for weight in weights)
 
 
 def collect(

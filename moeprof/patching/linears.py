@@ -32,7 +32,7 @@ SUPPORT = {
 
 @cache
 def torch_is_slow(dtype: torch.dtype) -> bool:
-    """Whether C is faster at any number of rows.
+    """Whether C is faster beyond `MAX_ROWS`, too: at any number of rows.
 
     So it is where torch multiplies numbers of 16 bits without instructions for them, and the
     kernels have vectors: torch then takes 4 to 6 times as long (AMD Zen 3 with AVX2, torch 2.13).

@@ -43,12 +43,12 @@ def milliseconds(times: Mapping[str, Mapping[str, float]], name: str) -> float |
 
 
 def with_interval(estimate: float, low: float, high: float, form: str, apart: str = " ") -> str:
-    """ "0.61 [0.58, 0.64]"; the estimate alone where there is no interval, "–" without both."""
+    """ "0.61 [0.58, 0.64]"; the estimate alone where an end is NaN, "–" where it is NaN itself."""
     if math.isnan(estimate):
         return "–"
-    return format(estimate, form) + (
-        "" if math.isnan(low) else f"{apart}[{low:{form}}, {high:{form}}]"
-    )
+    if math.isnan(low) or math.isnan(high):
+        return format(estimate, form)
+    return f"{estimate:{form}}{apart}[{low:{form}}, {high:{form}}]"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

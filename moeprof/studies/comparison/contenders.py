@@ -115,11 +115,13 @@ class Nulls:
 
     def _fit(self) -> None:
         from ...measure.fitting import Form, fit_nulls
+        from ...measure.passes import quick
 
         names = [name for name in FORMS if name not in self.given]
         texts = [document.text for document in self.texts]
         forms = [Form(*FORMS[name]) for name in names]
-        nulls = fit_nulls(self.model, self.tokenizer, texts, forms, progress=self.progress)
+        with quick(self.model):
+            nulls = fit_nulls(self.model, self.tokenizer, texts, forms, progress=self.progress)
         self.fitted.update(zip(names, nulls, strict=True))
 
 

@@ -13,6 +13,7 @@ from .effects import BETTER, ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, WORSE, va
 from .plan import REDUCTION, WIDE
 
 PRIMARY_BUDGETS = (4, 6)
+FEW_DOCUMENTS = 10
 NO_ADAPTIVITY = "no token adaptivity shown"
 # One notation everywhere, figure, findings and tables.
 INTERVALS = (
@@ -142,7 +143,13 @@ def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def caution(view: View) -> Iterator[str]:
-    """That nothing is decided, where no effect varies over documents."""
+    """That nothing is decided, where no effect varies over documents, or little, by how few."""
+    documents = len(view.run["splits"]["test"])
+    if 1 < documents < FEW_DOCUMENTS:
+        yield (
+            f"The test text has {documents} documents only: intervals over so few are too narrow. "
+            "Give more tokens."
+        )
     effects = [cell["effect"]["kl"] for cell in view.cells(role=ROUTER)]
     if effects and not any(map(varies, effects)):
         yield (
@@ -162,12 +169,16 @@ def answer(view: View, table: str, budget: int) -> str:
     """Which router keeps quality best at a budget in every layer."""
     ranked = view.ranked(table, budget)
     if not ranked:
-        return f"At {budget} experts per token no router was measured."
+        return f"At {budget} experts per token there is no router: none was or could be set to it."
     best = ranked[0]
-    return (
-        f"At {budget} experts per token {best['contender']} keeps quality best of the "
-        f"{len(ranked)} routers that can be set to it: {with_level(best)}, {against_static(best)}."
-    )
+    routers = f"{len(ranked)} router{'s' * (len(ranked) != 1)} that can be set to it"
+    if verdict(best["effect"]["kl"]) == WORSE:
+        lead = (
+            f"static top-k keeps quality best; of the {routers} {best['contender']} comes closest"
+        )
+    else:
+        lead = f"{best['contender']} keeps quality best of the {routers}"
+    return f"At {budget} experts per token {lead}: {with_level(best)}, {against_static(best)}."
 
 
 def with_level(cell: Mapping[str, Any]) -> str:
@@ -182,7 +193,7 @@ def against_static(cell: Mapping[str, Any]) -> str:
     """Its distance from static top-k with the same number of experts, and who wins."""
     effect = cell["effect"]["kl"]
     what = AGAINST_STATIC.get(verdict(effect), UNDECIDED)
-    return f"{with_band(effect)} beside static top-k at as many experts, {what}"
+    return f"{with_band(effect)} beside static top-k at as many experts: {what}"
 
 
 def with_band(effect: Mapping[str, float]) -> str:

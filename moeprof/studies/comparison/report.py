@@ -115,8 +115,8 @@ def protocol(run: dict[str, Any]) -> Iterator[str]:
         "whose output is large, which no router can know."
     )
     yield (
-        f"{INTERVALS} By 2,000 draws of documents within their domains, bands by max-|t| over "
-        "every effect and comparison of a table."
+        f"{INTERVALS} By 2,000 draws of documents within their domains, those that have a single "
+        "document drawn together; bands by max-|t| over every effect and comparison of a table."
     )
     yield LEFT_OUT
     yield (

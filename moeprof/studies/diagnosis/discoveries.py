@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...measure.bootstrap import bootstrap
 from .ablation import ADDED, JOINT, SINGLE, Ablation
 from .rows import ALL, rows
-from .statistics import joined, mean_statistic
+from .statistics import divide, intervals, joined, mean_statistic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +51,7 @@ def discovery_rows(
         each = np.concatenate([each, each.mean(axis=1, keepdims=True)], axis=1)
         return np.concatenate([each.reshape(len(weights), -1), means(weights)], axis=1)
 
-    found = bootstrap(statistic, len(groups), groups=groups, draws=draws)
+    found = intervals(statistic, len(groups), groups=groups, draws=draws)
     delta0 = []
     for position, layer in enumerate([*range(layers), ALL]):
         start = position * size
@@ -98,7 +97,7 @@ def _fdp_statistic(ablation: Ablation, layer: int, size: int) -> Statistic:
     def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         delta0 = _weighted_quantile(noise, weights[:, noise_document])
         drawn = weights[:, document]
-        below = _cumulative(drawn * share) / (weights @ positions)[:, None]
+        below = divide(_cumulative(drawn * share), (weights @ positions)[:, None])
         total = _cumulative(drawn)
         rank0 = np.searchsorted(delta, delta0, side="left")
         row = np.arange(len(weights))
@@ -174,6 +173,6 @@ def _joint_rows(
             for values in (together, alone, below)
         )
     )
-    found = bootstrap(statistic, size, groups=groups, draws=draws)
+    found = intervals(statistic, size, groups=groups, draws=draws)
     names = np.repeat(["joint change", "sum of single changes", "share below delta0"], most)
     yield from rows("joint", routing, layer, names, np.tile(np.arange(most), 3), found)

@@ -67,6 +67,8 @@ def _columns(rows: pandas.DataFrame, *names: str) -> Iterator[NDArray[np.float64
 def uniform_verdict(pi0: pandas.DataFrame) -> str:
     """Whether π̂0 at the middle λ is told from 1, of each model's logits; from its table."""
     where, layers = uniform_layers(pi0)
+    if pi0["low"].isna().all():
+        return "One document has no intervals, so nothing is decided"
     parts = [f"{routing} {inside} of {of}" for routing, (inside, of) in layers.items()]
     return f"Layers where π̂0 at λ {where:g} is as uniform p-values give, 1: {', '.join(parts)}"
 
@@ -95,6 +97,8 @@ def fdp_verdict(fdp: pandas.DataFrame, facts: dict[str, Any]) -> str:
     alpha = facts["alpha"]
     if not isinstance(alpha, float):
         return plain(f"{router}: FDP at δ0 is {ends}")
+    if np.isnan(row["low"]):
+        return plain(f"{router}: FDP at δ0 is {ends}, without an interval; alpha = {alpha:g}")
     side = "above" if row["low"] > alpha else "below" if row["high"] < alpha else "not told from"
     return plain(f"{router}: FDP at δ0 is {ends}, {side} alpha = {alpha:g}")
 

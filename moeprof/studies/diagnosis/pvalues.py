@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...measure.bootstrap import bootstrap
 from .rows import rows, rows_by_layer
 from .seen import entropy
 from .statistics import (
@@ -18,6 +17,7 @@ from .statistics import (
     cdf_statistic,
     count_p,
     histogram,
+    intervals,
     joined,
     mean_statistic,
     pi0,
@@ -54,7 +54,7 @@ def p_value_rows(
             parts = histogram(below), pi0(below), quantiles(below), below[:, QQ]
             return np.concatenate(parts, axis=1)
 
-        found = bootstrap(statistic, seen.size, groups=groups, draws=draws)
+        found = intervals(statistic, seen.size, groups=groups, draws=draws)
         pieces = (
             ("histogram", "density", np.arange(BINS) / BINS),
             ("pi0", "pi0", LAMBDAS),
@@ -105,5 +105,5 @@ def selection_rows(
             len(weights), -1
         )
 
-    found = bootstrap(statistic, seen.size, groups=groups, draws=draws)
+    found = intervals(statistic, seen.size, groups=groups, draws=draws)
     yield from rows_by_layer("selection", routing, len(statistics), names, None, found)

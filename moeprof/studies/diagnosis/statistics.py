@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import rankdata
 
+from ...measure.bootstrap import Intervals, bootstrap
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -37,6 +39,12 @@ EDGES = np.unique(
 )
 
 
+def intervals(statistic: Statistic, documents: int, **options: Any) -> Intervals:
+    """`bootstrap`; a single document has no intervals."""
+    found = bootstrap(statistic, documents, **options)
+    return found if documents > 1 else found.unknown()
+
+
 def count_p(p: NDArray[np.float64], documents: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """(D, len(EDGES) + 1) int64: how many of p (T, E) lie in (EDGES[i-1], EDGES[i]].
 
@@ -56,7 +64,7 @@ def cdf_statistic(counts: NDArray[np.int64]) -> Statistic:
 
     def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         drawn = weights @ below
-        return _divide(drawn[:, :-1], drawn[:, -1:])
+        return divide(drawn[:, :-1], drawn[:, -1:])
 
     return statistic
 
@@ -101,7 +109,7 @@ def mean_statistic(
     known = np.isfinite(values)
     total = _sums(np.where(known, values, 0), documents, size)
     number = _sums(known.astype(float), documents, size)
-    return lambda weights: _divide(weights @ total, weights @ number)
+    return lambda weights: divide(weights @ total, weights @ number)
 
 
 def spearman_statistic(
@@ -122,7 +130,7 @@ def spearman_statistic(
     def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         n, sx, sy, sxx, syy, sxy = np.moveaxis(weights @ sums, 2, 0)
         spread = (n * sxx - sx**2).clip(0) * (n * syy - sy**2).clip(0)
-        return _divide(n * sxy - sx * sy, np.sqrt(spread)).T
+        return divide(n * sxy - sx * sy, np.sqrt(spread)).T
 
     return statistic
 
@@ -145,5 +153,6 @@ def _sums(
     return np.stack([np.bincount(documents, column, size) for column in values.T], axis=1)
 
 
-def _divide(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+def divide(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """a / b, NaN where b is 0."""
     return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...measure.bootstrap import bootstrap
 from ...measure.fitting import fit_null
+from ...measure.passes import quick
 from .rows import rows_by_layer
 from .seen import select
-from .statistics import cdf_statistic, count_p, joined, mean_statistic
+from .statistics import cdf_statistic, count_p, intervals, joined, mean_statistic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +44,8 @@ def domain_nulls(
         options |= {"r_high": null.r_high, "r_low": null.r_low}
     fitted = {}
     for domain, of_domain in texts.items():
-        fitted[domain] = fit_null(model, tokenizer, of_domain, **options)
+        with quick(model):
+            fitted[domain] = fit_null(model, tokenizer, of_domain, **options)
         step()
     return fitted
 
@@ -87,8 +88,7 @@ def transfer_rows(
         for domain in dict.fromkeys(domains):
             documents = np.flatnonzero(domains == domain)
             statistic = _of_domain(documents, seen, selected, counts, shares)
-            found = bootstrap(statistic, len(documents), draws=draws)
-            found = found if len(documents) > 1 else found.unknown()
+            found = intervals(statistic, len(documents), draws=draws)
             names = ("P(R >= 1)", "experts", "KS distance")
             yield from rows_by_layer("transfer", name, layers, names, domain, found)
 

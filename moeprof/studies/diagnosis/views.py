@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,10 +82,11 @@ def _of_p_values(diagnosis: Diagnosed) -> Iterator[View]:
     frame = diagnosis.to_frame("pi0")
     frame = frame.assign(at=frame["at"].astype(float))
     widest = ((frame["high"] - frame["low"]) / 2).max()
+    ends = "No intervals" if math.isnan(widest) else f"95 % intervals: at most ± {widest:.2f}"
     yield View(
         "Storey's π̂0 by λ",
         "#{p > λ} / ((1 − λ) n) of a layer's held-out p-values; 1 at every λ where they are "
-        f"uniform. 95 % intervals: at most ± {widest:.2f}.",
+        f"uniform. {ends}.",
         _cells(frame, _BY_LAYER, "at", short, {x: f"λ {x:g}" for x in sorted(set(frame["at"]))}),
     )
     frame = diagnosis.to_frame("quantiles")
@@ -270,9 +272,9 @@ def findings(diagnosis: Diagnosed) -> list[str]:
         *_answer(diagnosis),
         f"{facts['router']} on {facts['model']} ({facts['dtype']}).",
         f"Null: {facts['null']}.",
-        f"Held-out text: {facts['heldout_tokens']:,} tokens of {len(documents)} documents in "
-        f"{domains} domain{'s' * (domains != 1)}; all intervals are 95 % ones by bootstrap over "
-        "documents.",
+        f"Held-out text: {facts['heldout_tokens']:,} tokens of {len(documents)} "
+        f"document{'s' * (len(documents) != 1)} in {domains} domain{'s' * (domains != 1)}; all "
+        "intervals are 95 % ones by bootstrap over documents.",
         "A false discovery rate is a statement against that null, for p-values that are valid "
         "under it and independent or positively dependent; that was not shown for this model.",
         *_floors(diagnosis),
@@ -284,18 +286,29 @@ def findings(diagnosis: Diagnosed) -> list[str]:
 
 def _answer(diagnosis: Diagnosed) -> Iterator[str]:
     """Is alpha what is false, and are the p-values what they have to be for that?"""
+    if len(diagnosis.facts["heldout_documents"]) < 2:
+        yield (
+            "The held-out text is one document, and intervals are over documents: there are none, "
+            "and nothing is decided. Give more tokens."
+        )
+        return
     if has_one_alpha(diagnosis):
         false, side = beside_alpha(diagnosis)
-        beside = {-1: "fewer than alpha", 0: "not told from alpha", 1: "more than alpha"}[side]
+        beside = {
+            -1: "fewer than alpha",
+            0: "not told from alpha",
+            1: "more than alpha",
+            None: "undecided, for too few documents have positions to give an interval",
+        }[side]
         yield (
             f"Is alpha what is false? Left out one by one, {false} of a position's discoveries "
             f"turn out to be false, at alpha = {diagnosis.facts['alpha']:g}: {beside}."
         )
     where, layers = uniform_layers(diagnosis.to_frame("pi0"))
-    said = [f"in {n} of {of} layers on the {name} model's" for name, (n, of) in layers.items()]
+    said = [f"in {of - n} of {of} layers on the {name} model's" for name, (n, of) in layers.items()]
     yield (
-        "Are the p-values of unneeded experts uniform, as that needs? They can't be told from it "
-        f"{' and '.join(said)} logits (1 is in the interval of Storey's π̂0 at λ {where:g})."
+        "Are the p-values of unneeded experts uniform, as that needs? They are told from it "
+        f"{' and '.join(said)} logits (1 is not in the interval of Storey's π̂0 at λ {where:g})."
     )
 
 
@@ -344,11 +357,11 @@ def _ablation_findings(diagnosis: Diagnosed) -> Iterator[str]:
             f"discoveries counts as 0); of all discoveries together {_value(pooled, '.2f')} are"
         )
         if name == next(iter(facts["compared"])) and has_one_alpha(diagnosis):
-            where = "outside" if beside_alpha(diagnosis)[1] else "inside"
-            line += (
-                f"; alpha is {alpha:g}, {where} that interval, and FDP(δ0) is "
-                f"{row['estimate'] / alpha:.1f} times alpha"
-            )
+            side = beside_alpha(diagnosis)[1]
+            line += f"; alpha is {alpha:g}"
+            if side is not None:
+                line += f", {'outside' if side else 'inside'} the interval of the first"
+            line += f", and FDP(δ0) is {row['estimate'] / alpha:.1f} times alpha"
         yield line + "."
 
 
@@ -358,12 +371,14 @@ def has_one_alpha(diagnosis: Diagnosed) -> bool:
     return "fdp" in diagnosis.tables and alpha is not None and not isinstance(alpha, tuple | list)
 
 
-def beside_alpha(diagnosis: Diagnosed) -> tuple[str, int]:
+def beside_alpha(diagnosis: Diagnosed) -> tuple[str, int | None]:
     """(FDP(δ0) of the router over all layers with its interval, -1, 0 or 1): the interval lies
-    below alpha, holds it, or lies above. For a diagnosis that `has_one_alpha`."""
+    below alpha, holds it, or lies above; None without one. For a diagnosis that `has_one_alpha`."""
     alpha, name = diagnosis.facts["alpha"], next(iter(diagnosis.facts["compared"]))
     frame = diagnosis.to_frame("fdp").set_index(["routing", "layer", "quantity"])
     row = frame.loc[(name, ALL, "FDP(delta0)")]
+    if math.isnan(row["low"]):
+        return _value(row, ".2f"), None
     return _value(row, ".2f"), int(row["low"] > alpha) - int(row["high"] < alpha)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...measure.fitting import Form, fit_nulls
+from ...measure.passes import quick
 from ...models.tokens import token_ids
 from ...null import Null
 from ...texts.documents import Document
@@ -70,7 +71,8 @@ class CalibrationWork(Measured):
 
     def _measure(self, step: Callable[[], object]) -> dict[str, Any]:
         forms = [Form(*form) for form in FORMS.values()]
-        nulls = fit_nulls(self.model, self.tokenizer, self.texts, forms, progress=self.progress)
+        with quick(self.model):
+            nulls = fit_nulls(self.model, self.tokenizer, self.texts, forms, progress=self.progress)
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = [self.path(name) for name in FORMS]
         for null, path in zip(nulls, paths, strict=True):

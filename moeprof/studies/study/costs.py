@@ -14,7 +14,7 @@ import torch
 from ...measure.fitting import Form, fit_nulls
 from ...measure.generate import greedy
 from ...measure.loss import nats
-from ...measure.passes import Reference, collect, evaluating, patched
+from ...measure.passes import Reference, collect, evaluating, patched, quick
 from ...measure.routing import by_layer
 from ...models.blocks import experts_of
 from ...models.decoding import device_of
@@ -176,7 +176,7 @@ class Costs:
             if tokens >= WINDOW:
                 break
         begun = time.perf_counter()
-        with warnings.catch_warnings():
+        with quick(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of so little text
             nulls = fit_nulls(model, tokenizer, few, forms, progress=False)
         self.rates[FIT] = Rate((time.perf_counter() - begun) / nulls[0].tokens, 0.0)

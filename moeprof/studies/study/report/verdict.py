@@ -178,6 +178,7 @@ def _p_values(diagnosis: Diagnosis | None) -> Iterator[Sentence]:
     what = {
         -1: "the whole interval is below alpha, as they promise",
         0: f"the interval holds alpha: {UNDECIDED}",
+        None: f"too few documents for an interval: {UNDECIDED}",
         1: "the whole interval is above alpha, so they don't, and alpha is a knob for compute only",
     }
     yield Sentence(
