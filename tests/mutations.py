@@ -147,7 +147,7 @@ MUTATIONS = [
              "test_patch.py test_fallback.py"),
     Mutation("moeprof/patching/linears.py", " or torch_is_slow(weight.dtype)", "",
              "test_linears.py -k instructions"),
-    Mutation("moeprof/measure/passes.py", "norm=norm, linears=linears)", "norm=norm)",
+    Mutation("moeprof/measure/passes.py", "norm=norm, linears=_is_slow(model))", "norm=norm)",
              "test_linears.py -k studies"),
     # ---- models: finder, reader, phases ----
     Mutation("moeprof/models/find.py", '"shared" not in child_name and ', "",

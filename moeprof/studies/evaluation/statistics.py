@@ -49,8 +49,8 @@ def results(
 
     documents: as HeldOut has them; measured: {configuration: what `Evaluation.measure` gave}, the
     model's own routing first, without those that gave an error. A metric comes with _low and
-    _high, a 95 % interval by bootstrap over documents, drawn within their domain where each has
-    several; None where there is one document.
+    _high, a 95 % interval by bootstrap over documents, drawn within their domain (see
+    `bootstrap`); None where there is one document.
     """
     rows = []
     for kind, value, at in slices(documents):
