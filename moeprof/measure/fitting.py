@@ -54,7 +54,8 @@ def _reader(outputs: dict[int, Any], layer: int) -> Callable[[int, Routing], Non
     """The same of a patched block, which may do without its gate: keeps what it made of it."""
 
     def read(index: int, routing: Routing) -> None:
-        outputs[layer] = None, routing.logits
+        if routing.logits is not None:
+            outputs[layer] = None, routing.logits
 
     return read
 
