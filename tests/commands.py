@@ -83,7 +83,9 @@ class Forks:
             print(json.dumps([*given, *map(str, files)]), file=self._process.stdin, flush=True)
             child = int(self._process.stdout.readline())
             if until is not None:
-                _wait_for(until if callable(until) else lambda: until in files[0].read_text())
+                _wait_for(
+                    until if callable(until) else lambda: until in files[0].read_text("utf-8")
+                )
                 os.kill(child, signal.SIGINT)
             ended = int(self._process.stdout.readline())
             said = [file.read_text(encoding="utf-8") for file in files]

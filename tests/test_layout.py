@@ -85,10 +85,12 @@ def test_imports_run_down_and_never_to_the_face(imports):
         if name != "moeprof" and not name.startswith(PROGRAMS)
         for target in targets
     ]
-    assert not [pair for pair in pairs if pair[1] == "moeprof"], "of the package's own face"
-    assert not [pair for pair in pairs if pair[1].startswith(PROGRAMS)], "of a program"
+    assert not [pair for pair in pairs if pair[1] == "moeprof"], (
+        "modules import the package's own face"
+    )
+    assert not [pair for pair in pairs if pair[1].startswith(PROGRAMS)], "modules import a program"
     up = [(name, target) for name, target in pairs if _floor(name) > _floor(target)]
-    assert not up, "from a floor above"
+    assert not up, "modules import from a floor above"
 
 
 def test_there_is_no_circle_of_files(imports):

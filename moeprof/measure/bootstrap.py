@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,10 +27,6 @@ class Intervals(NamedTuple):
     high: NDArray[np.float64]
     band_low: NDArray[np.float64]
     band_high: NDArray[np.float64]
-
-    def unknown(self) -> Intervals:
-        """The estimate alone, the rest NaN: of a single document, which can't vary."""
-        return Intervals(self.estimate, *[np.full_like(self.estimate, np.nan)] * 5)
 
 
 def bootstrap(
@@ -76,6 +72,16 @@ def bootstrap(
     t = np.abs(drawn - estimate)[:, varies] / error[varies]
     q = np.quantile(t.max(axis=1), 0.95) if varies.any() else 0.0
     return Intervals(estimate, error, low, high, estimate - q * error, estimate + q * error)
+
+
+def intervals(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]], documents: int, **options: Any
+) -> Intervals:
+    """`bootstrap`; of a single document, which can't vary, the estimate alone, the rest NaN."""
+    found = bootstrap(statistic, documents, **options)
+    if documents > 1:
+        return found
+    return Intervals(found.estimate, *[np.full_like(found.estimate, np.nan)] * 5)
 
 
 def _of_several(groups: NDArray[np.int64]) -> NDArray[np.int64]:

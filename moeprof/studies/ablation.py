@@ -12,7 +12,7 @@ import torch
 
 from ..backends.torch.prepared import precise
 from ..checks import check_model, check_token_ids, check_tokenizer
-from ..measure.bootstrap import bootstrap
+from ..measure.bootstrap import intervals
 from ..measure.passes import batches, evaluating, ids_for, patched
 from ..models.blocks import runnable_blocks
 from ..models.names import layer_keys, layer_labels, layer_numbers, spans
@@ -204,8 +204,7 @@ def _frame(
     def change(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return weights @ (changed - whole).T / (weights @ predicted)[:, None]
 
-    found = bootstrap(change, len(whole), draws=draws, seed=seed)
-    found = found if len(whole) > 1 else found.unknown()
+    found = intervals(change, len(whole), draws=draws, seed=seed)
     layers, ks = zip(*plan, strict=True)
     labels, blocks = layer_numbers(names), [names[layer] for layer in layers]
     columns = (

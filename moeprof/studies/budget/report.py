@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...checks import check_model, check_token_ids, check_tokenizer
-from ...measure.bootstrap import bootstrap
+from ...measure.bootstrap import intervals
 from ...measure.passes import collect, evaluating
 from ...models.blocks import fewest_experts, find_blocks, model_norm
 from ...routers import Router, TopK
@@ -323,7 +323,8 @@ def _measured(passed: Pass, text: HeldOut) -> Measured:
     sizes = np.bincount(passed.documents, minlength=count)
     domains = [document["domain"] for document in text.documents]
     groups = np.unique(domains, return_inverse=True)[1]
-    found = bootstrap(lambda w: (w @ experts / (w @ sizes))[:, None], count, groups=groups)
-    error = float(found.error[0]) if count > 1 else math.nan
+    found = intervals(lambda w: (w @ experts / (w @ sizes))[:, None], count, groups=groups)
     average = float(passed.counts.mean())
-    return Measured(average, error, passed.counts.mean(axis=1), int(sizes.sum()), count)
+    return Measured(
+        average, float(found.error[0]), passed.counts.mean(axis=1), int(sizes.sum()), count
+    )

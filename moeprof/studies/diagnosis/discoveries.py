@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...measure.bootstrap import intervals
 from .ablation import ADDED, JOINT, SINGLE, Ablation
 from .rows import ALL, rows
-from .statistics import divide, intervals, joined, mean_statistic
+from .statistics import divide, joined, mean_statistic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

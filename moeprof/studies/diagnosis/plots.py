@@ -13,7 +13,7 @@ from ...show.tables import with_interval
 from .discoveries import DOCUMENTS
 from .rows import ALL, PATCHED, STOCK
 from .statistics import BINS
-from .views import uniform_layers
+from .views import side_of, uniform_layers
 
 if TYPE_CHECKING:
     import pandas
@@ -97,10 +97,8 @@ def fdp_verdict(fdp: pandas.DataFrame, facts: dict[str, Any]) -> str:
     alpha = facts["alpha"]
     if not isinstance(alpha, float):
         return plain(f"{router}: FDP at δ0 is {ends}")
-    if np.isnan(row["low"]):
-        return plain(f"{router}: FDP at δ0 is {ends}, without an interval; alpha = {alpha:g}")
-    side = "above" if row["low"] > alpha else "below" if row["high"] < alpha else "not told from"
-    return plain(f"{router}: FDP at δ0 is {ends}, {side} alpha = {alpha:g}")
+    sides = {1: "above", -1: "below", 0: "not told from", None: "without an interval;"}
+    return plain(f"{router}: FDP at δ0 is {ends}, {sides[side_of(row, alpha)]} alpha = {alpha:g}")
 
 
 def p_values(diagnosis: Diagnosed) -> Figure:

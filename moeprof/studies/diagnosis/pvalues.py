@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...measure.bootstrap import intervals
 from .rows import rows, rows_by_layer
 from .seen import entropy
 from .statistics import (
@@ -17,7 +18,6 @@ from .statistics import (
     cdf_statistic,
     count_p,
     histogram,
-    intervals,
     joined,
     mean_statistic,
     pi0,

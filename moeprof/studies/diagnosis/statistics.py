@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import rankdata
 
-from ...measure.bootstrap import Intervals, bootstrap
-
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -37,12 +35,6 @@ EDGES = np.unique(
         14,
     )
 )
-
-
-def intervals(statistic: Statistic, documents: int, **options: Any) -> Intervals:
-    """`bootstrap`; a single document has no intervals."""
-    found = bootstrap(statistic, documents, **options)
-    return found if documents > 1 else found.unknown()
 
 
 def count_p(p: NDArray[np.float64], documents: NDArray[np.int64], size: int) -> NDArray[np.int64]:

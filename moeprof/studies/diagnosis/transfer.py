@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...measure.bootstrap import intervals
 from ...measure.fitting import fit_null
 from ...measure.passes import quick
 from .rows import rows_by_layer
 from .seen import select
-from .statistics import cdf_statistic, count_p, intervals, joined, mean_statistic
+from .statistics import cdf_statistic, count_p, joined, mean_statistic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,10 +44,10 @@ def domain_nulls(
     if null.kind == "trimmed":
         options |= {"r_high": null.r_high, "r_low": null.r_low}
     fitted = {}
-    for domain, of_domain in texts.items():
-        with quick(model):
+    with quick(model):
+        for domain, of_domain in texts.items():
             fitted[domain] = fit_null(model, tokenizer, of_domain, **options)
-        step()
+            step()
     return fitted
 
 

@@ -372,14 +372,19 @@ def has_one_alpha(diagnosis: Diagnosed) -> bool:
 
 
 def beside_alpha(diagnosis: Diagnosed) -> tuple[str, int | None]:
-    """(FDP(δ0) of the router over all layers with its interval, -1, 0 or 1): the interval lies
-    below alpha, holds it, or lies above; None without one. For a diagnosis that `has_one_alpha`."""
+    """(FDP(δ0) of the router over all layers with its interval, the `side_of` alpha it lies on).
+    For a diagnosis that `has_one_alpha`."""
     alpha, name = diagnosis.facts["alpha"], next(iter(diagnosis.facts["compared"]))
     frame = diagnosis.to_frame("fdp").set_index(["routing", "layer", "quantity"])
     row = frame.loc[(name, ALL, "FDP(delta0)")]
+    return _value(row, ".2f"), side_of(row, alpha)
+
+
+def side_of(row: Mapping[str, Any], alpha: float) -> int | None:
+    """-1, 0 or 1: a row's interval lies below alpha, holds it, or lies above; None without one."""
     if math.isnan(row["low"]):
-        return _value(row, ".2f"), None
-    return _value(row, ".2f"), int(row["low"] > alpha) - int(row["high"] < alpha)
+        return None
+    return int(row["low"] > alpha) - int(row["high"] < alpha)
 
 
 def as_text(diagnosis: Diagnosed, width: int = WIDTH) -> str:
