@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 # The packages of `moeprof[hf]`, which whatever works on models needs.
-MODELS = ("torch", "transformers", "safetensors", "tqdm")
+MODELS = ("torch", "transformers", "safetensors", "rich")
 
 
 class Tokenizer(Protocol):
@@ -29,7 +29,7 @@ UNKNOWN = tuple(f"5.{minor}." for minor in range(6))
 # Packages of other extras than `moeprof[hf]`.
 EXTRAS = {"lm_eval": "harness", "ray": "ray"}
 
-ALL = (*MODELS, "scipy", "statsmodels", "pandas", "matplotlib", "rich")
+ALL = (*MODELS, "scipy", "statsmodels", "pandas", "matplotlib")
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:

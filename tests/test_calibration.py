@@ -335,26 +335,22 @@ def test_the_recorded_name_tells_no_path(model, tmp_path):
         assert model_name(own) == name
 
 
-def test_the_bar_is_for_long_fits_only(model, capfd):
+def test_no_bar_where_there_is_no_terminal(model, capfd):
     fit(model, progress=True)
     assert capfd.readouterr() == ("", "")
 
 
 def test_the_bar_of_files_shows_what_is_left(model, tmp_path, monkeypatch):
     """The share of the files' bytes, and the time that the rest will take."""
-    import tqdm
+    from rich.console import Console
 
-    path, screen, real = tmp_path / "text.txt", io.StringIO(), tqdm.tqdm
-
-    def at_once(**options):
-        return real(**options | {"delay": 0, "mininterval": 0, "file": screen})
-
+    path, screen = tmp_path / "text.txt", io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=80)
     path.write_text("the quick brown fox\n" * 400)
-    monkeypatch.setattr(tqdm, "tqdm", at_once)
+    monkeypatch.setattr("moeprof.measure.fitting.make_console", lambda: terminal)
     fit(model, TextFiles([path]), progress=True)
-    shown = screen.getvalue()
-    assert "calibrating" in shown and "8.00k/8.00k" in shown
-    assert re.search(r"[1-9]\d?%\|.*\[\d\d:\d\d<\d\d:\d\d", shown)
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", screen.getvalue())
+    assert "calibrating, kB of text" in shown and re.search(r" [\d.]*8/8 0:00:0\d 0:00:00", shown)
     screen.truncate(0)
     fit(model, TextFiles([path]), progress=False)
     assert not screen.getvalue().strip("\0")

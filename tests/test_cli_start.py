@@ -106,7 +106,7 @@ def test_cpu_says_what_is_known_without_torch(forked):
         ("profile", "matplotlib"),
         ("compare", "rich"),
         ("diagnose", "pandas"),
-        ("calibrate", "tqdm"),
+        ("calibrate", "rich"),
         ("bench", "matplotlib"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import check_folder, write_whole
 from ..measure import machine
-from ..show.console import WIDTH, make_console, progress
+from ..show.console import make_console, progress, width
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -42,7 +42,7 @@ def run(settings: Settings, json_file: str | None = None, plot_file: str | None 
         with progress(console, module.rounds(settings), settings.benchmark, still=True) as bar:
             result |= module.measure(settings, bar)
     for part in module.tables(result):
-        console.print(part, width=min(WIDTH, console.width), soft_wrap=False)
+        console.print(part, width=width(), soft_wrap=False)
     if json_file is not None:
         write_whole(json_file, json.dumps(result, indent=1).encode())
         console.print(f"Written: {json_file}")

@@ -129,7 +129,7 @@ def _needed(arguments: argparse.Namespace) -> Sequence[str]:
     if arguments.command == "calibrate":
         return checks.MODELS
     if arguments.command == "bench":
-        return (*checks.MODELS, "rich", *(["matplotlib"] if arguments.plot else []))
+        return (*checks.MODELS, *(["matplotlib"] if arguments.plot else []))
     if arguments.command == "eval-harness":
         return (*checks.ALL, "lm_eval")
     return checks.ALL

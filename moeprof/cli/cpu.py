@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..backends.cpu import cpu_info
-from ..show.console import WIDTH
+from ..show.console import fill
 
 if TYPE_CHECKING:
     from .options import Commands
@@ -41,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _lines(info: dict[str, Any]) -> Iterator[str]:
-    """Three columns: what is told, a kernel's name, and the value, in lines of 100 columns."""
+    """Three columns: what is told, a kernel's name, and the value, in lines that fit the screen."""
     info = info | {"threads": _THREADS.format(info["threads"]), "pool": _POOL.format(info["pool"])}
     info["huge_pages"] = _PAGES.get(info["huge_pages"], info["huge_pages"])
     rows = []
@@ -53,9 +52,4 @@ def _lines(info: dict[str, Any]) -> Iterator[str]:
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     for name, key, text in rows:
         indent = f"{name:{first}}  {key:{second}}  " if key else f"{name:{first}}  "
-        yield from textwrap.wrap(
-            text,
-            WIDTH,
-            initial_indent=indent,
-            subsequent_indent=" " * len(indent),
-        ) or [indent.rstrip()]
+        yield fill(text, indent, " " * len(indent)) or indent.rstrip()

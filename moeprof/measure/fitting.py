@@ -6,7 +6,7 @@ import hashlib
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from ..null.scores import SCORES, check_choice
 from ..patching.handle import Removable
 from ..patching.layer import PatchedLayer
 from ..patching.state import STATE
+from ..show.console import make_console
+from ..show.console import progress as progress_bar
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
-    from tqdm import tqdm
 
     from ..checks import Tokenizer
     from ..models.blocks import Block
@@ -151,7 +152,9 @@ def _run(
             handles.append(gate.register_forward_hook(_recorder(outputs, layer)))
             if isinstance(patch := vars(block.module).get(STATE), PatchedLayer):
                 handles.append(Removable([patch], _reader(outputs, layer)))
-        with torch.inference_mode(), _bar(texts.total, progress) as bar:
+        total = None if texts.total is None else texts.total / 1000
+        bar = progress_bar(make_console(), total, "calibrating, kB of text", shown=progress)
+        with torch.inference_mode(), bar as shown:
             for text, size in texts:
                 for ids, share in _windows(text, tokenizer, window):
                     check_token_ids(model, [ids])
@@ -162,26 +165,13 @@ def _run(
                         for histogram in histograms:
                             histogram.add(layer, logits)
                     tokens += len(ids) - 1
-                    bar.update(_within(bar, share * size))
+                    shown.step(share * size / 1000)
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in training:
             module.training = mode
     return tokens
-
-
-def _bar(total: int | None, progress: bool) -> tqdm[NoReturn]:
-    from tqdm import tqdm
-
-    return tqdm(
-        desc="calibrating", total=total, unit="B", unit_scale=True, delay=2, disable=not progress
-    )
-
-
-def _within(bar: tqdm[NoReturn], step: float) -> float:
-    """Rounding must not take the bar past its total."""
-    return step if bar.total is None else min(step, bar.total - bar.n)
 
 
 def _trimming(

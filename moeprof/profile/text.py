@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..files import printable
-from ..show.console import WIDTH, text_console
+from ..show.console import fill, text_console
 from .findings import findings, heading
 from .tables import tables
 
@@ -26,33 +25,29 @@ class Compared(Protocol):
     def table(self) -> Table: ...
 
 
-def as_text(profile: Profiled, width: int = WIDTH) -> str:
+def as_text(profile: Profiled) -> str:
     """What was profiled, the findings, the tables."""
-    lines = [_wrapped(f"{what}: {text}", width) for what, text in heading(profile)]
-    lines += ["", *(_wrapped(f"- {line}", width) for line in findings(profile))]
+    lines = [fill(f"{what}: {text}", rest="  ") for what, text in heading(profile)]
+    lines += ["", *(fill(f"- {line}", rest="  ") for line in findings(profile))]
     for table in tables(profile):
-        lines += ["", *_of_table(table, width)]
+        lines += ["", *_of_table(table)]
     return printable("\n".join(lines) + "\n")
 
 
-def comparison_as_text(comparison: Compared, width: int = WIDTH) -> str:
+def comparison_as_text(comparison: Compared) -> str:
     """The findings and the table of a ProfileComparison."""
-    lines = [_wrapped(f"- {line}", width) for line in comparison.findings()]
+    lines = [fill(f"- {line}", rest="  ") for line in comparison.findings()]
     table = comparison.table()
     if table.rows:
-        lines += ["", *_of_table(table, width)]
+        lines += ["", *_of_table(table)]
     return printable("\n".join(lines) + "\n")
 
 
-def _of_table(table: Table, width: int) -> tuple[str, str, str]:
-    return table.title, _wrapped(table.note, width), in_lines(table, width)
+def _of_table(table: Table) -> tuple[str, str, str]:
+    return table.title, fill(table.note, rest="  "), in_lines(table)
 
 
-def _wrapped(line: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(line, width, subsequent_indent="  "))
-
-
-def in_lines(table: Table, width: int = WIDTH) -> str:
+def in_lines(table: Table) -> str:
     """A Table by rich, the groups' names above it, without trailing blanks."""
     from rich import box
     from rich.table import Table
@@ -64,7 +59,7 @@ def in_lines(table: Table, width: int = WIDTH) -> str:
     for row in table.rows:
         made.add_row(*row)
     out = io.StringIO()
-    text_console(out, width).print(made)
+    text_console(out).print(made)
     lines = [line.rstrip() for line in out.getvalue().split("\n") if line.strip()]
     return "\n".join([*_groups(table.columns, lines[0]), *lines])
 

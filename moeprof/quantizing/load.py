@@ -4,7 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -282,14 +282,11 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _steps(sources: list[Any], progress: bool | None) -> Iterator[Any]:
     """One after the other, with a bar."""
-    shown = (
-        nullcontext() if progress is False else progress_bar(make_console(), len(sources), "load")
-    )
-    with shown as bar:
+    shown = progress is not False
+    with progress_bar(make_console(), len(sources), "load", shown=shown) as bar:
         for source in sources:
             yield source
-            if bar is not None:
-                bar.step()
+            bar.step()
 
 
 def _experts(name: str, source: Source, format: str, errors: list[float]) -> QuantizedExperts:

@@ -103,10 +103,11 @@ def quantize(
     made: dict[Any, QuantizedExperts | QuantizedLinear] = {}
     done: list[QuantizedPart] = []
     try:
-        with _bar(progress, len(plan.parts)) as step:
+        shown = progress is not False
+        with progress_bar(make_console(), len(plan.parts), "quantize", shown=shown) as bar:
             while plan.parts:
                 done.append(_convert(model, plan.parts.pop(0), exact, calls, made))
-                step()
+                bar.step()
     finally:  # also of a model that is quantised in part
         saves_quantized(model)
     return QuantizeReport(sorted([*done, *plan.left], key=lambda row: plan.order[row.layer]))
@@ -136,16 +137,6 @@ def experts_in(model: nn.Module, bits: int) -> Iterator[None]:
     finally:
         for children, name, own in kept:
             children[name] = own
-
-
-@contextmanager
-def _bar(wanted: bool | None, total: int) -> Iterator[Callable[[], object]]:
-    """What is called after each step."""
-    if wanted is False or not total:
-        yield lambda: None
-        return
-    with progress_bar(make_console(), total, "quantize") as bar:
-        yield bar.step
 
 
 class _Part(NamedTuple):

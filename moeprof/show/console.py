@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import IO, TYPE_CHECKING
+from io import StringIO
+from time import monotonic
+from typing import IO, TYPE_CHECKING, Any
 
 from ..files import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn, Task
     from rich.segment import Segment
 
 
-WIDTH = 100  # columns of the tables, and of a file or a pipe
+MOST_COLUMNS = 100  # of a line of text or a table; a file, a pipe or a notebook has as many
+
+
+def width() -> int:
+    """Columns of what is shown: the terminal's, MOST_COLUMNS at most."""
+    return min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 0)).columns)
+
+
+def fill(text: str, first: str = "", rest: str = "") -> str:
+    """The text in lines of `width()` columns; first, rest: what the first and the others begin
+    with."""
+    return textwrap.fill(text, width(), initial_indent=first, subsequent_indent=rest)
 
 
 @cache
@@ -39,64 +54,146 @@ def make_console() -> Console:
     """Lines on stdout as they are: not wrapped, no markup, no colours for numbers."""
     console = _console_class()(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console.width = WIDTH  # a file or a pipe has no width of its own
+        console.width = MOST_COLUMNS
     return console
 
 
-def text_console(file: IO[str], width: int = WIDTH) -> Console:
+def text_console(file: IO[str], columns: int | None = None) -> Console:
     """A console whose lines go to `file`, also in a notebook, where rich would display them."""
     return _console_class()(
-        file=file, width=width, markup=False, emoji=False, highlight=False, force_jupyter=False
+        file=file,
+        width=columns or width(),
+        markup=False,
+        emoji=False,
+        highlight=False,
+        force_jupyter=False,
     )
 
 
 class Bar:
-    """A progress bar of `total` steps; `note` says what it is at."""
+    """A progress bar of `total` steps; `note` says what it is at. Without `progress`, nothing."""
 
-    def __init__(self, progress: Progress, name: str, total: int) -> None:
+    def __init__(self, progress: Progress | None, name: str, total: float | None) -> None:
         self._progress = progress
-        self._task = progress.add_task(name, total=total)
-        self._refresh = not progress.live.auto_refresh
+        if progress is not None:
+            self._task = progress.add_task(name, total=total)
 
-    def step(self) -> None:
-        self._progress.update(self._task, advance=1, refresh=self._refresh)
+    def step(self, steps: float = 1) -> None:
+        self._update(advance=steps)
 
     def note(self, text: str) -> None:
-        self._progress.update(self._task, description=text, refresh=self._refresh)
+        self._update(description=text)
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.remove_task(self._task)
+
+    def _update(self, **changes: Any) -> None:
+        if self._progress is not None:
+            still = not self._progress.live.auto_refresh
+            self._progress.update(self._task, refresh=still, **changes)
+
+
+_drawn: list[Progress] = []  # what holds the bars on the screen, if any are there
 
 
 @contextmanager
-def progress(console: Console, total: int, name: str, *, still: bool = False) -> Iterator[Bar]:
+def progress(
+    console: Console,
+    total: float | None,
+    name: str,
+    *,
+    still: bool = False,
+    shown: bool = True,
+) -> Iterator[Bar]:
     """A Bar for a person: on the console, or on stderr when only that is a terminal.
 
+    Inside another it is a line below that one. total: None where only the end will tell.
     still: it is drawn at its steps only, so that no thread of it runs beside a measurement.
+    shown: False for nobody.
     """
+    if not shown or _drawn:
+        bar = Bar(_drawn[-1] if shown else None, name, total)
+        try:
+            yield bar
+        finally:
+            bar.end()
+        return
+    with _bars(console, still) as bars:
+        _drawn.append(bars)
+        try:
+            yield Bar(bars, name, total)
+        finally:
+            _drawn.remove(bars)
+
+
+def _bars(console: Console, still: bool) -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
-        TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
     screen = console if console.is_terminal else _console_class()(stderr=True)
-    shown = Progress(
-        TextColumn("{task.description}"),
+    in_cell = screen.is_jupyter and importlib.util.find_spec("ipywidgets") is None
+    return (_class_in_cell() if in_cell else Progress)(
+        _notes(),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        *(
+            column(table_column=Column(no_wrap=True))  # the others are cut on a narrow screen
+            for column in (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)
+        ),
         console=screen,
         transient=True,
-        auto_refresh=not still,
-        disable=not (screen.is_terminal or _has_widgets(screen)),
+        auto_refresh=not (still or in_cell),
+        disable=not (screen.is_terminal or screen.is_jupyter),
         redirect_stdout=screen is console,
     )
-    with shown:
-        yield Bar(shown, name, total)
 
 
-def _has_widgets(console: Console) -> bool:
-    """A notebook in which rich can draw."""
-    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+def _notes() -> ProgressColumn:
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Notes(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+    return Notes()
+
+
+@cache
+def _class_in_cell() -> type[Progress]:
+    """rich's Progress for a notebook without ipywidgets, where rich itself draws nothing."""
+    from IPython import display
+    from rich.progress import Progress
+
+    show: Any = display.display  # without annotations
+
+    class InCell(Progress):
+        """Text in the cell's output, drawn anew at a step when a second has passed."""
+
+        def start(self) -> None:
+            self._last, self._handle = monotonic(), None
+
+        def refresh(self) -> None:
+            if monotonic() - self._last < 1:
+                return
+            self._last, text = monotonic(), StringIO()
+            text_console(text).print(self.get_renderable())
+            self._show(text.getvalue().rstrip())
+
+        def stop(self) -> None:
+            if self._handle is not None:
+                self._show("")
+
+        def _show(self, text: str) -> None:
+            if self._handle is None:
+                self._handle = show({"text/plain": text}, raw=True, display_id=True)
+            else:
+                self._handle.update({"text/plain": text}, raw=True)
+
+    return InCell

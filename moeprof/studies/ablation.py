@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from ..measure.passes import batches, evaluating, ids_for, patched
 from ..models.blocks import runnable_blocks
 from ..models.names import layer_keys, layer_labels, layer_numbers, spans
 from ..routers import TopK
-from ..show.console import Bar, make_console
+from ..show.console import make_console
 from ..show.console import progress as progress_bar
 from ..show.figures import line_styles, whole_ticks
 from ..texts.documents import read_texts
@@ -113,15 +112,12 @@ def layer_ablation(
     text = heldout_windows(tokenizer, read_texts(texts, "texts"), tokens, seed)
     check_token_ids(model, (window.ids for window in text.windows))
     total = (1 + sum(k != own[layer] for layer, k in plan)) * len(text.windows)
-    bar: AbstractContextManager[Bar | None] = nullcontext()
-    if progress is not False:
-        bar = progress_bar(make_console(), total, "layer ablation")
-    with evaluating(model), torch.inference_mode(), bar as shown:
-        step = shown.step if shown else lambda: None
-        whole = _nats(model, text, {}, step)
+    shown = progress_bar(make_console(), total, "layer ablation", shown=progress is not False)
+    with evaluating(model), torch.inference_mode(), shown as bar:
+        whole = _nats(model, text, {}, bar.step)
         changed = np.stack(
             [
-                whole if k == own[layer] else _nats(model, text, {names[layer]: TopK(k)}, step)
+                whole if k == own[layer] else _nats(model, text, {names[layer]: TopK(k)}, bar.step)
                 for layer, k in plan
             ]
         )

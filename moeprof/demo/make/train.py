@@ -43,6 +43,7 @@ import numpy as np
 
 from ...cli.options import MOST_THREADS, integer
 from ...files import write_whole
+from ...show.console import make_console, progress
 from ...texts.documents import Document
 from .corpus import DOMAINS, read_text, split, write_jsonl
 from .evaluation import WINDOW, evaluate, gini
@@ -312,22 +313,19 @@ def train(
     stop: Stop | bool = False,
 ) -> None:
     """Advance `run` to `steps`; a point of the curve every LOG_EVERY steps."""
-    from tqdm import tqdm
-
     run.model.train()
     recent, started, saved = [], time.monotonic(), time.monotonic()
-    with tqdm(total=steps, initial=run.step, unit="step", mininterval=5.0) as bar:
+    with progress(make_console(), steps - run.step, "training") as bar:
         while run.step < steps and not stop:
             recent.append(run.advance(windows, steps))
-            bar.update()
+            bar.step()
             now = time.monotonic()
             if run.step % LOG_EVERY == 0 or run.step == steps:
                 point = curve_point(run.step, recent, bytes_per_token, now - started)
                 run.curve.append(point)
                 run.seconds += now - started
                 recent, started = [], now
-                shown = ("loss", "bits_per_byte", "tokens_per_s")
-                bar.set_postfix({key: point[key] for key in shown} | {"gini": max(point["gini"])})
+                bar.note(f"loss {point['loss']:.3f}, {point['tokens_per_s']:.0f} tokens/s")
             if now - saved > SAVE_SECONDS:
                 run.save(checkpoint)
                 saved = now

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...measure.machine import in_one_line
-from ...show.console import WIDTH, text_console
+from ...show.console import text_console
 from ...show.tables import table
 from .measure import Prompt, Seen, Times
 
@@ -337,7 +337,7 @@ def _text(parts: Parts) -> str:
     """Sentences and tables (columns, rows) as plain text of at most 100 columns."""
 
     out = io.StringIO()
-    console = text_console(out, WIDTH)
+    console = text_console(out)
     for part in parts:
         console.print(part if isinstance(part, str) else table(*part))
     lines = out.getvalue().splitlines()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import html
 import math
 import os
-import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +18,8 @@ from ...measure.bootstrap import intervals
 from ...measure.passes import collect, evaluating
 from ...models.blocks import fewest_experts, find_blocks, model_norm
 from ...routers import Router, TopK
-from ...show.console import WIDTH
+from ...show.console import fill, make_console
+from ...show.console import progress as progress_bar
 from ...texts.documents import Document, read_texts
 from ...texts.windows import HELDOUT_TOKENS, HeldOut, heldout_windows
 from .layers import sensitivity, shortened, split
@@ -106,7 +105,7 @@ class BudgetReport:
 
     def __repr__(self) -> str:
         tables = [_plain(*table) for table in self._tables()]
-        return "\n".join([*(textwrap.fill(line, WIDTH) for line in self._lines()), *tables])
+        return "\n".join([*(fill(line) for line in self._lines()), *tables])
 
     def _repr_html_(self) -> str:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())
@@ -226,24 +225,25 @@ def with_budget(
     held = _windows(tokenizer, heldout, tokens, "heldout")
     check_token_ids(model, (window.ids for part in (text, held) for window in part.windows))
     ks = _candidates(router, model, average_k) if per_layer else ()
-    with _bar(_steps(text, held, ks, model), progress) as bar, evaluating(model):
-        bar.set_description("stock model", refresh=False)
-        passed = collect(model, text, step=bar.update)
+    steps = _steps(text, held, ks, model)
+    shown = progress_bar(make_console(), steps, "stock model", shown=progress)
+    with shown as bar, evaluating(model):
+        passed = collect(model, text, step=bar.step)
         reached = reach(router, passed, null)
         check_reach(router, average_k, reached, passed.logits.shape[2])
         target: float | NDArray[np.float64] = average_k
         cost = None
         if per_layer:
-            bar.set_description("sensitivity", refresh=False)
+            bar.note("sensitivity")
             few = shortened(text, SENSITIVITY_TOKENS)
-            cost = sensitivity(model, few, ks, norm=norm, step=bar.update)
+            cost = sensitivity(model, few, ks, norm=norm, step=bar.step)
             target = split(cost, ks, reached, average_k, whole=isinstance(router, TopK))
-        bar.set_description(f"setting {router.name}", refresh=False)
+        bar.note(f"setting {router.name}")
         setting, short = find(
-            router, model, text, target, null, passed=passed, norm=norm, step=bar.update
+            router, model, text, target, null, passed=passed, norm=norm, step=bar.step
         )
-        bar.set_description("held-out text", refresh=False)
-        checked = collect(model, held, setting.router, null=null, norm=norm, step=bar.update)
+        bar.note("held-out text")
+        checked = collect(model, held, setting.router, null=null, norm=norm, step=bar.step)
     if short:
         warnings.warn(short, stacklevel=3)
     result = setting.router
@@ -306,15 +306,6 @@ def _steps(text: HeldOut, held: HeldOut, ks: Sequence[int], model: nn.Module) ->
     runs = 1 + len(find_blocks(model)) * sum(k != own for k in ks) if ks else 0
     windows = len(text.windows) * (1 + MAX_PASSES) + len(held.windows)
     return windows + runs * len(shortened(text, SENSITIVITY_TOKENS).windows)
-
-
-@contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Any]:
-    """A bar for whatever takes more than 2 seconds."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="window", delay=2, leave=False, disable=not progress) as bar:
-        yield bar
 
 
 def _measured(passed: Pass, text: HeldOut) -> Measured:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ...checks import check_type
-from ...show.console import WIDTH, progress
+from ...show.console import fill, progress, width
 from ..engine.engine import Listener, announce
 from ..engine.staged import recall, run_stages
 from ..store.store import Store
@@ -78,11 +77,11 @@ def _finish(
     files.save_report(report(result), figure(result))
     for part in console_tables(result):
         if isinstance(part, str):
-            part = textwrap.fill(part, WIDTH)
-        console.print(part, width=min(WIDTH, console.width))
+            part = fill(part)
+        console.print(part, width=width())
     if result["cells"]:
         for line in findings(result):
-            console.print(textwrap.fill(f"- {line}", WIDTH, subsequent_indent="  "))
+            console.print(fill(f"- {line}", rest="  "))
     for path in files.paths:
         console.print(f"Written: {path}")
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ... import demo
@@ -12,7 +11,7 @@ from ...checks import check_model, check_token_ids, check_tokenizer
 from ...measure.bootstrap import DRAWS
 from ...null import Null, resolve_null
 from ...routers import BH, Router
-from ...show.console import Bar, make_console
+from ...show.console import make_console
 from ...show.console import progress as progress_bar
 from ...texts.windows import HELDOUT_TOKENS, HeldOut, heldout_windows
 from ..engine.engine import Listener, announce
@@ -115,12 +114,8 @@ def diagnose(
         recall(work, store)
         announce(console, store, work)
     listener = Listener(done=lambda cell, result, ran: work.found.update({cell.name: result}))
-    bar: AbstractContextManager[Bar | None] = nullcontext()
-    if progress:
-        bar = progress_bar(console, work.all_steps, "diagnose")
-    with bar as shown:
-        if shown is not None:
-            listener.begin, listener.step = lambda cell: shown.note(cell.name), shown.step
+    with progress_bar(console, work.all_steps, "diagnose", shown=progress) as bar:
+        listener.begin, listener.step = lambda cell: bar.note(cell.name), bar.step
         run_stages(work, store, listener, engine)
     results = [work.found[cell.name] for cell in work.cells]
     facts = describe(model, work.null, work.router, work.text) | {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...show.console import WIDTH, text_console
+from ...show.console import fill, text_console
 from ...show.tables import with_interval
 from .rows import ALL, PATCHED, STOCK
 
@@ -387,17 +387,15 @@ def side_of(row: Mapping[str, Any], alpha: float) -> int | None:
     return int(row["low"] > alpha) - int(row["high"] < alpha)
 
 
-def as_text(diagnosis: Diagnosed, width: int = WIDTH) -> str:
-    """Findings and tables, plain text of at most `width` columns."""
-    import textwrap
-
+def as_text(diagnosis: Diagnosed) -> str:
+    """Findings and tables, plain text."""
     out = io.StringIO()
-    console = text_console(out, width)
+    console = text_console(out)
     for line in findings(diagnosis):
-        console.print("\n".join(textwrap.wrap(line, width)))
+        console.print(fill(line))
     for view in views(diagnosis):
         console.print(f"\n{view.title}")
-        console.print("\n".join(textwrap.wrap(view.note, width)))
+        console.print(fill(view.note))
         console.print(_rich(view.frame))
     return "\n".join(line.rstrip() for line in out.getvalue().split("\n"))
 

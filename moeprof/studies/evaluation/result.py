@@ -6,14 +6,13 @@ import io
 import json
 import math
 import os
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
-from ...show.console import WIDTH, text_console
+from ...show.console import fill, text_console
 from ...show.tables import table, with_interval
 from .statistics import Row, results
 
@@ -97,10 +96,10 @@ class Evaluated:
         out = io.StringIO()
         console = text_console(out)
         for line in self.findings():
-            console.print(textwrap.fill(line, WIDTH))
+            console.print(fill(line))
         for view in self.views(MOST_VALUES, MOST_PAIRS):
             console.print(f"\n{view.title}")
-            console.print(textwrap.fill(view.note, WIDTH))
+            console.print(fill(view.note))
             columns = dict.fromkeys(view.columns[1:], "{:>}")  # right
             console.print(table({view.columns[0]: "{}", **columns}, view.rows))
         return "\n".join(line.rstrip() for line in out.getvalue().split("\n"))

@@ -12,7 +12,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...routers import REGISTRY
-from ...show.console import WIDTH, text_console
+from ...show.console import text_console
 from ...show.tables import table as make_table
 from ..sweep.grid import digits
 
@@ -65,7 +65,7 @@ class Planned(NamedTuple):
             for one in self.configurations
         )
         file = io.StringIO()
-        text_console(file, WIDTH).print(make_table(columns, rows))
+        text_console(file).print(make_table(columns, rows))
         left_out = [f"Left out: {line}" for line in self.dropped]
         return "\n".join([*(line.rstrip() for line in file.getvalue().splitlines()), *left_out])
 

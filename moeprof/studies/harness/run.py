@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...show.console import WIDTH, progress
+from ...show.console import fill, progress, width
 from ..engine.engine import Engine, Listener, announce
 from ..engine.serial import Serial
 from .report import LEGEND, HarnessFiles, by_task, rows_of, table_of, title
@@ -46,8 +45,8 @@ def run_harness(
             for of_task in by_task(rows).values():
                 console.print("")
                 console.print(title(of_task))
-                console.print(table_of(of_task), width=min(WIDTH, console.width))
-            console.print(textwrap.fill(LEGEND, WIDTH))
+                console.print(table_of(of_task), width=width())
+            console.print(fill(LEGEND))
             for path in files.save(facts, rows, results):
                 console.print(f"Written: {path}")
     return rows

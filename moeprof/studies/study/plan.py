@@ -6,7 +6,7 @@ import io
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...measure.machine import peak_memory
-from ...show.console import WIDTH, text_console
+from ...show.console import text_console
 from ...show.tables import table
 from ..engine.staged import Staged, recall
 from .files import finished
@@ -54,7 +54,7 @@ class StudyPlan(NamedTuple):
             for p in [*known, _whole(known)]
         ]
         file = io.StringIO()
-        text_console(file, WIDTH).print(table(columns, rows))
+        text_console(file).print(table(columns, rows))
         lines = [line.rstrip() for line in file.getvalue().strip("\n").splitlines()]
         failed = [f"{p.name} can't be run: {p.failed}" for p in self.parts if p.failed]
         return "\n".join([*lines, *failed, NOTE])

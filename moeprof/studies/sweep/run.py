@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
@@ -15,7 +14,7 @@ from ...backends.cpu import cpu_info
 from ...checks import check_type
 from ...models.blocks import experts_of, model_sizes, own_top_k
 from ...models.quantized import described_dtype
-from ...show.console import WIDTH, make_console, progress
+from ...show.console import fill, make_console, progress, width
 from ...version import __version__
 from ..budget.stock import budget_text
 from ..engine.engine import Listener, announce
@@ -193,19 +192,18 @@ def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[st
     files.save_report(report(run), figure(run["results"], run))
     for item in run["advice"]:
         console.print("")
-        console.print(textwrap.fill(item["head"], WIDTH))
+        console.print(fill(item["head"]))
         if item["code"]:
             console.print(f"    {item['code']}")
         for other in item["others"]:
-            first, rest = "  - ", "    "
-            console.print(textwrap.fill(other, WIDTH, initial_indent=first, subsequent_indent=rest))
+            console.print(fill(other, "  - ", "    "))
     console.print("")
     if len(run["heldout_documents"]) == 1:
         console.print("The held-out text is one document, so nothing above has an interval.")
     groups = merged(run["results"])
-    console.print(_table(groups), width=min(WIDTH, console.width))
+    console.print(_table(groups), width=width())
     for line in same_results(groups):
-        console.print(textwrap.fill(line, WIDTH))
+        console.print(fill(line))
     for path in (files.json, files.csv, files.quality, files.report, files.figure):
         console.print(f"Written: {path}")
     return run
