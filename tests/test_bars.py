@@ -26,7 +26,7 @@ def lines(terminal):
 def test_a_bar_inside_another_is_a_line_below_it_while_it_lasts(terminal):
     with console.progress(terminal, 4, "outer", still=True) as outer:
         outer.step()
-        with console.progress(terminal, 2.5, "inner") as inner:
+        with console.progress(terminal, 2.5, "inner", shown=False) as inner:
             inner.step(0.5)
             inner.step(2)
         outer.step()

@@ -1,5 +1,6 @@
 """A profile: its tables, its text, its figures, its files, and two of them beside each other."""
 
+import re
 import sys
 
 import numpy as np
@@ -160,6 +161,18 @@ def test_the_summary_fits_and_has_a_row_for_each_layer(shape, sizes):
     assert all(len(row) == 1 + 8 * len(phases) for row in rows)  # no cell is cut or folded
     for phase in PHASES:
         assert (f"── {phase} ─" in table) == (phase in phases)
+
+
+def test_the_summary_fits_a_narrower_screen(profile, monkeypatch):
+    """The phases stand one below the other there, and no number is cut or on two lines."""
+    numbers = re.findall(r"[\d.]+", re.sub(r"\s", " ", profile.summary()))
+    monkeypatch.setenv("COLUMNS", "80")
+    text = profile.summary()
+    assert max(map(len, text.split("\n"))) <= 80
+    assert set(numbers) == set(re.findall(r"[\d.]+", text))
+    assert text.index("── prefill ─") < text.index("── decode ─")
+    table = text[text.index("By layer") :]
+    assert table.count(" layer ") == len(profile.phases) + ("By domain" in table)
 
 
 def test_the_summary_is_the_same_in_a_notebook(profile, monkeypatch):

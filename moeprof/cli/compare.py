@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +169,7 @@ def _comparison(
     if null is not None:
         null.check(model)
     given = {} if null is None else {EFRON: null}
-    nulls = Nulls(model, tokenizer, documents["null"], given, sys.stderr.isatty())
+    nulls = Nulls(model, tokenizer, documents["null"], given)
     prompts = [prompt_ids(tokenizer, text) for _, text in demo.prompts()]
     # One of each kind: simple, medium, complex, technical.
     few = prompts[::3]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..files import printable
-from ..show.console import fill, text_console
+from ..show.console import MOST_COLUMNS, fill, text_console, width
 from .findings import findings, heading
 from .tables import tables
 
@@ -48,7 +48,27 @@ def _of_table(table: Table) -> tuple[str, str, str]:
 
 
 def in_lines(table: Table) -> str:
-    """A Table by rich, the groups' names above it, without trailing blanks."""
+    """A Table by rich, the groups' names above it, without trailing blanks.
+
+    Where the screen is too narrow for it, its groups stand one below the other.
+    """
+    groups = dict.fromkeys(group for group, _ in table.columns if group)
+    lines = _in_lines(table, MOST_COLUMNS)
+    if len(groups) > 1 and max(map(len, lines)) > width():
+        lines = [line for group in groups for line in _in_lines(_of_group(table, group), width())]
+    elif max(map(len, lines)) > width():
+        lines = _in_lines(table, width())
+    return "\n".join(lines)
+
+
+def _of_group(table: Table, group: str) -> Table:
+    """The columns that belong to no group, and those of this one."""
+    kept = [i for i, (of, _) in enumerate(table.columns) if of in ("", group)]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return table._replace(columns=[table.columns[i] for i in kept], rows=rows)
+
+
+def _in_lines(table: Table, columns: int) -> list[str]:
     from rich import box
     from rich.table import Table
 
@@ -59,9 +79,9 @@ def in_lines(table: Table) -> str:
     for row in table.rows:
         made.add_row(*row)
     out = io.StringIO()
-    text_console(out).print(made)
+    text_console(out, columns).print(made)
     lines = [line.rstrip() for line in out.getvalue().split("\n") if line.strip()]
-    return "\n".join([*_groups(table.columns, lines[0]), *lines])
+    return [*_groups(table.columns, lines[0]), *lines]
 
 
 def _groups(columns: Sequence[tuple[str, str]], head: str) -> list[str]:

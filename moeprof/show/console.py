@@ -108,12 +108,12 @@ def progress(
 ) -> Iterator[Bar]:
     """A Bar for a person: on the console, or on stderr when only that is a terminal.
 
-    Inside another it is a line below that one. total: None where only the end will tell.
-    still: it is drawn at its steps only, so that no thread of it runs beside a measurement.
-    shown: False for nobody.
+    total: None where only the end will tell. still: it is drawn at its steps only, so that no
+    thread of it runs beside a measurement. shown: False for none. Inside another it is a line
+    below that one, whatever `shown` says.
     """
-    if not shown or _drawn:
-        bar = Bar(_drawn[-1] if shown else None, name, total)
+    if _drawn or not shown:
+        bar = Bar(_drawn[-1] if _drawn else None, name, total)
         try:
             yield bar
         finally:

@@ -100,7 +100,6 @@ class Nulls:
     tokenizer: Tokenizer
     texts: Sequence[Text]
     given: Mapping[str, AnyNull | str] = field(default_factory=dict)
-    progress: bool = False
     fitted: dict[str, Null] = field(default_factory=dict)
 
     def get(self, name: str | None) -> AnyNull | str | None:
@@ -121,7 +120,7 @@ class Nulls:
         texts = [document.text for document in self.texts]
         forms = [Form(*FORMS[name]) for name in names]
         with quick(self.model):
-            nulls = fit_nulls(self.model, self.tokenizer, texts, forms, progress=self.progress)
+            nulls = fit_nulls(self.model, self.tokenizer, texts, forms, progress=False)
         self.fitted.update(zip(names, nulls, strict=True))
 
 
