@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    arguments = argparse.Namespace()
     try:
         arguments = _parser().parse_args(argv)
         checks.check_installed(f"moeprof {arguments.command}", _needed(arguments))
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Interrupted inside an exec() of a text, as dataclasses are made, Python would end by the
         # signal in spite of this handler; the next exec() takes that back.
         exec("")
-        print("moeprof: interrupted", file=sys.stderr)
+        print(f"moeprof: interrupted{_kept(arguments)}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("moeprof"):
@@ -93,6 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(checks.missing("this", error.name) if error.name else error)
     except (ImportError, ValueError, TypeError, OSError) as error:
         return _fail(error)
+
+
+def _kept(arguments: argparse.Namespace) -> str:
+    """What is said after an interruption of a command that has a store for what is finished."""
+    if hasattr(arguments, "store") and (arguments.store, arguments.out) != (None, None):
+        return "; what was finished is kept: the same command goes on there"
+    return ""
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def test_over_a_gap_of_the_line_there_is_no_distance(run):
     assert all(r["avg_experts_heldout"] <= 1 + 1e-9 for r in known)
     told = advice(found)[0]  # for 2: static top-2 was not run
     assert told["best"] is None and told["code"] is None
-    assert "lie outside of what static top-k was run for" in " ".join(told["others"])
+    assert "can't be compared, as static top-2 was not run" in " ".join(told["others"])
 
 
 def test_a_budget_between_whole_ks_is_held_against_what_can_be_run(run):
@@ -189,7 +189,28 @@ def test_a_static_top_k_that_was_not_run_is_not_recommended(run):
     only = [row for row in run[0]["static"] if row["k"] == 1]
     last = advice(run[0] | {"model_config": size, "static": only, "budgets": []})[-1]
     assert last["budget"] == 3 and last["code"] is None and last["best"] is None
-    assert "static top-3 was not run" in last["head"]
+    assert "static top-3 was not run" in last["head"] and "--static 1,3,4" in last["head"]
+
+
+@pytest.mark.parametrize("cheaper", [True, False])
+def test_static_is_no_answer_beside_what_costs_less_and_was_not_compared(run, cheaper):
+    """At 2.1 experts, less than static top-2 costs: static top-3 decides, and was not run."""
+    (one,) = run[0]["static"]
+    two = one | {"config": "topk_2", "k": 2, "bits_above_own": one["bits_above_own"] / 2}
+    size = run[0]["model_config"] | {"num_experts_per_tok": 4}
+    told = with_distance(run[0], "bh_k4_a020", None, None, None, 2.1)
+    for row in told["results"]:
+        if row["config"] == "bh_k4_a020":
+            row["bits_above_own"] = two["bits_above_own"] * (0.9 if cheaper else 1.1)
+    told |= {"model_config": size, "static": [one, two], "budgets": []}
+    first = advice(told)[0]
+    assert first["budget"] == 2 and first["best"] == (None if cheaper else "topk_2")
+    assert ("static top-3 was not run" in first["head"]) == cheaper
+    assert ("--static 1,2,3,4" in first["head"]) == cheaper
+
+
+def test_there_is_no_advice_before_all_is_finished(run):
+    assert advice(run[0] | {"finished": False}) == [] != advice(run[0])
 
 
 def test_the_figure_counts_the_settings_that_static_was_run_beside(run):

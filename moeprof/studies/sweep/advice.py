@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .beside import budgets
-from .compared import interval, is_run, on_line
+from .compared import interval, not_run, on_line
 
 NEAR = 0.1  # of a budget: what lies further off isn't an answer to it
 CODE = "moeprof.patch(model, {router}, null={null})"
@@ -19,8 +19,11 @@ def advice(run: dict[str, Any]) -> list[dict[str, Any]]:
     """For each budget a dict: budget, lines (in words), code (Python) and best (a config).
 
     run: as `compared` gives it. Compared are static top-k, the grid's BH and, set by budget,
-    fixed_p and BH; `best_for` chooses.
+    fixed_p and BH; `best_for` chooses. None for a run that isn't finished: what is missing may
+    be the answer.
     """
+    if not run["finished"]:
+        return []
     return [_for(run, budget) for budget in budgets(run["model_config"]["num_experts_per_tok"])]
 
 
@@ -56,7 +59,7 @@ def _above_static(row: Mapping[str, Any], budget: float, run: dict[str, Any]) ->
     line = sorted([*run["static"], own], key=lambda point: point["k"])
     ks, bits = (np.array([point[n] for point in line], float) for n in ("k", "bits_above_own"))
     at = max(row["avg_experts_heldout"], int(budget))
-    if not is_run(at, ks):
+    if not_run(at, ks.tolist()):
         return math.inf
     return row["bits_above_own"] - float(on_line(ks, bits[None], np.array([[at]]))[0, 0])
 
@@ -65,43 +68,66 @@ def _for(run: dict[str, Any], budget: float) -> dict[str, Any]:
     rows = [row for row in _set(run, budget) if not row.get("error")]
     grid = _by_cost(budget, run["results"][1:], run) or _near(budget, run["results"][1:])
     best = best_for(budget, [*grid, *rows], run)
+    missing = _missing(budget, [*grid, *rows], run)
     found = [*grid[:1], *_set(run, budget)]
     near = _by_cost(budget, [*grid, *rows], run)
     static = _static(run, budget)
     top = f"the model's own top-{run['results'][0]['max_k']}"
     if best:
-        head = f"{_name(best)} is best: {_costs(best, top)}, {_beside(best)}."
+        head = f"{_name(best)} is best: {_costs(best, top)}, {_beside(best, run)}."
         code = _code(best, run)
-    elif static is None:
+    elif missing:
+        ks = sorted({*_ks(run), *missing})
         head = (
-            f"no answer: static top-{int(budget)} was not run, and nothing that was tried is "
-            "better with certainty than the static top-k that was."
+            f"no answer: {_static_of(missing)} was not run, and "
+            "nothing that was tried is better with certainty than the static top-k that was. "
+            f"Run it again with --static {','.join(map(str, ks))}."
         )
         code = None
     else:
         head = f"static top-{static['k']} is what to use: {_costs(static, top)}; " + (
             f"nothing tried is known to cost less (the nearest, {_name(near[0])}: "
-            f"{_costs(near[0], top)}, {_beside(near[0])})."
+            f"{_costs(near[0], top)}, {_beside(near[0], run)})."
             if near
             else "nothing that it could be compared with takes about so many experts."
         )
         code = f'moeprof.patch(model, "topk", k={static["k"]})'
-    others = [_other(row, budget, top) for row in found if row is not best]
+    others = [_other(row, budget, top, run) for row in found if row is not best]
     if best and static is not None:
         others.insert(0, f"static top-{static['k']}: {_costs(static, top)}")
     if not grid and len(run["results"]) > 1:
         nearest = min(run["results"][1:], key=lambda r: abs(r["avg_experts_heldout"] - budget))
         others.append(
             f"no BH configuration of the grid is within {100 * NEAR:.0f} % of {budget:g} experts; "
-            f"the nearest is {_other(nearest, budget, top)}"
+            f"the nearest is {_other(nearest, budget, top, run)}"
         )
     return {
         "budget": budget,
-        "best": best["config"] if best else static["config"] if static else None,
+        "best": best["config"] if best else None if static is None or missing else static["config"],
         "head": f"For {budget:g} experts per token on average, {head}",
         "code": code,
         "others": others,
     }
+
+
+def _missing(budget: float, rows: Iterable[dict[str, Any]], run: dict[str, Any]) -> list[int]:
+    """The k that static top-k has to be run for before it can be what to use: the largest within
+    the budget, and those beside a setting that costs less."""
+    static = _static(run, budget)
+    if static is None:
+        return [int(budget)]
+    near = (row for row in _near(budget, rows) if row["bits_above_own"] < static["bits_above_own"])
+    return sorted({k for row in near for k in not_run(row["avg_experts_heldout"], _ks(run))})
+
+
+def _ks(run: dict[str, Any]) -> list[int]:
+    """The k that static top-k was run for, the model's own among them."""
+    own = run["model_config"]["num_experts_per_tok"]
+    return sorted({own, *(row["k"] for row in run["static"])})
+
+
+def _static_of(ks: Iterable[int]) -> str:
+    return "static " + " and ".join(f"top-{k}" for k in ks)
 
 
 def _set(run: dict[str, Any], budget: float) -> list[dict[str, Any]]:
@@ -145,16 +171,17 @@ def _costs(row: Mapping[str, Any], top: str) -> str:
     )
 
 
-def _beside(row: Mapping[str, Any]) -> str:
+def _beside(row: Mapping[str, Any], run: dict[str, Any]) -> str:
     if row.get("bits_above_static") is None:
-        return "so many experts lie outside of what static top-k was run for"
+        ks = not_run(row["avg_experts_heldout"], _ks(run))
+        return f"can't be compared, as {_static_of(ks)} was not run"
     return f"{interval(row, 'bits_above_static')} beside static top-k at the same experts"
 
 
-def _other(row: Mapping[str, Any], budget: float, top: str) -> str:
+def _other(row: Mapping[str, Any], budget: float, top: str, run: dict[str, Any]) -> str:
     if row.get("error"):
         return f"{row['router']} can't be set to {budget:g}: {row['error']}"
-    return f"{_name(row)}: {_costs(row, top)}, {_beside(row)}"
+    return f"{_name(row)}: {_costs(row, top)}, {_beside(row, run)}"
 
 
 def _code(row: Mapping[str, Any], run: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def distances(
     found = bootstrap(statistic, len(documents), seed=seed)
     average = experts.sum(axis=1) / tokens.sum()
     several = len(documents) > 1
-    inside = [is_run(at, ks) for at in average]
+    inside = [not not_run(at, ks) for at in average]
     for index in range(len(rows)):
         fields = {}
         for name, at, known in (
@@ -89,9 +89,10 @@ def _bits(rows: list[dict[str, Any]]) -> NDArray[np.float64]:
     return np.array([row["nats_by_document"] for row in rows], float) / math.log(2)
 
 
-def is_run(average: float, ks: NDArray[np.float64]) -> bool:
-    """Were the whole k on both sides of `average` run? A line over a gap lies above static."""
-    return {math.floor(average + 1e-9), math.ceil(average - 1e-9)} <= set(ks)
+def not_run(average: float, ks: Collection[float]) -> list[int]:
+    """Those of the whole k on both sides of `average` that are not among `ks`, which static top-k
+    was run for: a line over a gap lies above static."""
+    return sorted({math.floor(average + 1e-9), math.ceil(average - 1e-9)} - {int(k) for k in ks})
 
 
 def on_line(

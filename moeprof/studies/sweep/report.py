@@ -121,8 +121,16 @@ def protocol(run: dict[str, Any]) -> list[str]:
         "512; the first token of a window is not predicted.",
         f"Null: {run['null']}. {run['null_source']}",
         f"Machine: {_machine(run['cpu'])}; {run['threads']} thread(s); seed {run['seed']}; "
-        f"{versions}; started {run['started']}.",
+        f"{versions}; started {run['started']}{_before(run)}.",
     ]
+
+
+def _before(run: dict[str, Any]) -> str:
+    """Of a run that went on: the line's time and threads are those of its last part only."""
+    count = run.get("from_store", 0)
+    if not count:
+        return ""
+    return f" and went on with {count} parts that were run before, maybe on other threads"
 
 
 def _whose(run: dict[str, Any]) -> str:
@@ -349,7 +357,8 @@ def beside_static(run: dict[str, Any]) -> str:
         f"experts per token, {sum(map(is_above, known))} worse; {how_sure(known)}"
     )
     if len(known) < len(settings):
-        text += f" {len(settings) - len(known)} lie outside of what static top-k was run for."
+        others = len(settings) - len(known)
+        text += f" {others} lie beside a k that static top-k was not run for."
     return text
 
 

@@ -78,7 +78,7 @@ def sweep(
     run = describe(experiment, planned, dropped_max_ks(num_experts, max_ks)) | facts
     run["dropped_configurations"] = len(run["dropped_max_k"]) * len(alphas)
     run |= {"budget_tokens": calibration.tokens, "finished": False}
-    run |= {"results": [], "static": [], "budgets": []}
+    run |= {"results": [], "static": [], "budgets": [], "from_store": 0}
     console.print(f"Total configurations: {len(planned)}")
     for max_k in run["dropped_max_k"]:
         console.print(f"Left out: max_k {max_k}, the model has {num_experts} experts")
@@ -148,6 +148,7 @@ class _Said:
 
     def done(self, cell: Cell, result: dict[str, Any], ran: bool) -> None:
         self.found[cell.name] = result
+        self.run["from_store"] += not ran
         rows_of(self.run, self.work, self.found)
         if cell.name not in self.places:
             return
@@ -202,6 +203,7 @@ def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[st
         console.print("The held-out text is one document, so nothing above has an interval.")
     groups = merged(run["results"])
     console.print(_table(groups), width=width())
+    console.print(fill(COLUMNS))
     for line in same_results(groups):
         console.print(fill(line))
     for path in (files.json, files.csv, files.quality, files.report, files.figure):
@@ -209,8 +211,16 @@ def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[st
     return run
 
 
+COLUMNS = (
+    "Experts: per token and layer on the held-out text; prompts: while it answers the prompts. "
+    "Perpl., bits/B: perplexity per token, and bits per byte, of the held-out text; Δ static: bits "
+    "per byte above static top-k with as many experts. Agree: share of the answers' tokens that "
+    "are those of the model's own routing. Tok/s: decoding, one run each."
+)
+
+
 def _table(groups: list[tuple[str, list[dict[str, Any]]]]) -> Table:
-    """The main columns as a rich table of at most 100 columns; equal results share a row."""
+    """The main columns as a rich table, 80 wide with the usual names; equal results share a row."""
     from rich import box
     from rich.table import Table
 
@@ -218,16 +228,15 @@ def _table(groups: list[tuple[str, list[dict[str, Any]]]]) -> Table:
         "experts": ("avg_experts_heldout", "{:.2f}"),
         "prompts": ("avg_experts", "{:.2f}"),
         "perpl.": ("perplexity", "{:.2f}"),
-        "Δ perpl.": ("delta_perplexity", "{:+.2f}"),
         "bits/B": ("bits_per_byte", "{:.4f}"),
         "Δ static": ("bits_above_static", "{:+.4f}"),
         "agree": ("token_agreement", "{:.2f}"),
         "tok/s": ("tokens_per_s", "{:.1f}"),
     }
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("config", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("config", overflow="fold")
     for name in columns:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", no_wrap=True)
     for name, group in groups:
         cells = ((form, group[0][field]) for field, form in columns.values())
         table.add_row(name, *("" if value is None else form.format(value) for form, value in cells))
