@@ -268,5 +268,5 @@ def test_contenders_and_tables_are_chosen_by_name():
     assert reduction.budgets == (2, 3, 4, 5, 6, 7) and reduction.max_k == 8
     assert wide.budgets == (2, 3, 4, 5, 6, 7, 8) and wide.max_k == 16
     assert plan_tables(8, 12)[1].max_k == 12
-    with pytest.raises(ValueError, match="budgets: expected some of 2 to 7"):
+    with pytest.raises(ValueError, match="expected some of 2, 3, 4, 5, 6, 7 .table reduction"):
         plan_tables(8, 64, budgets=[9])

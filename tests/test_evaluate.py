@@ -194,6 +194,19 @@ def test_what_is_reported_is_what_was_measured(model):
     assert "32 tokens" in found.summary() and "no window before had" in found.report()
 
 
+def test_a_router_of_ones_own_is_measured_as_the_one_that_does_the_same(model):
+    def mine(logits):
+        weights, experts = logits.softmax(-1).topk(1)
+        return weights, experts
+
+    found = evaluate(model, {"mine": mine, "top-1": moeprof.TopK(k=1)}, norm="none")
+    mine, top = found.measured["mine"], found.measured["top-1"]
+    assert mine["experts"] == top["experts"] and mine["router"] == "mine (in Python)"
+    np.testing.assert_allclose(mine["nats"], top["nats"], rtol=1e-6)
+    with pytest.raises(ValueError, match="store: what the router 'mine' is"):
+        evaluate(model, {"mine": lambda logits: logits}, store="never.sqlite")
+
+
 def test_a_budget_is_set_on_calibration_text_and_one_out_of_reach_is_said(model):
     found = evaluate(model, ["top_p@1.5", "top_p@7:max_k=4"])
     assert found.measured["top_p@1.5"]["average_k"] == pytest.approx(1.5, rel=0.02)
@@ -222,6 +235,7 @@ def test_one_document_has_no_interval(model):
         (["topk:k=1"] * 2, {}, ValueError, "'topk:k=1': it is there twice"),
         ([OWN], {}, ValueError, "there is no 'own routing'"),
         ([3], {}, TypeError, "a router or its text"),
+        ([len], {}, TypeError, "or a dict {name: function} for one of your own"),
         (["topk:k=9"], {}, ValueError, "k: expected at most 8"),
         ([], {"texts": []}, ValueError, "expected at least one text"),
         ([], {"texts": ["A", "B"]}, ValueError, "no document has two tokens"),

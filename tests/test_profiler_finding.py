@@ -333,12 +333,12 @@ def test_stacked_experts_whose_first_matrix_is_called_gate():
     ids=lambda children: " ".join(children),
 )
 def test_no_router(children):
-    with pytest.raises(ValueError, match="No routers found in Module: looked for .*; found "):
+    with pytest.raises(ValueError, match="No routers found in Module, .*dense.*; found "):
         find_sites(block(**children))
 
 
 def test_a_dense_model():
-    message = "No routers found in LlamaForCausalLM: looked for .*gate or router; found .* none$"
+    message = "No routers found in LlamaForCausalLM, .* dense .*gate or router; found .* none$"
     with pytest.raises(ValueError, match=message):
         find_sites(llama())
 

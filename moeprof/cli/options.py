@@ -215,8 +215,11 @@ def set_threads(arguments: argparse.Namespace) -> None:
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) as the options of `add_model` say."""
+    from ..show.console import make_console, progress
+
     set_threads(arguments)
-    return source_of(arguments).load()
+    with progress(make_console(), None, f"loading {model_name(arguments)}"):
+        return source_of(arguments).load()
 
 
 def command_of(arguments: argparse.Namespace, defaults: Mapping[str, Any]) -> str:

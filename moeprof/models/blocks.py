@@ -12,7 +12,7 @@ from .families import FAMILIES, family_of, stock_parent
 from .families.base import Layout
 from .families.packed import read_packed
 from .families.rules import Checked
-from .find import find_sites
+from .find import dense, find_sites
 from .guards import explained, full_name
 from .reading import as_logits
 
@@ -230,8 +230,8 @@ def _no_routers(model: nn.Module) -> str:
     alike = sorted(c for c in classes if any(s in c.lower() for s in ("moe", "router", "expert")))
     known = len({family.name for family in FAMILIES})  # some have a record for each layout
     text = (
-        f"No routers found in {type(model).__name__}: looked for blocks with a gate and "
-        f"experts, of the {known} families that moeprof.patch knows; found "
+        f"No routers found in {type(model).__name__}{dense(alike)}: looked for blocks with a gate "
+        f"and experts, of the {known} families that moeprof.patch knows; found "
         f"{len(classes)} classes of modules, of a mixture of experts: {', '.join(alike) or 'none'}"
     )
     if _profiler_reads(model):

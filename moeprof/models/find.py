@@ -102,12 +102,17 @@ def _nothing_found(model: nn.Module, unread: list[Unread]) -> str:
     classes = {type(m).__name__ for m in model.modules()}
     alike = sorted(c for c in classes if re.search("moe|router|expert|gat(e|ing)$", c.lower()))
     return (
-        f"No routers found in {type(model).__name__}: looked for modules with experts (a "
-        "ModuleList of alike modules, or stacked (E, ., .) parameters) and a child that gives E "
-        f"columns, and for modules named gate or router; found {len(classes)} classes of "
+        f"No routers found in {type(model).__name__}{dense(alike)}: looked for modules with "
+        "experts (a ModuleList of alike modules, or stacked (E, ., .) parameters) and a child that "
+        f"gives E columns, and for modules named gate or router; found {len(classes)} classes of "
         f"modules, of a mixture of experts: {', '.join(alike) or 'none'}"
         + "".join(f"; {u.name or 'the model'}: {u.reason}" for u in unread)
     )
+
+
+def dense(alike: list[str]) -> str:
+    """The likely cause, where no class of the model is `alike` those of a mixture of experts."""
+    return "" if alike else ", which looks like a dense model, one without experts"
 
 
 # ---- names ----

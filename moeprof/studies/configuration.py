@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..demo.defaults import default_null
 from ..models.blocks import fewest_experts, runnable_blocks
+from ..routers.base import Router
 from ..routers.evidence import OnNull
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from ..checks import Tokenizer
     from ..null.resolve import AnyNull
-    from ..routers.base import Router
 
 
 OWN = "own routing"  # the model as it is, which each router is compared with
@@ -23,13 +23,13 @@ OWN = "own routing"  # the model as it is, which each router is compared with
 class Configuration(NamedTuple):
     """A router by its name in the tables.
 
-    router : None for the model's own routing
+    router : None for the model's own routing; a function, as for `moeprof.patch`, has no budget
     budget : experts per token that the router's main parameter is set to; None leaves it
     null : what the router's p-values are measured against; None where it needs none
     """
 
     name: str
-    router: Router | None
+    router: Router | Callable[..., Any] | None
     budget: float | None = None
     null: AnyNull | None = None
 
@@ -45,14 +45,14 @@ def with_own(model: nn.Module, configurations: Iterable[Configuration]) -> dict[
     for one in configurations:
         if one.name in found:
             raise ValueError(f"router {one.name!r}: there are two of that name")
-        if one.router is not None:
+        if isinstance(one.router, Router):
             one.router.limits(fewest_experts(model))
         found[one.name] = one
     return found
 
 
 def null_for(
-    router: Router,
+    router: Router | Callable[..., Any],
     model: nn.Module,
     tokenizer: Tokenizer,
     given: AnyNull | None,

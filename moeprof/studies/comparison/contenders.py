@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,10 @@ def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
         raise ValueError(f"router: expected some of {[c.name for c in known]}, got none")
     for name in names:
         if not any(name in (c.name, c.router) for c in known):
-            raise ValueError(f"router: expected one of {[c.name for c in known]}, got {name!r}")
+            close = get_close_matches(name, [n for c in known for n in (c.name, c.router)], 1, 0.3)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            names = [c.name for c in known]
+            raise ValueError(f"router: expected one of {names}, got {name!r}{hint}")
     return [c for c in known if c.name in names or c.router in names]
 
 

@@ -51,19 +51,21 @@ def plan_tables(
     "reduction": budgets 2 to k - 1; "wide": 2 to k. budgets: only these of them. ValueError
     where nothing is left.
     """
-    plans = []
+    plans, known = [], []
     for name in TABLES:
         if name not in names:
             continue
         wide = name == WIDE
         max_k = min(2 * top_k, num_experts) if wide else top_k
-        inside = [b for b in range(2, top_k + wide) if budgets is None or b in budgets]
+        possible = range(2, top_k + wide)
+        known.append(f"{', '.join(map(str, possible)) or 'none'} (table {name})")
+        inside = [b for b in possible if budgets is None or b in budgets]
         allocations = ALLOCATIONS[:2] if wide else ALLOCATIONS
         if inside:
             plans.append(TablePlan(name, max_k, tuple(inside), allocations))
     if not plans:
         raise ValueError(
-            f"budgets: expected some of 2 to {top_k - 1} (table reduction) or of 2 to {top_k} "
-            f"(table wide), got {'none that exist' if budgets is None else sorted(budgets)}"
+            f"budgets: this model takes {top_k} experts a token: expected some of "
+            f"{' or of '.join(known)}, got {'none' if budgets is None else sorted(budgets)}"
         )
     return plans

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...checks import check_token_ids
 from ...measure.passes import Quality, Reference, evaluating
 from ...models.tokens import most_positions
+from ...routers.base import Router
+from ...routers.table import describe
 from ...texts.windows import HELDOUT_TOKENS, heldout_windows
 from ..budget.setting import BudgetError
 from ..budget.stock import Setter
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
     from ...checks import Tokenizer
     from ...null.resolve import AnyNull
-    from ...routers.base import Router
     from ...texts.documents import Text
     from ...texts.windows import HeldOut
 
@@ -107,7 +108,7 @@ class Evaluation:
 
     def measure(
         self,
-        router: Router | None,
+        router: Router | Callable[..., Any] | None,
         *,
         null: AnyNull | None = None,
         budget: float | None = None,
@@ -123,7 +124,7 @@ class Evaluation:
         """
         begun, found = time.perf_counter(), {}
         with evaluating(self.model):
-            if router is not None and budget is not None:
+            if isinstance(router, Router) and budget is not None:
                 try:
                     setting = self._setter.run(router, budget, null, step)
                 except BudgetError as error:
@@ -134,7 +135,7 @@ class Evaluation:
             quality = self._quality(router, null, step)
         return {
             **found,
-            "router": repr(router) if router is not None else "the model's own",
+            "router": _words(router),
             "nats": quality.nats.tolist(),
             "kl": quality.kl.tolist(),
             "agree": quality.agree.tolist(),
@@ -146,7 +147,10 @@ class Evaluation:
         }
 
     def _quality(
-        self, router: Router | None, null: AnyNull | None, step: Callable[[], object]
+        self,
+        router: Router | Callable[..., Any] | None,
+        null: AnyNull | None,
+        step: Callable[[], object],
     ) -> Quality:
         if self._reference is None:  # one more pass, unless its own quality is what is asked for
             own = step if router is None else _nothing
@@ -154,6 +158,12 @@ class Evaluation:
         if router is None:
             return self._reference.own
         return self._reference.measure(router, null=null, norm=self.norm, step=step)
+
+
+def _words(router: Router | Callable[..., Any] | None) -> str:
+    if router is None:
+        return "the model's own"
+    return repr(router) if isinstance(router, Router) else describe([router])
 
 
 def _nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: nn.Module,
     tokenizer: Tokenizer,
-    routers: Iterable[str | Router] | Mapping[str, Router] = (),
+    routers: Iterable[str | Router] | Mapping[str, Router | Callable[..., Any]] = (),
     *,
     texts: Iterable[Any] | None = None,
     null: AnyNull | str | os.PathLike[str] | None = None,
@@ -65,9 +65,10 @@ def evaluate(
         it was.
     tokenizer : callable
         The model's.
-    routers : list of str or Router, or dict of name and Router
+    routers : list of str or Router, or dict of name and Router or callable
         "topk:k=4", "bh:alpha=0.3,max_k=16"; "bh@6" is a router set to 6 experts per token, on
-        the calibration text that ships with moeprof. The model's own routing always comes first.
+        the calibration text that ships with moeprof. A callable is a router of your own, as for
+        `moeprof.patch`; it can't be kept in a store. The model's own routing always comes first.
     texts : list of str, or of objects with .text, .domain and .complexity
         Each is a document. Default: the held-out text that ships with moeprof.
     null : Null, str, path or None
@@ -112,6 +113,13 @@ def evaluate(
     >>> found = moeprof.evaluate(model, tokenizer, ["topk:k=4", "bh@4"])   # doctest: +SKIP
     >>> print(found.summary())                                             # doctest: +SKIP
     """
+    if isinstance(routers, Mapping) and store is not None:
+        for name, router in routers.items():
+            if not isinstance(router, (str, Router)):
+                raise ValueError(
+                    f"evaluate: store: what the router {name!r} is can't be told from its code, so "
+                    "its results can't be kept: evaluate it without a store"
+                )
     if engine is not None and store is None:
         raise ValueError("evaluate: engine: it needs a store, where its workers meet")
     work, protocol = evaluation_work(
@@ -146,7 +154,7 @@ def evaluate(
 def evaluation_work(
     model: nn.Module,
     tokenizer: Tokenizer,
-    routers: Iterable[str | Router] | Mapping[str, Router],
+    routers: Iterable[str | Router] | Mapping[str, Router | Callable[..., Any]],
     *,
     texts: Iterable[Any] | None,
     null: AnyNull | str | os.PathLike[str] | None,
@@ -182,16 +190,20 @@ def evaluation_work(
 
 
 def _named(
-    routers: Iterable[str | Router] | Mapping[str, Router],
-) -> dict[str, tuple[Router, float | None]]:
+    routers: Iterable[str | Router] | Mapping[str, Router | Callable[..., Any]],
+) -> dict[str, tuple[Router | Callable[..., Any], float | None]]:
     """{name: (router, budget)}; ValueError for two of one name."""
     check_type("evaluate: routers", routers, Iterable, "a list of routers")
     if isinstance(routers, str | Router):
         raise TypeError(f"evaluate: routers: expected a list, got {routers!r}: put it in brackets")
-    found: dict[str, tuple[Router, float | None]] = {}
-    items = routers.items() if isinstance(routers, Mapping) else [(None, one) for one in routers]
+    found: dict[str, tuple[Router | Callable[..., Any], float | None]] = {}
+    items: Iterable[Any] = (
+        routers.items() if isinstance(routers, Mapping) else [(None, one) for one in routers]
+    )
     for given, router in items:
-        check_type("evaluate: routers", router, (str, Router), "a router or its text")
+        if given is None or not callable(router):
+            named = ", or a dict {name: function} for one of your own" if callable(router) else ""
+            check_type("evaluate: routers", router, (str, Router), f"a router or its text{named}")
         one = written_router(router) if isinstance(router, str) else (router, None)
         name = given or (router.strip() if isinstance(router, str) else describe([router]))
         if name in found:

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ...measure.passes import reference_bytes
+from ...routers.base import Router
 from ..budget.stock import pass_bytes
 from ..configuration import with_own
 from ..engine.load import COLLECT, KL, USUAL_PASSES, Load
@@ -66,7 +67,8 @@ class EvaluationWork:
     def load(self, cell: Cell) -> list[Load]:
         _, router, budget, null = self._by_name[cell.name]
         if budget is None:
-            return [Load(KL, self.text.tokens, router, null)]
+            known = router if isinstance(router, Router) else None
+            return [Load(KL, self.text.tokens, known, null)]
         tokens, shared = self.calibration.tokens, []
         if cell.name == next(one.name for one in self.configurations if one.budget is not None):
             shared = [Load(COLLECT, tokens)]  # the stock model's pass, which all share

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ...files import as_json
-from ...routers.base import parameters_of
-
-if TYPE_CHECKING:
-    from ...routers.base import Router
+from ...routers.base import Router, parameters_of
+from ...routers.table import describe
 
 
 class Subject(NamedTuple):
@@ -51,9 +50,11 @@ def key_of(cell: Cell, subject: Subject) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def described(router: Router | None) -> dict[str, Any] | None:
+def described(router: Router | Callable[..., Any] | None) -> dict[str, Any] | None:
     """A router as plain values; None, the model's own, stays None."""
     if router is None:
         return None
+    if not isinstance(router, Router):
+        return {"name": describe([router])}
     values = {f.name: getattr(router, f.name) for f in parameters_of(type(router))}
     return {"name": router.name, **values}

@@ -76,7 +76,7 @@ def _for(run: dict[str, Any], budget: float) -> dict[str, Any]:
     if best:
         head = f"{_name(best)} is best: {_costs(best, top)}, {_beside(best, run)}."
         code = _code(best, run)
-    elif missing:
+    elif static is None or missing:
         ks = sorted({*_ks(run), *missing})
         head = (
             f"no answer: {_static_of(missing)} was not run, and "
