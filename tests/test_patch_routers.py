@@ -159,6 +159,7 @@ def test_what_a_python_router_may_not_return(output):
         (lambda z: z.softmax(-1).to_sparse(), "a sparse tensor"),
         (lambda z: (slots(z)[0].to_sparse(), slots(z)[1]), "a sparse tensor"),
         (lambda z: (z[:, :0], z[:, :0].long()), "no slot"),
+        (lambda z: slots(z)[::-1], "expected .weights, experts."),
     ],
 )
 def test_what_is_no_routing_is_named(router, said):

@@ -402,3 +402,12 @@ def test_higher_criticism_looks_at_no_more_than_the_experts():
 def test_bad_parameters(make_one, message):
     with pytest.raises(ValueError, match=message):
         make_one()
+
+
+def test_a_router_of_ones_own_is_a_function_not_a_subclass():
+    with pytest.raises(TypeError, match="Mine: .* a function that takes logits"):
+
+        class Mine(moeprof.Router):
+            name = "mine"
+
+    assert "mine" not in REGISTRY

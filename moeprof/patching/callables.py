@@ -55,6 +55,8 @@ def _wrong_kind(output: Any) -> str | None:
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if any(t.layout is not torch.strided for t in tensors):
         return "a sparse tensor; .to_dense() gives a dense one"
+    if len(tensors) == 2 and tensors[1].is_floating_point() > tensors[0].is_floating_point():
+        return "(experts, weights): expected (weights, experts)"
     if any(t.dim() and t.shape[-1] == 0 for t in tensors):
         return "no slot (k = 0): an expert of -1 leaves one empty"
     return None

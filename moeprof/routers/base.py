@@ -122,7 +122,8 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Router:
-    """What all routers share.
+    """What all routers share. Their selection is in C, so this is no base class of your own: a
+    router of your own is a function of the logits, see `moeprof.patch`.
 
     Parameters
     ----------
@@ -160,6 +161,12 @@ class Router:
     notes: ClassVar[dict[str, str]] = {}  # of parameters, for the help, where no rule says it
 
     def __init_subclass__(cls) -> None:
+        if not cls.__module__.startswith("moeprof."):
+            raise TypeError(
+                f"{cls.__name__}: a moeprof.Router can't be a base class, since selections are in "
+                "C: a router of your own is a function that takes logits (T, E) and returns "
+                "(weights, experts) or a (T, E) matrix of weights: moeprof.patch(model, function)"
+            )
         if cls.name:
             REGISTRY[cls.name] = cls
 
