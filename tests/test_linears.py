@@ -13,6 +13,7 @@ from moeprof.backends.tables import DTYPES, as_array, as_tensor
 from moeprof.measure import passes
 from moeprof.measure.passes import Reference, collect
 from moeprof.patching import linears
+from moeprof.patching.install import install
 from moeprof.routers import TopK
 from moeprof.studies.ablation import layer_ablation
 from moeprof.studies.diagnosis.ablation import ablate
@@ -205,6 +206,7 @@ def test_flops_are_counted(model):
 
 def test_autocast_is_left_to_torch(calls):
     layer = nn.Linear(8, 4).requires_grad_(False)
+    install(layer, linears.PatchedLinear("layer"), [(layer, linears.linear_forward)])
     assert linears.linear_forward(layer, torch.ones(1, 8)).dtype == torch.float32 and calls
     calls.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):

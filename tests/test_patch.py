@@ -320,6 +320,22 @@ def test_new_weights_are_used(model, move):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("view", ["expanded", "transposed"])
+def test_a_view_of_the_weights_at_the_same_place_is_seen(view):
+    """Its address is the old one; stock computes with what the view says."""
+    model = olmoe(hidden_size=16, intermediate_size=16)
+    experts = blocks(model)[1].experts
+    weights = [experts.down_proj] if V5 else [e.down_proj.weight for e in experts]
+    with moeprof.patch(model):
+        old = logits(model)
+        for weight in weights:
+            first = weight.data[:1].expand_as(weight)
+            weight.data = first if view == "expanded" else weight.data.transpose(-1, -2)
+        with pytest.raises(RuntimeError, match="expert weights that are not contiguous"):
+            logits(model)
+    assert not torch.equal(logits(model), old)
+
+
 def test_weights_of_another_dtype_are_an_error(model):
     with moeprof.patch(model):
         blocks(model)[1].experts.to(torch.bfloat16)

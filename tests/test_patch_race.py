@@ -226,3 +226,127 @@ def test_a_seam_is_patched_profiled_and_unpatched_while_threads_run_it(name):
     assert not errors, errors[0]
     assert all(any(torch.equal(out, r) for r in right) for out in outputs)
     assert_unchanged(model, before)
+
+
+# ---- what others put over a patch, and keep of it ----
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
+def test_an_inner_patch_leaves_the_outer_one_whole(name):
+    """Also what the gate, the experts and the block were before any patch."""
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model(**inputs).logits
+        with torch.autocast("cpu"):
+            stock = model(**inputs).logits
+        with moeprof.patch(model, strict=False):
+            with moeprof.patch(model, "topk", k=1):
+                model(**inputs)
+            torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+            with torch.autocast("cpu"):
+                assert torch.equal(model(**inputs).logits, stock)
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("linears", [False, True])
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+def test_hooks_put_over_a_patch_stay_when_it_goes(name, linears):
+    """And what they had kept of it runs as the class does, and goes at the next occasion."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    before, called = snapshot(model), []
+
+    class Counting(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            called.append(module)
+            return args, kwargs
+
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        handle = moeprof.patch(model, linears=linears)
+        modules = [m for m in model.modules() if "forward" in vars(m)]
+        for module in modules:
+            hooks.add_hook_to_module(module, Counting())
+        handle.unpatch()
+        assert torch.equal(model(**inputs).logits, expected)
+        assert {id(m) for m in called} == {id(m) for m in modules}
+        for module in modules:
+            hooks.remove_hook_from_module(module)
+        assert torch.equal(model(**inputs).logits, expected)
+        moeprof.unpatch(model)
+    assert_unchanged(model, before)
+
+
+def test_a_forward_that_is_put_back_by_hand_runs_as_the_class_does():
+    model = moe_block()
+    block, x = model["mlp"], random_hidden(1, 3, 32)
+    with torch.no_grad():
+        expected = run(block, x)
+        with moeprof.patch(model):
+            forward = block.forward
+        block.forward = forward
+        assert torch.equal(run(block, x), expected)
+    assert "forward" not in vars(block)
+
+
+@pytest.mark.skipif(V5, reason="transformers 5 records by hooks")
+class TestRecordedByTransformers4:
+    """It puts back the forward that it found, whatever has happened meanwhile."""
+
+    def test_unpatched_in_the_middle(self):
+        model, inputs = zoo.build("mixtral"), zoo.inputs("mixtral")
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            handle = moeprof.patch(model, linears=True)
+            handle.on_routing(lambda layer, routing: handle.unpatch())
+            model(**inputs, output_router_logits=True)
+            assert torch.equal(model(**inputs).logits, expected)
+        assert not [m for m in model.modules() if any("moeprof" in name for name in vars(m))]
+
+    def test_patched_in_the_middle_is_refused(self):
+        model, inputs = zoo.build("mixtral"), zoo.inputs("mixtral")
+        before, said = snapshot(model), []
+
+        def patch(*_):
+            if not said:
+                with pytest.raises(RuntimeError, match="patch before or after that call") as told:
+                    moeprof.patch(model)
+                said.append(told)
+
+        with torch.no_grad():
+            hook = model.model.layers[0].self_attn.register_forward_hook(patch)
+            model(**inputs, output_router_logits=True)
+            hook.remove()
+        assert said
+        for block in find_blocks(model):  # the class's own, which transformers leaves there
+            assert vars(block.module).pop("forward").__func__ is type(block.module).forward
+        for module in model.modules():
+            vars(module).pop("forward", None)
+        assert_unchanged(model, before)
+
+    def test_a_patch_waits_for_the_call_of_another_thread(self):
+        model, inputs = zoo.build("mixtral"), zoo.inputs("mixtral")
+        twin, inside, go = zoo.build("mixtral"), threading.Event(), threading.Event()
+        with torch.no_grad(), moeprof.patch(twin, "topk", k=1):
+            expected = twin(**inputs).logits
+
+        def wait(*_):
+            inside.set()
+            go.wait(10)
+
+        hook = model.model.layers[0].self_attn.register_forward_hook(wait)
+
+        def call():
+            with torch.no_grad():
+                model(**inputs, output_router_logits=True)
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        assert inside.wait(10)
+        threading.Timer(0.2, go.set).start()
+        with moeprof.patch(model, "topk", k=1), torch.no_grad():
+            assert go.is_set()
+            caller.join()
+            hook.remove()
+            assert torch.equal(model(**inputs).logits, expected)

@@ -171,6 +171,7 @@ class WeightTable:
         self.matrices, self.activation, self.storage = tuple(matrices), activation, storage
         self.dtype = dtype_of(matrices, storage)
         self._addresses = tuple(map(Tensor.data_ptr, self.matrices))
+        self._kinds = _kinds(matrices) if is_packed(matrices) else None
         self.hidden_size, self.intermediate_size = sizes_of(matrices, storage)
         self.num_experts = num_experts_of(matrices, activation)
         self.layer = _layer(
@@ -197,8 +198,19 @@ class WeightTable:
         return tuple(zip(steps, between, strict=False))
 
     def is_current(self) -> bool:
-        """Are the tensors where they were?"""
-        return tuple(map(Tensor.data_ptr, self.matrices)) == self._addresses
+        """Are the tensors where they were, and as they were read: contiguous, of these sizes?
+
+        Of a list by expert, sizes and dtypes are not asked for: that takes longer than all else.
+        """
+        if tuple(map(Tensor.data_ptr, self.matrices)) != self._addresses:
+            return False
+        if not all(map(Tensor.is_contiguous, self.matrices)):
+            return False
+        return self._kinds is None or _kinds(self.matrices) == self._kinds
+
+
+def _kinds(matrices: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(t.shape, t.dtype) for t in matrices]
 
 
 # What a backend runs: one in C by the addresses, torch by the tensors; while torch's compiler

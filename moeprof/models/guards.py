@@ -4,7 +4,9 @@ What the C path reads is plain memory, and what it does not call is left out. Wh
 has put its own classes, hooks or tensors into a layer, the error says which one and what to do.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -124,13 +126,37 @@ def _is_ours_or_stock(forward: Any, module: nn.Module) -> bool:
     return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
 
 
-def _is_recorded(gate: nn.Module) -> bool:
-    """Is its own forward the recorder of router logits of transformers 4, around the stock one?"""
-    forward = vars(gate)["forward"]
+_RECORDER = "transformers.utils.generic"
+
+
+def _is_recorder(forward: Any) -> bool:
+    """Is it the recorder of outputs of transformers 4?"""
     defined_in = getattr(forward, "__globals__", {}).get("__name__")  # `wraps` renames the rest
-    return defined_in == "transformers.utils.generic" and _is_ours_or_stock(
-        forward.__wrapped__, gate
-    )
+    return defined_in == _RECORDER
+
+
+def _is_recorded(gate: nn.Module) -> bool:
+    """Is its own forward that recorder, around the stock one?"""
+    forward = vars(gate)["forward"]
+    return _is_recorder(forward) and _is_ours_or_stock(forward.__wrapped__, gate)
+
+
+def recorded_by(module: nn.Module) -> int | None:
+    """The thread that is in a call of transformers 4 that records this module's outputs.
+
+    None, too, where such a call was ended by an error and left its recorder.
+    """
+    if not _is_recorder(vars(module).get("forward")):
+        return None
+    for thread, top in sys._current_frames().items():
+        frame: FrameType | None = top
+        while frame is not None:
+            if frame.f_globals.get("__name__") == _RECORDER:
+                recorded = frame.f_locals.get("monkey_patched_layers", ())
+                if any(one is module for one, _ in [*recorded]):
+                    return thread
+            frame = frame.f_back
+    return None
 
 
 def gate_obstacle(gate: nn.Module, is_stock: bool) -> str | None:

@@ -24,6 +24,7 @@ from ..models.guards import explained
 from ..models.routing import Routing
 from ..routers import Router
 from .callables import read_routing
+from .install import run_stock
 from .layer import PatchedLayer
 from .observers import Routed, observers_of
 from .span import Span
@@ -33,8 +34,8 @@ from .state import STATE, Absent, earlier
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a fused block; bound to the block, so that a copy uses its own weights."""
     layer: PatchedLayer | None = vars(self).get(STATE)
-    if layer is None:  # another thread unpatched the block since it looked this forward up
-        return self.forward(*args, **kwargs)
+    if layer is None:  # unpatched since this forward was looked up
+        return run_stock(self, *args, **kwargs)
     hidden_states = _only(self, args, kwargs)
     observers = observers_of(self)
     span = Span(hidden_states) if observers else None

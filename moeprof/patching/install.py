@@ -1,15 +1,20 @@
 """Putting a patch into a module's own attributes, and taking it out."""
 
+import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from ..models.guards import recorded_by
 from .observers import rehook
 from .state import STATE, Absent, Patched, wait_until_left
 
-UNPATCHED = "_moeprof_forward"  # the instance attribute: the forward that it had before any patch
+# Instance attributes: the forward that a module had before any patch, None for its class's own;
+# and the same once the patches are gone, while something else keeps a forward of ours.
+UNPATCHED, LEFT = "_moeprof_forward", "_moeprof_left"
 
 
 def install(
@@ -19,10 +24,13 @@ def install(
 
     The first of these modules is `patched` itself.
     """
+    for module, _ in changes:
+        wait_until_recorded(module)
+        settle(module)
     attributes: list[dict[str, Any]] = [
         {
             "forward": types.MethodType(forward, module),
-            UNPATCHED: vars(module).get(UNPATCHED, vars(module).get("forward", Absent)),
+            UNPATCHED: vars(module).get(UNPATCHED, vars(module).get("forward")),
         }
         for module, forward in changes
     ]
@@ -46,19 +54,65 @@ def restore(patched: nn.Module) -> None:
     rehook(patched)
 
 
-def run_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the forward that a module had before any patch."""
-    if UNPATCHED not in vars(module):  # another thread unpatched it since
-        return module.forward(*args, **kwargs)
-    forward = vars(module)[UNPATCHED]
-    if forward is Absent:
-        return type(module).forward(module, *args, **kwargs)
-    return forward(*args, **kwargs)
-
-
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
+    own = vars(module)
+    if not _is_ours(own.get("forward")):
+        # Put over ours since, as accelerate's hooks are: it stays, and calls ours.
+        if attributes[UNPATCHED] is Absent:  # there is no earlier patch
+            own[LEFT] = own.pop(UNPATCHED)
+        attributes = {n: v for n, v in attributes.items() if n not in ("forward", UNPATCHED)}
     for name, value in attributes.items():
         if value is Absent:
-            vars(module).pop(name, None)
+            own.pop(name, None)
         else:
-            vars(module)[name] = value
+            own[name] = value
+
+
+def settle(module: nn.Module) -> None:
+    """Take out a forward of ours that was put back when the patch was gone already."""
+    own = vars(module)
+    if LEFT in own and _is_ours(own.get("forward")):
+        before = own.pop(LEFT)
+        own.pop("forward")
+        if before is not None:
+            own["forward"] = before
+    elif LEFT in own and "forward" not in own:
+        own.pop(LEFT)
+
+
+def run_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the forward that a module had before any patch, from a forward of ours.
+
+    Without a patch it is called where it had been looked up before, or where something has kept
+    it: accelerate's hooks, or the recorder of transformers 4.
+    """
+    settle(module)
+    own = vars(module)
+    for name in (UNPATCHED, LEFT):
+        if name in own:
+            forward = own[name]
+            return (forward or types.MethodType(type(module).forward, module))(*args, **kwargs)
+    if _is_ours(own.get("forward")):  # put back by hand
+        own.pop("forward")
+    return module.forward(*args, **kwargs)
+
+
+def wait_until_recorded(module: nn.Module) -> None:
+    """Return when no call of transformers 4 records the outputs of this module: at its end that
+    puts back the forward which it found.
+
+    RuntimeError where this thread itself is in such a call.
+    """
+    while (thread := recorded_by(module)) is not None:
+        if thread == threading.get_ident():
+            raise RuntimeError(
+                "patch: called from within a call of the model that records the outputs of its "
+                "layers (output_router_logits=True and the like): patch before or after that call"
+            )
+        time.sleep(1e-3)
+
+
+def _is_ours(forward: Any) -> bool:
+    """A bound method: what wraps one may have taken its name."""
+    function = getattr(forward, "__func__", None)
+    return (getattr(function, "__module__", "") or "").startswith("moeprof.")

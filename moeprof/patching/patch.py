@@ -20,7 +20,7 @@ from ..routers import Router, make_router
 from ..routers.table import all_lines
 from .forward import block_forward, warn_fallback
 from .handle import UNDO_ALL, Handle, in_words
-from .install import install, restore
+from .install import install, restore, settle, wait_until_recorded
 from .layer import CapWatch, PatchedLayer
 from .linears import PatchedLinear, find_linears, linear_forward
 from .seam import experts_forward, gate_forward, seam_forward
@@ -155,6 +155,7 @@ def plan_patch(
     if strict and skipped:
         raise ValueError(not_runnable(*next(iter(skipped.items()))))
     for index, block in enumerate(blocks):
+        wait_until_recorded(block.module)
         if reason := block.readable(backend):
             if strict:
                 raise ValueError(not_runnable(block.title, reason))
@@ -224,6 +225,7 @@ def unpatch(model: nn.Module) -> None:
     for module in reversed(list(model.modules())):  # as they were patched: blocks may share a gate
         while STATE in vars(module):
             restore(module)
+        settle(module)
 
 
 class OLMoERouterPatcher:

@@ -87,8 +87,8 @@ def _call_of(module: nn.Module) -> _Call | None:
 def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The block's forward; bound to the block, so that a copy uses its own weights."""
     layer: PatchedLayer | None = vars(self).get(STATE)
-    if layer is None:  # another thread unpatched the block since it looked this forward up
-        return self.forward(*args, **kwargs)
+    if layer is None:  # unpatched since this forward was looked up
+        return run_stock(self, *args, **kwargs)
     hidden_states = first_of(args, kwargs)
     span = Span(hidden_states) if observers_of(self) else None
     table, reason = layer.table(self)
