@@ -16,8 +16,8 @@ CHANGES = [
     (r"^( *)Example\n *-------$", r"\1Examples\n\1--------"),
     (r"^( *)(?=Source: )", r"\1Notes\n\1-----\n\1"),
     (r"^( *)Columns\n *-------$", r"\1**Columns**\n"),
-    # griffe takes the first of {"a", "b"} for the default; without braces, that of the signature.
-    (r"^( *\w+ : )\{([^{}:]+)\}", lambda found: found[1] + found[2].replace(", ", " or ")),
+    # griffe takes the first of {"a", "b"} for the default; of words, that of the signature.
+    (r"^( *\w+ : )\{([^{}:]+)\}", r"\1one of \2"),
     # The list of routers in the help of patch: as code, line by line.
     (r"^(?=\w+ \(\w+\); max_k None is |  [* ] \w+ = \S+: )", "    "),
 ]

@@ -217,7 +217,7 @@ class Profile:
     def to_html(self, sections: Iterable[Section] = ()) -> str:
         """A page with everything in it: no script, nothing loaded from elsewhere.
 
-        sections : page.Section each, to be shown behind what the profile itself has
+        sections : more of them, shown behind what the profile itself has
         """
         from .page import page
 
