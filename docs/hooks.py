@@ -8,20 +8,22 @@ import argparse
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = {"comparison.png": "moeprof/demo/comparison/comparison.png"}
+FIGURES = ["moeprof/demo/comparison/comparison.png"]
 PLACE = "<!-- commands -->"
 
 
 def on_files(files, config):
-    """Figures that ship with the package are shown as docs/figures/NAME."""
+    """Figures that lie elsewhere in the repository are parts of the site, too."""
     from mkdocs.structure.files import File
 
-    for name, path in FIGURES.items():
-        files.append(File.generated(config, f"figures/{name}", abs_src_path=str(ROOT / path)))
+    for path in FIGURES:
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
+    for path in FIGURES:
+        markdown = markdown.replace(f"../{path}", path)
     return markdown.replace(PLACE, commands()) if PLACE in markdown else markdown
 
 

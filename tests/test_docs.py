@@ -266,6 +266,19 @@ def test_the_reference_has_every_public_name():
     assert set(moeprof.__all__) - told <= shown and "moeprof.<name>_routing" in text
 
 
+def test_the_reference_shows_the_defaults_of_the_signature():
+    """Not the first of the words that a parameter takes."""
+    griffe = pytest.importorskip("griffe")  # of the extra docs
+    extensions = griffe.load_extensions(ROOT / "docs" / "docstrings.py")
+    backend = 'backend : {"c", "torch"} or None\n        What runs it.'
+    code = f'def f(backend=None):\n    """F.\n\n    Parameters\n    ---\n    {backend}\n    """'
+    f = griffe.visit("module", Path("module.py"), code, docstring_parser="numpy")["f"]
+    extensions.call("on_object", obj=f, loader=None)
+    (parameter,) = f.docstring.parsed[1].value
+    assert parameter.default == "None"
+    assert str(parameter.annotation) == 'one of "c", "torch" or None'
+
+
 def test_the_command_line_page_is_made_from_the_parsers():
     page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     patched = pytest.MonkeyPatch()

@@ -43,11 +43,12 @@ class InspectedLayer(NamedTuple):
     """One MoE layer. None: not known, or not the same for all experts.
 
     layer : its own number in the model, or its name
-    name : its block's qualified name, "model.layers.0.mlp"
+    name : its block's name in the model, "model.layers.0.mlp"
     block : the block's class
     family : as transformers calls the model's folder, where moeprof has a record of it
     rule : the model's own router in words
-    num_experts, top_k, hidden_size, intermediate_size : E, k, H, I
+    num_experts, top_k : experts of the layer, and of a token
+    hidden_size, intermediate_size : of the hidden states, and within an expert
     dtype, device : of the experts' parameters, several separated by commas; "q8" or "q4" are
         experts that `moeprof.quantize` keeps in 8 or 4 bits
     activation : the experts', its class or function

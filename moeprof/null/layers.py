@@ -38,10 +38,13 @@ FIT_EFRON = (
 
 @dataclass(frozen=True, eq=False)
 class LayerNull:
-    """The null of one layer: its score and the table, see `moeprof.null.tables`.
+    """The null of one layer, which p-values are computed from: `Null.layer` gives it.
 
-    table: float64 (N,) for all experts, or (E,N) with one for each. Of an efron null by layer
-    `efron` is the fit and `per_bin` its histogram (8192,); of others they are None.
+    score : what of the logits the p-values are of, "logprob", "logit" or "centred"
+    table : float64 (N,) for all experts, or (E,N) with one for each
+    form : how the table is read, "table" or "conformal"
+    efron : the fit of an efron null by layer, else None
+    per_bin : (8192,) its histogram, else None
     """
 
     score: str

@@ -36,8 +36,8 @@ SHOWN = (
 class ProfileComparison:
     """What the second of two profiles has more, or less, than the first.
 
-    first, second : the Profiles. ValueError unless their models have as many MoE layers with as
-    many experts each; names and versions may differ.
+    first, second : the two `Profile`. ValueError unless their models have as many MoE layers
+        with as many experts each; names and versions may differ.
     """
 
     def __init__(self, first: Profiled, second: Profiled) -> None:

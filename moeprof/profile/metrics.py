@@ -145,14 +145,15 @@ def ratio_each(parts: ArrayLike, whole: float) -> NDArray[np.float64]:
 class LayerMetrics:
     """Numbers of one layer in one phase, computed from its counts when asked for.
 
-    Python ints, floats and lists of them, the tables by pairs of experts as arrays. Sums over
-    nothing are 0; whatever else was not measured is nan, never 0. Real tokens only, unless the
-    name says `with_padding`; what the machine did (steps, times, experts read, bytes) includes
-    padding.
+    Each number is an attribute, `metrics.k_mean`; the glossary has all of them. Python ints,
+    floats and lists of them, the tables by pairs of experts as arrays. Sums over nothing are 0;
+    whatever else was not measured is nan, never 0. Real tokens only, unless the name says
+    `with_padding`; what the machine did (steps, times, experts read, bytes) includes padding.
 
-    layer : finding.Layer;  counts : tally.Counts
-    roofline : roofline.Roofline or None, for mbu and mfu
-    before : Counts of the MoE layer before, for `moves`
+    layer : what the layer is: names, sizes, modules
+    counts : what was counted in it
+    roofline : what `moeprof.roofline` gave, for mbu and mfu, or None
+    before : the counts of the MoE layer before, for `moves`
     """
 
     def __init__(

@@ -49,7 +49,7 @@ class MoEProfiler:
     Parameters
     ----------
     model : torch.nn.Module
-        Any model on the CPU with MoE layers; they are found by their structure.
+        Any model with MoE layers, on any device; they are found by their structure.
     warmup_steps : int
         The first so many steps are not counted.
     sampling_rate : int
@@ -80,10 +80,10 @@ class MoEProfiler:
     Raises
     ------
     ValueError
-        "No routers found ..." for a model without MoE layers; weights that are not on the CPU; a
-        parameter out of range. While it runs: "Router output format unexpected ...", naming the
-        layer; a mask that does not fit the tokens; a skipped slot (-1) that would make the
-        block compute garbage: one that runs neither patched nor moeprof's experts.
+        "No routers found ..." for a model without MoE layers; weights on the device meta, which
+        has no values; a parameter out of range. While it runs: "Router output format unexpected
+        ...", naming the layer; a mask that does not fit the tokens; a skipped slot (-1) that
+        would make the block compute garbage: one that runs neither patched nor moeprof's experts.
     """
 
     def __init__(

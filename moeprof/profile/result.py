@@ -162,7 +162,9 @@ class Profile:
     def vocabulary_specialisation(self, minimum: int = 8, top: int = 10) -> pandas.DataFrame:
         """A pandas table: the input tokens that select an expert.
 
-        minimum : occurrences below which a token is left out; top : tokens of each expert.
+        minimum : occurrences below which a token is left out
+        top : tokens of each expert
+
         ValueError where input tokens were not recorded.
         """
         from .specialisation import by_token
@@ -215,7 +217,7 @@ class Profile:
     def to_html(self, sections: Iterable[Section] = ()) -> str:
         """A page with everything in it: no script, nothing loaded from elsewhere.
 
-        sections : page.Section each, to be shown behind what the profile itself has
+        sections : more of them, shown behind what the profile itself has
         """
         from .page import page
 

@@ -28,7 +28,7 @@ class RoutingResult(NamedTuple):
 
     routing_weights : (T, E), dtype of the logits; zero where not selected, rows sum to 1
     selected_experts : (T, max_k) int64, best first, padded with -1
-    expert_counts : (T,) int64
+    expert_counts : (T,) int64, the experts of each token
     """
 
     routing_weights: Any
@@ -37,7 +37,11 @@ class RoutingResult(NamedTuple):
 
 
 class RoutingStats(NamedTuple):
-    """A RoutingResult with what led to it: p_values (T, E) float64 and mask (T, E) bool."""
+    """A RoutingResult with what led to it.
+
+    p_values : (T, E) float64
+    mask : (T, E) bool, the experts that are selected
+    """
 
     routing_weights: Any
     selected_experts: Any

@@ -91,6 +91,7 @@ def layer_ablation(
 
     Example
     -------
+    >>> from moeprof.studies.ablation import ablation_figure    # doctest: +SKIP
     >>> frame = layer_ablation(model, tokenizer, texts)         # doctest: +SKIP
     >>> ablation_figure(frame).savefig("ablation.png")          # doctest: +SKIP
     """

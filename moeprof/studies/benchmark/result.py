@@ -59,10 +59,10 @@ class Measurement:
     """One configuration, run on N texts in R rounds with S decode steps after each text.
 
     name : of the configuration
-    prompts : N of measure.Prompt: category, text, ids
-    seen : measure.Seen: experts, loss and generated tokens
-    times : measure.Times in seconds: prefill (R, N), decode (R, N, S)
-    machine : dict, as bench.machine.describe gives it, of the time of the run
+    prompts : of each text its category, text and ids
+    seen : experts per token, loss and generated tokens of each text
+    times : in seconds: prefill (R, N), decode (R, N, S)
+    machine : a dict of the CPU, its threads and the versions of what ran
     """
 
     name: str

@@ -57,7 +57,7 @@ class Measured(NamedTuple):
 
     average_k : over all tokens and layers
     error : its standard error by a bootstrap over documents; NaN for a single document
-    by_layer : (L,)
+    by_layer : (L,) the same of each layer
     tokens, documents : of the text
     """
 
@@ -77,15 +77,19 @@ class Measured(NamedTuple):
 class BudgetReport:
     """How a router's main parameter was set; `router.budget` of what `with_budget` returns.
 
-    router : repr of the router
-    name : of its main parameter;  parameter : what it is now, one for all layers or a tuple
-    average_k : what was asked for;  targets : (L,) where it was split over the layers, or None
-    reach : (L, 2) smallest and largest averages on the calibration text's stock logits
-    passes : a budget.Trial for each pass of the calibration text
-    calibration, heldout : Measured, in the patched model
-    sensitivity : (L, len(ks)) KL in nats per token with one layer at top-k, or None;  ks
-    norm : of the weights;  seconds : all of it
-    note : "" or what it falls short by
+    router : the router in words
+    name : of its main parameter
+    parameter : what that is now, one value for all layers or a tuple
+    average_k : experts per token, as asked for
+    targets : (L,) where they were split over the layers, or None
+    reach : (L, 2) smallest and largest averages on the unpatched model's logits
+    passes : a Trial for each pass of the calibration text
+    calibration, heldout : experts per token in the patched model, on each of the texts
+    sensitivity : (L, len(ks)) KL in nats per token with one layer at top-k, or None
+    ks : those that were tried for `sensitivity`
+    norm : of the weights
+    seconds : that all of it took
+    note : what it falls short by, "" if nothing
     """
 
     router: str

@@ -22,7 +22,7 @@ NAME = "diagnosis"
 
 
 class Diagnosis:
-    """What `diagnose` measured.
+    """What `diagnose` measured: tables, figures and findings.
 
     facts : dict of model, null, router, machine, versions and text
     """

@@ -38,7 +38,7 @@ class Evaluated:
     """What `moeprof.evaluate` measured.
 
     documents : list of dict: domain, name, tokens and bytes of what was read, complexity
-    measured : {configuration: sums by document, as `Evaluation.measure` gives them}
+    measured : {configuration: a dict of its sums by document}
     facts : dict of model, protocol, nulls, seed and machine
     """
 

@@ -35,11 +35,25 @@ def run_grid(
 ) -> list[dict[str, Any]]:
     """Run a grid and return its rows, as `grid_frame` takes them.
 
-    grid: Grid; store: Store, where finished cells are found again; engine: a function of a
-    Source, of the engine that runs the cells of this model, this process where it isn't given;
-    console: a rich Console; device, trust_remote_code: as Source has them. What is wrong with a
-    file that the grid names is a ValueError or OSError before anything is run. Times are taken
-    last and in this process, whatever the engine.
+    What is wrong with a file that the grid names is a ValueError or OSError before anything is
+    run. Times are taken last and in this process, whatever the engine.
+
+    Parameters
+    ----------
+    grid : Grid
+    store : Store
+        Where finished cells are kept, and found again.
+    engine : function of a Source, optional
+        Gives the engine that runs the cells of that model. This process when not given.
+    console : rich.console.Console, optional
+    device : str
+        That the models run on, as torch names it.
+    trust_remote_code : bool
+        Whether Python code that comes with a model may be run.
+
+    Returns
+    -------
+    list of dict
     """
     check_type("run_grid: grid", grid, Grid, "a Grid")
     check_type("run_grid: store", store, Store, "a Store")
