@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import threading
+import time
 import tracemalloc
 from dataclasses import replace
 
@@ -14,8 +16,9 @@ import pandas
 import pytest
 from profiles import ROOF, layer, make_profile, with_vocabulary
 
-from moeprof.files import printable, write_whole
+from moeprof.files import as_csv, printable, write_whole
 from moeprof.models.phases import PHASES
+from moeprof.profile import storage
 from moeprof.profile.result import Profile
 from moeprof.profiler.tally import Counts
 
@@ -136,6 +139,31 @@ def test_over_an_older_profile_is_whole_or_the_older_one(profile, tmp_path, monk
         "metrics.csv",
         "profile.json",
     ]
+
+
+def test_two_that_save_to_one_folder_do_not_mix(profile, tmp_path, monkeypatch):
+    """One after the other, and who reads meanwhile has one of them whole."""
+    other, slow = make_profile(3, 12, 2, seed=5), threading.Barrier(3)
+    real = storage.write_whole
+
+    def write_slowly(path, data):
+        time.sleep(0.02)
+        real(path, data)
+
+    def save(one):
+        slow.wait(10)
+        one.save(tmp_path)
+
+    profile.save(tmp_path)
+    monkeypatch.setattr(storage, "write_whole", write_slowly)
+    savers = [threading.Thread(target=save, args=(one,)) for one in (profile, other)]
+    for saver in savers:
+        saver.start()
+    slow.wait(10)
+    while any(saver.is_alive() for saver in savers):
+        assert Profile.load(tmp_path) in (profile, other)
+    last = Profile.load(tmp_path)
+    assert (tmp_path / "metrics.csv").read_bytes() == as_csv(last.to_frame())
 
 
 def test_no_space_leaves_the_older_profile(profile, tmp_path, monkeypatch):

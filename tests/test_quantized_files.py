@@ -407,6 +407,35 @@ def test_no_model_is_written_over(folder, saved, copied):
         moeprof.save_quantized(model, copied / "config.json")
 
 
+def test_nor_one_that_another_process_saves_meanwhile(folder, saved, tmp_path, monkeypatch):
+    """It comes between the first look at the folder and the end."""
+    model, path = moeprof.load(folder, bits=8), tmp_path / "new"
+
+    def write_configs(*arguments):
+        shutil.copytree(saved, path, dirs_exist_ok=True)
+        return real(*arguments)
+
+    real = save._write_configs
+    monkeypatch.setattr(save, "_write_configs", write_configs)
+    with pytest.raises(FileExistsError, match="holds a model already"):
+        moeprof.save_quantized(model, path)
+    assert {p.name for p in path.iterdir()} == {p.name for p in saved.iterdir()}
+    assert (path / "config.json").read_bytes() == (saved / "config.json").read_bytes()
+
+
+def test_a_full_disk_is_told_in_our_words(folder, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = moeprof.load(folder, bits=8)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"q8 can't be written: .*No space left"):
+        moeprof.save_quantized(model, tmp_path / "q8")
+    assert not (tmp_path / "q8").exists()
+
+
 @pytest.mark.parametrize("step", ["replace", "_write_configs"])
 def test_a_write_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, step):
     model = moeprof.load(folder, bits=4)

@@ -9,7 +9,8 @@ import re
 import secrets
 import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,24 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise OSError(f"output folder {folder} can't be written: {error.strerror}") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process, or thread, is in here for this folder meanwhile; waits. Where the system
+    or the file system has no locks, nothing keeps them out."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

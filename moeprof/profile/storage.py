@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get
 
 import numpy as np
 
-from ..files import as_csv, as_json, write_whole
+from ..files import alone, as_csv, as_json, write_whole
 from ..files.npz import read_npz
 from ..measure.roofline import Roofline
 from ..models.layer import Layer
@@ -136,17 +136,18 @@ def _arrays(profile: Profiled) -> dict[str, NDArray[Any]]:
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write what `pack` gave. The JSON decides: until it is replaced the older profile stands,
     from then on this one, whose counts may still have the name NEXT."""
-    if (folder / NEXT).is_file():
-        _finish(folder)  # what an earlier call left when it was interrupted
-    try:
-        write_whole(folder / NEXT, files[COUNTS])
-        write_whole(folder / JSON, files[JSON])
-    except OSError:
-        (folder / NEXT).unlink(missing_ok=True)
-        raise
-    os.replace(folder / NEXT, folder / COUNTS)
-    for name in files.keys() - {COUNTS, JSON}:  # for others to read, not for `unpack`
-        write_whole(folder / name, files[name])
+    with alone(folder):
+        if (folder / NEXT).is_file():
+            _finish(folder)  # what an earlier call left when it was interrupted
+        try:
+            write_whole(folder / NEXT, files[COUNTS])
+            write_whole(folder / JSON, files[JSON])
+        except OSError:
+            (folder / NEXT).unlink(missing_ok=True)
+            raise
+        os.replace(folder / NEXT, folder / COUNTS)
+        for name in files.keys() - {COUNTS, JSON}:  # for others to read, not for `unpack`
+            write_whole(folder / name, files[name])
 
 
 def _finish(folder: Path) -> None:
@@ -162,12 +163,13 @@ def _is_of(head: Mapping[str, Any], counts: bytes) -> bool:
 
 def unpack(make: Callable[..., Made], folder: Path) -> Made:
     """make(layers, counts, facts, …) of a folder written by `write`; raises as Profile.load."""
-    present = [name for name in (COUNTS, NEXT) if (folder / name).is_file()]
-    if not (folder / JSON).is_file() or not present:
-        missing = COUNTS if (folder / JSON).is_file() else JSON
-        raise FileNotFoundError(f"no profile in {folder}: it has no {missing}")
-    head = _head(folder)
-    contents = [(folder / name).read_bytes() for name in present]
+    with alone(folder) if folder.is_dir() else nullcontext():
+        present = [name for name in (COUNTS, NEXT) if (folder / name).is_file()]
+        if not (folder / JSON).is_file() or not present:
+            missing = COUNTS if (folder / JSON).is_file() else JSON
+            raise FileNotFoundError(f"no profile in {folder}: it has no {missing}")
+        head = _head(folder)
+        contents = [(folder / name).read_bytes() for name in present]
     data = next((data for data in contents if _is_of(head, data)), None)
     if data is None:
         raise ValueError(f"{folder}: {COUNTS} is not the one that {JSON} was written with")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backends.tables import BY_NAME, DTYPES
 from ..checks import check_model
+from ..files import alone
 from ..models.quantized import GROUP, QuantizedExperts, QuantizedLinear
 from ..patching.state import is_patched
 from .checkpoint import Checkpoint
@@ -89,9 +90,11 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             *_write_weights(model, description, part),
             *_write_configs(model, description, part),
         ]
-        for name in names:
-            os.replace(part / name, folder / name)
-            moved.append(folder / name)
+        with alone(folder):
+            _check_no_model(folder)  # another process may have saved one meanwhile
+            for name in names:
+                os.replace(part / name, folder / name)
+                moved.append(folder / name)
     except BaseException:
         for file in moved:
             file.unlink()
@@ -144,6 +147,7 @@ def _check_no_model(folder: Path) -> None:
 
 def _write_weights(model: nn.Module, description: Description, part: Path) -> list[str]:
     """The names of the files, the index behind them."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {"format": "pt", METHOD: json.dumps(description._asdict())}
@@ -153,7 +157,10 @@ def _write_weights(model: nn.Module, description: Description, part: Path) -> li
         several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         files.append(f"{STEM}{several}.safetensors")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, part / files[-1], metadata)
+        try:
+            save_file(whole, part / files[-1], metadata)
+        except SafetensorError as error:  # a full disk, which it says in words of its own
+            raise OSError(f"save_quantized: {part.parent} can't be written: {error}") from error
         weight_map.update(dict.fromkeys(tensors, files[-1]))
     if len(shards) > 1:
         index = {"metadata": metadata, "weight_map": weight_map}
