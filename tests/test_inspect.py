@@ -21,7 +21,7 @@ def test_of_olmoe():
     assert (first.block, first.family) == ("OlmoeSparseMoeBlock", "olmoe")
     assert (first.num_experts, first.top_k) == (8, 2)
     assert (first.hidden_size, first.intermediate_size) == (32, 16)
-    assert (first.dtype, first.device, first.activation) == ("float32", "cpu", "SiLU")
+    assert (first.dtype, first.device, first.activation) == ("float32", "cpu", "silu")
     assert first.bytes == sum(p.nbytes for p in blocks(model)[0].parameters())
     assert (first.path, first.reason) == ("fused", "")
     assert first.rule == "softmax, top-k"
@@ -42,9 +42,13 @@ def test_what_can_not_run_says_why():
 
 
 @pytest.mark.parametrize("name", zoo.HERE)
-def test_of_every_family(name):
+def test_of_every_family(name, monkeypatch):
     """E, k and H are those of the zoo; what isn't patched has a reason, and never a wrong size."""
-    for layer in moeprof.inspect(zoo.build(name)):
+    monkeypatch.setenv("COLUMNS", "80")
+    found = moeprof.inspect(zoo.build(name))
+    assert max(map(len, str(found).splitlines())) <= 80
+    for layer in found:
+        assert layer.activation in (None, "silu", "gelu_tanh", "relu")
         assert layer.num_experts == zoo.E and layer.hidden_size == zoo.H
         assert layer.intermediate_size in (None, zoo.INTERMEDIATE)
         assert (layer.path in ("fused", "seam")) == (not layer.reason)
@@ -85,8 +89,9 @@ def test_as_table_page_and_frame():
     frame = found.to_frame()
     assert list(frame["layer"]) == [0, 1] and frame["path"][0] == "fused"
     lines = str(found).splitlines()
-    assert lines[0].split()[:3] == ["layer", "block", "family"]
-    assert lines[1].startswith("0-1") and "OlmoeSparseMoeBlock" in lines[1]
+    assert lines[0].split()[:3] == ["layer", "E", "k"]
+    assert lines[1].startswith("0-1") and lines[1].endswith("fused")
+    assert lines[2] == "Layer 0-1: OlmoeSparseMoeBlock, family olmoe"
     assert found._repr_html_().count("<tr>") == 2
 
 

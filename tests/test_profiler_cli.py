@@ -155,6 +155,8 @@ def test_everything_at_once(tiny, text, tmp_path, capsys):
     assert sum(event["ph"] == "X" for event in tracks) == 2 * frame["step"].nunique()
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "Agreement with the model" in page and "What a layer" in page
+    assert "<th>same experts</th>" in page and "<th>change of loss</th>" in page
+    assert "mlp.gate" not in page  # each layer's name, which its number says already
     assert any(isinstance(word, str) and word.strip() for word in result.vocabulary["text"])
     assert profile("--model", tiny, "--text", text, "--out", out, "--continuations", 0) == 0
     assert sorted(p.name for p in out.iterdir()) == SAVED  # nothing of the profile before is left

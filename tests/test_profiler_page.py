@@ -15,7 +15,7 @@ from wording import says
 
 from moeprof.profile import page as pages
 from moeprof.profile.tables import layers
-from moeprof.show.page import divided
+from moeprof.show.page import divided, document, html_table, table_block
 from moeprof.show.tables import Table
 
 pytestmark = pytest.mark.once
@@ -28,7 +28,8 @@ VOID = {"meta", "link", "img", "br"}
 
 @pytest.fixture(scope="module")
 def profile():
-    facts = {"model": 'a <model> & "more"', "notes": ["a <note>"]}
+    machine = {"cpu": "a CPU", "features": [], "threads": 1, "started": "2026-11-30T03:24:50+00:00"}
+    facts = {"model": 'a <model> & "more"', "notes": ["a <note>"], "machine": machine}
     return make_profile(4, 16, 2, padding=0.1, facts=facts)
 
 
@@ -82,6 +83,7 @@ def test_the_html_asks_for_nothing(request, which):
     assert "@import" not in html and "url(" not in html and "http" not in html
     for words in ('a <model> & "more"', "a <note>", "Least balanced in decode"):
         assert words in read.text  # escaped, and shown as they are
+    assert ("Made30 November 2026, 03:24 UTC" in read.text) == (which == "html")
 
 
 def test_the_page_has_every_figure_and_table(profile, html):
@@ -118,18 +120,18 @@ def test_the_contents_and_the_headings_lead_somewhere(html):
 
 def test_a_wide_table_is_divided_where_its_groups_end():
     columns = [("", "layer"), *((g, str(n)) for g in ("one", "two", "three") for n in range(8))]
-    table = Table("A title", "", columns, [[f"{n}"] * 25 for n in range(3)])
-    parts = divided(table, 18)
+    table = Table("A title", "", columns, [[f"{n}.000"] * 25 for n in range(3)])
+    parts = divided(table)
     assert [[g for g, _ in part.columns] for part in parts] == [
         ["", *["one"] * 8, *["two"] * 8],
         ["", *["three"] * 8],
     ]
     assert all(len(row) == len(part.columns) for part in parts for row in part.rows)
     long = Table("A title", "", [("", str(n)) for n in range(40)], [list(map(str, range(40)))])
-    parts = divided(long, 18)
+    parts = divided(long)
     assert {row[0] for part in parts for row in part.rows} == {"0"}
     assert [cell for part in parts for cell in part.rows[0][1:]] == list(map(str, range(1, 40)))
-    assert divided(table, 25) == [table]
+    assert all(divided(part) == [part] for part in parts)
 
 
 @pytest.mark.drawn
@@ -228,12 +230,18 @@ def test_a_narrow_screen_scrolls_in_the_boxes_only(html, tmp_path):
         "console.error('said', said.content);"
         "const box = document.querySelector('.picture'), image = box.firstChild;"
         "console.error('widths', document.documentElement.scrollWidth, innerWidth,"
-        "box.clientWidth, image.clientWidth, document.querySelectorAll('.picture').length)"
+        "box.clientWidth, image.clientWidth, document.querySelectorAll('.picture').length);"
+        "console.error('tables', ...[...document.querySelectorAll('.table')].map(table =>"
+        "[table.scrollWidth > table.clientWidth, table.querySelector('caption').offsetHeight > 9]))"
         "</script></body>"
     )
-    page.write_text(html.replace("</body>", measure), encoding="utf-8")
-    ((said, line), _, _) = chromium(page, tmp_path, size="400,3000")
+    narrow = table_block(Table("", "", [("", "k")], [["1"]]))
+    page.write_text(html.replace("</body>", narrow + measure), encoding="utf-8")
+    ((said, line, tables), _, _) = chromium(page, tmp_path, size="400,3000")
     assert "scroll to the side" in said  # what is cut off isn't gone
+    wide_and_said = re.findall(r"(true|false),(true|false)", tables)
+    assert len(wide_and_said) == 3 and wide_and_said[0] == ("true", "true")
+    assert wide_and_said[-1] == ("false", "false")
     found = re.findall(r"\d+", line[line.index("widths") :])
     scroll, screen, box, image, boxes = map(int, found[:5])
     assert scroll == screen <= 500 and boxes == 9  # 500: the least that some versions open
@@ -272,6 +280,29 @@ def test_the_printed_page_is_whole(tmp_path):
     holding = [s for s in sheets if re.search(r"^ *\d+ +2\.00 ", s, re.M)]
     assert len(holding) > 1 and all("Gini" in sheet for sheet in holding)  # heads are repeated
     assert "z_loss" in text
+
+
+def test_a_number_breaks_before_its_interval_only_and_words_keep_their_blanks():
+    columns = [("", "token"), ("", "loss")]
+    made = html_table(Table("", "", columns, [["'\\n  ' 9 %", "1.5 (1.2 to 1.8)"]], ("token",)))
+    assert "<td>1.5 (1.2\u00a0to\u00a01.8)</td>" in made
+    assert "<td class=word>&#x27;\\n  &#x27; 9\u00a0%</td>" in made
+    assert ".word { text-align: left; white-space: pre-wrap; }" in document("", "", [])
+
+
+@needs_chromium
+@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="pdftotext is not installed")
+def test_numbers_and_heads_are_whole_on_paper(tmp_path):
+    """In a table that fills the sheet, and in one that has to be divided."""
+    for pairs in (3, 8):
+        columns = [("", "name"), *[("", "perplexity"), ("", "agreement")] * pairs]
+        row = ["what a table calls its rows", *["0.069 (-0.068 to +0.070)", "0.812"] * pairs]
+        page, pdf = tmp_path / "index.html", tmp_path / "page.pdf"
+        shown = table_block(Table("", "", columns, [row], ("name",)))
+        page.write_text(document("", "", [("", shown)]), encoding="utf-8")
+        words = printed(page, pdf).replace("\u00a0", " ").split()
+        for word in ("perplexity", "agreement", "0.069", "(-0.068", "+0.070)", "0.812"):
+            assert words.count(word) == pairs
 
 
 @needs_chromium

@@ -194,7 +194,7 @@ def test_the_summary_says_what_was_measured(profile, capsys):
     assert capsys.readouterr().out.split() == profile.summary().split()
 
 
-@pytest.mark.parametrize("steps, many", [(250, False), (40, True)])
+@pytest.mark.parametrize("steps, many", [(180, False), (40, True)])
 def test_experts_that_were_never_selected_are_named(steps, many):
     """A few one by one; of many, the layer with most."""
     found = make_profile(2, 24, 2, prefill=(), decode=(1,) * steps, seed=1)
@@ -209,7 +209,10 @@ def test_experts_that_were_never_selected_are_named(steps, many):
         most = max(idle, key=lambda name: len(idle[name]))
         assert f"most in {most}, {len(idle[most])}" in line
     else:
-        assert all(f"{e} of {name}" in line for name, experts in idle.items() for e in experts)
+        named = re.findall(r"(layer \d): experts? ([^;)]+)", line)
+        assert {name: re.findall(r"\d+", which) for name, which in named} == {
+            name: experts for name, experts in idle.items() if experts
+        }
 
 
 def test_nothing_counted_is_said_with_its_reason():
@@ -283,9 +286,44 @@ def test_the_load_map_shows_the_loads(profile):
     np.testing.assert_allclose(2 ** image[expected > 0], expected[expected > 0])
 
 
+def test_colours_are_below_the_maps_and_never_is_crossed(profile):
+    for name in ("load", "domains", "coactivation", "moves"):
+        figure = profile.plot(name)
+        figure.canvas.draw()
+        (bar,) = (axis for axis in figure.axes if axis.get_label() == "<colorbar>")
+        maps = [axis for axis in figure.axes if axis.get_images()]
+        assert bar.get_position().y1 < min(axis.get_position().y0 for axis in maps)
+        assert bar.get_position().x1 < 0.5
+        assert all(axis.patch.get_hatch() for axis in maps)
+
+
+def test_the_range_of_experts_per_token_is_seen_of_each_phase():
+    figure = make_profile(3, 12, 4, skip=0.3).plot("k")
+    left, right = figure.axes
+    assert left.get_xticks().tolist() == [0, 1, 2, 3, 4]
+    bars = [np.array(of.get_segments()) for of in right.collections]
+    assert len(bars) == 2 and not np.isin(bars[0][:, 0, 0], bars[1][:, 0, 0]).any()
+
+
+def test_bars_are_in_the_order_of_the_numbers_beside_them(profile):
+    for name in ("coactivation", "moves"):
+        right = profile.plot(name).axes[1]
+        points = [float(text.get_text()) for text in right.texts]
+        assert points == sorted(points, reverse=True) and len(points) == len(right.patches)
+
+
+def test_steps_of_several_sizes_have_a_mean_number_of_tokens():
+    figure = make_profile(2, 8, 2, prefill=(7, 8), decode=(1, 1)).plot("latency")
+    titles = [axis.get_title("left") for axis in figure.axes]
+    assert titles == [
+        "prefill: 2 steps, 7.5 tokens on average",
+        "decode: 2 steps, 1 token on average",
+    ]
+
+
 def test_the_pairs_of_a_layer_that_is_asked_for(profile):
     strongest = profile.plot("coactivation").get_suptitle()
-    assert "the layer with the strongest structure" in strongest
+    assert "where pairs differ most from chance" in strongest
     assert "layer 2, as asked for" in profile.plot("coactivation", layer=2).get_suptitle()
     assert "layer 1 to layer 2" in profile.plot("moves", layer=2).get_suptitle()
     for name, wrong, first in (("coactivation", 3, 0), ("moves", 0, 1)):
@@ -300,7 +338,7 @@ def test_the_layer_with_the_strongest_structure_is_found():
         for i in range(0, 12, 2):  # experts 0 and 1, 2 and 3 ... always go together
             pairs[i : i + 2, i : i + 2] = 50
         counts[1].pairs[:], counts[1].load[0] = pairs, 50
-    assert "layer 1, the layer" in made.plot("coactivation").get_suptitle()
+    assert "layer 1, where" in made.plot("coactivation").get_suptitle()
 
 
 def test_unknown_figures_and_options_are_refused(profile):

@@ -400,7 +400,7 @@ def test_a_grid_on_one_document_decides_nothing():
 
 def test_both_files_say_the_same(written):
     report, _, markdown, page = written
-    read = html.unescape(re.sub("<[^>]+>", "", page))
+    read = html.unescape(re.sub("<[^>]+>", "", page)).replace("\u00a0", " ")
     for section in report.sections:
         assert f"## {section.title}\n" in markdown and section.title in read
         for sentence in section.sentences:

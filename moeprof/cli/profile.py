@@ -212,30 +212,23 @@ def _profile(
 def _agreement(model: Any, planned: Plan, patch: dict[str, Any]) -> Section:
     from ..profile.page import Section
     from ..profile.run import agreement_by_layer
+    from ..profile.tables import agreement
 
-    note = (
-        "The router beside the model's own top-k on the same text: mean of |S ∩ S'| / k (S: the "
-        "model's own k experts, S': the router's), what it would be at most with the router's "
-        "number of experts, and the share of the tokens with the very same experts."
-    )
     frame = agreement_by_layer(model, planned, patch)
-    return Section("Agreement with the model's own router", note, frame)
+    return Section(agreement(frame), frame)
 
 
 def _ablation(
     arguments: argparse.Namespace, model: Any, tokenizer: Any, documents: list[Document]
 ) -> Section:
     from ..profile.page import Section
+    from ..profile.tables import ablation
     from ..studies.ablation import ablation_figure, layer_ablation
 
     frame = layer_ablation(
         model, tokenizer, documents, tokens=arguments.tokens, seed=arguments.seed
     )
-    note = (
-        "The loss in nats per token when one layer takes its top k only, and its change against "
-        "the model's own k, with the 95 % interval over documents."
-    )
-    return Section("What a layer's experts are worth", note, frame, ablation_figure(frame))
+    return Section(ablation(frame), frame, ablation_figure(frame))
 
 
 def _save(result: Profile, folder: Path, trace: bool) -> list[Path]:

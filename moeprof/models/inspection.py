@@ -1,6 +1,6 @@
 """What moeprof finds in a model: its MoE layers, and which of them it can run."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import nn
 from ..backends.tables import backend_of
 from ..checks import check_model
 from ..files import printable
+from ..show.console import fill
 from .blocks import (
     EXPERTS_ONLY,
     FUSED,
@@ -21,6 +22,7 @@ from .blocks import (
     no_record,
 )
 from .families import family_of
+from .families.activations import read_function
 from .families.base import Layout
 from .find import Site, find_layers
 from .names import layer_labels
@@ -51,7 +53,8 @@ class InspectedLayer(NamedTuple):
     hidden_size, intermediate_size : of the hidden states, and within an expert
     dtype, device : of the experts' parameters, several separated by commas; "q8" or "q4" are
         experts that `moeprof.quantize` keeps in 8 or 4 bits
-    activation : the experts', its class or function
+    activation : the experts', "silu", "gelu", "gelu_tanh", "relu" or "relu2"; another by its class
+        or function
     bytes : of router, experts and shared experts
     path : "fused", "seam", "experts only" or "the model's own"
     reason : why it is one of the last two; else ""
@@ -87,14 +90,15 @@ class Inspection(list[InspectedLayer]):
         return pandas.DataFrame(list(self), columns=list(InspectedLayer._fields))
 
     def __str__(self) -> str:
-        """For 80 columns: layers that only differ in their number share a line."""
+        """For 80 columns: layers that only differ in their number share a line; what the blocks are
+        stands below the table."""
         lines = [_HEADER, *(_line(layers) for layers in self._groups())]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         )
-        return printable("\n".join([text, *self._notes()]))
+        return printable("\n".join([text, *(fill(note, rest="  ") for note in self._notes())]))
 
     __repr__ = __str__
 
@@ -114,13 +118,26 @@ class Inspection(list[InspectedLayer]):
         return groups
 
     def _notes(self) -> Iterator[str]:
-        """Why a layer isn't on the first path, and what the words of the table mean."""
-        cells = set()
-        for layers in self._groups():
-            cells |= {*_line(layers)}
-            if layers[0].reason:
-                yield f"Layer {_label(layers)}: {layers[0].reason}"
+        """What the blocks are, why one isn't on the first path, and what the table's words mean."""
+        groups = self._groups()
+        yield from _of_layers(groups, _class)
+        yield from _of_layers(groups, lambda layer: layer.reason)
+        cells = {cell for layers in groups for cell in _line(layers)}
         yield from (f"{word}: {meaning}" for word, meaning in _LEGEND.items() if word in cells)
+
+
+def _of_layers(
+    groups: list[list[InspectedLayer]], text: Callable[[InspectedLayer], str]
+) -> Iterator[str]:
+    """Each text once, with the layers that it is of."""
+    found: dict[str, list[str]] = {}
+    for layers in groups:
+        found.setdefault(text(layers[0]), []).append(_label(layers))
+    yield from (f"Layer {', '.join(labels)}: {what}" for what, labels in found.items() if what)
+
+
+def _class(layer: InspectedLayer) -> str:
+    return f"{layer.block}, family {layer.family}" if layer.family else layer.block
 
 
 def inspect(model: nn.Module) -> Inspection:
@@ -241,8 +258,9 @@ def _activation(experts: nn.Module | None) -> str | None:
     for name in ("act_fn", "activation", "act", "activation_fn"):
         found = getattr(expert, name, None)
         if callable(found):
-            name = getattr(found, "__name__", type(found).__name__)
-            return name.removesuffix("Activation")
+            known, reason = read_function(found)
+            own = getattr(found, "__name__", type(found).__name__).removesuffix("Activation")
+            return own if reason else known.name
     return None
 
 
@@ -262,7 +280,7 @@ def _intermediate_size(experts: nn.Module | None, hidden_size: int | None) -> in
 
 # ---- as text ----
 
-_HEADER = ("layer", "block", "family", "E", "k", "H", "I", "dtype", "device", "act", "MB", "path")
+_HEADER = ("layer", "E", "k", "H", "I", "dtype", "device", "act", "MB", "path")
 
 
 def _label(layers: list[InspectedLayer]) -> str:
@@ -275,8 +293,6 @@ def _line(layers: list[InspectedLayer]) -> list[str]:
     each = None if layer.bytes is None else f"{layer.bytes / 1e6:,.1f}"
     cells = [
         _label(layers),
-        layer.block,
-        layer.family,
         layer.num_experts,
         layer.top_k,
         layer.hidden_size,

@@ -205,13 +205,17 @@ def _balance(profile: Profiled, phase: str) -> Iterator[str]:
 def _never_selected(profile: Profiled, phase: str) -> Iterator[str]:
     """How many experts, and which: of a few each, of many the layer with most."""
     each = [(i, m) for i, m in enumerate(profile.each(phase)) if m.tokens]
-    idle = {i: np.flatnonzero(m.counts.load[0] == 0).tolist() for i, m in each}
+    idle = {i: [str(e) for e in np.flatnonzero(m.counts.load[0] == 0)] for i, m in each}
     count, total = sum(map(len, idle.values())), sum(m.layer.num_experts for _, m in each)
     if not count:
         return
     if count <= NAMED:
-        named = [f"{e} of {_layer(profile, i)}" for i, experts in idle.items() for e in experts]
-        which = listed(named)
+        named = [
+            f"{_layer(profile, i)}: expert{'s' * (len(experts) > 1)} {listed(experts)}"
+            for i, experts in idle.items()
+            if experts
+        ]
+        which = "; ".join(named)
     else:
         most = max(idle, key=lambda i: len(idle[i]))
         which = f"most in {_layer(profile, most)}, {len(idle[most])}"

@@ -301,10 +301,10 @@ HEADINGS = {
 
 INTRODUCTION = (
     "Each number is of one MoE layer with E experts, in one phase of the run (prefill, decode and "
-    "so on; see `phase` below). It is of real tokens only, unless its name says with_padding; "
-    "times, steps, bytes and distinct experts are what the machine did, padding included. What "
-    "was not measured is nan, never 0. A token gets k experts by the model's own rule; the unit 1 "
-    "is that of a plain number."
+    "so on; all: all phases together). It is of real tokens only, unless its name says "
+    "with_padding; times, steps, bytes and distinct experts are what the machine did, padding "
+    "included. What was not measured is nan, never 0. A token gets k experts by the model's own "
+    "rule; the unit 1 is that of a plain number."
 )
 
 # Below the heading of the metrics, in the documentation alone.

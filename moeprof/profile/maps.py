@@ -14,6 +14,7 @@ from .wording import spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
     from numpy.typing import NDArray
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 FOLD = 3  # the colours of a ratio reach from 2^-FOLD to 2^FOLD
-NEVER = "#4d4d4d"
+NEVER = "#777777"  # lines that cross where an expert was never selected
+BAR = 0.7  # inches of the bar of colours below the maps
 BARS = 12
 NAMES = 32  # experts named along a side of a square map
 LABEL = 32  # characters of a domain's above its map
@@ -32,15 +34,13 @@ LABEL = 32  # characters of a domain's above its map
 def _ratio_map(
     axis: Axes, table: NDArray[np.float64], labels: Sequence[Label], ticks: int = 32
 ) -> AxesImage:
-    """imshow of ratios (L, E) to an even choice: white 1, red more, blue less, grey never."""
-    from matplotlib import colormaps
-
-    colours = colormaps["RdBu_r"].with_extremes(bad=NEVER)
+    """imshow of ratios (L, E) to an even choice: white 1, red more, blue less, crossed never."""
     with np.errstate(divide="ignore"):
         shown = np.ma.masked_where(table == 0, np.log2(table))
     image = axis.imshow(
-        shown, cmap=colours, vmin=-FOLD, vmax=FOLD, aspect="auto", interpolation="none"
+        shown, cmap="RdBu_r", vmin=-FOLD, vmax=FOLD, aspect="auto", interpolation="none"
     )
+    _cross(axis)
     rows = ticks_for(table.shape[0])
     axis.set_yticks(rows, [str(labels[row]) for row in rows])
     axis.set_xticks(ticks_for(table.shape[1], ticks))
@@ -49,15 +49,26 @@ def _ratio_map(
     return image
 
 
-def _ratio_bar(fig: Figure, image: AxesImage, axes: Any, label: str) -> None:
+def _cross(axis: Axes) -> None:
+    """Lines that cross, unlike any colour on paper and in the dark, where an image has none."""
+    axis.patch.set(facecolor="none", hatch="xxxxx", edgecolor=NEVER, linewidth=0)
+
+
+def _bar(fig: Figure, image: AxesImage, axes: Any, label: str, **options: Any) -> Colorbar:
+    """The colours below the maps at their left, where a narrow screen shows them."""
     bar = fig.colorbar(
-        image, ax=axes, ticks=range(-FOLD, FOLD + 1), pad=0.02, extend="both", aspect=30
+        image, ax=axes, location="bottom", anchor=(0, 1), aspect=24, pad=0.02, **options
     )
-    texts = [f"1/{2**-n}" if n < 0 else f"{2**n}" for n in range(-FOLD, FOLD + 1)]
-    bar.ax.set_yticklabels(texts)
-    bar.set_label(label, size=11)
+    bar.set_label(label, size=11, loc="left")
     solids: Any = bar.solids
     solids.set_rasterized(True)  # one small picture in an SVG, not 256 rectangles
+    return bar
+
+
+def _ratio_bar(fig: Figure, image: AxesImage, axes: Any, label: str) -> None:
+    ticks = range(-FOLD, FOLD + 1)
+    bar = _bar(fig, image, axes, label, ticks=ticks, extend="both", shrink=0.35)
+    bar.ax.set_xticklabels([f"1/{2**-n}" if n < 0 else f"{2**n}" for n in ticks])
 
 
 def _stack(rows: Sequence[NDArray[np.float64]], widths: Sequence[int]) -> NDArray[np.float64]:
@@ -81,7 +92,7 @@ def load(profile: Profiled) -> Figure:
         1,
         "Load of the experts, relative to an even one",
         width=12,
-        height=_height(profile) + 0.7,
+        height=_height(profile) + 0.7 + BAR / len(phases),
     )
     axes = np.atleast_1d(axes)
     for axis, phase in zip(axes, phases, strict=True):
@@ -91,7 +102,7 @@ def load(profile: Profiled) -> Figure:
         image = _ratio_map(axis, table, profile.labels)
         tokens = max(m.tokens for m in ms)
         axis.set_title(
-            f"{phase}: {tokens:,} tokens a layer; grey: never selected", loc="left", size=11
+            f"{phase}: {tokens:,} tokens a layer; crossed: never selected", loc="left", size=11
         )
     _ratio_bar(fig, image, axes, "tokens of the expert / (tokens · k/E)")
     return fig
@@ -107,7 +118,7 @@ def domains(profile: Profiled) -> Figure:
         columns,
         "Domain specialisation: share of a domain's tokens that select the expert, over k/E",
         width=(12, 7)[columns - 1],
-        height=_height(profile) * 0.8 + 0.7,
+        height=_height(profile) * 0.8 + 0.7 + BAR / rows,
     )
     axes = np.atleast_1d(axes).ravel()
     frame = profile.domain_specialisation()
@@ -115,7 +126,7 @@ def domains(profile: Profiled) -> Figure:
         of = frame[frame["domain"] == label]
         table = of.pivot(index="layer", columns="expert", values="times")
         image = _ratio_map(axis, table.loc[profile.labels].to_numpy(), profile.labels, 16)
-        tokens = f"{of['tokens'].max():,} tokens; grey: never selected"
+        tokens = f"{of['tokens'].max():,} tokens; crossed: never selected"
         axis.set_title(f"{plain(label, LABEL)}: {tokens}", loc="left", size=11)
     for axis in axes[len(labels) :]:
         axis.set_axis_off()
@@ -124,14 +135,21 @@ def domains(profile: Profiled) -> Figure:
 
 
 def _chosen(
-    profile: Profiled, layer: Label | None, structure: Callable[[Counts], float], first: int = 0
+    profile: Profiled,
+    layer: Label | None,
+    structure: Callable[[Counts], float],
+    what: str,
+    first: int = 0,
 ) -> tuple[int, str]:
-    """(index, how it was chosen); ValueError for a layer that has no such map."""
+    """(index, how it was chosen); ValueError for a layer that has no such map.
+
+    what : is counted, in a word for the title
+    """
     counts = profile.counts_of()
     if layer is None:
         best = strongest(counts, structure)
         assert best is not None  # such a map isn't offered
-        return best, "the layer with the strongest structure"
+        return best, f"where {what} differ most from chance"
     try:
         index = profile.place_of(layer)
     except (KeyError, TypeError):
@@ -143,19 +161,19 @@ def _chosen(
 
 def coactivation(profile: Profiled, layer: Label | None = None) -> Figure:
     """Which experts are selected together? Both phases; layer: its number or a name."""
-    index, how = _chosen(profile, layer, pair_structure)
+    index, how = _chosen(profile, layer, pair_structure, "pairs")
     metrics = profile.each()[index]
     table = metrics.coactivation
     assert table is not None
     order = clustered(table)
     title = f"Experts selected together: layer {profile.labels[index]}, {how}"
-    fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
+    fig, (left, right) = figure(1, 2, title, width=6.6, height=6.3, widths=(1.35, 1))
     off = np.where(np.eye(len(table), dtype=np.bool_), np.nan, table)
     _square(fig, left, off[np.ix_(order, order)], order, "share of j's tokens that select i")
     left.set_xlabel(f"expert j, those alike side by side{_named(order)}", size=11)
     left.set_ylabel("expert i, in the same order", size=11)
     left.set_title(
-        f"N_ij / N_j of {metrics.tokens:,} tokens; grey: diagonal, never selected",
+        f"N_ij / N_j of {metrics.tokens:,} tokens; crossed: diagonal, never selected",
         loc="left",
         size=11,
     )
@@ -167,7 +185,7 @@ def coactivation(profile: Profiled, layer: Label | None = None) -> Figure:
 
 def moves(profile: Profiled, layer: Label | None = None) -> Figure:
     """Where do an expert's tokens go in the next MoE layer? layer: that next one."""
-    index, how = _chosen(profile, layer, move_structure, first=1)
+    index, how = _chosen(profile, layer, move_structure, "moves", first=1)
     metrics = profile.each()[index]
     table, before = metrics.moves, profile.counts_of()[index - 1].load[0]
     assert table is not None
@@ -178,13 +196,13 @@ def moves(profile: Profiled, layer: Label | None = None) -> Figure:
     columns = np.argsort(centre, kind="stable")
     last, own = profile.labels[index - 1], profile.labels[index]
     title = f"From expert to expert: layer {last} to layer {own}, {how}"
-    fig, (left, right) = figure(1, 2, title, width=6.6, height=5.8, widths=(1.35, 1))
+    fig, (left, right) = figure(1, 2, title, width=6.6, height=6.3, widths=(1.35, 1))
     _square(
         fig, left, table[np.ix_(rows, columns)], rows, "share of i's tokens that go to j", columns
     )
     left.set_xlabel(f"expert j of layer {own}{_named(columns)}", size=11)
     left.set_ylabel(f"expert i of layer {last}, those alike side by side", size=11)
-    left.set_title(f"{metrics.tokens:,} tokens; grey: never selected", loc="left", size=11)
+    left.set_title(f"{metrics.tokens:,} tokens; crossed: never selected", loc="left", size=11)
     usual = np.broadcast_to(metrics.counts.load[0] / metrics.tokens, table.shape)
     _bars(right, _largest(table, usual, before, axis=0), table, usual, "{0} to {1}")
     return fig
@@ -199,13 +217,10 @@ def _square(
     columns: NDArray[np.int64] | None = None,
 ) -> None:
     """imshow of shares (E, E), the ticks named by the experts in the order of the map."""
-    from matplotlib import colormaps
-
     top = np.nanquantile(table, 0.995) if np.isfinite(table).any() else 1
-    colours = colormaps["viridis"].with_extremes(bad=NEVER)
     image = axis.imshow(
         table,
-        cmap=colours,
+        cmap="viridis",
         vmin=0,
         vmax=max(float(top), 1e-9),
         aspect="equal",
@@ -215,10 +230,8 @@ def _square(
     for names, place, turn in ((columns, axis.set_xticks, 90), (rows, axis.set_yticks, 0)):
         shown = ticks_for(len(names), NAMES)
         place(shown, names[shown], size=9, rotation=turn)
-    bar = fig.colorbar(image, ax=axis, pad=0.02, shrink=0.85, extend="max")
-    bar.set_label(label, size=11)
-    solids: Any = bar.solids
-    solids.set_rasterized(True)
+    _cross(axis)
+    _bar(fig, image, axis, label, extend="max", shrink=0.7)
 
 
 def _named(order: NDArray[np.int64]) -> str:
@@ -255,12 +268,16 @@ def _bars(
 ) -> None:
     names = [name.format(i, j) for i, j in pairs]
     at = np.arange(len(pairs))
-    axis.barh(at, [100 * table[pair] for pair in pairs], color=COLOURS[0])
+    shares = [100 * table[pair] for pair in pairs]
+    above = [share - 100 * usual[pair] for share, pair in zip(shares, pairs, strict=True)]
+    bars = axis.barh(at, shares, color=COLOURS[0])
+    axis.bar_label(bars, [f"+{points:.1f}" for points in above], padding=4)
     axis.plot([100 * usual[pair] for pair in pairs], at, "|", color="black", markersize=18, mew=2)
     axis.set_yticks(at, names)
     axis.invert_yaxis()
-    axis.set_xlim(0, 101)
+    axis.set_xlim(0, 115)  # room for what stands beside a bar
+    axis.set_xticks(range(0, 101, 20))
     axis.grid(axis="x", color="#e5e5e5")
     axis.set_axisbelow(True)
     axis.set_xlabel("share of the tokens (%)", size=11)
-    axis.set_title("Most above the usual; bar across: share of all tokens", loc="left", size=11)
+    axis.set_title("Points above the usual; bar across: share of all tokens", loc="left", size=11)

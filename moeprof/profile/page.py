@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,7 @@ from ..show.pictures import png
 from .findings import findings, heading
 from .glossary import HEADINGS, INTRODUCTION, METRICS
 from .plots import instead
-from .tables import from_frame, layers, tables
+from .tables import layers, tables
 from .wording import PLAIN
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ FIGURES = {
     "load": (
         "Load of the experts",
         "Each expert's selections over those of an even choice: red does more than its part, "
-        "blue less, grey nothing.",
+        "blue less, a crossed one nothing.",
     ),
     "k": (
         "Experts per token",
@@ -91,10 +92,9 @@ SCOPED = """
 
 
 class Section(NamedTuple):
-    """More to show on the page: a pandas table, and a matplotlib Figure or None."""
+    """More to show on the page: a table, what it is of, and a matplotlib Figure or None."""
 
-    title: str
-    note: str
+    table: Table
     frame: pandas.DataFrame
     figure: Figure | None = None
 
@@ -113,7 +113,7 @@ def page(
         ("Findings", _list(profile)),
         *((table.title, _table(table)) for table in tables(profile)),
         *_figures(profile, drawn),
-        *((section.title, _more(section)) for section in sections),
+        *((section.table.title, _more(section)) for section in sections),
         *([("Glossary", _glossary())] if profile.phases else []),
     ]
     return document(title, _heading(profile), body)
@@ -132,8 +132,10 @@ def _figures(profile: Profiled, drawn: Callable[[], None]) -> Iterator[tuple[str
 
 
 def _more(section: Section) -> str:
-    html = _table(from_frame(section.title, section.note, section.frame))
-    return html if section.figure is None else html + figure_block(section.figure, section.title)
+    html = _table(section.table)
+    if section.figure is None:
+        return html
+    return html + figure_block(section.figure, section.table.title)
 
 
 def _glossary() -> str:
@@ -164,8 +166,17 @@ def fragment(profile: Profiled) -> str:
 def _heading(profile: Profiled) -> str:
     lines = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in heading(profile))
     started = (profile.facts.get("machine") or {}).get("started")
-    when = f"<dt>Made</dt><dd>{escape(str(started))}</dd>" if started else ""
+    when = f"<dt>Made</dt><dd>{escape(_in_words(started))}</dd>" if started else ""
     return f"<dl>{lines}{when}</dl>"
+
+
+def _in_words(time: str) -> str:
+    """ "30 November 2026, 03:24 UTC" of a time in ISO 8601; what else a file holds, as it is."""
+    try:
+        made = datetime.fromisoformat(time)
+    except (TypeError, ValueError):
+        return str(time)
+    return f"{made.day} {made:%B %Y, %H:%M %Z}".rstrip()
 
 
 def _list(profile: Profiled) -> str:

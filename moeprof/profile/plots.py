@@ -10,7 +10,7 @@ import numpy as np
 
 from ..show.figures import COLOURS, MARKERS, style, whole_ticks
 from . import maps
-from .drawing import by_layer, figure, marked, of_phase
+from .drawing import by_layer, figure, marked, of_phase, ticks_for
 from .metrics import ratio_each
 from .structure import pair_structure, strongest
 from .wording import counted, percent, scaled, short
@@ -27,29 +27,23 @@ if TYPE_CHECKING:
 def k(profile: Profiled) -> Figure:
     """How many experts does a token use?"""
     phases = [p for p in profile.phases if any(m.tokens for m in profile.each(p))]
-    fig, (left, right) = figure(1, 2, "Experts per token", widths=(1, 1.3))
+    fig, (left, right) = figure(1, 2, "How many experts a token uses", widths=(1, 1.3))
     tables = {p: sum_of([c.k[0] for c in profile.counts_of(p)]) for p in phases}
     last = max(int(np.flatnonzero(t).max()) for t in tables.values())
     for number, (phase, table) in enumerate(tables.items()):
-        width = 0.8 / len(tables)
-        at = np.arange(last + 1) + (number - (len(tables) - 1) / 2) * width
+        width = 0.8 / len(tables)  # the phases stand beside each other
+        aside = (number - (len(tables) - 1) / 2) * width
+        at = np.arange(last + 1) + aside
         left.bar(at, 100 * ratio_each(table, table.sum())[: last + 1], width, **of_phase(phase))
-        ms = profile.each(phase)
-        low, middle, high = np.array([_k_range(m) for m in ms]).T
-        right.stairs(
-            high,
-            np.arange(len(ms) + 1) - 0.5,
-            baseline=low,
-            fill=True,
-            alpha=0.15,
-            color=of_phase(phase)["color"],
-        )
-        right.plot(middle, **marked(number), **of_phase(phase))
-    whole_ticks(left)
+        low, middle, high = np.array([_k_range(m) for m in profile.each(phase)]).T
+        at = np.arange(len(middle)) + aside
+        right.vlines(at, low, high, color=of_phase(phase)["color"], lw=2, alpha=0.5)
+        right.plot(at, middle, **marked(number), **of_phase(phase))
+    left.set_xticks(ticks_for(last + 1, 17))
     style(left, "experts per token", "% of tokens, all layers", "Distribution")
     right.set_ylim(bottom=0)
     by_layer(right, profile)
-    style(right, "layer", "experts per token", "Mean by layer; shaded: 10th to 90th percentile")
+    style(right, "layer", "experts per token", "Mean by layer; bars: 10th to 90th percentile")
     left.legend(frameon=False)
     return fig
 
@@ -76,7 +70,12 @@ def confidence(profile: Profiled) -> Figure:
     fig, axes = figure(1, 2, "The router's softmax")
     panels = (
         (axes[0], "router_confidence_quartiles", "1 − H(p) / ln E (1: certain)", "Confidence"),
-        (axes[1], "router_gap_quartiles", "p(1) − p(2)", "Gap of the two most probable experts"),
+        (
+            axes[1],
+            "router_gap_quartiles",
+            "most probable less second most probable",
+            "Gap of the two most probable experts",
+        ),
     )
     for axis, name, y, title in panels:
         for number, phase in enumerate(profile.phases):
@@ -117,7 +116,8 @@ def latency(profile: Profiled) -> Figure:
         by_layer(axis, profile)
         steps = max(m.steps for m in ms)
         tokens = max(m.tokens + m.tokens_padding for m in ms)
-        title = f"{phase}: {counted(steps, 'step')} of {short(tokens / steps)} tokens"
+        each = f"{tokens / steps:,.1f}".removesuffix(".0")
+        title = f"{phase}: {counted(steps, 'step')}, {each} token{'s' * (each != '1')} on average"
         style(axis, "layer", "time (ms)", title)
         axis.legend(frameon=False, loc="upper left", ncols=3)
     return fig

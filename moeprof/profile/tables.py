@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..show.tables import Table
+from ..show.tables import Table, with_interval
 from .specialisation import ENOUGH, MINIMUM, most_by_domain
 from .wording import layer_names, number, short
 
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
 
 DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
 TOKEN_ROWS = 12  # experts shown, over all layers, but at least one of each
-
-
-def from_frame(title: str, note: str, frame: pandas.DataFrame) -> Table:
-    """Of a pandas table with short columns."""
-    rows = [
-        [number(cell, ".4f") if isinstance(cell, float) else str(cell) for cell in row]
-        for row in frame.itertuples(index=False)
-    ]
-    words = tuple(frame.select_dtypes(exclude="number").columns)
-    return Table(title, note, [("", name) for name in frame.columns], rows, words)
 
 
 def _roof(metrics: LayerMetrics) -> str:
@@ -146,6 +136,47 @@ def vocabulary(profile: Profiled, minimum: int = MINIMUM) -> Table:
 def _token(row: Mapping[str, Any]) -> str:
     name = repr(row["text"]) if isinstance(row["text"], str) else f"#{row['token']}"
     return f"{name} {100 * row['share']:.0f} %"
+
+
+def agreement(frame: pandas.DataFrame) -> Table:
+    """Of what `agreement_by_layer` returned."""
+    rows = [
+        [
+            str(r["layer"]),
+            f"{r['tokens']:,}",
+            *(f"{100 * r[name]:.1f} %" for name in ("agreement", "at_most", "same_experts")),
+        ]
+        for r in frame.to_dict("records")
+    ]
+    return Table(
+        "Agreement with the model's own router",
+        "The router beside the model's own top-k on the same text. agreement: mean of |S ∩ S'| / k "
+        "(S: the model's own k experts of a token, S': the router's). at most: what it would be "
+        "with the router's number of experts, had it taken those of S first. same experts: of the "
+        "tokens, those with the very same ones.",
+        [("", name) for name in ("layer", "tokens", "agreement", "at most", "same experts")],
+        rows,
+    )
+
+
+def ablation(frame: pandas.DataFrame) -> Table:
+    """Of what `layer_ablation` returned."""
+    rows = [
+        [
+            str(r["layer"]),
+            str(r["k"]),
+            f"{r['loss']:.4f}",
+            with_interval(r["loss_change"], r["low"], r["high"], "+.4f"),
+        ]
+        for r in frame.to_dict("records")
+    ]
+    return Table(
+        "What a layer's experts are worth",
+        "The loss, in nats per token, when one layer takes its top k only, and its change against "
+        "the model's own k [95 % interval over documents].",
+        [("", name) for name in ("layer", "k", "loss", "change of loss")],
+        rows,
+    )
 
 
 def tables(profile: Profiled) -> list[Table]:

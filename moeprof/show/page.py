@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from itertools import groupby
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
     from .tables import Table
 
 
-MOST_COLUMNS = 18  # of a table on a sheet of paper
+SHEET, LETTER, BETWEEN = 527, 4.8, 6.8  # points of A4's width, of a letter, between columns
+WORDS = 9 * 7.5  # points that a column of words takes at least; it breaks what is longer
 
 # Light and dark by the reader's setting, on paper light. On a narrow screen tables and figures
 # scroll inside their boxes, and say so; on paper nothing scrolls, so that nothing is cut off there.
+# A caption is as wide as its table (100%): where the box (100cqw) is narrower it gets the height of
+# a line, else none.
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --line: #8884; --soft: #8882; --faint: #666; }
 @media screen and (prefers-color-scheme: dark) { :root { --ground: #121212; --faint: #aaa; } }
@@ -31,15 +35,19 @@ dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 nav ul { columns: 14rem; padding-left: 1.2rem; }
 a { color: inherit; text-decoration-color: var(--faint); text-underline-offset: .2em; }
 .note { color: var(--faint); }
-.table { overflow: auto; max-height: 40rem; margin-bottom: 1rem; }
+.table { overflow: auto; max-height: 40rem; margin-bottom: 1rem; container-type: inline-size; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; } td { border-top: 1px solid var(--soft); }
+th { font-weight: 600; vertical-align: bottom; } td { border-top: 1px solid var(--soft); }
 thead { position: sticky; top: 0; background: var(--ground); }
 thead tr:first-child th.group { text-align: center; border-bottom: 1px solid var(--line); }
-.word { text-align: left; white-space: normal; } .first { padding-left: 1.8rem; }
+.word { text-align: left; white-space: pre-wrap; } .first { padding-left: 1.8rem; }
 figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
-.picture { overflow-x: auto; }
+.picture::before, caption::before { color: var(--faint); font-size: .85rem; position: sticky;
+  left: 0; content: "Wider than the screen: scroll to the side."; }
+caption { height: 0; padding-bottom: clamp(0px, (100% - 100cqw) * 99, 1.5rem); overflow: hidden;
+  text-align: left; white-space: nowrap; }
+.picture { overflow-x: auto; } .picture::before { display: none; }
 .picture img { width: var(--width); max-width: 100%; height: auto; display: block; }
 @media screen and (prefers-color-scheme: dark) {
   .paper { background: #fff; --faint: #666; padding: .8rem; border-radius: .5rem;
@@ -51,17 +59,18 @@ figure { margin: 1.5rem 0; } figcaption { color: var(--faint); }
   dl, .glossary { display: block; } dd { margin-bottom: .4rem; }
 }
 @media screen and (max-width: 33rem) {
+  .table { max-height: none; } th, td { padding: .2rem .4rem; } th { white-space: normal; }
   .picture img { max-width: none; min-width: calc(.85 * var(--width)); }
-  .picture::before { content: "Wider than the screen: scroll to the side."; color: var(--faint);
-    display: block; position: sticky; left: 0; font-size: .85rem; }
+  .picture::before { display: block; }
 }
 @media print {
   :root { color-scheme: light; }
   @page { margin: 12mm; }
   body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }
-  .table, .picture { overflow: visible; max-height: none; }
+  .table, .picture { overflow: visible; max-height: none; } caption { display: none; }
   table { font-size: 7.5pt; line-height: 1.25; }
-  th, td { padding: .1rem .28rem; white-space: normal; overflow-wrap: anywhere; }
+  th, td { padding: .1rem .28rem; white-space: normal; }
+  .word { overflow-wrap: anywhere; min-width: 9em; }
   .first { padding-left: .8rem; }
   .glossary { display: block; font-size: 8.5pt; } .glossary dd { margin: 0 0 .3rem 1rem; }
   thead { display: table-header-group; position: static; }
@@ -103,7 +112,7 @@ def figure_block(figure: Figure, title: str, caption: str = "", *, paper: bool =
 
 
 def table_block(table: Table, links: Mapping[str, str] | None = None) -> str:
-    """The note and the table, in several of at most MOST_COLUMNS where it has more.
+    """The note and the table, in several where a sheet of paper is too narrow for it.
 
     links : as in `html_table`
     """
@@ -111,26 +120,36 @@ def table_block(table: Table, links: Mapping[str, str] | None = None) -> str:
     return f'<p class="note">{escape(table.note)}</p>\n{parts}'
 
 
-def divided(table: Table, most: int = MOST_COLUMNS) -> list[Table]:
-    """Tables of at most `most` columns, which a sheet of paper holds; groups stay together.
+def divided(table: Table) -> list[Table]:
+    """Tables that a sheet of paper holds; groups stay together.
 
     Each begins with the columns that are of no group, or with the first one.
     """
-    if len(table.columns) <= most:
+    widths = [_width(table, i) for i in range(len(table.columns))]
+    if sum(widths) <= SHEET:
         return [table]
     groups = [group for group, _ in table.columns]
     keys = [i for i, group in enumerate(groups) if not group] if any(groups) else [0]
-    room = max(most - len(keys), 1)
+    room = SHEET - sum(widths[i] for i in keys)
     blocks: list[list[int]] = [[]]
     for _, group in groupby((i for i in range(len(groups)) if i not in keys), groups.__getitem__):
         of = list(group)
-        if len(blocks[-1]) + len(of) > room and blocks[-1] and groups[of[0]]:
+        if groups[of[0]] and sum(widths[i] for i in blocks[-1] + of) > room and blocks[-1]:
             blocks.append([])
         for i in of:
-            if len(blocks[-1]) == room:
+            if sum(widths[j] for j in [*blocks[-1], i]) > room and blocks[-1]:
                 blocks.append([])
             blocks[-1].append(i)
     return [_columns(table, keys + block) for block in blocks]
+
+
+def _width(table: Table, column: int) -> float:
+    """Points that a column needs on paper at least, where letters are small."""
+    name = table.columns[column][1]
+    if name in table.words:
+        return WORDS + BETWEEN
+    whole = [part for row in table.rows for part in _unbroken(row[column]).split(" ")]
+    return LETTER * max(map(len, [*name.split(" "), *whole])) + BETWEEN
 
 
 def _columns(table: Table, places: list[int]) -> Table:
@@ -154,8 +173,23 @@ def html_table(table: Table, links: Mapping[str, str] | None = None) -> str:
     names = [_head(name, (links or {}) if group else {}) for group, name in table.columns]
     heads.append(_cells("th", names, kinds))
     head = "".join(f"<tr>{cells}</tr>" for cells in heads)
-    body = "\n".join(f"<tr>{_cells('td', map(escape, row), kinds)}</tr>" for row in table.rows)
-    return f'<div class="table"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
+    words = [name in table.words for _, name in table.columns]
+    lines = (_cells("td", map(_cell, row, words), kinds) for row in table.rows)
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return (
+        f'<div class="table"><table><caption></caption><thead>{head}</thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(text: str, of_words: bool) -> str:
+    """ "%" stays with its number."""
+    return escape(text.replace(" %", "\u00a0%") if of_words else _unbroken(text))
+
+
+def _unbroken(number: str) -> str:
+    """Its only break is before the bracket of its interval."""
+    return re.sub(r" (?![(\[])", "\u00a0", number)
 
 
 def _head(name: str, links: Mapping[str, str]) -> str:
