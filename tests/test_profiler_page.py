@@ -94,9 +94,17 @@ def test_the_page_has_every_figure_and_table(profile, html):
     # All tokens use 2 experts: a sentence says so in place of one figure.
     assert read.tags.count("img") == read.tags.count("figcaption") == len(profile.figures) - 1 == 9
     assert says(read.text, "Every token", "2 experts", "every layer")
-    assert read.tags.count("table") == 2  # by layer, by domain
+    assert read.tags.count("table") == 3  # by layer, most and least used, by domain
     text = read.text[read.text.index("Counted:") :]  # behind the list of contents
-    parts = ("By layer", "By domain", "Load of the experts", "Roofline", "Glossary", "z_loss")
+    parts = (
+        "By layer",
+        "Most and least used experts",
+        "By domain",
+        "Load of the experts",
+        "Roofline",
+        "Glossary",
+        "z_loss",
+    )
     order = [text.index(words) for words in parts]
     assert order == sorted(order)
 
@@ -240,7 +248,7 @@ def test_a_narrow_screen_scrolls_in_the_boxes_only(html, tmp_path):
     ((said, line, tables), _, _) = chromium(page, tmp_path, size="400,3000")
     assert "scroll to the side" in said  # what is cut off isn't gone
     wide_and_said = re.findall(r"(true|false),(true|false)", tables)
-    assert len(wide_and_said) == 3 and wide_and_said[0] == ("true", "true")
+    assert len(wide_and_said) == 4 and wide_and_said[0] == ("true", "true")
     assert wide_and_said[-1] == ("false", "false")
     found = re.findall(r"\d+", line[line.index("widths") :])
     scroll, screen, box, image, boxes = map(int, found[:5])

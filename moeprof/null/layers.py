@@ -45,6 +45,7 @@ class LayerNull:
     form : how the table is read, "table" or "conformal"
     efron : the fit of an efron null by layer, else None
     per_bin : (8192,) its histogram, else None
+    words : what the null of all layers is, in one line
     """
 
     score: str
@@ -52,6 +53,7 @@ class LayerNull:
     form: str = "table"
     efron: EfronNull | None = None
     per_bin: NDArray[np.uint64] | None = field(default=None, repr=False)
+    words: str = field(default="a null of one's own", compare=False, repr=False)
 
     @property
     def spec(self) -> NullSpec:
@@ -116,6 +118,11 @@ class TokenNull:
     form: str
     score = "logit"  # of the spec, where nothing reads it
     table = None
+
+    @property
+    def words(self) -> str:
+        """What it is, in one line."""
+        return f"{self.form}: each token's own logits, without a fit"
 
     @property
     def spec(self) -> NullSpec:

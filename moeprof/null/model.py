@@ -218,7 +218,7 @@ class Null:
         if not 0 <= index < len(self):
             raise IndexError(f"layer {index}: the null has {len(self)} layers")
         if index not in self._layers:
-            self._layers[index] = self._make_layer(index)
+            self._layers[index] = replace(self._make_layer(index), words=self.describe())
         return self._layers[index]
 
     def _make_layer(self, index: int) -> LayerNull:

@@ -148,6 +148,9 @@ class ProfileComparison:
 
         return comparison_as_text(self)
 
+    def __str__(self) -> str:
+        return self.summary()
+
     def print_summary(self) -> None:
         from ..show.console import make_console
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SLOW = 1.5  # from this multiple of the median on, the mean is of a few slow steps
 NAMED = 4  # so many experts are named one by one
+FEW = 5  # selections of an expert, on average, below which its load is chance
 STALE = 1.0  # above this share of a roof, the roof was measured too low
 
 
@@ -192,6 +193,13 @@ def _balance(profile: Profiled, phase: str) -> Iterator[str]:
     uneven = _most(metrics, "expert_load_gini")
     if uneven is None or not uneven[1] > 0:
         return
+    each = [m for m in metrics if m.tokens]
+    mean = min(m.tokens * m.k_mean / m.layer.num_experts for m in each)
+    if mean < FEW:
+        yield (
+            f"Few tokens in {phase}: an expert is selected {mean:.1f} times on average, so which "
+            "are busy, and which idle, may be chance."
+        )
     index, value = uneven
     busy, times = _most(metrics, "expert_load_max_imbalance") or uneven
     expert = int(np.argmax(metrics[busy].counts.load[0]))

@@ -262,7 +262,7 @@ COLUMNS = {
         "seen": "Occurrences that were counted; tokens seen fewer than "
         f"{MINIMUM} times are left out.",
         "share": "Of these occurrences, the share that selects the expert.",
-        "baseline": "k/E: that share under an even choice.",
+        "baseline": "k/E: that share under an even choice, with the mean k of this routing.",
         "times": "share / baseline.",
     },
     "agreement.csv": {

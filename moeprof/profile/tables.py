@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..show.tables import Table, with_interval
 from .specialisation import ENOUGH, MINIMUM, most_by_domain
 from .wording import layer_names, number, short
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from .types import Profiled
 
 
+EXPERTS = 3  # shown of each end of a layer
 DOMAIN_ROWS, TOKENS = 4, 6  # experts shown of each domain; tokens shown of an expert
 TOKEN_ROWS = 12  # experts shown, over all layers, but at least one of each
 
@@ -55,6 +58,28 @@ def layers(profile: Profiled, names: Sequence[str]) -> Table:
     ]
     heads = [("", "layer"), *((phase, name) for phase in phases for name, _ in columns)]
     return Table("By layer", note, heads, rows)
+
+
+def experts(profile: Profiled) -> Table:
+    """Of each layer the experts that are selected most and least, over all phases."""
+    rows = []
+    for label, m in zip(profile.labels, profile.each(), strict=True):
+        load = m.counts.load[0]
+        if not load.sum():
+            continue
+        times = load / load.mean()
+        order = np.argsort(-load, kind="stable")
+        count = min(EXPERTS, len(load) // 2)
+        ends = order[:count], order[len(load) - count :][::-1]
+        cells = (", ".join(f"{e} ({times[e]:.2g}×)" for e in end) for end in ends)
+        rows.append([str(label), *cells])
+    return Table(
+        "Most and least used experts",
+        "By how many tokens select them, over all phases; in brackets the times of a layer's mean.",
+        [("", name) for name in ("layer", "most used", "least used")],
+        rows,
+        ("most used", "least used"),
+    )
 
 
 def by_batch(profile: Profiled) -> Table:
@@ -184,7 +209,7 @@ def tables(profile: Profiled) -> list[Table]:
     if not profile.phases:
         return []
     side_by_side = [profile.phases[i : i + 2] for i in range(0, len(profile.phases), 2)]
-    made = [layers(profile, names) for names in side_by_side]
+    made = [layers(profile, names) for names in side_by_side] + [experts(profile)]
     if len(profile.decode_by_batch) > 1:
         made.append(by_batch(profile))
     if profile.domains is not None:

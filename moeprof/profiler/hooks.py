@@ -22,6 +22,7 @@ from ..models.routing import Routing
 from ..models.sizes import top_k_owner
 from ..patching.observers import STOCK, Observer, Routed
 from ..patching.span import Span
+from ..patching.state import chain
 from .check import ExpertRows
 from .step import Step
 
@@ -151,8 +152,7 @@ class LayerWatch(_Watch, Observer):
         event = event._replace(routing=event.routing.on_host())
         router = event.router
         if router is not self.session.last_router[self.index]:
-            name = OWN_IN_C if router is None else router if router is STOCK else repr(router)
-            self._name(router, name)
+            self._name(router, self._words(router))
         self.session.add(self.index, step, event)
 
     @contextmanager
@@ -325,6 +325,14 @@ class LayerWatch(_Watch, Observer):
         if self._top_k is None or (k := self._top_k[0].get(self._top_k[1])) == layer.top_k:
             return layer
         return replace(layer, top_k=k)
+
+    def _words(self, router: Any) -> str:
+        if router is None or router is STOCK:
+            return OWN_IN_C if router is None else STOCK
+        null = next(
+            (patch.null for patch in chain(self.site.block) if patch.router is router), None
+        )
+        return repr(router) if null is None else f"{router!r} on this null: {null.words}"
 
     def _name(self, router: Any, name: str) -> None:
         self.session.last_router[self.index] = router

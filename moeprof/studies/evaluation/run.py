@@ -227,9 +227,7 @@ def _documents(texts: Iterable[Any]) -> list[Document]:
 
 
 def _null_words(null: Any) -> str:
-    if hasattr(null, "describe"):
-        return str(null.describe())
-    return f"{null.form}: each token's own logits, without a fit"
+    return str(null.describe() if hasattr(null, "describe") else null.words)
 
 
 def _run(
