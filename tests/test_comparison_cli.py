@@ -53,6 +53,7 @@ def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, cap
         ]
     )
     out = capsys.readouterr().out
+    assert out.count("\n- ") == 5 and "more: comparison_report.md" in out
     # The path of a file may be long.
     assert code == 0
     assert max(len(line.replace(str(tmp_path), "")) for line in out.splitlines()) <= 100

@@ -151,7 +151,10 @@ def said(*cells):
 
 def test_findings_when_bh_wins():
     text = said(made_cell(shift=-0.03), made_cell("shuffled", shift=0.05, seed=1))
-    assert "budget 4: -0.0" in text and says(text, "BH stays closer", "full model")
+    planned = (
+        "The comparison planned beforehand, BH (efron null) against static top-k, at 4 experts"
+    )
+    assert f"{planned}: -0.0" in text and says(text, "BH stays closer", "full model")
     assert says(text, "1 of 1", "beat static top-k (bh)")
     assert "Every router in all 1 cells" in text and "no token adaptivity shown" not in text
 
@@ -168,7 +171,7 @@ def test_findings_when_bh_loses():
         made_cell("random", "random R", shift=0.04, seed=5),
     )
     assert "BH loses to static top-k" in text
-    assert says(text, "1 of 2", "beat static top-k (fixed_p)", "1 lose to it (bh)")
+    assert says(text, "1 of 2", "beat static top-k (fixed_p)", "1 loses to it (bh)")
     assert "can't be" not in text
     assert says(text, "one fixed p", "without the correction") and "(BH is farther)" in text
     share = best["effect"]["kl"]["estimate"] / oracle["effect"]["kl"]["estimate"]
@@ -239,7 +242,7 @@ def test_the_figure_names_its_lines_and_counts_as_the_findings_do():
     run["contenders"].append({"name": "never reached"})
     left, right = figure(run).axes
     said_of = {text.get_text() for text in left.texts}
-    assert {*names, "short", "oracle (knows the outputs)", "static top-k"} <= said_of
+    assert {*names, "short", "oracle", "static top-k"} <= said_of
     assert left.get_legend() is None
     beside = [text.xyann for text in left.texts if hasattr(text, "xyann")]
     heights = sorted(y for x, y in beside if x > 1)

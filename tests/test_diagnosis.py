@@ -27,7 +27,7 @@ from moeprof.studies.diagnosis.pvalues import selection_rows
 from moeprof.studies.diagnosis.result import Diagnosis
 from moeprof.studies.diagnosis.rows import ALL
 from moeprof.studies.diagnosis.seen import Seen, Selected, entropy
-from moeprof.studies.diagnosis.views import findings, views
+from moeprof.studies.diagnosis.views import as_markdown, findings, views
 from moeprof.texts.windows import HeldOut, Window, heldout_windows
 
 pytestmark = pytest.mark.slow  # test_every_study runs a diagnosis on both versions
@@ -342,7 +342,7 @@ def test_files_are_written_whole(small, tmp_path):
 
 def test_figures_say_what_came_out_and_what_their_letters_mean(small):
     ablation, selection, p_values = map(small.figure, ("ablation", "selection", "p_values"))
-    for words in ("FDP:", "δ0 (the dots):", "r: rank"):
+    for words in ("FDP:", "δ0 (the dots):", "r: how many of the best"):
         assert words in ablation.get_supxlabel().replace("\n", " ")
     for words in ("R: how many", "λ, π̂0:", "KS distance:"):
         assert words in selection.get_supxlabel().replace("\n", " ")
@@ -360,17 +360,33 @@ def test_figures_say_what_came_out_and_what_their_letters_mean(small):
         assert f"], {side} alpha = " in said
         changed = Diagnosis(small._rows, small.facts | {"alpha": float(alpha)})
         false, uniform, *_ = findings(changed)
-        beside = {"above": "more than alpha", "below": "fewer than alpha", "not told from": side}
-        assert says(false, f"{row['estimate']:.2f} [", f"alpha = {alpha:g}", beside[side])
-        assert says(uniform, "of 4 layers on the stock model", "π̂0")
+        answer = {"above": "No", "below": "Yes", "not told from": "Undecided"}[side]
+        assert says(false, f"{answer}: ", f"{row['estimate']:.2f} [", f"alpha is {alpha:g}")
+        assert says(uniform, "of 4 layers (own routing) and", "(patched)", "π̂0")
     assert "alpha" not in plots.fdp_verdict(fdp, small.facts | {"alpha": None})
     assert findings(Diagnosis(small._rows, small.facts | {"alpha": None}))[0] == uniform
     assert "of the tokens" in selection.get_suptitle()
     pi0 = small.to_frame("pi0")
     for low, high, inside in ((0.9, 1.1, 4), (1.01, 1.1, 0)):
         said = plots.uniform_verdict(pi0.assign(low=low, high=high))
-        assert f"stock {inside} of 4, patched {inside} of 4" in said
+        assert said.endswith(f"{inside} of 4 layers (own routing), {inside} of 4 (patched)")
     assert p_values.get_suptitle() == plots.uniform_verdict(pi0)
+
+
+def test_the_row_of_what_experts_do_together_needs_documents(small):
+    layers = len(small.figure("ablation").axes)
+    if "joint" in small.tables:
+        layers //= 2
+    rows = [row for row in small._rows if row["table"] != "joint"]
+    ablation = Diagnosis(rows, small.facts).figure("ablation")
+    assert len(ablation.axes) == layers
+    assert "is not known: fewer than 10 documents" in ablation.get_supxlabel().replace("\n", " ")
+
+
+def test_what_people_read_has_no_word_of_the_files_own_names(small):
+    for text in (small.summary(), small._repr_html_(), as_markdown(small)):
+        assert "own routing" in text and "the null in use" in text
+        assert "stock" not in text and "null given" not in text
 
 
 def test_a_figures_title_says_what_decides_most(small):

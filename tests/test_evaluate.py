@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -205,6 +206,31 @@ def test_a_router_of_ones_own_is_measured_as_the_one_that_does_the_same(model):
     np.testing.assert_allclose(mine["nats"], top["nats"], rtol=1e-6)
     with pytest.raises(ValueError, match="store: what the router 'mine' is"):
         evaluate(model, {"mine": lambda logits: logits}, store="never.sqlite")
+
+
+def test_tables_fit_a_terminal_of_80_columns(model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = evaluate(model, ["topk:k=1", "bh:alpha=0.3,max_k=4"]).summary()
+    assert all(len(line) <= 80 for line in text.splitlines())
+    tables = text[text.index("All documents") :]
+    assert "…" not in tables
+    assert re.search(r"\n +\[[-+.\d]+, [-+.\d]+\]", tables)  # intervals in a line of their own
+    assert not re.search(r"\[[-+.\d]+,\s*\n", tables)
+
+
+def test_few_documents_are_said_to_bound_p(model):
+    found = evaluate(model)
+    assert "With 6 documents p can't be below 0.031" in " ".join(found.summary().split())
+    assert min(pair["p"] for pair in found.pairs) >= 2 / 2**6
+    many = evaluate(model, texts=[d._replace(name=f"{i}") for i in range(2) for d in documents()])
+    assert "p can't be below" not in many.summary()
+
+
+def test_the_figure_names_its_points_and_draws_static(model):
+    (axis,) = evaluate(model, ["topk:k=1", "bh:alpha=0.3,max_k=4"]).figure().axes
+    assert {text.get_text() for text in axis.texts} == {OWN, "topk:k=1", "bh:alpha=0.3,max_k=4"}
+    (static,) = [line for line in axis.lines if line.get_label() == "static top-k"]
+    assert list(static.get_xdata()) == sorted(static.get_xdata()) and len(static.get_xdata()) == 2
 
 
 def test_a_budget_is_set_on_calibration_text_and_one_out_of_reach_is_said(model):

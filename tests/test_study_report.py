@@ -2,6 +2,7 @@
 
 import html
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from moeprof.studies.comparison.findings import View, beside, findings
 from moeprof.studies.diagnosis import Diagnosis
 from moeprof.studies.evaluation.result import Evaluated
 from moeprof.studies.grid.rows import COLUMNS
-from moeprof.studies.study.report import Results, pareto, verdict, write, write_report
+from moeprof.studies.study.report import Results, pareto, parts, verdict, write, write_report
 from moeprof.studies.study.report.front import front
 from moeprof.studies.sweep.compared import compared
 
@@ -450,6 +451,30 @@ def test_every_figure_of_a_table_leads_to_it_and_back(written):
     assert partners["sweep-figure"] == "sweep-settings"
     heads = re.findall(r'<h3 id="front(?:-figure)?">.*?</h3>', page)
     assert [re.search(r'href="#([^"]+)"', head)[1] for head in heads] == ["front", "front-figure"]
+
+
+def test_the_report_says_which_answer_to_follow(whole):
+    """compare and the sweep may name two routers for one budget."""
+    advice = [{"budget": 2.0, "head": "For 2 experts per token, bh is best."}]
+    whole = replace(whole, sweep=whole.sweep | {"advice": advice})
+    for results, there in ((whole, True), (replace(whole, compare=None), False)):
+        first = parts._sweep(results).sentences[0].text
+        assert ("follow the comparison" in first) == there
+
+
+def test_a_sweeps_speeds_are_not_compared(whole):
+    (section,) = pareto.sections(replace(whole, compare=None))
+    text = " ".join(sentence.text for sentence in section.sentences)
+    assert says(text, "tokens/s", "no front") and len(section.figures[0].figure.axes) == 1
+
+
+def test_a_sentence_stands_for_a_figure_of_one_number(whole, monkeypatch):
+    from moeprof.profile import plots
+
+    monkeypatch.setattr(plots, "instead", lambda profile: {"k": "Every token uses 2 experts."})
+    section = parts._profile(whole)
+    assert "profile-k" not in {drawn.key for drawn in section.figures}
+    assert any(sentence.text == "Every token uses 2 experts." for sentence in section.sentences)
 
 
 def test_a_part_without_a_result_says_why(written, tmp_path):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 
 # Okabe & Ito: told apart with every kind of colour vision; black is left for baselines and limits.
@@ -64,6 +67,20 @@ def pads(figure: Figure, width: float, height: float) -> None:
     """The room around panels, in inches, of a figure with a constrained layout."""
     layout: Any = figure.get_layout_engine()
     layout.set(w_pad=width, h_pad=height)
+
+
+def apart(heights: NDArray[np.float64], least: float) -> NDArray[np.float64]:
+    """Ascending heights (N,), moved as little as a few passes can to be `least` apart."""
+    made = heights.astype(float).copy()
+    for _ in range(200):
+        close = np.flatnonzero(np.diff(made) < least - 1e-9)
+        if not len(close):
+            break
+        for i in close:
+            push = (least - (made[i + 1] - made[i])) / 2
+            if push > 0:
+                made[i], made[i + 1] = made[i] - push, made[i + 1] + push
+    return made
 
 
 @cache

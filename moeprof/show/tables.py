@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .console import width
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -34,6 +37,26 @@ def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> RichTabl
     for row in rows:
         cells = zip(columns.values(), row, strict=True)
         made.add_row(*("" if value is None else form.format(value) for form, value in cells))
+    return made
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> RichTable:
+    """A rich table of texts, the first column aligned left, for a screen of `width()` columns.
+
+    Where it is wider, intervals stand below what they are of, and columns closer together.
+    """
+    from rich.cells import cell_len
+
+    rows = list(rows)
+    widest = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
+    wide = sum(widest) + 2 * len(head) > width()
+    if wide:
+        rows = [[re.sub(r" (?=[\[(][-+]?\d)", "\n", cell) for cell in row] for row in rows]
+    made = table(dict.fromkeys(head, "{:>}") | {head[0]: "{}"}, rows)
+    for column in made.columns:
+        column.overflow = "fold"
+    if wide:
+        made.padding = (0, 0, 0, 0)
     return made
 
 

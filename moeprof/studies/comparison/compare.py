@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..store.cells import Cell
     from .files import ComparisonFiles
 
+PRINTED = 4  # findings: who keeps quality best, and what was planned beforehand
+
 
 def compare(
     comparison: Comparison,
@@ -80,8 +82,11 @@ def _finish(
             part = fill(part)
         console.print(part, width=width())
     if result["cells"]:
-        for line in findings(result):
+        said = findings(result)
+        for line in said[:PRINTED]:
             console.print(fill(f"- {line}", rest="  "))
+        if len(said) > PRINTED:
+            console.print(f"- {len(said) - PRINTED} more: {files.report.name}")
     for path in files.paths:
         console.print(f"Written: {path}")
     return result

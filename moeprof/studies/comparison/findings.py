@@ -233,8 +233,9 @@ def _primary(view: View) -> Iterator[str]:
     for cell in filter(None, cells):
         effect = cell["effect"]["kl"]
         yield (
-            f"Fixed before the run, budget {cell['budget']}: {signed(effect)} nats of KL against "
-            f"static top-k at the same average of {cell['average_k']:.2f} experts. "
+            "The comparison planned beforehand, BH (efron null) against static top-k, at "
+            f"{cell['budget']} experts: {signed(effect)} nats of KL, both at an average of "
+            f"{cell['average_k']:.2f}. "
             f"{said.get(verdict(effect), 'No difference between BH and static top-k is shown')}."
         )
 
@@ -251,7 +252,8 @@ def _ranking(view: View, table: str) -> Iterator[str]:
             text = f"{view.count(won)} beat static top-k ({_names(won)})"
         else:
             text = f"none of {len(view.contenders)} routers beats static top-k"
-        text += f", {len(lost)} lose to it" + (f" ({_names(lost)})" if lost else "")
+        text += f", {len(lost)} lose{'s' * (len(lost) == 1)} to it"
+        text += f" ({_names(lost)})" if lost else ""
         undecided = len(order) - len(won) - len(lost)
         text += f", {undecided} can't be told from it" if undecided else ""
         missing = view.unreached(order)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import COLOURS, line_styles, pads
+from ...show.figures import COLOURS, apart, line_styles, pads
 from .bytes_read import quantized_name
 from .contenders import PRIMARY
 from .effects import BETTER, ORACLE, QUANTIZED, RANDOM, ROUTER, STATIC, adaptive, verdict
@@ -28,7 +28,7 @@ SHRUNK: dict[int, dict[str, Any]] = {
 }
 SHOWN = 4  # routers in colour, besides BH: the best of the table and the worst
 LINE = 0.034  # of the panel's height: from one name beside a line to the next
-CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle (knows the outputs)")}
+CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle")}
 
 
 def figure(run: dict[str, Any]) -> Figure:
@@ -127,13 +127,13 @@ def _curves(axis: Axes, view: View, table: str, coloured: list[str]) -> None:
         name = {RANDOM: "random R", ORACLE: "oracle"}[role]
         experts, effect, _, _ = _line(view, table, role, name)
         axis.plot(experts, 1e3 * effect, dashes, color=DARK, linewidth=1.6, label=label, zorder=2)
+    x, y = np.concatenate([line.get_xydata() for line in axis.lines]).astype(float).T
     axis.axhline(0, color="black", linewidth=1.6, zorder=3)
-    _scale(axis, "y", np.concatenate([line.get_ydata() for line in axis.lines]).astype(float))
-    axis.annotate(
-        "static top-k", (0, 0), (4, 4), axis.get_yaxis_transform(), "offset points", size=11
-    )
+    budgets = view.tables[table]["budgets"]
+    axis.plot(x.max(initial=min(budgets)), 0, color="black", label="static top-k")  # for its name
+    _scale(axis, "y", y)
     _name_lines(axis)
-    axis.set_xticks(view.tables[table]["budgets"])
+    axis.set_xticks(range(min(budgets), max(budgets) + 1))
     axis.grid(color="#e4e4e4")
     axis.set_axisbelow(True)
     axis.set_xlabel("experts per token on the test text", size=13)
@@ -142,7 +142,8 @@ def _curves(axis: Axes, view: View, table: str, coloured: list[str]) -> None:
     _title(
         axis,
         _headline(view, table),
-        f"table {table}: at most {most} experts a token; below 0 is better; shaded: bands",
+        f"table {table}: at most {most} experts a token; below 0 is better; shaded: bands\n"
+        "random R: random numbers of experts; oracle: knows the experts' outputs",
     )
 
 
@@ -178,7 +179,7 @@ def _name_lines(axis: Axes) -> None:
     place = axis.transData + axis.transAxes.inverted()
     ends = [place.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
     order = np.argsort([y for _, y in ends], kind="stable")
-    heights = _apart(np.array([ends[i][1] for i in order]), LINE)
+    heights = apart(np.array([ends[i][1] for i in order]), LINE)
     for i, height in zip(order, heights, strict=True):
         line, colour = lines[i], lines[i].get_color()
         axis.annotate(
@@ -198,20 +199,6 @@ def _name_lines(axis: Axes) -> None:
                 "shrinkB": 2,
             },
         )
-
-
-def _apart(heights: NDArray[np.float64], least: float) -> NDArray[np.float64]:
-    """Ascending heights (N,), moved as little as a few passes can to be `least` apart."""
-    made = heights.astype(float).copy()
-    for _ in range(200):
-        close = np.flatnonzero(np.diff(made) < least - 1e-9)
-        if not len(close):
-            break
-        for i in close:
-            push = (least - (made[i + 1] - made[i])) / 2
-            if push > 0:
-                made[i], made[i + 1] = made[i] - push, made[i + 1] + push
-    return made
 
 
 def _forest(axis: Axes, view: View, table: str) -> None:
@@ -278,9 +265,8 @@ def _by_bytes(axis: Axes, view: View) -> None:
             if level := cell.get("level", {}).get("kl"):
                 axis.plot([x, x], [level["low"], level["high"]], color=style["color"], lw=4)
             if name != "best router":
-                at = (7, 5) if cell["role"] == STATIC else (-7, -13)
                 text = axis.annotate(
-                    f"{cell['budget']}", (x, cell["kl"]), at, textcoords="offset points", size=10
+                    f"{cell['budget']}", (x, cell["kl"]), (5, 4), textcoords="offset points", size=9
                 )
                 text.set_color(style["color"])
     whole_model = next((cell for cell in static if cell["budget"] == top_k), None)
@@ -302,7 +288,7 @@ def _by_bytes(axis: Axes, view: View) -> None:
     axis.legend(loc="lower left", fontsize=12, frameon=False)
     axis.set_ylabel("KL to the full model, nats per token", size=13)
     dtype = view.run["dtype"]
-    detail = f"numbers: k; bars: 95 % intervals; to the left and down is better; model in {dtype}"
+    detail = f"numbers: k; bars: 95 % intervals; model in {dtype}\nto the left and down is better"
     _title(axis, _answer(view), detail)
 
 
@@ -321,20 +307,22 @@ def _bytes_scale(axis: Axes) -> None:
 
 
 def _answer(view: View) -> str:
-    """In short, from the bands."""
-    parts = []
-    for whole in view.whole():
-        found = beside(view, whole)
-        more = [c for c in view.skipping() if c["bytes_per_token"] > whole["bytes_per_token"]]
-        parts.append(f"{whole['bits']} bits {len(found['beaten'])} of {len(more)}")
-    if not parts:
-        return "Skip experts or shrink them: not measured to the end"
-    return f"Closer than skipping that reads more: {', '.join(parts)}"
+    """In short, from the bands: of the fewest bits that beat all that reads more, or the fewest."""
+    answer = "Skip experts or shrink them: not measured to the end"
+    for whole in view.whole():  # bits descending
+        beaten = len(beside(view, whole)["beaten"])
+        more = sum(c["bytes_per_token"] > whole["bytes_per_token"] for c in view.skipping())
+        lead = f"All {whole['budget']} experts in {whole['bits']} bits beat"
+        if beaten == more > 0:
+            answer = f"{lead} fewer that read more"
+        elif "fewer" not in answer:
+            answer = f"{lead} {beaten} of {more} ways that read more"
+    return answer
 
 
 def _ways(axis: Axes, view: View) -> None:
     """KL of all experts in few bits beside that of every router at one budget, least first."""
-    table = next(iter(view.tables))
+    table, top_k = next(iter(view.tables)), view.run["model_config"]["num_experts_per_tok"]
     budget = view.budgets(table)[-1]
     cells = [
         (cell, cell["contender"])
@@ -365,6 +353,6 @@ def _ways(axis: Axes, view: View) -> None:
     axis.set_xlabel("KL to the full model, nats per token", size=13)
     _title(
         axis,
-        f"All in few bits, or {budget} on average",
+        f"KL at {budget} experts, or all {top_k} in fewer bits",
         "beside each name: what a token reads\nbars: 95 % intervals",
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...measure.machine import in_one_line
-from ...show.tables import markdown
+from ...show.tables import markdown, text_table
 from .bytes_read import quantized_name
 from .contenders import LEFT_OUT
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, UNDECIDED, WORSE, adaptive, verdict
@@ -22,12 +22,13 @@ ALLOCATION = {
     "free": "the budget split over the layers by sensitivity",
     "shared": "one parameter for all layers",
 }
+MARKS = {BETTER: "▼", WORSE: "▲"}
 LEGEND = (
     "In thousandths of a nat of KL to the full model per token, against static top-k with the "
-    "same number of experts in every layer: below 0 is better than static. `*` the whole band "
-    "(95 %, over all cells of the table together) is below 0; `+` it is above; `~` "
-    f"{NO_ADAPTIVITY} (the band against shuffled-k contains 0) or, `!`, worse than shuffled-k; "
-    "`-` out of reach."
+    f"same number of experts in every layer: below 0 is better than static. {MARKS[BETTER]} the "
+    "whole band (95 %, over all cells of the table together) is below 0: better; "
+    f"{MARKS[WORSE]} it is above: worse; ~ {NO_ADAPTIVITY} (the band against shuffled-k contains "
+    "0) or, !, worse than shuffled-k; - out of reach."
 )
 
 
@@ -159,7 +160,7 @@ def _effect(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
     effect = cell["effect"]["kl"]
-    mark = {BETTER: "*", WORSE: "+"}.get(verdict(effect), "")
+    mark = MARKS.get(verdict(effect), "")
     if adaptive(cell) is False:
         mark += "!" if verdict(cell["against"]["shuffled"]) == WORSE else "~"
     return f"{1e3 * effect['estimate']:+.1f}{mark}"
@@ -232,7 +233,7 @@ def bytes_rows(view: View) -> tuple[list[str], list[list[str]]] | None:
     top_k = view.run["model_config"]["num_experts_per_tok"]
     cells = [(cell, f"top-{cell['budget']}") for cell in view.run["static"][:top_k]]
     cells += [(c, quantized_name(c["budget"], c["bits"])) for c in view.quantized()]
-    cells += [(cell, cell["contender"]) for cell in view.best_routers()]
+    cells += [(c, f"{c['contender']} at {c['budget']}") for c in view.best_routers()]
     cells.sort(key=lambda pair: pair[0]["bytes_per_token"])
     rows = []
     for cell, name in cells:
@@ -249,7 +250,7 @@ def bytes_rows(view: View) -> tuple[list[str], list[list[str]]] | None:
                 _with_band(effect) if effect else "",
             ]
         )
-    head = ["", "MB per token", "experts", "KL", "perplexity", "agreement", "at as many bytes"]
+    head = ["", "MB", "experts", "KL", "perplexity", "agreement", "at as many bytes"]
     return head, rows
 
 
@@ -287,7 +288,7 @@ def _outside(view: View) -> Iterator[str]:
 
 
 def console_tables(run: dict[str, Any]) -> Iterator[Any]:
-    """Titles and rich tables of at most 100 columns: the effects, then what was fixed before."""
+    """Titles and rich tables of `width()` columns: the effects, then what reads as few bytes."""
     view = View(run)
     for table, plan in view.tables.items():
         for allocation in plan["allocations"]:
@@ -295,21 +296,9 @@ def console_tables(run: dict[str, Any]) -> Iterator[Any]:
             if found is None:
                 continue
             yield f"{table}, at most {plan['max_k']} experts a token; {ALLOCATION[allocation]}"
-            yield _rich(*found)
-    yield LEGEND.replace("`", "")
+            yield text_table(*found)
+    yield LEGEND
     if found := bytes_rows(view):
         yield "Skip experts or shrink them: MB of experts' weights that a token reads"
-        head, *rows = ([*row[:4], row[-1]] for row in (found[0], *found[1]))  # 100 columns
-        yield _rich(head, rows)
-
-
-def _rich(head: list[str], rows: list[list[str]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, name in enumerate(head):
-        made.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        made.add_row(*row)
-    return made
+        head, *rows = ([*row[:4], row[-1]] for row in (found[0], *found[1]))
+        yield text_table(head, rows)

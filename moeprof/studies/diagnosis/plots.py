@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import COLOURS, pads, plain, style, whole_ticks
+from ...show.figures import COLOURS, apart, pads, plain, style, whole_ticks
 from ...show.tables import with_interval
 from .discoveries import DOCUMENTS
-from .rows import ALL, PATCHED, STOCK
+from .rows import ALL, PATCHED, POOLED, SHOWN, STOCK
 from .statistics import BINS
-from .views import side_of, uniform_layers
+from .views import IN_USE, in_layers, side_of, uniform_layers
 
 if TYPE_CHECKING:
     import pandas
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .rows import Diagnosed
 
 
+LINE = 0.05  # of a panel's height: from one number beside a line to the next
 DOMAIN = 16  # characters of a domain's name beside its row
 MOST = 6  # layers in one figure; of more, evenly spaced ones
 GREY = "#777777"
@@ -32,9 +33,15 @@ _MARK = {STOCK: "o", PATCHED: "s"}
 
 
 def _figure(
-    rows: int, columns: int, title: str, note: str = "", height: float = 4.1, width: float = 4.0
+    rows: int,
+    columns: int,
+    title: str,
+    note: str = "",
+    height: float = 4.1,
+    width: float = 4.0,
+    sharey: bool = False,
 ) -> tuple[Figure, Any]:
-    """title: what came out; note: what the letters in the panels mean."""
+    """title: what came out; note: what the letters in the panels mean; sharey: in a row."""
     from matplotlib.figure import Figure
 
     fig = Figure(
@@ -50,7 +57,7 @@ def _figure(
             size=11,
             color="#444444",
         )
-    return fig, fig.subplots(rows, columns, squeeze=False)
+    return fig, fig.subplots(rows, columns, squeeze=False, sharey="row" if sharey else False)
 
 
 def _shown(frame: pandas.DataFrame) -> list[int]:
@@ -66,11 +73,10 @@ def _columns(rows: pandas.DataFrame, *names: str) -> Iterator[NDArray[np.float64
 
 def uniform_verdict(pi0: pandas.DataFrame) -> str:
     """Whether π̂0 at the middle λ is told from 1, of each model's logits; from its table."""
-    where, layers = uniform_layers(pi0)
+    _, layers = uniform_layers(pi0)
     if pi0["low"].isna().all():
         return "One document has no intervals, so nothing is decided"
-    parts = [f"{routing} {inside} of {of}" for routing, (inside, of) in layers.items()]
-    return f"Layers where π̂0 at λ {where:g} is as uniform p-values give, 1: {', '.join(parts)}"
+    return f"p-values look uniform in {in_layers(layers, ', ')}"
 
 
 def clamp_verdict(selection: pandas.DataFrame, facts: dict[str, Any]) -> str:
@@ -105,8 +111,12 @@ def p_values(diagnosis: Diagnosed) -> Figure:
     """Are the p-values of unneeded experts uniform? Histogram and QQ curve of each layer."""
     histogram, cdf = diagnosis.to_frame("histogram"), diagnosis.to_frame("cdf")
     layers = _shown(histogram)
-    note = "Held-out text; uniform p-values would follow the dashed lines; shaded: 95 % intervals."
-    fig, axes = _figure(2, len(layers), uniform_verdict(diagnosis.to_frame("pi0")), note)
+    pi0 = diagnosis.to_frame("pi0")
+    note = (
+        "Held-out text; uniform p-values would follow the dashed lines; shaded: 95 % intervals. "
+        f"The title: layers where that of Storey's π̂0 at λ {uniform_layers(pi0)[0]:g} holds 1."
+    )
+    fig, axes = _figure(2, len(layers), uniform_verdict(pi0), note, sharey=True)
     for column, layer in enumerate(layers):
         for routing in (STOCK, PATCHED):
             rows = histogram[(histogram["layer"] == layer) & (histogram["routing"] == routing)]
@@ -117,8 +127,9 @@ def p_values(diagnosis: Diagnosed) -> Figure:
         end = max(axes[1, column].get_xlim()[1], 1)
         axes[1, column].plot([0, end], [0, end], color="black", linestyle="--", linewidth=1)
         axes[0, column].set_ylim(bottom=0)
-        style(axes[0, column], "p", "density (uniform = 1)", f"layer {layer}")
-        style(axes[1, column], "−log10 of the uniform quantile", "−log10 of p", "")
+        density, log_p = ("", "") if column else ("density (uniform = 1)", "−log10 of p")
+        style(axes[0, column], "p", density, f"layer {layer}")
+        style(axes[1, column], "−log10 of the uniform quantile", log_p, "")
     axes[0, 0].legend(frameon=False, fontsize=11)
     return fig
 
@@ -126,7 +137,7 @@ def p_values(diagnosis: Diagnosed) -> Figure:
 def _steps(axis: Axes, rows: pandas.DataFrame, routing: str) -> None:
     estimate, low, high = _columns(rows, "estimate", "low", "high")
     edges = np.arange(BINS + 1) / BINS
-    axis.stairs(estimate, edges, color=_OF[routing], linewidth=1.8, label=f"{routing} router")
+    axis.stairs(estimate, edges, color=_OF[routing], linewidth=1.8, label=SHOWN[routing])
     axis.stairs(high, edges, baseline=low, fill=True, color=_OF[routing], alpha=0.25)
 
 
@@ -146,7 +157,8 @@ def selection(diagnosis: Diagnosed) -> Figure:
     note = (
         "R: how many p-values the router rejects for a token, before min_k and max_k. λ, π̂0: "
         "#{p > λ} / ((1 − λ) n), the share of experts that the null explains. KS distance: the "
-        "largest difference of two distribution functions. Bars and brackets: 95 % intervals."
+        "largest difference of two distribution functions. Bars and brackets: 95 % intervals; none "
+        "where a domain is one document. Those of π̂0: in the CSV."
     )
     title = f"{facts['router']}: {clamp_verdict(diagnosis.to_frame('selection'), facts)}"
     between = "transfer" in diagnosis.tables  # texts of one domain have none
@@ -160,7 +172,7 @@ def selection(diagnosis: Diagnosed) -> Figure:
         axes[0, 2],
         frame,
         ("Spearman(R, entropy)", "Spearman(R, loss)"),
-        ("with entropy", "with loss"),
+        ("entropy", "loss"),
         1,
     )
     axes[0, 2].axhline(0, color="black", linewidth=1)
@@ -179,13 +191,15 @@ def selection(diagnosis: Diagnosed) -> Figure:
 
 
 def _pi0(axis: Axes, frame: pandas.DataFrame) -> None:
-    """The mean of the layers, thick; each layer, thin."""
+    """The mean of the layers, thick; each layer, thin, some with their numbers."""
+    shown, ends = _shown(frame), []
     for routing in (STOCK, PATCHED):
         of = frame[frame["routing"] == routing]
-        for _, rows in of.groupby("layer"):
-            at, estimate, low, high = _columns(rows, "at", "estimate", "low", "high")
+        for layer, rows in of.groupby("layer"):
+            at, estimate = _columns(rows, "at", "estimate")
             axis.plot(at, estimate, color=_OF[routing], linewidth=1)
-            axis.fill_between(at, low, high, color=_OF[routing], alpha=0.15, linewidth=0)
+            if layer in shown:
+                ends.append((at[-1], estimate[-1], f"{layer}", _OF[routing]))
         mean = of.assign(at=of["at"].astype(float)).groupby("at")["estimate"].mean()
         axis.plot(
             mean.index,
@@ -193,11 +207,32 @@ def _pi0(axis: Axes, frame: pandas.DataFrame) -> None:
             color=_OF[routing],
             linewidth=3,
             marker=_MARK[routing],
-            label=f"{routing} router",
+            label=SHOWN[routing],
         )
     axis.axhline(1, color="black", linestyle="--", linewidth=1)
     axis.legend(frameon=False, fontsize=10)
-    style(axis, "λ", "π̂0 (can exceed 1)", "Share of nulls by λ; thick: mean of layers")
+    _number_lines(axis, ends)
+    style(axis, "λ", "π̂0 (can exceed 1)", "Share of nulls by λ; thick: mean; numbers: layers")
+
+
+def _number_lines(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """(x, y, text, colour) of each line's right end, moved up or down where they would overlap."""
+    axis.get_xlim()  # so that the limits are those of what is drawn
+    to_axes = axis.transScale + axis.transLimits
+    ends.sort(key=lambda end: end[1])
+    spots = to_axes.transform([end[:2] for end in ends])
+    for (x, y, text, colour), height in zip(ends, apart(spots[:, 1], LINE), strict=True):
+        axis.annotate(
+            text,
+            (x, y),
+            (1.02, height),
+            "data",
+            "axes fraction",
+            size=10,
+            va="center",
+            color=colour,
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": colour, "shrinkA": 0, "shrinkB": 0},
+        )
 
 
 def _bars(
@@ -225,7 +260,9 @@ def _bars(
                 fmt=_MARK[routing],
                 color=_OF[routing],
                 markerfacecolor=fill,
-                label=f"{name}, {routing}",
+                label=f"{name}, {SHOWN[routing]}",
+                clip_on=False,
+                zorder=3,
             )
     whole_ticks(axis)
     axis.margins(y=0.3)
@@ -250,7 +287,8 @@ def _matrix(axis: Axes, frame: pandas.DataFrame, form: str, title: str) -> None:
         )
     turn = 30 if len(across) > 4 else 0
     axis.set_xticks(range(len(across)), [plain(name, DOMAIN) for name in across], rotation=turn)
-    axis.set_yticks(range(len(down)), [plain(name, DOMAIN) for name in down])
+    fitted = [IN_USE if name == POOLED else name for name in down]
+    axis.set_yticks(range(len(down)), [plain(name, DOMAIN) for name in fitted])
     axis.tick_params(length=0)
     axis.set_xlabel("checked on held-out text of", size=11)
     axis.set_ylabel("null fitted on", size=11)
@@ -265,10 +303,16 @@ def ablation(diagnosis: Diagnosed) -> Figure:
         f"{diagnosis.facts['positions']:,} positions. FDP: of the experts that the router selects "
         "at a position, the share without which the next token's loss rises by less than δ nats; "
         "mean over positions. δ0 (the dots): 95 % of random experts that were not selected change "
-        "the loss by less when they are added. r: rank of an expert by its weight; all of rank "
-        "above r are removed. Shaded and bars: 95 % intervals."
+        "the loss by less when they are added. Shaded and bars: 95 % intervals. "
     )
-    fig, axes = _figure(2, len(layers), fdp_verdict(fdp, diagnosis.facts), note)
+    together = "joint" in diagnosis.tables
+    note += (
+        "r: how many of the best experts by weight are kept; the others are taken out."
+        if together
+        else f"What experts do together is not known: fewer than {DOCUMENTS} documents have a "
+        "position in a layer. More positions and documents are needed."
+    )
+    fig, axes = _figure(1 + together, len(layers), fdp_verdict(fdp, diagnosis.facts), note)
     routers = list(dict.fromkeys(curve["routing"]))
     colours = dict(zip(routers, (COLOURS[5], COLOURS[2], COLOURS[0]), strict=False))
     alpha = diagnosis.facts["alpha"]
@@ -277,10 +321,13 @@ def ablation(diagnosis: Diagnosed) -> Figure:
         for router in routers:
             rows = curve[(curve["layer"] == layer) & (curve["routing"] == router)]
             at, estimate, low, high = _columns(rows, "at", "estimate", "low", "high")
-            axis.plot(at, estimate, color=colours[router], linewidth=1.8, label=router)
             axis.fill_between(at, low, high, color=colours[router], alpha=0.2, linewidth=0)
             known = fdp[(fdp["layer"] == layer) & (fdp["routing"] == router)]
             known = known.set_index("quantity")["estimate"]
+            if known["delta0"] > at[-1]:  # the curve goes on to its dot
+                at = np.append(at, known["delta0"])
+                estimate = np.append(estimate, known["FDP(delta0)"])
+            axis.plot(at, estimate, color=colours[router], linewidth=1.8, label=router)
             axis.plot(
                 known["delta0"],
                 known["FDP(delta0)"],
@@ -300,18 +347,19 @@ def ablation(diagnosis: Diagnosed) -> Figure:
             "FDP (share, 0 to 1)",
             f"layer {layer}; dots: at δ0",
         )
-        _together(axes[1, column], diagnosis, layer, routers[0], colours[routers[0]])
+        if together:
+            _together(axes[1, column], diagnosis, layer, routers[0], colours[routers[0]])
     axes[0, 0].legend(frameon=False, fontsize=10, loc="upper left")
-    if axes[1, 0].get_legend_handles_labels()[0]:
+    if together and axes[1, 0].get_legend_handles_labels()[0]:
         axes[1, 0].legend(frameon=False, fontsize=10)
     return fig
 
 
 def _together(axis: Axes, diagnosis: Diagnosed, layer: int, router: str, colour: str) -> None:
-    """What removing all ranks > r costs, beside the sum of the single costs."""
+    """What taking out all but the r best costs, beside the sum of the single costs."""
     style(
         axis,
-        "r (experts kept; all of rank > r emptied)",
+        "r (the r best kept, the others taken out)",
         "change of loss (nats)",
         f"{router}: together and one by one",
     )

@@ -70,4 +70,7 @@ def rows_by_layer(
     yield from rows(table, routing, layer, np.tile(names, layers + 1), at, intervals)
 
 
-STOCK, PATCHED = "stock", "patched"
+# As the files have them, and as people read them. POOLED: the null that the diagnosis is of,
+# beside those fitted on one domain.
+STOCK, PATCHED, POOLED = "stock", "patched", "null given"
+SHOWN = {STOCK: "own routing", PATCHED: "patched"}

@@ -10,7 +10,7 @@ import numpy as np
 from ...measure.bootstrap import intervals
 from ...measure.fitting import fit_null
 from ...measure.passes import quick
-from .rows import rows_by_layer
+from .rows import POOLED, rows_by_layer
 from .seen import select
 from .statistics import cdf_statistic, count_p, joined, mean_statistic
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from ...texts.documents import Text
     from .seen import Seen, Selected
     from .statistics import Statistic
-
-
-POOLED = "null given"
 
 
 def domain_nulls(

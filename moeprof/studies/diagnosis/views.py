@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...show.console import fill, text_console
-from ...show.tables import with_interval
-from .rows import ALL, PATCHED, STOCK
+from ...show.tables import text_table, with_interval
+from .rows import ALL, PATCHED, POOLED, SHOWN, STOCK
 
 if TYPE_CHECKING:
     import pandas
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RANKS = (0, 1, 2, 4)
 SHOWN_DELTAS = (1e-2,)
+IN_USE = "the null in use"  # what people read for POOLED
 
 
 class View(NamedTuple):
@@ -58,10 +59,12 @@ def _cells(
     frame = pandas.DataFrame(made)
     if "layer" in frame:
         frame["layer"] = frame["layer"].map(_layer)
+    if "routing" in frame:
+        frame["routing"] = frame["routing"].map(SHOWN)
     return frame
 
 
-_BY_LAYER = {"routing": "model", "layer": "layer"}
+_BY_LAYER = {"routing": "routing", "layer": "layer"}
 _BY_ROUTER = {"routing": "router", "layer": "layer"}
 
 
@@ -110,8 +113,9 @@ def _of_selection(diagnosis: Diagnosed) -> Iterator[View]:
     frame = diagnosis.to_frame("selection")
     yield View(
         f"R of {facts['router']}",
-        "R: the router's count before clamping; on the stock model it is what the router would "
-        f"select on that model's logits. Floor: R < min_k = {facts['min_k']}; ceiling: R > "
+        "R: the router's count before clamping. Own routing: the model without the router, and "
+        "R what the router would select on its logits. Floor: R < min_k = "
+        f"{facts['min_k']}; ceiling: R > "
         f"max_k = {facts['max_k']}; both in % of tokens. [95 % intervals]",
         _cells(
             frame,
@@ -166,9 +170,10 @@ def _of_transfer(diagnosis: Diagnosed) -> Iterator[View]:
         form = ".3f" if quantity == "KS distance" else ".2f"
         yield View(
             f"Null fitted on one domain, checked on another: {quantity}",
-            f"{note}; mean over layers. Rows: what the null was fitted on. [95 % intervals]",
+            f"{note}; mean over layers. Rows: what the null was fitted on. [95 % intervals; none "
+            "where a domain is one document]",
             _cells(
-                frame[frame["quantity"] == quantity],
+                frame[frame["quantity"] == quantity].replace({"routing": {POOLED: IN_USE}}),
                 {"routing": "fitted on"},
                 "at",
                 partial(_value, form=form),
@@ -254,9 +259,9 @@ def _joint(diagnosis: Diagnosed) -> Iterator[View]:
     frame = joint[joint["quantity"] == "joint change"]
     ranks = [r for r in RANKS if r in set(frame["at"])]
     yield View(
-        "All experts of rank > r emptied at once",
+        "The r best experts kept, the others taken out at once",
         "Mean change of the next token's loss in nats at positions with more than r experts; the "
-        "sum of what emptying each alone does there; the share of these positions at which the "
+        "sum of what taking out each alone does there; the share of these positions at which the "
         "joint change is below δ0. Where the first exceeds the second the experts stand in for "
         "each other. Intervals: in the CSV.",
         _cells(frame, _BY_ROUTER, "at", cell, {r: f"r = {r}" for r in ranks}),
@@ -285,7 +290,7 @@ def findings(diagnosis: Diagnosed) -> list[str]:
 
 
 def _answer(diagnosis: Diagnosed) -> Iterator[str]:
-    """Is alpha what is false, and are the p-values what they have to be for that?"""
+    """Does alpha bound what is false, and are the p-values what they have to be for that?"""
     if len(diagnosis.facts["heldout_documents"]) < 2:
         yield (
             "The held-out text is one document, and intervals are over documents: there are none, "
@@ -294,22 +299,28 @@ def _answer(diagnosis: Diagnosed) -> Iterator[str]:
         return
     if has_one_alpha(diagnosis):
         false, side = beside_alpha(diagnosis)
-        beside = {
-            -1: "fewer than alpha",
-            0: "not told from alpha",
-            1: "more than alpha",
-            None: "undecided, for too few documents have positions to give an interval",
+        said, ending = {
+            -1: ("Yes", ""),
+            0: ("Undecided", ", which the interval holds"),
+            1: ("No", ""),
+            None: ("Undecided", "; too few documents have positions to give an interval"),
         }[side]
         yield (
-            f"Is alpha what is false? Left out one by one, {false} of a position's discoveries "
-            f"turn out to be false, at alpha = {diagnosis.facts['alpha']:g}: {beside}."
+            f"Does alpha bound the share of false selections? {said}: of the experts selected at a "
+            f"position, {false} are not missed when taken out alone; alpha is "
+            f"{diagnosis.facts['alpha']:g}{ending}."
         )
     where, layers = uniform_layers(diagnosis.to_frame("pi0"))
-    said = [f"in {of - n} of {of} layers on the {name} model's" for name, (n, of) in layers.items()]
     yield (
-        "Are the p-values of unneeded experts uniform, as that needs? They are told from it "
-        f"{' and '.join(said)} logits (1 is not in the interval of Storey's π̂0 at λ {where:g})."
+        f"Are large p-values uniform, as they should be? In {in_layers(layers, ' and ')} no "
+        f"departure is shown (the interval of Storey's π̂0 at λ {where:g} holds 1)."
     )
+
+
+def in_layers(layers: Mapping[str, tuple[int, int]], between: str) -> str:
+    """ "3 of 4 layers (own routing), 2 of 4 (patched)"; layers: as `uniform_layers` counts them."""
+    parts = [f"{n} of {of} ({SHOWN[routing]})" for routing, (n, of) in layers.items()]
+    return between.join(parts).replace(" (", " layers (", 1)
 
 
 def uniform_layers(pi0: pandas.DataFrame) -> tuple[float, dict[str, tuple[int, int]]]:
@@ -324,12 +335,18 @@ def uniform_layers(pi0: pandas.DataFrame) -> tuple[float, dict[str, tuple[int, i
     return where, counts
 
 
+ON = {
+    STOCK: "On the logits of the model's own routing",
+    PATCHED: "On the logits of the patched model",
+}
+
+
 def _floors(diagnosis: Diagnosed) -> Iterator[str]:
     frame = diagnosis.to_frame("selection")
     frame = frame[frame["layer"] == ALL].set_index(["routing", "quantity"])["estimate"]
     for routing in (STOCK, PATCHED):
         yield (
-            f"On the {routing} model's logits min_k decides for "
+            f"{ON[routing]} min_k decides for "
             f"{100 * frame[routing, 'P(R < min_k)']:.1f} % of the tokens in a layer (R < "
             f"{diagnosis.facts['min_k']}), max_k for "
             f"{100 * frame[routing, 'P(R > max_k)']:.1f} % (R > {diagnosis.facts['max_k']})."
@@ -401,22 +418,13 @@ def as_text(diagnosis: Diagnosed) -> str:
 
 
 def _rich(frame: pandas.DataFrame) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    left = {"model", "router", "fitted on"}
-    for name in frame.columns:
-        table.add_column(str(name), justify="left" if name in left else "right", overflow="fold")
-    first = None
-    for row in frame.itertuples(index=False):
-        cells = list(map(str, row))
-        if cells[0] == first and frame.columns[0] in left:
-            cells[0] = ""  # said once
-        else:
-            first = cells[0]
-        table.add_row(*cells)
-    return table
+    """The first column says once what goes on in the rows below."""
+    rows = [list(map(str, row)) for row in frame.itertuples(index=False)]
+    firsts = [row[0] for row in rows]
+    for row, before in zip(rows[1:], firsts, strict=False):
+        if row[0] == before:
+            row[0] = ""
+    return text_table(list(map(str, frame.columns)), rows)
 
 
 def as_markdown(diagnosis: Diagnosed) -> str:

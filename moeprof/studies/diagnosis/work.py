@@ -25,9 +25,9 @@ from ..store.subject import subject, text_digest
 from .ablation import ablate, sample_positions
 from .discoveries import discovery_rows
 from .pvalues import p_value_rows, selection_rows
-from .rows import PATCHED, STOCK
+from .rows import PATCHED, POOLED, SHOWN, STOCK
 from .seen import see, select
-from .transfer import POOLED, domain_nulls, transfer_rows
+from .transfer import domain_nulls, transfer_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +87,7 @@ class DiagnosisWork:
     @property
     def cells(self) -> list[Cell]:
         """In the order of the rows; those of an ablation once it is known of which routers."""
-        cells = [self._cell(f"{name} model", name, draws=self.draws) for name in (STOCK, PATCHED)]
+        cells = [self._cell(name, role, draws=self.draws) for role, name in SHOWN.items()]
         if self.for_nulls and isinstance(self.null, Null):
             cells.append(self._cell("nulls by domain", TRANSFER, draws=self.draws))
         if self.positions and not isinstance(self.router, TopK):

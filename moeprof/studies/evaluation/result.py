@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
 from ...show.console import fill, text_console
-from ...show.tables import table, with_interval
+from ...show.tables import text_table, with_interval
+from ..comparison.findings import FEW_DOCUMENTS
 from .statistics import Row, results
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Evaluated:
         return figure(self.rows)
 
     def summary(self) -> str:
-        """What was done and what came out, as text of at most 100 columns."""
+        """What was done and what came out, as text for a screen, of at most 100 columns."""
         out = io.StringIO()
         console = text_console(out)
         for line in self.findings():
@@ -100,8 +101,7 @@ class Evaluated:
         for view in self.views(MOST_VALUES, MOST_PAIRS):
             console.print(f"\n{view.title}")
             console.print(fill(view.note))
-            columns = dict.fromkeys(view.columns[1:], "{:>}")  # right
-            console.print(table({view.columns[0]: "{}", **columns}, view.rows))
+            console.print(text_table(view.columns, view.rows))
         return "\n".join(line.rstrip() for line in out.getvalue().split("\n"))
 
     def report(self) -> str:
@@ -163,6 +163,11 @@ class Evaluated:
             if len(documents) > 1
             else "The text is one document, so nothing has an interval or a test.",
         ]
+        if 1 < len(documents) < FEW_DOCUMENTS:
+            found.append(
+                f"With {len(documents)} documents p can't be below {2 / 2 ** len(documents):.2g}, "
+                "and intervals are too narrow: give more tokens."
+            )
         for name, one in self.measured.items():
             if "error" in one:
                 found.append(f"{name} was not run: {one['error']}.")

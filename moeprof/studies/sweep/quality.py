@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 STATIC = "black"
 # Okabe & Ito: told apart with every kind of colour vision, and from the shades of alpha.
-BY_BUDGET = {"fixed_p": ("#D55E00", "*"), "bh": ("#CC79A7", "p")}
+BY_BUDGET = {"bh": ("#CC79A7", "p"), "fixed_p": ("#D55E00", "*")}  # the last one on top
+BESIDE = {"bh": 0.05, "fixed_p": -0.05}  # experts that they are moved by, being at the same budget
 
 
 def quality(
@@ -127,13 +128,18 @@ def _headline(
 ) -> str:
     if not run.get("static") or not marks:
         return "Quality by experts per token"
-    answers = []
+    answers: list[str] = []
     for budget in marks:
         at = [row for row in found if row["budget"] == budget]
         best = best_for(budget, [*points, *at], run)
-        name = "static" if best is None else best["router"] if "budget" in best else best["config"]
-        answers.append(f"at {budget:g}: {name}")
-    return "What to use " + ", ".join(answers)
+        if best is None:
+            name = f"static top-{int(budget)}"
+        elif "budget" in best:
+            name = f"{best['router']} set by budget"
+        else:
+            name = f"BH, alpha {best['alpha']:g}, max_k {best['max_k']:g}"
+        answers.append(f"at {budget:g}" + " use" * (not answers) + f" {name}")
+    return "A" + "; ".join(answers)[1:]
 
 
 def _beside(
@@ -158,7 +164,7 @@ def _beside(
     title(
         axis,
         f"{below} of {len(shown)} settings are better than static top-k",
-        "below the line is better; bars: 95 %, paired by document",
+        "below the line is better; bars: 95 %, paired by document; by budget: 0.05 aside",
     )
 
 
@@ -174,10 +180,12 @@ def _point(
 
 
 def _by_budget(axis: Axes, found: list[dict[str, Any]], field: str) -> None:
-    for row in found:
-        colour, marker = BY_BUDGET[row["router"]]
-        if row.get(field) is not None:
-            _point(axis, row, field, colour, marker, 18)
+    for router, (colour, marker) in BY_BUDGET.items():
+        for row in found:
+            if row["router"] == router and row.get(field) is not None:
+                x = row["avg_experts_heldout"] + BESIDE[router]
+                beside = row | {"avg_experts_heldout": x}
+                _point(axis, beside, field, colour, marker, 14)
 
 
 def _marks(axis: Axes, marks: list[float]) -> None:
@@ -205,4 +213,6 @@ def _legend(axis: Axes, points: list[dict[str, Any]]) -> None:
             markeredgecolor="white",
             label=f"{name} set by budget",
         )
-    axis.legend(fontsize=11, frameon=False, ncols=2)
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=11, frameon=False, ncols=3
+    )

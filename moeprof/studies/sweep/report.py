@@ -150,7 +150,8 @@ def legend(run: dict[str, Any]) -> str:
         "and bits per byte. The range after Δ bits/byte is a 95 % bootstrap interval over the "
         f"{len(run['heldout_documents'])} held-out documents, each compared with itself. Agreement "
         "is the share of generated tokens equal, position by position, to the baseline's; after "
-        "a first difference the texts go their own ways, so it falls fast."
+        "a first difference the texts go their own ways, so it falls fast. Tokens per second were "
+        "taken once, one configuration after the other, so two of them can't be compared."
     )
 
 
@@ -168,7 +169,7 @@ def result_rows(
         "Δ bits/byte",
         "beside static",
         "agreement",
-        "tokens/s",
+        "tokens/s, once",
     ]
     rows = []
     for name, (row, *_) in groups:
@@ -251,7 +252,6 @@ def findings(run: dict[str, Any]) -> list[str]:
         _dominated(bh),
         beside_static(run),
         _agreement(bh),
-        _speed(baseline, bh),
         _layers(bh),
     ]
     return [line for line in lines if line]
@@ -370,19 +370,6 @@ def _agreement(bh: pandas.DataFrame) -> str:
     )
 
 
-def _speed(baseline: Any, bh: pandas.DataFrame) -> str:
-    if bh["tokens_per_s"].isna().any():
-        return ""
-    low, high = bh.loc[bh["tokens_per_s"].idxmin()], bh.loc[bh["tokens_per_s"].idxmax()]
-    slower = int((bh["tokens_per_s"] < baseline["tokens_per_s"]).sum())
-    return (
-        f"Decoding ran at {baseline['tokens_per_s']:.1f} tokens per second with the baseline and "
-        f"at {low['tokens_per_s']:.1f} ({low['config']}) to {high['tokens_per_s']:.1f} "
-        f"({high['config']}) with BH; {slower} of {len(bh)} BH configurations were slower than "
-        "the baseline."
-    )
-
-
 def _layers(bh: pandas.DataFrame) -> str:
     layers = np.mean(bh["experts_by_layer"].tolist(), axis=0)
     if len(layers) == 1:
@@ -421,7 +408,7 @@ def limits(run: dict[str, Any]) -> list[str]:
         "Which setting is best of all: the best of several was chosen on the text that it was "
         "measured on, so its lead over the others is a little too large; parameters that differ "
         "by layer (`with_budget(..., per_layer=True)`) and other routers (`moeprof compare`) were "
-        "not tried.",
+        "not tried in the sweep.",
         "How another model behaves: this is one model, without any training under BH.",
         f"How other prompts behave: experts, agreement and speed come from "
         f"{len(run['prompts'])} prompts and have no intervals. The intervals of bits per byte are "

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TOP = "static top-k"
 NEAR_X, NEAR_Y = 0.08, 0.034  # of a panel: numbers that are nearer overlap
+MARKER = 0.04  # of a panel: a number that is nearer lies on a marker
 KL = "KL to the model itself, nats per token"
 BITS = "bits per byte above the model's own routing"
 ALLOCATED = {"equal": "", "free": ", split over layers", "shared": ", one parameter"}
@@ -109,7 +110,8 @@ def of_sweep(run: dict[str, Any]) -> list[Point]:
         named.append((name, f"BH alpha {row['alpha']:g}", row))
     done = (row for row in run["budgets"] if not row.get("error"))
     named += [(row["config"], f"{row['router']} set by budget", row) for row in done]
-    return [_of_row(row, name, group) for name, group, row in named]
+    # Its speeds are taken one configuration after the other: they can't be compared.
+    return [_of_row(row | {"tokens_per_s": None}, name, group) for name, group, row in named]
 
 
 def of_grid(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
@@ -197,7 +199,7 @@ def said(points: Sequence[Point]) -> Iterator[str]:
     for cost in COSTS:
         places = fronts(points).get(cost.field)
         if not places:
-            yield f"Of {cost.short} there is no front: they were not measured."
+            yield f"Of {cost.short} there is no front: none were measured that can be compared."
             continue
         count = sum(cost.of(point) is not None for point in points)
         groups: dict[str, int] = {}
@@ -275,7 +277,7 @@ def figure(points: Sequence[Point], measure: str) -> Figure:
         _front(axis, points, cost, on[cost.field])
         for group in groups:
             _group(axis, points, cost, group, looks[group], on[cost.field])
-        axis.margins(x=0.1)
+        axis.margins(x=0.14)  # room for the numbers
         _numbers(axis, points, cost, on[cost.field], numbers)
         axis.tick_params(labelsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -325,10 +327,10 @@ def _group(
             x,
             point.loss,
             linestyle="",
-            markersize=10 if best else 6,
+            markersize=10 if best else 8,
             zorder=3 + best,
             markeredgecolor="black" if best else "white",
-            markeredgewidth=0.8,
+            markeredgewidth=0.8 if best else 0.4,
             **look,
         )
     axis.plot([], [], linestyle="", markersize=8, label=plain(group, 32), **look)
@@ -338,7 +340,7 @@ def _numbers(
     axis: Axes, points: Sequence[Point], cost: Cost, places: list[int], numbers: Mapping[int, int]
 ) -> None:
     """Beside the members, on the side of the front where there are no points, one below the other
-    where they would overlap."""
+    where they would overlap, and below the members' own markers."""
     axis.get_xlim()  # so that the limits are those of what is drawn
     to_axes = axis.transScale + axis.transLimits
     at = [[cost.of(points[place]), points[place].loss] for place in places]
@@ -346,9 +348,10 @@ def _numbers(
     put: list[tuple[float, float]] = []
     for (x, y), place in sorted(zip(spots, places, strict=True), key=lambda spot: -spot[0][1]):
         at_x, at_y = x - cost.sign * 0.035, y - 0.025
+        middle = at_x - cost.sign * 0.03
         while any(
             abs(at_x - other) < NEAR_X and abs(at_y - below) < NEAR_Y for other, below in put
-        ):
+        ) or any(abs(middle - px) < MARKER and abs(at_y - py) < MARKER for px, py in spots):
             at_y -= 0.005
         put.append((at_x, at_y))
         text = axis.annotate(
@@ -362,6 +365,8 @@ def _numbers(
             size=11,
             weight="bold",
             annotation_clip=False,
+            zorder=6,
+            bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none"},
             arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "#777777", "shrinkA": 0},
         )
         text.set_in_layout(False)

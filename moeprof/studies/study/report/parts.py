@@ -32,6 +32,11 @@ SHOWN = (".html", ".md", ".csv", ".json", ".npz", ".safetensors")  # files that 
 SWEEP_LEFT_OUT = ("reduction %", "Δ perplexity")
 COMPARE_LEFT_OUT = ("against shuffled-k",)
 PROFILE_FIGURES = ("load", "k", "roofline", "cache")  # all others are on the profile's own page
+WHOM_TO_FOLLOW = (
+    "Where this names another router than the comparison does, follow the comparison: it sets "
+    "every router to the same budget, layer by layer, while the settings here take more or fewer "
+    "experts than the budget."
+)
 # What a finding of the profile is from, by words of it; the first that it has decides.
 PROFILE_PLACES = {
     "specialised by domain": "profile-by-domain",
@@ -41,6 +46,13 @@ PROFILE_PLACES = {
     "Never selected": "profile-load",
     "Counted": "profile-by-layer",
     "FLOPs": "profile-by-layer",
+}
+# What a finding of the diagnosis is from, as for the profile.
+DIAGNOSIS_PLACES = {
+    "δ0": "diagnose-fdp",
+    "taken out alone": "diagnose-fdp",
+    "Storey": "diagnose-0",
+    "min_k decides": "diagnose-2",
 }
 # {figure: (title, key of its table, whether it needs white paper)}
 DIAGNOSIS_FIGURES = {
@@ -125,6 +137,7 @@ def _calibrate(results: Results) -> Section:
 def _profile(results: Results) -> Section:
     from ....profile.findings import findings
     from ....profile.page import FIGURES
+    from ....profile.plots import instead
     from ....profile.tables import tables
 
     profile = results.profile
@@ -134,15 +147,19 @@ def _profile(results: Results) -> Section:
         key = f"profile-{made.title.lower().replace(' ', '-')}"
         again = any(key == other.key for other in shown)  # a table for every two phases
         shown.append(Shown(f"{key}-{len(shown)}" if again else key, made))
+    in_words = instead(profile)
     figures = [
         Drawn(f"profile-{name}", *FIGURES[name], profile.plot(name), "profile-by-layer")
         for name in PROFILE_FIGURES
-        if name in profile.figures
+        if name in profile.figures and name not in in_words
     ]
     sentences = [
         Sentence(line, next((to for words, to in PROFILE_PLACES.items() if words in line), ""))
         for line in findings(profile)
     ]
+    sentences += _from(
+        (in_words[name] for name in PROFILE_FIGURES if name in in_words), "profile-by-layer"
+    )
     return Section("", sentences, shown, figures)
 
 
@@ -154,6 +171,8 @@ def _sweep(results: Results) -> Section:
     assert run is not None
     groups = merged(run["results"])
     sentences = [Sentence(item["head"], "sweep-beside") for item in run.get("advice", ())]
+    if sentences and results.compare is not None and results.compare["cells"]:
+        sentences.insert(0, Sentence(WHOM_TO_FOLLOW))
     sentences += _from([*sweep_report.findings(run), *same_results(groups)], "sweep-settings")
     note = f"{sweep_report.legend(run)} {sweep_report.beside_legend(run)}"
     grid = plain_table(
@@ -206,13 +225,15 @@ def _compare_tables(view: View) -> Iterator[tuple[str, Any]]:
         for allocation in plan["allocations"]:
             if found := effect_rows(view, name, allocation):
                 key = f"compare-{name}" + ("" if allocation == "equal" else f"-{allocation}")
-                title = f"Table {name}, at most {plan['max_k']} experts: {ALLOCATION[allocation]}"
-                note = LEGEND.replace("`", "") if allocation == "equal" else "As the table before."
+                title = f"{name.capitalize()}, at most {plan['max_k']} experts a token: "
+                title += ALLOCATION[allocation]
+                note = LEGEND if allocation == "equal" else "As the table before."
                 yield key, plain_table(title, note, *found)
         for budget in view.budgets(name):
             if found := detail_rows(view, name, budget):
-                title = f"Table {name}: all measures at {budget} experts in every layer"
-                made = plain_table(title, "The best first.", *_without(found, *COMPARE_LEFT_OUT))
+                title = f"{name.capitalize()}: all measures at {budget} experts in every layer"
+                note = "Static top-k, then the best first."
+                made = plain_table(title, note, *_without(found, *COMPARE_LEFT_OUT))
                 yield f"compare-{name}-{budget}", made
     if found := bytes_rows(view):
         yield "bytes", plain_table("Skip experts or shrink them", BYTES, *found)
@@ -237,7 +258,7 @@ def _diagnose(results: Results) -> Section:
     sentences = [
         Sentence(
             line,
-            "diagnose-fdp" if "δ0" in line else "diagnose-2" if "min_k decides" in line else "",
+            next((to for words, to in DIAGNOSIS_PLACES.items() if words in line), ""),
         )
         for line in diagnosis_findings(diagnosis)
     ]
