@@ -2,7 +2,7 @@
 
 Nothing here may reach a network; said before anything imports huggingface_hub. Where several
 processes run tests beside each other (`pytest -n auto`), each keeps to one thread: said before
-anything imports torch.
+anything imports torch. How wide a terminal is, which such a process is told, is no test's business.
 """
 
 import os
@@ -10,6 +10,7 @@ import os
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
