@@ -39,8 +39,6 @@ from .routers import Kneedle as Kneedle
 from .routers import LocalFDR as LocalFDR
 from .routers import MinP as MinP
 from .routers import Router as Router
-from .routers import RoutingResult as RoutingResult
-from .routers import RoutingStats as RoutingStats
 from .routers import StoreyBH as StoreyBH
 from .routers import TopK as TopK
 from .routers import TopP as TopP

@@ -42,7 +42,7 @@ def _face() -> str:
     for name in ("cpu_info", "get_num_threads", "set_num_threads"):
         modules[name] = "backends.cpu"
     modules["__version__"] = "version"
-    for name in (*EXPORTS, "Router", "RoutingResult", "RoutingStats", "benjamini_hochberg"):
+    for name in (*EXPORTS, "Router", "benjamini_hochberg"):
         modules[name] = "routers"
     rooms = "".join(f"from . import {name} as {name}\n" for name in moeprof._MODULES)
     names = "".join(f'    "{name}",\n' for name in moeprof.__all__)
