@@ -66,18 +66,22 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
             own.pop(name, None)
         else:
             own[name] = value
+    settle(module)
 
 
 def settle(module: nn.Module) -> None:
     """Take out a forward of ours that was put back when the patch was gone already."""
     own = vars(module)
-    if LEFT in own and _is_ours(own.get("forward")):
+    if LEFT not in own:
+        return
+    forward = own.get("forward")
+    if _is_ours(forward):
         before = own.pop(LEFT)
         own.pop("forward")
         if before is not None:
             own["forward"] = before
-    elif LEFT in own and "forward" not in own:
-        own.pop(LEFT)
+    elif forward is None or getattr(forward, "__func__", None) is type(module).forward:
+        own.pop(LEFT)  # nothing can call ours any more
 
 
 def run_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

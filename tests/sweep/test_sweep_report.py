@@ -130,7 +130,7 @@ def test_the_figure_shows_the_results(run):
                 assert (x, r[field]) in points
     static = result["static"][0]
     assert [static["k"], static["bits_above_own"]] in np.c_[use.lines[0].get_data()].tolist()
-    assert use.get_title(loc="left").startswith("At 1 use ")
+    assert use.get_title(loc="left").startswith("At 1: ")
     assert "bits per byte" in use.get_ylabel() and "experts per token" in use.get_xlabel()
     drawn_layers = [list(line.get_ydata()) for line in layers.lines]
     assert result["results"][-1]["experts_by_layer"] in drawn_layers

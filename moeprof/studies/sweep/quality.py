@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.figures import MARKERS
-from .advice import best_for, is_below
+from .advice import advice, is_below
 from .beside import budgets
 from .drawing import blank, label, shades, title
 from .merged import merged
@@ -117,29 +117,26 @@ def _use(
         axis.set_ylim(-0.2 * min(values), None)
     label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
     detail = "down is better; bars and band: 95 %; equal results share a point"
-    title(axis, _headline(points, found, marks, run), detail)
+    title(axis, _headline(run), detail)
 
 
-def _headline(
-    points: list[dict[str, Any]],
-    found: list[dict[str, Any]],
-    marks: list[float],
-    run: dict[str, Any],
-) -> str:
-    if not run.get("static") or not marks:
-        return "Quality by experts per token"
-    answers: list[str] = []
-    for budget in marks:
-        at = [row for row in found if row["budget"] == budget]
-        best = best_for(budget, [*points, *at], run)
-        if best is None:
-            name = f"static top-{int(budget)}"
-        elif "budget" in best:
-            name = f"{best['router']} set by budget"
-        else:
-            name = f"BH, alpha {best['alpha']:g}, max_k {best['max_k']:g}"
-        answers.append(f"at {budget:g}" + " use" * (not answers) + f" {name}")
-    return "A" + "; ".join(answers)[1:]
+def _headline(run: dict[str, Any]) -> str:
+    found = advice(run) if run else []
+    answers = [f"at {item['budget']:g}: {_short(item['best'], run)}" for item in found]
+    return "A" + "; ".join(answers)[1:] if answers else "Quality by experts per token"
+
+
+def _short(config: str | None, run: dict[str, Any]) -> str:
+    """The configuration of this name in few words."""
+    rows = [*run["results"], *run["static"], *run["budgets"]]
+    row = next((row for row in rows if row["config"] == config), None)
+    if row is None:
+        return "no answer"
+    if "k" in row:
+        return f"static top-{row['k']}"
+    if "budget" in row:
+        return f"{row['router']} set by budget"
+    return f"BH, alpha {row['alpha']:g}, max_k {row['max_k']:g}"
 
 
 def _beside(
@@ -147,7 +144,7 @@ def _beside(
 ) -> None:
     shown = [p for p in [*points, *found] if p.get("bits_above_static") is not None]
     if not shown:
-        blank(axis, "static top-k wasn't run")
+        blank(axis, "static top-k was not run beside these")
         return
     axis.axhline(0, color=STATIC, linewidth=1.8)
     for point in points:
