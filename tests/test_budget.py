@@ -147,6 +147,7 @@ def stand_in(main, bounds, increasing, counts):
         "increasing": increasing,
         "count_tokens": count_tokens,
     }
+    body["__module__"] = Router.__module__  # none of a user
     cls = dataclass(frozen=True)(type("StandIn", (Router,), body))
     del REGISTRY["stand-in"]
     return cls()

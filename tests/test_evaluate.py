@@ -227,8 +227,9 @@ def test_few_documents_are_said_to_bound_p(model):
 
 
 def test_the_figure_names_its_points_and_draws_static(model):
-    (axis,) = evaluate(model, ["topk:k=1", "bh:alpha=0.3,max_k=4"]).figure().axes
-    assert {text.get_text() for text in axis.texts} == {OWN, "topk:k=1", "bh:alpha=0.3,max_k=4"}
+    routers = {"one": moeprof.TopK(k=1), "topk-like": moeprof.BH(0.3, max_k=4)}
+    (axis,) = evaluate(model, routers).figure().axes
+    assert {text.get_text() for text in axis.texts} == {OWN, *routers}
     (static,) = [line for line in axis.lines if line.get_label() == "static top-k"]
     assert list(static.get_xdata()) == sorted(static.get_xdata()) and len(static.get_xdata()) == 2
 

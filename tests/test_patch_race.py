@@ -249,6 +249,7 @@ def test_an_inner_patch_leaves_the_outer_one_whole(name):
         assert torch.equal(model(**inputs).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore:moeprof. ")
 @pytest.mark.parametrize("linears", [False, True])
 @pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
 def test_hooks_put_over_a_patch_stay_when_it_goes(name, linears):
@@ -271,6 +272,11 @@ def test_hooks_put_over_a_patch_stay_when_it_goes(name, linears):
         handle.unpatch()
         assert torch.equal(model(**inputs).logits, expected)
         assert {id(m) for m in called} == {id(m) for m in modules}
+        # And under another patch, where the block's own forward is called too.
+        with moeprof.patch(model, strict=False, linears=linears), torch.autocast("cpu"):
+            under = model(**inputs).logits
+        with torch.autocast("cpu"):
+            assert torch.equal(model(**inputs).logits, under)
         for module in modules:
             hooks.remove_hook_from_module(module)
         assert torch.equal(model(**inputs).logits, expected)
@@ -342,11 +348,14 @@ class TestRecordedByTransformers4:
                 model(**inputs, output_router_logits=True)
 
         caller = threading.Thread(target=call)
+        patcher = threading.Thread(target=moeprof.patch, args=(model, "topk"), kwargs={"k": 1})
         caller.start()
         assert inside.wait(10)
-        threading.Timer(0.2, go.set).start()
-        with moeprof.patch(model, "topk", k=1), torch.no_grad():
-            assert go.is_set()
-            caller.join()
-            hook.remove()
+        patcher.start()
+        patcher.join(0.5)
+        assert patcher.is_alive() and not any(map(is_patched, model.modules()))
+        go.set()
+        caller.join(), patcher.join(10)
+        hook.remove()
+        with torch.no_grad():
             assert torch.equal(model(**inputs).logits, expected)

@@ -152,8 +152,9 @@ def recorded_by(module: nn.Module) -> int | None:
         frame: FrameType | None = top
         while frame is not None:
             if frame.f_globals.get("__name__") == _RECORDER:
-                recorded = frame.f_locals.get("monkey_patched_layers", ())
-                if any(one is module for one, _ in [*recorded]):
+                recorded = [one for one, _ in [*frame.f_locals.get("monkey_patched_layers", ())]]
+                # It changes a module before it notes it.
+                if any(one is module for one in (*recorded, frame.f_locals.get("module"))):
                     return thread
             frame = frame.f_back
     return None

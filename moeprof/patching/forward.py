@@ -28,7 +28,7 @@ from .install import run_stock
 from .layer import PatchedLayer
 from .observers import Routed, observers_of
 from .span import Span
-from .state import STATE, Absent, earlier
+from .state import STATE
 
 
 def block_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -196,9 +196,9 @@ def run_unpatched(module: nn.Module, layer: PatchedLayer, *args: Any, **kwargs: 
 
     From the layer on, not from the module: another thread may have unpatched that.
     """
-    for saved, attributes in earlier(layer)[-1].saved:
-        if saved is module and attributes["forward"] is not Absent:
-            return attributes["forward"](*args, **kwargs)
+    for changed, forward in layer.unpatched:
+        if changed is module and forward is not None:
+            return forward(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
 
 

@@ -15,6 +15,7 @@ from .state import STATE, Absent, Patched, wait_until_left
 # Instance attributes: the forward that a module had before any patch, None for its class's own;
 # and the same once the patches are gone, while something else keeps a forward of ours.
 UNPATCHED, LEFT = "_moeprof_forward", "_moeprof_left"
+_CHANGING = threading.RLock()  # several threads may find the same forward put back
 
 
 def install(
@@ -27,20 +28,25 @@ def install(
     for module, _ in changes:
         wait_until_recorded(module)
         settle(module)
-    attributes: list[dict[str, Any]] = [
-        {
-            "forward": types.MethodType(forward, module),
-            UNPATCHED: vars(module).get(UNPATCHED, vars(module).get("forward")),
-        }
-        for module, forward in changes
-    ]
-    attributes[0][STATE] = state
-    for (module, _), own in zip(changes, attributes, strict=True):
-        state.saved.append((module, {n: vars(module).get(n, Absent) for n in own}))
-    # The block comes last, since another thread may run it from then on.
-    for (module, _), own in reversed([*zip(changes, attributes, strict=True)]):
-        vars(module).update(own)
+    with _CHANGING:
+        attributes: list[dict[str, Any]] = [
+            {"forward": types.MethodType(forward, module), UNPATCHED: _before_all(module)}
+            for module, forward in changes
+        ]
+        attributes[0][STATE] = state
+        for (module, _), own in zip(changes, attributes, strict=True):
+            state.unpatched.append((module, own[UNPATCHED]))
+            state.saved.append((module, {n: vars(module).get(n, Absent) for n in own}))
+        # The block comes last, since another thread may run it from then on.
+        for (module, _), own in reversed([*zip(changes, attributes, strict=True)]):
+            vars(module).update(own)
     rehook(patched)
+
+
+def _before_all(module: nn.Module) -> Any:
+    """The forward that a module had before any patch, None for its class's own."""
+    own = vars(module)
+    return own.get(UNPATCHED, own.get(LEFT, own.get("forward")))
 
 
 def restore(patched: nn.Module) -> None:
@@ -56,17 +62,18 @@ def restore(patched: nn.Module) -> None:
 
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
     own = vars(module)
-    if not _is_ours(own.get("forward")):
-        # Put over ours since, as accelerate's hooks are: it stays, and calls ours.
-        if attributes[UNPATCHED] is Absent:  # there is no earlier patch
-            own[LEFT] = own.pop(UNPATCHED)
-        attributes = {n: v for n, v in attributes.items() if n not in ("forward", UNPATCHED)}
-    for name, value in attributes.items():
-        if value is Absent:
-            own.pop(name, None)
-        else:
-            own[name] = value
-    settle(module)
+    with _CHANGING:
+        if not _is_ours(own.get("forward")):
+            # Put over ours since, as accelerate's hooks are: it stays, and calls ours.
+            if attributes[UNPATCHED] is Absent:  # there is no earlier patch
+                own[LEFT] = own.pop(UNPATCHED)
+            attributes = {n: v for n, v in attributes.items() if n not in ("forward", UNPATCHED)}
+        for name, value in attributes.items():
+            if value is Absent:
+                own.pop(name, None)
+            else:
+                own[name] = value
+        settle(module)
 
 
 def settle(module: nn.Module) -> None:
@@ -74,14 +81,17 @@ def settle(module: nn.Module) -> None:
     own = vars(module)
     if LEFT not in own:
         return
-    forward = own.get("forward")
-    if _is_ours(forward):
-        before = own.pop(LEFT)
-        own.pop("forward")
-        if before is not None:
-            own["forward"] = before
-    elif forward is None or getattr(forward, "__func__", None) is type(module).forward:
-        own.pop(LEFT)  # nothing can call ours any more
+    with _CHANGING:
+        if LEFT not in own or UNPATCHED in own:
+            return
+        forward = own.get("forward")
+        if _is_ours(forward):
+            before = own.pop(LEFT)
+            own.pop("forward")
+            if before is not None:
+                own["forward"] = before
+        elif forward is None or getattr(forward, "__func__", None) is type(module).forward:
+            own.pop(LEFT)  # nothing can call ours any more
 
 
 def run_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -93,11 +103,12 @@ def run_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     settle(module)
     own = vars(module)
     for name in (UNPATCHED, LEFT):
-        if name in own:
-            forward = own[name]
+        if (forward := own.get(name, Absent)) is not Absent:
             return (forward or types.MethodType(type(module).forward, module))(*args, **kwargs)
     if _is_ours(own.get("forward")):  # put back by hand
-        own.pop("forward")
+        with _CHANGING:
+            if UNPATCHED not in own and _is_ours(own.get("forward")):
+                own.pop("forward")
     return module.forward(*args, **kwargs)
 
 

@@ -104,6 +104,9 @@ def patch(
         another model. The model is as it was.
     TypeError
         For what is no model, router or null.
+    RuntimeError
+        With transformers 4.57, from within a call that records the outputs of layers
+        (``output_router_logits=True``): patch before or after it.
     """
     planned = plan_patch(
         model, router, null=null, norm=norm, strict=strict, backend=backend, **router_parameters
@@ -117,6 +120,8 @@ def patch(
     dense: list[tuple[nn.Module, PatchedLinear]] = [
         (module, PatchedLinear(name)) for name, module in around
     ]
+    for module, _ in dense:
+        wait_until_recorded(module)
     put_in(planned)
     for module, linear in dense:
         install(module, linear, [(module, linear_forward)])
@@ -155,7 +160,6 @@ def plan_patch(
     if strict and skipped:
         raise ValueError(not_runnable(*next(iter(skipped.items()))))
     for index, block in enumerate(blocks):
-        wait_until_recorded(block.module)
         if reason := block.readable(backend):
             if strict:
                 raise ValueError(not_runnable(block.title, reason))
@@ -182,6 +186,8 @@ def plan_patch(
         )
         if isinstance(layer.router, Router) or (layer.router is None and checked.rule is not None):
             layer.spec(block.module)  # raises what only the layer tells
+        for module, _ in _changes(block.module, layer):
+            wait_until_recorded(module)
         layers.append((block.module, layer))
     _watch_caps([layer for _, layer in layers])
     return Planned(blocks, layers, skipped)

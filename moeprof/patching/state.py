@@ -27,7 +27,7 @@ class Patched:
     """The state of one patch of one module. A copy of the model carries a copy of it.
 
     name: the module's qualified name; saved: (module, its instance attributes before), the
-    patched module first.
+    patched module first; unpatched: (module, its forward before any patch, None for its class's).
     """
 
     made_anew: ClassVar[tuple[str, ...]] = ()  # by a copy, for its own model
@@ -37,6 +37,7 @@ class Patched:
     saved: list[tuple[nn.Module, dict[str, Any]]] = field(
         default_factory=list, kw_only=True, repr=False
     )
+    unpatched: list[tuple[nn.Module, Any]] = field(default_factory=list, kw_only=True, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Patched":
         copied = object.__new__(type(self))

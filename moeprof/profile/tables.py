@@ -71,7 +71,7 @@ def experts(profile: Profiled) -> Table:
         order = np.argsort(-load, kind="stable")
         count = min(EXPERTS, len(load) // 2)
         ends = order[:count], order[len(load) - count :][::-1]
-        cells = (", ".join(f"{e} ({times[e]:.2g}×)" for e in end) for end in ends)
+        cells = (", ".join(f"{e} ({short(times[e])}×)" for e in end) for end in ends)
         rows.append([str(label), *cells])
     return Table(
         "Most and least used experts",

@@ -22,7 +22,7 @@ from ..models.routing import Routing
 from ..models.sizes import top_k_owner
 from ..patching.observers import STOCK, Observer, Routed
 from ..patching.span import Span
-from ..patching.state import chain
+from ..patching.state import STATE
 from .check import ExpertRows
 from .step import Step
 
@@ -150,9 +150,10 @@ class LayerWatch(_Watch, Observer):
     def _count(self, step: Step, event: Routed) -> None:
         """Of a block that is patched, and of one that is not."""
         event = event._replace(routing=event.routing.on_host())
-        router = event.router
-        if router is not self.session.last_router[self.index]:
-            self._name(router, self._words(router))
+        null = getattr(vars(self.site.block).get(STATE), "null", None)
+        last = self.session.last_router[self.index]
+        if event.router is not last[0] or null is not last[1]:
+            self._name(event.router, null)
         self.session.add(self.index, step, event)
 
     @contextmanager
@@ -326,16 +327,11 @@ class LayerWatch(_Watch, Observer):
             return layer
         return replace(layer, top_k=k)
 
-    def _words(self, router: Any) -> str:
-        if router is None or router is STOCK:
-            return OWN_IN_C if router is None else STOCK
-        null = next(
-            (patch.null for patch in chain(self.site.block) if patch.router is router), None
-        )
-        return repr(router) if null is None else f"{router!r} on this null: {null.words}"
-
-    def _name(self, router: Any, name: str) -> None:
-        self.session.last_router[self.index] = router
+    def _name(self, router: Any, null: Any) -> None:
+        self.session.last_router[self.index] = router, null
+        name = OWN_IN_C if router is None else router if router is STOCK else repr(router)
+        if null is not None and router is not STOCK:
+            name += f" on this null: {null.words}"
         names = self.session.routers[self.index]
         if name not in names:
             names.append(name)

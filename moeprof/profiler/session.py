@@ -107,7 +107,8 @@ class Session:
         self.steps = self.counted_steps = self.events_dropped = 0
         self.events: deque[tuple[Any, ...]] = deque(maxlen=MAX_EVENTS)
         self.routers: list[list[str]] = [[] for _ in self.sites]
-        self.last_router: list[Any] = [self] * len(self.sites)  # to name each one once
+        # (router, null), to name each once:
+        self.last_router: list[tuple[Any, Any]] = [(self, None)] * len(self.sites)
         self.vocabulary: Vocabulary | None = None
         self.switched = False  # other adapters than at the start were active in a step
         self.passed_over: set[int] = set()  # layers whose router ran without the block's hooks

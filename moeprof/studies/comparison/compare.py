@@ -80,7 +80,7 @@ def _finish(
     for part in console_tables(result):
         if isinstance(part, str):
             part = fill(part)
-        console.print(part, width=width())
+        console.print(part, width=min(width(), console.width))
     if result["cells"]:
         said = findings(result)
         for line in said[:PRINTED]:

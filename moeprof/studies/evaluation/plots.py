@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 NAMED = 12  # points with their names beside them; more have a legend
 LINE = 0.04  # of the panel's height: from one name to the next
 LETTER = 0.01  # of its width: a letter of a name
-STATIC = "topk"  # what the names of static top-k begin with
 
 
-def figure(rows: Iterable[Row]) -> Figure:
+def figure(rows: Iterable[Row], static_top_k: Collection[str]) -> Figure:
     """Bits per byte above the model's own routing against experts per token, with intervals.
 
-    rows: as `results` gives them. 1,000 px wide when saved. The user's matplotlib backend and its
-    state are not touched.
+    rows: as `results` gives them; static_top_k: the configurations that are it. 1,000 px wide
+    when saved. The user's matplotlib backend and its state are not touched.
     """
     from matplotlib.figure import Figure
 
@@ -35,14 +34,15 @@ def figure(rows: Iterable[Row]) -> Figure:
     fig = Figure(figsize=(10, 6), dpi=100, layout="constrained")
     axis = fig.subplots()
     detail = "lower is better; bars: 95 % intervals over documents"
-    style(axis, "experts per token", "bits per byte above the model's own routing", detail)
     fig.suptitle(_headline(rows), x=0.01, ha="left", size=14, weight="bold")
     axis.axhline(0, color="black", linewidth=1.2)
-    static = [own, *(row for row in rows if row["config"].startswith(STATIC))]
+    static = [own, *(row for row in rows if row["config"] in static_top_k)]
     static.sort(key=lambda row: row["experts"])
     if len(static) > 1:
         line = [[row[name] for row in static] for name in ("experts", "bits_above_own")]
         axis.plot(*line, color="black", linewidth=1.6, label="static top-k")
+        detail += "; black line: static top-k"
+    style(axis, "experts per token", "bits per byte above the model's own routing", detail)
     known, others = {"color": "black", "marker": "o"}, iter(line_styles(len(rows)))
     looks = [known if row in static else next(others) for row in [own, *rows]]
     for row, look in zip([own, *rows], looks, strict=True):

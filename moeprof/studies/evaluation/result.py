@@ -90,7 +90,8 @@ class Evaluated:
         """A matplotlib Figure: bits per byte above the model's own routing, against experts."""
         from .plots import figure
 
-        return figure(self.rows)
+        routers = {name: str(one.get("router", "")) for name, one in self.measured.items()}
+        return figure(self.rows, [n for n, words in routers.items() if words.startswith("TopK(")])
 
     def summary(self) -> str:
         """What was done and what came out, as text for a screen, of at most 100 columns."""

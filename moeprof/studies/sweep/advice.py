@@ -16,10 +16,10 @@ CODE = "moeprof.patch(model, {router}, null={null})"
 
 
 def advice(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each budget a dict: budget, lines (in words), code (Python) and best (a config).
+    """For each budget a dict: budget, head and others (in words), code (Python), best (a config).
 
     run: as `compared` gives it. Compared are static top-k, the grid's BH and, set by budget,
-    fixed_p and BH; `best_for` chooses. None for a run that isn't finished: what is missing may
+    fixed_p and BH; `best_for` chooses. Nothing for a run that isn't finished: what is missing may
     be the answer.
     """
     if not run["finished"]:
@@ -103,7 +103,7 @@ def _for(run: dict[str, Any], budget: float) -> dict[str, Any]:
         )
     return {
         "budget": budget,
-        "best": best["config"] if best else None if static is None or missing else static["config"],
+        "best": best["config"] if best else static["config"] if static and not missing else None,
         "head": f"For {budget:g} experts per token on average, {head}",
         "code": code,
         "others": others,
