@@ -455,7 +455,7 @@ def test_every_figure_of_a_table_leads_to_it_and_back(written):
 
 def test_the_report_says_which_answer_to_follow(whole):
     """compare and the sweep may name two routers for one budget."""
-    advice = [{"budget": 2.0, "head": "For 2 experts per token, bh is best."}]
+    advice = [{"budget": 2.0, "best": None, "head": "For 2 experts per token, bh is best."}]
     whole = replace(whole, sweep=whole.sweep | {"advice": advice})
     for results, there in ((whole, True), (replace(whole, compare=None), False)):
         first = parts._sweep(results).sentences[0].text

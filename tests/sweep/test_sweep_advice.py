@@ -170,7 +170,7 @@ def test_fewer_experts_than_may_be_spent_must_still_cost_less_than_static(run):
     told = with_distance(run[0], "bh_k4_a020", *(np.array([-0.03, -0.02, -0.01]) * slope), 0.95)
     first = advice(told)[0]
     assert first["best"] == "topk_1" and "nearest, bh_k4_a020" in first["head"]
-    title = figure(told["results"], told).axes[0].get_title(loc="left")
+    title = figure(told["results"], told | {"advice": advice(told)}).axes[0].get_title(loc="left")
     assert title.startswith("At 1: static top-1; at 1.5: ")
     told = with_distance(run[0], "bh_k4_a020", *(np.array([-0.08, -0.07, -0.06]) * slope), 0.95)
     assert advice(told)[0]["best"] == "bh_k4_a020"
@@ -207,7 +207,7 @@ def test_static_is_no_answer_beside_what_costs_less_and_was_not_compared(run, ch
     assert first["budget"] == 2 and first["best"] == (None if cheaper else "topk_2")
     assert ("static top-3 was not run" in first["head"]) == cheaper
     assert ("--static 1,2,3,4" in first["head"]) == cheaper
-    title = figure(told["results"], told).axes[0].get_title(loc="left")
+    title = figure(told["results"], told | {"advice": advice(told)}).axes[0].get_title(loc="left")
     assert title.startswith("At 2: no answer" if cheaper else "At 2: static top-2")
 
 

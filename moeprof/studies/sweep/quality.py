@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.figures import MARKERS
-from .advice import advice, is_below
+from .advice import is_below
 from .beside import budgets
 from .drawing import blank, label, shades, title
 from .merged import merged
@@ -27,7 +27,7 @@ BESIDE = {"bh": 0.05, "fixed_p": -0.05}  # experts that they are moved by, being
 def quality(
     use: Axes, beside: Axes, bh: pandas.DataFrame, baseline: Any, run: dict[str, Any]
 ) -> None:
-    """Draw both panels. bh, baseline: rows of results; run: as `compared` gives it, or {}."""
+    """Draw both panels. bh, baseline: rows of results; run: as `sweep` returns it, or {}."""
     if baseline is None:
         for axis in (use, beside):
             blank(axis, "without the baseline there is nothing to compare with")
@@ -121,9 +121,8 @@ def _use(
 
 
 def _headline(run: dict[str, Any]) -> str:
-    found = advice(run) if run else []
-    answers = [f"at {item['budget']:g}: {_short(item['best'], run)}" for item in found]
-    return "A" + "; ".join(answers)[1:] if answers else "Quality by experts per token"
+    answers = [f"{i['budget']:g}: {_short(i['best'], run)}" for i in run.get("advice", ())]
+    return f"At {'; at '.join(answers)}" if answers else "Quality by experts per token"
 
 
 def _short(config: str | None, run: dict[str, Any]) -> str:
