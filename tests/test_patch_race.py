@@ -139,14 +139,19 @@ def test_a_forward_that_loses_its_patch_before_the_gate():
         assert not handle.active
 
 
-def test_a_forward_that_was_looked_up_before_the_patch_went():
+@pytest.mark.parametrize("put_back", [False, True])
+def test_a_forward_that_was_looked_up_before_the_patch_went(put_back):
+    """Also where somebody puts it back: it runs as the class does, and goes."""
     model = moe_block()
     block, x = model["mlp"], random_hidden(1, 3, 32)
     with torch.no_grad():
         expected = run(block, x)
         with moeprof.patch(model):
             forward = block.forward
-        assert torch.equal(run(forward, x), expected)
+        if put_back:
+            block.forward = forward
+        assert torch.equal(run(block if put_back else forward, x), expected)
+    assert "forward" not in vars(block)
 
 
 def test_the_block_is_the_last_that_a_patch_changes():
@@ -282,18 +287,6 @@ def test_hooks_put_over_a_patch_stay_when_it_goes(name, linears):
         assert torch.equal(model(**inputs).logits, expected)
         moeprof.unpatch(model)
     assert_unchanged(model, before)
-
-
-def test_a_forward_that_is_put_back_by_hand_runs_as_the_class_does():
-    model = moe_block()
-    block, x = model["mlp"], random_hidden(1, 3, 32)
-    with torch.no_grad():
-        expected = run(block, x)
-        with moeprof.patch(model):
-            forward = block.forward
-        block.forward = forward
-        assert torch.equal(run(block, x), expected)
-    assert "forward" not in vars(block)
 
 
 @pytest.mark.skipif(V5, reason="transformers 5 records by hooks")

@@ -455,6 +455,18 @@ def test_after_a_reset_the_router_is_named_again(model):
                 assert profiler.result().facts["router"] == OWN_IN_C
 
 
+def test_each_null_that_a_router_was_on_is_named(model):
+    """Also where one router object was patched in on two of them."""
+    router = moeprof.BH(alpha=0.3)
+    with moeprof.MoEProfiler(model) as profiler:
+        for null in ("normal", "softmax"):
+            with moeprof.patch(model, router, null=null):
+                model(token_ids())
+    named = profiler.result().facts["router"]
+    assert named.count("BH(") == 2
+    assert "on this null: normal: " in named and "on this null: softmax: " in named
+
+
 def test_records_that_were_closed_are_refused_at_the_start(model, tmp_path):
     profiler = moeprof.MoEProfiler(model, records=tmp_path / "records")
     with profiler:

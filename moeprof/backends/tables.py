@@ -171,7 +171,7 @@ class WeightTable:
         self.matrices, self.activation, self.storage = tuple(matrices), activation, storage
         self.dtype = dtype_of(matrices, storage)
         self._addresses = tuple(map(Tensor.data_ptr, self.matrices))
-        self._kinds = _kinds(matrices) if is_packed(matrices) else None
+        self._kinds = _shapes_and_dtypes(matrices) if is_packed(matrices) else None
         self.hidden_size, self.intermediate_size = sizes_of(matrices, storage)
         self.num_experts = num_experts_of(matrices, activation)
         self.layer = _layer(
@@ -206,10 +206,10 @@ class WeightTable:
             return False
         if not all(map(Tensor.is_contiguous, self.matrices)):
             return False
-        return self._kinds is None or _kinds(self.matrices) == self._kinds
+        return self._kinds is None or _shapes_and_dtypes(self.matrices) == self._kinds
 
 
-def _kinds(matrices: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+def _shapes_and_dtypes(matrices: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
     return [(t.shape, t.dtype) for t in matrices]
 
 

@@ -87,8 +87,8 @@ def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
         if not any(name in (c.name, c.router) for c in known):
             close = get_close_matches(name, [n for c in known for n in (c.name, c.router)], 1, 0.3)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            names = [c.name for c in known]
-            raise ValueError(f"router: expected one of {names}, got {name!r}{hint}")
+            expected = [c.name for c in known]
+            raise ValueError(f"router: expected one of {expected}, got {name!r}{hint}")
     return [c for c in known if c.name in names or c.router in names]
 
 

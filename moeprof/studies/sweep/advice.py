@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .beside import budgets
-from .compared import interval, not_run, on_line
+from .compared import interval, missing_ks, on_line
 
 NEAR = 0.1  # of a budget: what lies further off isn't an answer to it
 CODE = "moeprof.patch(model, {router}, null={null})"
@@ -59,7 +59,7 @@ def _above_static(row: Mapping[str, Any], budget: float, run: dict[str, Any]) ->
     line = sorted([*run["static"], own], key=lambda point: point["k"])
     ks, bits = (np.array([point[n] for point in line], float) for n in ("k", "bits_above_own"))
     at = max(row["avg_experts_heldout"], int(budget))
-    if not_run(at, ks.tolist()):
+    if missing_ks(at, ks.tolist()):
         return math.inf
     return row["bits_above_own"] - float(on_line(ks, bits[None], np.array([[at]]))[0, 0])
 
@@ -117,7 +117,7 @@ def _missing(budget: float, rows: Iterable[dict[str, Any]], run: dict[str, Any])
     if static is None:
         return [int(budget)]
     near = (row for row in _near(budget, rows) if row["bits_above_own"] < static["bits_above_own"])
-    return sorted({k for row in near for k in not_run(row["avg_experts_heldout"], _ks(run))})
+    return sorted({k for row in near for k in missing_ks(row["avg_experts_heldout"], _ks(run))})
 
 
 def _ks(run: dict[str, Any]) -> list[int]:
@@ -173,7 +173,7 @@ def _costs(row: Mapping[str, Any], top: str) -> str:
 
 def _beside(row: Mapping[str, Any], run: dict[str, Any]) -> str:
     if row.get("bits_above_static") is None:
-        ks = not_run(row["avg_experts_heldout"], _ks(run))
+        ks = missing_ks(row["avg_experts_heldout"], _ks(run))
         return f"can't be compared, as {_static_of(ks)} was not run"
     return f"{interval(row, 'bits_above_static')} beside static top-k at the same experts"
 

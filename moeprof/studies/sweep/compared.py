@@ -72,7 +72,7 @@ def distances(
     found = bootstrap(statistic, len(documents), seed=seed)
     average = experts.sum(axis=1) / tokens.sum()
     several = len(documents) > 1
-    inside = [not not_run(at, ks) for at in average]
+    inside = [not missing_ks(at, ks) for at in average]
     for index in range(len(rows)):
         fields = {}
         for name, at, known in (
@@ -89,7 +89,7 @@ def _bits(rows: list[dict[str, Any]]) -> NDArray[np.float64]:
     return np.array([row["nats_by_document"] for row in rows], float) / math.log(2)
 
 
-def not_run(average: float, ks: Collection[float]) -> list[int]:
+def missing_ks(average: float, ks: Collection[float]) -> list[int]:
     """Those of the whole k on both sides of `average` that are not among `ks`, which static top-k
     was run for: a line over a gap lies above static."""
     return sorted({math.floor(average + 1e-9), math.ceil(average - 1e-9)} - {int(k) for k in ks})
