@@ -12,6 +12,7 @@ const mp_cpu_level mp_cpu_levels[] = {
     {"avx512", MP_CPU_AVX512},
     {"avx512vnni", MP_CPU_AVX512VNNI},
     {"avx512bf16", MP_CPU_AVX512BF16},
+    {"avx512bf16_48k", MP_CPU_AVX512BF16_48K},
     {"avx512fp16", MP_CPU_AVX512FP16},
     {"amx", MP_CPU_AMX},
     {"amxint8", MP_CPU_AMXINT8},
@@ -43,6 +44,26 @@ static int amx_permitted(void)
 #endif
 }
 
+/* Bytes of L1 for data, by a leaf of CPUID that describes one cache after the other; 0 where
+ * it describes none. */
+static size_t l1_by(unsigned leaf)
+{
+    enum { DATA = 1, MOST_CACHES = 8 };
+    unsigned a, b, c, d;
+    for (unsigned i = 0; i < MOST_CACHES && __get_cpuid_count(leaf, i, &a, &b, &c, &d); i++)
+        if ((a & 31) == DATA && (a >> 5 & 7) == 1) {
+            const size_t line = (b & 0xfff) + 1, parts = (b >> 12 & 0x3ff) + 1;
+            return line * parts * ((b >> 22) + 1) * ((size_t)c + 1);
+        }
+    return 0;
+}
+
+static size_t l1_bytes(void)
+{
+    const size_t intel = l1_by(4);
+    return intel ? intel : l1_by(0x8000001d); /* AMD's */
+}
+
 static unsigned detect(void)
 {
     enum { YMM = 0x6, ZMM = 0xe6, TILES = 0x60000 }; /* XCR0 */
@@ -68,6 +89,8 @@ static unsigned detect(void)
             features |= MP_CPU_AVX512VNNI;
         if (leaf7_1a & 1u << 5)
             features |= MP_CPU_AVX512BF16;
+        if ((features & MP_CPU_AVX512BF16) && l1_bytes() >= 48 << 10)
+            features |= MP_CPU_AVX512BF16_48K;
         if (leaf7_d & 1u << 23)
             features |= MP_CPU_AVX512FP16;
     }

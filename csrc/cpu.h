@@ -10,9 +10,10 @@ enum {
     MP_CPU_AVX512 = 1 << 3, /* F, BW, DQ, VL */
     MP_CPU_AVX512VNNI = 1 << 4,
     MP_CPU_AVX512BF16 = 1 << 5,
-    MP_CPU_AVX512FP16 = 1 << 6,
-    MP_CPU_AMX = 1 << 7, /* AMX-TILE and AMX-BF16, permission granted */
-    MP_CPU_AMXINT8 = 1 << 8, /* AMX-TILE and AMX-INT8, the same */
+    MP_CPU_AVX512BF16_48K = 1 << 6, /* with 48 KB of L1 for data, or more */
+    MP_CPU_AVX512FP16 = 1 << 7,
+    MP_CPU_AMX = 1 << 8, /* AMX-TILE and AMX-BF16, permission granted */
+    MP_CPU_AMXINT8 = 1 << 9, /* AMX-TILE and AMX-INT8, the same */
 };
 
 /* A feature is set when CPUID names it, XCR0 says the system keeps its registers

@@ -17,10 +17,15 @@ enum { BLOCK_H = 32 };
 /* The same, and columns of activations, by weights that are stored transposed. */
 enum { LEAST_BLOCK = 128 };
 
+/* Rows of a panel, and rows of weights that it and the rows beside it take in turn. */
+enum { PANEL = 16, PART = 16 };
+
 /* What a worker has to itself, on cache lines of its own. */
 typedef struct {
     _Alignas(64) const int32_t *packed; /* the pairs that lie in `panels`, or NULL */
     void *panels;     /* (block_m,H) */
+    const int32_t *copied; /* the pairs that lie in `rows`, or NULL */
+    char *rows;       /* (few,H + pad) of the plan */
     float *gate, *up; /* (block_m,block_n) products; `gate` also those of down */
     float *both;      /* (block_m,2 block_n) products of gate and up by turns */
     void *act;        /* (block_m,block_n), of a float type */
@@ -43,6 +48,7 @@ typedef struct {
     void *own_hidden;  /* (T,H) as activations, where the hidden states are none as they are */
     float *row;        /* (H,): for that */
     worker_state *workers;
+    mp_rows_plan plan; /* of weights in rows that are not quantised */
     ptrdiff_t block_m; /* rows at a time; of those that are packed a multiple of 16 */
     ptrdiff_t block_n, block_h; /* columns of act and of `out` in a task */
 } chunk;
@@ -82,6 +88,12 @@ static int converts(const mp_layer *l)
 static int has_panels(const mp_layer *l)
 {
     return in_rows(l) && !mp_is_quantized(l->format);
+}
+
+/* Elements from row to row of a worker's own. */
+static ptrdiff_t padded_width(const chunk *c)
+{
+    return c->layer->hidden_size + c->plan.pad;
 }
 
 /* ---- memory, and the size of tasks ---- */
@@ -126,6 +138,8 @@ static void set_blocks(chunk *c, ptrdiff_t pairs, int threads)
     c->block_m = block_m(l);
     c->block_n = MP_BLOCK_N;
     c->block_h = BLOCK_H;
+    if (has_panels(l))
+        c->plan = mp_plan(l->format);
     if (in_rows(l))
         return;
     const ptrdiff_t experts = smaller(l->num_experts, pairs > 0 ? pairs : 1);
@@ -147,6 +161,9 @@ static void lay_out_worker(chunk *c, int worker, char *base, size_t *used)
         state.panels = mp_carve(base, used,
                              (size_t)mp_panel_size(c->block_m, l->hidden_size) * size);
         state.act = mp_carve(base, used, tile * size);
+        if (c->plan.pad)
+            state.rows = mp_carve(base, used,
+                                  (size_t)(c->plan.few * padded_width(c)) * size);
     }
     state.gate = mp_carve(base, used,
                           (size_t)(c->block_m * widest_block) * sizeof(float));
@@ -205,7 +222,8 @@ static int useful_threads(const mp_layer *l, ptrdiff_t pairs, int threads)
 /* ---- grouping ---- */
 
 /* The pairs of the active expert of number a, and whether they are panels, for `gemm`; else
- * they are rows: of few pairs, or because the weights are transposed or quantised. */
+ * they are rows: of few pairs, or because the weights are transposed or quantised. Or they are
+ * split: one panel, and rows. */
 static ptrdiff_t pairs_of(const chunk *c, ptrdiff_t a)
 {
     return c->first[c->active[a] + 1] - c->first[c->active[a]];
@@ -213,7 +231,13 @@ static ptrdiff_t pairs_of(const chunk *c, ptrdiff_t a)
 
 static int in_panels(const chunk *c, ptrdiff_t a)
 {
-    return has_panels(c->layer) && pairs_of(c, a) > mp_few_rows(c->layer->format);
+    return has_panels(c->layer) && pairs_of(c, a) > c->plan.few;
+}
+
+static int is_split(const chunk *c, ptrdiff_t a)
+{
+    const ptrdiff_t beyond = pairs_of(c, a) - PANEL;
+    return c->plan.rest && beyond > 0 && beyond <= c->plan.few;
 }
 
 /* Whether the slot of this id has an expert: -1 is an empty slot, and so is E, as
@@ -373,6 +397,24 @@ static void activate(const mp_layer *l, const float *gate, const float *up, ptrd
     mp_ops.quantize(wide, n, to);
 }
 
+/* The hidden states of the pairs from `pair` on, as rows: where they lie, or padded, in the
+ * worker's own; those of the task before, if they are the same. */
+static mp_rows hidden_rows(const chunk *c, ptrdiff_t pair, ptrdiff_t count, worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const ptrdiff_t size = mp_act_size(act_of(l)), stride = padded_width(c);
+    const mp_rows x = {c->hidden, mp_act_count(act_of(l), l->hidden_size), c->token + pair,
+                       count};
+    if (!c->plan.pad)
+        return x;
+    if (w->copied != x.index)
+        for (ptrdiff_t r = 0; r < count; r++)
+            memcpy(w->rows + r * stride * size, (const char *)x.data + mp_row(&x, r) * size,
+                   (size_t)(x.stride * size));
+    w->copied = x.index;
+    return (mp_rows){w->rows, stride, NULL, count};
+}
+
 /* act rows of a block. */
 static void gate_up_rows(const chunk *c, const gate_up_block *b, worker_state *w)
 {
@@ -381,8 +423,7 @@ static void gate_up_rows(const chunk *c, const gate_up_block *b, worker_state *w
     const ptrdiff_t first = c->first[c->active[b->a]], pairs = pairs_of(c, b->a);
     char *act = c->act + c->act_at[b->a] + act_bytes(l, b->i);
     for (ptrdiff_t p = 0; p < pairs; p += c->block_m, act += c->block_m * row) {
-        const mp_rows x = {c->hidden, mp_act_count(act_of(l), l->hidden_size),
-                           c->token + first + p, smaller(c->block_m, pairs - p)};
+        const mp_rows x = hidden_rows(c, first + p, smaller(c->block_m, pairs - p), w);
         multiply(c, b, &x, w);
         add_biases(c, b, x.count, w);
         for (ptrdiff_t r = 0; r < x.count; r++)
@@ -404,11 +445,27 @@ static void pack_hidden(const chunk *c, ptrdiff_t pair, ptrdiff_t count,
     w->packed = x.index;
 }
 
+/* What becomes of m rows of products of a block: panels of act at `to`, of the first `packed`
+ * rows; the others as rows behind. */
+static void activate_panels(const chunk *c, const gate_up_block *b, ptrdiff_t m,
+                            ptrdiff_t packed, char *to, worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const ptrdiff_t size = mp_act_size(act_of(l)), n = b->n;
+    add_biases(c, b, m, w);
+    mp_glu(act_of(l))(&l->activation, l->gate ? w->gate : NULL, w->up, m * n, w->act);
+    const mp_rows act = {w->act, n, NULL, packed};
+    mp_pack(act_of(l))(&act, n, b->i, l->intermediate_size, to);
+    for (ptrdiff_t r = packed; r < m; r++)
+        memcpy(to + r * (ptrdiff_t)act_row(l) + b->i * size,
+               (const char *)w->act + r * n * size, (size_t)(n * size));
+}
+
 /* The same as panels. */
 static void gate_up_panels(const chunk *c, const gate_up_block *b, worker_state *w)
 {
     const mp_layer *l = c->layer;
-    const ptrdiff_t H = l->hidden_size, I = l->intermediate_size;
+    const ptrdiff_t H = l->hidden_size;
     const ptrdiff_t first = c->first[c->active[b->a]], pairs = pairs_of(c, b->a);
     mp_gemm_fn *const gemm = mp_gemm(l->format);
     for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
@@ -419,20 +476,52 @@ static void gate_up_panels(const chunk *c, const gate_up_block *b, worker_state 
                  w->scratch);
         gemm(w->panels, m, &b->up, b->n, H, b->next, w->panels, w->up, b->n,
              w->scratch);
-        add_biases(c, b, m, w);
-        mp_glu(act_of(l))(&l->activation, l->gate ? w->gate : NULL, w->up, m * b->n,
-                          w->act);
-        const mp_rows act = {w->act, b->n, NULL, m};
-        mp_pack(act_of(l))(&act, b->n, b->i, I,
-                           c->act + c->act_at[b->a] + r * (ptrdiff_t)act_row(l));
+        activate_panels(c, b, m, m, c->act + c->act_at[b->a] + r * (ptrdiff_t)act_row(l), w);
     }
+}
+
+/* A panel and a few rows by n rows of weights, in parts, so that the rows find in L2 what the
+ * panel has read: to the first 16 rows of `out`, and to those behind. */
+static void multiply_split(const chunk *c, const void *panel, const mp_rows *rows,
+                           const mp_matrix *w, ptrdiff_t n, ptrdiff_t k, const void *next,
+                           float *out, float *scratch)
+{
+    enum { FETCHED = 8 }; /* rows of the next part that gemm fetches */
+    for (ptrdiff_t j = 0; j < n; j += PART, out += PART) {
+        const ptrdiff_t part = smaller(PART, n - j);
+        const mp_matrix at = mp_rows_from(*w, j);
+        const char *behind = j + part < n ? mp_rows_from(at, part).data : next;
+        mp_gemm(w->format)(panel, PANEL, &at, part, k, behind, panel, out, n, scratch);
+        c->plan.rest(rows, &at, part, k, behind ? behind + FETCHED * w->row_bytes : NULL,
+                     out + PANEL * n, n, scratch);
+    }
+}
+
+/* The same as a panel and rows. */
+static void gate_up_split(const chunk *c, const gate_up_block *b, worker_state *w)
+{
+    const mp_layer *l = c->layer;
+    const ptrdiff_t H = l->hidden_size, n = b->n;
+    const ptrdiff_t first = c->first[c->active[b->a]], pairs = pairs_of(c, b->a);
+    const mp_rows rows = hidden_rows(c, first + PANEL, pairs - PANEL, w);
+    pack_hidden(c, first, PANEL, w);
+    if (l->gate)
+        multiply_split(c, w->panels, &rows, &b->gate, n, H, b->up.data, w->gate, w->scratch);
+    multiply_split(c, w->panels, &rows, &b->up, n, H, b->next, w->up, w->scratch);
+    activate_panels(c, b, pairs, PANEL, c->act + c->act_at[b->a], w);
 }
 
 static void gate_up_task(void *context, ptrdiff_t task, int worker)
 {
     const chunk *c = context;
     const gate_up_block b = gate_up_of(c, task);
-    (in_panels(c, b.a) ? gate_up_panels : gate_up_rows)(c, &b, c->workers + worker);
+    worker_state *w = c->workers + worker;
+    if (is_split(c, b.a))
+        gate_up_split(c, &b, w);
+    else if (in_panels(c, b.a))
+        gate_up_panels(c, &b, w);
+    else
+        gate_up_rows(c, &b, w);
 }
 
 /* sum[token] += routing_weight * (y + bias) for the products y (m,n) of the pairs from `pair`
@@ -467,6 +556,14 @@ static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
     const ptrdiff_t I = l->intermediate_size, pairs = pairs_of(c, a);
     const int32_t e = c->active[a];
     const mp_matrix down = down_from(l, e, h);
+    if (is_split(c, a)) {
+        const char *act = c->act + c->act_at[a];
+        const mp_rows rows = {act + PANEL * (ptrdiff_t)act_row(l), mp_panel_width(I), NULL,
+                              pairs - PANEL};
+        multiply_split(c, act, &rows, &down, n, I, next, w->gate, w->scratch);
+        combine(c, e, h, w->gate, c->first[e], pairs, n, w->sum);
+        return;
+    }
     for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
         const ptrdiff_t m = smaller(c->block_m, pairs - r);
         const char *act = c->act + c->act_at[a];
@@ -513,7 +610,7 @@ static int run_chunk(chunk *c, const int32_t *expert_ids, const float *routing_w
     if (error)
         return error;
     for (int i = 0; i < threads; i++)
-        c->workers[i].packed = NULL;
+        c->workers[i].packed = c->workers[i].copied = NULL;
     mp_parallel(c->num_active * blocks(l->intermediate_size, c->block_n), threads,
                 gate_up_task, c);
     mp_parallel(blocks(l->hidden_size, c->block_h), threads, down_task, c);

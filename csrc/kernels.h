@@ -33,14 +33,24 @@ static inline ptrdiff_t mp_row(const mp_rows *x, ptrdiff_t r)
 /* There are two ways to multiply numbers that lie as models have them, and the number of
  * rows of an expert chooses: up to mp_few_rows(format), `linear` streams the weights past
  * rows that lie as they are; above, `gemm` works on rows that `pack` has brought into panels.
+ * With a large L1, one panel and a few rows are multiplied each in its own way (mp_plan).
  *
  * The numbers are measured. AMD Zen 4 with AVX512-BF16 (2 threads, 64 times 2048 rows of
  * weights of K = 2048 from memory, ms of linear|gemm): bf16 for 7 rows 22.0|22.5, 10
  * 23.5|24.7, 12 24.2|24.1, 16 29.6|24.2; f32 for 7 rows 39.6|41.8, 10 44.7|45.8, 12
  * 54.2|49.4, 16 62.7|45.2. AMD Zen 3 with AVX2 (1 thread, 64 rows of weights of K = 2048 from
  * L2, GFLOP/s): bf16 for 8 rows 69|48, 13 66|58, 16 68|71; f16 for 8 rows 71|40, 13 67|63,
- * 16 70|76; f32 for 4 rows 47|25, 6 47|44, 8 47|58, 16 47|95. */
-enum { MP_FEW_ROWS = 10, MP_FEW_ROWS_AVX2 = 14, MP_FEW_ROWS_AVX2_F32 = 6 };
+ * 16 70|76; f32 for 4 rows 47|25, 6 47|44, 8 47|58, 16 47|95. AMD Zen 5 with AVX512-BF16
+ * (2 threads, a whole layer against the fastest other, at 1, 4, 32, 128 tokens): 1.01, 0.98,
+ * 0.90, 0.95 with the numbers of Zen 4, and 1.06 to 1.09, 1.03 to 1.06, 0.99 to 1.03, 1.04 to
+ * 1.06 with those of 48 KB and what comes with them: the study that this follows was measured,
+ * this itself not yet. */
+enum {
+    MP_FEW_ROWS = 10,
+    MP_FEW_ROWS_AVX2 = 14,
+    MP_FEW_ROWS_AVX2_F32 = 6,
+    MP_FEW_ROWS_48K = 6,
+};
 
 /* Rows of weights that one call sees at most: a tile of them stays in L2 while the
  * panels pass, and a tile of products (M,N) stays small. */
@@ -92,8 +102,8 @@ static inline ptrdiff_t mp_panel_size(ptrdiff_t m, ptrdiff_t width)
     return mp_panel_rows(m) * mp_panel_width(width);
 }
 
-/* As mp_linear_fn, of M rows in panels. panels: aligned to 64 bytes; next_panels: as
- * `next`, for panels. */
+/* As mp_linear_fn, of M rows in panels; up to 16 rows may be summed in another order than
+ * more. panels: aligned to 64 bytes; next_panels: as `next`, for panels. */
 typedef void mp_gemm_fn(const void *panels, ptrdiff_t m, const mp_matrix *w,
                         ptrdiff_t n, ptrdiff_t k, const void *next,
                         const void *next_panels, float *out, ptrdiff_t ldout,
@@ -200,7 +210,16 @@ typedef struct {
 /* The variants in use. Written by mp_ops_select only. */
 extern mp_ops_table mp_ops;
 
-/* Up to so many rows `linear` is faster than `gemm`, by the variants in use. */
+/* How rows of an expert are multiplied, by the variants in use. */
+typedef struct {
+    ptrdiff_t few; /* up to so many rows `linear` is faster than `gemm` */
+    /* One panel and up to `few` rows more: the panel by gemm, those by this, which reads the
+     * weights that gemm has just read; NULL: all by gemm. */
+    mp_linear_fn *rest;
+    ptrdiff_t pad; /* elements between rows, so that they share no set of L1; 0: as they lie */
+} mp_rows_plan;
+
+mp_rows_plan mp_plan(mp_format format);
 ptrdiff_t mp_few_rows(mp_format format);
 
 /* The kernels that read a format of weights. */

@@ -26,11 +26,21 @@ void mp_ops_select(unsigned features)
     only_avx2 = (features & MP_CPU_AVX2) && !(features & MP_CPU_AVX512);
 }
 
+mp_rows_plan mp_plan(mp_format format)
+{
+    if (only_avx2)
+        return (mp_rows_plan){
+            .few = mp_formats[format].bytes < 4 ? MP_FEW_ROWS_AVX2 : MP_FEW_ROWS_AVX2_F32};
+#if defined(__x86_64__)
+    if (format == MP_FORMAT_bf16 && mp_ops.gemm_bf16 == mp_gemm_bf16_avx512bf16_48k)
+        return (mp_rows_plan){MP_FEW_ROWS_48K, mp_linear_bf16_avx512bf16, .pad = 32};
+#endif
+    return (mp_rows_plan){.few = MP_FEW_ROWS};
+}
+
 ptrdiff_t mp_few_rows(mp_format format)
 {
-    if (!only_avx2)
-        return MP_FEW_ROWS;
-    return mp_formats[format].bytes < 4 ? MP_FEW_ROWS_AVX2 : MP_FEW_ROWS_AVX2_F32;
+    return mp_plan(format).few;
 }
 
 int mp_variant_in_use(int i)

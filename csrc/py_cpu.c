@@ -23,7 +23,7 @@ static int select_level(const char *wanted)
         }
     PyErr_Format(PyExc_ValueError,
                  "MOEPROF_CPU: expected scalar, openblas, avx2, avxvnni, avx512, avx512vnni, "
-                 "avx512bf16, avx512fp16, amx or amxint8, got %s", wanted);
+                 "avx512bf16, avx512bf16_48k, avx512fp16, amx or amxint8, got %s", wanted);
     return -1;
 }
 

@@ -33,6 +33,11 @@ ROUTINGS = {
         (6, 40, 70, 90, 2),
         lambda ids: np.where(ids >= 0, np.minimum(ids, np.arange(90)[:, None] % 40), -1),
     ),
+    # of expert e
+    "e rows": (
+        (41, 72, 35, 40, 41),
+        lambda ids: np.where(np.arange(41) > np.arange(40)[:, None], np.arange(41), -1),
+    ),
     "tokens with no expert": (
         (4, 24, 17, 6, 2),
         lambda ids: np.where(np.arange(6)[:, None] % 2, -1, ids),

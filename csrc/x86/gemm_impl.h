@@ -1,11 +1,12 @@
 /* Template of `gemm`: TILE_R rows of weights by up to three panels of activations, of
  * LANES rows each, or of two and a half; one panel alone by eight rows, since fewer sums
- * than eight would wait for each other.
+ * than eight would wait for each other. Where there are registers, one panel alone has two
+ * sums for each row, of its even and of its odd units.
  *
  * A dword of a row of weights is broadcast and multiplied with the vector of the same
  * place in LANES rows of activations, a unit of their panel: an f32 of each, or a pair of
  * bf16. So a row's products are summed in the order of K in a lane of its own, whatever
- * the tile.
+ * the tile, unless it has two sums.
  *
  * Eight rows, not more: rows of 4 KB fall into the same set of L1, which has eight ways
  * (24 rows by one panel reach a quarter of the speed of 8 by 3). While the first tile of
@@ -32,6 +33,7 @@
 #endif
 #define MAX_PANELS 3
 #define MAX_ROWS 8
+#define TWO_SUMS(V, H) (LANES == 16 && (V) == 1 && !(H))
 
 /* Bytes of weights in memory that a unit goes with, and units between prefetches. */
 enum { NAME(unit_bytes) = (PAIRS ? 2 : 1) * W_SIZE, NAME(units) = 16 };
@@ -77,7 +79,7 @@ INLINE vf NAME(load_w)(const char *at, int is_half_pair)
 }
 
 INLINE void NAME(unit)(const int R, const int V, const int H, const NAME(place) *p,
-                       ptrdiff_t u, const int step, const int is_half_pair,
+                       ptrdiff_t u, const int step, const int is_half_pair, const int sum,
                        vf acc[MAX_ROWS][MAX_PANELS], vh acc_half[MAX_ROWS])
 {
     const char *panel = p->panels + u * LANES * 4;
@@ -92,7 +94,7 @@ INLINE void NAME(unit)(const int R, const int V, const int H, const NAME(place) 
         const vf w = NAME(load_w)(at, is_half_pair);
         MP_UNROLL
         for (int v = 0; v < V; v++)
-            acc[r][v] = MULTIPLY(acc[r][v], w, x[v]);
+            acc[r][v + sum] = MULTIPLY(acc[r][v + sum], w, x[v]);
         if (H)
             acc_half[r] = HALF_MULTIPLY(acc_half[r], w, x_half);
     }
@@ -101,12 +103,13 @@ INLINE void NAME(unit)(const int R, const int V, const int H, const NAME(place) 
 INLINE void NAME(tile)(const int R, const int V, const int H, const NAME(place) *place)
 {
     const NAME(place) p = *place;
+    const int two_sums = TWO_SUMS(V, H);
     vf acc[MAX_ROWS][MAX_PANELS];
     vh acc_half[MAX_ROWS];
     MP_UNROLL
     for (int r = 0; r < R; r++) {
         MP_UNROLL
-        for (int v = 0; v < V; v++)
+        for (int v = 0; v < V + two_sums; v++)
             acc[r][v] = vf_zero();
         acc_half[r] = vh_zero();
     }
@@ -124,13 +127,23 @@ INLINE void NAME(tile)(const int R, const int V, const int H, const NAME(place) 
          * than AVX2 has. */
         MP_UNROLL
         for (int step = 0; step < STEPS; step++) {
+            ptrdiff_t i = u;
+            if (two_sums)
+                for (; i + 2 <= end; i += 2) {
+                    NAME(unit)(R, V, H, &p, i, step, 0, 0, acc, acc_half);
+                    NAME(unit)(R, V, H, &p, i + 1, step, 0, 1, acc, acc_half);
+                }
             _Pragma("GCC unroll 2")
-            for (ptrdiff_t i = u; i < end; i++)
-                NAME(unit)(R, V, H, &p, i, step, 0, acc, acc_half);
+            for (; i < end; i++)
+                NAME(unit)(R, V, H, &p, i, step, 0, 0, acc, acc_half);
         }
     }
     if (p.half_pair)
-        NAME(unit)(R, V, H, &p, whole, 0, 1, acc, acc_half);
+        NAME(unit)(R, V, H, &p, whole, 0, 1, 0, acc, acc_half);
+    if (two_sums)
+        MP_UNROLL
+        for (int r = 0; r < R; r++)
+            acc[r][0] = vf_add(acc[r][0], acc[r][1]);
 
     __m256i sums[8];
     MP_UNROLL
@@ -153,14 +166,14 @@ INLINE void NAME(tile)(const int R, const int V, const int H, const NAME(place) 
 
 #define CASE(R, V, H)                                                                  \
     case 2 * (V) + (H):                                                                \
-        NAME(tile)(R, V, H, p);                                                                            \
+        NAME(tile)(R, V, H, p);                                                        \
         break;
 #define DEFINE_TILES(name, R, R_OF_ONE)                                                \
     static MP_TARGET void name(ptrdiff_t panels, int half, const NAME(place) *p)       \
     {                                                                                  \
         switch (2 * panels + half) {                                                   \
-            CASE(R, 0, 1) CASE(R_OF_ONE, 1, 0) CASE(R, 1, 1) CASE(R, 2, 0)             \
-            CASE(R, 2, 1) CASE(R, 3, 0)                                                \
+            CASE(R_OF_ONE, 1, 0) CASE(R, 1, 1) CASE(R, 2, 0) CASE(R, 2, 1)             \
+            CASE(R, 3, 0)                                                              \
         }                                                                              \
     }
 DEFINE_TILES(NAME(tiles), TILE_R, MAX_ROWS)
@@ -188,10 +201,11 @@ INLINE ptrdiff_t NAME(widen)(const char *w, int R, ptrdiff_t k, float *to)
 #endif
 
 /* Panels for one tile: three, or two where three would leave one alone, which is slower
- * than two; with the half that comes last, if it has no more rows, two at most. */
+ * than two; with the half that comes last, if it has no more rows, two at most. No half is
+ * alone: as many instructions as a whole one, and the whole has two sums. */
 static void NAME(take)(ptrdiff_t rows, ptrdiff_t *panels, int *half)
 {
-    const int last_is_half = rows % LANES > 0 && rows % LANES <= LANES / 2;
+    const int last_is_half = rows > LANES && rows % LANES > 0 && rows % LANES <= LANES / 2;
     const ptrdiff_t whole = (rows + LANES - 1) / LANES - last_is_half;
     *panels = whole < MAX_PANELS ? whole : MAX_PANELS;
     if (whole == MAX_PANELS + 1 || (whole == MAX_PANELS && last_is_half))
@@ -263,6 +277,7 @@ MP_TARGET void NAME(gemm)(const void *panels, ptrdiff_t m, const mp_matrix *w,
 #undef STEPS
 #undef MAX_PANELS
 #undef MAX_ROWS
+#undef TWO_SUMS
 #undef NAME
 #undef TILE_R
 #undef PAIRS

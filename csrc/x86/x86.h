@@ -23,8 +23,12 @@ static inline int32_t mp_load_i32(const void *at)
     return value;
 }
 
-/* Into L2: weights come from memory, and L1 has no room to wait in. */
-#define MP_PREFETCH(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
+/* Into L2: weights come from memory, and an L1 of 32 KB has no room to wait in. A file whose
+ * kernels are for a larger one says MP_HINT first. */
+#ifndef MP_HINT
+#define MP_HINT _MM_HINT_T1
+#endif
+#define MP_PREFETCH(at) _mm_prefetch((const char *)(at), MP_HINT)
 
 /* 8 x 8 dwords, in place. */
 static inline __attribute__((always_inline, target("avx2"))) void transpose8(__m256i r[8])

@@ -1,0 +1,8 @@
+/* gemm_avx512bf16.c for an L1 of 48 KB: weights come into it. */
+#if defined(__x86_64__)
+#define MP_HINT _MM_HINT_T0
+#include "avx512bf16.h"
+
+#define NAME(part) mp_##part##_bf16_avx512bf16_48k
+#include "gemm_bf16_impl.h"
+#endif

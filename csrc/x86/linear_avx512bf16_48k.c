@@ -1,0 +1,19 @@
+/* For an L1 of 48 KB, which holds a few rows of activations beside the weights that stream past:
+ * they come into it, row after row. */
+#if defined(__x86_64__)
+#define MP_HINT _MM_HINT_T0
+#include "avx512bf16.h"
+
+#define NAME(part) mp_##part##_bf16_avx512bf16_48k
+#define TILE_M 8
+#define STEP 32
+#define X_SIZE 2
+#define W_SIZE 2
+#define operand vi
+#define LOAD_X vi_load
+#define LOAD_W vi_load
+#define LOAD_X_TAIL vi_load_halves
+#define LOAD_W_TAIL vi_load_halves
+#define MULTIPLY(acc, w, x) vf_dot2(acc, w, x)
+#include "stream_impl.h"
+#endif
