@@ -65,7 +65,7 @@ static void prepare(job *j, char *base, size_t *used)
             j->x.data = own;
         }
     }
-    if (!mp_is_quantized(j->w->format) && j->x.count > mp_few_rows(j->w->format)) {
+    if (!mp_is_quantized(j->w->format) && j->x.count > mp_plan(j->w->format).few) {
         const ptrdiff_t size = mp_panel_size(j->x.count, j->k) * mp_act_size(j->act);
         void *panels = mp_carve(base, used, (size_t)size);
         if (!base)

@@ -18,7 +18,7 @@ enum { BLOCK_H = 32 };
 enum { LEAST_BLOCK = 128 };
 
 /* Rows of a panel, and rows of weights that it and the rows beside it take in turn. */
-enum { PANEL = 16, PART = 16 };
+enum { PANEL_ROWS = 16, PART = 16 };
 
 /* What a worker has to itself, on cache lines of its own. */
 typedef struct {
@@ -236,7 +236,7 @@ static int in_panels(const chunk *c, ptrdiff_t a)
 
 static int is_split(const chunk *c, ptrdiff_t a)
 {
-    const ptrdiff_t beyond = pairs_of(c, a) - PANEL;
+    const ptrdiff_t beyond = pairs_of(c, a) - PANEL_ROWS;
     return c->plan.rest && beyond > 0 && beyond <= c->plan.few;
 }
 
@@ -491,9 +491,9 @@ static void multiply_split(const chunk *c, const void *panel, const mp_rows *row
         const ptrdiff_t part = smaller(PART, n - j);
         const mp_matrix at = mp_rows_from(*w, j);
         const char *behind = j + part < n ? mp_rows_from(at, part).data : next;
-        mp_gemm(w->format)(panel, PANEL, &at, part, k, behind, panel, out, n, scratch);
+        mp_gemm(w->format)(panel, PANEL_ROWS, &at, part, k, behind, panel, out, n, scratch);
         c->plan.rest(rows, &at, part, k, behind ? behind + FETCHED * w->row_bytes : NULL,
-                     out + PANEL * n, n, scratch);
+                     out + PANEL_ROWS * n, n, scratch);
     }
 }
 
@@ -503,12 +503,12 @@ static void gate_up_split(const chunk *c, const gate_up_block *b, worker_state *
     const mp_layer *l = c->layer;
     const ptrdiff_t H = l->hidden_size, n = b->n;
     const ptrdiff_t first = c->first[c->active[b->a]], pairs = pairs_of(c, b->a);
-    const mp_rows rows = hidden_rows(c, first + PANEL, pairs - PANEL, w);
-    pack_hidden(c, first, PANEL, w);
+    const mp_rows rows = hidden_rows(c, first + PANEL_ROWS, pairs - PANEL_ROWS, w);
+    pack_hidden(c, first, PANEL_ROWS, w);
     if (l->gate)
         multiply_split(c, w->panels, &rows, &b->gate, n, H, b->up.data, w->gate, w->scratch);
     multiply_split(c, w->panels, &rows, &b->up, n, H, b->next, w->up, w->scratch);
-    activate_panels(c, b, pairs, PANEL, c->act + c->act_at[b->a], w);
+    activate_panels(c, b, pairs, PANEL_ROWS, c->act + c->act_at[b->a], w);
 }
 
 static void gate_up_task(void *context, ptrdiff_t task, int worker)
@@ -558,8 +558,8 @@ static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
     const mp_matrix down = down_from(l, e, h);
     if (is_split(c, a)) {
         const char *act = c->act + c->act_at[a];
-        const mp_rows rows = {act + PANEL * (ptrdiff_t)act_row(l), mp_panel_width(I), NULL,
-                              pairs - PANEL};
+        const mp_rows rows = {act + PANEL_ROWS * (ptrdiff_t)act_row(l), mp_panel_width(I), NULL,
+                              pairs - PANEL_ROWS};
         multiply_split(c, act, &rows, &down, n, I, next, w->gate, w->scratch);
         combine(c, e, h, w->gate, c->first[e], pairs, n, w->sum);
         return;

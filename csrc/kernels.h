@@ -31,9 +31,9 @@ static inline ptrdiff_t mp_row(const mp_rows *x, ptrdiff_t r)
 }
 
 /* There are two ways to multiply numbers that lie as models have them, and the number of
- * rows of an expert chooses: up to mp_few_rows(format), `linear` streams the weights past
- * rows that lie as they are; above, `gemm` works on rows that `pack` has brought into panels.
- * With a large L1, one panel and a few rows are multiplied each in its own way (mp_plan).
+ * rows of an expert chooses, by mp_plan: few rows lie as they are, and `linear` streams the
+ * weights past them; many are brought into panels by `pack`, for `gemm`. With a large L1, one
+ * panel and a few rows more are multiplied each in its own way.
  *
  * The numbers are measured. AMD Zen 4 with AVX512-BF16 (2 threads, 64 times 2048 rows of
  * weights of K = 2048 from memory, ms of linear|gemm): bf16 for 7 rows 22.0|22.5, 10
@@ -220,7 +220,6 @@ typedef struct {
 } mp_rows_plan;
 
 mp_rows_plan mp_plan(mp_format format);
-ptrdiff_t mp_few_rows(mp_format format);
 
 /* The kernels that read a format of weights. */
 static inline mp_linear_fn *mp_linear(mp_format format)

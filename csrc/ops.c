@@ -38,11 +38,6 @@ mp_rows_plan mp_plan(mp_format format)
     return (mp_rows_plan){.few = MP_FEW_ROWS};
 }
 
-ptrdiff_t mp_few_rows(mp_format format)
-{
-    return mp_plan(format).few;
-}
-
 int mp_variant_in_use(int i)
 {
     int line = 0;
