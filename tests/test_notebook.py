@@ -25,7 +25,7 @@ FEWER = {  # {notebook: {what it says: what runs here}}
     "02_bh_routing.ipynb": {
         "calibration_texts()[::8]": "calibration_texts()[::32]",
         "prompts()[::3]": "prompts()[::6]",
-        "heldout_texts()[::32]": "heldout_texts()[::64]",
+        "heldout_texts()[::32]": "heldout_texts()[::128]",
     },
     "03_router_for_a_budget.ipynb": {
         "tokens=4096": "tokens=1024",

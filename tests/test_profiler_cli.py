@@ -307,7 +307,9 @@ def test_ctrl_c_leaves_nothing_half_written(forked, tiny, tmp_path):
     def written():
         return records.exists() and records.stat().st_size > 1000
 
-    ended = forked.run(MAIN, "profile", "--model", tiny, *options, until=written)
+    # Not after 33 000 tokens.
+    soon = "from moeprof.profiler import records; records.CHUNK = 1 << 12; "
+    ended = forked.run(soon + MAIN, "profile", "--model", tiny, *options, until=written)
     assert (ended.returncode, ended.stderr) == (130, "moeprof: interrupted\n")
     assert not out.exists()
     assert len(read_records(records)) > 0
