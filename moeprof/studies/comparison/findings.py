@@ -126,7 +126,7 @@ def findings(run: dict[str, Any]) -> list[str]:
 def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
     """The same by what they are about: "effects", "speed", "bytes" and "reach"."""
     view = View(run)
-    effects = [*caution(view), *_answers(view), *_primary(view)]
+    effects = foremost(run)
     for table in view.tables:
         effects += _ranking(view, table)
     effects += [
@@ -156,6 +156,12 @@ def caution(view: View) -> Iterator[str]:
             "The test text is one document, and intervals are over documents: there are none, and "
             "nothing is decided. Give more tokens."
         )
+
+
+def foremost(run: dict[str, Any]) -> list[str]:
+    """The first of `findings`: a caution, who keeps quality best, and what was planned."""
+    view = View(run)
+    return [*caution(view), *_answers(view), *_primary(view)]
 
 
 def _answers(view: View) -> Iterator[str]:
@@ -219,12 +225,10 @@ def signed(effect: Mapping[str, float], form: str = "+.4f") -> str:
 
 
 def _primary(view: View) -> Iterator[str]:
-    for table in (REDUCTION, WIDE):
-        if table in view.tables:
-            break
+    table = next(iter(view.tables))
     cells = [
         view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget)
-        for budget in PRIMARY_BUDGETS
+        for budget in view.budgets(table)
     ]
     said = {
         BETTER: "BH stays closer to the full model than static top-k",
