@@ -1,6 +1,7 @@
 """The report of a study: fronts, the verdict, and that the page and the Markdown say the same."""
 
 import html
+import math
 import re
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from test_comparison_results import made_cell, made_run
 from test_profiler_page import Reader, chromium, needs_chromium
 from wording import says
 
+from moeprof.show.tables import fine
 from moeprof.studies.comparison.findings import View, beside, findings
 from moeprof.studies.diagnosis import Diagnosis
 from moeprof.studies.evaluation.result import Evaluated
@@ -353,6 +355,34 @@ def test_the_verdict_on_shrinking_has_the_bands_and_who_is_closer():
         assert f"in {whole['bits']} bits" in part and f"{effect['band_low']:+.4f} to" in part
         closer = len(beside(view, whole)["closer"])
         assert f"{closer or 'none'} closer" in part and "shrinking is closer" in part
+        assert "beside static top-k that reads as much" in part
+    run["quantized"][-1]["bytes_per_token"] = 99.0  # less than one expert
+    (line,) = [line for line in said(compare=run) if "fewer bits" in line]
+    assert "beside static top-1, which reads more" in line
+
+
+def test_what_is_near_the_model_itself_is_not_rounded_to_nothing():
+    cell = made_cell(shift=0.0, noise=0.0)
+    run = made_run(cell)
+    small = {"estimate": 3e-6, "low": 2e-6, "high": 4e-6, "band_low": 1e-6, "band_high": 5e-6}
+    cell["kl"], cell["effect"]["kl"] = 2.3e-5, small
+    (line, *_) = said(compare=run | {"quantized": []})
+    assert "KL 0.000023" in line and "+0.0000030 (band +0.0000010 to +0.0000050)" in line
+    point = pareto.Point("a", "a", 2.0, None, None, 0.00012, 0.0001, 0.00014)
+    assert "0.00012 (0.00010 to 0.00014)" in pareto.table([point], pareto.KL, "k").table.rows[0]
+
+
+def test_numbers_have_at_least_two_digits():
+    written = {
+        -0.0123: "-0.0123",
+        3e-4: "+0.00030",
+        2e-6: "+0.0000020",
+        2e-9: "+2.0e-09",
+        0.0: "+0",
+    }
+    for value, text in written.items():
+        assert format(value, fine(value)) == text
+    assert fine(math.nan, form=".4f") == ".4f" and fine(1e-6, 0.5) == "+.4f"
 
 
 @pytest.mark.parametrize(

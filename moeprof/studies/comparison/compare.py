@@ -11,7 +11,7 @@ from ..engine.engine import Listener, announce
 from ..engine.staged import recall, run_stages
 from ..store.store import Store
 from .effects import QUANTIZED, ROUTER, STATIC
-from .findings import findings, foremost
+from .findings import findings, foremost, in_digits
 from .plots import figure
 from .report import console_tables, report
 from .work import Comparison
@@ -97,4 +97,4 @@ def _line(row: dict[str, Any]) -> str:
     """What the console says of a row."""
     about = f"{row['table']}: " if row["table"] else ""
     about += f"{row['contender']}, {row['allocation']}, budget {row['budget']}"
-    return f"{about}: KL {row['kl']:.4f}" if "kl" in row else f"{about}: out of reach"
+    return f"{about}: KL {in_digits(row['kl'])}" if "kl" in row else f"{about}: out of reach"
