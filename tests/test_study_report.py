@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from profiles import ROOF, make_profile
 from test_comparison_bytes import shrinking_run
 from test_comparison_results import made_cell, made_run
 from test_profiler_page import Reader, chromium, needs_chromium
 from wording import says
 
+from moeprof.show.figures import colours
 from moeprof.show.tables import fine
 from moeprof.studies.comparison.findings import View, beside, findings
 from moeprof.studies.diagnosis import Diagnosis
@@ -361,6 +363,17 @@ def test_the_verdict_on_shrinking_has_the_bands_and_who_is_closer():
     assert "beside static top-1, which reads more" in line
 
 
+def test_each_finding_of_a_profile_leads_to_what_it_is_of():
+    few = make_profile(roofline=ROOF._replace(read_gbs=1.0), prefill=(5,))
+    sentences = parts._profile(Results(facts("profile"), profile=few)).sentences
+    places = {
+        words: to for words in parts.PROFILE_PLACES for text, to in sentences if words in text
+    }
+    assert places["Few tokens"] == "profile-load"
+    assert places["More than 100 %"] == "profile-roofline"
+    assert places["LRU cache"] == "profile-cache"
+
+
 def test_what_is_near_the_model_itself_is_not_rounded_to_nothing():
     cell = made_cell(shift=0.0, noise=0.0)
     run = made_run(cell)
@@ -564,6 +577,25 @@ def test_a_figure_for_paper_does_not_follow_dark_mode():
     figure.subplots().plot([1, 2], color="black")
     assert b"var(--" in svg(figure) and b"var(--" not in svg(figure, paper=True)
     assert 'class="picture paper"' in picture(figure, "x", paper=True)
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("count", [12, 30])
+def test_colours_that_are_lost_on_black_are_lighter_there(count):
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    from moeprof.show.pictures import svg
+
+    figure, wanted = Figure(), colours(count)
+    axis = figure.subplots()
+    for colour in wanted:
+        axis.plot([1, 2], color=colour)
+    said = svg(figure).decode()
+    dark = dict(re.findall(r"--c(\w{6}):(#\w{6})", said))  # the last one, for the dark
+    shown = [dark.get(colour[1:].lower(), colour) for colour in wanted]
+    assert len(set(shown)) == count
+    assert all(np.dot(to_rgb(colour), (0.21, 0.72, 0.07)) > 0.3 for colour in shown)
 
 
 @needs_chromium

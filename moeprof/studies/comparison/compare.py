@@ -49,7 +49,7 @@ def compare(
     try:
         with (
             Store(files.store) if store is None else nullcontext(store) as store,
-            progress(console, sum(map(comparison.steps, planned)), "compare") as bar,
+            progress(console, sum(map(comparison.steps, planned)), "compare", "texts") as bar,
         ):
             recall(comparison, store)
             announce(console, store, comparison)

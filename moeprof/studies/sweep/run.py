@@ -86,7 +86,7 @@ def sweep(
     try:
         with (
             Store(files.store) if store is None else nullcontext(store) as store,
-            progress(console, sum(map(work.steps, work.cells)), "sweep") as bar,
+            progress(console, sum(map(work.steps, work.cells)), "sweep", "texts") as bar,
         ):
             announce(console, store, work)
             said = _Said(run, work, files, console, bar)
