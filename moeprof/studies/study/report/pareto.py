@@ -246,9 +246,9 @@ def _number(value: float | None, form: str) -> str:
 
 def drawn(points: Sequence[Point], measure: str, key: str, of: str) -> Drawn:
     caption = (
-        "Static top-k has the colour of the text; bars: 95 % intervals; the wide line joins the front, whose members "
-        "have the numbers of the table. The scale is logarithmic, but straight from 0 to "
-        "the smallest loss above it."
+        "Static top-k has the colour of the text; bars: 95 % intervals; the wide line joins the "
+        "front, whose members have the numbers of the table. The scale is logarithmic, but "
+        "straight from 0 to the smallest loss above it."
     )
     return Drawn(key, "Quality against cost", caption, figure(points, measure), of)
 
