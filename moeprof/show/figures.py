@@ -39,7 +39,8 @@ def on_black() -> dict[str, str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    walk = [to_hex(colour) for colour in colormaps["viridis"].colors]
+    viridis = colormaps["viridis"]
+    walk = [to_hex(viridis(i)) for i in range(viridis.N)]
     lighter = [walk[round(i)] for i in np.linspace(0.3 * len(walk), len(walk) - 1, len(walk))]
     shades = {_shade(colour, *_SHADES[1]): _shade(colour, 0.45, 0.35) for colour in COLOURS}
     return {old.lower(): new for old, new in [*shades.items(), *zip(walk, lighter, strict=True)]}

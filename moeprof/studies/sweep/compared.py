@@ -118,7 +118,7 @@ def interval(row: Mapping[str, Any], name: str, form: str = "+.4f") -> str:
     value, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
     if value is None or math.isnan(value):
         return ""
-    if low is None or math.isnan(low):
+    if low is None or high is None or math.isnan(low):
         return format(value, fine(value, form=form))
     form = fine(value, low, high, form=form)
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
