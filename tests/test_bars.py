@@ -24,7 +24,7 @@ def lines(terminal):
 
 
 def test_a_bar_inside_another_is_a_line_below_it_while_it_lasts(terminal):
-    with console.progress(terminal, 4, "outer", still=True) as outer:
+    with console.progress(terminal, 4, "outer", "texts", still=True) as outer:
         outer.step()
         with console.progress(terminal, 2.5, "inner", shown=False) as inner:
             inner.step(0.5)
@@ -32,7 +32,9 @@ def test_a_bar_inside_another_is_a_line_below_it_while_it_lasts(terminal):
         outer.step()
     drawn = lines(terminal)
     last = max(i for i, line in enumerate(drawn) if line.startswith("inner"))
-    assert re.match("outer .* 1/4 ", drawn[last - 1]) and re.match("inner .* 2/2 ", drawn[last])
+    assert re.match("outer .* 1/4 texts ", drawn[last - 1]) and re.match(
+        "inner .* 2/2 ", drawn[last]
+    )
     assert drawn[last + 1 :] and all(re.match("outer .* 2/4 ", line) for line in drawn[last + 1 :])
     assert max(map(len, drawn)) <= 80
 
@@ -40,9 +42,11 @@ def test_a_bar_inside_another_is_a_line_below_it_while_it_lasts(terminal):
 @pytest.mark.parametrize("name", ["reduction: a router with a long name, equal, budget 3", "short"])
 def test_a_narrow_screen_has_all_numbers(terminal, name):
     terminal.width = 60
-    with console.progress(terminal, 5684, name, still=True) as bar:
+    with console.progress(terminal, 5684, name, "windows", still=True) as bar:
         bar.step(1964)
-    assert all(re.search(r" (0|1964)/5684 \d:\d\d:\d\d [-\d]:", line) for line in lines(terminal))
+    assert all(
+        re.search(r" (0|1964)/5684 windows \d:\d\d:\d\d [-\d]:", line) for line in lines(terminal)
+    )
 
 
 def test_after_an_error_the_next_bar_is_one_of_its_own(terminal):

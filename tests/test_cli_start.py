@@ -144,6 +144,18 @@ def test_ctrl_c_while_packages_are_imported(name, folder, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["text.txt"]
 
 
+def test_a_terminal_is_told_what_the_first_seconds_are_for(folder, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise KeyboardInterrupt")
+    for terminal in (True, False):
+        program = f"import sys; sys.stderr.isatty = lambda: {terminal}; {MAIN}"
+        ended = python(program, "profile", "--out", "out", folder=folder, path=tmp_path)
+        said = "moeprof: importing torch and transformers\n" if terminal else ""
+        assert ended.stderr == f"{said}moeprof: interrupted\n"
+    program = f"import sys; sys.stderr.isatty = lambda: True; {MAIN}"
+    assert python(program, "cpu", folder=folder).stderr == ""  # imports neither
+
+
 def test_ctrl_c_inside_an_exec(folder, tmp_path):
     """Python ends by the signal then, unless it is told that the interrupt was handled."""
     (tmp_path / "torch").mkdir()

@@ -219,7 +219,9 @@ def test_findings_where_shrinking_is_better_than_all_that_skip():
     assert says(text, "static top-8 in 4 bits less static top-k in 8 bits", "fewer bits are closer")
     title = figure(run).axes[-2].get_title("left")
     assert title == "All 8 experts in 4 bits beat fewer that read more"
+    assert ")*" not in report(run)
     run["quantized"][-1]["bytes_per_token"] = 99.0  # less than one expert
+    assert ")* |" in next(line for line in report(run).splitlines() if "| top-8 in 4 bits" in line)
     assert says(" ".join(findings(run)), "top-8 in 4 bits", "(static top-1, which reads more)")
 
 

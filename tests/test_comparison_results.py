@@ -9,7 +9,7 @@ from wording import says
 from moeprof.studies.comparison.contenders import CONTENDERS, choose_contenders
 from moeprof.studies.comparison.effects import Documents, Table, interpolate, verdict
 from moeprof.studies.comparison.files import frame
-from moeprof.studies.comparison.findings import findings
+from moeprof.studies.comparison.findings import findings, foremost
 from moeprof.studies.comparison.plan import plan_tables
 from moeprof.studies.comparison.plots import figure
 from moeprof.studies.comparison.report import console_tables, report
@@ -188,6 +188,16 @@ def test_the_first_finding_is_who_keeps_quality_best():
     assert "loses to static top-k" in four
 
 
+def test_what_was_planned_is_among_the_foremost_findings():
+    run = made_run(*(made_cell(budget=budget, shift=-0.02, seed=budget) for budget in (4, 6)))
+    run["splits"]["test"] = run["splits"]["test"][:9]
+    few, *_, four, six = foremost(run)
+    assert findings(run)[:5] == foremost(run) and "9 documents only" in few
+    assert says(four, "planned", "at 4 experts") and says(six, "planned", "at 6 experts")
+    other = made_run(made_cell(budget=3, shift=-0.02), plan_budgets=(3,))
+    assert says(foremost(other)[-1], "planned", "at 3 experts")
+
+
 def test_findings_without_a_difference_and_without_adaptivity():
     router = made_cell(shift=0.0002, noise=0.05)
     text = said(router, made_cell("shuffled", shift=0.0001, noise=0.05, seed=8))
@@ -258,12 +268,11 @@ def test_the_figure_names_its_lines_and_counts_as_the_findings_do():
 
 
 def test_contenders_and_tables_are_chosen_by_name():
-    assert [c.name for c in choose_contenders(["hc (p)", "bh"])] == [
-        "bh",
-        "bh (logit)",
-        "bh (trimmed)",
-        "hc (p)",
-    ]
+    def names(*asked):
+        return [c.name for c in choose_contenders(asked)]
+
+    assert names("hc (p)", "bh") == ["bh", "hc (p)"]
+    assert names("bh (trimmed)", "ebh") == ["bh (trimmed)", "ebh (lr)", "ebh (calibrator)"]
     assert len(choose_contenders()) == len(CONTENDERS) == 18
     with pytest.raises(ValueError, match="expected one of .*'bh'.*, got 'nonsense'"):
         choose_contenders(["nonsense"])

@@ -14,6 +14,7 @@ does here, and pictures are not drawn.
 """
 
 import contextlib
+import importlib
 import io
 import re
 import shlex
@@ -279,15 +280,21 @@ def test_the_reference_shows_the_defaults_of_the_signature():
     assert str(parameter.annotation) == 'one of "c", "torch" or None'
 
 
-def test_the_command_line_page_is_made_from_the_parsers():
-    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
-    patched = pytest.MonkeyPatch()
-    patched.syspath_prepend(ROOT / "docs")
-    import hooks
+@pytest.fixture
+def write(monkeypatch):
+    """The program docs/write.py."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("write")
 
-    patched.undo()
-    assert hooks.PLACE in page
-    made = hooks.commands()
+
+def test_what_the_pages_have_from_the_code_is_as_the_code_has_it(write):
+    for page in write.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert write.MADE.search(text) and text == write.written(page), "python docs/write.py"
+
+
+def test_the_command_line_page_is_made_from_the_parsers(write):
+    made = write.commands()
     headings = re.findall(r"^## moeprof (.+)$", made, re.M)
     assert {"sweep", "profile", "calibrate", "compare", "diagnose", "bench layer"} <= set(headings)
     assert all(command in headings for command in ["cpu", "bench kernels", "bench model"])

@@ -126,6 +126,8 @@ def test_everything_at_once(tiny, text, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == sorted(SAVED + extra)
     said = capsys.readouterr().out
     assert "BH(" in said and "max_k=4" in said
+    assert "Agreement with the model's own router" in said
+    assert "What a layer's experts are worth" in said
     assert max(map(len, said.split("Written:")[0].splitlines())) <= 100
     assert [line.split("/")[-1] for line in said.splitlines() if "Written" in line] == [
         "index.html",

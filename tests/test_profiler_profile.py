@@ -244,11 +244,13 @@ def test_padding_only_and_unknown_sizes_are_no_obstacle():
     assert not {"roofline", "coactivation", "moves"} & set(plain.figures)
 
 
-def test_a_roof_that_is_exceeded_is_called_stale():
+def test_a_roof_that_is_exceeded_is_explained():
     low = ROOF._replace(read_gbs=1.0)
     text = " ".join(make_profile(4, roofline=low).summary().split())
-    assert says(text, "More than 100 %", "decode, layers 0 to 3", "roof is stale")
-    assert "stale" not in make_profile(4, roofline=ROOF._replace(read_gbs=900.0)).summary()
+    assert says(text, "More than 100 %", "decode, layers 0 to 3", "in a cache", "another load")
+    assert (
+        "More than 100 %" not in make_profile(4, roofline=ROOF._replace(read_gbs=900.0)).summary()
+    )
 
 
 # ---------------------------------------------------------------- figures

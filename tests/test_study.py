@@ -29,7 +29,7 @@ from moeprof.studies.study.files import StudyFiles
 from moeprof.studies.study.parts import MAKERS, Ground
 from moeprof.studies.study.plan import in_words
 from moeprof.studies.study.profiling import ProfileWork
-from moeprof.studies.study.run import plan_study, study
+from moeprof.studies.study.run import plan_study, run_study, study
 from moeprof.studies.study.settings import PARTS, Settings
 from moeprof.studies.sweep.work import SweepWork
 
@@ -92,6 +92,20 @@ def run(made, engine=None):
     console = quiet()
     with Store(made.files.store) as store:
         return study(made, store, engine, console), console.file.getvalue()
+
+
+def test_a_study_in_python_is_the_same_study(ground, tmp_path, capsys):
+    given = ground(parts=["evaluate"])
+    folder, texts = tmp_path / "python", demo.heldout_texts()
+    settings = QUICK | {"parts": ["evaluate"], "routers": ["fixed_p"], "budgets": [2]}
+    found = run_study(given.model, given.tokenizer, folder, texts=texts, **settings)
+    assert found.compare is None and (folder / "report.md").is_file()
+    expected, _ = run(given)
+    kls = [[row["kl"] for row in each.evaluate.rows] for each in (found, expected)]
+    assert kls[0] == pytest.approx(kls[1])
+    assert "evaluate (part 2 of 2)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected one of .*'bh'.*, got 'bhh'"):
+        run_study(given.model, given.tokenizer, folder, routers=["bhh"])
 
 
 # ---- the settings ----

@@ -1,16 +1,20 @@
 """The report of a study: fronts, the verdict, and that the page and the Markdown say the same."""
 
 import html
+import math
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from profiles import ROOF, make_profile
 from test_comparison_bytes import shrinking_run
 from test_comparison_results import made_cell, made_run
 from test_profiler_page import Reader, chromium, needs_chromium
 from wording import says
 
+from moeprof.show.figures import colours
+from moeprof.show.tables import fine
 from moeprof.studies.comparison.findings import View, beside, findings
 from moeprof.studies.diagnosis import Diagnosis
 from moeprof.studies.evaluation.result import Evaluated
@@ -353,6 +357,45 @@ def test_the_verdict_on_shrinking_has_the_bands_and_who_is_closer():
         assert f"in {whole['bits']} bits" in part and f"{effect['band_low']:+.4f} to" in part
         closer = len(beside(view, whole)["closer"])
         assert f"{closer or 'none'} closer" in part and "shrinking is closer" in part
+        assert "beside static top-k that reads as much" in part
+    run["quantized"][-1]["bytes_per_token"] = 99.0  # less than one expert
+    (line,) = [line for line in said(compare=run) if "fewer bits" in line]
+    assert "beside static top-1, which reads more" in line
+
+
+def test_each_finding_of_a_profile_leads_to_what_it_is_of():
+    few = make_profile(roofline=ROOF._replace(read_gbs=1.0), prefill=(5,))
+    sentences = parts._profile(Results(facts("profile"), profile=few)).sentences
+    places = {
+        words: to for words in parts.PROFILE_PLACES for text, to in sentences if words in text
+    }
+    assert places["Few tokens"] == "profile-load"
+    assert places["More than 100 %"] == "profile-roofline"
+    assert places["LRU cache"] == "profile-cache"
+
+
+def test_what_is_near_the_model_itself_is_not_rounded_to_nothing():
+    cell = made_cell(shift=0.0, noise=0.0)
+    run = made_run(cell)
+    small = {"estimate": 3e-6, "low": 2e-6, "high": 4e-6, "band_low": 1e-6, "band_high": 5e-6}
+    cell["kl"], cell["effect"]["kl"] = 2.3e-5, small
+    (line, *_) = said(compare=run | {"quantized": []})
+    assert "KL 0.000023" in line and "+0.0000030 (band +0.0000010 to +0.0000050)" in line
+    point = pareto.Point("a", "a", 2.0, None, None, 0.00012, 0.0001, 0.00014)
+    assert "0.00012 (0.00010 to 0.00014)" in pareto.table([point], pareto.KL, "k").table.rows[0]
+
+
+def test_numbers_have_at_least_two_digits():
+    written = {
+        -0.0123: "-0.0123",
+        3e-4: "+0.00030",
+        2e-6: "+0.0000020",
+        2e-9: "+2.0e-09",
+        0.0: "+0",
+    }
+    for value, text in written.items():
+        assert format(value, fine(value)) == text
+    assert fine(math.nan, form=".4f") == ".4f" and fine(1e-6, 0.5) == "+.4f"
 
 
 @pytest.mark.parametrize(
@@ -534,6 +577,25 @@ def test_a_figure_for_paper_does_not_follow_dark_mode():
     figure.subplots().plot([1, 2], color="black")
     assert b"var(--" in svg(figure) and b"var(--" not in svg(figure, paper=True)
     assert 'class="picture paper"' in picture(figure, "x", paper=True)
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("count", [12, 30])
+def test_colours_that_are_lost_on_black_are_lighter_there(count):
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    from moeprof.show.pictures import svg
+
+    figure, wanted = Figure(), colours(count)
+    axis = figure.subplots()
+    for colour in wanted:
+        axis.plot([1, 2], color=colour)
+    said = svg(figure).decode()
+    dark = dict(re.findall(r"--c(\w{6}):(#\w{6})", said))  # the last one, for the dark
+    shown = [dark.get(colour[1:].lower(), colour) for colour in wanted]
+    assert len(set(shown)) == count
+    assert all(np.dot(to_rgb(colour), (0.21, 0.72, 0.07)) > 0.3 for colour in shown)
 
 
 @needs_chromium

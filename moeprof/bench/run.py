@@ -39,7 +39,9 @@ def run(settings: Settings, json_file: str | None = None, plot_file: str | None 
         }
         for line in _header(settings, result["machine"]):
             console.print(line)
-        with progress(console, module.rounds(settings), settings.benchmark, still=True) as bar:
+        with progress(
+            console, module.rounds(settings), settings.benchmark, "rounds", still=True
+        ) as bar:
             result |= module.measure(settings, bar)
     for part in module.tables(result):
         console.print(part, width=min(width(), console.width), soft_wrap=False)

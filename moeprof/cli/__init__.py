@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace()
     try:
         arguments = _parser().parse_args(argv)
-        checks.check_installed(f"moeprof {arguments.command}", _needed(arguments))
+        needed = _needed(arguments)
+        checks.check_installed(f"moeprof {arguments.command}", needed)
+        _say_what_takes_long(needed)
         with _plain_warnings():
             code = arguments.run(arguments) or 0
         sys.stdout.flush()  # a full disk or a closed pipe is told here, not at exit
@@ -141,6 +143,12 @@ def _needed(arguments: argparse.Namespace) -> Sequence[str]:
     if arguments.command == "eval-harness":
         return (*checks.ALL, "lm_eval")
     return checks.ALL
+
+
+def _say_what_takes_long(needed: Sequence[str]) -> None:
+    """For a person who waits: the first imports take seconds, and no bar can be shown before."""
+    if "torch" in needed and "torch" not in sys.modules and sys.stderr.isatty():
+        print("moeprof: importing torch and transformers", file=sys.stderr, flush=True)
 
 
 def _one_line(text: object) -> str:

@@ -28,7 +28,8 @@ def add_compare(commands: Commands) -> None:
     options.add_names(
         parser,
         "--routers",
-        "of these only: bh, storey_bh, ..., or one contender as the tables name it",
+        "these only, as the tables name them: bh, bh (trimmed), hc (p), ...; the name of a router "
+        "with several options, such as higher_criticism, stands for all of them; default: all",
     )
     options.add_integers(
         parser,

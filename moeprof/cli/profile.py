@@ -173,6 +173,7 @@ def _profile(
     from ..measure.roofline import roofline
     from ..models.decoding import only_device_of
     from ..profile.run import plan, profile_texts
+    from ..profile.text import table_as_text
 
     console = make_console()
     planned = plan(
@@ -205,6 +206,8 @@ def _profile(
         sections["agreement"] = _agreement(model, planned, patch or {})
     if arguments.ablation:
         sections["ablation"] = _ablation(arguments, model, tokenizer, documents)
+    for section in sections.values():
+        console.print(table_as_text(section.table))
     for path in [*_show(result, folder, sections), *paths]:
         console.print(f"Written: {path}")
 
@@ -247,7 +250,7 @@ def _show(result: Profile, folder: Path, sections: dict[str, Section]) -> list[P
     """index.html, and the sections' tables; the files' paths."""
     from ..profile.page import page
 
-    with progress(make_console(), len(result.figures), "figures") as bar:
+    with progress(make_console(), len(result.figures), "the page", "figures") as bar:
         files = {"index.html": page(result, sections.values(), bar.step).encode()}
     for name, section in sections.items():
         files[f"{name}.csv"] = as_csv(section.frame)

@@ -153,7 +153,7 @@ def _run(
             if isinstance(patch := vars(block.module).get(STATE), PatchedLayer):
                 handles.append(Removable([patch], _reader(outputs, layer)))
         total = None if texts.total is None else texts.total / 1000
-        bar = progress_bar(make_console(), total, "calibrating, kB of text", shown=progress)
+        bar = progress_bar(make_console(), total, "calibrating", "kB of text", shown=progress)
         with torch.inference_mode(), bar as shown:
             for text, size in texts:
                 for ids, share in _windows(text, tokenizer, window):

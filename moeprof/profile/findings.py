@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SLOW = 1.5  # from this multiple of the median on, the mean is of a few slow steps
 NAMED = 4  # so many experts are named one by one
 FEW = 5  # selections of an expert, on average, below which its load is chance
-STALE = 1.0  # above this share of a roof, the roof was measured too low
+ROOF = 1.0  # above this share of a roof, the roof was measured too low
 
 
 def findings(profile: Profiled) -> list[str]:
@@ -260,12 +260,11 @@ def _time(profile: Profiled, phase: str) -> Iterator[str]:
             "steps."
         )
     each = zip(profile.labels, profile.each(phase), strict=True)
-    stale = [label for label, m in each if max(m.mbu, m.mfu) > STALE]
-    if stale:
+    above = [label for label, m in each if max(m.mbu, m.mfu) > ROOF]
+    if above:
         yield (
-            f"More than 100 % of a roof in {phase}, layer{'s' * (len(stale) > 1)} {spans(stale)}: "
-            "the measured roof is stale (weights in a cache, or another load on the machine when "
-            "it was measured). Measure it again."
+            f"More than 100 % of a roof in {phase}, {_plural(above)}: weights were still in a "
+            "cache, or the roof was measured beside another load on the machine."
         )
 
 

@@ -196,13 +196,14 @@ METRICS = {
             "mbu",
             "share",
             "Memory bandwidth utilisation: read_gbs over the read bandwidth that was "
-            "measured; above 1 that one is stale.",
+            "measured; above 1 where weights were still in a cache, or that was measured beside "
+            "another load.",
         ),
         (
             "mfu",
             "share",
             "Model FLOPs utilisation: gflops over the rate of matrix products that "
-            "was measured; above 1 that one is stale.",
+            "was measured; above 1 if that was measured beside another load.",
         ),
         (
             "lru_hit_rates",

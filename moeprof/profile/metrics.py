@@ -456,12 +456,12 @@ class LayerMetrics:
 
     @property
     def mbu(self) -> float:
-        """Share of the measured read bandwidth; above 1 the measured roof is stale."""
+        """Share of the measured read bandwidth; above 1 where weights were in a cache."""
         return self.read_gbs / self.roofline.read_gbs if self.roofline else NAN
 
     @property
     def mfu(self) -> float:
-        """Share of the measured matrix product rate; above 1 the measured roof is stale."""
+        """Share of the measured rate of matrix products; above 1 if that was measured too low."""
         return self.gflops / self.roofline.gemm_gflops if self.roofline else NAN
 
     @property

@@ -102,7 +102,7 @@ def profile_texts(
     profiler = MoEProfiler(model, **options)
     with evaluating(model), torch.inference_mode(), _patched(model, patch):
         _prefill(model, plan.text.windows[0].ids)  # what is slow the first time isn't counted
-        with profiler, progress(console, plan.steps, "profile", still=True) as bar:
+        with profiler, progress(console, plan.steps, "profile", "forwards", still=True) as bar:
             for window in plan.text.windows:
                 with profiler.domain(plan.text.documents[window.document]["domain"]):
                     _prefill(model, window.ids)
@@ -195,7 +195,7 @@ def agreement_by_layer(model: nn.Module, plan: Plan, patch: dict[str, Any]) -> p
     """
     import pandas
 
-    with progress(make_console(), 2 * len(plan.text.windows), "agreement") as bar:
+    with progress(make_console(), 2 * len(plan.text.windows), "agreement", "windows") as bar:
         own, others = (_selections(model, plan, options, bar.step) for options in ({}, patch))
     blocks, rows = find_blocks(model), []
     labels = layer_labels([block.name for block in blocks])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..show.tables import Table, with_interval
+from ..show.tables import Table, fine, with_interval
 from .specialisation import ENOUGH, MINIMUM, most_by_domain
 from .wording import layer_names, number, short
 
@@ -191,9 +191,10 @@ def ablation(frame: pandas.DataFrame) -> Table:
             str(r["layer"]),
             str(r["k"]),
             f"{r['loss']:.4f}",
-            with_interval(r["loss_change"], r["low"], r["high"], "+.4f"),
+            with_interval(*change, fine(*change)),
         ]
         for r in frame.to_dict("records")
+        for change in [(r["loss_change"], r["low"], r["high"])]
     ]
     return Table(
         "What a layer's experts are worth",

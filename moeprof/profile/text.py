@@ -34,6 +34,11 @@ def as_text(profile: Profiled) -> str:
     return printable("\n".join(lines) + "\n")
 
 
+def table_as_text(table: Table) -> str:
+    """Title, note and rows."""
+    return printable("\n".join(_of_table(table)) + "\n")
+
+
 def comparison_as_text(comparison: Compared) -> str:
     """The findings and the table of a ProfileComparison."""
     lines = [fill(f"- {line}", rest="  ") for line in comparison.findings()]

@@ -283,7 +283,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 def _steps(sources: list[Any], progress: bool | None) -> Iterator[Any]:
     """One after the other, with a bar."""
     shown = progress is not False
-    with progress_bar(make_console(), len(sources), "load", shown=shown) as bar:
+    with progress_bar(make_console(), len(sources), "load", "modules", shown=shown) as bar:
         for source in sources:
             yield source
             bar.step()

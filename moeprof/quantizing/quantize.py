@@ -104,7 +104,9 @@ def quantize(
     done: list[QuantizedPart] = []
     try:
         shown = progress is not False
-        with progress_bar(make_console(), len(plan.parts), "quantize", shown=shown) as bar:
+        with progress_bar(
+            make_console(), len(plan.parts), "quantize", "modules", shown=shown
+        ) as bar:
             while plan.parts:
                 done.append(_convert(model, plan.parts.pop(0), exact, calls, made))
                 bar.step()

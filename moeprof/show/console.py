@@ -71,12 +71,15 @@ def text_console(file: IO[str], columns: int | None = None) -> Console:
 
 
 class Bar:
-    """A progress bar of `total` steps; `note` says what it is at. Without `progress`, nothing."""
+    """A progress bar of `total` steps of a unit; `note` says what it is at. Without `progress`,
+    nothing."""
 
-    def __init__(self, progress: Progress | None, name: str, total: float | None) -> None:
+    def __init__(
+        self, progress: Progress | None, name: str, total: float | None, unit: str
+    ) -> None:
         self._progress = progress
         if progress is not None:
-            self._task = progress.add_task(name, total=total)
+            self._task = progress.add_task(name, total=total, unit=unit)
 
     def step(self, steps: float = 1) -> None:
         self._update(advance=steps)
@@ -102,18 +105,19 @@ def progress(
     console: Console,
     total: float | None,
     name: str,
+    unit: str = "",
     *,
     still: bool = False,
     shown: bool = True,
 ) -> Iterator[Bar]:
     """A Bar for a person: on the console, or on stderr when only that is a terminal.
 
-    total: None where only the end will tell. still: it is drawn at its steps only, so that no
-    thread of it runs beside a measurement. shown: False for none. Inside another it is a line
-    below that one, whatever `shown` says.
+    total: None where only the end will tell; unit: what is counted, "windows". still: it is drawn
+    at its steps only, so that no thread of it runs beside a measurement. shown: False for none.
+    Inside another it is a line below that one, whatever `shown` says.
     """
     if _drawn or not shown:
-        bar = Bar(_drawn[-1] if _drawn else None, name, total)
+        bar = Bar(_drawn[-1] if _drawn else None, name, total, unit)
         try:
             yield bar
         finally:
@@ -122,7 +126,7 @@ def progress(
     with _bars(console, still) as bars:
         _drawn.append(bars)
         try:
-            yield Bar(bars, name, total)
+            yield Bar(bars, name, total, unit)
         finally:
             _drawn.remove(bars)
 
@@ -130,7 +134,6 @@ def progress(
 def _bars(console: Console, still: bool) -> Progress:
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -144,7 +147,7 @@ def _bars(console: Console, still: bool) -> Progress:
         BarColumn(),
         *(
             column(table_column=Column(no_wrap=True))  # the others are cut on a narrow screen
-            for column in (MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn)
+            for column in (_steps_class(), TimeElapsedColumn, TimeRemainingColumn)
         ),
         console=screen,
         transient=True,
@@ -163,6 +166,22 @@ def _notes() -> ProgressColumn:
             return Text(task.description, no_wrap=True, overflow="ellipsis")
 
     return Notes()
+
+
+@cache
+def _steps_class() -> type[ProgressColumn]:
+    from rich.progress import MofNCompleteColumn
+    from rich.text import Text
+
+    class Steps(MofNCompleteColumn):
+        """ "3/12 windows"; nothing of one step, or as long as it isn't known of how many."""
+
+        def render(self, task: Task) -> Text:
+            if task.total in (None, 1):
+                return Text()
+            return super().render(task).append(f" {task.fields['unit']}".rstrip())
+
+    return Steps
 
 
 @cache

@@ -33,6 +33,19 @@ def colours(count: int) -> list[str]:
     return [_shade(COLOURS[i % len(COLOURS)], *_SHADES[i // len(COLOURS)]) for i in range(count)]
 
 
+@cache
+def on_black() -> dict[str, str]:
+    """{one of `colours` that is lost on black: what stands for it there}."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    viridis = colormaps["viridis"]
+    walk = [to_hex(viridis(i)) for i in range(viridis.N)]
+    lighter = [walk[round(i)] for i in np.linspace(0.3 * len(walk), len(walk) - 1, len(walk))]
+    shades = {_shade(colour, *_SHADES[1]): _shade(colour, 0.45, 0.35) for colour in COLOURS}
+    return {old.lower(): new for old, new in [*shades.items(), *zip(walk, lighter, strict=True)]}
+
+
 def _shade(colour: str, share: float, white: float) -> str:
     if share == 1:
         return colour

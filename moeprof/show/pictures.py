@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
+
+from .figures import on_black
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,14 +65,25 @@ def svg(figure: Figure, *, paper: bool = False) -> bytes:
     text = re.sub(r">\s+<", "><", text)
     if paper:
         return text.encode()
-    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})\b", _role, text)
-    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{_STYLE}</style>", text, count=1).encode()
+    changed = {colour: new for colour, new in on_black().items() if colour in text}
+    roles = _ROLES | {colour: f"c{colour[1:]}" for colour in changed}
+
+    def role(match: re.Match[str]) -> str:
+        what, colour = match.groups()
+        return f"{what}: var(--{roles[colour]})" if colour in roles else match.group()
+
+    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})\b", role, text)
+    style = _STYLE + _lighter(changed)
+    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{style}</style>", text, count=1).encode()
 
 
-def _role(match: re.Match[str]) -> str:
-    what, colour = match.groups()
-    role = _ROLES.get(colour)
-    return f"{what}: var(--{role})" if role else match.group()
+def _lighter(changed: Mapping[str, str]) -> str:
+    """Style in which colours that are lost on black are others there."""
+    light, dark = (
+        ";".join(f"--c{colour[1:]}:{value}" for colour, value in pairs)
+        for pairs in ([(colour, colour) for colour in changed], changed.items())
+    )
+    return f"svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}" if changed else ""
 
 
 def png(figure: Figure, dpi: float, text: str) -> str:

@@ -65,6 +65,19 @@ def milliseconds(times: Mapping[str, Mapping[str, float]], name: str) -> float |
     return times[name]["median_ms"] if name in times else None
 
 
+def fine(*values: float, form: str = "+.4f") -> str:
+    """`form` with as many more places as the largest of the values needs to have two digits, and
+    in powers of ten where these are more than 7: a format for all of them. 0 is "0"."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=math.inf)
+    sign, places = form[:-1].split(".")
+    if math.isinf(largest):
+        return form
+    if largest == 0:
+        return f"{sign}.0f"
+    needed = max(int(places), 1 - math.floor(math.log10(largest)))
+    return f"{sign}.{needed}f" if needed <= 7 else f"{sign}.1e"
+
+
 def with_interval(estimate: float, low: float, high: float, form: str, apart: str = " ") -> str:
     """ "0.61 [0.58, 0.64]"; the estimate alone where an end is NaN, "–" where it is NaN itself."""
     if math.isnan(estimate):

@@ -6,10 +6,11 @@ from ..late import exports
 
 if TYPE_CHECKING:
     from .grid import Grid
+    from .study.run import run_study
 
-__all__ = ["Grid"]
+__all__ = ["Grid", "run_study"]
 
-__getattr__ = exports(__name__, {"Grid": "grid"})
+__getattr__ = exports(__name__, {"Grid": "grid", "run_study": "study.run"})
 
 
 def __dir__() -> list[str]:

@@ -113,7 +113,9 @@ def layer_ablation(
     text = heldout_windows(tokenizer, read_texts(texts, "texts"), tokens, seed)
     check_token_ids(model, (window.ids for window in text.windows))
     total = (1 + sum(k != own[layer] for layer, k in plan)) * len(text.windows)
-    shown = progress_bar(make_console(), total, "layer ablation", shown=progress is not False)
+    shown = progress_bar(
+        make_console(), total, "layer ablation", "windows", shown=progress is not False
+    )
     with evaluating(model), torch.inference_mode(), shown as bar:
         whole = _nats(model, text, {}, bar.step)
         changed = np.stack(

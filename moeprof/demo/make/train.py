@@ -315,7 +315,7 @@ def train(
     """Advance `run` to `steps`; a point of the curve every LOG_EVERY steps."""
     run.model.train()
     recent, started, saved = [], time.monotonic(), time.monotonic()
-    with progress(make_console(), steps - run.step, "training") as bar:
+    with progress(make_console(), steps - run.step, "training", "steps") as bar:
         while run.step < steps and not stop:
             recent.append(run.advance(windows, steps))
             bar.step()

@@ -131,7 +131,7 @@ class SimpleBenchmark:
             raise TypeError(f"configure: expected a function of the model, got {configure!r}")
         prompts = read_prompts(self.tokenizer, texts)
         rounds = self.warmup + self.repeats
-        with self._bar((1 + rounds) * len(prompts), name) as bar:
+        with self._bar((1 + rounds) * len(prompts), name, "texts") as bar:
             with self._configuring([configure]) as configured:
                 configured(configure)
                 seen = look(self.model, prompts, self.max_new_tokens, bar.step)
@@ -174,7 +174,7 @@ class SimpleBenchmark:
                 )
         rounds: dict[str, list[Any]] = {name: [] for name in self._runs}
         configures = {name: configure for name, (_, configure) in self._runs.items()}
-        shown = self._bar(self.repeats + 1, "compare")
+        shown = self._bar(self.repeats + 1, "compare", "rounds")
         with shown as bar, self._configuring(configures.values()) as configured:
 
             def prepare(name: str) -> tuple[str]:
@@ -217,5 +217,5 @@ class SimpleBenchmark:
             finally:
                 held.clear()
 
-    def _bar(self, steps: int, name: str) -> AbstractContextManager[Bar]:
-        return progress(make_console(), steps, name, still=True)
+    def _bar(self, steps: int, name: str, unit: str) -> AbstractContextManager[Bar]:
+        return progress(make_console(), steps, name, unit, still=True)

@@ -230,7 +230,7 @@ def with_budget(
     check_token_ids(model, (window.ids for part in (text, held) for window in part.windows))
     ks = _candidates(router, model, average_k) if per_layer else ()
     steps = _steps(text, held, ks, model)
-    shown = progress_bar(make_console(), steps, "own routing", shown=progress)
+    shown = progress_bar(make_console(), steps, "own routing", "windows", shown=progress)
     with shown as bar, evaluating(model):
         passed = collect(model, text, step=bar.step)
         reached = reach(router, passed, null)

@@ -11,7 +11,7 @@ from ..engine.engine import Listener, announce
 from ..engine.staged import recall, run_stages
 from ..store.store import Store
 from .effects import QUANTIZED, ROUTER, STATIC
-from .findings import findings
+from .findings import findings, foremost, in_digits
 from .plots import figure
 from .report import console_tables, report
 from .work import Comparison
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..store.cells import Cell
     from .files import ComparisonFiles
 
-PRINTED = 4  # findings: who keeps quality best, and what was planned beforehand
+PRINTED = 4  # findings, at least: all of `foremost` are
 
 
 def compare(
@@ -49,7 +49,7 @@ def compare(
     try:
         with (
             Store(files.store) if store is None else nullcontext(store) as store,
-            progress(console, sum(map(comparison.steps, planned)), "compare") as bar,
+            progress(console, sum(map(comparison.steps, planned)), "compare", "texts") as bar,
         ):
             recall(comparison, store)
             announce(console, store, comparison)
@@ -83,10 +83,11 @@ def _finish(
         console.print(part, width=min(width(), console.width))
     if result["cells"]:
         said = findings(result)
-        for line in said[:PRINTED]:
+        printed = max(PRINTED, len(foremost(result)))
+        for line in said[:printed]:
             console.print(fill(f"- {line}", rest="  "))
-        if len(said) > PRINTED:
-            console.print(f"- {len(said) - PRINTED} more: {files.report.name}")
+        if len(said) > printed:
+            console.print(f"- {len(said) - printed} more: {files.report.name}")
     for path in files.paths:
         console.print(f"Written: {path}")
     return result
@@ -96,4 +97,4 @@ def _line(row: dict[str, Any]) -> str:
     """What the console says of a row."""
     about = f"{row['table']}: " if row["table"] else ""
     about += f"{row['contender']}, {row['allocation']}, budget {row['budget']}"
-    return f"{about}: KL {row['kl']:.4f}" if "kl" in row else f"{about}: out of reach"
+    return f"{about}: KL {in_digits(row['kl'])}" if "kl" in row else f"{about}: out of reach"

@@ -75,8 +75,8 @@ CONTENDERS = (
 def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
     """The contenders of these names, in the order of the tables; all of them for None.
 
-    A router's own name stands for all of its contenders. ValueError for an unknown name and
-    for no name.
+    A router's name stands for all of its contenders, unless one of them is called so: "bh" is the
+    contender "bh" alone. ValueError for an unknown name and for no name.
     """
     known = [c for c in CONTENDERS if c.router in REGISTRY]
     if names is None:
@@ -89,7 +89,8 @@ def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             expected = [c.name for c in known]
             raise ValueError(f"router: expected one of {expected}, got {name!r}{hint}")
-    return [c for c in known if c.name in names or c.router in names]
+    routers = set(names) - {c.name for c in known}
+    return [c for c in known if c.name in names or c.router in routers]
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...show.tables import fine
 from .bytes_read import quantized_name
 from .contenders import PRIMARY, THRESHOLDS
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, WORSE, varies, verdict
@@ -102,6 +103,11 @@ class View:
         cells = [cell for cell in self.quantized() if cell["budget"] == top_k]
         return sorted(cells, key=lambda cell: -cell["bits"])
 
+    def below_one(self, cell: Mapping[str, Any]) -> bool:
+        """Whether it reads less than static top-1, which then stands for what reads as much."""
+        ones = (of["bytes_per_token"] for of in self.run["static"] if of["budget"] == 1)
+        return any(cell["bytes_per_token"] < one for one in ones)
+
     def best_routers(self) -> list[dict[str, Any]]:
         """Of each budget in every layer the router's cell with the least KL, of the first table."""
         best: dict[int, dict[str, Any]] = {}
@@ -126,7 +132,7 @@ def findings(run: dict[str, Any]) -> list[str]:
 def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
     """The same by what they are about: "effects", "speed", "bytes" and "reach"."""
     view = View(run)
-    effects = [*caution(view), *_answers(view), *_primary(view)]
+    effects = foremost(run)
     for table in view.tables:
         effects += _ranking(view, table)
     effects += [
@@ -158,6 +164,12 @@ def caution(view: View) -> Iterator[str]:
         )
 
 
+def foremost(run: dict[str, Any]) -> list[str]:
+    """The first of `findings`: a caution, who keeps quality best, and what was planned."""
+    view = View(run)
+    return [*caution(view), *_answers(view), *_primary(view)]
+
+
 def _answers(view: View) -> Iterator[str]:
     if view.cells(role=ROUTER):
         table = next(iter(view.tables))
@@ -183,10 +195,22 @@ def answer(view: View, table: str, budget: int) -> str:
 
 def with_level(cell: Mapping[str, Any]) -> str:
     """ "KL 0.0756 (95 % interval 0.0698 to 0.0814)"."""
-    text, level = f"KL {cell['kl']:.4f}", cell.get("level", {}).get("kl")
-    if level is None or not varies(cell["effect"]["kl"]):
-        return text
-    return f"{text} (95 % interval {level['low']:.4f} to {level['high']:.4f})"
+    return f"KL {level(cell)}"
+
+
+def level(cell: Mapping[str, Any]) -> str:
+    """ "0.0756 (95 % interval 0.0698 to 0.0814)"."""
+    kl, ends = cell["kl"], cell.get("level", {}).get("kl")
+    if ends is None or not varies(cell["effect"]["kl"]):
+        return in_digits(kl, ".4f")
+    low, high = ends["low"], ends["high"]
+    form = fine(kl, low, high, form=".4f")
+    return f"{kl:{form}} (95 % interval {low:{form}} to {high:{form}})"
+
+
+def in_digits(value: float, form: str = "+.4f") -> str:
+    """ "+0.0123", of a small number more places; see `fine`."""
+    return format(value, fine(value, form=form))
 
 
 def against_static(cell: Mapping[str, Any]) -> str:
@@ -196,22 +220,28 @@ def against_static(cell: Mapping[str, Any]) -> str:
     return f"{with_band(effect)} beside static top-k at as many experts: {what}"
 
 
-def with_band(effect: Mapping[str, float]) -> str:
+def with_band(effect: Mapping[str, float], word: str = "band ") -> str:
     """ "-0.0123 (band -0.0160 to -0.0086)"."""
-    return f"{effect['estimate']:+.4f} (band {band(effect)})"
+    return f"{effect['estimate']:{_form(effect)}} ({word}{band(effect)})"
 
 
 def band(effect: Mapping[str, float]) -> str:
     """ "-0.0160 to -0.0086"."""
     if not varies(effect):
         return "none"
-    return f"{effect['band_low']:+.4f} to {effect['band_high']:+.4f}"
+    form = _form(effect)
+    return f"{effect['band_low']:{form}} to {effect['band_high']:{form}}"
 
 
-def signed(effect: Mapping[str, float], form: str = "+.4f") -> str:
+def _form(effect: Mapping[str, float]) -> str:
+    return fine(*(effect[name] for name in ("estimate", "band_low", "band_high")))
+
+
+def signed(effect: Mapping[str, float]) -> str:
     """ "-0.0123 (95 % interval -0.0140 to -0.0106; band -0.0160 to -0.0086)"; see INTERVALS."""
     value, low, high, band_low, band_high = (
-        format(effect[name], form) for name in ("estimate", "low", "high", "band_low", "band_high")
+        format(effect[name], _form(effect))
+        for name in ("estimate", "low", "high", "band_low", "band_high")
     )
     if not varies(effect):
         return f"{value} (no interval)"
@@ -219,12 +249,10 @@ def signed(effect: Mapping[str, float], form: str = "+.4f") -> str:
 
 
 def _primary(view: View) -> Iterator[str]:
-    for table in (REDUCTION, WIDE):
-        if table in view.tables:
-            break
+    table = next(iter(view.tables))
     cells = [
         view.cell(role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget)
-        for budget in PRIMARY_BUDGETS
+        for budget in view.budgets(table)
     ]
     said = {
         BETTER: "BH stays closer to the full model than static top-k",
@@ -262,7 +290,7 @@ def _ranking(view: View, table: str) -> Iterator[str]:
         yield (
             f"{lead}{text}. Closest to the full model is {best['contender']}, "
             f"{signed(best['effect']['kl'])}; farthest {worst['contender']}, "
-            f"{worst['effect']['kl']['estimate']:+.4f}."
+            f"{in_digits(worst['effect']['kl']['estimate'])}."
         )
 
 
@@ -308,7 +336,7 @@ def _contrasts(view: View) -> Iterator[str]:
                     against = cell["against"][other]
                     what = {BETTER: "BH is closer", WORSE: "BH is farther"}
                     parts.append(
-                        f"{against['estimate']:+.4f} at {budget} "
+                        f"{in_digits(against['estimate'])} at {budget} "
                         f"({what.get(verdict(against), 'no difference shown')})"
                     )
             if parts:
@@ -348,7 +376,7 @@ def _allocation(view: View) -> Iterator[str]:
         yield (
             f"Table {table}: experts split over the layers by sensitivity make static top-k itself "
             f"better at {len(won)} of {len(static)} budgets (lowest at {gain['budget']}: "
-            f"{gain['effect']['kl']['estimate']:+.4f}). On the same split, {len(ahead)} of "
+            f"{in_digits(gain['effect']['kl']['estimate'])}). On the same split, {len(ahead)} of "
             f"{len(adaptive)} adaptive cells beat it" + (f" ({_names(ahead)})." if ahead else ".")
         )
 
@@ -364,8 +392,8 @@ def _shared(view: View) -> Iterator[str]:
             layers = ", ".join(f"{k:.2f}" for k in both[0]["by_layer"])
             yield (
                 f"BH with one alpha for all layers, budget {budget} (table {table}): "
-                f"{signed(shared)} against {equal['estimate']:+.4f} with an alpha a layer; its "
-                f"layers took {layers} experts."
+                f"{signed(shared)} against {in_digits(equal['estimate'])} with an alpha a layer; "
+                f"its layers took {layers} experts."
             )
 
 
@@ -383,7 +411,7 @@ def _bounds(view: View) -> Iterator[str]:
         share = best / oracle["estimate"] if verdict(oracle) == BETTER else np.nan
         text = (
             f"Bounds at {budget} (table {table}): random numbers of experts "
-            f"{chance['estimate']:+.4f}, the oracle {oracle['estimate']:+.4f}"
+            f"{in_digits(chance['estimate'])}, the oracle {in_digits(oracle['estimate'])}"
         )
         if np.isfinite(share):
             text += f"; the best router gets {100 * max(share, 0):.0f} % of the oracle's gain"
@@ -452,24 +480,25 @@ def _shrinking(view: View) -> Iterator[str]:
     if full is None:
         return
     for whole in view.whole():
-        name, level = quantized_name(top_k, whole["bits"]), whole["level"]["kl"]
+        name = quantized_name(top_k, whole["bits"])
         share = whole["bytes_per_token"] / full["bytes_per_token"]
         yield (
             f"Skip experts or shrink them: static {name} reads {megabytes(whole)} MB of experts' "
             f"weights per token, {100 * share:.0f} % of the {megabytes(full)} MB that the model "
             f"reads in {view.run['dtype']}, as much as {top_k * share:.1f} of its {top_k} experts. "
-            f"KL to the full model: {whole['kl']:.4f} (95 % interval {level['low']:.4f} to "
-            f"{level['high']:.4f}) nats. {_dominance(view, whole)}"
+            f"KL to the full model: {level(whole)} nats. {_dominance(view, whole)}"
         )
         if view.run["dtype"] == "float32":
             yield (
                 f"In 16 bits all that is not quantised would read half of these bytes: {name} "
                 f"would then be as much as {2 * top_k * share:.1f} of {top_k} experts."
             )
-        low = "" if share * top_k >= 1 else " (static top-1, which reads more)"
+        alike = "top-k that leaves out experts"
+        if view.below_one(whole):
+            alike += " (static top-1, which reads more)"
         yield (
-            f"At as many bytes as static {name}, static top-k that leaves out experts{low} is "
-            f"farther by: {signed(_turned(whole['effect']['kl']))} nats of KL, "
+            f"At as many bytes as static {name}, static {alike} is farther by: "
+            f"{signed(_turned(whole['effect']['kl']))} nats of KL, "
             f"{signed(_turned(whole['effect']['nats']))} of next-token loss."
         )
         for other, against in whole.get("against", {}).items():

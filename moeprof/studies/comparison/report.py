@@ -6,11 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...measure.machine import in_one_line
-from ...show.tables import markdown, text_table
+from ...show.tables import fine, markdown, text_table
+from ..sweep.compared import interval as with_ends
 from .bytes_read import quantized_name
 from .contenders import LEFT_OUT
 from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, UNDECIDED, WORSE, adaptive, verdict
-from .findings import INTERVALS, NO_ADAPTIVITY, View, band, findings, megabytes
+from .findings import (
+    INTERVALS,
+    NO_ADAPTIVITY,
+    View,
+    band,
+    findings,
+    in_digits,
+    megabytes,
+    with_band,
+)
 
 if TYPE_CHECKING:
     from .findings import View
@@ -37,7 +47,8 @@ BYTES = (
     "layers; the mean over the test text. So much is read if each token's experts are read for it "
     "alone, as in decoding one token at a time; the weights around the experts are not in it. KL "
     "in nats per token, with a 95 % interval. The last column: less unquantised static top-k at as "
-    "many bytes, with the band. Of the routers the one closest to the full model at its budget."
+    "many bytes, with the band; *: less static top-1, which reads more. Of the routers the one "
+    "closest to the full model at its budget."
 )
 
 
@@ -145,10 +156,13 @@ def effect_rows(
             for budget in plan["budgets"]
         ]
         if any(cells) or role == ROUTER and _was_tried(view, table, allocation, name):
-            rows.append([name, *map(_effect, cells)])
+            rows.append((name, cells))
     if not rows:
         return None
-    return ["router", *(f"{budget}" for budget in plan["budgets"])], rows
+    there = [cell for _, cells in rows for cell in cells if cell is not None]
+    form = fine(*(1e3 * cell["effect"]["kl"]["estimate"] for cell in there), form="+.1f")
+    head = ["router", *(f"{budget}" for budget in plan["budgets"])]
+    return head, [[name, *(_effect(cell, form) for cell in cells)] for name, cells in rows]
 
 
 def _was_tried(view: View, table: str, allocation: str, name: str) -> bool:
@@ -156,14 +170,14 @@ def _was_tried(view: View, table: str, allocation: str, name: str) -> bool:
     return any((c["table"], c["allocation"], c["contender"]) == wanted for c in view.outside)
 
 
-def _effect(cell: dict[str, Any] | None) -> str:
+def _effect(cell: dict[str, Any] | None, form: str) -> str:
     if cell is None:
         return "-"
     effect = cell["effect"]["kl"]
     mark = MARKS.get(verdict(effect), "")
     if adaptive(cell) is False:
         mark += "!" if verdict(cell["against"]["shuffled"]) == WORSE else "~"
-    return f"{1e3 * effect['estimate']:+.1f}{mark}"
+    return f"{1e3 * effect['estimate']:{form}}{mark}"
 
 
 def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[list[str]]] | None:
@@ -194,7 +208,7 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
             f"static top-{budget}",
             f"{budget:.2f}",
             megabytes(static),
-            f"{static['kl']:.4f}",
+            in_digits(static["kl"], ".4f"),
             "0",
             "",
             "",
@@ -212,11 +226,11 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
                 cell["contender"],
                 f"{cell['average_k']:.2f}",
                 megabytes(cell),
-                f"{cell['kl']:.4f}",
-                f"{effect['estimate']:+.4f}",
+                in_digits(cell["kl"], ".4f"),
+                in_digits(effect["estimate"]),
                 band(effect),
                 _against(against),
-                f"{nats['estimate']:+.4f}",
+                in_digits(nats["estimate"]),
                 f"{cell['perplexity']:.2f}",
                 f"{cell['agreement']:.3f}",
                 _speed(cell),
@@ -238,30 +252,26 @@ def bytes_rows(view: View) -> tuple[list[str], list[list[str]]] | None:
     rows = []
     for cell, name in cells:
         level, effect = cell.get("level", {}).get("kl"), cell.get("effect", {}).get("kl")
-        ends = f" ({level['low']:.4f} to {level['high']:.4f})" if level else ""
+        ends = {} if level is None else {"kl_low": level["low"], "kl_high": level["high"]}
         rows.append(
             [
                 name,
                 megabytes(cell),
                 f"{cell['average_k']:.2f}",
-                f"{cell['kl']:.4f}{ends}",
+                with_ends({"kl": cell["kl"]} | ends, "kl", ".4f"),
                 f"{cell['perplexity']:.2f}",
                 f"{cell['agreement']:.3f}",
-                _with_band(effect) if effect else "",
+                with_band(effect, "") + "*" * view.below_one(cell) if effect else "",
             ]
         )
     head = ["", "MB", "experts", "KL", "perplexity", "agreement", "at as many bytes"]
     return head, rows
 
 
-def _with_band(effect: Mapping[str, float]) -> str:
-    return f"{effect['estimate']:+.4f} ({band(effect)})"
-
-
 def _against(against: Mapping[str, Any] | None) -> str:
     if against is None:
         return ""
-    text = f"{against['estimate']:+.4f} (band {band(against)})"
+    text = with_band(against)
     return f"{text}: {NO_ADAPTIVITY}" if verdict(against) == UNDECIDED else text
 
 

@@ -114,7 +114,7 @@ def diagnose(
         recall(work, store)
         announce(console, store, work)
     listener = Listener(done=lambda cell, result, ran: work.found.update({cell.name: result}))
-    with progress_bar(console, work.all_steps, "diagnose", shown=progress) as bar:
+    with progress_bar(console, work.all_steps, "diagnose", "windows", shown=progress) as bar:
         listener.begin, listener.step = lambda cell: bar.note(cell.name), bar.step
         run_stages(work, store, listener, engine)
     results = [work.found[cell.name] for cell in work.cells]

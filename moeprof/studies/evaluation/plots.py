@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.figures import apart, line_styles, plain, style
+from ...show.tables import fine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,8 @@ def _headline(rows: Sequence[Row]) -> str:
         return "No router was evaluated"
     best = min(rows, key=lambda row: row["bits_above_own"])
     name = plain(best["config"], 30)
-    lost = f"{best['bits_above_own']:+.4f} bits per byte at {best['experts']:.2f} experts"
+    above = best["bits_above_own"]
+    lost = f"{above:{fine(above)}} bits per byte at {best['experts']:.2f} experts"
     return f"Least is lost with {name}: {lost}"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
 from ...show.console import fill, text_console
-from ...show.tables import text_table, with_interval
+from ...show.tables import fine, text_table, with_interval
 from ..comparison.findings import FEW_DOCUMENTS
 from .statistics import Row, results
 
@@ -215,12 +215,13 @@ class Evaluated:
             return None
         left = 0 if most is None else max(len(shown) - most, 0)
         shown = shown[: len(shown) - left]
+        above = fine(*(row["bits_above_own"] for row in rows))
         cells: dict[str, list[str]] = {}
         for row in rows:
             if row["value"] in shown:
                 own = row["config"] == rows[0]["config"]
-                form = f"{row['bits_per_byte']:.4f}" if own else f"{row['bits_above_own']:+.4f}"
-                cells.setdefault(row["config"], []).append(form)
+                text = f"{row['bits_per_byte']:.4f}" if own else f"{row['bits_above_own']:{above}}"
+                cells.setdefault(row["config"], []).append(text)
         more = f" {left} more, and all intervals: in the files." if left else ""
         return View(
             f"By {kind}",
@@ -255,7 +256,7 @@ def _interval(row: Mapping[str, Any], name: str, form: str, times: float = 1) ->
     """ "+0.0213 [+0.0190, +0.0230]", the value alone where there is no interval."""
     fields = (row[name + end] for end in ("", "_low", "_high"))
     value, low, high = (math.nan if field is None else times * field for field in fields)
-    return with_interval(value, low, high, form)
+    return with_interval(value, low, high, fine(value, low, high, form=form))
 
 
 def _count(number: int, what: str) -> str:

@@ -239,7 +239,9 @@ def _run(
     """{configuration: what was measured}, in order."""
     console = make_console()
     found: dict[str, dict[str, Any]] = {}
-    shown = progress_bar(console, sum(map(work.steps, work.cells)), "evaluate", shown=progress)
+    shown = progress_bar(
+        console, sum(map(work.steps, work.cells)), "evaluate", "windows", shown=progress
+    )
     if store is None:
         with shown as bar:
             for cell in work.cells:

@@ -113,7 +113,7 @@ class _Run(NamedTuple):
         """{cell: result} of all cells of a Work."""
         found: dict[str, dict[str, Any]] = {}
         steps = sum(map(work.steps, work.cells))
-        with progress(self.console, steps, self.grid.name) as bar:
+        with progress(self.console, steps, self.grid.name, "texts") as bar:
             listener = Listener(
                 lambda cell: bar.note(cell.name),
                 lambda cell, result, ran: found.update({cell.name: result}),

@@ -36,7 +36,7 @@ def run_harness(
     announce(console, store, work)
     total = sum(work.steps(cell) for cell in work.cells)
     try:
-        with progress(console, total, "requests") as bar:
+        with progress(console, total, "tasks", "requests") as bar:
             listener = _listener(results, bar, console)
             (engine or Serial()).run(work, work.cells, store, listener)
     finally:

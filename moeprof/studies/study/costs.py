@@ -80,7 +80,7 @@ class Costs:
         self.rates: dict[str, Rate] = {}
         with (
             evaluating(model),
-            progress(console, STEPS, "a short measurement", still=True) as bar,
+            progress(console, STEPS, "a short measurement", "passes", still=True) as bar,
         ):
             self._measure(model, bar)
             self.nulls = self._fit(model, tokenizer, passages, forms)

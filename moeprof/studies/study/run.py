@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ...checks import check_model, check_tokenizer
 from ...files import as_csv, write_whole
 from ...measure import machine
 from ...measure.fitting import Form
+from ...models.identity import model_name
 from ...models.quantized import described_dtype
-from ..comparison.contenders import FORMS
+from ...show.console import make_console
+from ...texts.documents import read_texts
+from ..comparison.contenders import FORMS, choose_contenders
 from ..engine.engine import announce_store
 from ..engine.serial import Serial
 from ..grid import grid_frame, run_grid
 from ..store.store import Store
 from ..store.subject import unchanged
 from .costs import Costs
-from .files import finished
+from .files import StudyFiles, finished
 from .parts import MAKERS, Ground, calibration_of
 from .plan import PlannedPart, StudyPlan, in_words, plan_part
 from .report import Results, write_report
 from .report.verdict import section
-from .settings import PARTS
+from .settings import PARTS, Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
+    from ...checks import Tokenizer
     from ...null.model import Null
     from ..engine.engine import Engine
     from ..grid.settings import Grid
     from ..source import Source
-    from .files import StudyFiles
 
 
 def plan_study(ground: Ground, store: Store, console: Console) -> StudyPlan:
@@ -81,6 +87,56 @@ def _planned(name: str, ground: Ground, costs: Costs, store: Store) -> PlannedPa
 def asked(ground: Ground) -> list[str]:
     """The parts in the order in which they are run; others need the nulls of calibrate."""
     return [name for name in PARTS if name == "calibrate" or name in ground.settings.parts]
+
+
+def run_study(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str] = "study",
+    *,
+    texts: Iterable[Any] | None = None,
+    **settings: Any,
+) -> Results:
+    """Run `moeprof study`, or some of its parts, on a model and write its report.
+
+    What is finished stays in the folder's store, where the same call finds it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It is afterwards as it was.
+    tokenizer : callable
+        As transformers has them.
+    folder : str or path
+        A folder for each part, the report, the store.
+    texts : list of str, or of objects with .text and .domain, optional
+        The held-out documents; the shipped ones unless given.
+    **settings
+        Fields of `moeprof.studies.study.settings.Settings`: ``parts`` ("profile", "sweep",
+        "compare", "diagnose", "evaluate"; all unless given), ``routers``, ``budgets``,
+        ``tokens``, ``seed`` and so on.
+
+    Returns
+    -------
+    Results
+        What each part measured: ``sweep`` and ``compare`` dicts as in their JSON files,
+        ``diagnose``, ``evaluate``, ``profile``; None for a part that was not run.
+
+    Raises
+    ------
+    ValueError
+        A part or router that isn't one; a part that can't be run on the model, once the others
+        are finished.
+    """
+    check_model("run_study", model)
+    check_tokenizer("run_study", tokenizer)
+    documents = None if texts is None else read_texts(texts, "texts")
+    asked_for = Settings(documents=documents, **settings)
+    choose_contenders(asked_for.routers)  # raises for an unknown one
+    files, name = StudyFiles(folder), model_name(model)
+    ground = Ground(model, tokenizer, asked_for, files, name, command="moeprof.studies.run_study")
+    with Store(files.store) as store:
+        return study(ground, store, None, make_console())
 
 
 def study(ground: Ground, store: Store, engine: Engine | None, console: Console) -> Results:

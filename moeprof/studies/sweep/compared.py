@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...show.tables import fine
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -112,10 +114,11 @@ def on_line(
 
 
 def interval(row: Mapping[str, Any], name: str, form: str = "+.4f") -> str:
-    """ "+0.0213 (+0.0190 to +0.0230)", or "" for what isn't known."""
+    """ "+0.0213 (+0.0190 to +0.0230)", of small numbers more places; "" for what isn't known."""
     value, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
     if value is None or math.isnan(value):
         return ""
-    if low is None or math.isnan(low):
-        return format(value, form)
+    if low is None or high is None or math.isnan(low):
+        return format(value, fine(value, form=form))
+    form = fine(value, low, high, form=form)
     return f"{value:{form}} ({low:{form}} to {high:{form}})"

@@ -15,6 +15,7 @@ from ...checks import check_type
 from ...models.blocks import experts_of, model_sizes, own_top_k
 from ...models.quantized import described_dtype
 from ...show.console import fill, make_console, progress, width
+from ...show.tables import fine
 from ...version import __version__
 from ..budget.stock import budget_text
 from ..engine.engine import Listener, announce
@@ -85,7 +86,7 @@ def sweep(
     try:
         with (
             Store(files.store) if store is None else nullcontext(store) as store,
-            progress(console, sum(map(work.steps, work.cells)), "sweep") as bar,
+            progress(console, sum(map(work.steps, work.cells)), "sweep", "texts") as bar,
         ):
             announce(console, store, work)
             said = _Said(run, work, files, console, bar)
@@ -224,12 +225,14 @@ def _table(groups: list[tuple[str, list[dict[str, Any]]]]) -> Table:
     from rich import box
     from rich.table import Table
 
+    beside = [row["bits_above_static"] for _, (row, *_) in groups]
+    form = fine(*(value for value in beside if value is not None))
     columns = {
         "experts": ("avg_experts_heldout", "{:.2f}"),
         "prompts": ("avg_experts", "{:.2f}"),
         "perpl.": ("perplexity", "{:.2f}"),
         "bits/B": ("bits_per_byte", "{:.4f}"),
-        "Δ static": ("bits_above_static", "{:+.4f}"),
+        "Δ static": ("bits_above_static", f"{{:{form}}}"),
         "agree": ("token_agreement", "{:.2f}"),
         "tok/s": ("tokens_per_s", "{:.1f}"),
     }

@@ -246,13 +246,11 @@ def _number(value: float | None, form: str) -> str:
 
 def drawn(points: Sequence[Point], measure: str, key: str, of: str) -> Drawn:
     caption = (
-        "Static top-k is black; bars: 95 % intervals; the wide line joins the front, whose members "
-        "have the numbers of the table. The scale is logarithmic, but straight from 0 to "
-        "the smallest loss above it."
+        "Static top-k has the colour of the text; bars: 95 % intervals; the wide line joins the "
+        "front, whose members have the numbers of the table. The scale is logarithmic, but "
+        "straight from 0 to the smallest loss above it."
     )
-    groups = {point.group for point in points} - {TOP}
-    paper = len(groups) > len(COLOURS)  # the darker shades of the palette are lost on black
-    return Drawn(key, "Quality against cost", caption, figure(points, measure), of, paper)
+    return Drawn(key, "Quality against cost", caption, figure(points, measure), of)
 
 
 def figure(points: Sequence[Point], measure: str) -> Figure:

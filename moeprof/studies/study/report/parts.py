@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....show.figures import COLOURS
 from ...comparison.findings import INTERVALS, View, findings_by_subject
 from ...comparison.plots import figure as compare_figure
 from ...comparison.report import ALLOCATION, BYTES, LEGEND, bytes_rows, detail_rows, effect_rows
@@ -40,8 +39,10 @@ WHOM_TO_FOLLOW = (
 # What a finding of the profile is from, by words of it; the first that it has decides.
 PROFILE_PLACES = {
     "specialised by domain": "profile-by-domain",
-    "cache": "profile-cache",
+    "LRU cache": "profile-cache",
     "bandwidth": "profile-roofline",
+    "More than 100 %": "profile-roofline",
+    "Few tokens": "profile-load",
     "balance": "profile-load",
     "Never selected": "profile-load",
     "Counted": "profile-by-layer",
@@ -278,7 +279,6 @@ def _evaluate(results: Results) -> Section:
         "",
         found.figure(),
         "evaluate-0",
-        paper=len(found.measured) > 1 + len(COLOURS),  # darker shades are lost on black
     )
     return Section("", _from(found.findings(), "evaluate-0"), shown, [figure])
 

@@ -110,9 +110,10 @@ def _shrinking(results: Results) -> Iterator[Sentence]:
     for whole in view.whole():
         effect, ways = whole["effect"]["kl"], view.skipping()
         what = {BETTER: "shrinking is closer", WORSE: "skipping is closer"}
+        alike = "top-1, which reads more" if view.below_one(whole) else "top-k that reads as much"
         said.append(
             f"in {whole['bits']} bits ({megabytes(whole)} MB per token) {with_level(whole)}, "
-            f"{with_band(effect)} beside static top-k that reads as much: "
+            f"{with_band(effect)} beside static {alike}: "
             f"{what.get(verdict(effect), UNDECIDED)}, and of {len(ways)} ways to skip, whatever "
             f"they read, {len(beside(view, whole)['closer']) or 'none'} closer"
         )

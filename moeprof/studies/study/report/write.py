@@ -34,12 +34,12 @@ def write_report(results: Results, folder: Path, console: Console | None = None)
     report = make_report(results, folder)
     paths = {drawn.key: f"{FIGURES}/{drawn.key}.png" for drawn in report.drawn()}
     files = {}
-    with progress(console or make_console(), 2 * len(paths), "the report") as bar:
+    with progress(console or make_console(), len(paths), "the report", "figures") as bar:
         for drawn in report.drawn():
             files[paths[drawn.key]] = _png(drawn.figure)
-            bar.step()
+            bar.step(0.5)  # and once more on the page
         files["report.md"] = as_markdown(report, paths).encode()
-        files["index.html"] = as_page(report, bar.step).encode()
+        files["index.html"] = as_page(report, lambda: bar.step(0.5)).encode()
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_whole(folder / name, data)
