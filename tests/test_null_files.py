@@ -226,7 +226,7 @@ def test_paths_that_can_not_be_used(tmp_path):
     for bad in (tmp_path / "file" / "a.npz", tmp_path / "absent" / "a.npz"):
         with pytest.raises(OSError) as caught:
             null.save(bad)
-        assert str(caught.value).endswith(f"{str(bad)!r}")
+        assert str(caught.value).startswith(f"{bad} can't be written: ")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
