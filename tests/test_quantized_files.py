@@ -4,6 +4,8 @@ import copy
 import json
 import re
 import shutil
+import threading
+import time
 
 import every
 import pytest
@@ -421,6 +423,56 @@ def test_nor_one_that_another_process_saves_meanwhile(folder, saved, tmp_path, m
         moeprof.save_quantized(model, path)
     assert {p.name for p in path.iterdir()} == {p.name for p in saved.iterdir()}
     assert (path / "config.json").read_bytes() == (saved / "config.json").read_bytes()
+
+
+def test_two_that_save_to_one_folder_take_turns(folder, tmp_path, monkeypatch):
+    """The second waits until the first is done, and is refused then."""
+    models = [moeprof.load(folder, bits=bits) for bits in (8, 4)]
+    path, inside, most = tmp_path / "new", [], []
+    began, refused = threading.Event(), []
+    real = save._write_weights
+
+    def write_slowly(*arguments):
+        inside.append(1)
+        began.set()
+        time.sleep(0.3)
+        most.append(len(inside))
+        inside.pop()
+        return real(*arguments)
+
+    def second():
+        began.wait(10)
+        try:
+            moeprof.save_quantized(models[1], path)
+        except FileExistsError as error:
+            refused.append(str(error))
+
+    monkeypatch.setattr(save, "_write_weights", write_slowly)
+    other = threading.Thread(target=second)
+    other.start()
+    moeprof.save_quantized(models[0], path)
+    other.join(30)
+    assert set(most) == {1} and len(refused) == 1 and "holds a model already" in refused[0]
+    _assert_same(moeprof.load(path), models[0])
+
+
+def test_what_a_killed_save_left_goes_with_the_next(folder, tmp_path):
+    left = tmp_path / "q4" / ".moeprof.0123abcd.part"
+    left.mkdir(parents=True)
+    (left / "moeprof.safetensors").write_bytes(b"half")
+    moeprof.save_quantized(moeprof.load(folder, bits=4), tmp_path / "q4")
+    assert not left.exists() and moeprof.load(tmp_path / "q4") is not None
+
+
+def test_a_full_disk_for_the_config_is_told_in_our_words(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "/q8/.moeprof.1.part/config.json")
+
+    model = moeprof.load(folder, bits=8)
+    monkeypatch.setattr(save, "_write_configs", full)
+    with pytest.raises(OSError, match=r"q8 can't be written: No space left on device$"):
+        moeprof.save_quantized(model, tmp_path / "q8")
+    assert not (tmp_path / "q8").exists()
 
 
 def test_a_full_disk_is_told_in_our_words(folder, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backends.tables import BY_NAME, DTYPES
 from ..checks import check_model
-from ..files import alone
+from ..files import alone, check_folder
 from ..models.quantized import GROUP, QuantizedExperts, QuantizedLinear
 from ..patching.state import is_patched
 from .checkpoint import Checkpoint
@@ -80,30 +80,55 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     description = _described(model)
     folder = Path(folder)
     _check_no_model(folder)
+    check_folder(folder)
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{STEM}.{secrets.token_hex(4)}.part"
-    moved: list[Path] = []
     try:
-        part.mkdir()
-        names = [
-            *_write_weights(model, description, part),
-            *_write_configs(model, description, part),
-        ]
         with alone(folder):
+            _remove_parts(folder)
+            part.mkdir(parents=True)  # another process, that failed, may have removed the folder
+            names = _write(model, description, part)
             _check_no_model(folder)  # another process may have saved one meanwhile
-            for name in names:
-                os.replace(part / name, folder / name)
-                moved.append(folder / name)
-    except BaseException:
-        for file in moved:
-            file.unlink()
-        raise
+            _move(names, part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         if not existed:
             with suppress(OSError):
                 folder.rmdir()  # if it is empty
+
+
+def _remove_parts(folder: Path) -> None:
+    """What processes left that were killed: gigabytes under a hidden name."""
+    for part in folder.glob(f".{STEM}.*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(model: nn.Module, description: Description, part: Path) -> list[str]:
+    """The names of the files, config.json last."""
+    from safetensors import SafetensorError
+
+    try:
+        return [
+            *_write_weights(model, description, part),
+            *_write_configs(model, description, part),
+        ]
+    except (SafetensorError, OSError) as error:  # a full disk, which each says in its own words
+        said = getattr(error, "strerror", None) or error
+        raise OSError(f"save_quantized: {part.parent} can't be written: {said}") from error
+
+
+def _move(names: list[str], part: Path, folder: Path) -> None:
+    """All of the files, or none."""
+    moved: list[Path] = []
+    try:
+        for name in names:
+            os.replace(part / name, folder / name)
+            moved.append(folder / name)
+    except BaseException:
+        for file in moved:
+            file.unlink()
+        raise
 
 
 def _described(model: Any) -> Description:
@@ -147,7 +172,6 @@ def _check_no_model(folder: Path) -> None:
 
 def _write_weights(model: nn.Module, description: Description, part: Path) -> list[str]:
     """The names of the files, the index behind them."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {"format": "pt", METHOD: json.dumps(description._asdict())}
@@ -157,10 +181,7 @@ def _write_weights(model: nn.Module, description: Description, part: Path) -> li
         several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         files.append(f"{STEM}{several}.safetensors")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(whole, part / files[-1], metadata)
-        except SafetensorError as error:  # a full disk, which it says in words of its own
-            raise OSError(f"save_quantized: {part.parent} can't be written: {error}") from error
+        save_file(whole, part / files[-1], metadata)
         weight_map.update(dict.fromkeys(tensors, files[-1]))
     if len(shards) > 1:
         index = {"metadata": metadata, "weight_map": weight_map}
