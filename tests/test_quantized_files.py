@@ -529,9 +529,11 @@ def test_bits_that_contradict_the_files(saved):
 
 
 def _rewritten(path, metadata=None, change=lambda tensors: None):
+    """As a file that says nothing of its tensors' checksums, as those of before they had any."""
     file = path / "moeprof.safetensors"
     with safe_open(file, framework="pt") as opened:
         given = opened.metadata()
+    del given["moeprof_checksums"]
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, given if metadata is None else metadata(given))
@@ -557,6 +559,45 @@ def test_saved_files_that_are_cut_off(copied):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"moeprof\.safetensors: no whole safetensors file"):
         moeprof.load(copied)
+
+
+def test_files_of_before_there_were_checksums_are_read(copied, saved):
+    _rewritten(copied)
+    config = json.loads((copied / "config.json").read_text())
+    del config["quantization_config"]["weights"]
+    (copied / "config.json").write_text(json.dumps(config))
+    _assert_same(moeprof.load(copied), moeprof.load(saved))
+
+
+def test_a_changed_byte_of_a_saved_model_is_noticed(copied):
+    file = copied / "moeprof.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"moeprof\.safetensors: model.* not what was saved"):
+        moeprof.load(copied)
+
+
+@pytest.mark.parametrize("swapped", ["moeprof.safetensors", "-00002-of-", "config.json"])
+def test_a_file_of_another_saved_model_is_noticed(tmp_path, monkeypatch, swapped):
+    """Of the same shapes, so that nothing else is wrong with it."""
+    if "-of-" in swapped:
+        monkeypatch.setattr(save, "SHARD_BYTES", 30_000)
+    for seed in (1, 2):
+        olmoe(seed).save_pretrained(tmp_path / "original")
+        moeprof.save_quantized(moeprof.load(tmp_path / "original", bits=4), tmp_path / str(seed))
+    names = sorted(p.name for p in (tmp_path / "1").iterdir() if swapped in p.name)
+    shutil.copy(tmp_path / "2" / names[0], tmp_path / "1" / names[0])
+    with pytest.raises(ValueError, match="not what was saved with|saved with other weights"):
+        moeprof.load(tmp_path / "1")
+
+
+def test_an_index_that_is_missing_is_named(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(save, "SHARD_BYTES", 30_000)
+    moeprof.save_quantized(moeprof.load(folder, bits=4), tmp_path / "q4")
+    (tmp_path / "q4" / "moeprof.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"its moeprof\.safetensors, or .* is missing"):
+        moeprof.load(tmp_path / "q4")
 
 
 DOWN = "model.layers.1.mlp.experts.down_proj"

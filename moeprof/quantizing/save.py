@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ..checks import check_model
 from ..files import alone, check_folder
 from ..models.quantized import GROUP, QuantizedExperts, QuantizedLinear
 from ..patching.state import is_patched
-from .checkpoint import Checkpoint
+from .checkpoint import CHECKSUMS, Checkpoint, checksum
 
 # Not "model": transformers must not take these files for weights that it can read.
 STEM = "moeprof"
@@ -108,10 +109,12 @@ def _write(model: nn.Module, description: Description, part: Path) -> list[str]:
     """The names of the files, config.json last."""
     from safetensors import SafetensorError
 
+    shards = _shards(model)
+    checksums = json.dumps({n: checksum(t) for shard in shards for n, t in shard.items()})
     try:
         return [
-            *_write_weights(model, description, part),
-            *_write_configs(model, description, part),
+            *_write_weights(shards, description, checksums, part),
+            *_write_configs(model, description, checksums, part),
         ]
     except (SafetensorError, OSError) as error:  # a full disk, which each says in its own words
         said = getattr(error, "strerror", None) or error
@@ -170,12 +173,13 @@ def _check_no_model(folder: Path) -> None:
             )
 
 
-def _write_weights(model: nn.Module, description: Description, part: Path) -> list[str]:
+def _write_weights(
+    shards: list[dict[str, Tensor]], description: Description, checksums: str, part: Path
+) -> list[str]:
     """The names of the files, the index behind them."""
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt", METHOD: json.dumps(description._asdict())}
-    shards = _shards(model)
+    metadata = {"format": "pt", METHOD: json.dumps(description._asdict()), CHECKSUMS: checksums}
     weight_map, files = {}, []
     for number, tensors in enumerate(shards, 1):
         several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
@@ -207,7 +211,7 @@ def _shards(model: nn.Module) -> list[dict[str, Tensor]]:
     return shards
 
 
-def _write_configs(model: Any, description: Description, part: Path) -> list[str]:
+def _write_configs(model: Any, description: Description, checksums: str, part: Path) -> list[str]:
     """The names of the files, config.json last."""
     names = []
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
@@ -219,9 +223,15 @@ def _write_configs(model: Any, description: Description, part: Path) -> list[str
         "quant_method": METHOD,
         "version": description.version,
         "formats": sorted(description.formats),
+        "weights": fingerprint(checksums),
     }
     config.save_pretrained(part)
     return [*names, "config.json"]
+
+
+def fingerprint(checksums: str) -> str:
+    """What config.json says of the weights that it was saved with."""
+    return f"{zlib.crc32(checksums.encode()):08x}"
 
 
 def read_description(name: str, checkpoint: Checkpoint) -> Description:
