@@ -301,6 +301,14 @@ def test_an_index_with_a_file_that_is_missing(tmp_path):
         moeprof.load(tmp_path, bits=8)
 
 
+@pytest.mark.parametrize("content", ['{"weight_map": {}}', "[]", ""])
+def test_an_index_that_names_no_files(changed, content):
+    path, _ = changed
+    (path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: no index of"):
+        moeprof.load(path, bits=4)
+
+
 def test_weights_that_others_have_quantised_are_refused(changed):
     path, _ = changed
     config = json.loads((path / "config.json").read_text())

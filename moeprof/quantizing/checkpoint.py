@@ -96,6 +96,8 @@ def _files(folder: Path, stem: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [folder / Path(name).name for name in names]
+        if not files:
+            raise ValueError("it names no file")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index}: no index of safetensors files") from error
     for file in files:

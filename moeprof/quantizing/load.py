@@ -183,7 +183,10 @@ def _quantized(
             "transformers' from_pretrained loads it as it is"
         )
     if not has_weights(folder):
-        raise FileNotFoundError(f"model {name}: no model.safetensors (other files can't be read)")
+        raise FileNotFoundError(
+            f"model {name}: no model.safetensors, nor model.safetensors.index.json of several "
+            "(other files can't be read)"
+        )
     checkpoint = Checkpoint(folder)
     bare = _on_meta(config, dtype)
     sources, rest = _sources(name, bare, checkpoint)
