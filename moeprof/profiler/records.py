@@ -319,7 +319,8 @@ class _Parquet:
         try:
             yield
         except (OSError, self._arrow.ArrowException) as error:
-            reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
+            number = getattr(error, "errno", None)
+            reason = error if number is None else os.strerror(number)
             self._lost = f"records: {self._path} can't be written: {reason}"
             self._path.unlink(missing_ok=True)
             raise OSError(self._lost) from error

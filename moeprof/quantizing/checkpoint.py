@@ -81,7 +81,7 @@ class Checkpoint:
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes: safetensors has none, and other weights would go unseen."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def has_weights(folder: Path, stem: str = "model") -> bool:

@@ -215,8 +215,8 @@ class Store:
             )
         if (found := value("quick_check")) != "ok":
             raise sqlite3.DatabaseError(found)
-        columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(cells)")]
-        if tables and columns != [*COLUMNS]:
+        found_columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(cells)")]
+        if tables and found_columns != [*COLUMNS]:
             raise ValueError(
                 f"store {self.path}: its table of cells isn't as moeprof made it: expected the "
                 f"columns {', '.join(COLUMNS)}; give another file"
