@@ -212,6 +212,21 @@ def test_a_row_edited_by_hand_is_a_damaged_one(path, change, capsys):
         assert store.run(CELL, SUBJECT, lambda: {"x": 1}) == {"x": 1}
 
 
+def test_what_stops_a_store_while_it_is_made_leaves_none(path, monkeypatch):
+    class Stopped(sqlite3.Connection):
+        def execute(self, query, *values):
+            if query.startswith("PRAGMA application_id ="):
+                raise KeyboardInterrupt
+            return super().execute(query, *values)
+
+    connect = sqlite3.connect
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, factory=Stopped, **k))
+        Store(path)
+    with Store(path) as store:
+        assert store.set_aside is None and store.rows() == []
+
+
 @pytest.mark.parametrize("change", ["ADD COLUMN more TEXT", "RENAME COLUMN result TO found"])
 def test_a_table_edited_by_hand_is_refused_and_named(path, change):
     with Store(path) as store:

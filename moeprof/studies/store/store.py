@@ -225,6 +225,7 @@ class Store:
         connection.execute("PRAGMA synchronous = FULL")  # what is finished is on the disk
         if not tables:
             with connection:
+                connection.execute("BEGIN")  # Python begins none before these
                 columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
                 connection.execute(f"CREATE TABLE cells ({columns})")
                 connection.execute(f"PRAGMA application_id = {APPLICATION}")
