@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from disk import full_disk
 from nulls import null_of
 from routing import random_logits
 
@@ -75,6 +76,14 @@ def packed(**arrays):
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
+
+
+def test_a_full_disk_is_said_in_words_and_leaves_the_older_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with full_disk(1000), pytest.raises(OSError, match=f"^{path} can't be written: [A-Z]"):
+        files.write_whole(path, bytes(2000))
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_npz_is_what_numpy_reads():

@@ -220,13 +220,15 @@ def test_paths_that_can_not_be_used(tmp_path):
     for call in (null.save, Null.load):
         with pytest.raises(ValueError, match=r"ends in \.safetensors or \.npz"):
             call(tmp_path / "a.json")
-    with pytest.raises(FileNotFoundError, match="no such null file: .*absent.npz"):
-        Null.load(tmp_path / "absent.npz")
+    (tmp_path / "folder.npz").mkdir()
+    for name in ("absent.npz", "folder.npz"):
+        with pytest.raises(FileNotFoundError, match=f"no such null file: .*{name}"):
+            Null.load(tmp_path / name)
     (tmp_path / "file").write_text("x")
     for bad in (tmp_path / "file" / "a.npz", tmp_path / "absent" / "a.npz"):
         with pytest.raises(OSError) as caught:
             null.save(bad)
-        assert str(caught.value).endswith(f"{str(bad)!r}")
+        assert str(caught.value).startswith(f"{bad} can't be written: ")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])

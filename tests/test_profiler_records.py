@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from disk import full_disk
 
 from moeprof.profiler import records
 from moeprof.profiler.records import RecordWriter, read_records
@@ -231,6 +232,18 @@ def test_damaged_and_missing_files(tmp_path):
         file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(ValueError, match=f"{file.name} can't be read"):
             read_records(tmp_path / name)
+
+
+@pytest.mark.parametrize("chunk", [100, 10_000])  # it is full at a write, or at the end
+def test_a_full_disk_is_told_and_leaves_no_file_that_is_cut_off(tmp_path, monkeypatch, chunk):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    experts, weights = routing(np.random.default_rng(0), 1000, 8)
+    path = tmp_path / "r.parquet"
+    with pytest.raises(OSError, match=f"^records: {path} can't be written: [A-Z]"):
+        with full_disk(10_000), RecordWriter(path) as writer:
+            writer.add(layer=0, step=0, phase="decode", experts=experts, weights=weights)
+    assert not list(tmp_path.iterdir()) and writer.closed
 
 
 def parts(tmp_path):

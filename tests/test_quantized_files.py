@@ -4,6 +4,8 @@ import copy
 import json
 import re
 import shutil
+import threading
+import time
 
 import every
 import pytest
@@ -299,6 +301,14 @@ def test_an_index_with_a_file_that_is_missing(tmp_path):
         moeprof.load(tmp_path, bits=8)
 
 
+@pytest.mark.parametrize("content", ['{"weight_map": {}}', "[]", ""])
+def test_an_index_that_names_no_files(changed, content):
+    path, _ = changed
+    (path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: no index of"):
+        moeprof.load(path, bits=4)
+
+
 def test_weights_that_others_have_quantised_are_refused(changed):
     path, _ = changed
     config = json.loads((path / "config.json").read_text())
@@ -423,6 +433,56 @@ def test_nor_one_that_another_process_saves_meanwhile(folder, saved, tmp_path, m
     assert (path / "config.json").read_bytes() == (saved / "config.json").read_bytes()
 
 
+def test_two_that_save_to_one_folder_take_turns(folder, tmp_path, monkeypatch):
+    """The second waits until the first is done, and is refused then."""
+    models = [moeprof.load(folder, bits=bits) for bits in (8, 4)]
+    path, inside, most = tmp_path / "new", [], []
+    began, refused = threading.Event(), []
+    real = save._write_weights
+
+    def write_slowly(*arguments):
+        inside.append(1)
+        began.set()
+        time.sleep(0.3)
+        most.append(len(inside))
+        inside.pop()
+        return real(*arguments)
+
+    def second():
+        began.wait(10)
+        try:
+            moeprof.save_quantized(models[1], path)
+        except FileExistsError as error:
+            refused.append(str(error))
+
+    monkeypatch.setattr(save, "_write_weights", write_slowly)
+    other = threading.Thread(target=second)
+    other.start()
+    moeprof.save_quantized(models[0], path)
+    other.join(30)
+    assert set(most) == {1} and len(refused) == 1 and "holds a model already" in refused[0]
+    _assert_same(moeprof.load(path), models[0])
+
+
+def test_what_a_killed_save_left_goes_with_the_next(folder, tmp_path):
+    left = tmp_path / "q4" / ".moeprof.0123abcd.part"
+    left.mkdir(parents=True)
+    (left / "moeprof.safetensors").write_bytes(b"half")
+    moeprof.save_quantized(moeprof.load(folder, bits=4), tmp_path / "q4")
+    assert not left.exists() and moeprof.load(tmp_path / "q4") is not None
+
+
+def test_a_full_disk_for_the_config_is_told_in_our_words(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "/q8/.moeprof.1.part/config.json")
+
+    model = moeprof.load(folder, bits=8)
+    monkeypatch.setattr(save, "_write_configs", full)
+    with pytest.raises(OSError, match=r"q8 can't be written: No space left on device$"):
+        moeprof.save_quantized(model, tmp_path / "q8")
+    assert not (tmp_path / "q8").exists()
+
+
 def test_a_full_disk_is_told_in_our_words(folder, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
@@ -477,9 +537,11 @@ def test_bits_that_contradict_the_files(saved):
 
 
 def _rewritten(path, metadata=None, change=lambda tensors: None):
+    """As a file that says nothing of its tensors' checksums, as those of before they had any."""
     file = path / "moeprof.safetensors"
     with safe_open(file, framework="pt") as opened:
         given = opened.metadata()
+    del given["moeprof_checksums"]
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, given if metadata is None else metadata(given))
@@ -505,6 +567,45 @@ def test_saved_files_that_are_cut_off(copied):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"moeprof\.safetensors: no whole safetensors file"):
         moeprof.load(copied)
+
+
+def test_files_of_before_there_were_checksums_are_read(copied, saved):
+    _rewritten(copied)
+    config = json.loads((copied / "config.json").read_text())
+    del config["quantization_config"]["weights"]
+    (copied / "config.json").write_text(json.dumps(config))
+    _assert_same(moeprof.load(copied), moeprof.load(saved))
+
+
+def test_a_changed_byte_of_a_saved_model_is_noticed(copied):
+    file = copied / "moeprof.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"moeprof\.safetensors: model.* not what was saved"):
+        moeprof.load(copied)
+
+
+@pytest.mark.parametrize("swapped", ["moeprof.safetensors", "-00002-of-", "config.json"])
+def test_a_file_of_another_saved_model_is_noticed(tmp_path, monkeypatch, swapped):
+    """Of the same shapes, so that nothing else is wrong with it."""
+    if "-of-" in swapped:
+        monkeypatch.setattr(save, "SHARD_BYTES", 30_000)
+    for seed in (1, 2):
+        olmoe(seed).save_pretrained(tmp_path / "original")
+        moeprof.save_quantized(moeprof.load(tmp_path / "original", bits=4), tmp_path / str(seed))
+    names = sorted(p.name for p in (tmp_path / "1").iterdir() if swapped in p.name)
+    shutil.copy(tmp_path / "2" / names[0], tmp_path / "1" / names[0])
+    with pytest.raises(ValueError, match="not what was saved with|saved with other weights"):
+        moeprof.load(tmp_path / "1")
+
+
+def test_an_index_that_is_missing_is_named(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(save, "SHARD_BYTES", 30_000)
+    moeprof.save_quantized(moeprof.load(folder, bits=4), tmp_path / "q4")
+    (tmp_path / "q4" / "moeprof.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"its moeprof\.safetensors, or .* is missing"):
+        moeprof.load(tmp_path / "q4")
 
 
 DOWN = "model.layers.1.mlp.experts.down_proj"

@@ -200,6 +200,42 @@ def test_a_changed_letter_of_a_result_is_noticed(path):
         assert not row["damaged"] and row["result"] == {"perplexity": 12.5}
 
 
+@pytest.mark.parametrize(
+    "change", ["result = x'ff00'", "parameters = '{'", "seconds = 'abc'", "name = x'ff'"]
+)
+def test_a_row_edited_by_hand_is_a_damaged_one(path, change, capsys):
+    with Store(path) as store:
+        store.run(CELL, SUBJECT, lambda: {"x": 1})
+    execute(path, f"UPDATE cells SET {change}")
+    assert main(["store", str(path)]) == 0 and "1 of them damaged" in capsys.readouterr().out
+    with Store(path) as store:
+        assert store.run(CELL, SUBJECT, lambda: {"x": 1}) == {"x": 1}
+
+
+def test_what_stops_a_store_while_it_is_made_leaves_none(path, monkeypatch):
+    class Stopped(sqlite3.Connection):
+        def execute(self, query, *values):
+            if query.startswith("PRAGMA application_id ="):
+                raise KeyboardInterrupt
+            return super().execute(query, *values)
+
+    connect = sqlite3.connect
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, factory=Stopped, **k))
+        Store(path)
+    with Store(path) as store:
+        assert store.set_aside is None and store.rows() == []
+
+
+@pytest.mark.parametrize("change", ["ADD COLUMN more TEXT", "RENAME COLUMN result TO found"])
+def test_a_table_edited_by_hand_is_refused_and_named(path, change):
+    with Store(path) as store:
+        store.run(CELL, SUBJECT, lambda: {"x": 1})
+    execute(path, f"ALTER TABLE cells {change}")
+    with pytest.raises(ValueError, match=f"^store {path}: its table of cells isn't as moeprof"):
+        Store(path)
+
+
 def test_a_store_of_another_version_or_program_is_refused_and_untouched(path):
     Store(path).close()
     execute(path, "PRAGMA user_version = 7")

@@ -45,7 +45,8 @@ def _run(arguments: argparse.Namespace) -> None:
         rows = store.rows()
         console.print(f"Finished cells: {len(rows)}")
         for kind, count in Counter(row["kind"] for row in rows).items():
-            seconds = sum(row["seconds"] for row in rows if row["kind"] == kind)
+            of_kind = [row for row in rows if row["kind"] == kind and not row["damaged"]]
+            seconds = sum(row["seconds"] for row in of_kind)
             console.print(f"  {kind}: {count}, measured in {seconds:.0f} s")
         for what in ("model", "text", "null", "code"):
             if (different := len({row[what] for row in rows})) > 1:

@@ -64,7 +64,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     Raises
     ------
     OSError
-        Naming ``path``; nothing is left behind.
+        Naming ``path``, in words; nothing is left behind.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a device, a pipe: replaced, it would be gone
@@ -81,7 +81,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(part, target)  # same folder, so atomic
         _sync_folder(target.parent)
     except OSError as error:  # says `path`, not the temporary name
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise OSError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             part.unlink()

@@ -87,7 +87,7 @@ def read_null(
     check_type("null: path", path, (str, os.PathLike), "the path of a saved null")
     path = Path(path)
     suffix = _suffix(path)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no such null file: {path}")
     data = path.read_bytes()
     try:

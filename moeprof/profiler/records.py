@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -281,7 +282,9 @@ class _Parquet:
         lists = {"experts": pyarrow.int32(), "weights": pyarrow.float32()}
         plain |= {name: pyarrow.list_(kind) for name, kind in lists.items()}
         self._schema = pyarrow.schema([(name, plain[name]) for name in COLUMNS])
-        self._file = parquet.ParquetWriter(path, self._schema)
+        self._path, self._lost = path, ""
+        with self._whole_or_none():
+            self._file = parquet.ParquetWriter(path, self._schema)
 
     def write(self, chunk: _Chunk) -> None:
         offsets = np.concatenate([[0], np.cumsum(chunk["slots"], dtype=np.int32)])
@@ -297,13 +300,30 @@ class _Parquet:
                 arrays.append(self._arrow.array(values, field.type, mask=missing))
             else:
                 arrays.append(self._lists(offsets, values, field))
-        self._file.write_table(self._arrow.Table.from_arrays(arrays, schema=self._schema))
+        with self._whole_or_none():
+            self._file.write_table(self._arrow.Table.from_arrays(arrays, schema=self._schema))
 
     def _lists(self, offsets: NDArray[Any], values: NDArray[Any], field: Any) -> Any:
         return self._arrow.ListArray.from_arrays(offsets, self._arrow.array(values), field.type)
 
     def close(self) -> None:
-        self._file.close()
+        if not self._lost:
+            with self._whole_or_none():
+                self._file.close()
+
+    @contextmanager
+    def _whole_or_none(self) -> Iterator[None]:
+        """A file that couldn't be written to its end can't be read: it goes."""
+        if self._lost:
+            raise OSError(self._lost)
+        try:
+            yield
+        except (OSError, self._arrow.ArrowException) as error:
+            number = getattr(error, "errno", None)
+            reason = error if number is None else os.strerror(number)
+            self._lost = f"records: {self._path} can't be written: {reason}"
+            self._path.unlink(missing_ok=True)
+            raise OSError(self._lost) from error
 
 
 # ---- reading ----

@@ -1,13 +1,17 @@
 """The safetensors files of a checkpoint, read one tensor or a part of one at a time."""
 
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
+
+CHECKSUMS = "moeprof_checksums"  # in the metadata of each file: {tensor of any of them: its CRC-32}
 
 
 class Checkpoint:
@@ -37,6 +41,8 @@ class Checkpoint:
         files = _files(folder, stem)
         self._open = {file.name: _opened(file) for file in files}
         self._at = {name: file for file in self._open for name in self._open[file].keys()}
+        with _damage(files[0]):
+            self._sums: dict[str, int] = json.loads(self.metadata.get(CHECKSUMS, "{}"))
 
     @property
     def names(self) -> list[str]:
@@ -52,9 +58,18 @@ class Checkpoint:
         return name in self._at
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, at an address that is good for computing: as read it may lie anywhere."""
-        with _damage(self.folder / self._at[name]):
+        """A whole tensor, at an address that is good for computing: as read it may lie anywhere.
+
+        ValueError where it isn't the one that was saved.
+        """
+        file = self.folder / self._at[name]
+        with _damage(file):
             read: Tensor = self._open[self._at[name]].get_tensor(name)
+        if name in self._sums and self._sums[name] != checksum(read):
+            raise ValueError(
+                f"{file}: {name} is not what was saved with {next(iter(self._open))}: the file "
+                "is damaged, or of another model; copy the whole folder again"
+            )
         return read.clone()
 
     def part(self, name: str, number: int) -> Tensor:
@@ -62,6 +77,11 @@ class Checkpoint:
         with _damage(self.folder / self._at[name]):
             read: Tensor = self._open[self._at[name]].get_slice(name)[number : number + 1]
         return read
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes: safetensors has none, and other weights would go unseen."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def has_weights(folder: Path, stem: str = "model") -> bool:
@@ -76,6 +96,8 @@ def _files(folder: Path, stem: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [folder / Path(name).name for name in names]
+        if not files:
+            raise ValueError("it names no file")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index}: no index of safetensors files") from error
     for file in files:

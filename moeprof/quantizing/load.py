@@ -18,10 +18,17 @@ from ..models.load import check_loaded, check_model, reason_of
 from ..models.quantized import QuantizedExperts, QuantizedLinear, encoded_bytes, expected_shapes
 from ..show.console import make_console
 from ..show.console import progress as progress_bar
-from .checkpoint import Checkpoint, has_weights
+from .checkpoint import CHECKSUMS, Checkpoint, has_weights
 from .convert import FORMATS, biases_of, decoded, encoded, matrices_of
 from .quantize import quantize
-from .save import STEM, Description, read_description, saves_quantized
+from .save import (
+    METHOD,
+    STEM,
+    Description,
+    fingerprint,
+    read_description,
+    saves_quantized,
+)
 from .sources import Names, Source, experts_name
 
 
@@ -157,7 +164,14 @@ def _quiet() -> Iterator[None]:
 def _quantized(
     name: str, folder: Path, bits: int | None, dtype: torch.dtype | None, progress: bool | None
 ) -> Any:
-    config, method = _config(folder)
+    config, said = _config(folder)
+    method = _method(said)
+    if method == METHOD:
+        raise FileNotFoundError(
+            f"model {name}: moeprof.save_quantized wrote its config.json, and its "
+            f"{STEM}.safetensors, or the .index.json of several, is missing: copy the whole folder "
+            "again"
+        )
     if method not in ("", "mxfp4"):
         raise ValueError(
             f"model {name}: its weights are in {method}; moeprof.load reads float32, bfloat16, "
@@ -169,7 +183,10 @@ def _quantized(
             "transformers' from_pretrained loads it as it is"
         )
     if not has_weights(folder):
-        raise FileNotFoundError(f"model {name}: no model.safetensors (other files can't be read)")
+        raise FileNotFoundError(
+            f"model {name}: no model.safetensors, nor model.safetensors.index.json of several "
+            "(other files can't be read)"
+        )
     checkpoint = Checkpoint(folder)
     bare = _on_meta(config, dtype)
     sources, rest = _sources(name, bare, checkpoint)
@@ -187,16 +204,20 @@ def _quantized(
     return model
 
 
-def _config(folder: Path) -> tuple[Any, str]:
-    """(the config without a word on quantisation, what it said of that or "")."""
+def _config(folder: Path) -> tuple[Any, Any]:
+    """(the config without a word on quantisation, what it said of that or None)."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    said = vars(config).pop("quantization_config", None)
+    return config, vars(config).pop("quantization_config", None)
+
+
+def _method(said: Any) -> str:
+    """The way of quantising that a config names, or ""."""
     if said is None:
-        return config, ""
+        return ""
     method = said.get("quant_method") if isinstance(said, dict) else said.quant_method
-    return config, str(getattr(method, "value", method))
+    return str(getattr(method, "value", method))
 
 
 def _on_meta(config: Any, dtype: torch.dtype | None) -> Any:
@@ -337,7 +358,7 @@ def _saved(
             f"model {name}: bits={bits} contradicts its files, which are in "
             f"{' and '.join(sorted(said.formats))}: give no bits, or load the original"
         )
-    config, _ = _config(folder)
+    config = _own_config(name, folder, checkpoint)
     bare = _on_meta(config, dtype or BY_NAME[said.dtype])
     blocks = {experts_name(block): block for block in find_blocks(bare)}
     if foreign := said.experts.keys() - blocks.keys():
@@ -355,6 +376,19 @@ def _saved(
     for module, linear in linears.items():
         _put(model, module, _linear_back(name, module, linear, said, checkpoint))
     return model
+
+
+def _own_config(name: str, folder: Path, checkpoint: Checkpoint) -> Any:
+    """The config, if it was saved with these weights; older ones don't say."""
+    config, said = _config(folder)
+    weights = said.get("weights") if isinstance(said, dict) else None
+    checksums = checkpoint.metadata.get(CHECKSUMS)
+    if None not in (weights, checksums) and weights != fingerprint(str(checksums)):
+        raise ValueError(
+            f"model {name}: its config.json was saved with other weights than its "
+            f"{STEM}*.safetensors: copy the whole folder again"
+        )
+    return config
 
 
 def _read_back(

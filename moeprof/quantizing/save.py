@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from ..backends.tables import BY_NAME, DTYPES
 from ..checks import check_model
-from ..files import alone
+from ..files import alone, check_folder
 from ..models.quantized import GROUP, QuantizedExperts, QuantizedLinear
 from ..patching.state import is_patched
-from .checkpoint import Checkpoint
+from .checkpoint import CHECKSUMS, Checkpoint, checksum
 
 # Not "model": transformers must not take these files for weights that it can read.
 STEM = "moeprof"
@@ -80,30 +81,57 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     description = _described(model)
     folder = Path(folder)
     _check_no_model(folder)
+    check_folder(folder)
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{STEM}.{secrets.token_hex(4)}.part"
-    moved: list[Path] = []
     try:
-        part.mkdir()
-        names = [
-            *_write_weights(model, description, part),
-            *_write_configs(model, description, part),
-        ]
         with alone(folder):
+            _remove_parts(folder)
+            part.mkdir(parents=True)  # another process, that failed, may have removed the folder
+            names = _write(model, description, part)
             _check_no_model(folder)  # another process may have saved one meanwhile
-            for name in names:
-                os.replace(part / name, folder / name)
-                moved.append(folder / name)
-    except BaseException:
-        for file in moved:
-            file.unlink()
-        raise
+            _move(names, part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         if not existed:
             with suppress(OSError):
                 folder.rmdir()  # if it is empty
+
+
+def _remove_parts(folder: Path) -> None:
+    """What processes left that were killed: gigabytes under a hidden name."""
+    for part in folder.glob(f".{STEM}.*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(model: nn.Module, description: Description, part: Path) -> list[str]:
+    """The names of the files, config.json last."""
+    from safetensors import SafetensorError
+
+    shards = _shards(model)
+    checksums = json.dumps({n: checksum(t) for shard in shards for n, t in shard.items()})
+    try:
+        return [
+            *_write_weights(shards, description, checksums, part),
+            *_write_configs(model, description, checksums, part),
+        ]
+    except (SafetensorError, OSError) as error:  # a full disk, which each says in its own words
+        said = getattr(error, "strerror", None) or error
+        raise OSError(f"save_quantized: {part.parent} can't be written: {said}") from error
+
+
+def _move(names: list[str], part: Path, folder: Path) -> None:
+    """All of the files, or none."""
+    moved: list[Path] = []
+    try:
+        for name in names:
+            os.replace(part / name, folder / name)
+            moved.append(folder / name)
+    except BaseException:
+        for file in moved:
+            file.unlink()
+        raise
 
 
 def _described(model: Any) -> Description:
@@ -145,22 +173,19 @@ def _check_no_model(folder: Path) -> None:
             )
 
 
-def _write_weights(model: nn.Module, description: Description, part: Path) -> list[str]:
+def _write_weights(
+    shards: list[dict[str, Tensor]], description: Description, checksums: str, part: Path
+) -> list[str]:
     """The names of the files, the index behind them."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt", METHOD: json.dumps(description._asdict())}
-    shards = _shards(model)
+    metadata = {"format": "pt", METHOD: json.dumps(description._asdict()), CHECKSUMS: checksums}
     weight_map, files = {}, []
     for number, tensors in enumerate(shards, 1):
         several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         files.append(f"{STEM}{several}.safetensors")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(whole, part / files[-1], metadata)
-        except SafetensorError as error:  # a full disk, which it says in words of its own
-            raise OSError(f"save_quantized: {part.parent} can't be written: {error}") from error
+        save_file(whole, part / files[-1], metadata)
         weight_map.update(dict.fromkeys(tensors, files[-1]))
     if len(shards) > 1:
         index = {"metadata": metadata, "weight_map": weight_map}
@@ -186,7 +211,7 @@ def _shards(model: nn.Module) -> list[dict[str, Tensor]]:
     return shards
 
 
-def _write_configs(model: Any, description: Description, part: Path) -> list[str]:
+def _write_configs(model: Any, description: Description, checksums: str, part: Path) -> list[str]:
     """The names of the files, config.json last."""
     names = []
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
@@ -198,9 +223,15 @@ def _write_configs(model: Any, description: Description, part: Path) -> list[str
         "quant_method": METHOD,
         "version": description.version,
         "formats": sorted(description.formats),
+        "weights": fingerprint(checksums),
     }
     config.save_pretrained(part)
     return [*names, "config.json"]
+
+
+def fingerprint(checksums: str) -> str:
+    """What config.json says of the weights that it was saved with."""
+    return f"{zlib.crc32(checksums.encode()):08x}"
 
 
 def read_description(name: str, checkpoint: Checkpoint) -> Description:

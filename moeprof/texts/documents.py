@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from textwrap import shorten
@@ -28,31 +29,49 @@ SPLIT = "test"
 def read_documents(paths: Iterable[str | os.PathLike[str]]) -> list[Document]:
     """Documents of what a user names: files, folders and datasets, see `EXPECTED`.
 
-    ValueError or OSError in one line for what is no text, ImportError where a package is missing.
+    Files with nothing in them are left out, with a warning.
+
+    ValueError or OSError in one line for what is no text, or where all of it is empty; ImportError
+    where a package is missing.
     """
     documents: list[Document] = []
+    empty: list[Path] = []
     for path in paths:
         if str(path).startswith(DATASETS):
             documents += _of_dataset(str(path))
-        elif Path(path).is_dir():
-            documents += _of_folder(Path(path))
-        else:
-            documents += _of_file(Path(path), Path(path).name, "text")
+            continue
+        for file, name, domain in _files(Path(path)):
+            found = list(_of_file(file, name, domain))
+            if any(document.text.strip() for document in found):
+                documents += found
+            else:
+                empty.append(file)
+    if not empty:
+        return documents
+    more = f" and {len(empty) - 1} more are" if len(empty) > 1 else " is"
+    said = f"text {empty[0]}{more} empty"
+    if not documents:
+        raise ValueError(said)
+    warnings.warn(f"{said}, and left out", stacklevel=2)
     return documents
 
 
-def _of_folder(folder: Path) -> Iterator[Document]:
-    """The documents of its files, in the order of their names; hidden ones are left out."""
+def _files(path: Path) -> Iterator[tuple[Path, str, str]]:
+    """(file, its name, the domain of its documents) of a file, or of all in a folder, in the order
+    of their names; hidden ones are left out."""
+    if not path.is_dir():
+        yield path, path.name, "text"
+        return
     found = False
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if path.suffix in SUFFIXES and path.is_file() and not hidden:
+        if file.suffix in SUFFIXES and file.is_file() and not hidden:
             found = True
             domain = inside.parent.as_posix()
-            yield from _of_file(path, inside.as_posix(), "text" if domain == "." else domain)
+            yield file, inside.as_posix(), "text" if domain == "." else domain
     if not found:
-        raise ValueError(f"text {folder}: the folder has no {', '.join(SUFFIXES)} file in it")
+        raise ValueError(f"text {path}: the folder has no {', '.join(SUFFIXES)} file in it")
 
 
 def _of_file(path: Path, name: str, domain: str) -> Iterator[Document]:
@@ -60,7 +79,7 @@ def _of_file(path: Path, name: str, domain: str) -> Iterator[Document]:
     if path.suffix == ".parquet":
         yield from _of_parquet(path, name, domain)
         return
-    text = read_document(path, "text")
+    text = read_text(path, "text")
     if path.suffix != ".jsonl":
         yield Document(domain, name, text)
         return
@@ -91,8 +110,6 @@ def _of_parquet(path: Path, name: str, domain: str) -> Iterator[Document]:
         raise ValueError(f"text {path} is no Parquet file ({_line(error)})") from None
     except OSError as error:
         raise OSError(f"text {path} can't be read: {error.strerror or _line(error)}") from error
-    if not rows:
-        raise ValueError(f"text {path} is empty")
     for number, row in enumerate(rows, start=1):
         yield _from_fields(row, f"text {path}, row {number}", f"{name}:{number}", domain)
 

@@ -49,7 +49,7 @@ class Claims:
                 known = cls._of.get((status.st_dev, status.st_ino))
                 if known is not None:
                     return known
-            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             status = os.fstat(number)
             return cls._of.setdefault((status.st_dev, status.st_ino), cls(number))
 

@@ -156,7 +156,8 @@ class Store:
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in found]
         for row in rows:
             row["null"] = row.pop("null_")
-            row["damaged"] = _checksum(row["result"]) != row.pop("checksum")
+            row["damaged"] = not _is_sound(row)
+            del row["checksum"]
             for name in ("parameters", "result"):
                 row[name] = {} if row["damaged"] else json.loads(row[name])
         return rows
@@ -214,10 +215,17 @@ class Store:
             )
         if (found := value("quick_check")) != "ok":
             raise sqlite3.DatabaseError(found)
+        found_columns = [name for _, name, *_ in connection.execute("PRAGMA table_info(cells)")]
+        if tables and found_columns != [*COLUMNS]:
+            raise ValueError(
+                f"store {self.path}: its table of cells isn't as moeprof made it: expected the "
+                f"columns {', '.join(COLUMNS)}; give another file"
+            )
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # what is finished is on the disk
         if not tables:
             with connection:
+                connection.execute("BEGIN")  # Python begins none before these
                 columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
                 connection.execute(f"CREATE TABLE cells ({columns})")
                 connection.execute(f"PRAGMA application_id = {APPLICATION}")
@@ -246,9 +254,20 @@ def _timed(compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float
     return result, time.perf_counter() - begun
 
 
-def _checksum(text: str) -> str:
-    """SQLite notices a damaged page, but not a changed letter in a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _checksum(text: object) -> str:
+    """SQLite notices a damaged page, but not a changed letter in a text, nor bytes in its place."""
+    return hashlib.sha256(str(text).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_sound(row: dict[str, Any]) -> bool:
+    """Is it as it was stored, as far as that can be told?"""
+    seconds, *texts = row["seconds"], *(row[n] for n in row if n != "seconds")
+    try:
+        json.loads(row["parameters"])
+    except (ValueError, TypeError):
+        return False
+    kinds = isinstance(seconds, float) and all(isinstance(text, str) for text in texts)
+    return kinds and _checksum(row["result"]) == row["checksum"]
 
 
 def _set_aside(path: Path) -> Path:
