@@ -104,8 +104,8 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--routers", "nonsense"], "router: expected one of"),
-        (["--routers", "hc"], "got 'hc'; did you mean 'hc ("),
+        (["--routers", "nonsense"], "router: there is no 'nonsense'; expected one of bh, "),
+        (["--routers", "hc"], "there is no 'hc'; the nearest is 'hc ("),
         (["--tables", "c"], "--tables: expected some of reduction, wide, got 'c'"),
         (["--routers", ""], "router: expected some of"),
         (["--quantized", "3"], "expected 8, 4, both or none, got '3'"),

@@ -373,7 +373,7 @@ def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
     [
         (["--parts", "swep"], "parts: expected some of calibrate, profile, sweep"),
         (["--tables", "long"], "tables: expected some of reduction, wide"),
-        (["--routers", "bhh"], "router: expected one of"),
+        (["--routers", "bhh"], "router: there is no 'bhh'; the nearest is 'bh'"),
         (["--tokens", "1"], "from 2 to"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--workers", "2"], "--workers belongs to --engine"),

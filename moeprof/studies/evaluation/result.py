@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
+from ...measure.bootstrap import FEW_DOCUMENTS
 from ...show.console import fill, text_console
 from ...show.tables import text_table, with_interval
-from ..comparison.findings import FEW_DOCUMENTS
 from .statistics import Row, results
 
 if TYPE_CHECKING:
