@@ -237,8 +237,8 @@ class Grid:
         if name is None:
             raise self.error(["routers", place], f"no key 'router': expected {_one_of(REGISTRY)}")
         if name not in REGISTRY:
-            known = nearest(str(name), REGISTRY)
-            raise self.error(["routers", place, "router"], f"no router {name!r}; {known}")
+            hint = nearest(str(name), REGISTRY)
+            raise self.error(["routers", place, "router"], f"no router {name!r}; {hint}")
         cls = REGISTRY[name]
         fixed = [f.name for f in own_fields(cls) if not f.metadata]  # a value for each expert
         known = [f.name for f in parameters_of(cls) if f.name not in fixed]
@@ -246,8 +246,8 @@ class Grid:
         for key, value in table.items():
             keys: list[str | int] = ["routers", place, key]
             if key not in (*known, *RESERVED):
-                all_keys = nearest(key, (*known, *RESERVED))
-                raise self.error(keys, f"{name} takes no {key!r}; {all_keys}")
+                hint = nearest(key, (*known, *RESERVED))
+                raise self.error(keys, f"{name} takes no {key!r}; {hint}")
             if key == "router":
                 continue
             found[key] = _listed(value)
