@@ -307,10 +307,12 @@ def build(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     config = config_class(**{**common, **species.settings, **changes})
     torch.manual_seed(seed)
     model = getattr(module, species.name + species.model)(config).eval()
+    modules = dict(model.named_modules())
     for site_name in router_names(name):  # some start at zero: every choice would be a tie
-        for parameter in model.get_submodule(site_name).parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.5)
+        if site_name in modules:  # `changes` may leave a layer without experts
+            for parameter in modules[site_name].parameters():
+                if parameter.dim() == 2:
+                    nn.init.normal_(parameter, std=0.5)
     return model
 
 
