@@ -114,8 +114,7 @@ static int check_moe(const mp_layer *layer, const mp_route_spec_object *s, npy_i
 
 static PyObject *moe(PyObject *module, PyObject *args)
 {
-    PyObject *hidden, *logits, *layer_object, *spec_object, *out = NULL, *result = NULL;
-    PyObject *arrays[4] = {NULL};
+    PyObject *hidden, *logits, *layer_object, *spec_object, *out, *result;
     PyArrayObject *x, *z;
     const mp_layer *layer;
     const mp_route_spec_object *s;
@@ -133,9 +132,13 @@ static PyObject *moe(PyObject *module, PyObject *args)
         return NULL;
     const npy_intp T = PyArray_DIM(x, 0);
     const void *data = PyArray_DATA(x), *logits_data = PyArray_DATA(z);
-    if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), PyArray_TYPE(x)))
-        || mp_new_routing(T, s->spec.max_k, arrays, &routing))
-        goto done;
+    if (!(result = PyTuple_New(5)))
+        return NULL;
+    if (!(out = PyArray_SimpleNew(2, PyArray_DIMS(x), PyArray_TYPE(x))))
+        goto failed;
+    PyTuple_SET_ITEM(result, 0, out);
+    if (mp_new_routing(result, 1, T, s->spec.max_k, &routing))
+        goto failed;
 
     Py_BEGIN_ALLOW_THREADS
     bad_row = mp_route(&s->spec, logits_data, logits_dtype, T, layer->num_experts, threads,
@@ -144,14 +147,11 @@ static PyObject *moe(PyObject *module, PyObject *args)
         error = mp_experts(layer, data, T, routing.expert_ids, routing.routing_weights,
                            s->spec.max_k, threads, PyArray_DATA((PyArrayObject *)out));
     Py_END_ALLOW_THREADS
-    if (mp_check_row(bad_row) || check_experts(error))
-        goto done;
-    result = Py_BuildValue("OOOOO", out, arrays[0], arrays[1], arrays[2], arrays[3]);
-done:
-    for (int i = 0; i < 4; i++)
-        Py_XDECREF(arrays[i]);
-    Py_XDECREF(out);
-    return result;
+    if (!mp_check_row(bad_row) && !check_experts(error))
+        return result;
+failed:
+    Py_DECREF(result);
+    return NULL;
 }
 
 PyDoc_STRVAR(dense_doc,

@@ -43,9 +43,9 @@ int mp_parse_null(PyObject *tuple, npy_intp num_experts, mp_null *null);
 /* Logits (T,E) of the dtype of the hidden states, or float32, and which. Borrowed. */
 PyArrayObject *mp_logits(PyObject *logits, mp_float hidden, mp_float *dtype);
 
-/* New arrays for a routing of (T,max_k): routing_weights, expert_ids, counts, rejections.
- * On failure some of `arrays` may be set: the caller releases what is not NULL. */
-int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
+/* Puts new arrays for a routing of (T,max_k) into a new tuple, from `first` on:
+ * routing_weights, expert_ids, counts, rejections. -1 with an error. */
+int mp_new_routing(PyObject *tuple, Py_ssize_t first, npy_intp tokens, npy_intp max_k,
                    mp_routing *routing);
 
 /* ValueError or MemoryError for what mp_route returns; -1 unless all is well. */

@@ -5,21 +5,22 @@
 
 #include <stdlib.h>
 
-int mp_new_routing(npy_intp tokens, npy_intp max_k, PyObject *arrays[4],
+int mp_new_routing(PyObject *tuple, Py_ssize_t first, npy_intp tokens, npy_intp max_k,
                    mp_routing *routing)
 {
+    static const int ndims[] = {2, 2, 1, 1};
+    static const int types[] = {NPY_FLOAT32, NPY_INT32, NPY_INT32, NPY_INT32};
     npy_intp slots[2] = {tokens, max_k};
-    arrays[0] = PyArray_SimpleNew(2, slots, NPY_FLOAT32);
-    arrays[1] = PyArray_SimpleNew(2, slots, NPY_INT32);
-    arrays[2] = PyArray_SimpleNew(1, slots, NPY_INT32);
-    arrays[3] = PyArray_SimpleNew(1, slots, NPY_INT32);
-    for (int i = 0; i < 4; i++)
-        if (!arrays[i])
+    void *data[4];
+    for (int i = 0; i < 4; i++) {
+        PyObject *array = PyArray_SimpleNew(ndims[i], slots, types[i]);
+        if (!array)
             return -1;
-    routing->routing_weights = PyArray_DATA((PyArrayObject *)arrays[0]);
-    routing->expert_ids = PyArray_DATA((PyArrayObject *)arrays[1]);
-    routing->counts = PyArray_DATA((PyArrayObject *)arrays[2]);
-    routing->rejections = PyArray_DATA((PyArrayObject *)arrays[3]);
+        PyTuple_SET_ITEM(tuple, first + i, array);
+        data[i] = PyArray_DATA((PyArrayObject *)array);
+    }
+    *routing = (mp_routing){.routing_weights = data[0], .expert_ids = data[1],
+                            .counts = data[2], .rejections = data[3]};
     return 0;
 }
 
@@ -68,7 +69,7 @@ PyDoc_STRVAR(route_doc,
 
 static PyObject *route(PyObject *module, PyObject *args)
 {
-    PyObject *logits, *spec_object, *arrays[4] = {NULL}, *p = NULL, *result = NULL;
+    PyObject *logits, *spec_object, *p, *result;
     PyArrayObject *view;
     int threads, want_p;
     const mp_route_spec_object *s;
@@ -82,24 +83,23 @@ static PyObject *route(PyObject *module, PyObject *args)
         return NULL;
     npy_intp shape[2] = {PyArray_DIM(view, 0), PyArray_DIM(view, 1)};
     const void *z = PyArray_DATA(view);
-    if (want_p && !(p = PyArray_SimpleNew(2, shape, NPY_FLOAT64)))
-        goto done;
-    if (mp_new_routing(shape[0], s->spec.max_k, arrays, &routing))
-        goto done;
+    if (!(result = PyTuple_New(5)))
+        return NULL;
+    if (!(p = want_p ? PyArray_SimpleNew(2, shape, NPY_FLOAT64) : Py_NewRef(Py_None)))
+        goto failed;
+    PyTuple_SET_ITEM(result, 4, p);
+    if (mp_new_routing(result, 0, shape[0], s->spec.max_k, &routing))
+        goto failed;
 
     Py_BEGIN_ALLOW_THREADS
     bad_row = mp_route(&s->spec, z, dtype, shape[0], shape[1], threads,
-                       &routing, p ? PyArray_DATA((PyArrayObject *)p) : NULL);
+                       &routing, want_p ? PyArray_DATA((PyArrayObject *)p) : NULL);
     Py_END_ALLOW_THREADS
-    if (mp_check_row(bad_row))
-        goto done;
-    result = Py_BuildValue("OOOOO", arrays[0], arrays[1], arrays[2], arrays[3],
-                           p ? p : Py_None);
-done:
-    for (int i = 0; i < 4; i++)
-        Py_XDECREF(arrays[i]);
-    Py_XDECREF(p);
-    return result;
+    if (!mp_check_row(bad_row))
+        return result;
+failed:
+    Py_DECREF(result);
+    return NULL;
 }
 
 PyDoc_STRVAR(choice_logits_doc,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -119,6 +120,20 @@ def described(value: object) -> str:
     if isinstance(value, str):
         return f"str {value if len(value) <= 40 else value[:37] + '...'!r}"
     return type(value).__name__
+
+
+def near(word: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Of the names known those that are like the word, whatever their case, the nearest first."""
+    by_form = {name.casefold(): name for name in known}
+    return [by_form[form] for form in get_close_matches(word.casefold(), by_form, most, 0.5)]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What to say of a word that isn't among those known: the nearest one, and all of them."""
+    known = sorted(known)
+    found = near(word, known)
+    hint = f"the nearest is {found[0]!r}, of " if found else "expected one of "
+    return hint + ", ".join(known)
 
 
 def check_installed(who: str, packages: Iterable[str]) -> None:

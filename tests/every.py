@@ -25,6 +25,7 @@ from nulls import null_of, random_logits
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from zoo import QWEN_LINEAR
 
 import moeprof
 from moeprof.models.identity import gates_of, router_sample
@@ -33,68 +34,38 @@ from moeprof.routers import REGISTRY
 VOCABULARY, H, E, K = 64, 32, 8, 3
 EOS, PAD = 0, 1
 
-TINY = dict(
-    # the model
-    vocab_size=VOCABULARY,
-    unpadded_vocab_size=VOCABULARY,
-    hidden_size=H,
-    num_hidden_layers=2,
-    intermediate_size=40,
-    max_position_embeddings=64,
-    pad_token_id=PAD,
-    bos_token_id=2,
-    eos_token_id=EOS,
+# What configs call a size, and the size: names of the same one in one line.
+_SIZES = {
+    "vocab_size unpadded_vocab_size": VOCABULARY,
+    "hidden_size": H,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": EOS,
     # attention
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=8,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_rope_head_dim=8,
-    qk_nope_head_dim=8,
-    v_head_dim=8,
-    sliding_window=16,
-    index_head_dim=8,
-    index_n_heads=4,
-    index_topk=32,
-    swa_num_attention_heads=4,
-    swa_num_key_value_heads=4,
-    swa_head_dim=8,
+    "num_attention_heads num_key_value_heads": 4,
+    "swa_num_attention_heads swa_num_key_value_heads index_n_heads": 4,
+    "head_dim swa_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim": 8,
+    "q_lora_rank kv_lora_rank": 8,
+    "sliding_window": 16,
+    "index_topk": 32,
     # experts
-    num_experts=E,
-    num_local_experts=E,
-    n_routed_experts=E,
-    moe_num_experts=E,
-    num_experts_per_tok=K,
-    num_experts_per_token=K,
-    moe_topk=K,
-    moe_k=K,
-    top_k_experts=K,
-    moe_intermediate_size=23,
-    shared_expert_intermediate_size=20,
-    n_shared_experts=2,
-    num_shared_experts=2,
-    moe_num_shared_experts=2,
-    first_k_dense_replace=1,
-    num_dense_layers=1,
+    "num_experts num_local_experts n_routed_experts moe_num_experts": E,
+    "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts": K,
+    "moe_intermediate_size": 23,
+    "shared_expert_intermediate_size": 20,
+    "n_shared_experts num_shared_experts moe_num_shared_experts": 2,
+    "first_k_dense_replace num_dense_layers": 1,
     # their router
-    n_group=4,
-    topk_group=2,
-    num_expert_group=4,
-    routed_scaling_factor=1.7,
-    router_scaling_factor=1.7,
-    route_scale=1.7,
-    moe_routed_scaling_factor=1.7,
-)
+    "n_group num_expert_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor router_scaling_factor route_scale moe_routed_scaling_factor": 1.7,
+}
+TINY = {name: size for names, size in _SIZES.items() for name in names.split()}
 _DENSE_FIRST = dict(mlp_layer_types=["dense", "sparse"])
 _LINEAR_FIRST = dict(layer_types=["linear_attention", "full_attention"])
-_QWEN_LINEAR = dict(
-    _LINEAR_FIRST,
-    linear_num_value_heads=2,
-    linear_num_key_heads=2,
-    linear_key_head_dim=8,
-    linear_value_head_dim=8,
-)
 EXTRAS: dict[str, dict[str, Any]] = {
     "deepseek_v4": dict(mlp_layer_types=["hash_moe", "moe"]),
     "bailing_hybrid": _LINEAR_FIRST,
@@ -147,11 +118,11 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "muse_spark": dict(moe_hidden_size=H),
     "nemotron_h": dict(n_groups=2, ssm_state_size=4, mamba_num_heads=4, mamba_head_dim=8),
     "phimoe": dict(num_experts_per_tok=2),
-    "qwen3_5_moe": _QWEN_LINEAR,
-    "qwen3_next": _QWEN_LINEAR,
+    "qwen3_5_moe": QWEN_LINEAR,
+    "qwen3_next": QWEN_LINEAR,
     "qwen3_omni_moe/Qwen3OmniMoeTalkerTextExperts": dict(shared_expert_intermediate_size=20),
     "qwen4_exp": dict(
-        _QWEN_LINEAR,
+        QWEN_LINEAR,
         layer_types=["linear_attention", "indexed_attention"],
         indexer_n_heads=2,
         indexer_kv_heads=1,

@@ -457,12 +457,62 @@ def test_more_threads_than_any_machine_has(capsys, command):
         (["calibrate", "--merge", "a.npz", "--out", "n.npz"], "expected at least two nulls"),
         (["calibrate", "--merge", "a.npz", "b.npz", "--out", "n.npz"], "no such null file: a.npz"),
         (["calibrate", "--merge", "a", "b", "--out", "n.npz", "--score", "logit"], "no --score"),
+        (["diagnose", "--alpha", "2"], "expected a number in (0, 1)"),
+        (["diagnose", "--positions", "-1"], "expected a number from 0"),
+        (["diagnose", "--null", "nowhere.safetensors"], "no such null file"),
+        (["diagnose", "--min-k", "9", "--max-k", "3"], "min_k: expected at most max_k=3"),
+        (["diagnose", "--max-k", "65"], "max_k: expected 1 to 64"),
+        (["diagnose", "--positions", "5000", "--tokens", "600"], "positions: 5000 asked for"),
+        (
+            ["compare", "--routers", "nonsense"],
+            "there is no 'nonsense'; expected one of bh, ",
+        ),
+        (["compare", "--routers", "hc"], "there is no 'hc'; the nearest is 'hc ("),
+        (["compare", "--tables", "c"], "--tables: expected some of reduction, wide, got 'c'"),
+        (["compare", "--routers", ""], "router: expected some of"),
+        (["compare", "--quantized", "3"], "expected 8, 4, both or none, got '3'"),
+        (
+            ["compare", "--quantized", "4", "--bits", "8"],
+            "the model's experts are quantised already",
+        ),
+        (["compare", "--budgets", "0"], "expected a number from 1"),
+        (["compare", "--budgets", "40"], "expected some of 2, 3, 4, 5, 6, 7 (table reduction)"),
+        (["compare", "--text", "missing.txt"], "can't be read"),
+        (["compare", "--null", "missing.npz"], "missing.npz"),
+        (["compare", "--model", "missing"], "no such folder"),
+        (["evaluate", "--router", "bhh"], "there is no 'bhh'; the nearest is 'bh'"),
+        (["evaluate", "--router", "bh:alpah=0.3"], "takes no 'alpah'; the nearest is 'alpha'"),
+        (["evaluate", "--text", "none.txt"], "none.txt can't be read"),
+        (["evaluate", "--text", "empty.txt"], "empty.txt is empty"),
+        (["evaluate", "--text", "latin.txt"], "latin.txt isn't UTF-8 text (byte 1)"),
+        (["evaluate", "--text", "short.txt"], "no document has two tokens"),
+        (["evaluate", "--text", "bad.jsonl"], "bad.jsonl, line 2: no such document"),
+        (["evaluate", "--context", "4096"], "expected 2 to 1,024, the positions of this model"),
+        (["evaluate", "--context", "64", "--stride", "65"], "stride: expected 1 to 64"),
+        (["evaluate", "--router", "topk:k=65"], "k: expected at most 64"),
+        (["evaluate", "--null", "nonull.npz"], "nonull.npz"),
+        (["evaluate", "--out", "short.txt"], "can't be written"),
+        (["study", "--parts", "swep"], "parts: expected some of calibrate, profile, sweep"),
+        (["study", "--tables", "long"], "tables: expected some of reduction, wide"),
+        (["study", "--routers", "bhh"], "router: there is no 'bhh'; the nearest is 'bh'"),
+        (["study", "--tokens", "1"], "from 2 to"),
+        (["study", "--text", "nowhere.txt"], "nowhere.txt"),
+        (["study", "--workers", "2"], "--workers belongs to --engine"),
+        (["study", "--model", "no/such/folder/at/all"], "no/such/folder/at/all"),
     ],
 )
 def test_arguments(capsys, tmp_path, monkeypatch, arguments, message):
+    """One line of what is wrong, and nothing is written."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "bad.jsonl").write_text('{"text": "one two"}\n{"text": 3}\n')
+    if "study" in arguments:
+        monkeypatch.setattr(demo, "load", lambda *_: pytest.fail("the model was loaded"))
+    there = sorted(tmp_path.rglob("*"))
     assert message in fails(capsys, *arguments)
-    assert files(tmp_path) == []
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 def test_threads_are_torchs(monkeypatch):

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pandas
 import pytest
-from commands import fails
 from matplotlib.figure import Figure
 
 import moeprof
@@ -99,28 +98,6 @@ def test_an_interrupted_comparison_keeps_what_was_finished(tmp_path, monkeypatch
     roles = [cell["role"] for cell in run["cells"]]  # the running cell, of top_p, is lost
     assert roles == ["random", "oracle"] and "effect" in run["cells"][-1]
     assert "Interrupted" in (tmp_path / "comparison_report.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--routers", "nonsense"], "router: expected one of"),
-        (["--routers", "hc"], "got 'hc'; did you mean 'hc ("),
-        (["--tables", "c"], "--tables: expected some of reduction, wide, got 'c'"),
-        (["--routers", ""], "router: expected some of"),
-        (["--quantized", "3"], "expected 8, 4, both or none, got '3'"),
-        (["--quantized", "4", "--bits", "8"], "the model's experts are quantised already"),
-        (["--budgets", "0"], "expected a number from 1"),
-        (["--budgets", "40"], "expected some of 2, 3, 4, 5, 6, 7 (table reduction)"),
-        (["--text", "missing.txt"], "can't be read"),
-        (["--null", "missing.npz"], "missing.npz"),
-        (["--model", "missing"], "no such folder"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert message in fails(capsys, "compare", *arguments)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

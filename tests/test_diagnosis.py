@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from commands import fails
 from matplotlib.figure import Figure
 from models import olmoe
 from wording import says
@@ -458,21 +457,6 @@ def test_without_a_folder_or_a_store_nothing_is_kept(tmp_path, capsys, monkeypat
         out = capsys.readouterr().out
         assert out.startswith(said) and first[1] in out
     assert {path.name for path in tmp_path.iterdir()} == {"s.sqlite", "s.sqlite.lock"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--alpha", "2"), "expected a number in (0, 1)"),
-        (("--positions", "-1"), "expected a number from 0"),
-        (("--null", "nowhere.safetensors"), "no such null file"),
-        (("--min-k", "9", "--max-k", "3"), "min_k: expected at most max_k=3"),
-        (("--max-k", "65"), "max_k: expected 1 to 64"),
-        (("--positions", "5000", "--tokens", "600"), "positions: 5000 asked for"),
-    ],
-)
-def test_bad_input_is_one_line(options, message, capsys):
-    assert message in fails(capsys, "diagnose", *options)
 
 
 def test_intervals_cover(null):

@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from commands import fails
 from letters import Letters
 from models import assert_unchanged, olmoe, snapshot
 
@@ -320,31 +319,3 @@ def test_the_command_writes_all_and_goes_on_where_it_was(text, tmp_path, monkeyp
     assert runs == [moeprof.TopK(2)] and "2 are finished" in capsys.readouterr().out
     again = json.loads((out / "evaluation.json").read_text())
     assert again["measured"]["topk:k=4"] == saved["measured"]["topk:k=4"]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--router", "bhh"], "there is no 'bhh'; the nearest is 'bh'"),
-        (["--router", "bh:alpah=0.3"], "takes no 'alpah'; the nearest is 'alpha'"),
-        (["--text", "none.txt"], "none.txt can't be read"),
-        (["--text", "empty.txt"], "empty.txt is empty"),
-        (["--text", "latin.txt"], "latin.txt isn't UTF-8 text (byte 1)"),
-        (["--text", "short.txt"], "no document has two tokens"),
-        (["--text", "bad.jsonl"], "bad.jsonl, line 2: no such document"),
-        (["--context", "4096"], "expected 2 to 1,024, the positions of this model"),
-        (["--context", "64", "--stride", "65"], "stride: expected 1 to 64"),
-        (["--router", "topk:k=65"], "k: expected at most 64"),
-        (["--null", "nonull.npz"], "nonull.npz"),
-        (["--out", "short.txt"], "can't be written"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(options, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").write_text("  \n")
-    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
-    (tmp_path / "short.txt").write_text("a")
-    (tmp_path / "bad.jsonl").write_text('{"text": "one two"}\n{"text": 3}\n')
-    there = sorted(tmp_path.iterdir())
-    assert words in fails(capsys, "evaluate", "--tokens", "100", *options)
-    assert sorted(tmp_path.iterdir()) == there

@@ -2,10 +2,12 @@
 
 import io
 import os
+import re
 import stat
 import sys
 import tracemalloc
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -255,3 +257,16 @@ def test_no_console_passes_on_what_a_terminal_would_obey(capsys):
     for text in (capsys.readouterr().out, out.getvalue()):
         assert not any(c in text for c in "\x1b\x07\u202e\x9b") and text.count("]0;title") == 2
         assert len(text.splitlines()) == 6
+
+
+def test_a_table_on_a_narrow_screen_loses_nothing(monkeypatch):
+    from moeprof.show.console import printed
+    from moeprof.show.tables import table
+
+    monkeypatch.setenv("COLUMNS", "30")
+    columns = {"router": "{}", "tokens": "{:,d}", "bits": "{}", "ms": "{:.4f}"}
+    rows = [("bh:alpha=0.3,max_k=16", 65_536, "0.61 [0.58, 0.64]", 1.2345)]
+    text = printed([table(columns, rows)])
+    assert max(map(len, text.splitlines())) <= 30
+    cells = [*columns, "bh:alpha=0.3,max_k=16", "65,536", "0.61[0.58,0.64]", "1.2345"]
+    assert Counter(re.sub(r"[\s─]", "", text)) == Counter("".join(cells))

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pandas
 import pytest
-import torch
 import transformers
 from commands import MAIN
 from models import olmoe
 from wording import says
+from zoo import build
 
 import moeprof
 from moeprof import cli, demo
@@ -49,19 +49,8 @@ def tiny(folder, tokenizer):
 
 @pytest.fixture(scope="module")
 def mixtral(folder, tokenizer):
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=1024,
-    )
-    return folder("mixtral", transformers.MixtralForCausalLM(config))
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+    return folder("mixtral", build("mixtral", num_experts_per_tok=2, **sizes))
 
 
 @pytest.fixture(autouse=True)

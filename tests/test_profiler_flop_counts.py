@@ -15,27 +15,9 @@ def mixtral():
 
 
 def qwen3():
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_experts=16,
-            num_experts_per_tok=4,
-            norm_topk_prob=True,
-            mlp_only_layers=[1],
-            decoder_sparse_step=1,
-            initializer_range=0.2,
-        )
-    ).eval()
+    """Three layers, the middle one without experts."""
+    sizes = dict(num_hidden_layers=3, num_key_value_heads=2, num_experts=16, num_experts_per_tok=4)
+    return build("qwen3_moe", mlp_only_layers=[1], intermediate_size=48, **sizes)
 
 
 def demo():

@@ -3,8 +3,9 @@
 import pytest
 
 import moeprof
+from moeprof.checks import nearest
 from moeprof.routers import REGISTRY, Kneedle, StoreyBH
-from moeprof.routers.written import nearest, written_router
+from moeprof.routers.written import written_router
 
 pytestmark = pytest.mark.once
 

@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 import transformers
-from commands import fails
 from matplotlib.figure import Figure
 from models import olmoe
 from rich.console import Console
@@ -380,25 +379,6 @@ def test_interrupted_it_reports_what_is_there_and_goes_on(ground, monkeypatch):
 
 
 # ---- the command ----
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (["--parts", "swep"], "parts: expected some of calibrate, profile, sweep"),
-        (["--tables", "long"], "tables: expected some of reduction, wide"),
-        (["--routers", "bhh"], "router: expected one of"),
-        (["--tokens", "1"], "from 2 to"),
-        (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--workers", "2"], "--workers belongs to --engine"),
-        (["--model", "no/such/folder/at/all"], "no/such/folder/at/all"),
-    ],
-)
-def test_bad_input_is_one_line_before_anything_is_run(words, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "load", lambda *args: pytest.fail("the model was loaded"))
-    assert said in fails(capsys, "study", *words)
-    assert not (tmp_path / "study").exists()
 
 
 def test_the_weights_are_read_once_within_and_again_afterwards():

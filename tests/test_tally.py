@@ -36,18 +36,8 @@ def add(
     nanoseconds=1000,
     skips=False,
 ):
-    return _C.tally(
-        counts.ints,
-        counts.floats,
-        recency,
-        experts,
-        logits,
-        dtype,
-        real,
-        previous,
-        nanoseconds,
-        skips,
-    )
+    step = recency, experts, logits, dtype, real, previous, nanoseconds, skips
+    return _C.tally(counts.ints, counts.floats, *step)
 
 
 def empty(experts=E):

@@ -11,21 +11,22 @@ from models import V5
 from torch import nn
 
 VOCABULARY, H, E, K, INTERMEDIATE, SHARED = 64, 32, 8, 3, 24, 20
+EXPERT = 6 * H * INTERMEDIATE  # FLOPs a token
 
 
 class Species(NamedTuple):
     """One architecture; what is True or a number here was counted by hand from its config."""
 
-    folder: str  # transformers.models.<folder>
-    model: str
-    config: str
+    name: str  # of its classes, which end in `model` and `config`
     settings: dict[str, Any]
     router: str = "model.layers.{}.mlp.gate"
     layers: tuple[int, ...] = (0, 1)  # those that are MoE layers
-    expert_flops: int = 6 * H * INTERMEDIATE
+    expert_flops: int = EXPERT
     shared_flops: int = 0
     k: int | None = K
     versions: tuple[int, ...] = (4, 5)
+    model: str = "ForCausalLM"
+    config: str = "Config"
 
 
 _COMMON = dict(
@@ -58,6 +59,13 @@ _DEEPSEEK = dict(
 )
 _QWEN = dict(num_experts=E, moe_intermediate_size=INTERMEDIATE, intermediate_size=40)
 _QWEN_SHARED = dict(_QWEN, shared_expert_intermediate_size=SHARED)
+QWEN_LINEAR = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_value_heads=2,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
 _LOCAL = dict(num_local_experts=E, intermediate_size=INTERMEDIATE)
 _SPARSE = "model.layers.{}.block_sparse_moe."
 _ENCODER_DECODER = dict(
@@ -72,109 +80,47 @@ _ENCODER_DECODER = dict(
 
 ZOO = {
     "mixtral": Species(
-        "mixtral",
-        "MixtralForCausalLM",
-        "MixtralConfig",
+        "Mixtral",
         _LOCAL,
         router=(_SPARSE if not V5 else "model.layers.{}.mlp.") + "gate",
     ),
     "qwen2_moe": Species(
-        "qwen2_moe",
-        "Qwen2MoeForCausalLM",
-        "Qwen2MoeConfig",
+        "Qwen2Moe",
         dict(_QWEN_SHARED, mlp_only_layers=[0]),
         layers=(1,),
         shared_flops=6 * H * SHARED + 2 * H,
     ),
-    "qwen3_moe": Species(
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeConfig",
-        dict(_QWEN, norm_topk_prob=True),
-    ),
+    "qwen3_moe": Species("Qwen3Moe", dict(_QWEN, norm_topk_prob=True)),
     "qwen3_next": Species(
-        "qwen3_next",
-        "Qwen3NextForCausalLM",
-        "Qwen3NextConfig",
-        dict(
-            _QWEN_SHARED,
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_value_heads=2,
-            linear_num_key_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-        ),
+        "Qwen3Next",
+        _QWEN_SHARED | QWEN_LINEAR,
         shared_flops=6 * H * SHARED + 2 * H,
     ),
-    "olmoe": Species(
-        "olmoe",
-        "OlmoeForCausalLM",
-        "OlmoeConfig",
-        dict(num_experts=E, intermediate_size=INTERMEDIATE),
-    ),
-    "flex_olmo": Species(
-        "flex_olmo",
-        "FlexOlmoForCausalLM",
-        "FlexOlmoConfig",
-        dict(num_experts=E, intermediate_size=INTERMEDIATE),
-    ),
+    "olmoe": Species("Olmoe", dict(num_experts=E, intermediate_size=INTERMEDIATE)),
+    "flex_olmo": Species("FlexOlmo", dict(num_experts=E, intermediate_size=INTERMEDIATE)),
     "deepseek_v2": Species(
-        "deepseek_v2",
-        "DeepseekV2ForCausalLM",
-        "DeepseekV2Config",
+        "DeepseekV2",
         dict(_DEEPSEEK, topk_method="greedy"),
         layers=(1,),
-        shared_flops=6 * H * 2 * INTERMEDIATE,
+        shared_flops=2 * EXPERT,
     ),
-    "deepseek_v3": Species(
-        "deepseek_v3",
-        "DeepseekV3ForCausalLM",
-        "DeepseekV3Config",
-        _DEEPSEEK,
-        layers=(1,),
-        shared_flops=6 * H * 2 * INTERMEDIATE,
-    ),
-    "glm4_moe": Species(
-        "glm4_moe",
-        "Glm4MoeForCausalLM",
-        "Glm4MoeConfig",
-        _DEEPSEEK,
-        layers=(1,),
-        shared_flops=6 * H * 2 * INTERMEDIATE,
-    ),
-    "gpt_oss": Species(
-        "gpt_oss",
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        _LOCAL,
-        router="model.layers.{}.mlp.router",
-    ),
-    "granitemoe": Species(
-        "granitemoe",
-        "GraniteMoeForCausalLM",
-        "GraniteMoeConfig",
-        _LOCAL,
-        router=_SPARSE + "router",
-    ),
+    "deepseek_v3": Species("DeepseekV3", _DEEPSEEK, layers=(1,), shared_flops=2 * EXPERT),
+    "glm4_moe": Species("Glm4Moe", _DEEPSEEK, layers=(1,), shared_flops=2 * EXPERT),
+    "gpt_oss": Species("GptOss", _LOCAL, router="model.layers.{}.mlp.router"),
+    "granitemoe": Species("GraniteMoe", _LOCAL, router=_SPARSE + "router"),
     "granitemoeshared": Species(
-        "granitemoeshared",
-        "GraniteMoeSharedForCausalLM",
-        "GraniteMoeSharedConfig",
+        "GraniteMoeShared",
         dict(_LOCAL, shared_intermediate_size=SHARED),
         router=_SPARSE + "router",
         shared_flops=6 * H * SHARED,
     ),
     "jetmoe": Species(
-        "jetmoe",
-        "JetMoeForCausalLM",
-        "JetMoeConfig",
+        "JetMoe",
         dict(_LOCAL, kv_channels=8, num_key_value_heads=2, num_attention_heads=2 * K),
         router="model.layers.{}.mlp.router",
     ),
     "dbrx": Species(
-        "dbrx",
-        "DbrxForCausalLM",
-        "DbrxConfig",
+        "Dbrx",
         dict(
             d_model=H,
             n_heads=4,
@@ -192,9 +138,7 @@ ZOO = {
         router="transformer.blocks.{}.ffn.router",
     ),
     "jamba": Species(
-        "jamba",
-        "JambaForCausalLM",
-        "JambaConfig",
+        "Jamba",
         dict(
             num_experts=E,
             intermediate_size=INTERMEDIATE,
@@ -210,27 +154,22 @@ ZOO = {
         layers=(1,),
     ),
     "phimoe": Species(
-        "phimoe",
-        "PhimoeForCausalLM",
-        "PhimoeConfig",
+        "Phimoe",
         dict(_LOCAL, num_experts_per_tok=2),
         k=2,
         router="model.layers.{}.mlp.router" if V5 else _SPARSE + "gate",
     ),
     "llama4": Species(
-        "llama4",
-        "Llama4ForCausalLM",
-        "Llama4TextConfig",
+        "Llama4",
         dict(_LOCAL, num_experts_per_tok=1, intermediate_size_mlp=40, moe_layers=[1]),
         k=1,
         router="model.layers.{}.feed_forward.router",
         layers=(1,),
-        shared_flops=6 * H * INTERMEDIATE,
+        shared_flops=EXPERT,
+        config="TextConfig",
     ),
     "ernie4_5_moe": Species(
-        "ernie4_5_moe",
-        "Ernie4_5_MoeForCausalLM",
-        "Ernie4_5_MoeConfig",
+        "Ernie4_5_Moe",
         dict(
             moe_num_experts=E,
             moe_k=K,
@@ -240,26 +179,20 @@ ZOO = {
             moe_layer_start_index=1,
         ),
         layers=(1,),
-        shared_flops=6 * H * 2 * INTERMEDIATE,
+        shared_flops=2 * EXPERT,
     ),
     "hunyuan_v1_moe": Species(
-        "hunyuan_v1_moe",
-        "HunYuanMoEV1ForCausalLM",
-        "HunYuanMoEV1Config",
+        "HunYuanMoEV1",
         dict(num_experts=E, moe_topk=K, intermediate_size=INTERMEDIATE),
-        shared_flops=6 * H * INTERMEDIATE,
+        shared_flops=EXPERT,
     ),
     "minimax": Species(
-        "minimax",
-        "MiniMaxForCausalLM",
-        "MiniMaxConfig",
+        "MiniMax",
         dict(_LOCAL, block_size=16),
         router=(_SPARSE if not V5 else "model.layers.{}.mlp.") + "gate",
     ),
     "lfm2_moe": Species(
-        "lfm2_moe",
-        "Lfm2MoeForCausalLM",
-        "Lfm2MoeConfig",
+        "Lfm2Moe",
         dict(
             num_experts=E,
             moe_intermediate_size=INTERMEDIATE,
@@ -273,26 +206,21 @@ ZOO = {
         versions=(5,),
     ),
     "aria": Species(
-        "aria",
-        "AriaTextForCausalLM",
-        "AriaTextConfig",
+        "AriaText",
         dict(
             moe_num_experts=E, moe_topk=K, moe_num_shared_experts=2, intermediate_size=INTERMEDIATE
         ),
         router="model.layers.{}.mlp.router",
-        shared_flops=6 * H * 2 * INTERMEDIATE,
+        shared_flops=2 * EXPERT,
     ),
     "qwen3_vl_moe": Species(
-        "qwen3_vl_moe",
-        "Qwen3VLMoeTextModel",
-        "Qwen3VLMoeTextConfig",
+        "Qwen3VLMoeText",
         _QWEN if V5 else dict(_QWEN, rope_scaling=dict(rope_type="default")),
         router="layers.{}.mlp.gate",
+        model="Model",
     ),
     "gemma4": Species(
-        "gemma4",
-        "Gemma4ForCausalLM",
-        "Gemma4TextConfig",
+        "Gemma4",
         dict(
             num_experts=E,
             top_k_experts=K,
@@ -307,11 +235,10 @@ ZOO = {
         ),
         router="model.layers.{}.router",
         versions=(5,),
+        config="TextConfig",
     ),
     "switch_transformers": Species(
-        "switch_transformers",
-        "SwitchTransformersForConditionalGeneration",
-        "SwitchTransformersConfig",
+        "SwitchTransformers",
         dict(
             _ENCODER_DECODER,
             d_kv=8,
@@ -325,11 +252,10 @@ ZOO = {
         ),
         k=None,
         expert_flops=4 * H * INTERMEDIATE,
+        model="ForConditionalGeneration",
     ),
     "nllb_moe": Species(
-        "nllb_moe",
-        "NllbMoeForConditionalGeneration",
-        "NllbMoeConfig",
+        "NllbMoe",
         dict(
             _ENCODER_DECODER,
             encoder_layers=2,
@@ -344,6 +270,7 @@ ZOO = {
         ),
         k=None,
         expert_flops=4 * H * INTERMEDIATE,
+        model="ForConditionalGeneration",
     ),
 }
 _ENCODER_DECODERS = {
@@ -372,17 +299,20 @@ def router_names(name: str) -> list[str]:
 def build(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     """`changes`: settings in place of the species' own."""
     species = ZOO[name]
-    folder = f"transformers.models.{species.folder}."
-    config_module = importlib.import_module(f"{folder}configuration_{species.folder}")
-    module = importlib.import_module(f"{folder}modeling_{species.folder}")
+    folder = f"transformers.models.{name}."
+    config_module = importlib.import_module(f"{folder}configuration_{name}")
+    module = importlib.import_module(f"{folder}modeling_{name}")
     common = {} if name in ("dbrx", *_ENCODER_DECODERS) else _COMMON
-    config = getattr(config_module, species.config)(**{**common, **species.settings, **changes})
+    config_class = getattr(config_module, species.name + species.config)
+    config = config_class(**{**common, **species.settings, **changes})
     torch.manual_seed(seed)
-    model = getattr(module, species.model)(config).eval()
+    model = getattr(module, species.name + species.model)(config).eval()
+    modules = dict(model.named_modules())
     for site_name in router_names(name):  # some start at zero: every choice would be a tie
-        for parameter in model.get_submodule(site_name).parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.5)
+        if site_name in modules:  # `changes` may leave a layer without experts
+            for parameter in modules[site_name].parameters():
+                if parameter.dim() == 2:
+                    nn.init.normal_(parameter, std=0.5)
     return model
 
 

@@ -17,10 +17,27 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import NoReturn
 
 from .. import checks
 from ..version import __version__
+
+# In the order of `moeprof --help`. Each is a module here, whose `declare` adds its options.
+COMMANDS = {
+    "sweep": "compare the model's own top-k with 20 settings of BH routing",
+    "study": "all of it on one model: calibrate, profile, sweep, compare, diagnose, evaluate",
+    "calibrate": "learn from text which scores are usual, as routers on p-values need (a null)",
+    "profile": "what the experts of a model do on a text: load, cost, time, figures",
+    "bench": "time kernels, layers, blocks, routers and models",
+    "diagnose": "check whether p-values are what they say, and what BH routing on them selects",
+    "compare": "compare routers at an equal budget of experts, and with static top-k",
+    "evaluate": "how well a model predicts a text, as it is and under other routers",
+    "eval-harness": "tasks of lm-evaluation-harness with the model's own router and with others",
+    "inspect": "show a model's MoE layers, and which of them moeprof can run",
+    "store": "show what a store of finished cells holds, and export it as a table",
+    "cpu": "show the CPU's features and the chosen kernels",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,20 +48,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Imported here, so that `main` answers Ctrl-C while they are.
-    from .bench import add_bench
-    from .calibrate import add_calibrate
-    from .compare import add_compare
-    from .cpu import add_cpu
-    from .diagnose import add_diagnose
-    from .eval_harness import add_eval_harness
-    from .evaluate import add_evaluate
-    from .inspect import add_inspect
-    from .profile import add_profile
-    from .store import add_store_command
-    from .study import add_study
-    from .sweep import add_sweep
-
     parser = _Parser(
         prog="moeprof",
         description="Look into, change and run the mixture-of-experts layers of Hugging Face "
@@ -54,21 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moeprof {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        add_sweep,
-        add_study,
-        add_calibrate,
-        add_profile,
-        add_bench,
-        add_diagnose,
-        add_compare,
-        add_evaluate,
-        add_eval_harness,
-        add_inspect,
-        add_store_command,
-        add_cpu,
-    ):
-        add(commands)
+    for name, words in COMMANDS.items():
+        # Imported here, so that `main` answers Ctrl-C meanwhile.
+        module = import_module(f".{name.replace('-', '_')}", __package__)
+        module.declare(commands.add_parser(name, help=words))
     return parser
 
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..bench.settings import DTYPES, FAMILIES, SHAPES, Settings, Shape
 from . import options
 
-if TYPE_CHECKING:
-    from .options import Commands
-
-
 _MOST = 10**6
 
 
-def add_bench(commands: Commands) -> None:
-    """Add `bench` and its benchmarks to the commands of `moeprof`."""
-    bench = commands.add_parser("bench", help="time kernels, layers, blocks, routers and models")
+def declare(bench: argparse.ArgumentParser) -> None:
+    """Its benchmarks and their options."""
     names = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     kernels = names.add_parser(
         "kernels", help="every variant of every kernel against scalar and its limit, one thread"

@@ -5,24 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..files import check_folder
 from ..null import KINDS, SCORES, Null
 from ..texts.streams import TextFiles
 from . import options
 
-if TYPE_CHECKING:
-    from .options import Commands
 
-
-def add_calibrate(commands: Commands) -> None:
-    """Add `calibrate` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "calibrate",
-        help="learn from text which scores are usual, as routers on p-values need (a null)",
-        description="Fit null distributions to a model's routers, or add fitted ones up.",
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof calibrate`."""
+    parser.description = "Fit null distributions to a model's routers, or add fitted ones up."
     options.add_model(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

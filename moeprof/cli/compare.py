@@ -16,14 +16,10 @@ if TYPE_CHECKING:
     from ..studies.comparison.contenders import Contender
     from ..studies.comparison.work import Comparison
     from ..texts.documents import Text
-    from .options import Commands
 
 
-def add_compare(commands: Commands) -> None:
-    """Add `compare` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "compare", help="compare routers at an equal budget of experts, and with static top-k"
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof compare`."""
     options.add_study_options(parser)
     options.add_names(
         parser,

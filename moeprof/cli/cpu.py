@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..backends.cpu import cpu_info
 from ..show.console import fill
-
-if TYPE_CHECKING:
-    from .options import Commands
-
 
 _THREADS = (
     "{} without torch; a model runs on as many as torch.get_num_threads() says (this command "
@@ -28,9 +24,8 @@ _PAGES = {
 _POOL = "{} without torch; a model runs on torch's OpenMP where it can be used"
 
 
-def add_cpu(commands: Commands) -> None:
-    """Add `cpu` to the commands of `moeprof`."""
-    parser = commands.add_parser("cpu", help="show the CPU's features and the chosen kernels")
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof cpu`."""
     parser.set_defaults(run=_run)
 
 

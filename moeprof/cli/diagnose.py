@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from ..demo.defaults import default_null
 from ..files import check_folder
@@ -12,19 +11,11 @@ from ..show.console import make_console
 from ..texts.windows import HELDOUT_TOKENS
 from . import options
 
-if TYPE_CHECKING:
-    from .options import Commands
-
-
 ALPHA, POSITIONS = 0.3, 1000
 
 
-def add_diagnose(commands: Commands) -> None:
-    """Add `diagnose` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "diagnose",
-        help="check whether p-values are what they say, and what BH routing on them selects",
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof diagnose`."""
     options.add_model(parser)
     options.add_null(
         parser,

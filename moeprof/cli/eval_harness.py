@@ -10,15 +10,10 @@ from . import options
 
 if TYPE_CHECKING:
     from ..studies.harness.tasks import Tasks
-    from .options import Commands
 
 
-def add_eval_harness(commands: Commands) -> None:
-    """Add `eval-harness` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "eval-harness",
-        help="tasks of lm-evaluation-harness with the model's own router and with others",
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof eval-harness`."""
     options.add_model(parser)
     parser.add_argument(
         "--tasks",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..files import check_folder
 from ..routers import REGISTRY
@@ -11,17 +10,12 @@ from ..routers.written import FORM, written_router
 from ..texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS
 from . import options
 
-if TYPE_CHECKING:
-    from .options import Commands
 
-
-def add_evaluate(commands: Commands) -> None:
-    """Add `evaluate` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="how well a model predicts a text, as it is and under other routers",
-        description="Perplexity, bits per byte, and KL and agreement with the model's own routing, "
-        "on any text, by domain and complexity, with intervals and paired tests.",
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof evaluate`."""
+    parser.description = (
+        "Perplexity, bits per byte, and KL and agreement with the model's own routing, "
+        "on any text, by domain and complexity, with intervals and paired tests."
     )
     options.add_study_options(parser)
     parser.add_argument(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from . import options
 
 
-def add_inspect(commands: Any) -> None:
-    """Add `inspect` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "inspect", help="show a model's MoE layers, and which of them moeprof can run"
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof inspect`."""
     options.add_model(parser)
     parser.set_defaults(run=_run)
 

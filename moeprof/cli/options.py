@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from ..studies.engine.engine import Engine
     from ..texts.documents import Document
 
-# What `add_subparsers` returns: argparse has no public name for it.
-Commands = Any
-
 DEMO = "the demo model of moeprof"
 MOST_THREADS = 1024  # far above the CPUs there are; torch would take memory for each
 

@@ -24,20 +24,17 @@ if TYPE_CHECKING:
     from ..profile.result import Profile
     from ..profile.run import Plan
     from ..routers.base import Router
-    from .options import Commands
 
 
 TOKENS, CONTINUATIONS, NEW_TOKENS = 8192, 8, 32
 PIECES = 64  # of 65,536 characters at most, read of a text
 
 
-def add_profile(commands: Commands) -> None:
-    """Add `profile` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "profile",
-        help="what the experts of a model do on a text: load, cost, time, figures",
-        description="Run a model over text and decode steps and write what its mixture-of-experts "
-        "layers did to a folder: index.html, tables, raw counts.",
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof profile`."""
+    parser.description = (
+        "Run a model over text and decode steps and write what its mixture-of-experts "
+        "layers did to a folder: index.html, tables, raw counts."
     )
     options.add_model(parser)
     options.add_texts(

@@ -5,17 +5,10 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .options import Commands
 
 
-def add_store_command(commands: Commands) -> None:
-    """Add `store` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "store", help="show what a store of finished cells holds, and export it as a table"
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof store`."""
     parser.add_argument("file", metavar="FILE", help="as a study's --store, or moeprof.sqlite")
     parser.add_argument(
         "--export",

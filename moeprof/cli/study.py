@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..show.console import make_console
 from ..studies.comparison.plan import REDUCTION, TABLES
@@ -11,10 +10,6 @@ from ..studies.comparison.splits import TEST_TOKENS
 from ..studies.study.settings import PARTS, POSITIONS, Settings
 from ..texts.windows import BUDGET_TOKENS, CALIBRATION_CHARACTERS
 from . import options
-
-if TYPE_CHECKING:
-    from .options import Commands
-
 
 # Of the options that the result depends on.
 DEFAULTS = {
@@ -39,13 +34,11 @@ DEFAULTS = {
 BESIDE_GRID = ("grid", "device", "trust_remote_code", "threads")
 
 
-def add_study(commands: Commands) -> None:
-    """Add `study` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "study",
-        help="all of it on one model: calibrate, profile, sweep, compare, diagnose, evaluate",
-        description="The whole experiment on one model, into one store and one report. It tells "
-        "first how long it will take, and goes on where it was stopped.",
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof study`."""
+    parser.description = (
+        "The whole experiment on one model, into one store and one report. It tells "
+        "first how long it will take, and goes on where it was stopped."
     )
     options.add_study_options(parser, "study")
     parser.add_argument(

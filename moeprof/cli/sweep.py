@@ -18,7 +18,6 @@ from . import options
 if TYPE_CHECKING:
     from ..studies.sweep.files import SweepFiles
     from ..texts.documents import Document
-    from .options import Commands
 
 
 NORMAL = (
@@ -27,11 +26,8 @@ NORMAL = (
 )
 
 
-def add_sweep(commands: Commands) -> None:
-    """Add `sweep` to the commands of `moeprof`."""
-    parser = commands.add_parser(
-        "sweep", help="compare the model's own top-k with 20 settings of BH routing"
-    )
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options of `moeprof sweep`."""
     options.add_study_options(parser)
     parser.add_argument(
         "--prompts",

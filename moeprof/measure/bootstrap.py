@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 DRAWS = 2000
+FEW_DOCUMENTS = 10  # intervals over fewer are too narrow
 ROUNDING = 1e-9  # a statistic that varies by less is constant
 
 

@@ -11,6 +11,7 @@ from ..backends.tables import backend_of
 from ..checks import check_model
 from ..files import printable
 from ..show.console import fill
+from ..show.tables import notebook_table
 from .blocks import (
     EXPERTS_ONLY,
     FUSED,
@@ -103,9 +104,9 @@ class Inspection(list[InspectedLayer]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = "".join(_html("td", _line(layers)) for layers in self._groups())
+        table = notebook_table(_HEADER, map(_line, self._groups()))
         notes = "<br>".join(map(escape, self._notes()))
-        return printable(f"<table>{_html('th', _HEADER)}{rows}</table><p>{notes}</p>")
+        return printable(f"{table}<p>{notes}</p>")
 
     def _groups(self) -> list[list[InspectedLayer]]:
         """Runs of layers that are alike but for their number and name."""
@@ -304,7 +305,3 @@ def _line(layers: list[InspectedLayer]) -> list[str]:
         layer.path,
     ]
     return ["–" if cell is None else str(cell) for cell in cells]
-
-
-def _html(tag: str, cells: Any) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

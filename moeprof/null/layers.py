@@ -45,7 +45,7 @@ class LayerNull:
     form : how the table is read, "table" or "conformal"
     efron : the fit of an efron null by layer, else None
     per_bin : (8192,) its histogram, else None
-    words : what the null of all layers is, in one line
+    words : what `describe` says: the null of all layers, in one line
     """
 
     score: str
@@ -59,6 +59,10 @@ class LayerNull:
     def spec(self) -> NullSpec:
         """The argument `null` of the C functions: (form, score, table)."""
         return self.form, self.score, self.table
+
+    def describe(self) -> str:
+        """What it is, in one line."""
+        return self.words
 
     def reference(self, router_logits: Logits) -> NDArray[np.float64]:
         """p-values (T,E) in NumPy float64, by the definition; 0 < p <= 1.
@@ -119,8 +123,7 @@ class TokenNull:
     score = "logit"  # of the spec, where nothing reads it
     table = None
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """What it is, in one line."""
         return f"{self.form}: each token's own logits, without a fit"
 

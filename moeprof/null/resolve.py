@@ -43,10 +43,3 @@ def resolve_layer_null(null: AnyNull | str | os.PathLike[str] | None) -> LayerNu
             raise ValueError(f"null: has {len(null)} layers; pass one of them, null.layer(i)")
         null = null.layer(0)
     return null
-
-
-def describe_null(null: AnyNull) -> str:
-    """One line, also of a null without a fit."""
-    if isinstance(null, Null):
-        return null.describe()
-    return f"{null.form}: each token's own logits, without a fit"

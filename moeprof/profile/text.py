@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..files import printable
-from ..show.console import MOST_COLUMNS, fill, text_console, width
+from ..show.console import MOST_COLUMNS, fill, printed, width
+from ..show.tables import rich_table
 from .findings import findings, heading
 from .tables import tables
 
@@ -74,18 +74,10 @@ def _of_group(table: Table, group: str) -> Table:
 
 
 def _in_lines(table: Table, columns: int) -> list[str]:
-    from rich import box
-    from rich.table import Table
-
     # The box itself has a blank between columns: enough for many narrow ones.
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, len(table.columns) < 12, 0, 0))
-    for _, name in table.columns:
-        made.add_column(name, justify="left" if name in table.words else "right", overflow="fold")
-    for row in table.rows:
-        made.add_row(*row)
-    out = io.StringIO()
-    text_console(out, columns).print(made)
-    lines = [line.rstrip() for line in out.getvalue().split("\n") if line.strip()]
+    apart = 1 if len(table.columns) < 12 else 0
+    made = rich_table([name for _, name in table.columns], table.rows, table.words, apart)
+    lines = [line for line in printed([made], columns).split("\n") if line]
     return [*_groups(table.columns, lines[0]), *lines]
 
 

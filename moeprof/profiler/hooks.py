@@ -331,7 +331,7 @@ class LayerWatch(_Watch, Observer):
         self.session.last_router[self.index] = router, null
         name = OWN_IN_C if router is None else router if router is STOCK else repr(router)
         if null is not None and router is not STOCK:
-            name += f" on this null: {null.words}"
+            name += f" on this null: {null.describe()}"
         names = self.session.routers[self.index]
         if name not in names:
             names.append(name)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Any
 
+from ..checks import nearest
 from .base import REGISTRY, Router, parameters_of
 
 FORM = (
@@ -51,14 +50,6 @@ def written_router(text: str) -> tuple[Router, float | None]:
         return cls(**parameters), budget
     except ValueError as error:
         raise ValueError(f"router {text!r}: {error}") from None
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """What to say of a word that isn't among those known: the nearest one, and all of them."""
-    by_form = {name.casefold(): name for name in known}
-    found = get_close_matches(word.casefold(), by_form, n=1, cutoff=0.5)
-    hint = f"the nearest is {by_form[found[0]]!r}, of " if found else "expected one of "
-    return hint + ", ".join(sorted(by_form.values()))
 
 
 def _value(text: str) -> Any:

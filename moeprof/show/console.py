@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import StringIO
@@ -68,6 +68,15 @@ def text_console(file: IO[str], columns: int | None = None) -> Console:
         highlight=False,
         force_jupyter=False,
     )
+
+
+def printed(parts: Iterable[Any], columns: int | None = None) -> str:
+    """Sentences and rich tables as a console shows them, without blanks at the ends of lines."""
+    out = StringIO()
+    console = text_console(out, columns)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 class Bar:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 # One more than colours: the same pair of colour and marker comes back only after 42 lines.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LETTER = 0.01  # of a panel's width: a letter of a name in it
 _SHADES = ((1.0, 0.0), (0.5, 0.0), (0.5, 0.5))  # (share of the colour, share of white), rest black
 
 
@@ -94,6 +97,45 @@ def apart(heights: NDArray[np.float64], least: float) -> NDArray[np.float64]:
             if push > 0:
                 made[i], made[i + 1] = made[i] - push, made[i + 1] + push
     return made
+
+
+class Name(NamedTuple):
+    """What a point (x, y) of a panel is called.
+
+    side : 1 for a name to the right of the point and above it, -1 to the left and below, 0 beside
+        the panel
+    """
+
+    x: float
+    y: float
+    text: str
+    colour: str
+    side: int = 0
+
+
+def put_names(axis: Axes, names: Sequence[Name], line: float) -> None:
+    """Names with lines to their points, moved up or down where they would overlap: at least `line`
+    of the panel's height from one to the next. After all else is drawn."""
+    axis.get_xlim()  # so that the limits are those of what is drawn
+    to_axes = axis.transScale + axis.transLimits
+    spots = to_axes.transform([(name.x, name.y) for name in names])
+    order = np.argsort(spots[:, 1], kind="stable")
+    wanted = spots[:, 1] + line * np.array([name.side for name in names])
+    for i, height in zip(order.tolist(), apart(wanted[order], line).tolist(), strict=True):
+        (x, y), name = spots[i].tolist(), names[i]
+        side = -1 if name.side and x + LETTER * len(name.text) > 0.97 else name.side
+        text = axis.annotate(
+            name.text,
+            (x, y),
+            (x + 0.02 * side if side else 1.03, height),
+            "axes fraction",
+            "axes fraction",
+            size=11,
+            ha="right" if side < 0 else "left",
+            va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": name.colour, "shrinkA": 0},
+        )
+        text.set_color(name.colour)
 
 
 @cache

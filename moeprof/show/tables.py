@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .console import width
@@ -28,36 +29,60 @@ class Table(NamedTuple):
 
 def table(columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> RichTable:
     """A rich table: columns {header: format}, rows of values, None for an empty cell."""
-    from rich import box
-    from rich.table import Table as RichTable
-
-    made = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for header, form in columns.items():
-        made.add_column(header, justify="left" if form == "{}" else "right")
-    for row in rows:
-        cells = zip(columns.values(), row, strict=True)
-        made.add_row(*("" if value is None else form.format(value) for form, value in cells))
-    return made
+    words = [name for name, form in columns.items() if form == "{}"]
+    texts = [
+        ["" if v is None else form.format(v) for form, v in zip(columns.values(), row, strict=True)]
+        for row in rows
+    ]
+    return text_table(list(columns), texts, words)
 
 
-def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> RichTable:
-    """A rich table of texts, the first column aligned left, for a screen of `width()` columns.
+def text_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str] | None = None
+) -> RichTable:
+    """A rich table of texts for a screen of `width()` columns.
+
+    words : the columns of words, aligned left; None for the first one
 
     Where it is wider, intervals stand below what they are of, and columns closer together.
     """
-    from rich.cells import cell_len
-
     rows = list(rows)
-    widest = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
-    wide = sum(widest) + 2 * len(head) > width()
+    wide = sum(map(_widest, zip(head, *rows, strict=True))) + 2 * len(head) > width()
     if wide:
         rows = [[re.sub(r" (?=[\[(][-+]?\d)", "\n", cell) for cell in row] for row in rows]
-    made = table(dict.fromkeys(head, "{:>}") | {head[0]: "{}"}, rows)
-    for column in made.columns:
-        column.overflow = "fold"
-    if wide:
-        made.padding = (0, 0, 0, 0)
+    return rich_table(head, rows, head[:1] if words is None else words, 0 if wide else 1)
+
+
+def _widest(column: Iterable[str]) -> int:
+    from rich.cells import cell_len
+
+    return max(cell_len(line) for cell in column for line in cell.split("\n"))
+
+
+def rich_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str], apart: int
+) -> RichTable:
+    """The same as it is; apart: blanks between columns, besides the one that the box has."""
+    from rich import box
+    from rich.table import Table as RichTable
+
+    made = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, apart, 0, 0))
+    for name in head:
+        made.add_column(name, justify="left" if name in words else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
     return made
+
+
+def notebook_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    """A table of texts in HTML, for a notebook, which gives it its style."""
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    body = "".join(_html_row("td", row) for row in rows)
+    return f"<table>{title}{_html_row('th', head)}{body}</table>"
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def milliseconds(times: Mapping[str, Mapping[str, float]], name: str) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...measure.machine import in_one_line
-from ...show.console import text_console
-from ...show.tables import table
+from ...show.console import printed
+from ...show.tables import notebook_table, table
 from .measure import Prompt, Seen, Times
 
 if TYPE_CHECKING:
@@ -335,18 +334,10 @@ def _cells(row: Mapping[str, Any], what: str) -> tuple[str, str]:
 
 def _text(parts: Parts) -> str:
     """Sentences and tables (columns, rows) as plain text of at most 100 columns."""
-
-    out = io.StringIO()
-    console = text_console(out)
-    for part in parts:
-        console.print(part if isinstance(part, str) else table(*part))
-    lines = out.getvalue().splitlines()
-    return "\n".join(line.rstrip() for line in lines)
+    return printed(part if isinstance(part, str) else table(*part) for part in parts)
 
 
 def _html(parts: Parts) -> str:
-    import pandas
-
     made = []
     for part in parts:
         if isinstance(part, str):
@@ -357,5 +348,5 @@ def _html(parts: Parts) -> str:
             [form.format(v) for form, v in zip(columns.values(), row, strict=True)] for row in rows
         ]
         heads = [" ".join(head.split()) for head in columns]
-        made.append(pandas.DataFrame(cells, columns=heads).to_html(index=False, border=0))
+        made.append(notebook_table(heads, cells))
     return "\n".join(made)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,8 +18,9 @@ from ...measure.bootstrap import intervals
 from ...measure.passes import collect, evaluating
 from ...models.blocks import fewest_experts, find_blocks, model_norm
 from ...routers import Router, TopK
-from ...show.console import fill, make_console
+from ...show.console import fill, make_console, printed
 from ...show.console import progress as progress_bar
+from ...show.tables import notebook_table, text_table
 from ...texts.documents import Document, read_texts
 from ...texts.windows import HELDOUT_TOKENS, HeldOut, heldout_windows
 from .layers import sensitivity, shortened, split
@@ -108,29 +109,24 @@ class BudgetReport:
     note: str
 
     def __repr__(self) -> str:
-        tables = [_plain(*table) for table in self._tables()]
-        return "\n".join([*(fill(line) for line in self._lines()), *tables])
+        return printed(self._parts())
 
     def _repr_html_(self) -> str:
-        lines = "".join(f"<p>{html.escape(line)}</p>" for line in self._lines())
-        return lines + "".join(_html(*table) for table in self._tables())
+        lines = "".join(f"<p>{escape(line)}</p>" for line in self._lines())
+        tables = (notebook_table(head, rows, title) for title, head, rows in self._tables())
+        return lines + "".join(tables)
 
     def print(self, console: Console | None = None) -> None:
         """The report as tables on a rich console; stdout unless given."""
-        from rich.table import Table
-
-        from ...show.console import make_console
-
         console = make_console() if console is None else console
-        for line in self._lines():
-            console.print(line)
-        for title, header, rows in self._tables():
-            table = Table(title=title, title_justify="left")
-            for column in header:
-                table.add_column(column, justify="right")
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
+        for part in self._parts():
+            console.print(part)
+
+    def _parts(self) -> Iterator[Any]:
+        yield from map(fill, self._lines())
+        for title, head, rows in self._tables():
+            yield f"\n{title}"
+            yield text_table(head, rows, words=())
 
     def _lines(self) -> list[str]:
         low, high = self.reach.mean(axis=0)
@@ -178,21 +174,6 @@ class BudgetReport:
 
     def _targets(self) -> Sequence[float] | NDArray[np.float64]:
         return [0.0] * len(self.reach) if self.targets is None else self.targets
-
-
-def _plain(title: str, header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in (header, *rows)]
-    return "\n".join([title, *lines])
-
-
-def _html(title: str, header: list[str], rows: list[list[str]]) -> str:
-    def cells(tag: str, row: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-    body = "".join(cells("td", row) for row in rows)
-    caption = f"<caption>{html.escape(title)}</caption>"
-    return f"<table>{caption}{cells('th', header)}{body}</table>"
 
 
 def with_budget(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ...checks import nearest
 from ...routers import REGISTRY, make_router
 
 if TYPE_CHECKING:
@@ -83,12 +83,10 @@ def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
         return known
     if not names:
         raise ValueError(f"router: expected some of {[c.name for c in known]}, got none")
+    words = {word for c in known for word in (c.name, c.router)}
     for name in names:
-        if not any(name in (c.name, c.router) for c in known):
-            close = get_close_matches(name, [n for c in known for n in (c.name, c.router)], 1, 0.3)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            expected = [c.name for c in known]
-            raise ValueError(f"router: expected one of {expected}, got {name!r}{hint}")
+        if name not in words:
+            raise ValueError(f"router: there is no {name!r}; {nearest(name, words)}")
     routers = set(names) - {c.name for c in known}
     return [c for c in known if c.name in names or c.router in routers]
 

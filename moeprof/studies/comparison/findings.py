@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...measure.bootstrap import FEW_DOCUMENTS
 from ...show.tables import fine
 from .bytes_read import quantized_name
 from .contenders import PRIMARY, THRESHOLDS
@@ -14,7 +15,6 @@ from .effects import BETTER, ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, WORSE, va
 from .plan import REDUCTION, WIDE
 
 PRIMARY_BUDGETS = (4, 6)
-FEW_DOCUMENTS = 10
 NO_ADAPTIVITY = "no token adaptivity shown"
 # One notation everywhere, figure, findings and tables.
 INTERVALS = (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import COLOURS, apart, line_styles, pads
+from ...show.figures import COLOURS, Name, line_styles, pads, put_names
 from .bytes_read import quantized_name
 from .contenders import PRIMARY
 from .effects import BETTER, ORACLE, QUANTIZED, RANDOM, ROUTER, STATIC, adaptive, verdict
@@ -176,29 +176,11 @@ def _name_lines(axis: Axes) -> None:
     """Each line's name at its right end, moved up or down where names would overlap."""
     drawn: list[Any] = list(axis.lines)
     lines = [line for line in drawn if len(line.get_xdata()) and line.get_label()[0] != "_"]
-    place = axis.transData + axis.transAxes.inverted()
-    ends = [place.transform((line.get_xdata()[-1], line.get_ydata()[-1])) for line in lines]
-    order = np.argsort([y for _, y in ends], kind="stable")
-    heights = apart(np.array([ends[i][1] for i in order]), LINE)
-    for i, height in zip(order, heights, strict=True):
-        line, colour = lines[i], lines[i].get_color()
-        axis.annotate(
-            line.get_label(),
-            ends[i],
-            (1.04, height),
-            "axes fraction",
-            "axes fraction",
-            size=11,
-            va="center",
-            color="#666666" if colour == GREY else colour,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.7,
-                "shrinkA": 0,
-                "shrinkB": 2,
-            },
-        )
+    names = []
+    for line in lines:
+        (x, y), colour = line.get_xydata()[-1], line.get_color()
+        names.append(Name(x, y, line.get_label(), DARK if colour == GREY else colour))
+    put_names(axis, names, LINE)
 
 
 def _forest(axis: Axes, view: View, table: str) -> None:

@@ -29,7 +29,6 @@ import numpy as np
 
 from ...measure.passes import Reference, collect, documents_of
 from ...models.blocks import find_blocks, model_norm
-from ...null.resolve import describe_null
 from ...quantizing.quantize import experts_in
 from ...routers import TopK
 from ..budget import BudgetError, sensitivity
@@ -250,7 +249,7 @@ class Runner:
                 rows.append({name: row[name] for name in IDENTITY} | {"role": SHUFFLED})
                 dealt = self._cut(start.router, shuffled(counts, [seed, 1]), null)
                 self.measure(rows[-1], dealt, None, step, part["max_k"])
-        return {"rows": rows, "null": None if null is None else describe_null(null)}
+        return {"rows": rows, "null": None if null is None else null.describe()}
 
     def _cut(self, router: Router, counts: NDArray[np.int32], null: AnyNull | None) -> list[Any]:
         rules = [block.rule() for block in find_blocks(self.model)]

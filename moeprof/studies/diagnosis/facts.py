@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from ...measure import machine
 from ...models.blocks import fewest_experts
 from ...models.identity import model_name
-from ...null.resolve import describe_null
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +29,7 @@ def describe(model: nn.Module, null: AnyNull, router: Router, text: HeldOut) -> 
         "started": facts.pop("started"),
         "model": model_name(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "null": describe_null(null),
+        "null": null.describe(),
         "router": repr(router),
         "alpha": getattr(router, "alpha", None),
         "min_k": limits[0],

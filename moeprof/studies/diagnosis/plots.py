@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import COLOURS, apart, pads, plain, style, whole_ticks
+from ...show.figures import COLOURS, Name, pads, plain, put_names, style, whole_ticks
 from ...show.tables import with_interval
 from .discoveries import DOCUMENTS
 from .rows import ALL, PATCHED, POOLED, SHOWN, STOCK
@@ -199,7 +199,7 @@ def _pi0(axis: Axes, frame: pandas.DataFrame) -> None:
             at, estimate = _columns(rows, "at", "estimate")
             axis.plot(at, estimate, color=_OF[routing], linewidth=1)
             if layer in shown:
-                ends.append((at[-1], estimate[-1], f"{layer}", _OF[routing]))
+                ends.append(Name(at[-1], estimate[-1], f"{layer}", _OF[routing]))
         mean = of.assign(at=of["at"].astype(float)).groupby("at")["estimate"].mean()
         axis.plot(
             mean.index,
@@ -211,28 +211,8 @@ def _pi0(axis: Axes, frame: pandas.DataFrame) -> None:
         )
     axis.axhline(1, color="black", linestyle="--", linewidth=1)
     axis.legend(frameon=False, fontsize=10)
-    _number_lines(axis, ends)
+    put_names(axis, ends, LINE)
     style(axis, "λ", "π̂0 (can exceed 1)", "Share of nulls by λ; thick: mean; numbers: layers")
-
-
-def _number_lines(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """(x, y, text, colour) of each line's right end, moved up or down where they would overlap."""
-    axis.get_xlim()  # so that the limits are those of what is drawn
-    to_axes = axis.transScale + axis.transLimits
-    ends.sort(key=lambda end: end[1])
-    spots = to_axes.transform([end[:2] for end in ends])
-    for (x, y, text, colour), height in zip(ends, apart(spots[:, 1], LINE), strict=True):
-        axis.annotate(
-            text,
-            (x, y),
-            (1.02, height),
-            "data",
-            "axes fraction",
-            size=10,
-            va="center",
-            color=colour,
-            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": colour, "shrinkA": 0, "shrinkB": 0},
-        )
 
 
 def _bars(

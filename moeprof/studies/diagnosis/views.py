@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...show.console import fill, text_console
+from ...show.console import fill, printed
 from ...show.tables import text_table, with_interval
 from .rows import ALL, PATCHED, POOLED, SHOWN, STOCK
 
@@ -406,15 +405,10 @@ def side_of(row: Mapping[str, Any], alpha: float) -> int | None:
 
 def as_text(diagnosis: Diagnosed) -> str:
     """Findings and tables, plain text."""
-    out = io.StringIO()
-    console = text_console(out)
-    for line in findings(diagnosis):
-        console.print(fill(line))
+    parts: list[Any] = [fill(line) for line in findings(diagnosis)]
     for view in views(diagnosis):
-        console.print(f"\n{view.title}")
-        console.print(fill(view.note))
-        console.print(_rich(view.frame))
-    return "\n".join(line.rstrip() for line in out.getvalue().split("\n"))
+        parts += [f"\n{view.title}", fill(view.note), _rich(view.frame)]
+    return printed(parts)
 
 
 def _rich(frame: pandas.DataFrame) -> Table:

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import apart, line_styles, plain, style
+from ...show.figures import Name, line_styles, plain, put_names, style
 from ...show.tables import fine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
     from .statistics import Row
 
 
 NAMED = 12  # points with their names beside them; more have a legend
 LINE = 0.04  # of the panel's height: from one name to the next
-LETTER = 0.01  # of its width: a letter of a name
 
 
 def figure(rows: Iterable[Row], static_top_k: Collection[str]) -> Figure:
@@ -52,10 +50,12 @@ def figure(rows: Iterable[Row], static_top_k: Collection[str]) -> Figure:
     axis.set_xlim(0, 1.04 * max(row["experts"] for row in [own, *rows]))
     if len(rows) < NAMED:
         ks, bits = ([row[name] for row in static] for name in ("experts", "bits_above_own"))
-        below = [
-            row["bits_above_own"] <= np.interp(row["experts"], ks, bits) for row in [own, *rows]
-        ]
-        _names(axis, [own, *rows], looks, np.where(below, -1, 1))
+        names = []
+        for row, look in zip([own, *rows], looks, strict=True):
+            x, y = row["experts"], row["bits_above_own"]
+            side = -1 if y <= np.interp(x, ks, bits) else 1
+            names.append(Name(x, y, plain(row["config"], 40), look["color"], side))
+        put_names(axis, names, LINE)
     else:
         axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=11)
     return fig
@@ -80,30 +80,3 @@ def _point(axis: Axes, row: Row, look: dict[str, Any]) -> None:
         axis.plot(ends, [y, y], color=look["color"], linewidth=1.6)
     label = plain(row["config"], 40)
     axis.plot(x, y, linestyle="", markersize=9, markeredgecolor="white", label=label, **look)
-
-
-def _names(
-    axis: Axes, rows: Sequence[Row], looks: Sequence[dict[str, Any]], sides: NDArray[np.int64]
-) -> None:
-    """To the right and above of each point (a side of 1) or to the left and below (-1), moved up
-    or down where names would overlap."""
-    axis.get_xlim()  # so that the limits are those of what is drawn
-    to_axes = axis.transScale + axis.transLimits
-    spots = to_axes.transform([[row["experts"], row["bits_above_own"]] for row in rows])
-    order = np.argsort(spots[:, 1], kind="stable")
-    heights = apart(spots[order, 1] + LINE * sides[order], LINE)
-    for i, height in zip(order.tolist(), heights.tolist(), strict=True):
-        (x, y), name = spots[i].tolist(), plain(rows[i]["config"], 40)
-        side = -1 if x + LETTER * len(name) > 0.97 else sides[i]
-        text = axis.annotate(
-            name,
-            (x, y),
-            (x + 0.02 * side, height),
-            "axes fraction",
-            "axes fraction",
-            size=11,
-            ha="left" if side > 0 else "right",
-            va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "#777777", "shrinkA": 0},
-        )
-        text.set_color(looks[i]["color"])

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
-from ...show.console import fill, text_console
-from ...show.tables import fine, text_table, with_interval
-from ..comparison.findings import FEW_DOCUMENTS
+from ...measure.bootstrap import FEW_DOCUMENTS
+from ...show.console import fill, printed
+from ...show.tables import fine, markdown, text_table, with_interval
 from .statistics import Row, results
 
 if TYPE_CHECKING:
@@ -95,15 +95,10 @@ class Evaluated:
 
     def summary(self) -> str:
         """What was done and what came out, as text for a screen, of at most 100 columns."""
-        out = io.StringIO()
-        console = text_console(out)
-        for line in self.findings():
-            console.print(fill(line))
+        parts: list[Any] = [fill(line) for line in self.findings()]
         for view in self.views(MOST_VALUES, MOST_PAIRS):
-            console.print(f"\n{view.title}")
-            console.print(fill(view.note))
-            console.print(text_table(view.columns, view.rows))
-        return "\n".join(line.rstrip() for line in out.getvalue().split("\n"))
+            parts += [f"\n{view.title}", fill(view.note), text_table(view.columns, view.rows)]
+        return printed(parts)
 
     def report(self) -> str:
         """The same in Markdown, with all slices and pairs."""
@@ -111,9 +106,8 @@ class Evaluated:
         parts.append("\n".join(f"- {line}" for line in self.findings()))
         parts.append(f"![What each configuration costs]({NAME}.png)")
         for view in self.views():
-            lines = [view.columns, ["---"] * len(view.columns), *view.rows]
-            body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-            parts.append(f"## {view.title}\n\n{view.note}\n\n{body}")
+            table = markdown(view.columns, view.rows)
+            parts.append(f"## {view.title}\n\n{view.note}\n\n{table}")
         return printable("\n\n".join(parts) + "\n")
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:

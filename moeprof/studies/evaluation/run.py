@@ -143,7 +143,7 @@ def evaluate(
         "protocol": protocol._asdict() | {"words": protocol.words()},
         "tokens_asked": tokens,
         "norm": norm,
-        "nulls": {one.name: _null_words(one.null) for one in work.configurations if one.null},
+        "nulls": {one.name: one.null.describe() for one in work.configurations if one.null},
         "seed": seed,
         "draws": draws,
         "machine": machine.describe(),
@@ -224,10 +224,6 @@ def _documents(texts: Iterable[Any]) -> list[Document]:
         )
         for given, document in zip(texts, read, strict=True)
     ]
-
-
-def _null_words(null: Any) -> str:
-    return str(null.describe() if hasattr(null, "describe") else null.words)
 
 
 def _run(

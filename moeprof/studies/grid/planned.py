@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...routers import REGISTRY
-from ...show.console import text_console
+from ...show.console import printed
 from ...show.tables import table as make_table
 from ..sweep.grid import digits
 
@@ -64,10 +63,8 @@ class Planned(NamedTuple):
             )
             for one in self.configurations
         )
-        file = io.StringIO()
-        text_console(file).print(make_table(columns, rows))
         left_out = [f"Left out: {line}" for line in self.dropped]
-        return "\n".join([*(line.rstrip() for line in file.getvalue().splitlines()), *left_out])
+        return printed([make_table(columns, rows), *left_out])
 
 
 def plan(

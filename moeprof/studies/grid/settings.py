@@ -6,16 +6,15 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...checks import near, nearest
 from ...files import write_whole
 from ...models.load import check_model
 from ...null import Null
 from ...routers import REGISTRY
 from ...routers.base import own_fields, parameters_of
-from ...routers.written import nearest
 from ...texts.documents import read_documents
 from ...texts.prompts import read_prompts
 from ...texts.windows import HELDOUT_TOKENS
@@ -238,8 +237,8 @@ class Grid:
         if name is None:
             raise self.error(["routers", place], f"no key 'router': expected {_one_of(REGISTRY)}")
         if name not in REGISTRY:
-            near = nearest(str(name), REGISTRY)
-            raise self.error(["routers", place, "router"], f"no router {name!r}; {near}")
+            hint = nearest(str(name), REGISTRY)
+            raise self.error(["routers", place, "router"], f"no router {name!r}; {hint}")
         cls = REGISTRY[name]
         fixed = [f.name for f in own_fields(cls) if not f.metadata]  # a value for each expert
         known = [f.name for f in parameters_of(cls) if f.name not in fixed]
@@ -247,8 +246,8 @@ class Grid:
         for key, value in table.items():
             keys: list[str | int] = ["routers", place, key]
             if key not in (*known, *RESERVED):
-                near = nearest(key, (*known, *RESERVED))
-                raise self.error(keys, f"{name} takes no {key!r}; {near}")
+                hint = nearest(key, (*known, *RESERVED))
+                raise self.error(keys, f"{name} takes no {key!r}; {hint}")
             if key == "router":
                 continue
             found[key] = _listed(value)
@@ -302,8 +301,8 @@ class Grid:
             read(given)
         except (ValueError, OSError) as error:
             beside = map(str, Path(given).parent.glob("*"))
-            near = get_close_matches(given, [*words, *beside], n=1, cutoff=0.5)
-            hint = f"; the nearest is {near[0]!r}" if near and near[0] != given else ""
+            found = near(given, [*words, *beside])
+            hint = f"; the nearest is {found[0]!r}" if found and found[0] != given else ""
             kind = OSError if isinstance(error, OSError) else ValueError
             text = f"{next(k for k in reversed(keys) if isinstance(k, str))}: {error}{hint}"
             raise self.error(keys, text, kind) from None

@@ -8,10 +8,10 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ...checks import near
 from ...models.load import reason_of
 
 YAML = (".yaml", ".yml")
@@ -147,8 +147,8 @@ def _inside(folder: str, manager: Any) -> list[str]:
 
 
 def _unknown(name: str, names: Sequence[str]) -> str:
-    near = get_close_matches(name, names, 3)
-    hint = f"the nearest: {', '.join(near)}" if near else "`lm_eval ls tasks` lists them"
+    found = near(name, names, 3)
+    hint = f"the nearest: {', '.join(found)}" if found else "`lm_eval ls tasks` lists them"
     return f"--tasks: {name!r} is no task of lm-evaluation-harness; {hint}"
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...measure.machine import peak_memory
-from ...show.console import text_console
+from ...show.console import printed
 from ...show.tables import table
 from ..engine.staged import Staged, recall
 from .files import finished
@@ -46,18 +45,15 @@ class StudyPlan(NamedTuple):
         return sum(part.seconds for part in self.parts)
 
     def __str__(self) -> str:
-        forms = {"cells": "{}", "finished": "{}", "tokens": "{:,.0f}", "time": "{:>12}"}
+        forms = {"cells": "{:d}", "finished": "{:d}", "tokens": "{:,.0f}", "time": "{:>}"}
         columns = {"part": "{}", **forms, "peak memory": "{:.1f} GB"}
         known = [part for part in self.parts if part.failed is None]
         rows = [
             (p.name, p.cells, p.finished, p.tokens, in_words(p.seconds), p.peak_bytes / 1e9)
             for p in [*known, _whole(known)]
         ]
-        file = io.StringIO()
-        text_console(file).print(table(columns, rows))
-        lines = [line.rstrip() for line in file.getvalue().strip("\n").splitlines()]
         failed = [f"{p.name} can't be run: {p.failed}" for p in self.parts if p.failed]
-        return "\n".join([*lines, *failed, NOTE])
+        return printed([table(columns, rows), *failed, NOTE])
 
 
 NOTE = (

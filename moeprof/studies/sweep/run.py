@@ -15,7 +15,7 @@ from ...checks import check_type
 from ...models.blocks import experts_of, model_sizes, own_top_k
 from ...models.quantized import described_dtype
 from ...show.console import fill, make_console, progress, width
-from ...show.tables import fine
+from ...show.tables import fine, table
 from ...version import __version__
 from ..budget.stock import budget_text
 from ..engine.engine import Listener, announce
@@ -221,10 +221,7 @@ COLUMNS = (
 
 
 def _table(groups: list[tuple[str, list[dict[str, Any]]]]) -> Table:
-    """The main columns as a rich table, 80 wide with the usual names; equal results share a row."""
-    from rich import box
-    from rich.table import Table
-
+    """The main columns, 80 wide with the usual names; equal results share a row."""
     beside = [row["bits_above_static"] for _, (row, *_) in groups]
     form = fine(*(value for value in beside if value is not None))
     columns = {
@@ -236,14 +233,9 @@ def _table(groups: list[tuple[str, list[dict[str, Any]]]]) -> Table:
         "agree": ("token_agreement", "{:.2f}"),
         "tok/s": ("tokens_per_s", "{:.1f}"),
     }
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("config", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, group in groups:
-        cells = ((form, group[0][field]) for field, form in columns.values())
-        table.add_row(name, *("" if value is None else form.format(value) for form, value in cells))
-    return table
+    forms = {name: form for name, (_, form) in columns.items()}
+    rows = ((name, *(group[0][key] for key, _ in columns.values())) for name, group in groups)
+    return table({"config": "{}"} | forms, rows)
 
 
 def describe(
