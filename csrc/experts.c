@@ -6,8 +6,8 @@
 
 /* A call works through its tokens in chunks of so many bytes, however long the prompt
  * is. Each worker has some 4 MiB to itself, so that up to 5 of them stay within 64 MiB.
- * None of this depends on the number of threads: an expert's rows of a chunk are few or
- * many, which decides the order of sums. */
+ * None of this depends on the number of threads: how many rows an expert has in a chunk
+ * decides the order of their sums. */
 static const size_t CHUNK_BYTES = (size_t)40 << 20, PANEL_BYTES = (size_t)3 << 20;
 
 /* Columns of `out` in a task: many tasks, so that no thread waits long for the last
@@ -42,7 +42,7 @@ typedef struct {
     ptrdiff_t num_active;
     int32_t *token;        /* (pairs,): a pair is one token at one of its experts */
     float *routing_weight; /* (pairs,) */
-    char *act;      /* each expert's activations: rows or panels, see in_panels */
+    char *act;      /* each expert's activations: rows, panels or both, see way_of */
     ptrdiff_t *act_at; /* (E,): where in act, by number of the active expert */
     void *out;         /* (T,H) of the layer's dtype */
     void *own_hidden;  /* (T,H) as activations, where the hidden states are none as they are */
@@ -221,23 +221,22 @@ static int useful_threads(const mp_layer *l, ptrdiff_t pairs, int threads)
 
 /* ---- grouping ---- */
 
-/* The pairs of the active expert of number a, and whether they are panels, for `gemm`; else
- * they are rows: of few pairs, or because the weights are transposed or quantised. Or they are
- * split: one panel, and rows. */
+/* The pairs of the active expert of number a. */
 static ptrdiff_t pairs_of(const chunk *c, ptrdiff_t a)
 {
     return c->first[c->active[a] + 1] - c->first[c->active[a]];
 }
 
-static int in_panels(const chunk *c, ptrdiff_t a)
-{
-    return has_panels(c->layer) && pairs_of(c, a) > c->plan.few;
-}
+/* How they are multiplied: as rows, since they are few, or because the weights are transposed or
+ * quantised; as panels, by `gemm`; or split, into one panel and rows. */
+typedef enum { ROWS, PANELS, SPLIT } way;
 
-static int is_split(const chunk *c, ptrdiff_t a)
+static way way_of(const chunk *c, ptrdiff_t a)
 {
-    const ptrdiff_t beyond = pairs_of(c, a) - PANEL_ROWS;
-    return c->plan.rest && beyond > 0 && beyond <= c->plan.few;
+    const ptrdiff_t pairs = pairs_of(c, a), few = c->plan.few;
+    if (!has_panels(c->layer) || pairs <= few)
+        return ROWS;
+    return c->plan.rest && pairs > PANEL_ROWS && pairs <= PANEL_ROWS + few ? SPLIT : PANELS;
 }
 
 /* Whether the slot of this id has an expert: -1 is an empty slot, and so is E, as
@@ -486,12 +485,12 @@ static void multiply_split(const chunk *c, const void *panel, const mp_rows *row
                            const mp_matrix *w, ptrdiff_t n, ptrdiff_t k, const void *next,
                            float *out, float *scratch)
 {
-    enum { FETCHED = 8 }; /* rows of the next part that gemm fetches */
+    enum { FETCHED = 8 }; /* rows of the next part that gemm fetches, those of its tile */
     for (ptrdiff_t j = 0; j < n; j += PART, out += PART) {
         const ptrdiff_t part = smaller(PART, n - j);
         const mp_matrix at = mp_rows_from(*w, j);
         const char *behind = j + part < n ? mp_rows_from(at, part).data : next;
-        mp_gemm(w->format)(panel, PANEL_ROWS, &at, part, k, behind, panel, out, n, scratch);
+        mp_gemm(w->format)(panel, PANEL_ROWS, &at, part, k, behind, NULL, out, n, scratch);
         c->plan.rest(rows, &at, part, k, behind ? behind + FETCHED * w->row_bytes : NULL,
                      out + PANEL_ROWS * n, n, scratch);
     }
@@ -516,12 +515,11 @@ static void gate_up_task(void *context, ptrdiff_t task, int worker)
     const chunk *c = context;
     const gate_up_block b = gate_up_of(c, task);
     worker_state *w = c->workers + worker;
-    if (is_split(c, b.a))
-        gate_up_split(c, &b, w);
-    else if (in_panels(c, b.a))
-        gate_up_panels(c, &b, w);
-    else
-        gate_up_rows(c, &b, w);
+    switch (way_of(c, b.a)) {
+    case ROWS: gate_up_rows(c, &b, w); break;
+    case PANELS: gate_up_panels(c, &b, w); break;
+    case SPLIT: gate_up_split(c, &b, w); break;
+    }
 }
 
 /* sum[token] += routing_weight * (y + bias) for the products y (m,n) of the pairs from `pair`
@@ -554,27 +552,27 @@ static void down_expert(const chunk *c, ptrdiff_t a, ptrdiff_t h, ptrdiff_t n,
 {
     const mp_layer *l = c->layer;
     const ptrdiff_t I = l->intermediate_size, pairs = pairs_of(c, a);
+    const ptrdiff_t row = (ptrdiff_t)act_row(l), width = mp_act_count(act_of(l), I);
     const int32_t e = c->active[a];
     const mp_matrix down = down_from(l, e, h);
-    if (is_split(c, a)) {
-        const char *act = c->act + c->act_at[a];
-        const mp_rows rows = {act + PANEL_ROWS * (ptrdiff_t)act_row(l), mp_panel_width(I), NULL,
-                              pairs - PANEL_ROWS};
-        multiply_split(c, act, &rows, &down, n, I, next, w->gate, w->scratch);
-        combine(c, e, h, w->gate, c->first[e], pairs, n, w->sum);
-        return;
-    }
+    const char *act = c->act + c->act_at[a];
     for (ptrdiff_t r = 0; r < pairs; r += c->block_m) {
         const ptrdiff_t m = smaller(c->block_m, pairs - r);
-        const char *act = c->act + c->act_at[a];
-        if (in_panels(c, a)) {
-            const char *panels = act + r * (ptrdiff_t)act_row(l);
-            const char *behind = panels + mp_panel_rows(m) * (ptrdiff_t)act_row(l);
-            mp_gemm(l->format)(panels, m, &down, n, I, next, behind, w->gate, n,
-                               w->scratch);
-        } else {
-            const mp_rows x = {act + r * act_bytes(l, I), mp_act_count(act_of(l), I), NULL, m};
+        switch (way_of(c, a)) {
+        case ROWS: {
+            const mp_rows x = {act + r * act_bytes(l, I), width, NULL, m};
             product(l)(&x, &down, n, I, next, w->gate, n, w->scratch);
+            break;
+        }
+        case PANELS:
+            mp_gemm(l->format)(act + r * row, m, &down, n, I, next,
+                               act + (r + mp_panel_rows(m)) * row, w->gate, n, w->scratch);
+            break;
+        case SPLIT: {
+            const mp_rows x = {act + PANEL_ROWS * row, mp_panel_width(I), NULL, m - PANEL_ROWS};
+            multiply_split(c, act, &x, &down, n, I, next, w->gate, w->scratch);
+            break;
+        }
         }
         combine(c, e, h, w->gate, c->first[e] + r, m, n, w->sum);
     }

@@ -40,16 +40,15 @@ static inline ptrdiff_t mp_row(const mp_rows *x, ptrdiff_t r)
  * 23.5|24.7, 12 24.2|24.1, 16 29.6|24.2; f32 for 7 rows 39.6|41.8, 10 44.7|45.8, 12
  * 54.2|49.4, 16 62.7|45.2. AMD Zen 3 with AVX2 (1 thread, 64 rows of weights of K = 2048 from
  * L2, GFLOP/s): bf16 for 8 rows 69|48, 13 66|58, 16 68|71; f16 for 8 rows 71|40, 13 67|63,
- * 16 70|76; f32 for 4 rows 47|25, 6 47|44, 8 47|58, 16 47|95. AMD Zen 5 with AVX512-BF16
- * (2 threads, a whole layer against the fastest other, at 1, 4, 32, 128 tokens): 1.01, 0.98,
- * 0.90, 0.95 with the numbers of Zen 4, and 1.06 to 1.09, 1.03 to 1.06, 0.99 to 1.03, 1.04 to
- * 1.06 with those of 48 KB and what comes with them: the study that this follows was measured,
- * this itself not yet. */
+ * 16 70|76; f32 for 4 rows 47|25, 6 47|44, 8 47|58, 16 47|95. (Those of AVX-512 are of a gemm with one sum
+ * for each row of one panel; now it has two.) With 48 KB of L1 they are those of a prototype:
+ * docs/speed.md. Rows that are padded have the same column in different sets of L1. */
 enum {
     MP_FEW_ROWS = 10,
     MP_FEW_ROWS_AVX2 = 14,
     MP_FEW_ROWS_AVX2_F32 = 6,
-    MP_FEW_ROWS_48K = 6,
+    MP_FEW_ROWS_48K = 6, /* what linear_impl.h takes in one pass, as `rest` */
+    MP_PAD_48K = 32,
 };
 
 /* Rows of weights that one call sees at most: a tile of them stays in L2 while the
@@ -216,7 +215,7 @@ typedef struct {
     /* One panel and up to `few` rows more: the panel by gemm, those by this, which reads the
      * weights that gemm has just read; NULL: all by gemm. */
     mp_linear_fn *rest;
-    ptrdiff_t pad; /* elements between rows, so that they share no set of L1; 0: as they lie */
+    ptrdiff_t pad; /* elements between rows of hidden states; 0: as they lie */
 } mp_rows_plan;
 
 mp_rows_plan mp_plan(mp_format format);

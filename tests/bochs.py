@@ -26,6 +26,7 @@ MODEL = "sapphire_rapids"  # as Bochs names it
 # What mp_cpu_features() tells besides, as csrc/cpu.h numbers it: AVX2, AVX-VNNI, AVX-512, its VNNI
 # and BF16, and that with 48 KB of L1.
 FEATURES = 0b1111110
+LEVELS = ("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "avx512bf16_48k")
 
 # The arguments of each kernel (csrc/kernels.h): words, and where a double is among them.
 WORDS = {
@@ -261,6 +262,7 @@ def pretend(emulator, module):
     static = next(name for name in at if re.fullmatch(r"features\.\d+", name))
     ctypes.c_uint.from_address(base + at[static]).value |= FEATURES
     module.limit_cpu(None)
+    assert set(LEVELS) <= set(module.cpu_features()), "FEATURES are not as csrc/cpu.h has them"
     return kept
 
 

@@ -35,7 +35,7 @@ ROUTINGS = {
     ),
     # of expert e
     "e rows": (
-        (41, 72, 35, 40, 41),
+        (41, 72, 71, 40, 41),
         lambda ids: np.where(np.arange(41) > np.arange(40)[:, None], np.arange(41), -1),
     ),
     "tokens with no expert": (

@@ -444,9 +444,10 @@ def test_two_that_save_to_one_folder_take_turns(folder, tmp_path, monkeypatch):
         inside.append(1)
         began.set()
         time.sleep(0.3)
+        names = real(*arguments)
         most.append(len(inside))
         inside.pop()
-        return real(*arguments)
+        return names
 
     def second():
         began.wait(10)
@@ -545,6 +546,9 @@ def _rewritten(path, metadata=None, change=lambda tensors: None):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, given if metadata is None else metadata(given))
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]["weights"]
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def test_a_newer_layout_is_refused(copied):
@@ -571,10 +575,15 @@ def test_saved_files_that_are_cut_off(copied):
 
 def test_files_of_before_there_were_checksums_are_read(copied, saved):
     _rewritten(copied)
-    config = json.loads((copied / "config.json").read_text())
-    del config["quantization_config"]["weights"]
-    (copied / "config.json").write_text(json.dumps(config))
     _assert_same(moeprof.load(copied), moeprof.load(saved))
+
+
+def test_weights_of_before_there_were_checksums_beside_a_newer_config(copied):
+    config = (copied / "config.json").read_text()
+    _rewritten(copied)
+    (copied / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"config\.json was saved with other weights"):
+        moeprof.load(copied)
 
 
 def test_a_changed_byte_of_a_saved_model_is_noticed(copied):

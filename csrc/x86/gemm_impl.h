@@ -202,7 +202,7 @@ INLINE ptrdiff_t NAME(widen)(const char *w, int R, ptrdiff_t k, float *to)
 
 /* Panels for one tile: three, or two where three would leave one alone, which is slower
  * than two; with the half that comes last, if it has no more rows, two at most. No half is
- * alone: as many instructions as a whole one, and the whole has two sums. */
+ * alone: it takes as many instructions as a whole one. */
 static void NAME(take)(ptrdiff_t rows, ptrdiff_t *panels, int *half)
 {
     const int last_is_half = rows > LANES && rows % LANES > 0 && rows % LANES <= LANES / 2;

@@ -16,4 +16,18 @@
 #define LOAD_W_TAIL vi_load_halves
 #define MULTIPLY(acc, w, x) vf_dot2(acc, w, x)
 #include "stream_impl.h"
+
+/* Beside 8 KB of weights that come and go, L1 has room for so many columns of MP_FEW_ROWS_48K
+ * rows. With more, each row of weights would bring them from L2 again. */
+enum { MOST_COLUMNS = (48 - 8) * 1024 / 2 / MP_FEW_ROWS_48K };
+
+mp_linear_fn mp_linear_bf16_avx512bf16;
+
+void mp_linear_bf16_avx512bf16_48k(const mp_rows *x, const mp_matrix *w, ptrdiff_t n,
+                                   ptrdiff_t k, const void *next, float *out,
+                                   ptrdiff_t ldout, float *scratch)
+{
+    (k <= MOST_COLUMNS ? mp_stream_bf16_avx512bf16_48k : mp_linear_bf16_avx512bf16)(
+        x, w, n, k, next, out, ldout, scratch);
+}
 #endif

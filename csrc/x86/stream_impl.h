@@ -1,7 +1,7 @@
-/* Template of `linear` for an L1 that holds TILE_M rows of activations: one row of weights after
- * the other streams past them, so that memory is read in its own order. A lane has two sums,
- * of its even and of its odd steps, and the lanes are added as vf_sum4 does: the same order
- * for each row, so its result does not depend on the rows beside it.
+/* Template of `linear` where L1 holds a few rows of activations: one row of weights after the
+ * other streams past them, so that memory is read in its own order. A lane has two sums, of its
+ * even and of its odd steps, and the lanes are added as vf_sum4 does: the same order for each
+ * row, so its result does not depend on the rows beside it. NAME(stream) is the kernel.
  *
  * To be defined before, undefined here: what linear_impl.h wants, without TILE_R; TILE_M is 8. */
 
@@ -43,8 +43,8 @@ INLINE void NAME(tile)(const int M, const char *const *x, const char *w, ptrdiff
         _mm_storeu_ps(sums, vf_sum4(acc[m], acc[m + 1 < M ? m + 1 : last],
                                     acc[m + 2 < M ? m + 2 : last],
                                     acc[m + 3 < M ? m + 3 : last]));
-        for (int i = 0; i < 4 && m + i < M; i++)
-            out[(m + i) * ldout] = sums[i];
+        for (int j = 0; j < 4 && m + j < M; j++)
+            out[(m + j) * ldout] = sums[j];
     }
 }
 
@@ -74,9 +74,9 @@ static const char *NAME(later)(const char *w, const char *next, ptrdiff_t j, ptr
     return next ? next + (later - n) * row : w + j * row;
 }
 
-MP_TARGET void NAME(linear)(const mp_rows *x, const mp_matrix *matrix, ptrdiff_t n,
-                            ptrdiff_t k, const void *next, float *out, ptrdiff_t ldout,
-                            float *scratch)
+static MP_TARGET void NAME(stream)(const mp_rows *x, const mp_matrix *matrix, ptrdiff_t n,
+                                   ptrdiff_t k, const void *next, float *out,
+                                   ptrdiff_t ldout, float *scratch)
 {
     const char *w = matrix->data;
     const ptrdiff_t row = k * W_SIZE;

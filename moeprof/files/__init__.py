@@ -10,7 +10,7 @@ import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,21 +38,27 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """No other process, or thread, is in here for this folder meanwhile; waits. Where the system
-    or the file system has no locks, nothing keeps them out."""
+def alone(folder: Path) -> Iterator[bool]:
+    """No other process, or thread, is in here for this folder meanwhile; waits. Yields whether
+    that is so: where the system or the file system has no locks, nothing keeps them out."""
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield False
         return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(number, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(number)
+    with ExitStack() as opened:
+        while True:
+            number = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, number)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX)
+            except OSError:
+                yield False
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.path.samestat(os.fstat(number), folder.stat()):
+                break  # else whoever was in here removed the folder
+        yield True
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

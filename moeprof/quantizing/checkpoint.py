@@ -65,7 +65,7 @@ class Checkpoint:
         file = self.folder / self._at[name]
         with _damage(file):
             read: Tensor = self._open[self._at[name]].get_tensor(name)
-        if name in self._sums and self._sums[name] != checksum(read):
+        if self._sums and self._sums.get(name) != checksum(read):
             raise ValueError(
                 f"{file}: {name} is not what was saved with {next(iter(self._open))}: the file "
                 "is damaged, or of another model; copy the whole folder again"

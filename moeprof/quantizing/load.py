@@ -383,7 +383,7 @@ def _own_config(name: str, folder: Path, checkpoint: Checkpoint) -> Any:
     config, said = _config(folder)
     weights = said.get("weights") if isinstance(said, dict) else None
     checksums = checkpoint.metadata.get(CHECKSUMS)
-    if None not in (weights, checksums) and weights != fingerprint(str(checksums)):
+    if weights is not None and weights != fingerprint(str(checksums)):
         raise ValueError(
             f"model {name}: its config.json was saved with other weights than its "
             f"{STEM}*.safetensors: copy the whole folder again"

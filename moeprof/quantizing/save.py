@@ -85,18 +85,20 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{STEM}.{secrets.token_hex(4)}.part"
-    try:
-        with alone(folder):
+    with alone(folder) as locked:
+        if locked:
             _remove_parts(folder)
-            part.mkdir(parents=True)  # another process, that failed, may have removed the folder
-            names = _write(model, description, part)
+        try:
             _check_no_model(folder)  # another process may have saved one meanwhile
+            part.mkdir()
+            names = _write(model, description, part)
+            _check_no_model(folder)  # or may now, where nothing keeps it out
             _move(names, part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):
-                folder.rmdir()  # if it is empty
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):
+                    folder.rmdir()  # if it is empty
 
 
 def _remove_parts(folder: Path) -> None:

@@ -92,7 +92,7 @@ def milliseconds(times: Mapping[str, Mapping[str, float]], name: str) -> float |
 
 def fine(*values: float, form: str = "+.4f") -> str:
     """`form` with as many more places as the largest of the values needs to have two digits, and
-    in powers of ten where these are more than 7: a format for all of them. 0 is "0"."""
+    in powers of ten where these are more than 7: a format for all of them. 0 is "+0"."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=math.inf)
     sign, places = form[:-1].split(".")
     if math.isinf(largest):

@@ -124,9 +124,11 @@ def run_study(
 
     Raises
     ------
+    TypeError
+        A setting that isn't one.
     ValueError
         A part or router that isn't one; a part that can't be run on the model, once the others
-        are finished.
+        are finished: they are in the report and the store.
     """
     check_model("run_study", model)
     check_tokenizer("run_study", tokenizer)
