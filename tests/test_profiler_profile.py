@@ -175,6 +175,13 @@ def test_the_summary_fits_a_narrower_screen(profile, monkeypatch):
     assert by_layer.count(" layer ") == len(profile.phases)
 
 
+@pytest.mark.parametrize("columns", (20, 30, 40, 44, 60))
+def test_the_summary_of_a_very_narrow_screen_names_its_phases(profile, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = profile.summary()
+    assert all(f"── {phase}" in text for phase in profile.phases)
+
+
 def test_the_summary_is_the_same_in_a_notebook(profile, monkeypatch):
     """There rich would display what it was to write, and leave nothing to return."""
     expected = profile.summary()

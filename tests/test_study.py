@@ -107,6 +107,35 @@ def test_a_study_in_python_is_the_same_study(ground, tmp_path, capsys):
         run_study(given.model, given.tokenizer, folder, routers=["bhh"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"token": 1024}, "no setting 'token'; the nearest is 'tokens'"),
+        ({"documents": []}, "no setting 'documents'"),
+        ({"tokens": "1024"}, "tokens: expected a whole number from 2 on, got '1024'"),
+        ({"tokens": 0}, "tokens: expected a whole number"),
+        ({"seed": -1}, "seed: expected a whole number from 0 on"),
+        ({"parts": "sweep"}, "parts: expected a list, got str 'sweep'"),
+        ({"parts": None}, "parts: expected a list, got NoneType"),
+        ({"routers": [3]}, "routers: expected names, got int"),
+        ({"budgets": 4}, "budgets: expected a list, got int"),
+        ({"budgets": ["4"]}, "budgets: expected whole numbers, got str"),
+    ],
+)
+def test_settings_in_python_that_are_none(ground, tmp_path, settings, said):
+    given = ground(parts=["evaluate"])
+    with pytest.raises(TypeError, match=said):
+        run_study(given.model, given.tokenizer, tmp_path / "none", **settings)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_patched_model_is_no_model_to_study(ground, tmp_path):
+    given = ground(parts=["evaluate"])
+    with patch(given.model), pytest.raises(ValueError, match="patched.*unpatch"):
+        run_study(given.model, given.tokenizer, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 # ---- the settings ----
 
 

@@ -58,12 +58,12 @@ def test_a_folder_stands_for_its_files(tmp_path):
 def test_files_with_nothing_in_them_are_left_out_and_named(tmp_path):
     for name, content in (("a.txt", "one"), ("b.txt", " \n"), ("c.jsonl", '{"text": ""}\n')):
         (tmp_path / name).write_text(content)
-    with pytest.warns(UserWarning, match=r"b\.txt and 1 more are empty, and left out"):
+    with pytest.warns(UserWarning, match=r"2 files are empty, the first .*b\.txt, and left out"):
         assert [d.name for d in read_documents([tmp_path])] == ["a.txt"]
     with pytest.warns(UserWarning, match=r"text .*c\.jsonl is empty, and left out"):
         assert [d.name for d in read_documents([tmp_path / "c.jsonl", tmp_path / "a.txt"])]
     (tmp_path / "a.txt").write_text("")
-    one_line(ValueError, "a.txt and 2 more are empty", tmp_path)
+    one_line(ValueError, "3 files are empty, the first", tmp_path)
     one_line(ValueError, "b.txt is empty", tmp_path / "b.txt")
 
 

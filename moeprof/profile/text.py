@@ -82,8 +82,11 @@ def _in_lines(table: Table, columns: int) -> list[str]:
 
 
 def _groups(columns: Sequence[tuple[str, str]], head: str) -> list[str]:
-    """A line with each group's name, and a rule, above its columns' heads."""
+    """A line with each group's name, and a rule, above its columns' heads; the names alone where
+    heads are broken over lines."""
     ends = [match.end() for match in re.finditer(r"\S+", head)]  # heads are aligned right
+    if len(ends) < len(columns):
+        return [f"── {group}" for group in dict.fromkeys(group for group, _ in columns if group)]
     line = ""
     for group in dict.fromkeys(group for group, _ in columns if group):
         places = [i for i, (of, _) in enumerate(columns) if of == group]

@@ -48,8 +48,9 @@ def read_documents(paths: Iterable[str | os.PathLike[str]]) -> list[Document]:
                 empty.append(file)
     if not empty:
         return documents
-    more = f" and {len(empty) - 1} more are" if len(empty) > 1 else " is"
-    said = f"text {empty[0]}{more} empty"
+    said = f"text {empty[0]} is empty"
+    if len(empty) > 1:
+        said = f"text: {len(empty)} files are empty, the first {empty[0]}"
     if not documents:
         raise ValueError(said)
     warnings.warn(f"{said}, and left out", stacklevel=2)

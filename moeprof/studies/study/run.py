@@ -6,14 +6,16 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ...checks import check_model, check_tokenizer
+from ...checks import check_model, check_tokenizer, check_type, described, nearest
 from ...files import as_csv, write_whole
 from ...measure import machine
 from ...measure.fitting import Form
 from ...models.identity import model_name
 from ...models.quantized import described_dtype
+from ...patching.state import is_patched
 from ...show.console import make_console
 from ...texts.documents import read_texts
 from ..comparison.contenders import FORMS, choose_contenders
@@ -125,20 +127,47 @@ def run_study(
     Raises
     ------
     TypeError
-        A setting that isn't one.
+        A setting that isn't one, or a list or a number that isn't.
     ValueError
-        A part or router that isn't one; a part that can't be run on the model, once the others
-        are finished: they are in the report and the store.
+        A part or router that isn't one; a model that is patched; a part that can't be run on the
+        model, once the others are finished: they are in the report and the store.
     """
     check_model("run_study", model)
     check_tokenizer("run_study", tokenizer)
+    if any(map(is_patched, model.modules())):
+        raise ValueError(
+            "run_study: the model is patched; expected it with its own routing, which all is "
+            "compared with: moeprof.unpatch(model) first"
+        )
     documents = None if texts is None else read_texts(texts, "texts")
+    _check_settings(settings)
     asked_for = Settings(documents=documents, **settings)
     choose_contenders(asked_for.routers)  # raises for an unknown one
     files, name = StudyFiles(folder), model_name(model)
     ground = Ground(model, tokenizer, asked_for, files, name, command="moeprof.studies.run_study")
     with Store(files.store) as store:
         return study(ground, store, None, make_console())
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """TypeError for a name, a list or a whole number that isn't one."""
+    known: dict[str, Any] = {each.name: each.default for each in fields(Settings)}
+    for name in ("documents", "sources"):  # `texts`
+        del known[name]
+    for name, value in settings.items():
+        if name not in known:
+            raise TypeError(f"run_study: there is no setting {name!r}; {nearest(name, known)}")
+        expected = f"run_study: {name}: expected"
+        if isinstance(known[name], int):
+            least = 0 if name == "seed" else 2
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise TypeError(f"{expected} a whole number from {least} on, got {value!r}")
+        elif value is not None or known[name] is not None:
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise TypeError(f"{expected} a list, got {described(value)}")
+            kind, word = (int, "whole numbers") if name == "budgets" else (str, "names")
+            for one in value:
+                check_type(f"run_study: {name}", one, kind, word)
 
 
 def study(ground: Ground, store: Store, engine: Engine | None, console: Console) -> Results:
