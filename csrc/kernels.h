@@ -40,9 +40,10 @@ static inline ptrdiff_t mp_row(const mp_rows *x, ptrdiff_t r)
  * 23.5|24.7, 12 24.2|24.1, 16 29.6|24.2; f32 for 7 rows 39.6|41.8, 10 44.7|45.8, 12
  * 54.2|49.4, 16 62.7|45.2. AMD Zen 3 with AVX2 (1 thread, 64 rows of weights of K = 2048 from
  * L2, GFLOP/s): bf16 for 8 rows 69|48, 13 66|58, 16 68|71; f16 for 8 rows 71|40, 13 67|63,
- * 16 70|76; f32 for 4 rows 47|25, 6 47|44, 8 47|58, 16 47|95. (Those of AVX-512 are of a gemm with one sum
- * for each row of one panel; now it has two.) With 48 KB of L1 they are those of a prototype:
- * docs/speed.md. Rows that are padded have the same column in different sets of L1. */
+ * 16 70|76; f32 for 4 rows 47|25, 6 47|44, 8 47|58, 16 47|95. (Those of
+ * AVX-512 are of a gemm with one sum for each row of one panel; now it has two.) With 48 KB of
+ * L1 they are those of a prototype: docs/speed.md. Rows that are padded have the same column
+ * in different sets of L1. */
 enum {
     MP_FEW_ROWS = 10,
     MP_FEW_ROWS_AVX2 = 14,

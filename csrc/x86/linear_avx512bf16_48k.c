@@ -6,15 +6,7 @@
 
 #define NAME(part) mp_##part##_bf16_avx512bf16_48k
 #define TILE_M 8
-#define STEP 32
-#define X_SIZE 2
-#define W_SIZE 2
-#define operand vi
-#define LOAD_X vi_load
-#define LOAD_W vi_load
-#define LOAD_X_TAIL vi_load_halves
-#define LOAD_W_TAIL vi_load_halves
-#define MULTIPLY(acc, w, x) vf_dot2(acc, w, x)
+#include "linear_dot2.h"
 #include "stream_impl.h"
 
 /* Beside 8 KB of weights that come and go, L1 has room for so many columns of MP_FEW_ROWS_48K

@@ -44,7 +44,7 @@ def run(settings: Settings, json_file: str | None = None, plot_file: str | None 
         ) as bar:
             result |= module.measure(settings, bar)
     for part in module.tables(result):
-        console.print(part, width=min(width(), console.width), soft_wrap=False)
+        console.print(part, width=width(console), soft_wrap=False)
     if json_file is not None:
         write_whole(json_file, json.dumps(result, indent=1).encode())
         console.print(f"Written: {json_file}")

@@ -85,10 +85,11 @@ def _groups(columns: Sequence[tuple[str, str]], head: str) -> list[str]:
     """A line with each group's name, and a rule, above its columns' heads; the names alone where
     heads are broken over lines."""
     ends = [match.end() for match in re.finditer(r"\S+", head)]  # heads are aligned right
+    groups = dict.fromkeys(group for group, _ in columns if group)
     if len(ends) < len(columns):
-        return [f"── {group}" for group in dict.fromkeys(group for group, _ in columns if group)]
+        return [f"── {group}" for group in groups]
     line = ""
-    for group in dict.fromkeys(group for group, _ in columns if group):
+    for group in groups:
         places = [i for i, (of, _) in enumerate(columns) if of == group]
         start = ends[places[0] - 1] + 2
         line = line.ljust(start) + f"── {group} ".ljust(ends[places[-1]] - start, "─")

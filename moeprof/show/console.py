@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 100  # of a line of text or a table; a file, a pipe or a notebook has as many
 
 
-def width() -> int:
-    """Columns of what is shown: the terminal's, MOST_COLUMNS at most."""
-    return min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 0)).columns)
+def width(console: Console | None = None) -> int:
+    """Columns of what is shown: the terminal's, MOST_COLUMNS at most, and no more than the
+    console has."""
+    columns = min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 0)).columns)
+    return columns if console is None else min(columns, console.width)
 
 
 def fill(text: str, first: str = "", rest: str = "") -> str:

@@ -80,7 +80,7 @@ def _finish(
     for part in console_tables(result):
         if isinstance(part, str):
             part = fill(part)
-        console.print(part, width=min(width(), console.width))
+        console.print(part, width=width(console))
     if result["cells"]:
         said = findings(result)
         printed = max(PRINTED, len(foremost(result)))

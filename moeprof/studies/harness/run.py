@@ -45,7 +45,7 @@ def run_harness(
             for of_task in by_task(rows).values():
                 console.print("")
                 console.print(title(of_task))
-                console.print(table_of(of_task), width=min(width(), console.width))
+                console.print(table_of(of_task), width=width(console))
             console.print(fill(LEGEND))
             for path in files.save(facts, rows, results):
                 console.print(f"Written: {path}")

@@ -203,7 +203,7 @@ def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[st
     if len(run["heldout_documents"]) == 1:
         console.print("The held-out text is one document, so nothing above has an interval.")
     groups = merged(run["results"])
-    console.print(_table(groups), width=min(width(), console.width))
+    console.print(_table(groups), width=width(console))
     console.print(fill(COLUMNS))
     for line in same_results(groups):
         console.print(fill(line))
