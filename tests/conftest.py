@@ -24,6 +24,13 @@ def pytest_collection_modifyitems(config, items):
             items[:] = [item for item in items if mark not in item.keywords]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _token_ids_are_kept():
+    import kept
+
+    kept.keep()
+
+
 @pytest.fixture(autouse=True)
 def _pages_without_drawing(request, monkeypatch):
     """HTML pages have empty pictures, which take most of a page's time, but for `drawn` tests."""

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import kept  # noqa: E402
+
 from moeprof import demo  # noqa: E402
 from moeprof.demo.make import corpus, evaluation, train  # noqa: E402
+from moeprof.models import tokens  # noqa: E402
+from moeprof.texts import windows  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "data" / "demo_logits.npz"
 RECORD = json.loads((demo.PATH / "training.json").read_text())
@@ -135,6 +140,15 @@ def test_tokenizer(loaded):
     assert tokenizer.padding_side == "left"
     assert (tokenizer.eos_token, tokenizer.pad_token) == (train.EOS, train.PAD)
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_kept_token_ids_are_the_tokenizers(loaded):
+    """What other tests take, see kept.py; not for a tokenizer that was changed."""
+    text, tokenizer = demo.heldout_texts()[0].text, deepcopy(loaded[1])
+    assert windows.token_ids is kept.token_ids and kept.is_demos(tokenizer)
+    assert windows.token_ids(tokenizer, text) == tokens.token_ids(tokenizer, text)
+    tokenizer.add_tokens([text[:9]])
+    assert not kept.is_demos(tokenizer)
 
 
 def check_results(results, margin):

@@ -110,6 +110,7 @@ def test_batched_is_as_one_by_one(model, stride, monkeypatch):
     router = moeprof.BH(0.3, max_k=4)
     together = measured(model, 16, stride, None, router, null=moeprof.null.NORMAL)
     monkeypatch.setattr(passes, "BATCH", 3)  # also less than a window: its logits in pieces
+    monkeypatch.setattr(passes, "PIECE", 1)
     alone = measured(model, 16, stride, None, router, null=moeprof.null.NORMAL)
     for one, other in zip(together, alone, strict=True):
         for field in SUMS:

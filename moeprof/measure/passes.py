@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Routers = Router | str | Callable[..., Any] | list[Any] | dict[Any, Any] | None
 
 BATCH = 512  # tokens in a call of the model, or one window
+PIECE = 2**19  # log-probabilities at a time on a CPU: 2 MB, which stay in its cache
 IN_MEMORY = 2 * 2**30  # bytes of log-probabilities; more are kept in a file
 
 
@@ -248,8 +249,10 @@ def reference_bytes(model: nn.Module, text: HeldOut) -> int:
     """Of memory that a `Reference` takes, but for what lies in a file."""
     predicted = sum(window.predicted for window in text.windows)
     head: Any = model
-    row = 4 * head.get_output_embeddings().weight.shape[0]
-    return predicted * row if predicted * row <= IN_MEMORY else BATCH * row
+    weight = head.get_output_embeddings().weight
+    row = 4 * weight.shape[0]
+    rows = predicted if predicted * row <= IN_MEMORY else _piece(weight.shape[0], weight.device)
+    return rows * row
 
 
 class KeptRows:
@@ -325,10 +328,15 @@ def _sums(values: Tensor) -> NDArray[np.float64]:
 
 def _log_probs(model: nn.Module, ids: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(token ids (B, m), their float32 log-probabilities (B, m, V)) of the tokens (B, n) from the
-    first on, in pieces of at most `BATCH` tokens: of a long window all at once take gigabytes."""
+    first on, in pieces: of a long window all at once take gigabytes."""
     logits = model(input_ids=ids, use_cache=False).logits
-    length = max(BATCH // len(ids), 1)
+    length = max(_piece(logits.shape[2], logits.device) // len(ids), 1)
     for start in range(first, ids.shape[1], length):
         targets = ids[:, start : start + length]
         predicting = logits[:, start - 1 : start - 1 + targets.shape[1]]
         yield targets, torch.log_softmax(predicting.float(), -1)
+
+
+def _piece(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose log-probabilities are computed at a time."""
+    return min(BATCH, max(PIECE // vocabulary, 1)) if device.type == "cpu" else BATCH

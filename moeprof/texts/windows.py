@@ -72,18 +72,18 @@ def heldout_windows(
     """
     stride = window if stride is None else stride
     documents = list(texts)
-    pieces: dict[str, list[list[Window]]] = {}
+    pieces: dict[str, list[list[_Cut]]] = {}
     for index, document in enumerate(documents):
-        windows = _cut(tokenizer, index, document.text, window, stride)
-        if whole and len(windows) > 1 and windows[-1].ids.shape[1] < window:
-            windows.pop()
-        pieces.setdefault(document.domain, []).append(windows)
-    chosen = spread(pieces, lambda piece: piece.predicted + 1, tokens, seed)
-    if not chosen:
+        cuts = _cuts(index, token_ids(tokenizer, document.text), window, stride)
+        if whole and len(cuts) > 1 and len(cuts[-1].ids) < window:
+            cuts.pop()
+        pieces.setdefault(document.domain, []).append(cuts)
+    taken = spread(pieces, lambda cut: len(cut.ids) - cut.first + 1, tokens, seed)
+    if not taken:
         raise ValueError("held-out text: no document has two tokens")
-    used = sorted({piece.document for piece in chosen})
+    used = sorted({cut.document for cut in taken})
     place = {index: position for position, index in enumerate(used)}
-    chosen = [piece._replace(document=place[piece.document]) for piece in chosen]
+    chosen = [_window(tokenizer, place[cut.document], cut) for cut in taken]
     described = [
         {
             "domain": documents[index].domain,
@@ -102,21 +102,31 @@ def _complexity(document: Text) -> dict[str, str]:
     return {} if complexity is None else {"complexity": complexity}
 
 
-def _cut(tokenizer: Tokenizer, index: int, text: str, window: int, stride: int) -> list[Window]:
-    """The document's windows; one of a single token predicts nothing and is left out."""
-    import torch
+class _Cut(NamedTuple):
+    """What a window is made of, if it is taken: most of a text is not."""
 
-    ids = token_ids(tokenizer, text)
-    windows, end = [], 0
+    document: int
+    ids: list[int]
+    first: int
+
+
+def _cuts(document: int, ids: list[int], window: int, stride: int) -> list[_Cut]:
+    """The document's windows; one of a single token predicts nothing and is left out."""
+    cuts, end = [], 0
     for start in range(0, len(ids) - 1, stride):
         piece = ids[start : start + window]
-        first = max(end - start, 1)
-        predicted = tokenizer.decode(piece[first:], clean_up_tokenization_spaces=False)
-        windows.append(Window(index, torch.tensor([piece]), len(predicted.encode()), first))
+        cuts.append(_Cut(document, piece, max(end - start, 1)))
         end = start + len(piece)
         if end == len(ids):
             break
-    return windows
+    return cuts
+
+
+def _window(tokenizer: Tokenizer, document: int, cut: _Cut) -> Window:
+    import torch
+
+    predicted = tokenizer.decode(cut.ids[cut.first :], clean_up_tokenization_spaces=False)
+    return Window(document, torch.tensor([cut.ids]), len(predicted.encode()), cut.first)
 
 
 def calibration_passages(
