@@ -42,11 +42,11 @@ def small(loaded, null):
     """A diagnosis of little text."""
     return null.diagnose(
         *loaded,
-        texts=demo.heldout_texts()[::2],  # all are tokenised
-        calibration=demo.calibration_texts()[::4],
+        texts=demo.heldout_texts()[::2],
+        calibration=demo.calibration_texts()[::5],
         router=BH(0.3),
         positions=24,
-        budget_tokens=4096,
+        budget_tokens=2048,
         tokens=4096,
         draws=100,
         progress=False,
@@ -293,7 +293,7 @@ def test_one_document_has_no_intervals_and_decides_nothing(loaded, null):
     text = max(demo.heldout_texts(), key=lambda document: len(document.text))
     found = null.diagnose(
         *loaded, texts=[text], router=BH(0.3), calibration=[], positions=3, tokens=300, draws=20,
-        progress=False,
+        budget_tokens=1024, progress=False,
     )  # fmt: skip
     said = found.summary()
     assert says(said, "one document", "nothing is decided")
@@ -314,6 +314,7 @@ def test_an_alpha_for_each_layer_and_positions_in_few_documents(loaded, null):
         router=router,
         calibration=[],
         positions=6,
+        budget_tokens=1024,
         tokens=4096,
         draws=20,
         progress=False,
@@ -424,8 +425,10 @@ def test_bad_input_of_the_function(loaded, null):
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    fewer, few = demo.calibration_texts()[::4], demo.heldout_texts()[::4]
+    fewer, few = demo.calibration_texts()[::5], demo.heldout_texts()[::4]
     monkeypatch.setattr(demo, "calibration_texts", lambda: fewer)  # a null for each domain
+    monkeypatch.setitem(diagnose.__kwdefaults__, "budget_tokens", 1024)
+    monkeypatch.setitem(diagnose.__kwdefaults__, "draws", 100)
     monkeypatch.setattr(demo, "heldout_texts", lambda: few)
     # test_files_are_written_whole draws.
     monkeypatch.setattr(Figure, "savefig", lambda self, out, **settings: out.write(b"drawn"))
