@@ -9,6 +9,7 @@ import transformers
 from matplotlib.figure import Figure
 from models import olmoe
 from rich.console import Console
+from wording import says
 
 from moeprof import demo, patch
 from moeprof.routers import BH, TopK
@@ -335,6 +336,16 @@ def test_other_settings_in_one_folder_leave_each_other_alone(ground):
     with Store(ground().files.store) as store:
         plan = plan_study(ground(parts=["calibrate"]), store, quiet())
     assert plan.parts[0].is_done
+
+
+def test_what_is_left_of_another_models_study_is_named(ground):
+    """Its parts aren't in the report of this one, but their files are beside it."""
+    before, _ = run(ground(parts=["evaluate"]))
+    results, _ = run(ground(top_k=2, parts=["calibrate"]))
+    assert before.facts["beside"] == []
+    assert results.evaluate is None and results.facts["beside"] == ["evaluate"]
+    said = (ground().files.folder / "report.md").read_text()
+    assert says(said, "also in the folder", "evaluate: of another study")
 
 
 def test_own_texts_are_named(ground):

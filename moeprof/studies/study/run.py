@@ -279,6 +279,8 @@ class _Run:
 
     def results(self) -> Results:
         ground, found = self.ground, self.found
+        ran = {part["part"] for part in self.parts}
+        others = [name for name in PARTS if name not in ran]
         facts = {
             "model": ground.name,
             "dtype": described_dtype(ground.model),
@@ -286,6 +288,9 @@ class _Run:
             "command": ground.command,
             "seed": ground.settings.seed,
             "parts": self.parts,
+            "beside": [
+                name for name in PARTS if name not in ran and ground.files.of(name).is_dir()
+            ],
         } | _where(self.store)
         parts: Mapping[str, Any] = {name: found.get(name) for name in PARTS[1:]}
         return Results(facts, dict(ground.nulls), **parts)
