@@ -288,9 +288,7 @@ class _Run:
             "command": ground.command,
             "seed": ground.settings.seed,
             "parts": self.parts,
-            "beside": [
-                name for name in PARTS if name not in ran and ground.files.of(name).is_dir()
-            ],
+            "beside": [name for name in others if ground.files.of(name).is_dir()],
         } | _where(self.store)
         parts: Mapping[str, Any] = {name: found.get(name) for name in PARTS[1:]}
         return Results(facts, dict(ground.nulls), **parts)
