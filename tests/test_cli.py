@@ -469,7 +469,7 @@ def test_more_threads_than_any_machine_has(capsys, command):
         ),
         (["compare", "--routers", "hc"], "there is no 'hc'; the nearest is 'hc ("),
         (["compare", "--tables", "c"], "--tables: expected some of reduction, wide, got 'c'"),
-        (["compare", "--routers", ""], "router: expected some of"),
+        (["compare", "--routers", ""], "routers: expected some of"),
         (["compare", "--quantized", "3"], "expected 8, 4, both or none, got '3'"),
         (
             ["compare", "--quantized", "4", "--bits", "8"],
@@ -494,7 +494,8 @@ def test_more_threads_than_any_machine_has(capsys, command):
         (["evaluate", "--out", "short.txt"], "can't be written"),
         (["study", "--parts", "swep"], "parts: expected some of calibrate, profile, sweep"),
         (["study", "--tables", "long"], "tables: expected some of reduction, wide"),
-        (["study", "--routers", "bhh"], "router: there is no 'bhh'; the nearest is 'bh'"),
+        (["compare", "--routers", "bh,by"], "routers: BY is not run: it is BH at alpha/c(E)"),
+        (["study", "--routers", "bhh"], "routers: there is no 'bhh'; the nearest is 'bh'"),
         (["study", "--tokens", "1"], "from 2 to"),
         (["study", "--text", "nowhere.txt"], "nowhere.txt"),
         (["study", "--workers", "2"], "--workers belongs to --engine"),

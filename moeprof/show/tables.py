@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 
+RIGHT = "{:>}"  # the format of a column of texts that are aligned right, as numbers are
+
+
 class Table(NamedTuple):
     """columns: (group, name), a group's columns beside each other; rows: lists of texts.
 

@@ -82,11 +82,13 @@ def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
     if names is None:
         return known
     if not names:
-        raise ValueError(f"router: expected some of {[c.name for c in known]}, got none")
+        raise ValueError(f"routers: expected some of {[c.name for c in known]}, got none")
     words = {word for c in known for word in (c.name, c.router)}
     for name in names:
+        if name == "by":
+            raise ValueError(f"routers: {LEFT_OUT}")
         if name not in words:
-            raise ValueError(f"router: there is no {name!r}; {nearest(name, words)}")
+            raise ValueError(f"routers: there is no {name!r}; {nearest(name, words)}")
     routers = set(names) - {c.name for c in known}
     return [c for c in known if c.name in names or c.router in routers]
 

@@ -97,9 +97,9 @@ NUMBERS = ("value", "± stderr", "difference", "95 % interval", "p", "experts")
 
 def table_of(rows: Iterable[Mapping[str, Any]]) -> Table:
     """The rows of one task as a rich table."""
-    from ...show.tables import table
+    from ...show.tables import RIGHT, table
 
-    columns = dict.fromkeys(("metric", "router"), "{}") | dict.fromkeys(NUMBERS, "{:>}")
+    columns = dict.fromkeys(("metric", "router"), "{}") | dict.fromkeys(NUMBERS, RIGHT)
     return table(columns, [[_metric(row), row["router"], *_numbers(row)] for row in rows])
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...measure.machine import peak_memory
 from ...show.console import printed
-from ...show.tables import table
+from ...show.tables import RIGHT, table
 from ..engine.staged import Staged, recall
 from .files import finished
 
@@ -45,7 +45,7 @@ class StudyPlan(NamedTuple):
         return sum(part.seconds for part in self.parts)
 
     def __str__(self) -> str:
-        forms = {"cells": "{:d}", "finished": "{:d}", "tokens": "{:,.0f}", "time": "{:>}"}
+        forms = {"cells": "{:d}", "finished": "{:d}", "tokens": "{:,.0f}", "time": RIGHT}
         columns = {"part": "{}", **forms, "peak memory": "{:.1f} GB"}
         known = [part for part in self.parts if part.failed is None]
         rows = [
