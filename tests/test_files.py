@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import sys
+import threading
 import tracemalloc
 import zipfile
 from collections import Counter
@@ -86,6 +87,36 @@ def test_a_full_disk_is_said_in_words_and_leaves_the_older_file(tmp_path):
     with full_disk(1000), pytest.raises(OSError, match=f"^{path} can't be written: [A-Z]"):
         files.write_whole(path, bytes(2000))
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@posix
+def test_a_folder_removed_while_it_is_waited_for_is_locked_as_it_is_then(tmp_path, monkeypatch):
+    import fcntl
+
+    folder, flock, waits, found = tmp_path / "folder", fcntl.flock, threading.Event(), []
+    folder.mkdir()
+
+    def locked(number, operation):
+        if threading.current_thread() is second:
+            waits.set()
+        flock(number, operation)
+
+    def wait():
+        with files.alone(folder):
+            number = os.open(folder, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(number)
+            found.append(folder)
+
+    second = threading.Thread(target=wait)
+    monkeypatch.setattr(fcntl, "flock", locked)
+    with files.alone(folder):
+        second.start()
+        assert waits.wait(60)
+        folder.rmdir()
+    second.join(60)
+    assert found == [folder]
 
 
 def test_an_npz_is_what_numpy_reads():
