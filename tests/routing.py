@@ -75,7 +75,7 @@ def conformal_table(calibration):
     ordered = np.sort(calibration)
     # As many are at or above an edge as lie in the bins from there on; the ends are open.
     bins = np.clip(np.floor(ordered * 128) + 4096, 0, 8192).astype(int)
-    at_least = np.repeat(np.arange(bins.size, -1, -1), np.diff(bins, prepend=-1, append=8192))
+    at_least = np.bincount(bins, minlength=8193)[::-1].cumsum()[::-1]
     largest = np.concatenate([ordered[::-1], np.full(1024, -np.inf)])[:1024]
     return np.concatenate([[ordered.size], at_least, largest]).astype(float)
 
