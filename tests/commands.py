@@ -31,10 +31,12 @@ def fails(capsys, *arguments, silent=True):
     return stderr.removeprefix("moeprof: error: ").rstrip()
 
 
-# The last lines run in the fork alone, which then ends as Python does.
+# The last lines run in the fork alone, which then ends as Python does. It doesn't look through what
+# was imported for what nobody holds any more: that takes seconds.
 FORKED = """
-import json, os, sys
+import gc, json, os, sys
 exec(sys.argv[1])
+gc.freeze()
 for line in sys.stdin:
     code, arguments, folder, stdout, stderr = json.loads(line)
     if child := os.fork():

@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def forked():
+def bare():
     """Forks of a process that has imported the command line, and nothing that is slow."""
     with forks("import moeprof.cli") as started:
         yield started
@@ -69,7 +69,7 @@ def folder(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_nothing_slow_is_imported_for_help_and_wrong_arguments(forked, arguments, code):
+def test_nothing_slow_is_imported_for_help_and_wrong_arguments(bare, arguments, code):
     program = f"""
 import sys
 import moeprof.cli
@@ -83,13 +83,13 @@ found = [name for name in slow if name in sys.modules]
 assert not found, found
 sys.exit(code)
 """
-    ended = forked.run(program, *arguments)
+    ended = bare.run(program, *arguments)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_cpu_says_what_is_known_without_torch(forked):
-    shown = forked.run(MAIN, "cpu").stdout
+def test_cpu_says_what_is_known_without_torch(bare):
+    shown = bare.run(MAIN, "cpu").stdout
     for kernel, variant in moeprof.cpu_info()["kernels"].items():
         assert f"{kernel} " in shown and f" {variant}\n" in shown
     for feature in moeprof.cpu_info()["features"]:
@@ -110,10 +110,10 @@ def test_cpu_says_what_is_known_without_torch(forked):
         ("bench", "matplotlib"),
     ],
 )
-def test_without_the_extra(forked, command, missing, folder):
+def test_without_the_extra(bare, command, missing, folder):
     """One line that says what to install, before anything runs or is written."""
     program = f"import sys; sys.modules[{missing!r}] = None; {MAIN}"
-    ended = forked.run(program, command, *COMMANDS[command], folder=folder)
+    ended = bare.run(program, command, *COMMANDS[command], folder=folder)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
         f"moeprof: error: moeprof {command} needs {missing}, which isn't installed: "
@@ -164,9 +164,9 @@ def test_ctrl_c_inside_an_exec(folder, tmp_path):
     assert (ended.returncode, ended.stderr) == (130, "moeprof: interrupted\n")
 
 
-def test_a_fault_of_moeprof_keeps_its_traceback(folder):
+def test_a_fault_of_moeprof_keeps_its_traceback(forked, folder):
     program = "import moeprof.models.load as m; m.check_model = lambda n: {}[n]; " + MAIN
-    ended = python(program, "profile", "--model", "m", folder=folder)
+    ended = forked.run(program, "profile", "--model", "m", folder=folder)
     assert ended.returncode == 1 and "KeyError: 'm'" in ended.stderr
 
 
@@ -194,7 +194,7 @@ def test_a_disk_that_is_full():
 @pytest.mark.parametrize(
     "name", ["patch", "fit_null", "MoEProfiler", "BudgetError", "SimpleBenchmark"]
 )
-def test_attributes_that_need_the_extra(forked, name):
+def test_attributes_that_need_the_extra(bare, name):
     program = f"""
 import sys
 sys.modules["torch"] = None
@@ -205,6 +205,6 @@ except ImportError as error:
     assert type(error) is ImportError
     print(error)
 """
-    ended = forked.run(program)
+    ended = bare.run(program)
     assert ended.returncode == 0, ended.stderr
     assert "needs torch, which isn't installed: pip install 'moeprof[hf]'" in ended.stdout

@@ -285,12 +285,17 @@ def test_experts_give_the_same_bits_whatever_the_threads(dtype):
             np.testing.assert_array_equal(layer(hidden, ids, weights, threads), first)
 
 
+@cache
+def wide_layer(dtype):
+    return util.Layer(12, 96, 5000, dtype)
+
+
 @pytest.mark.parametrize("level", ("openblas", None))
 @pytest.mark.parametrize("dtype", util.DTYPES)
 def test_chunks_and_blocks_do_not_depend_on_the_threads(level, dtype):
     """More than one chunk of tokens; few and many rows of an expert in each."""
     _C.limit_cpu(level)
-    layer = util.Layer(12, 96, 5000, dtype)
+    layer = wide_layer(dtype)
     rng, tokens = np.random.default_rng(0), 1500
     ids = np.where(rng.random((tokens, 2)) < 0.01, rng.integers(0, 12, (tokens, 2)), -1)
     ids[:, 0] = np.where(np.arange(tokens) % 50 == 0, 3, ids[:, 0])

@@ -12,6 +12,7 @@ from functools import cache, lru_cache, partial
 import numpy as np
 import pytest
 import util
+from commands import forks
 from util import EPS32, EPS64, TINY32, narrow, widen
 
 from moeprof import _C, _kernels
@@ -550,10 +551,17 @@ def test_levels_are_the_features_in_order():
     assert [n for n in names if n in _C.cpu_features()] == _C.cpu_features()
 
 
+@pytest.fixture(scope="module")
+def forked():
+    """Forks of a process that has imported NumPy, and not moeprof."""
+    with forks("import numpy") as started:
+        yield started
+
+
 @pytest.mark.parametrize("level", util.level_names())
-def test_moeprof_cpu_caps_at_import(level):
+def test_moeprof_cpu_caps_at_import(forked, level):
     code = "import moeprof; print(sorted(moeprof.cpu_info()['kernels'].items()))"
-    printed = util.run_python(code, MOEPROF_CPU=level).stdout
+    printed = forked.run(f"import os; os.environ['MOEPROF_CPU'] = {level!r}; {code}").stdout
     util.limit_cpu(level)
     assert printed.strip() == str(sorted(util.in_use().items()))
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import util
@@ -12,12 +13,11 @@ pytestmark = [
 ]
 
 MIB = 1 << 20
-QUANTIZED = ((8, "float32"), (4, "float32"), (8, "bfloat16"))
 
-# One process imports torch and the models, and is forked for each case: the peaks are of a whole
-# process, and no case has the memory that another has freed.
+# Each case is a fork of `forked`, a process that has imported torch and the models: the peaks are
+# of a whole process, and no case has the memory that another has freed.
 CASES = """
-import json, os, re, sys, torch
+import ctypes, json, re, sys, torch
 from models import olmoe, olmoe_config, random_hidden
 from torch import nn
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -28,6 +28,7 @@ def status(name):
     return int(found[1]) * 1024
 
 def begin():
+    ctypes.CDLL(None).malloc_trim(0)  # nothing that was freed is used again unseen
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins at what is in use now
 
 # Half an experts layer of OLMoE-1B-7B, 403 MB of bfloat16.
@@ -38,8 +39,8 @@ def patched_layer():
     with torch.device("meta"):
         model = nn.ModuleDict({"mlp": OlmoeSparseMoeBlock(config)}).to(torch.bfloat16)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.uniform_(-0.02, 0.02)
+    for parameter in model.parameters():  # one row of random numbers for all: what is quick
+        parameter.copy_(torch.empty(parameter.shape[-1]).uniform_(-0.02, 0.02))
 
     def peak(*lengths):
         begin()
@@ -56,38 +57,31 @@ def quantized(bits, dtype):
     sizes = dict(num_hidden_layers=4, num_experts=32, hidden_size=256, intermediate_size=512)
     moeprof.quantize(olmoe(), progress=False)  # the first call loads what all need
     model = olmoe(**sizes).to(getattr(torch, dtype))
-    before = status("VmRSS")
     begin()
+    before = status("VmRSS")
     report = moeprof.quantize(model, bits, linears=True, progress=False)
     layer = next(row for row in report.layers if row.layer.endswith("mlp"))
     return before, status("VmHWM"), layer.bytes_before, layer.bytes_after
 
-CASES = [(patched_layer,), *((quantized, *case) for case in QUANTIZED)]
-for function, *arguments in CASES:
-    child = os.fork()
-    if not child:
-        try:
-            print(json.dumps(function(*arguments)), flush=True)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"{function.__name__} {arguments} failed")
+print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))
 """
 
 
-@pytest.fixture(scope="module")
-def peaks():
-    """{case: the numbers of its process}; a case is the arguments of `quantized`, or none."""
-    code = f"QUANTIZED = {QUANTIZED!r}\n{CASES}"
-    lines = util.run_python(code, timeout=300).stdout.splitlines()
-    return dict(zip(((), *QUANTIZED), map(json.loads, lines), strict=True))
+@pytest.fixture
+def measured(forked):
+    """A function of CASES and its arguments: the numbers that it gives in a process of its own."""
+
+    def run(function, *arguments):
+        done = forked.run(CASES, function, json.dumps(arguments), folder=Path(__file__).parent)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return run
 
 
-def test_peak_of_a_patched_layer_is_that_of_the_unpatched_one(peaks):
+def test_peak_of_a_patched_layer_is_that_of_the_unpatched_one(measured):
     """Within 1 % and the 64 MiB of scratch, for many more tokens too."""
-    unpatched, patched = peaks[()]
+    unpatched, patched = measured("patched_layer")
     assert unpatched > 402 * 10**6  # it holds the weights
     assert patched <= 1.01 * unpatched + 64 * MIB
 
@@ -101,8 +95,8 @@ def test_scratch_is_bounded(dtype):
             status = open("/proc/self/status").read()
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
         layer = util.Layer(8, 256, 512, {dtype!r})
-        ids, weights = util.random_slots(20_000, 4, 8)
-        hidden = np.ascontiguousarray(np.tile(layer.hidden(100), (200, 1)))
+        ids, weights = util.random_slots(10_000, 4, 8)
+        hidden = np.ascontiguousarray(np.tile(layer.hidden(100), (100, 1)))
         before = peak()
         out = layer(hidden, ids, weights, 2)
         print(peak() - before - out.nbytes)"""
@@ -129,10 +123,10 @@ def test_a_decode_step_touches_no_new_memory():
     assert int(util.run_python(code).stdout) < 100
 
 
-@pytest.mark.parametrize("bits, dtype", QUANTIZED)
-def test_peak_of_quantize_is_the_model_and_one_layer(peaks, bits, dtype):
+@pytest.mark.parametrize("bits, dtype", ((8, "float32"), (4, "float32"), (8, "bfloat16")))
+def test_peak_of_quantize_is_the_model_and_one_layer(measured, bits, dtype):
     """Each layer is freed before the next is made; measured of the whole process."""
-    before, peak, layer, quantised = peaks[bits, dtype]
+    before, peak, layer, quantised = measured("quantized", bits, dtype)
     assert layer == 32 * 3 * 256 * 512 * (4 if dtype == "float32" else 2)
     assert before > 4 * layer  # the process holds the weights
     assert peak <= before + quantised + 4 * MIB

@@ -324,7 +324,7 @@ def strictly_above(scores, query):
 
 
 def test_conformal_p_is_valid_over_redrawn_calibrations():
-    n, replicates = 19, 20_000
+    n, replicates = 19, 6_000
 
     def normal(rng, size):
         return rng.standard_normal(size)

@@ -63,19 +63,31 @@ def show(profile):
     profile.compare(profile).summary(), repr(profile)
 
 
-@pytest.fixture
-def _made_once(monkeypatch):
-    """No figures, and a profile's tables once for its text and its page: most of the time."""
-    monkeypatch.setattr(page, "_figures", lambda *_: ())
-    made, last = page.tables, [None, None]
+def of_the_last(function):
+    """The function, not asked twice in a row about the same object."""
+    last = [None, None]
 
-    def tables(profile):
-        if last[0] is not profile:
-            last[:] = profile, made(profile)
+    def kept(asked):
+        if last[0] is not asked:
+            last[:] = asked, function(asked)
         return last[1]
 
-    for module in (page, text):
-        monkeypatch.setattr(module, "tables", tables)
+    return kept
+
+
+@pytest.fixture
+def _made_once(monkeypatch):
+    """No figures, and what text and page both show of a profile once: most of the time. A table
+    that reads as one before is drawn as that one was."""
+    monkeypatch.setattr(page, "_figures", lambda *_: ())
+    for name in ("tables", "findings"):
+        once = of_the_last(getattr(page, name))
+        for module in (page, text):
+            monkeypatch.setattr(module, name, once)
+    draw, drawn = text.in_lines, {}
+    monkeypatch.setattr(
+        text, "in_lines", lambda t: drawn.get(repr(t)) or drawn.setdefault(repr(t), draw(t))
+    )
 
 
 def test_whatever_a_value_is_replaced_by(folder, _made_once):

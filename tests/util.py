@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -210,15 +211,21 @@ def guarded(array, side):
     page = mmap.PAGESIZE
     inner = max(1, -(-array.nbytes // page)) * page
     memory = mmap.mmap(-1, inner + 2 * page)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
+    base = np.frombuffer(memory, np.uint8).ctypes.data
     for at in (base, base + page + inner):
-        if libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(page), 0):  # PROT_NONE
+        if _mprotect()(at, page, 0):  # PROT_NONE
             raise OSError(ctypes.get_errno(), "mprotect")
     offset = page if side == "start" else page + inner - array.nbytes
     copy = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+@cache
+def _mprotect():
+    function = ctypes.CDLL(None, use_errno=True).mprotect
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
 
 
 def shifted(array, offset):

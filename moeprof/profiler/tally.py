@@ -140,7 +140,10 @@ def _length(layout: _Places) -> int:
 LATENCY_BINS = _layout(1, False)[0]["latency"][2]
 
 
+@lru_cache
 def latency_edges() -> np.ndarray:
     """(LATENCY_BINS + 1,) ns: the bins' edges. 64 equal parts of each octave from 64 ns on."""
     octaves = [2.0**n * np.arange(64, 128) for n in range(LATENCY_BINS // 64 - 1)]
-    return np.concatenate([np.arange(64.0), *octaves, [128 * 2.0 ** (LATENCY_BINS // 64 - 2)]])
+    edges = np.concatenate([np.arange(64.0), *octaves, [128 * 2.0 ** (LATENCY_BINS // 64 - 2)]])
+    edges.flags.writeable = False
+    return edges
