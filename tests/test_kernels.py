@@ -552,16 +552,16 @@ def test_levels_are_the_features_in_order():
 
 
 @pytest.fixture(scope="module")
-def forked():
+def bare():
     """Forks of a process that has imported NumPy, and not moeprof."""
     with forks("import numpy") as started:
         yield started
 
 
 @pytest.mark.parametrize("level", util.level_names())
-def test_moeprof_cpu_caps_at_import(forked, level):
+def test_moeprof_cpu_caps_at_import(bare, level):
     code = "import moeprof; print(sorted(moeprof.cpu_info()['kernels'].items()))"
-    printed = forked.run(f"import os; os.environ['MOEPROF_CPU'] = {level!r}; {code}").stdout
+    printed = bare.run(f"import os; os.environ['MOEPROF_CPU'] = {level!r}; {code}").stdout
     util.limit_cpu(level)
     assert printed.strip() == str(sorted(util.in_use().items()))
 
