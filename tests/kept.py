@@ -3,7 +3,11 @@
 Processes that run commands keep them too, see `commands.IMPORTED`.
 """
 
+import json
 from functools import cache
+from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from moeprof import demo
 from moeprof.texts import windows
@@ -25,9 +29,23 @@ def token_ids(tokenizer, text):
 
 
 def is_demos(tokenizer):
-    """Whether it is the demo's, without tokens added to it."""
-    same = getattr(tokenizer, "name_or_path", None) == str(demo.PATH)
+    """Whether it is the demo's, or one that was saved from it, without tokens added to it."""
+    if not hasattr(tokenizer, "name_or_path"):
+        return False
+    same = tokenizer.name_or_path == str(demo.PATH) or _is_copy(Path(tokenizer.name_or_path))
     return same and len(tokenizer) == _tokenizer().get_vocab_size()
+
+
+@cache
+def _is_copy(folder):
+    file, demos = folder / "tokenizer.json", demo.PATH / "tokenizer.json"
+    return file.is_file() and _of_ids(file) == _of_ids(demos)
+
+
+def _of_ids(file):
+    """What makes ids of a text: no post-processor, as it adds special tokens."""
+    made = json.loads(file.read_text(encoding="utf-8"))
+    return {key: made[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
 
 
 @cache
@@ -42,6 +60,4 @@ def _ids(text):
 
 @cache
 def _tokenizer():
-    from tokenizers import Tokenizer
-
     return Tokenizer.from_file(str(demo.PATH / "tokenizer.json"))

@@ -457,9 +457,9 @@ def test_top_k_takes_whole_numbers(loaded, monkeypatch):
     monkeypatch.setattr("moeprof.studies.budget.report.SENSITIVITY_TOKENS", 300)
     assert tuned(TopK(8), loaded, 6, tokens=300).k == 6
     with pytest.raises(budget.BudgetError, match="nearest to 5.5 are 5 and 6"):
-        tuned(TopK(8), loaded, 5.5)
+        tuned(TopK(8), loaded, 5.5, tokens=300)
     with pytest.raises(budget.BudgetError, match="nearest to 5.6 are 5.5 and 5.75"):
-        tuned(TopK(8), loaded, 5.6, per_layer=True)
+        tuned(TopK(8), loaded, 5.6, per_layer=True, tokens=300)
     router = tuned(TopK(8), loaded, 5.5, per_layer=True, tokens=300)
     assert router.budget.calibration.by_layer.tolist() == router.budget.targets.tolist()
     assert sum(router.budget.parameter) == 22

@@ -74,7 +74,7 @@ RESULTS = [
 def test_sweep_of_the_demo_model(forked, tmp_path, prompts):
     """All 21, as a user runs it: four files, the promised lines and nothing on stderr."""
     out = tmp_path / "new" / "folder"
-    options = ["--prompts", prompts, "--tokens", 512, "--budget-tokens", 512]
+    options = ["--prompts", prompts, "--tokens", 256, "--budget-tokens", 256]
     options += ["--threads", 1, "--out", out]
     ended = forked.run(MAIN, "sweep", *options)
     assert (ended.returncode, ended.stderr) == (0, "")

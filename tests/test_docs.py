@@ -3,7 +3,7 @@
 A comment above a block says where that isn't so:
 
     <!-- not yet: X -->         X does not exist yet, the block is skipped
-    <!-- not run: the reason --> its commands are only looked at: what they name has to exist
+    <!-- not run: the reason --> it is only looked at: what its commands name has to exist
     <!-- transformers 5 -->     it is skipped on 4.57
     <!-- slow -->               Python that takes more than ten seconds with its page
     <!-- the main command -->, <!-- the test command -->: README's, which install; looked at
@@ -29,6 +29,7 @@ from models import V5
 
 import moeprof
 from moeprof import cli, demo
+from moeprof.studies.budget import report
 from moeprof.studies.comparison.speed import decode_speeds
 from moeprof.studies.diagnosis.run import diagnose
 
@@ -41,17 +42,18 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB = "allenai/OLMoE-1B-7B-0924"
 QUICK = {
-    "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --tokens 256 --budget-tokens 512 "
+    "sweep": "--alphas 0.1 --max-k 8 --static 4,8 --tokens 256 --budget-tokens 256 "
     "--prompts prompts.txt",
     "profile": "--tokens 256 --continuations 1 --new-tokens 2",
     "diagnose": "--positions 2 --tokens 256",
     "evaluate": "--tokens 400 --budget-tokens 512",
-    "compare": "--tokens 256 --budget-tokens 512 --tables reduction --budgets 4 --quantized 8",
+    "compare": "--tokens 256 --budget-tokens 256 --tables reduction --budgets 4 --quantized 8",
 }
 FEWER = {
     "tokens=4096": "tokens=1024",  # routing.md
     "tokens=2048": "tokens=512",  # results.md, statistics.md, studies.md
     "positions=20": "positions=4",  # statistics.md
+    "calibration_texts()[:16]": "calibration_texts()[:4]",  # routing.md
 }
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -100,15 +102,18 @@ def in_folder(folder: Path):
     """The working folder of what runs inside, with the files that the pages speak of."""
     text = "\n\n".join(document.text for document in demo.heldout_texts()[::32])
     (folder / "my_text.txt").write_text(text, encoding="utf-8")
-    (folder / "more_text.txt").write_text(text[::-1], encoding="utf-8")
+    (folder / "more_text.txt").write_text(text[:-6000:-1], encoding="utf-8")
     (folder / "prompts.txt").write_text("simple\tThe list is\n", encoding="utf-8")
     patched = pytest.MonkeyPatch()
     patched.chdir(folder)
     fewer = demo.calibration_texts()[::5]  # a diagnosis fits a null to each domain of them
     patched.setattr(demo, "calibration_texts", lambda: fewer)
+    heldout = demo.heldout_texts()[::4]  # one setting of the sweep reads all of them
+    patched.setattr(demo, "heldout_texts", lambda: heldout)
     patched.setitem(decode_speeds.__kwdefaults__, "new_tokens", 2)
     patched.setitem(diagnose.__kwdefaults__, "draws", 200)
     patched.setitem(diagnose.__kwdefaults__, "budget_tokens", 1024)
+    patched.setattr(report, "SENSITIVITY_TOKENS", 256)
     patched.setattr(Figure, "savefig", lambda *_, **__: None)
     stack = contextlib.ExitStack()
     stack.callback(patched.undo)
@@ -137,7 +142,8 @@ def ran(tmp_path_factory):
     return run
 
 
-PYTHON = {b.page: [c for c in of("python") if c.page == b.page] for b in of("python")}
+RUN_PYTHON = [block for block in of("python") if block.is_run]
+PYTHON = {b.page: [c for c in RUN_PYTHON if c.page == b.page] for b in RUN_PYTHON}
 
 
 # In a diagnosis of so few documents a bootstrap draw can leave out all of a domain: 0 / 0.

@@ -24,8 +24,9 @@ FEWER = {  # {notebook: {what it says: what runs here}}
     },
     "02_bh_routing.ipynb": {
         "calibration_texts()[::8]": "calibration_texts()[::32]",
-        "prompts()[::3]": "prompts()[::6]",
+        "prompts()[::3]": "prompts()[::12]",
         "heldout_texts()[::32]": "heldout_texts()[::128]",
+        "max_new_tokens=4": "max_new_tokens=2",
     },
     "03_router_for_a_budget.ipynb": {
         "tokens=4096": "tokens=1024",

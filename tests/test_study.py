@@ -1,6 +1,7 @@
 """moeprof study: planned, run part by part, begun again, and what can be wrong with it."""
 
 import io
+import math
 import warnings
 
 import pytest
@@ -12,10 +13,14 @@ from rich.console import Console
 from wording import says
 
 from moeprof import demo, patch
+from moeprof.profile.result import Profile
 from moeprof.routers import BH, TopK
+from moeprof.studies.comparison import compare as comparing
 from moeprof.studies.comparison.work import Comparison
+from moeprof.studies.diagnosis.result import Diagnosis
 from moeprof.studies.diagnosis.work import DiagnosisWork
 from moeprof.studies.engine.load import COLLECT, DECODE, FIT, KL, LOSS, Load
+from moeprof.studies.evaluation.result import Evaluated
 from moeprof.studies.evaluation.work import EvaluationWork
 from moeprof.studies.store import subject
 from moeprof.studies.store.store import Store
@@ -29,8 +34,11 @@ from moeprof.studies.study.files import StudyFiles
 from moeprof.studies.study.parts import MAKERS, Ground
 from moeprof.studies.study.plan import in_words
 from moeprof.studies.study.profiling import ProfileWork
+from moeprof.studies.study.report import pareto
+from moeprof.studies.study.report import parts as report_parts
 from moeprof.studies.study.run import plan_study, run_study, study
 from moeprof.studies.study.settings import PARTS, Settings
+from moeprof.studies.sweep import run as sweep_run
 from moeprof.studies.sweep.work import SweepWork
 
 pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
@@ -73,6 +81,32 @@ def ground(tmp_path, tokenizer, monkeypatch):
 def _nothing_is_drawn(monkeypatch):
     """That takes most of the time; the figures have tests of their own."""
     monkeypatch.setattr(Figure, "savefig", lambda self, out, **settings: out.write(b"drawn"))
+
+
+def no_figures(monkeypatch):
+    """Parts and reports have empty figures."""
+    for module, name in (
+        (comparing, "figure"),
+        (sweep_run, "figure"),
+        (report_parts, "compare_figure"),
+        (report_parts, "sweep_figure"),
+        (pareto, "figure"),
+        (Diagnosis, "figure"),
+        (Evaluated, "figure"),
+        (Profile, "plot"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, **__: Figure())
+
+
+@pytest.fixture
+def figures():
+    """The test's figures are made, though not drawn; those of other tests are empty."""
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(request, monkeypatch):
+    if "figures" not in request.fixturenames:
+        no_figures(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -229,14 +263,19 @@ def test_times_in_words():
 # ---- the run ----
 
 
-def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
+def test_a_study_from_end_to_end_and_again(ground, figures, monkeypatch):
     results, shown = run(ground())
     folder = ground().files.folder
     page = (folder / "index.html").read_text()
     assert [part["part"] for part in results.facts["parts"]] == list(PARTS)
     assert all(part["failed"] is None for part in results.facts["parts"])
     assert set(results.nulls) == {"efron", "efron on logit", "trimmed"}
-    assert len(results.sweep["results"]) == 9 and results.compare["cells"]
+    assert len(results.sweep["results"]) == 9
+    routers = [cell for cell in results.compare["cells"] if cell["role"] == "router"]
+    assert {cell["allocation"] for cell in routers} >= {"equal"}
+    for cell in routers:  # as in docs/studies.md
+        assert cell["contender"] and cell["budget"] == 2 and cell["kl"] > 0
+        assert math.isfinite(cell["effect"]["kl"]["estimate"])
     assert "own routing" in results.evaluate.measured and "bh@2" in results.evaluate.measured
     assert results.profile.facts["steps"] > 0 and len(results.diagnose.to_frame())
     for part in PARTS:
@@ -253,6 +292,7 @@ def test_a_study_from_end_to_end_and_again(ground, monkeypatch):
         plan = plan_study(ground(), store, quiet())
         assert [part.finished for part in plan.parts] == [part.cells for part in plan.parts]
         assert plan.seconds == 0
+    no_figures(monkeypatch)
     works = (Comparison, DiagnosisWork, EvaluationWork, CalibrationWork, ProfileWork, SweepWork)
     for work in works:
         monkeypatch.setattr(work, "run", never)

@@ -1,5 +1,8 @@
 """One tiny OLMoE, and what a sweep of it gives; made once, for all tests of sweeps."""
 
+import contextlib
+import io
+
 import pytest
 import transformers
 from models import olmoe
@@ -46,7 +49,15 @@ def bh(experiment, baseline):
 
 
 @pytest.fixture(scope="session")
-def run(experiment, tmp_path_factory):
+def swept(experiment, tmp_path_factory):
+    """A whole sweep, the folder that it wrote, and what it printed."""
+    files = SweepFiles(tmp_path_factory.mktemp("results"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = sweep(experiment, files, FACTS)
+    return result, files, printed.getvalue()
+
+
+@pytest.fixture(scope="session")
+def run(swept):
     """A whole sweep, and the folder that it wrote."""
-    folder = tmp_path_factory.mktemp("results")
-    return sweep(experiment, SweepFiles(folder), FACTS), SweepFiles(folder)
+    return swept[:2]

@@ -36,9 +36,8 @@ def test_the_sweep_writes_its_files(run):
 
 
 @pytest.mark.slow
-def test_the_sweep_says_where_it_is(experiment, tmp_path, capsys):
-    sweep(experiment, tmp_path, FACTS)
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+def test_the_sweep_says_where_it_is(swept):
+    lines = [line.rstrip() for line in swept[2].splitlines()]
     assert lines[0] == "Total configurations: 9"
     assert "[1/9] Running: topk_2_baseline" in lines
     assert "[9/9] Running: bh_k8_a020" in lines

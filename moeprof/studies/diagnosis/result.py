@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +45,18 @@ class Diagnosis:
 
         table: only that table's rows. ValueError if there is no such.
         """
+        frame = self._frame
+        if table is None:
+            return frame.copy()
+        if table not in self.tables:
+            raise ValueError(f"table: expected one of {sorted(self.tables)}, got {table!r}")
+        return frame[frame["table"] == table].drop(columns="table").reset_index(drop=True)
+
+    @cached_property
+    def _frame(self) -> pandas.DataFrame:
         import pandas
 
-        frame = pandas.DataFrame(self._rows, columns=list(COLUMNS))
-        if table is None:
-            return frame
-        if table not in set(frame["table"]):
-            raise ValueError(f"table: expected one of {sorted(set(frame['table']))}, got {table!r}")
-        return frame[frame["table"] == table].drop(columns="table").reset_index(drop=True)
+        return pandas.DataFrame(self._rows, columns=list(COLUMNS))
 
     @property
     def tables(self) -> list[str]:
