@@ -22,7 +22,6 @@ def by_turns(families, all_bits=(8, 4)):
             yield pytest.param(family, bits, marks=[pytest.mark.families] * left_out)
 
 
-
 def round_weights(model, bits):
     """Write into the experts what a quantised copy of them keeps."""
     with torch.no_grad():
