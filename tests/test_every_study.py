@@ -130,10 +130,11 @@ def test_diagnose_and_layer_ablation_run(model, tokenizer, null):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = diagnose(
-            null, model, tokenizer, texts=TEXTS, calibration=[], positions=3, tokens=600,
+            null, model, tokenizer, texts=TEXTS, calibration=[], positions=3, tokens=300,
             draws=20, progress=False,
         )  # fmt: skip
-        frame = moeprof.layer_ablation(model, tokenizer, TEXTS[:2], progress=False)
+        texts = [text.text[:300] for text in TEXTS[:2]]
+        frame = moeprof.layer_ablation(model, tokenizer, texts, progress=False)
     assert found is not None and len(frame)
 
 

@@ -92,7 +92,7 @@ IMPORTS = {
 @pytest.fixture(scope="module")
 def forked():
     """Forks of a process without the module that moeprof waits for; the rest takes long."""
-    with forks("import torch, transformers") as started:
+    with forks("import torch._dynamo, transformers.conversion_mapping") as started:
         yield started
 
 

@@ -408,6 +408,7 @@ def test_a_model_that_is_stored_meanwhile_does_not_count_when_it_is_read(tmp_pat
     assert tokens(own) == 22
 
 
+@pytest.mark.slow  # most of it is the compiler's, on the code of transformers
 def test_a_compiled_model_counts_once_it_is_compiled_anew(model):
     ids, mask = token_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
     mask[0, :4] = 0

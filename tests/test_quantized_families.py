@@ -6,13 +6,20 @@ import copy
 import every
 import pytest
 import torch
-from test_every_family import PATCHED, ROUTED, own_k
+from models import V5
+from test_every_family import PATCHED, ROUTED, SAMPLE, own_k
 
 import moeprof
 from moeprof.models.blocks import find_blocks
 from moeprof.quantizing.convert import FORMATS, decoded, encoded, matrices_of
 
-each = pytest.mark.parametrize("family", PATCHED)
+
+def by_turns(families, all_bits=(8, 4)):
+    """Of SAMPLE both; of the others by turns, and else with the mark `families`."""
+    for n, family in enumerate(families):
+        for bits in all_bits:
+            left_out = V5 and family not in SAMPLE and bits != all_bits[n % 2]
+            yield pytest.param(family, bits, marks=[pytest.mark.families] * left_out)
 
 
 def round_weights(model, bits):
@@ -38,8 +45,7 @@ def rounded(model, bits):
     return inputs, every.run(model, inputs), every.truth(model, inputs)
 
 
-@each
-@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("family, bits", [*by_turns(PATCHED)])
 def test_experts_compute_with_what_is_kept(family, bits):
     model = every.build(family)
     if not stands_in(model):

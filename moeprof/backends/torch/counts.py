@@ -116,13 +116,17 @@ def _argmax(h: Tensor, first: int, c: float, tokens: Tokens) -> Tensor:
     return (most.indices + first).masked_fill(most.values == -math.inf, 0)
 
 
-def step_up_levels(alpha: float, experts: int) -> NDArray[np.float64]:
-    """(n,) the largest p that the step-up rule rejects at each r: p n <= alpha r, exactly."""
+def step_up_levels(alpha: float, experts: int, ranks: int | None = None) -> NDArray[np.float64]:
+    """(n,) the largest p that the step-up rule rejects at each r: p n <= alpha r, exactly.
+
+    ranks: only those up to here
+    """
+    ranks = experts if ranks is None else ranks
     if math.isinf(alpha):
-        return np.full(experts, math.inf)
+        return np.full(ranks, math.inf)
     over, under = alpha.as_integer_ratio()
-    found = np.empty(experts)
-    for r in range(1, experts + 1):
+    found = np.empty(ranks)
+    for r in range(1, ranks + 1):
         level = over * r / (under * experts)  # the nearest float
         a, b = level.as_integer_ratio()
         is_above = a * under * experts > over * r * b
@@ -167,7 +171,7 @@ def _storey_levels(spec: RouteSpec, alpha: float, lam: float) -> NDArray[np.floa
     found = np.full((n + 1, n), -1.0)
     for low in range(1, n + 1):
         pi0 = (1 + (n - low)) / ((1 - lam) * n)
-        found[low, :low] = step_up_levels(alpha / pi0, n)[:low]
+        found[low, :low] = step_up_levels(alpha / pi0, n, low)
     return found
 
 

@@ -53,7 +53,8 @@ def least_scores(spec: RouteSpec, levels_of: Callable[..., NDArray[Any]], *argum
 
     p never rises with the score, so that comparing scores is as good, and takes no table.
     """
-    levels = torch.from_numpy(levels_of(spec, *arguments))
+    each, where = np.unique(levels_of(spec, *arguments), return_inverse=True)
+    levels = torch.from_numpy(each)
     own = Prepared.of(spec, levels.device)  # the CPU
     ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64, device=levels.device)
     low, high = (end.expand_as(levels) for end in _in_order(ends.view(torch.int64)))
@@ -62,7 +63,7 @@ def least_scores(spec: RouteSpec, levels_of: Callable[..., NDArray[Any]], *argum
         is_low = p_of_scores(own, _in_order(middle).view(torch.float64)) <= levels
         low, high = torch.where(is_low, low, middle + 1), torch.where(is_low, middle, high)
     found = _in_order(high).view(torch.float64)
-    return found.masked_fill(~(p_of_scores(own, found) <= levels), math.nan).numpy()
+    return found.masked_fill(~(p_of_scores(own, found) <= levels), math.nan).numpy()[where]
 
 
 def _in_order(bits: Tensor) -> Tensor:
