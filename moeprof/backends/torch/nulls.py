@@ -53,7 +53,8 @@ def least_scores(spec: RouteSpec, levels_of: Callable[..., NDArray[Any]], *argum
 
     p never rises with the score, so that comparing scores is as good, and takes no table.
     """
-    each, where = np.unique(levels_of(spec, *arguments), return_inverse=True)
+    wanted = levels_of(spec, *arguments)
+    each, where = np.unique(wanted, return_inverse=True)
     levels = torch.from_numpy(each)
     own = Prepared.of(spec, levels.device)  # the CPU
     ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64, device=levels.device)
@@ -63,7 +64,11 @@ def least_scores(spec: RouteSpec, levels_of: Callable[..., NDArray[Any]], *argum
         is_low = p_of_scores(own, _in_order(middle).view(torch.float64)) <= levels
         low, high = torch.where(is_low, low, middle + 1), torch.where(is_low, middle, high)
     found = _in_order(high).view(torch.float64)
-    return found.masked_fill(~(p_of_scores(own, found) <= levels), math.nan).numpy()[where]
+    return (
+        found.masked_fill(~(p_of_scores(own, found) <= levels), math.nan)
+        .numpy()[where]
+        .reshape(wanted.shape)
+    )
 
 
 def _in_order(bits: Tensor) -> Tensor:
