@@ -5,6 +5,7 @@ processes run tests beside each other (`pytest -n auto`), each keeps to one thre
 anything imports torch. How wide a terminal is, which such a process is told, is no test's business.
 """
 
+import gc
 import os
 
 import pytest
@@ -22,6 +23,12 @@ def pytest_collection_modifyitems(config, items):
             left_out = [item for item in items if mark in item.keywords]
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if mark not in item.keywords]
+
+
+def pytest_collection_finish(session):
+    """What was imported is there to the end: not to be looked through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
