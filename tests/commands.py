@@ -97,7 +97,7 @@ class Forks:
 MAIN = "import sys; from moeprof.cli import main; sys.exit(main(sys.argv[1:]))"
 IMPORTED = f"""
 import sys; sys.path.append({str(Path(__file__).parent)!r}); import kept; kept.keep(now=True)
-import matplotlib.pyplot, statsmodels.api, transformers.generation, moeprof.studies.sweep
+import matplotlib.pyplot, transformers.generation, moeprof.studies.sweep
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 """
 

@@ -267,6 +267,7 @@ def test_router(capsys, tmp_path):
     assert image.imread(picture).size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(twins.COUNTS))
 def test_the_torch_twins_route_as_the_routers_do(name):
     shape = SHAPES["olmoe"]
@@ -551,6 +552,7 @@ def test_memory_is_checked():
         check_memory(1e18)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kernels", "layer", "router", "model"])
 def test_scripts_run_alone(name):
     script = Path(__file__).parent / f"bench_{name}.py"

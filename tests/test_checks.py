@@ -130,6 +130,7 @@ def folder(tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
@@ -167,6 +168,7 @@ def larger(tokenizer):
     return tokenise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", without_tokenizer(None))
 def test_in_python(model, tokenizer, name):
     rows, before = len(tokenizer), {**model.state_dict()}

@@ -184,6 +184,7 @@ def test_code_that_comes_with_a_model_is_run_when_asked(remote, tmp_path, monkey
 # ---- experts in 8 and 4 bits ----
 
 
+@pytest.mark.slow
 def test_bits(good, tmp_path, monkeypatch, capsys):
     """Quantised as it is read, and read back from where it was saved."""
     monkeypatch.chdir(tmp_path)

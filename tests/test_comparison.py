@@ -58,6 +58,7 @@ def test_the_demos_splits_share_no_document_and_have_all_domains():
         )
 
 
+@pytest.mark.slow
 def test_windows_are_one_of_each_document():
     tokenizer = demo.load()[1]
     splits = make_splits(tokenizer, demo_documents())
@@ -93,6 +94,7 @@ def test_a_copy_of_a_document_is_in_no_other_part():
         split_documents([demo.Document("a", str(i), "same") for i in range(8)])
 
 
+@pytest.mark.slow
 def test_the_test_text_only_tests(monkeypatch):
     """Parameters, split, popularity and the oracle's thresholds are from the budget text."""
     seen = []
@@ -271,6 +273,7 @@ def test_popularity_is_how_often_the_model_takes_an_expert():
     np.testing.assert_allclose(weights[1], expected)
 
 
+@pytest.mark.slow
 def test_nulls_are_fitted_in_one_pass(loaded):
     model, tokenizer = loaded
     texts = demo.calibration_texts()[:6]

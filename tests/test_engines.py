@@ -162,6 +162,7 @@ def test_a_killed_process_leaves_its_cell_to_the_others(model, expected, tmp_pat
     assert "killed by signal 9" in sentence
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_cell_is_raised_and_the_rest_is_kept(model, tmp_path):
     path, work = tmp_path / "x.sqlite", Slow(model, bad=4)
     with Store(path) as store:

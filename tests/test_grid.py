@@ -139,6 +139,7 @@ def test_a_budget_sets_the_main_parameter_or_says_why_not(rows):
     assert beyond["tokens_per_s"] is None
 
 
+@pytest.mark.slow
 def test_every_configuration_is_timed_in_every_round(folder, tmp_path, monkeypatch):
     calls = []
 
@@ -173,6 +174,7 @@ def test_every_shipped_grid_runs(name, folder, tmp_path, capsys):
     assert np.isfinite(measured["bits_per_byte"]).all()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_interrupted(folder, tmp_path, monkeypatch):
     grid = Grid(**small(folder, routers=TABLES[:2], seeds=[0, 1], repeats=0))
     ran = []

@@ -153,6 +153,7 @@ def test_everything_at_once(tiny, text, tmp_path, capsys):
     assert sorted(p.name for p in out.iterdir()) == SAVED  # nothing of the profile before is left
 
 
+@pytest.mark.slow
 def test_without_a_text_the_shipped_one_runs(tiny, tmp_path, capsys):
     assert profile("--model", tiny, "--out", tmp_path / "out", "--continuations", 0) == 0
     result = moeprof.Profile.load(tmp_path / "out")
@@ -160,6 +161,7 @@ def test_without_a_text_the_shipped_one_runs(tiny, tmp_path, capsys):
     assert set(result.domains) <= {d.domain for d in demo.heldout_texts()}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_patched_is_profiled_as_it_is(mixtral, text, tmp_path, capsys):
     assert profile("--model", mixtral, "--text", text, "--out", tmp_path / "out") == 0
     assert "2 layers of 8 experts, top-2" in capsys.readouterr().out
@@ -179,6 +181,7 @@ def test_a_model_that_cannot_be_patched_leaves_nothing(
     assert not (tmp_path / "out").exists() and not (tmp_path / "records").exists()
 
 
+@pytest.mark.slow
 def test_files_of_the_same_name_are_domains_of_their_own(tiny, text, tmp_path):
     other = tmp_path / "other" / text.name
     other.parent.mkdir()
@@ -189,6 +192,7 @@ def test_files_of_the_same_name_are_domains_of_their_own(tiny, text, tmp_path):
     assert sorted(moeprof.Profile.load(out).domains) == sorted([str(text), str(other)])
 
 
+@pytest.mark.slow
 def test_short_texts(tiny, tmp_path, capsys):
     """Without a passage to continue there are no decode steps, and that is said."""
     short = tmp_path / "short.txt"

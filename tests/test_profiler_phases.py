@@ -260,6 +260,7 @@ def test_a_phase_without_steps_is_not_shown(tmp_path):
     assert moeprof.Profile.load(tmp_path) == result
 
 
+@pytest.mark.slow
 def test_all_phases_are_drawn_and_stored(tmp_path, loaded):
     model, tokenizer = loaded
     ids = tokenizer("And God said, Let there be light: And God said", return_tensors="pt")

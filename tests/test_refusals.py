@@ -82,6 +82,7 @@ def test_what_is_no_model_and_no_callback(model):
         handle.on_routing(5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompts, options, error, message",
     [

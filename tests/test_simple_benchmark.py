@@ -265,6 +265,7 @@ def test_the_interval_of_a_median(size):
     assert 1 - 2 * binom.cdf(rank, size, 0.5) >= 0.9 > 1 - 2 * binom.cdf(rank + 1, size, 0.5)
 
 
+@pytest.mark.slow
 def test_errors_of_configure_and_of_the_run_leave_the_model(memory):
     def fails(model):
         model.config.num_experts_per_tok = 1
@@ -303,6 +304,7 @@ def test_weights_lost_without_memory_are_named(monkeypatch):
         benchmark().run_config("a", ALL, double_the_head)
 
 
+@pytest.mark.slow
 def test_runs_that_make_no_sense():
     bench = benchmark()
     with pytest.raises(ValueError, match="no configuration yet"):
@@ -343,6 +345,7 @@ def test_texts_that_are_none(texts, error, words):
         benchmark().run_config("a", texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "texts, prompts",
     [

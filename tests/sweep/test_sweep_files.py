@@ -50,6 +50,7 @@ def test_the_sweep_says_where_it_is(swept):
     assert any(line.startswith("For 1 experts per token on average, ") for line in text)
 
 
+@pytest.mark.slow
 def test_interrupted(experiment, tmp_path, monkeypatch, capsys):
     """What is finished is on disk and the model is unpatched, whenever Ctrl-C comes."""
     calls = []

@@ -136,6 +136,7 @@ def test_the_figure_shows_the_results(run):
     assert result["results"][-1]["experts_by_layer"] in drawn_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [slice(1), slice(4), slice(1, 3)])
 def test_the_figure_of_a_part(run, part):
     """The baseline alone, an interrupted run, and BH without a baseline."""
