@@ -71,13 +71,18 @@ def scores(z, score):
 
 
 def conformal_table(calibration):
-    """The table of the form "conformal" of these scores."""
-    ordered = np.sort(calibration)
+    """The table of the form "conformal" of these scores; of rows of scores a row each."""
+    ordered = np.sort(np.atleast_2d(calibration))
+    n = ordered.shape[1]
     # As many are at or above an edge as lie in the bins from there on; the ends are open.
     bins = np.clip(np.floor(ordered * 128) + 4096, 0, 8192).astype(int)
-    at_least = np.bincount(bins, minlength=8193)[::-1].cumsum()[::-1]
-    largest = np.concatenate([ordered[::-1], np.full(1024, -np.inf)])[:1024]
-    return np.concatenate([[ordered.size], at_least, largest]).astype(float)
+    tables = np.full((len(ordered), 1 + 8193 + 1024), -np.inf)
+    tables[:, 0] = n
+    for table, row in zip(tables, bins, strict=True):
+        width = np.diff(row, prepend=-1, append=8192)  # of the edges between two of the scores
+        table[1 : 1 + 8193] = np.repeat(np.arange(n, -1, -1), width)
+    tables[:, 1 + 8193 :][:, :n] = ordered[:, ::-1][:, :1024]
+    return tables.reshape(*np.shape(calibration)[:-1], -1)
 
 
 def conformal_p(s, table):
