@@ -64,11 +64,8 @@ def least_scores(spec: RouteSpec, levels_of: Callable[..., NDArray[Any]], *argum
         is_low = p_of_scores(own, _in_order(middle).view(torch.float64)) <= levels
         low, high = torch.where(is_low, low, middle + 1), torch.where(is_low, middle, high)
     found = _in_order(high).view(torch.float64)
-    return (
-        found.masked_fill(~(p_of_scores(own, found) <= levels), math.nan)
-        .numpy()[where]
-        .reshape(wanted.shape)
-    )
+    found = found.masked_fill(~(p_of_scores(own, found) <= levels), math.nan)
+    return found.numpy()[where].reshape(wanted.shape)
 
 
 def _in_order(bits: Tensor) -> Tensor:
