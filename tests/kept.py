@@ -32,14 +32,15 @@ def is_demos(tokenizer):
     """Whether it is the demo's, or one that was saved from it, without tokens added to it."""
     if not hasattr(tokenizer, "name_or_path"):
         return False
-    same = tokenizer.name_or_path == str(demo.PATH) or _is_copy(Path(tokenizer.name_or_path))
+    file = Path(tokenizer.name_or_path, "tokenizer.json").resolve()
+    same = file.is_file() and _makes_its_ids(file, file.stat().st_mtime_ns)
     return same and len(tokenizer) == _tokenizer().get_vocab_size()
 
 
 @cache
-def _is_copy(folder):
-    file, demos = folder / "tokenizer.json", demo.PATH / "tokenizer.json"
-    return file.is_file() and _of_ids(file) == _of_ids(demos)
+def _makes_its_ids(file, written):
+    """written: when, so that a file which is written anew is read anew."""
+    return _of_ids(file) == _of_ids(demo.PATH / "tokenizer.json")
 
 
 def _of_ids(file):

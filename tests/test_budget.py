@@ -376,7 +376,7 @@ def test_a_split_is_whole_where_it_can_be():
 
 def tuned(router, loaded, average_k, **options):
     options = {"tokens": 2500, "progress": False} | options
-    few = demo.calibration_texts()[::2]  # of each domain; all are tokenised
+    few = demo.calibration_texts()[::2]  # of each domain
     return router.with_budget(*loaded, few, average_k, **options)
 
 

@@ -1,9 +1,10 @@
-"""Every block of code in README and docs runs, page by page, from top to bottom.
+"""Every block of code in README and docs runs, page by page, from top to bottom, or is looked at.
 
 A comment above a block says where that isn't so:
 
     <!-- not yet: X -->         X does not exist yet, the block is skipped
-    <!-- not run: the reason --> it is only looked at: what its commands name has to exist
+    <!-- not run: the reason --> it is only looked at: Python has to compile, and what commands
+                               name has to exist
     <!-- transformers 5 -->     it is skipped on 4.57
     <!-- slow -->               Python that takes more than ten seconds with its page
     <!-- the main command -->, <!-- the test command -->: README's, which install; looked at
@@ -162,6 +163,11 @@ def marks_of(page: Path) -> list:
 def test_the_python_of_a_page_runs(ran, page):
     scope, _ = ran(page)
     assert "moeprof" in scope  # each page imports what it uses, so that one can begin with any
+
+
+def test_python_that_is_not_run_compiles():
+    for block in of("python"):
+        compile(block.text, str(block), "exec")
 
 
 @pytest.mark.slow

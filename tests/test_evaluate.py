@@ -105,12 +105,13 @@ SUMS = ("nats", "kl", "experts")
 COUNTS = ("agree", "predicted", "tokens", "bytes")
 
 
+@pytest.mark.parametrize("batch", [passes.BATCH, 3])  # 3: less than a window
 @pytest.mark.parametrize("stride", [16, 5])
-def test_batched_is_as_one_by_one(model, stride, monkeypatch):
+def test_batched_is_as_one_by_one(model, stride, batch, monkeypatch):
     router = moeprof.BH(0.3, max_k=4)
     together = measured(model, 16, stride, None, router, null=moeprof.null.NORMAL)
-    monkeypatch.setattr(passes, "BATCH", 3)  # also less than a window: its logits in pieces
-    monkeypatch.setattr(passes, "PIECE", 1)
+    monkeypatch.setattr(passes, "BATCH", batch)
+    monkeypatch.setattr(passes, "PIECE", 1)  # of each window a token at a time
     alone = measured(model, 16, stride, None, router, null=moeprof.null.NORMAL)
     for one, other in zip(together, alone, strict=True):
         for field in SUMS:

@@ -52,7 +52,7 @@ def _little_text(nulls):
     """A small part of the shipped text, as nulls and budgets take minutes on all of it."""
     budget, heldout = demo.calibration_halves()[1][::16], demo.heldout_texts()[::16]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "heldout_texts", lambda: heldout)  # all are tokenised
+        patch.setattr(demo, "heldout_texts", lambda: heldout)
         patch.setattr(
             work, "budget_text", lambda tokenizer, seed: heldout_windows(tokenizer, budget, 600)
         )

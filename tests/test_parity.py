@@ -453,7 +453,7 @@ def test_compiled_block():
 
 
 def test_compiled_block_follows_patch_and_unpatch():
-    """A whole model does in test_patch_compile, where it takes longer."""
+    """A whole quantised model does in test_patch_compile, where it takes longer."""
     model, x = moe_block(), random_hidden(2, 5, 32)
     torch._dynamo.reset()
     compiled = torch.compile(model.mlp, backend="eager")

@@ -248,8 +248,8 @@ def test_a_copy_that_never_ran_says_what_to_do_before_it_is_compiled():
 @pytest.mark.parametrize(
     "bits, exact, part", ((8, False, Whole), pytest.param(4, True, Layers, marks=SLOW))
 )
-def test_a_quantised_model_compiles_whole(bits, exact, part):
-    """Experts and linear layers, by itself and patched with a router."""
+def test_a_quantised_model_compiles(bits, exact, part):
+    """Experts and linear layers, by itself and patched with a router; in 8 bits all of it."""
     model = olmoe(num_hidden_layers=1)
     moeprof.quantize(model, bits, linears=True, exact=exact, progress=False)
     module = part(model)

@@ -57,7 +57,7 @@ def ground(tmp_path, tokenizer, monkeypatch):
     two, few = demo.prompts()[:2], [half[::4] for half in demo.calibration_halves()]
     documents, all_of_it = demo.heldout_texts()[::16], demo.calibration_texts()[::8]
     monkeypatch.setattr(demo, "prompts", lambda: two)
-    monkeypatch.setattr(demo, "calibration_halves", lambda: few)  # all are tokenised
+    monkeypatch.setattr(demo, "calibration_halves", lambda: few)
     monkeypatch.setattr(demo, "calibration_texts", lambda: all_of_it)
     monkeypatch.setattr(demo, "heldout_texts", lambda: documents)
     monkeypatch.setattr(study_costs, "REPEATS", 2)  # of what is timed
@@ -385,7 +385,7 @@ def test_what_is_left_of_another_models_study_is_named(ground):
     assert before.facts["beside"] == []
     assert results.evaluate is None and results.facts["beside"] == ["evaluate"]
     said = (ground().files.folder / "report.md").read_text()
-    assert says(said, "also in the folder", "evaluate: of another study")
+    assert says(said, "also in the folder", "evaluate: not of this study, or unfinished")
 
 
 def test_own_texts_are_named(ground):

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 Routers = Router | str | Callable[..., Any] | list[Any] | dict[Any, Any] | None
 
 BATCH = 512  # tokens in a call of the model, or one window
-PIECE = 2**19  # log-probabilities at a time on a CPU: 2 MB, which stay in its cache
+PIECE = 2**19  # log-probabilities at a time on a CPU: 2 MB, which stay in its cache. Of windows
+# that run together each gives a token at least
 IN_MEMORY = 2 * 2**30  # bytes of log-probabilities; more are kept in a file
 
 
@@ -251,8 +252,10 @@ def reference_bytes(model: nn.Module, text: HeldOut) -> int:
     head: Any = model
     weight = head.get_output_embeddings().weight
     row = 4 * weight.shape[0]
-    rows = predicted if predicted * row <= IN_MEMORY else _piece(weight.shape[0], weight.device)
-    return rows * row
+    if predicted * row <= IN_MEMORY:
+        return predicted * row
+    together = max(map(len, batches(text)))  # each with a token at least
+    return max(_piece(weight.shape[0], weight.device), together) * row
 
 
 class KeptRows:

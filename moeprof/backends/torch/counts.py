@@ -117,9 +117,9 @@ def _argmax(h: Tensor, first: int, c: float, tokens: Tokens) -> Tensor:
 
 
 def step_up_levels(alpha: float, experts: int, ranks: int | None = None) -> NDArray[np.float64]:
-    """(n,) the largest p that the step-up rule rejects at each r: p n <= alpha r, exactly.
+    """(ranks,) the largest p that the step-up rule rejects at each r: p n <= alpha r, exactly.
 
-    ranks: only those up to here
+    ranks : of r, from 1 on; None for all n experts
     """
     ranks = experts if ranks is None else ranks
     if math.isinf(alpha):

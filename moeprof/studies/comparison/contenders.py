@@ -76,7 +76,7 @@ def choose_contenders(names: Collection[str] | None = None) -> list[Contender]:
     """The contenders of these names, in the order of the tables; all of them for None.
 
     A router's name stands for all of its contenders, unless one of them is called so: "bh" is the
-    contender "bh" alone. ValueError for an unknown name and for no name.
+    contender "bh" alone. ValueError for an unknown name, for "by", which is none, and for no name.
     """
     known = [c for c in CONTENDERS if c.router in REGISTRY]
     if names is None:

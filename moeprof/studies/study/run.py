@@ -250,14 +250,14 @@ class _Run:
     ) -> None:
         self.ground, self.store, self.engine, self.console = ground, store, engine, console
         self.left = planned.seconds
-        self.number = len(planned.parts)
+        self.planned = [part.name for part in planned.parts]
         self.found: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
         self.parts: list[dict[str, Any]] = []
 
     def part(self, planned: PlannedPart) -> None:
         name, begun = planned.name, time.perf_counter()
-        number = f"{len(self.parts) + 1} of {self.number}"
+        number = f"{len(self.parts) + 1} of {len(self.planned)}"
         about = ""
         if planned.failed is None:
             left = in_words(self.left)
@@ -279,8 +279,7 @@ class _Run:
 
     def results(self) -> Results:
         ground, found = self.ground, self.found
-        ran = {part["part"] for part in self.parts}
-        others = [name for name in PARTS if name not in ran]
+        others = [name for name in PARTS if name not in self.planned]
         facts = {
             "model": ground.name,
             "dtype": described_dtype(ground.model),

@@ -44,7 +44,9 @@ def _about(facts: dict[str, Any]) -> Table:
         most = "" if peak is None else f", {peak / 1e3:.2f} GB at most (10^9 bytes, of torch)"
         rows.append([row["device"], row["name"] + most])
     if beside := facts.get("beside"):
-        rows.append(["also in the folder", f"{', '.join(beside)}: of another study, not in here"])
+        rows.append(
+            ["also in the folder", f"{', '.join(beside)}: not of this study, or unfinished"]
+        )
     return plain_table("Model, machine, command", "", ["what", "is"], rows, 2)
 
 

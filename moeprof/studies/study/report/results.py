@@ -22,10 +22,10 @@ class Results:
         A dict: "model" (its name), "dtype" (in words, with the bits of quantised experts),
         "machine" (as `moeprof.measure.machine.describe` gives it), "versions" {name: version},
         "command", "seed", "store" (path), "peak_gb" (resident memory at most, 10^9 bytes, or
-        None), "devices" (as `devices_under` gives them), "beside" (parts of an earlier study
-        whose files are still in the folder) and "parts": a dict each of "part",
-        "seconds", "planned_seconds" (or None), "cells", "finished_before" (of them, in the
-        store), "words" (what it did) and "failed" (why it has no result, or None).
+        None), "devices" (as `devices_under` gives them), "beside" (other parts whose files are in
+        the folder: of another study, or unfinished) and "parts": a dict each of "part", "seconds",
+        "planned_seconds" (or None), "cells", "finished_before" (of them, in the store), "words"
+        (what it did) and "failed" (why it has no result, or None).
     nulls
         {kind: Null}.
     profile, diagnose, evaluate
