@@ -74,6 +74,9 @@ def extensions() -> list[Extension]:
     options = system_openblas() if system else wheel_openblas()
     compile_args = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"]
     compile_args += ["-Wall", "-Wextra", "-Wframe-larger-than=10240"]  # threads of 64 KiB exist
+    # Lines for debuggers and profilers. Python's own -g describes variables too, which takes as
+    # long as all else of the compilation.
+    compile_args.append("-g1")
     link_args = ["-lm", "-lpthread", "-ldl"]  # separate libraries before glibc 2.34
     if os.environ.get("MOEPROF_WERROR") == "1":
         compile_args.append("-Werror")
