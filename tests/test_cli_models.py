@@ -202,6 +202,8 @@ def test_bits(good, tmp_path, monkeypatch, capsys):
     assert main(["inspect", "--bits", "8"]) == 0 and " q8 " in capsys.readouterr().out
     assert main(["inspect", "--model", "saved", "--bits", "8"]) == 2
     assert says(capsys.readouterr().err, "bits=8", "q4")
-    sweep = ["--alphas", "0.3", "--max-k", "4", "--tokens", "300", "--null", "normal"]
-    assert main(["sweep", "--model", "saved", *sweep, "--out", "out"]) == 0
+    (tmp_path / "prompt.txt").write_text("The list is\n")
+    few = ["--tokens", "300", "--budget-tokens", "256", "--static", "1", "--prompts", "prompt.txt"]
+    sweep = ["--alphas", "0.3", "--max-k", "4", *few, "--null", "normal", "--out", "out"]
+    assert main(["sweep", "--model", "saved", *sweep]) == 0
     assert "experts in q4" in (tmp_path / "out" / "bh_routing_report.md").read_text()

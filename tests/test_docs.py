@@ -30,6 +30,7 @@ from models import V5
 
 import moeprof
 from moeprof import cli, demo
+from moeprof.profile import page as profile_page
 from moeprof.studies.budget import report
 from moeprof.studies.comparison.speed import decode_speeds
 from moeprof.studies.diagnosis.run import diagnose
@@ -116,6 +117,7 @@ def in_folder(folder: Path):
     patched.setitem(diagnose.__kwdefaults__, "budget_tokens", 1024)
     patched.setattr(report, "SENSITIVITY_TOKENS", 256)
     patched.setattr(Figure, "savefig", lambda *_, **__: None)
+    patched.setattr(profile_page, "_figures", lambda *_: ())
     stack = contextlib.ExitStack()
     stack.callback(patched.undo)
     return stack

@@ -62,7 +62,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def expected(model):
-    work = Slow(model)
+    work = Slow(model, pause=0)
     return [work.run(cell, lambda: None)["loss"] for cell in work.cells]
 
 
@@ -98,7 +98,7 @@ def check(path, work, heard, expected):
 @pytest.mark.slow
 def test_serial_leaves_a_cell_to_who_runs_it(model, expected, tmp_path):
     """Another runs the first cell and finishes it a little later; it isn't run again."""
-    path, work, heard = tmp_path / "x.sqlite", Slow(model), Heard()
+    path, work, heard = tmp_path / "x.sqlite", Slow(model, pause=0), Heard()
     ready = threading.Event()
 
     def other():
@@ -122,7 +122,7 @@ def test_serial_leaves_a_cell_to_who_runs_it(model, expected, tmp_path):
 def test_processes_share_the_cells_and_the_threads(model, expected, tmp_path):
     threads = torch.get_num_threads()
     path, heard = tmp_path / "x.sqlite", Heard()
-    work = Slow(model, alone=2)
+    work = Slow(model, alone=2, pause=0.05)
 
     def run(cell, step, run=work.run):
         """Not before the other process, which has to load its model, has finished a cell."""

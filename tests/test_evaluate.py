@@ -293,6 +293,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.slow  # what it runs is tested in Python on both versions
 def test_the_command_writes_all_and_goes_on_where_it_was(text, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     command = ["evaluate", "--text", str(text), "--context", "64", "--stride", "48"]

@@ -75,16 +75,20 @@ def with_reference(name, dtype):
     return (layer, *arrays), layer.reference(*arrays)
 
 
+def hold_each(level, dtype, cases):
+    """cases: {name: what a function `with_…` gives of it}. An error names the case."""
+    util.force_level(level)
+    for name, (arguments, reference) in cases.items():
+        ref, tol = hold_experts(*arguments, name, reference)
+        if (ref != 0).any():
+            with pytest.raises(AssertionError):
+                util.assert_close(np.zeros_like(ref), ref, tol)
+
+
 @pytest.mark.parametrize("level", util.level_names())
 @pytest.mark.parametrize("dtype", util.DTYPES)
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_experts(level, dtype, name):
-    util.force_level(level)
-    arguments, reference = with_reference(name, dtype)
-    ref, tol = hold_experts(*arguments, name, reference)
-    if (ref != 0).any():
-        with pytest.raises(AssertionError):
-            util.assert_close(np.zeros_like(ref), ref, tol)
+def test_experts(level, dtype):
+    hold_each(level, dtype, {name: with_reference(name, dtype) for name in ROUTINGS})
 
 
 @cache
@@ -100,11 +104,8 @@ def with_activation(name, dtype):
 
 @pytest.mark.parametrize("level", util.level_names())
 @pytest.mark.parametrize("dtype", util.DTYPES)
-@pytest.mark.parametrize("name", util.ACTIVATIONS)
-def test_activations(level, dtype, name):
-    util.force_level(level)
-    arguments, reference = with_activation(name, dtype)
-    hold_experts(*arguments, name, reference)
+def test_activations(level, dtype):
+    hold_each(level, dtype, {name: with_activation(name, dtype) for name in util.ACTIVATIONS})
 
 
 @pytest.mark.parametrize("dtype", util.DTYPES)
@@ -177,14 +178,11 @@ each_stored = pytest.mark.parametrize("name", STORED)
 
 @pytest.mark.parametrize("level", util.level_names())
 @pytest.mark.parametrize("dtype", util.DTYPES)
-@pytest.mark.parametrize("size", SIZES)
 @each_stored
-def test_matrices_stored_otherwise_and_biases(level, dtype, size, name):
-    util.force_level(level)
-    arguments, reference = stored_with_reference(name, size, dtype)
-    ref, tol = hold_experts(*arguments, f"{name} {size}", reference)
-    with pytest.raises(AssertionError):
-        util.assert_close(np.zeros_like(ref), ref, tol)
+def test_matrices_stored_otherwise_and_biases(level, dtype, name):
+    cases = {f"{name}, {size}": stored_with_reference(name, size, dtype) for size in SIZES}
+    assert all((ref != 0).any() for _, (ref, _) in cases.values())
+    hold_each(level, dtype, cases)
 
 
 @pytest.mark.parametrize("dtype", util.DTYPES)

@@ -77,6 +77,7 @@ class Layers(torch.nn.Module):
         x = self.x
         for layer in self.layers:
             x = layer(x, position_embeddings=self.position)
+            x = x if V5 else x[0]  # a tuple there
         return x
 
 
@@ -246,7 +247,7 @@ def test_a_copy_that_never_ran_says_what_to_do_before_it_is_compiled():
 
 
 @pytest.mark.parametrize(
-    "bits, exact, part", ((8, False, Whole), pytest.param(4, True, Layers, marks=SLOW))
+    "bits, exact, part", ((4, True, Layers), pytest.param(8, False, Whole, marks=SLOW))
 )
 def test_a_quantised_model_compiles(bits, exact, part):
     """Experts and linear layers, by itself and patched with a router; in 8 bits all of it."""

@@ -19,6 +19,7 @@ def is_patched(model):
     return any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.slow  # test_sweep_run runs what it is made of on both versions
 def test_the_sweep_writes_its_files(run):
     result, files = run
     names = [configuration.name for configuration in configurations(8, 2)]
@@ -92,6 +93,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_json_has_no_nan(run, tmp_path):
     result, _ = run
     files = SweepFiles(tmp_path)
