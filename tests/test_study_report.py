@@ -417,6 +417,11 @@ def test_the_verdict_counts_the_settings_of_the_sweep(shift, count):
 def test_without_compare_the_verdict_is_that_of_evaluate():
     lines = said(evaluate=evaluated())
     assert says(lines[0], "bh@4 keeps quality best", "2 configurations", "4.00 experts")
+    assert "one document" not in lines[0]
+    of_one = evaluated()
+    for row in of_one.rows:
+        row |= {"bits_above_own_low": None, "bits_above_own_high": None}
+    assert says(said(evaluate=of_one)[0], "one document", "nothing is decided")
 
 
 def test_without_anything_the_verdict_says_so():
@@ -565,6 +570,14 @@ def test_what_was_run_has_the_time_taken_and_planned(written):
     assert any("moeprof store out/moeprof.sqlite --export result.json" in s for s in sentences)
     leads = [s.text.partition(":")[0] for s in report.sections[-1].sentences]
     assert len(set(leads)) == len(leads)  # limits are said once
+
+
+def test_what_was_finished_before_is_in_no_time_taken(tmp_path):
+    about = facts("sweep", "evaluate")
+    about["parts"][0]["finished_before"] = 3
+    report = write.make_report(Results(about), tmp_path)
+    sentences = [s.text for section in report.sections for s in section.sentences]
+    assert any(says(text, "All parts took", "3 of the 8 cells", "before") for text in sentences)
 
 
 @pytest.mark.drawn

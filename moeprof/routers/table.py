@@ -98,7 +98,8 @@ _HEAD = """
     # Routers
 
     The routers that `moeprof.patch(model, "name", parameter=value)` takes, and their
-    parameters. E is the number of experts. The parameter in bold sets how many experts a token
+    parameters; what each selects stands at [The fifteen routers](routing.md#the-fifteen-routers).
+    E is the number of experts. The parameter in bold sets how many experts a token
     gets; `router.with_budget(model, ...)` finds its value for an average that you name.
 
     Every router also takes `min_k` (default 1, an integer, 1 <= min_k <= max_k) and

@@ -87,6 +87,9 @@ def _planned(parts: list[dict[str, Any]]) -> Iterator[Sentence]:
         plan = sum(one["planned_seconds"] for one in known)
         real = sum(one["seconds"] for one in known)
         text += f"; of those with a plan {in_words(real)}, {100 * (real / plan - 1):+.0f} % of it"
+    before, cells = (sum(one.get(of) or 0 for one in parts) for of in ("finished_before", "cells"))
+    if before:
+        text += f"; {before} of the {cells} cells were finished before and took none of it"
     yield Sentence(f"{text}.", "parts")
 
 

@@ -37,6 +37,8 @@ NOTE = (
     "token; less is better."
 )
 
+ONE_DOCUMENT = " The text is one document, so this has no interval, and nothing is decided."
+
 
 def section(results: Results) -> Section:
     if results.grid is not None and {one["part"] for one in results.facts["parts"]} == {"grid"}:
@@ -91,11 +93,12 @@ def _evaluated(rows: list[dict[str, Any]]) -> Sentence:
     if not others:
         return Sentence("No router was evaluated.", "evaluate-0")
     best = min(others, key=lambda row: row["bits_above_own"])
+    decided = "" if best["bits_above_own_low"] is not None else ONE_DOCUMENT
     return Sentence(
         f"Of {len(others)} configurations {best['config']} keeps quality best, with "
         f"{best['experts']:.2f} experts per token: {interval(best, 'bits_above_own')} bits per "
         f"byte above the model's own routing, which takes {own['experts']:.2f}. compare, which "
-        "sets routers to the same experts, has no result.",
+        f"sets routers to the same experts, has no result.{decided}",
         "evaluate-0",
     )
 
