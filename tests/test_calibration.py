@@ -214,6 +214,7 @@ def test_bad_options(model, options, message):
         fit(model, **options)
 
 
+@pytest.mark.slow  # tokens are counted, whatever model it is
 @pytest.mark.parametrize("tokens, warned", [(20, True), (1999, True), (2000, False)])
 def test_a_null_of_few_tokens_is_warned_of(model, tokens, warned):
     """20 are one score beyond BH's first threshold at alpha 0.05, 2,000 are a hundred."""

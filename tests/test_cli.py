@@ -149,6 +149,7 @@ def test_a_grid_and_text_of_the_users_own(tmp_path, tiny, prompts, capsys):
         assert f"{wrong[0]}: expected" in line and "at most 8, the model's experts" in line
 
 
+@pytest.mark.slow  # adding nulls up knows of no model
 def test_calibrate_in_parts_and_merge(tmp_path, tiny, capsys):
     """The merged null is the one fitted to all files, to the bit, in whichever order."""
     texts = [tmp_path / f"{i}.txt" for i in range(3)]

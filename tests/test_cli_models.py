@@ -118,6 +118,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow  # moeprof reads the files before transformers does
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders(fails, folder, damage):
     change, words = DAMAGE[damage]

@@ -304,6 +304,7 @@ def test_training_resumes_bit_for_bit(text, tmp_path, monkeypatch):
     assert again["weights_sha256"] == whole["weights_sha256"]
 
 
+@pytest.mark.slow  # of the clock
 def test_minutes_are_measured(text, tmp_path):
     assert run_main(text, tmp_path / "out", "--minutes", "0.001")["steps"] >= 1
 

@@ -394,6 +394,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow  # test_every_study runs them on both versions
 @pytest.mark.parametrize("slow", (True, False))
 @pytest.mark.parametrize("run", PASSES.values(), ids=PASSES)
 def test_studies_run_the_layers_in_c_where_torch_is_slow(run, slow, calls, monkeypatch, loaded):

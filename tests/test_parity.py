@@ -443,6 +443,7 @@ def test_flops_of_a_whole_model():
 # ---- torch.compile ----
 
 
+@pytest.mark.slow  # test_patch_compile compiles on both versions
 def test_compiled_block():
     """Behind aot_eager, the C call is an opaque operator whose fake stands for its shapes."""
     model, x = moe_block(), random_hidden(2, 5, 32)

@@ -166,7 +166,7 @@ def test_other_lengths_and_a_changed_top_k():
             torch.testing.assert_close(run(compiled, x), run(block, x))
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("top_k", [1, pytest.param(3, marks=SLOW)])
 def test_a_block_whose_own_k_changed(top_k):
     model, x = moe_block(), torch.randn(1, 7, 32)
     block = model["mlp"]

@@ -14,6 +14,7 @@ def blocks():
     return re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+@pytest.mark.slow  # test_docs runs it on both versions
 def test_the_example_runs_as_pasted(blocks, capsys):
     (example,) = [text for language, text in blocks if language == "python"]
     assert len([line for line in example.splitlines() if line]) <= 12
