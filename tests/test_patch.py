@@ -4,6 +4,7 @@ import copy
 import threading
 import types
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from models import (
 from torch import nn
 
 import moeprof
+import moeprof.patching.install as install_module
+import moeprof.patching.patch as patch_module
 
 
 @pytest.fixture
@@ -137,6 +140,30 @@ def test_model_is_as_before(model, leave):
     leave(model)
     assert_unchanged(model, before)
     assert torch.equal(logits(model), stock)
+
+
+@pytest.mark.parametrize("where", ["install", "rehook", "_before_all"])
+@pytest.mark.parametrize("nth", (1, 2))
+def test_an_interrupted_patch_leaves_the_model_as_it_was(model, monkeypatch, where, nth):
+    """Ctrl-C between its layers, at the end of one, and inside of one; over another patch too."""
+    called = []
+
+    def interrupted(*args, function):
+        called.append(1)
+        if len(called) == nth:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    module = patch_module if where == "install" else install_module
+    with moeprof.patch(model, ONE):
+        before = snapshot(model)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            function = getattr(module, where)
+            patched.setattr(module, where, partial(interrupted, function=function))
+            with moeprof.patch(model, "topk", k=3, linears=True):
+                pass
+        assert len(called) >= nth
+        assert_unchanged(model, before)
 
 
 def test_snapshot_sees_a_patch(model):

@@ -119,6 +119,23 @@ def test_index_that_is_no_expert(model, index):
         logits(model)
 
 
+def test_experts_numbered_from_1_are_noticed(model):
+    """A slot with their number is empty where a library says so, with weight 0."""
+    weights = torch.tensor([0.5, 0.5])
+    for last, fails in ((0.0, False), (0.5, True)):
+        weights[1] = last
+
+        def router(z, weights=weights):
+            return weights.expand(len(z), 2), torch.tensor([0, 8]).expand(len(z), 2)
+
+        with moeprof.patch(model, router):
+            if fails:
+                with pytest.raises(ValueError, match="layers.0.mlp.*expert 8: .*numbered from 0"):
+                    logits(model)
+            else:
+                logits(model)
+
+
 # ---- arguments ----
 
 BAD = {

@@ -422,6 +422,20 @@ def test_a_compiled_model_counts_once_it_is_compiled_anew(model):
         assert counts.k.sum(1).tolist() == [2 * 23, 2 * 4] and counts.steps == 2
 
 
+@pytest.mark.skipif(not V5, reason="on 4.57 it is compiled anew by itself")
+def test_a_block_that_was_compiled_before_says_what_to_do():
+    model = olmoe()  # one whose outputs were recorded is compiled anew too
+    torch._dynamo.reset()
+    model.model.layers[0].mlp.compile(backend="eager")
+    with torch.no_grad():
+        model(token_ids())
+        with (
+            moeprof.MoEProfiler(model),
+            pytest.raises(ValueError, match="torch.compile .*before, start the profiler first"),
+        ):
+            model(token_ids())
+
+
 def test_a_profiler_that_a_benchmark_has_put_out_of_the_model_stops(model):
     def tokenizer(text, **options):
         return {"input_ids": token_ids(1, 5)}

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 import util
 from nulls import null_of, random_logits
@@ -165,6 +166,19 @@ def test_return_stats(function):
     assert batched.mask.dtype == torch.bool
     np.testing.assert_array_equal(batched.mask.reshape(100, 32), stats.mask)
     np.testing.assert_array_equal(batched.p_values.reshape(100, 32), stats.p_values)
+
+
+@every_function
+def test_weights_sum_to_1_or_are_the_softmax(function):
+    z = random_logits(100, 32)
+    whole, plain = call(function, z), call(function, z, norm="none")
+    np.testing.assert_array_equal(plain.selected_experts, whole.selected_experts)
+    np.testing.assert_allclose(whole.routing_weights.sum(1), 1, rtol=1e-5)
+    softmax = scipy.special.softmax(z.astype(np.float64), axis=1)
+    expected = np.where(whole.routing_weights > 0, softmax, 0)
+    np.testing.assert_allclose(plain.routing_weights, expected, rtol=1e-5, atol=1e-30)
+    with pytest.raises(ValueError, match="norm: expected 'sum' or 'none', got 'mass'"):
+        call(function, z, norm="mass")
 
 
 def test_max_k_is_16_unless_there_are_fewer():

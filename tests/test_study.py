@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from matplotlib.figure import Figure
-from models import olmoe
+from models import olmoe, token_ids
 from rich.console import Console
 from wording import says
 
@@ -469,3 +469,44 @@ def test_the_weights_are_read_once_within_and_again_afterwards():
             model.lm_head.weight.data += 1
         assert subject.model_digest(model) == before
     assert subject.model_digest(model) != before
+
+
+def test_a_setting_makes_another_model_and_a_hook_one_that_is_not_kept():
+    """What a model gives hangs on more than its weights."""
+    model = olmoe()
+    block = model.model.layers[0].mlp
+    digests = [subject.model_digest(model)]
+    model(token_ids(), output_router_logits=True)  # transformers 5 leaves its recorder
+    assert subject.model_digest(model) == digests[0]
+    keeps_k = block.gate if hasattr(block.gate, "top_k") else block
+    for module, name, value in (
+        (keeps_k, "top_k", 1),
+        (keeps_k, "norm_topk_prob", not keeps_k.norm_topk_prob),
+        (block, "adapters", {"a": [1.0], "b": {"c", "d"}}),  # of one's own
+    ):
+        setattr(module, name, value)
+        digests.append(subject.model_digest(model))
+    block.gate.__class__ = type("OtherGate", (type(block.gate),), {})
+    digests.append(subject.model_digest(model))
+    assert len(set(digests)) == 5
+    for put_in in (
+        lambda: model.lm_head.register_forward_hook(lambda *_: None),
+        lambda: setattr(model.lm_head, "forward", lambda x: x),
+    ):
+        changed = put_in()
+        with pytest.raises(ValueError, match="lm_head has a .*can't be told.*without a store"):
+            subject.model_digest(model)
+        changed and changed.remove()
+
+
+@pytest.mark.slow
+def test_each_adapter_is_another_model():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(olmoe(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    model.add_adapter("b", peft.LoraConfig(target_modules=["q_proj"], r=2))
+    digests = {subject.model_digest(model)}
+    model.set_adapter("b")
+    digests.add(subject.model_digest(model))
+    with model.disable_adapter():
+        digests.add(subject.model_digest(model))
+    assert len(digests) == 3

@@ -92,11 +92,35 @@ def hooked(module: nn.Module) -> str | None:
     """What of this module, which the C path does not call, would be left out, or None."""
     own = vars(module)
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    backward = own["_backward_hooks"] or own["_backward_pre_hooks"]
     if hooks and all(getattr(h, "__module__", "").startswith("moeprof.") for h in _hooks(module)):
         hooks = None  # the profiler's, which the C path tells by itself what it ran
-    if hooks or _own_forward(module):
+    if hooks or backward or _own_forward(module):
         return f"a hook or a forward of its own on {type(module).__name__} in the experts"
     return None
+
+
+# Whose hooks and forwards a model's classes and settings tell of.
+_KNOWN_CODE = ("torch", "transformers", "transformers_modules", "accelerate", "peft", "moeprof")
+
+
+def code_of_others(module: nn.Module) -> str | None:
+    """A hook or a forward on this module that is no library's, but a user's, or None."""
+    forward = vars(module).get("forward")
+    if forward is not None and not _is_ours_or_stock(forward, module):
+        if _package(forward) not in _KNOWN_CODE:
+            return "a forward of its own"
+    for hook in _hooks(module):
+        if _package(hook) not in _KNOWN_CODE:
+            return f"a hook, {getattr(hook, '__qualname__', type(hook).__qualname__)}"
+    return None
+
+
+def _package(code: Any) -> str:
+    """That a function, also one in a functools.partial, or a callable object is defined in."""
+    function = getattr(code, "func", code)
+    module = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    return str(module).partition(".")[0]
 
 
 def _own_forward(module: nn.Module) -> bool:
@@ -237,6 +261,7 @@ class Watched:
             if type(module) is not nn.Linear:  # of which nothing else is read, and there are many
                 self.attributes(module, *flags)
             self._entries(module, "_modules", "_parameters", "_buffers")
+            self._entries(module, "_backward_hooks", "_backward_pre_hooks")
 
     def everywhere(self) -> None:
         """Hooks on all modules."""

@@ -72,7 +72,10 @@ def _no_weights(weights: Tensor, experts: Tensor, logits: Tensor) -> str | None:
         return None  # refused later
     # Of another device once, not in each of the questions: the host waits for it.
     weights, experts, logits = (t.detach().cpu() for t in (weights, experts, logits))
-    used = (experts >= 0) & (experts < logits.shape[1])
+    num_experts = logits.shape[1]
+    if bool(((experts == num_experts) & (weights != 0)).any()):
+        return f"expert {num_experts}: they are numbered from 0, and -1 leaves a slot empty"
+    used = (experts >= 0) & (experts < num_experts)
     if not bool(used.any()):
         return None
     if not bool(weights[used].isfinite().all()):

@@ -37,9 +37,14 @@ def install(
         for (module, _), own in zip(changes, attributes, strict=True):
             state.unpatched.append((module, own[UNPATCHED]))
             state.saved.append((module, {n: vars(module).get(n, Absent) for n in own}))
-        # The block comes last, since another thread may run it from then on.
-        for (module, _), own in reversed([*zip(changes, attributes, strict=True)]):
-            vars(module).update(own)
+        try:
+            # The block comes last, since another thread may run it from then on.
+            for (module, _), own in reversed([*zip(changes, attributes, strict=True)]):
+                vars(module).update(own)
+        except BaseException:  # Ctrl-C, where some have been changed
+            for saved in state.saved:
+                _put_back(*saved)
+            raise
     rehook(patched)
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import cleandoc
 from typing import Any, NamedTuple, TypeGuard, cast
 
@@ -24,7 +24,7 @@ from .install import install, restore, settle, wait_until_recorded
 from .layer import CapWatch, PatchedLayer
 from .linears import PatchedLinear, find_linears, linear_forward
 from .seam import experts_forward, gate_forward, seam_forward
-from .state import STATE
+from .state import STATE, Patched
 
 NORMS = ("model", "none", "sum", "mass")
 
@@ -122,9 +122,7 @@ def patch(
     ]
     for module, _ in dense:
         wait_until_recorded(module)
-    put_in(planned)
-    for module, linear in dense:
-        install(module, linear, [(module, linear_forward)])
+    put_in(planned, dense)
     return Handle(planned.layers, dense, planned.skipped)
 
 
@@ -193,10 +191,20 @@ def plan_patch(
     return Planned(blocks, layers, skipped)
 
 
-def put_in(planned: Planned) -> None:
-    """Change the blocks as planned."""
-    for block, layer in planned.layers:
-        install(block, layer, _changes(block, layer))
+def put_in(planned: Planned, dense: Iterable[tuple[nn.Module, PatchedLinear]] = ()) -> None:
+    """Change the blocks as planned, and linear layers; all of them or, after Ctrl-C, none."""
+    changes: list[tuple[nn.Module, Patched, list[tuple[nn.Module, Callable[..., Any]]]]] = [
+        *((block, layer, _changes(block, layer)) for block, layer in planned.layers),
+        *((module, linear, [(module, linear_forward)]) for module, linear in dense),
+    ]
+    try:
+        for module, state, forwards in changes:
+            install(module, state, forwards)
+    except BaseException:
+        for module, state, _ in reversed(changes):
+            if vars(module).get(STATE) is state:
+                restore(module)
+        raise
 
 
 def _rule_obstacle(block: Block, router: Any, checked: Checked) -> str | None:

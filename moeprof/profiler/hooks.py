@@ -317,7 +317,10 @@ class LayerWatch(_Watch, Observer):
             choice = read_experts_call(*step.call, step.tokens, layer)
             return choice._replace(logits=read_logits(step.output, step.tokens, layer))
         if step.output is None:
-            raise ValueError(f"{layer.name}: the block ran without calling this router")
+            raise ValueError(
+                f"{layer.name}: the block ran without calling this router. Where torch.compile "
+                "had compiled it before, start the profiler first and compile it then"
+            )
         return read_choice(step.output, step.tokens, layer)
 
     def _layer(self) -> Layer:

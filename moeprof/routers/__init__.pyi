@@ -43,6 +43,7 @@ def bh_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def by_routing(
     router_logits: Logits,
@@ -53,6 +54,7 @@ def by_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def ebh_routing(
     router_logits: Logits,
@@ -64,6 +66,7 @@ def ebh_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def entropy_routing(
     router_logits: Logits,
@@ -74,6 +77,7 @@ def entropy_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def expert_threshold_routing(
     router_logits: Logits,
@@ -84,6 +88,7 @@ def expert_threshold_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def fixed_p_routing(
     router_logits: Logits,
@@ -94,6 +99,7 @@ def fixed_p_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def gap_ratio_routing(
     router_logits: Logits,
@@ -104,6 +110,7 @@ def gap_ratio_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def higher_criticism_routing(
     router_logits: Logits,
@@ -116,6 +123,7 @@ def higher_criticism_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def kneedle_routing(
     router_logits: Logits,
@@ -127,6 +135,7 @@ def kneedle_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def local_fdr_routing(
     router_logits: Logits,
@@ -137,6 +146,7 @@ def local_fdr_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def min_p_routing(
     router_logits: Logits,
@@ -147,6 +157,7 @@ def min_p_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def storey_bh_routing(
     router_logits: Logits,
@@ -159,6 +170,7 @@ def storey_bh_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def top_p_routing(
     router_logits: Logits,
@@ -169,6 +181,7 @@ def top_p_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...
 def weighted_bh_routing(
     router_logits: Logits,
@@ -181,4 +194,5 @@ def weighted_bh_routing(
     temperature: float = ...,
     null: AnyNull | str | os.PathLike[str] | None = ...,
     return_stats: bool = ...,
+    norm: str = ...,
 ) -> RoutingResult | RoutingStats: ...

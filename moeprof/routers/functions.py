@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class RoutingResult(NamedTuple):
     """What a routing function returns. T tokens (or B, S), E experts.
 
-    routing_weights : (T, E), dtype of the logits; zero where not selected, rows sum to 1
+    routing_weights : (T, E), dtype of the logits; zero where not selected; rows sum to 1, but for
+        norm="none"
     selected_experts : (T, max_k) int64, best first, padded with -1
     expert_counts : (T,) int64, the experts of each token
     """
@@ -59,6 +60,7 @@ def benjamini_hochberg_routing(
     *,
     null: "AnyNull | str | os.PathLike[str] | None" = None,
     return_stats: bool = False,
+    norm: str = "sum",
 ) -> RoutingResult | RoutingStats:
     """Route each token to the experts whose router score stands out from the null.
 
@@ -79,11 +81,15 @@ def benjamini_hochberg_routing(
         spread, with a warning.
     return_stats : bool
         Also return the p-values and the mask of the selected experts.
+    norm : {"sum", "none"}
+        "sum" scales a token's weights to sum to 1; "none" leaves them as the softmax over all
+        experts has them. In a function for `patch` it has to be what the model does (its
+        config's ``norm_topk_prob``), as `patch` changes no weights of such a function.
 
     Returns
     -------
     RoutingResult or RoutingStats
-        A named tuple: routing_weights (T, E), 0 where not selected, each row of sum 1;
+        A named tuple: routing_weights (T, E), 0 where not selected, else as `norm` says;
         selected_experts (T, max_k), best first, -1 for no expert; expert_counts (T,). With
         return_stats also p_values (T, E) and mask (T, E), True for selected. Tensors for a
         tensor, arrays for an array.
@@ -104,7 +110,7 @@ def benjamini_hochberg_routing(
     np.int64(3)
     """
     router = BH(alpha, min_k=min_k, max_k=max_k, temperature=temperature)
-    return _route(router, router_logits, null, return_stats)
+    return _route(router, router_logits, null, return_stats, norm)
 
 
 def topk_routing(
@@ -114,13 +120,14 @@ def topk_routing(
     *,
     null: "AnyNull | str | os.PathLike[str] | None" = None,
     return_stats: bool = False,
+    norm: str = "sum",
 ) -> RoutingResult | RoutingStats:
     """Route each token to its k highest logits; see :func:`benjamini_hochberg_routing`.
 
     k is an integer from 1 to E, temperature > 0 acts on the weights only. The null only matters
     to the p-values of ``return_stats``.
     """
-    return _route(TopK(k, temperature=temperature), router_logits, null, return_stats)
+    return _route(TopK(k, temperature=temperature), router_logits, null, return_stats, norm)
 
 
 def routing_function(cls: type[Router]) -> Callable[..., RoutingResult | RoutingStats]:
@@ -131,23 +138,24 @@ def routing_function(cls: type[Router]) -> Callable[..., RoutingResult | Routing
         *args: Any,
         null: "AnyNull | str | os.PathLike[str] | None" = None,
         return_stats: bool = False,
+        norm: str = "sum",
         **parameters: Any,
     ) -> RoutingResult | RoutingStats:
-        return _route(cls(*args, **parameters), router_logits, null, return_stats)
+        return _route(cls(*args, **parameters), router_logits, null, return_stats, norm)
 
     function.__name__ = function.__qualname__ = f"{cls.name}_routing"
     function.__doc__ = (
         f"Route each token as :class:`{cls.__name__}` does, with its parameters; logits, null, "
-        "return_stats,\nresult and errors as for :func:`benjamini_hochberg_routing`.\n\n"
+        "return_stats,\nnorm, result and errors as for :func:`benjamini_hochberg_routing`.\n\n"
         f"Defaults and ranges, E experts:\n\n{indented(lines_of(cls))}"
     )
-    logits, null, stats = (
+    logits, *shared = (
         signature(benjamini_hochberg_routing).parameters[name]
-        for name in ("router_logits", "null", "return_stats")
+        for name in ("router_logits", "null", "return_stats", "norm")
     )
     known = {f.name for f in parameters_of(cls)}
     own = [p for p in signature(cls).parameters.values() if p.name in known]
-    signed = Signature([logits, *own, null, stats])
+    signed = Signature([logits, *own, *shared])
     function.__signature__ = signed  # type: ignore[attr-defined]  # of a function
     return function
 
@@ -194,13 +202,16 @@ def _route(
     router_logits: "Logits",
     null: "AnyNull | str | os.PathLike[str] | None",
     return_stats: bool,
+    norm: str,
 ) -> RoutingResult | RoutingStats:
     array, back = _as_numpy(router_logits, "router_logits")
     dtype, carrier = _dtype(array, router_logits)
     if array.ndim not in (2, 3):
         raise ValueError(f"router_logits: expected (T, E) or (B, S, E), got shape {array.shape}")
+    if norm not in ("sum", "none"):
+        raise ValueError(f"norm: expected 'sum' or 'none', got {norm!r}")
     lead, num_experts = array.shape[:-1], array.shape[-1]
-    spec = router.spec(num_experts, norm="sum", null=_layer_null(router, null, return_stats))
+    spec = router.spec(num_experts, norm=norm, null=_layer_null(router, null, return_stats))
     native = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])
     rows: Any = native.reshape(math.prod(lead), num_experts).view(carrier)
     weights, experts, counts, found, p = _C.route(

@@ -12,19 +12,21 @@ from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
 
 from ...files import as_json
+from ...models.guards import code_of_others, full_name
 from ...null.resolve import resolve_null
 from ...version import __version__
 from .cells import Subject
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ...null.resolve import AnyNull
     from ...texts.documents import Text
@@ -59,17 +61,26 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over the config and every weight, in whatever format it is kept.
+    """SHA-256 over the config, every weight, in whatever format it is kept, and the modules'
+    classes and settings.
 
-    It reads the whole model once: about a second for 2 GB on a CPU of 2021.
+    It reads the whole model once: about a second for 2 GB on a CPU of 2021. A ValueError names a
+    hook or a forward of the user's own, whose code doesn't tell what it does.
     """
     if model in _digests:
         return _digests[model]
+    for name, module in model.named_modules():
+        if foreign := code_of_others(module):
+            raise ValueError(
+                f"store: {name or 'the model'} has {foreign}, and what that does can't be told "
+                "from its code, so results can't be kept: remove it, or go without a store"
+            )
     config = getattr(model, "config", None)
     described = as_json(config.to_dict()) if config is not None else type(model).__name__
     for name in ("_name_or_path", "transformers_version"):  # where it lay, and who read it
         if isinstance(described, dict):
             described.pop(name, None)
+    described = [described, *map(_settings, model.modules())]
     whole = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with ThreadPoolExecutor(max(torch.get_num_threads(), 1)) as pool:
@@ -77,6 +88,34 @@ def model_digest(model: nn.Module) -> str:
         for name, part in zip(tensors, parts, strict=True):
             whole.update(name.encode() + part)
     return whole.hexdigest()
+
+
+# What a model has beside its settings: where it lay, where its parts are, and what transformers
+# notes as it makes and runs it.
+_NO_SETTINGS = {*vars(nn.Module()), "name_or_path", "hf_device_map", "warnings_issued"}
+_NO_SETTINGS |= {"_is_hf_initialized", "_output_capturing_hooks_installed", "max_seq_len_cached"}
+
+
+def _settings(module: nn.Module) -> list[str]:
+    """A module's class, and what it has that is a number, a word or made of these: its top-k,
+    the adapter that is active, and so on."""
+    own = sorted((n, v) for n, v in vars(module).items() if n not in _NO_SETTINGS and _is_plain(v))
+    return [full_name(module), *(f"{name} {_in_order(value)}" for name, value in own)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def _in_order(value: Any) -> str:
+    """As repr, but a set is in the same order in each process."""
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_in_order, value)))}}}"
+    return repr(value)
 
 
 def _digest(tensor: Tensor) -> bytes:
