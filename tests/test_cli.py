@@ -225,8 +225,7 @@ def test_a_warning_is_a_line_without_a_path(forked, tmp_path, tiny):
 
 
 def test_version_and_cpu(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"moeprof {moeprof.__version__}\n"
     assert main(["cpu"]) == 0
     shown = capsys.readouterr().out

@@ -176,19 +176,38 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):
     assert "a\ufffd[31mb" in error and "\x1b" not in error
 
 
-def test_a_disk_that_is_full():
-    if not os.path.exists("/dev/full"):
+FULL = "moeprof: error: standard output can't be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "redirected, code, error",
+    [
+        (">/dev/full", 2, FULL),
+        ("| true", 141, ""),
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+    ],
+)
+@pytest.mark.parametrize("command", ["cpu", "--help"])
+def test_output_that_is_not_read_or_written(command, redirected, code, error):
+    """The pipe's reader has gone before anything is written."""
+    if "full" in redirected and not os.path.exists("/dev/full"):
         pytest.skip("there is no /dev/full")
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-m", "moeprof", "cpu"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-        )
-    assert ended.returncode == 2
-    assert ended.stderr == "moeprof: error: [Errno 28] No space left on device\n"
+    program = f'(sleep 0.2; "$0" -m moeprof {command}; echo $? >&3) {redirected}'
+    ended = subprocess.run(
+        ["sh", "-c", f"exec 3>&1 >/dev/null; {program}", sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.stdout, ended.stderr) == (f"{code}\n", error)
+
+
+def test_an_error_where_stderr_is_closed(bare):
+    program = f"import os, sys; os.close(2); sys.stderr = None; {MAIN}"
+    ended = bare.run(program, "calibrate", "--merge", "a.npz", "b.npz", "--out", "null.npz")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import json
+import os
+import sys
 
 import numpy as np
 import pandas
@@ -290,6 +292,27 @@ def test_what_was_measured_is_on_disk_before_the_ablation(tiny, text, tmp_path, 
     assert profile("--model", tiny, "--text", text, "--out", out, "--ablation") == 130
     assert moeprof.Profile.load(out).phases == ["prefill", "decode"]
     assert not list(out.glob(".*"))
+
+
+def test_a_profile_is_written_whatever_becomes_of_what_is_printed(
+    tiny, text, tmp_path, monkeypatch, capsys
+):
+    """The pipe's reader has gone, the disk is full, or the encoding lacks characters."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    shown = tmp_path / "shown"
+    outputs = [(open(writing, "w"), 141), (shown.open("w", encoding="ascii"), 0)]
+    if os.path.exists("/dev/full"):
+        outputs.append((open("/dev/full", "w"), 2))
+    for number, (stdout, code) in enumerate(outputs):
+        out = tmp_path / str(number)
+        with stdout, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stdout)
+            assert profile("--model", tiny, "--text", text, "--out", out) == code
+        assert sorted(p.name for p in out.iterdir()) == SAVED
+        said = "moeprof: error: standard output can't be written: No space left on device\n"
+        assert capsys.readouterr().err == (said if code == 2 else "")
+    assert "Written: " in shown.read_text()
 
 
 @pytest.mark.slow

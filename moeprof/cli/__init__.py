@@ -1,6 +1,7 @@
 """The command line: `moeprof sweep`, `profile`, `calibrate`, `compare`, `bench` ….
 
-Whatever is wrong with the input is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+Whatever is wrong with the input is one line on stderr and exit code 2; Ctrl-C is exit code 130,
+a reader of stdout that has gone 141.
 What is wrong becomes a ValueError, TypeError, OSError or ImportError with words for the user where
 it is met: reading a file, loading a model, tokenising, writing. Any other exception is a fault
 of moeprof, and its traceback is shown.
@@ -12,7 +13,6 @@ them imports nothing that is slow to import. A command imports what it needs whe
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from .. import checks
 from ..version import __version__
+from .streams import streams
 
 # In the order of `moeprof --help`. Each is a module here, whose `declare` adds its options.
 COMMANDS = {
@@ -65,7 +66,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, and 141,
+    which a shell has for SIGPIPE, where nobody reads stdout any more."""
+    with streams() as stdout:
+        try:
+            code = _run(argv)
+        except SystemExit as stopped:
+            if stopped.code:
+                raise
+            code = 0  # --help, --version
+        stdout.flush()
+        if code or stdout.error is None:
+            return code
+        if isinstance(stdout.error, BrokenPipeError):
+            return 141
+        return _fail(f"standard output can't be written: {stdout.error.strerror}")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """The exit code of the command itself."""
     arguments = argparse.Namespace()
     try:
         arguments = _parser().parse_args(argv)
@@ -73,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checks.check_installed(f"moeprof {arguments.command}", needed)
         _say_what_takes_long(needed)
         with _plain_warnings():
-            code = arguments.run(arguments) or 0
-        sys.stdout.flush()  # a full disk or a closed pipe is told here, not at exit
-        return code
+            return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         # Interrupted inside an exec() of a text, as dataclasses are made, Python would end by the
         # signal in spite of this handler; the next exec() takes that back.
@@ -151,15 +168,5 @@ def _one_line(text: object) -> str:
 
 def _fail(error: object) -> int:
     """One line on stderr."""
-    if isinstance(error, OSError):
-        _drop_stdout()
     print(f"moeprof: error: {_one_line(error)}", file=sys.stderr)
     return 2
-
-
-def _drop_stdout() -> None:
-    """What couldn't be written to stdout isn't tried again when Python ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

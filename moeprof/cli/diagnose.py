@@ -91,9 +91,9 @@ def _run(arguments: argparse.Namespace) -> None:
             texts=texts,
             store=store,
         )
+    paths = [] if arguments.out is None else found.save(arguments.out)
     console = make_console()
     console.print(found.summary())
     console.print(f"{found.facts['seconds']:.0f} s on {found.facts['machine']['cpu']}")
-    if arguments.out is not None:
-        for path in found.save(arguments.out):
-            console.print(f"Written: {path}")
+    for path in paths:
+        console.print(f"Written: {path}")

@@ -83,7 +83,8 @@ def _run(arguments: argparse.Namespace) -> None:
         store=store_path(arguments.out, arguments.store),
         engine=engine,
     )
+    paths = found.save(arguments.out)
     console = make_console()
     console.print(found.summary())
-    for path in found.save(arguments.out):
+    for path in paths:
         console.print(f"Written: {path}")

@@ -195,9 +195,9 @@ def _profile(
             result.roofline = roofline(model)
     if result.vocabulary is not None:
         result.vocabulary["text"] = [tokenizer.decode([i]) for i in result.vocabulary["tokens"]]
-    result.print_summary()
     folder = Path(arguments.out)
     paths = _save(result, folder, arguments.trace)  # before what takes long and is interrupted
+    result.print_summary()
     sections = {}
     if arguments.router is not None:
         sections["agreement"] = _agreement(model, planned, patch or {})

@@ -27,7 +27,7 @@ def run_harness(
     console: Console,
     engine: Engine | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the cells that aren't in the store yet, then print the table and write the files.
+    """Run the cells that aren't in the store yet, then write the files and print the table.
 
     facts : what the files say of model, machine and command. Returns the rows, see `rows_of`.
     However it ends, what was finished is in the files.
@@ -42,12 +42,13 @@ def run_harness(
     finally:
         rows = rows_of(work, results)
         if rows:
+            paths = files.save(facts, rows, results)
             for of_task in by_task(rows).values():
                 console.print("")
                 console.print(title(of_task))
                 console.print(table_of(of_task), width=width(console))
             console.print(fill(LEGEND))
-            for path in files.save(facts, rows, results):
+            for path in paths:
                 console.print(f"Written: {path}")
     return rows
 

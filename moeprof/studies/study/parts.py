@@ -252,8 +252,9 @@ def diagnose_part(ground: Ground) -> Part:
 
     def run(store: Store, engine: Engine, console: Console) -> Any:
         found = diagnose(null, ground.model, ground.tokenizer, store=store, engine=engine, **asked)
+        paths = found.save(ground.files.of("diagnose"))
         console.print(found.summary())
-        for path in found.save(ground.files.of("diagnose")):
+        for path in paths:
             console.print(f"Written: {path}")
         return found
 
@@ -281,8 +282,9 @@ def evaluate_part(ground: Ground) -> Part:
         found = evaluate(
             ground.model, ground.tokenizer, routers, store=store, engine=engine, **asked
         )
+        paths = found.save(ground.files.of("evaluate"))
         console.print(found.summary())
-        for path in found.save(ground.files.of("evaluate")):
+        for path in paths:
             console.print(f"Written: {path}")
         return found
 
