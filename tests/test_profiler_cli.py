@@ -282,15 +282,20 @@ def test_parquet_without_pyarrow_is_told_before_the_model_is_loaded(
 
 
 def test_what_was_measured_is_on_disk_before_the_ablation(tiny, text, tmp_path, monkeypatch):
-    """Ctrl-C in what takes long: exit code 130, and a profile that can be loaded."""
+    """Ctrl-C in what takes long: exit code 130, and a profile that can be loaded; what else an
+    earlier one wrote is still there."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(profile_arguments, "_ablation", interrupted)
-    out = tmp_path / "out"
+    out, earlier = tmp_path / "out", ["index.html", "trace.json", "vocabulary.csv"]
+    out.mkdir()
+    for name in ["profile.json", *earlier]:
+        (out / name).touch()
     assert profile("--model", tiny, "--text", text, "--out", out, "--ablation") == 130
     assert moeprof.Profile.load(out).phases == ["prefill", "decode"]
+    assert all((out / name).exists() for name in earlier)
     assert not list(out.glob(".*"))
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TOKENS, CONTINUATIONS, NEW_TOKENS = 8192, 8, 32
 PIECES = 64  # of 65,536 characters at most, read of a text
+OPTIONAL = ("trace.json", "agreement.csv", "ablation.csv", "vocabulary.csv")
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +197,7 @@ def _profile(
     if result.vocabulary is not None:
         result.vocabulary["text"] = [tokenizer.decode([i]) for i in result.vocabulary["tokens"]]
     folder = Path(arguments.out)
+    over = (folder / "profile.json").exists()
     paths = _save(result, folder, arguments.trace)  # before what takes long and is interrupted
     result.print_summary()
     sections = {}
@@ -205,7 +207,10 @@ def _profile(
         sections["ablation"] = _ablation(arguments, model, tokenizer, documents)
     for section in sections.values():
         console.print(table_as_text(section.table))
-    for path in [*_show(result, folder, sections), *paths]:
+    paths = [*_show(result, folder, sections), *paths]
+    if over:
+        _remove_others(folder, paths)
+    for path in paths:
         console.print(f"Written: {path}")
 
 
@@ -232,10 +237,7 @@ def _ablation(
 
 
 def _save(result: Profile, folder: Path, trace: bool) -> list[Path]:
-    """What was measured; the files' paths. What an earlier profile left there goes."""
-    if (folder / "profile.json").exists():
-        for name in ("index.html", "trace.json", "agreement.csv", "ablation.csv", "vocabulary.csv"):
-            (folder / name).unlink(missing_ok=True)
+    """What was measured; the files' paths."""
     paths = result.save(folder)
     if trace:
         result.save_trace(folder / "trace.json")
@@ -254,3 +256,10 @@ def _show(result: Profile, folder: Path, sections: dict[str, Section]) -> list[P
     for name, data in files.items():
         write_whole(folder / name, data)
     return [folder / name for name in files]
+
+
+def _remove_others(folder: Path, paths: list[Path]) -> None:
+    """Of an earlier profile what this one, whose files are the paths, has not written anew."""
+    for name in OPTIONAL:
+        if folder / name not in paths:
+            (folder / name).unlink(missing_ok=True)
