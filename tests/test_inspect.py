@@ -103,6 +103,9 @@ def test_what_is_no_model_is_refused():
 
 
 def test_on_the_command_line(capsys):
+    """Of the demo model, which is the default and has a name."""
     assert cli.main(["inspect"]) == 0
     printed = capsys.readouterr().out
     assert "OlmoeSparseMoeBlock" in printed and "fused" in printed
+    assert cli.main(["inspect", "--model", "demo"]) == 0
+    assert capsys.readouterr().out == printed

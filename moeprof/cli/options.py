@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bench.settings import DTYPES
 from ..studies.engine.serial import Serial
-from ..studies.source import Source
+from ..studies.source import Source, source_name
 from ..texts.documents import EXPECTED, read_documents
 
 if TYPE_CHECKING:
@@ -136,7 +136,12 @@ def add_store(parser: argparse.ArgumentParser, otherwise: str = "") -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model, --trust-remote-code, --dtype, --bits, --device and --threads, which `load` reads."""
-    parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help=f"default: {DEMO}")
+    parser.add_argument(
+        "--model",
+        type=source_name,
+        metavar="PATH_OR_HUB_ID",
+        help=f'default: "demo", which is {DEMO}; a folder of that name is ./demo',
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     import torch
 
 
+DEMO = "demo"  # what users call the demo model
+
+
+def source_name(model: str) -> str | None:
+    """`Source.name` of a model as users name it."""
+    return None if model == DEMO else model
+
+
 class Source(NamedTuple):
     """A model and how it is loaded.
 

@@ -12,10 +12,10 @@ from ...models.blocks import experts_of
 from ...show.console import make_console, progress
 from ..engine.engine import Listener, announce_done, announce_store
 from ..engine.serial import Serial
-from ..source import Source
+from ..source import Source, source_name
 from ..store.store import Store
 from .rows import rows_of
-from .settings import DEMO, Grid
+from .settings import Grid
 from .work import GridWork
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run_grid(
     for place, model in enumerate(grid.models):
         for bits in grid.bits:
             source = Source(
-                None if model == DEMO else model,
+                source_name(model),
                 grid.dtype,
                 None if isinstance(bits, str) else bits,
                 device,

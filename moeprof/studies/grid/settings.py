@@ -18,11 +18,12 @@ from ...routers.base import own_fields, parameters_of
 from ...texts.documents import read_documents
 from ...texts.prompts import read_prompts
 from ...texts.windows import HELDOUT_TOKENS
+from ..source import DEMO
 from .lines import Lines
 from .planned import RESERVED, SIZES, Planned, combinations, experts_of, plan
 
 SHIPPED = Path(__file__).parent / "shipped"
-DEMO, TEXT = "demo", "shipped"
+TEXT = "shipped"
 FITTED = ("trimmed", "efron")  # nulls that a run fits, or has for the demo model
 NULLS = (*FITTED, "normal", "softmax")
 
