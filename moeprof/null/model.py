@@ -316,9 +316,9 @@ class Null:
             differs = "the weights of the routers differ"
         else:
             return
-        raise ValueError(
-            f"this null was fitted to {self.model_name!r}, not to {model_name(model)!r}: {differs}"
-        )
+        name = model_name(model)
+        here = f"{name!r}" if name != self.model_name else "this one of the same name"
+        raise ValueError(f"this null was fitted to {self.model_name!r}, not to {here}: {differs}")
 
     def diagnose(self, model: nn.Module, tokenizer: Tokenizer, **options: Any) -> Any:
         """What this null and a router on it do to `model` on held-out text: a Diagnosis.

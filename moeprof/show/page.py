@@ -21,6 +21,7 @@ WORDS = 9 * 7.5  # points that a column of words takes at least; it breaks what 
 
 # Light and dark by the reader's setting, on paper light. On a narrow screen tables and figures
 # scroll inside their boxes, and say so; on paper nothing scrolls, so that nothing is cut off there.
+# A shadow at the foot of a box says that its table goes on; at the table's end it is covered.
 # A caption is as wide as its table (100%): where the box (100cqw) is narrower it gets the height of
 # a line, else none.
 STYLE = """
@@ -35,7 +36,9 @@ dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 nav ul { columns: 14rem; padding-left: 1.2rem; }
 a { color: inherit; text-decoration-color: var(--faint); text-underline-offset: .2em; }
 .note { color: var(--faint); }
-.table { overflow: auto; max-height: 40rem; margin-bottom: 1rem; container-type: inline-size; }
+.table { overflow: auto; max-height: 40rem; margin-bottom: 1rem; container-type: inline-size;
+  background: linear-gradient(var(--ground) 0 0) bottom / 100% 2rem no-repeat local,
+    linear-gradient(#0000, var(--line)) bottom / 100% 1.5rem no-repeat; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; } td { border-top: 1px solid var(--soft); }
@@ -67,7 +70,7 @@ caption { height: 0; padding-bottom: clamp(0px, (100% - 100cqw) * 99, 1.5rem); o
   :root { color-scheme: light; }
   @page { margin: 12mm; }
   body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }
-  .table, .picture { overflow: visible; max-height: none; } caption { display: none; }
+  .table, .picture { overflow: visible; max-height: none; background: none; } caption { display: none; }
   table { font-size: 7.5pt; line-height: 1.25; }
   th, td { padding: .1rem .28rem; white-space: normal; }
   .word { overflow-wrap: anywhere; min-width: 9em; }
