@@ -267,6 +267,20 @@ def test_the_figure_names_its_lines_and_counts_as_the_findings_do():
         assert kind in detail and f'"{kind}"' in report(run)
 
 
+@pytest.mark.parametrize(
+    ("shifts", "words"),
+    [
+        ((-0.05, 0.05), "1 of 2 routers beats static top-k at 4 experts"),
+        ((-0.05, -0.04), "2 of 2 routers beat static top-k at 4 experts"),
+        ((0.05, 0.04), "None of 2 routers beats static top-k at 4 experts"),
+    ],
+)
+def test_the_figure_of_one_budget_names_it(shifts, words):
+    cells = [made_cell(contender=f"r{n}", shift=shift, seed=n) for n, shift in enumerate(shifts)]
+    title = figure(made_run(*cells, plan_budgets=(4,))).axes[0].get_title("left")
+    assert title == words
+
+
 def test_contenders_and_tables_are_chosen_by_name():
     def names(*asked):
         return [c.name for c in choose_contenders(asked)]

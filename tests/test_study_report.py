@@ -16,11 +16,16 @@ from wording import says
 from moeprof.show.figures import colours
 from moeprof.show.tables import fine
 from moeprof.studies.comparison.findings import View, beside, findings
+from moeprof.studies.comparison.plots import figure as comparison_figure
+from moeprof.studies.comparison.report import bytes_rows
 from moeprof.studies.diagnosis import Diagnosis
 from moeprof.studies.evaluation.result import Evaluated
 from moeprof.studies.grid.rows import COLUMNS
 from moeprof.studies.study.report import Results, pareto, parts, verdict, write, write_report
 from moeprof.studies.study.report.front import front
+from moeprof.studies.sweep import figure as sweep_figure
+from moeprof.studies.sweep import report as sweep_report
+from moeprof.studies.sweep.advice import advice
 from moeprof.studies.sweep.compared import compared
 
 pytestmark = pytest.mark.once
@@ -96,9 +101,9 @@ def compared_run(shift, **more):
     return shrinking_run({4: 0.05, 8: 0.002}, *cells)
 
 
-def swept_run(shift=0.0):
+def swept_run(shift=0.0, documents=20):
     """Static top-2 of 4 and four BH configurations, the first two `shift` nats from static."""
-    rng, documents = np.random.default_rng(0), 20
+    rng = np.random.default_rng(0)
 
     def row(name, experts, nats, **more):
         each = 100 * (nats + 0.001 * rng.standard_normal(documents))
@@ -324,16 +329,24 @@ def test_the_verdict_says_whether_bh_beats_static(shift, words):
 def test_one_document_decides_nothing():
     """What doesn't vary over documents has no interval."""
     run = compared_run(-0.05)
-    for cell in [*run["cells"], *run["quantized"]]:
-        for effect in (*cell.get("effect", {}).values(), *cell.get("against", {}).values()):
-            ends = ("low", "high", "band_low", "band_high")
-            effect |= dict.fromkeys(ends, effect["estimate"]) | {"error": 0.0}
+    for cell in [*run["static"], *run["cells"], *run["quantized"]]:
+        for kind in ("effect", "against", "level"):
+            for found in cell.get(kind, {}).values():
+                ends = ("low", "high", "band_low", "band_high")
+                found |= dict.fromkeys(ends, found["estimate"]) | {"error": 0.0}
     lines = said(compare=run)
     assert says(lines[0], "one document", "nothing is decided")
     text = " ".join(lines + findings(run))
     assert "it beats static" not in text and "loses to static" not in text
     assert "1 of 1 routers beat" not in text and "closer" in text
     assert lines[1].count("undecided") == 1 and "95 % interval" not in lines[1]
+    titles = [axis.get_title(loc="left") for axis in comparison_figure(run).axes[::2]]
+    assert len(titles) == 2 and all(title.startswith("Nothing is decided") for title in titles)
+    points = pareto.of_compare(run)
+    front = pareto.table(points, pareto.KL, "front").table
+    tables = [*front.rows, *bytes_rows(View(run))[1]]
+    assert not any(" to " in cell for row in tables for cell in row)
+    assert "95 %" not in front.note + pareto.drawn(points, pareto.KL, "figure", "front").caption
 
 
 def test_the_best_router_is_the_one_with_the_least_effect():
@@ -412,6 +425,33 @@ def test_the_verdict_says_whether_the_p_values_hold(ends, words):
 def test_the_verdict_counts_the_settings_of_the_sweep(shift, count):
     lines = said(sweep=swept_run(shift))
     assert any(says(line, "3 configurations of the sweep", "2 settings", count) for line in lines)
+
+
+def test_a_sweep_of_one_document_decides_nothing():
+    """However far from static: there is no interval, and none is shown or spoken of."""
+    run = swept_run(-0.5, documents=1) | {"finished": True}
+    told = sweep_report.findings(run)
+    assert says(told[0], "one document", "nothing is decided")
+    assert not any("variation" in line or "pays" in line for line in told)
+    assert any("2 settings" in line and "0 predict" in line for line in told)
+    for text in (sweep_report.legend(run), sweep_report.beside_legend(run)):
+        assert "95 %" not in text and "one document" in text
+    assert "The intervals" not in " ".join(sweep_report.limits(run))
+    for item in advice(run):
+        assert says(item["head"], "nothing is decided", "one document")
+        assert "static top-" in item["head"] and item["best"].startswith("topk_")
+    drawn = sweep_figure(run["results"], run | {"advice": advice(run)})
+    for axis in drawn.axes[:2]:
+        assert axis.get_title(loc="left").startswith("Nothing is decided")
+        assert "95 %" not in " ".join(text.get_text() for text in axis.texts)
+    (line,) = [line for line in said(sweep=run) if "configurations of the sweep" in line]
+    assert says(line, "one document", "nothing is decided")
+
+
+def test_a_sweep_of_several_documents_names_what_is_best():
+    run = swept_run(-0.5) | {"finished": True}
+    assert [item["best"] for item in advice(run)][0] == "bh_k4_a00.1"
+    assert "95 %" in sweep_report.legend(run)
 
 
 def test_without_compare_the_verdict_is_that_of_evaluate():

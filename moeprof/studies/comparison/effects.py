@@ -135,6 +135,14 @@ def varies(effect: Mapping[str, float]) -> bool:
     return effect["band_high"] - effect["band_low"] > ROUNDING
 
 
+def level_ends(cell: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of a cell's KL; None where it was not taken, or the KL doesn't vary."""
+    found = cell.get("level", {}).get("kl")
+    if found is None or found["high"] - found["low"] <= ROUNDING:
+        return None
+    return found["low"], found["high"]
+
+
 def verdict(effect: Mapping[str, float]) -> str:
     """BETTER where the whole band is below 0, WORSE where it is above, UNDECIDED otherwise; and
     UNDECIDED where nothing varies, so that there is no band."""

@@ -11,7 +11,18 @@ from ...measure.bootstrap import FEW_DOCUMENTS
 from ...show.tables import fine
 from .bytes_read import quantized_name
 from .contenders import PRIMARY, THRESHOLDS
-from .effects import BETTER, ORACLE, RANDOM, ROUTER, SHUFFLED, STATIC, WORSE, varies, verdict
+from .effects import (
+    BETTER,
+    ORACLE,
+    RANDOM,
+    ROUTER,
+    SHUFFLED,
+    STATIC,
+    WORSE,
+    level_ends,
+    varies,
+    verdict,
+)
 from .plan import REDUCTION, WIDE
 
 PRIMARY_BUDGETS = (4, 6)
@@ -87,6 +98,13 @@ class View:
     def outside(self) -> list[dict[str, Any]]:
         return [cell for cell in self.run["cells"] if cell["status"] == "outside"]
 
+    @property
+    def is_one_document(self) -> bool:
+        """Whether no effect varies over documents, so that nothing is decided."""
+        cells = [*self.cells(role=ROUTER), *self.quantized()]
+        effects = [cell["effect"]["kl"] for cell in cells if "effect" in cell]
+        return bool(effects) and not any(map(varies, effects))
+
     def quantized(self, bits: int | None = None) -> list[dict[str, Any]]:
         """Measured cells of static top-k with quantised experts, k ascending; none in old runs."""
         cells = [
@@ -156,8 +174,7 @@ def caution(view: View) -> Iterator[str]:
             f"The test text has {documents} documents only: intervals over so few are too narrow. "
             "Give more tokens."
         )
-    effects = [cell["effect"]["kl"] for cell in view.cells(role=ROUTER)]
-    if effects and not any(map(varies, effects)):
+    if view.is_one_document:
         yield (
             "The test text is one document, and intervals are over documents: there are none, and "
             "nothing is decided. Give more tokens."
@@ -200,10 +217,10 @@ def with_level(cell: Mapping[str, Any]) -> str:
 
 def level(cell: Mapping[str, Any]) -> str:
     """ "0.0756 (95 % interval 0.0698 to 0.0814)"."""
-    kl, ends = cell["kl"], cell.get("level", {}).get("kl")
-    if ends is None or not varies(cell["effect"]["kl"]):
+    kl, ends = cell["kl"], level_ends(cell)
+    if ends is None:
         return in_digits(kl, ".4f")
-    low, high = ends["low"], ends["high"]
+    low, high = ends
     form = fine(kl, low, high, form=".4f")
     return f"{kl:{form}} (95 % interval {low:{form}} to {high:{form}})"
 

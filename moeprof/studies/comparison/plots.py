@@ -26,6 +26,7 @@ SHRUNK: dict[int, dict[str, Any]] = {
     8: {"color": COLOURS[2], "marker": "^"},
     4: {"color": COLOURS[5], "marker": "D"},
 }
+NOTHING = "Nothing is decided: the test text is one document"
 SHOWN = 4  # routers in colour, besides BH: the best of the table and the worst
 LINE = 0.034  # of the panel's height: from one name beside a line to the next
 CONTROLS = {RANDOM: (":", "random R"), ORACLE: ("--", "oracle")}
@@ -65,6 +66,11 @@ def _title(axis: Axes, headline: str, detail: str) -> None:
     # Long lines must not make the axes narrower.
     text = axis.text(0, 1.015, detail, transform=axis.transAxes, size=12, color="#444444")
     text.set_in_layout(False)
+
+
+def _ends(view: View, words: str) -> str:
+    """What the bars are, where there are any."""
+    return "no intervals" if view.is_one_document else words
 
 
 def _line(
@@ -142,7 +148,8 @@ def _curves(axis: Axes, view: View, table: str, coloured: list[str]) -> None:
     _title(
         axis,
         _headline(view, table),
-        f"table {table}: at most {most} experts a token; below 0 is better; shaded: bands\n"
+        f"table {table}: at most {most} experts a token; below 0 is better; "
+        f"{_ends(view, 'shaded: bands')}\n"
         "random R: random numbers of experts; oracle: knows the experts' outputs",
     )
 
@@ -159,16 +166,24 @@ def _scale(axis: Axes, name: str, values: NDArray[np.float64]) -> None:
 
 
 def _headline(view: View, table: str) -> str:
+    if view.is_one_document:
+        return NOTHING
     cells = view.cells(table=table, allocation="equal", role=ROUTER)
+    budgets = {cell["budget"] for cell in cells}
     won = {cell["contender"] for cell in cells if verdict(cell["effect"]["kl"]) == BETTER}
     everywhere = [
         name
         for name in won
         if all(verdict(c["effect"]["kl"]) == BETTER for c in cells if c["contender"] == name)
     ]
+    number = len(view.contenders)
+    counted = f"{len(won)} of {number} routers"
+    if len(budgets) == 1:
+        counted = counted if won else f"None of {number} routers"
+        beat = "beat" if len(won) > 1 else "beats"
+        return f"{counted} {beat} static top-k at {budgets.pop()} experts"
     if not won:
-        return f"None of {len(view.contenders)} routers beats static top-k at any budget"
-    counted = f"{len(won)} of {len(view.contenders)} routers"
+        return f"None of {number} routers beats static top-k at any budget"
     return f"{counted} beat static top-k somewhere, {len(everywhere)} always"
 
 
@@ -220,7 +235,7 @@ def _forest(axis: Axes, view: View, table: str) -> None:
     axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
     reached = view.count([cell for cell in cells if cell["role"] == ROUTER])
     detail = (
-        f"{reached} reach it; thick: 95 % interval; thin: band\n"
+        f"{reached} reach it; {_ends(view, 'thick: 95 % interval; thin: band')}\n"
         "hollow: the band against shuffled-k reaches 0"
     )
     _title(axis, f"At a budget of {budget} experts in every layer", detail)
@@ -270,7 +285,8 @@ def _by_bytes(axis: Axes, view: View) -> None:
     axis.legend(loc="lower left", fontsize=12, frameon=False)
     axis.set_ylabel("KL to the full model, nats per token", size=13)
     dtype = view.run["dtype"]
-    detail = f"numbers: k; bars: 95 % intervals; model in {dtype}\nto the left and down is better"
+    ends = _ends(view, "bars: 95 % intervals")
+    detail = f"numbers: k; {ends}; model in {dtype}\nto the left and down is better"
     _title(axis, _answer(view), detail)
 
 
@@ -290,6 +306,8 @@ def _bytes_scale(axis: Axes) -> None:
 
 def _answer(view: View) -> str:
     """In short, from the bands: of the fewest bits that beat all that reads more, or the fewest."""
+    if view.is_one_document:
+        return NOTHING
     answer = "Skip experts or shrink them: not measured to the end"
     for whole in view.whole():  # bits descending
         beaten = len(beside(view, whole)["beaten"])
@@ -336,5 +354,5 @@ def _ways(axis: Axes, view: View) -> None:
     _title(
         axis,
         f"KL at {budget} experts, or all {top_k} in fewer bits",
-        "beside each name: what a token reads\nbars: 95 % intervals",
+        f"beside each name: what a token reads\n{_ends(view, 'bars: 95 % intervals')}",
     )

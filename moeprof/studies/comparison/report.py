@@ -10,7 +10,18 @@ from ...show.tables import fine, markdown, text_table
 from ..sweep.compared import interval as with_ends
 from .bytes_read import quantized_name
 from .contenders import LEFT_OUT
-from .effects import BETTER, ORACLE, RANDOM, ROUTER, STATIC, UNDECIDED, WORSE, adaptive, verdict
+from .effects import (
+    BETTER,
+    ORACLE,
+    RANDOM,
+    ROUTER,
+    STATIC,
+    UNDECIDED,
+    WORSE,
+    adaptive,
+    level_ends,
+    verdict,
+)
 from .findings import (
     INTERVALS,
     NO_ADAPTIVITY,
@@ -46,9 +57,9 @@ BYTES = (
     "MB: the matrices of the experts that a token selects, as they are kept, summed over the "
     "layers; the mean over the test text. So much is read if each token's experts are read for it "
     "alone, as in decoding one token at a time; the weights around the experts are not in it. KL "
-    "in nats per token, with a 95 % interval. The last column: less unquantised static top-k at as "
-    "many bytes, with the band; *: less static top-1, which reads more. Of the routers the one "
-    "closest to the full model at its budget."
+    "in nats per token, with a 95 % interval where the text has several documents. The last "
+    "column: less unquantised static top-k at as many bytes, with the band; *: less static top-1, "
+    "which reads more. Of the routers the one closest to the full model at its budget."
 )
 
 
@@ -251,14 +262,14 @@ def bytes_rows(view: View) -> tuple[list[str], list[list[str]]] | None:
     cells.sort(key=lambda pair: pair[0]["bytes_per_token"])
     rows = []
     for cell, name in cells:
-        level, effect = cell.get("level", {}).get("kl"), cell.get("effect", {}).get("kl")
-        ends = {} if level is None else {"kl_low": level["low"], "kl_high": level["high"]}
+        effect = cell.get("effect", {}).get("kl")
+        low, high = level_ends(cell) or (None, None)
         rows.append(
             [
                 name,
                 megabytes(cell),
                 f"{cell['average_k']:.2f}",
-                with_ends({"kl": cell["kl"]} | ends, "kl", ".4f"),
+                with_ends({"kl": cell["kl"], "kl_low": low, "kl_high": high}, "kl", ".4f"),
                 f"{cell['perplexity']:.2f}",
                 f"{cell['agreement']:.3f}",
                 with_band(effect, "") + "*" * view.below_one(cell) if effect else "",

@@ -32,7 +32,9 @@ def figure(rows: Iterable[Row], static_top_k: Collection[str]) -> Figure:
     own, *rows = (row for row in rows if row["slice"] == "all")
     fig = Figure(figsize=(10, 6), dpi=100, layout="constrained")
     axis = fig.subplots()
-    detail = "lower is better; bars: 95 % intervals over documents"
+    several = any(row["bits_above_own_low"] is not None for row in rows)
+    detail = "lower is better; "
+    detail += "bars: 95 % intervals over documents" if several else "no intervals: one document"
     fig.suptitle(_headline(rows), x=0.01, ha="left", size=14, weight="bold")
     axis.axhline(0, color="black", linewidth=1.2)
     static = [own, *(row for row in rows if row["config"] in static_top_k)]

@@ -85,7 +85,13 @@ def _for(run: dict[str, Any], budget: float) -> dict[str, Any]:
         )
         code = None
     else:
-        head = f"static top-{static['k']} is what to use: {_costs(static, top)}; " + (
+        lead = "static top-{} is what to use"
+        if is_one_document(run):
+            lead = (
+                "nothing is decided, as the held-out text is one document. Until more documents "
+                "decide it, static top-{} needs no choice of a parameter"
+            )
+        head = f"{lead.format(static['k'])}: {_costs(static, top)}; " + (
             f"nothing tried is known to cost less (the nearest, {_name(near[0])}: "
             f"{_costs(near[0], top)}, {_beside(near[0], run)})."
             if near
@@ -140,15 +146,20 @@ def _static(run: dict[str, Any], budget: float) -> dict[str, Any] | None:
 
 
 def is_below(row: Mapping[str, Any]) -> bool:
-    """Below static beyond doubt; for a single document, below it."""
+    """Below static beyond doubt; for a single document there is none."""
     high = row["bits_above_static_high"]
-    return (row["bits_above_static"] if high is None else high) < 0
+    return high is not None and high < 0
 
 
 def is_above(row: Mapping[str, Any]) -> bool:
-    """Above static beyond doubt; for a single document, above it."""
+    """Above static beyond doubt; for a single document there is none."""
     low = row["bits_above_static_low"]
-    return (row["bits_above_static"] if low is None else low) > 0
+    return low is not None and low > 0
+
+
+def is_one_document(run: Mapping[str, Any]) -> bool:
+    """Whether there are no intervals, since these are over documents, and nothing is decided."""
+    return len(run["heldout_documents"]) == 1
 
 
 def how_sure(rows: Sequence[Mapping[str, Any]]) -> str:

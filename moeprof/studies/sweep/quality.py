@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.figures import MARKERS
-from .advice import is_below
+from .advice import is_below, is_one_document
 from .beside import budgets
 from .drawing import blank, label, shades, title
 from .merged import merged
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STATIC = "black"
 # Okabe & Ito: told apart with every kind of colour vision, and from the shades of alpha.
 BY_BUDGET = {"bh": ("#CC79A7", "p"), "fixed_p": ("#D55E00", "*")}  # the last one on top
+UNDECIDED = "no intervals over one document"
 BESIDE = {"bh": 0.05, "fixed_p": -0.05}  # experts that they are moved by, being at the same budget
 
 
@@ -37,7 +38,7 @@ def quality(
     points = _points(bh, baseline)
     marks = budgets(int(baseline["max_k"]))
     _use(use, points, baseline, static, found, marks, run)
-    _beside(beside, points, found, marks)
+    _beside(beside, points, found, marks, run)
 
 
 def _points(bh: pandas.DataFrame, baseline: Any) -> list[dict[str, Any]]:
@@ -116,11 +117,17 @@ def _use(
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_ylim(-0.2 * min(values), None)
     label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
-    detail = "down is better; bars and band: 95 %; equal results share a point"
-    title(axis, _headline(run), detail)
+    ends = UNDECIDED if _undecided(run) else "bars and band: 95 %"
+    title(axis, _headline(run), f"down is better; {ends}; equal results share a point")
+
+
+def _undecided(run: dict[str, Any]) -> bool:
+    return bool(run) and is_one_document(run)
 
 
 def _headline(run: dict[str, Any]) -> str:
+    if _undecided(run):
+        return "Nothing is decided: one document"
     answers = [f"{i['budget']:g}: {_short(i['best'], run)}" for i in run.get("advice", ())]
     return f"At {'; at '.join(answers)}" if answers else "Quality by experts per token"
 
@@ -139,7 +146,11 @@ def _short(config: str | None, run: dict[str, Any]) -> str:
 
 
 def _beside(
-    axis: Axes, points: list[dict[str, Any]], found: list[dict[str, Any]], marks: list[float]
+    axis: Axes,
+    points: list[dict[str, Any]],
+    found: list[dict[str, Any]],
+    marks: list[float],
+    run: dict[str, Any],
 ) -> None:
     shown = [p for p in [*points, *found] if p.get("bits_above_static") is not None]
     if not shown:
@@ -157,11 +168,11 @@ def _beside(
         "bits per byte beside static top-k\nat the same experts",
     )
     below = sum(map(is_below, shown))
-    title(
-        axis,
-        f"{below} of {len(shown)} settings are better than static top-k",
-        "below the line is better; bars: 95 %, paired by document; by budget: 0.05 aside",
-    )
+    headline = f"{below} of {len(shown)} settings are better than static top-k"
+    ends = "bars: 95 %, paired by document"
+    if _undecided(run):
+        headline, ends = f"Nothing is decided of {len(shown)} settings: one document", UNDECIDED
+    title(axis, headline, f"below the line is better; {ends}; by budget: 0.05 aside")
 
 
 def _point(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.tables import markdown
-from .advice import advice, how_sure, is_above, is_below
+from .advice import advice, how_sure, is_above, is_below, is_one_document
 from .compared import compared, interval
 from .files import results_frame
 from .merged import merged, same_results
@@ -58,18 +58,18 @@ def _advice(item: Mapping[str, Any]) -> str:
 
 def beside_legend(run: dict[str, Any]) -> str:
     """What "beside static" and the intervals mean."""
-    count = len(run["heldout_documents"])
     text = (
         '"Beside static" is bits per byte above (+) or below (-) a straight line between the whole '
         "k of static top-k, at the configuration's own experts per token. "
     )
-    if count > 1:
-        text += (
-            f"In brackets are 95 % bootstrap intervals over the {count} held-out documents, each "
-            "compared with itself; each is for one configuration, not for the choice of the best. "
-        )
-    else:
+    if is_one_document(run):
         text += "The held-out text is one document, so there are no intervals. "
+    else:
+        text += (
+            f"In brackets are 95 % bootstrap intervals over the {len(run['heldout_documents'])} "
+            "held-out documents, each compared with itself; each is for one configuration, not "
+            "for the choice of the best. "
+        )
     return text + (
         f"Budgets were set on {run['budget_tokens']:,} tokens of shipped calibration text that is "
         "not the held-out text, with one parameter for all layers; `Router.with_budget` does it "
@@ -145,12 +145,17 @@ def _machine(cpu: Mapping[str, Any]) -> str:
 
 def legend(run: dict[str, Any]) -> str:
     """How to read `result_rows`."""
+    ranges = (
+        "There is no range after Δ bits/byte, as the held-out text is one document."
+        if is_one_document(run)
+        else "The range after Δ bits/byte is a 95 % bootstrap interval over the "
+        f"{len(run['heldout_documents'])} held-out documents, each compared with itself."
+    )
     return (
         "Experts are per token; those on the held-out text are the ones that go with perplexity "
-        "and bits per byte. The range after Δ bits/byte is a 95 % bootstrap interval over the "
-        f"{len(run['heldout_documents'])} held-out documents, each compared with itself. Agreement "
-        "is the share of generated tokens equal, position by position, to the baseline's; after "
-        "a first difference the texts go their own ways, so it falls fast. Tokens per second were "
+        f"and bits per byte. {ranges} Agreement is the share of generated tokens equal, "
+        "position by position, to the baseline's; after a first difference the texts go their own "
+        "ways, so it falls fast. Tokens per second were "
         "taken once, one configuration after the other, so two of them can't be compared."
     )
 
@@ -242,10 +247,14 @@ def findings(run: dict[str, Any]) -> list[str]:
     own = baseline["avg_experts_heldout"]
     fewer, more = bh[bh["avg_experts_heldout"] < own], bh[bh["avg_experts_heldout"] >= own]
     lines = [
+        "The held-out text is one document, so no difference has an interval, and nothing is "
+        "decided: what follows is of this document."
+        if is_one_document(run)
+        else "",
         f"The baseline, {baseline['config']}, has perplexity {baseline['perplexity']:.3f} and "
         f"{baseline['bits_per_byte']:.4f} bits per byte.",
         _range(bh),
-        _cheaper(baseline, bh, fewer),
+        _cheaper(bh, fewer, is_one_document(run)),
         _closest(baseline, fewer),
         *_within(baseline, fewer),
         _loses(baseline, more),
@@ -266,12 +275,18 @@ def _range(bh: pandas.DataFrame) -> str:
     )
 
 
-def _cheaper(baseline: Any, bh: pandas.DataFrame, fewer: pandas.DataFrame) -> str:
+def _cheaper(bh: pandas.DataFrame, fewer: pandas.DataFrame, one_document: bool) -> str:
     """How many save experts, and whether any of them does so for free."""
     if not len(fewer):
         return "No BH configuration used fewer experts than the baseline on the held-out text."
-    free = fewer[~(_surely_worse(fewer))]
     count = f"{len(fewer)} of {len(bh)} BH configurations used fewer experts than the baseline"
+    if one_document:
+        higher = int((fewer["bits_above_own"] > 0).sum())
+        return (
+            f"{count} on the held-out text; {higher} of these have a higher perplexity on it, "
+            "which another document may turn round."
+        )
+    free = fewer[fewer["bits_above_own_low"].astype(float) <= 0]
     if not len(free):
         return (
             f"{count} on the held-out text, and every one of them pays for it: all have a higher "
@@ -281,11 +296,6 @@ def _cheaper(baseline: Any, bh: pandas.DataFrame, fewer: pandas.DataFrame) -> st
         f"{count} on the held-out text. For these of them no loss was seen beyond the documents' "
         f"variation: {_names(free)}."
     )
-
-
-def _surely_worse(frame: pandas.DataFrame) -> Any:
-    """Where the whole interval is above 0; without an interval, where the difference is."""
-    return frame["bits_above_own_low"].fillna(frame["bits_above_own"]).astype(float) > 0
 
 
 def _closest(baseline: Any, fewer: pandas.DataFrame) -> str:
@@ -404,6 +414,12 @@ def _alpha(run: dict[str, Any], bh: pandas.DataFrame) -> str:
 
 def limits(run: dict[str, Any]) -> list[str]:
     """What the results can't say, in sentences."""
+    spread = (
+        "The held-out text is one document: what is said of it holds for this document."
+        if is_one_document(run)
+        else "The intervals of bits per byte are for texts like the held-out documents, one "
+        "configuration at a time."
+    )
     return [
         "Which setting is best of all: the best of several was chosen on the text that it was "
         "measured on, so its lead over the others is a little too large; parameters that differ "
@@ -411,8 +427,7 @@ def limits(run: dict[str, Any]) -> list[str]:
         "not tried in the sweep.",
         "How another model behaves: this is one model, without any training under BH.",
         f"How other prompts behave: experts, agreement and speed come from "
-        f"{len(run['prompts'])} prompts and have no intervals. The intervals of bits per byte are "
-        "for texts like the held-out documents, one configuration at a time.",
+        f"{len(run['prompts'])} prompts and have no intervals. {spread}",
         "How fast this is elsewhere: tokens per second were taken once, in passing, on this "
         "machine and whatever else it was doing.",
     ]

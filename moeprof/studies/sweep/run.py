@@ -21,7 +21,7 @@ from ..budget.stock import budget_text
 from ..engine.engine import Listener, announce
 from ..engine.serial import Serial
 from ..store.store import Store
-from .advice import advice
+from .advice import advice, is_one_document
 from .compared import compared
 from .files import SweepFiles
 from .grid import ALPHAS, MAX_KS, configurations, dropped_max_ks
@@ -200,8 +200,13 @@ def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[st
         for other in item["others"]:
             console.print(fill(other, "  - ", "    "))
     console.print("")
-    if len(run["heldout_documents"]) == 1:
-        console.print("The held-out text is one document, so nothing above has an interval.")
+    if is_one_document(run):
+        console.print(
+            fill(
+                "The held-out text is one document, so nothing has an interval, and nothing is "
+                "decided."
+            )
+        )
     groups = merged(run["results"])
     console.print(_table(groups), width=width(console))
     console.print(fill(COLUMNS))

@@ -10,7 +10,7 @@ import numpy as np
 
 from ....show.figures import COLOURS, line_styles, pads, plain, style
 from ...comparison.bytes_read import quantized_name
-from ...comparison.effects import ROUTER, STATIC
+from ...comparison.effects import ROUTER, STATIC, level_ends
 from ...comparison.findings import View
 from ...sweep.compared import interval
 from ...sweep.merged import merged
@@ -92,10 +92,9 @@ def of_compare(run: dict[str, Any]) -> list[Point]:
 
 
 def _of_cell(cell: Mapping[str, Any], name: str, group: str, joined: bool = False) -> Point:
-    level = cell.get("level", {}).get("kl", {})
     loss, read = cell["kl"], cell.get("bytes_per_token")
     megabytes = None if read is None else read / 1e6
-    ends = level.get("low"), level.get("high")
+    ends = level_ends(cell) or (None, None)
     return Point(
         name, group, cell["average_k"], megabytes, cell.get("tokens_per_s"), loss, *ends, joined
     )
@@ -181,8 +180,8 @@ def sections(results: Results) -> Iterator[Section]:
         ),
         *(Sentence(text, "front") for text in said(points)),
         Sentence(
-            "The fronts are of the estimates: neighbours whose bars overlap may change places on "
-            "another text. Decode speeds are of this machine, one token at a time, and vary from "
+            f"The fronts are of the estimates: {_near(points)} may change places on another text. "
+            "Decode speeds are of this machine, one token at a time, and vary from "
             "run to run."
         ),
     ]
@@ -230,11 +229,21 @@ def table(points: Sequence[Point], measure: str, key: str) -> Shown:
         )
     head = ["#", "way to route", "experts", "MB", "tokens/s", measure, "on the front of"]
     note = (
-        "Experts per token; MB of experts' weights that a token reads; decode speed; in brackets "
-        "95 % intervals over documents. The least loss first."
+        "Experts per token; MB of experts' weights that a token reads; decode speed"
+        f"{_of_intervals(points, '; in brackets 95 % intervals over documents')}. The least loss "
+        "first."
     )
     made = plain_table("Members of the fronts", note, head, rows)
     return Shown(key, made._replace(words=(head[1], head[-1])))
+
+
+def _of_intervals(points: Sequence[Point], words: str) -> str:
+    """The words where any of the points has an interval: over one document none has."""
+    return words if any(point.low is not None for point in points) else ""
+
+
+def _near(points: Sequence[Point]) -> str:
+    return _of_intervals(points, "neighbours whose bars overlap") or "all of these"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -246,7 +255,8 @@ def _number(value: float | None, form: str) -> str:
 
 def drawn(points: Sequence[Point], measure: str, key: str, of: str) -> Drawn:
     caption = (
-        "Static top-k has the colour of the text; bars: 95 % intervals; the wide line joins the "
+        "Static top-k has the colour of the text"
+        f"{_of_intervals(points, '; bars: 95 % intervals')}; the wide line joins the "
         "front, whose members have the numbers of the table. The scale is logarithmic, but "
         "straight from 0 to the smallest loss above it."
     )

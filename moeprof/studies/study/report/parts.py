@@ -293,7 +293,9 @@ def _grid(results: Results) -> Section:
     ]
     head = [*SETTING, "configuration", "parameters", "experts", "MB", "perplexity"]
     head += ["bits/B above own", "beside static", "tokens/s"]
-    note = "In brackets 95 % intervals over documents; of tokens/s the quartiles over rounds."
+    several = any(row["bits_above_own_low"] is not None for row in rows)
+    note = "In brackets " + "95 % intervals over documents; " * several
+    note += "of tokens/s the quartiles over rounds."
     made = plain_table("All rows", note, head, list(map(_grid_row, rows)), len(SETTING) + 2)
     shown, figures = [Shown("grid", made)], []
     for number, (about, of) in enumerate(by_setting(rows)):
