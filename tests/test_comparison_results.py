@@ -193,6 +193,7 @@ def test_what_was_planned_is_among_the_foremost_findings():
     run["splits"]["test"] = run["splits"]["test"][:9]
     few, *_, four, six = foremost(run)
     assert findings(run)[:5] == foremost(run) and "9 documents only" in few
+    assert "Give more documents" in few
     assert says(four, "planned", "at 4 experts") and says(six, "planned", "at 6 experts")
     other = made_run(made_cell(budget=3, shift=-0.02), plan_budgets=(3,))
     assert says(foremost(other)[-1], "planned", "at 3 experts")

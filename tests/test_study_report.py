@@ -336,6 +336,7 @@ def test_one_document_decides_nothing():
                 found |= dict.fromkeys(ends, found["estimate"]) | {"error": 0.0}
     lines = said(compare=run)
     assert says(lines[0], "one document", "nothing is decided")
+    assert says(lines[0], "Give more documents", ".jsonl")
     text = " ".join(lines + findings(run))
     assert "it beats static" not in text and "loses to static" not in text
     assert "1 of 1 routers beat" not in text and "closer" in text

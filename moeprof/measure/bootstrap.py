@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 DRAWS = 2000
 FEW_DOCUMENTS = 10  # intervals over fewer are too narrow
+MORE_DOCUMENTS = (
+    "Give more documents: several files, or a .jsonl, which has one in each line (a plain text "
+    "file is one), and enough tokens to reach them."
+)
 ROUNDING = 1e-9  # a statistic that varies by less is constant
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...measure.bootstrap import FEW_DOCUMENTS
+from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS
 from ...show.tables import fine
 from .bytes_read import quantized_name
 from .contenders import PRIMARY, THRESHOLDS
@@ -172,12 +172,12 @@ def caution(view: View) -> Iterator[str]:
     if 1 < documents < FEW_DOCUMENTS:
         yield (
             f"The test text has {documents} documents only: intervals over so few are too narrow. "
-            "Give more tokens."
+            f"{MORE_DOCUMENTS}"
         )
     if view.is_one_document:
         yield (
             "The test text is one document, and intervals are over documents: there are none, and "
-            "nothing is decided. Give more tokens."
+            f"nothing is decided. {MORE_DOCUMENTS}"
         )
 
 

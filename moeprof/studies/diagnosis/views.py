@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...measure.bootstrap import MORE_DOCUMENTS
 from ...show.console import fill, printed
 from ...show.tables import text_table, with_interval
 from .rows import ALL, PATCHED, POOLED, SHOWN, STOCK
@@ -293,7 +294,7 @@ def _answer(diagnosis: Diagnosed) -> Iterator[str]:
     if len(diagnosis.facts["heldout_documents"]) < 2:
         yield (
             "The held-out text is one document, and intervals are over documents: there are none, "
-            "and nothing is decided. Give more tokens."
+            f"and nothing is decided. {MORE_DOCUMENTS}"
         )
         return
     if has_one_alpha(diagnosis):

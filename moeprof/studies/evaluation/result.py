@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
-from ...measure.bootstrap import FEW_DOCUMENTS
+from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS
 from ...show.console import fill, printed
 from ...show.tables import fine, markdown, text_table, with_interval
 from .statistics import Row, results
@@ -161,7 +161,7 @@ class Evaluated:
         if 1 < len(documents) < FEW_DOCUMENTS:
             found.append(
                 f"With {len(documents)} documents p can't be below {2 / 2 ** len(documents):.2g}, "
-                "and intervals are too narrow: give more tokens."
+                f"and intervals are too narrow. {MORE_DOCUMENTS}"
             )
         for name, one in self.measured.items():
             if "error" in one:
