@@ -195,6 +195,12 @@ def test_exact_multiplies_with_floats(folder):
     assert not torch.equal(_logits(rounded), _logits(exact))
 
 
+def test_others_may_read_what_is_saved_as_the_umask_has_it(saved, tmp_path):
+    (tmp_path / "opened").touch()
+    expected = (tmp_path / "opened").stat().st_mode
+    assert {file.stat().st_mode for file in saved.iterdir()} == {expected}
+
+
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])  # without biases, and with
 def test_linear_layers_are_quantised_saved_and_loaded_back(family, tmp_path):
     _build(family).save_pretrained(tmp_path / "floats")

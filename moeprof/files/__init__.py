@@ -93,6 +93,15 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
             part.unlink()
 
 
+@contextmanager
+def as_opened(path: Path) -> Iterator[None]:
+    """A new file that is written here by others has afterwards the mode that open() gives it."""
+    path.open("xb").close()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    os.chmod(path, mode)
+
+
 def _sync_folder(folder: Path) -> None:
     """The new name is on the disk as well; not every system can be asked for that."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backends.tables import BY_NAME, DTYPES
 from ..checks import check_model
-from ..files import alone, check_folder
+from ..files import alone, as_opened, check_folder
 from ..models.quantized import GROUP, QuantizedExperts, QuantizedLinear
 from ..patching.state import is_patched
 from .checkpoint import CHECKSUMS, Checkpoint, checksum
@@ -187,7 +187,8 @@ def _write_weights(
         several = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         files.append(f"{STEM}{several}.safetensors")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, part / files[-1], metadata)
+        with as_opened(part / files[-1]):  # safetensors' own is for its owner alone
+            save_file(whole, part / files[-1], metadata)
         weight_map.update(dict.fromkeys(tensors, files[-1]))
     if len(shards) > 1:
         index = {"metadata": metadata, "weight_map": weight_map}
