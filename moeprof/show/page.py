@@ -70,7 +70,8 @@ caption { height: 0; padding-bottom: clamp(0px, (100% - 100cqw) * 99, 1.5rem); o
   :root { color-scheme: light; }
   @page { margin: 12mm; }
   body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }
-  .table, .picture { overflow: visible; max-height: none; background: none; } caption { display: none; }
+  .table, .picture { overflow: visible; max-height: none; background: none; }
+  caption { display: none; }
   table { font-size: 7.5pt; line-height: 1.25; }
   th, td { padding: .1rem .28rem; white-space: normal; }
   .word { overflow-wrap: anywhere; min-width: 9em; }
