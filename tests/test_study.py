@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from datetime import datetime, timezone
 
 import pytest
 import torch
@@ -264,7 +265,10 @@ def test_times_in_words():
 
 
 def test_a_study_from_end_to_end_and_again(ground, figures, monkeypatch):
+    begun = datetime.now(timezone.utc)
     results, shown = run(ground())
+    started = datetime.fromisoformat(results.facts["machine"]["started"])
+    assert (started - begun).total_seconds() < 2  # not when all was finished
     folder = ground().files.folder
     page = (folder / "index.html").read_text()
     assert [part["part"] for part in results.facts["parts"]] == list(PARTS)

@@ -178,11 +178,12 @@ def study(ground: Ground, store: Store, engine: Engine | None, console: Console)
     said, and the others are run: ValueError at the end. When it is interrupted, the report is of
     the parts that are finished, and KeyboardInterrupt goes on.
     """
+    begun = machine.describe()
     announce_store(console, store)
     with unchanged(ground.model):
         planned = plan_study(ground, store, console)
         console.print(str(planned))
-        run = _Run(ground, store, engine or Serial(), console, planned)
+        run = _Run(ground, store, engine or Serial(), console, planned, begun)
         try:
             for part in planned.parts:
                 run.part(part)
@@ -216,7 +217,7 @@ def study_grid(
 
     engine: as `run_grid` takes it; source: device and trust_remote_code, as Source has them.
     """
-    begun = time.perf_counter()
+    about_machine, begun = machine.describe(), time.perf_counter()
     rows = run_grid(grid, store, engine, console, **source)
     path = files.of("grid") / "grid.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,15 +226,14 @@ def study_grid(
     said |= {"planned_seconds": None, "seconds": round(time.perf_counter() - begun, 1)}
     about: dict[str, Any] = {"model": ", ".join(grid.models), "dtype": grid.dtype}
     about |= {"seed": ", ".join(map(str, grid.seeds)), "command": command, "parts": [said]}
-    results = Results(about | _where(store), grid=rows)
+    results = Results(about | _where(store, about_machine), grid=rows)
     for written in (path, *write_report(results, files.folder, console)):
         console.print(f"Written: {written}")
     return results
 
 
-def _where(store: Store) -> dict[str, Any]:
-    """The facts that are the same for all studies of this process."""
-    about = machine.describe()
+def _where(store: Store, about: dict[str, Any]) -> dict[str, Any]:
+    """Where a study ran; about: `machine.describe()` as it began."""
     return {
         "machine": about,
         "versions": about["versions"],
@@ -246,10 +246,16 @@ class _Run:
     """A study that is under way."""
 
     def __init__(
-        self, ground: Ground, store: Store, engine: Engine, console: Console, planned: StudyPlan
+        self,
+        ground: Ground,
+        store: Store,
+        engine: Engine,
+        console: Console,
+        planned: StudyPlan,
+        begun: dict[str, Any],
     ) -> None:
         self.ground, self.store, self.engine, self.console = ground, store, engine, console
-        self.left = planned.seconds
+        self.begun, self.left = begun, planned.seconds
         self.planned = [part.name for part in planned.parts]
         self.found: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
@@ -288,6 +294,6 @@ class _Run:
             "seed": ground.settings.seed,
             "parts": self.parts,
             "beside": [name for name in others if ground.files.of(name).is_dir()],
-        } | _where(self.store)
+        } | _where(self.store, self.begun)
         parts: Mapping[str, Any] = {name: found.get(name) for name in PARTS[1:]}
         return Results(facts, dict(ground.nulls), **parts)
