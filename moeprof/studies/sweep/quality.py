@@ -117,8 +117,8 @@ def _use(
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_ylim(-0.2 * min(values), None)
     label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
-    ends = UNDECIDED if _undecided(run) else "bars and band: 95 %"
-    title(axis, _headline(run), f"down is better; {ends}; equal results share a point")
+    bars = UNDECIDED if _undecided(run) else "bars and band: 95 %"
+    title(axis, _headline(run), f"down is better; {bars}; equal results share a point")
 
 
 def _undecided(run: dict[str, Any]) -> bool:

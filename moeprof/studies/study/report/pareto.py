@@ -94,10 +94,9 @@ def of_compare(run: dict[str, Any]) -> list[Point]:
 def _of_cell(cell: Mapping[str, Any], name: str, group: str, joined: bool = False) -> Point:
     loss, read = cell["kl"], cell.get("bytes_per_token")
     megabytes = None if read is None else read / 1e6
-    ends = level_ends(cell) or (None, None)
-    return Point(
-        name, group, cell["average_k"], megabytes, cell.get("tokens_per_s"), loss, *ends, joined
-    )
+    low, high = level_ends(cell) or (None, None)
+    speed = cell.get("tokens_per_s")
+    return Point(name, group, cell["average_k"], megabytes, speed, loss, low, high, joined)
 
 
 def of_sweep(run: dict[str, Any]) -> list[Point]:
