@@ -237,6 +237,26 @@ MUTATIONS = [
              "tokens.reach(_one_level, 0.9 * t)", "gpu/test_gpu_routing.py -k fixed_p"),
     Mutation("moeprof/profiler/session.py", "            step.end()", "            pass",
              "gpu/test_gpu_models.py -k elsewhere"),
+    # ---- what a hostile user found ----
+    Mutation("moeprof/studies/store/subject.py", "[described, *map(_settings, model.modules())]",
+             "[described]", "test_study.py -k setting or adapter"),
+    Mutation("moeprof/studies/store/subject.py", "if foreign := code_of_others(module):",
+             "if foreign := None:", "test_study.py -k setting"),
+    Mutation("moeprof/patching/patch.py", "for module, state, _ in reversed(changes):",
+             "for module, state, _ in ():", "test_patch.py -k interrupted"),
+    Mutation("moeprof/patching/install.py", "            for saved in state.saved:",
+             "            for saved in ():", "test_patch.py -k interrupted"),
+    Mutation("moeprof/models/guards.py", "if hooks or backward or", "if hooks or",
+             "test_fallback.py -k backward"),
+    Mutation("moeprof/patching/callables.py", "(experts == num_experts) & (weights != 0)",
+             "(experts > num_experts) & (weights != 0)", "test_patch_bad_input.py -k numbered"),
+    Mutation("moeprof/routers/functions.py", "num_experts, norm=norm,", 'num_experts, norm="sum",',
+             "test_routers.py -k softmax"),
+    Mutation("moeprof/cli/streams.py", 'reconfigure(errors="replace")', "flush()",
+             "test_profiler_cli.py"),
+    Mutation("moeprof/studies/sweep/advice.py", "return high is not None and high < 0",
+             'return (row["bits_above_static"] if high is None else high) < 0',
+             "test_study_report.py sweep/test_sweep_advice.py sweep/test_sweep_report.py"),
 ]
 # fmt: on
 
