@@ -503,6 +503,12 @@ def test_a_setting_makes_another_model_and_a_hook_one_that_is_not_kept():
         changed and changed.remove()
 
 
+def test_a_set_among_settings_is_in_the_same_order_in_each_process():
+    letters = "abcdefgh"
+    expected = f"{{'a': [1.0, {list(letters)!r}]}}"
+    assert subject._in_order({"a": [1.0, set(letters)]}) == expected
+
+
 @pytest.mark.slow
 def test_each_adapter_is_another_model():
     peft = pytest.importorskip("peft")

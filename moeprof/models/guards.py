@@ -61,7 +61,7 @@ def _origins(module: nn.Module) -> Iterator[str]:
     for name in ("_hf_hook", "forward"):
         if name in own:
             yield from _origin(own[name])
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+    for hook in hooks_of(module):
         yield from _origin(hook)
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:
@@ -93,7 +93,7 @@ def hooked(module: nn.Module) -> str | None:
     own = vars(module)
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
     backward = own["_backward_hooks"] or own["_backward_pre_hooks"]
-    if hooks and all(getattr(h, "__module__", "").startswith("moeprof.") for h in _hooks(module)):
+    if hooks and all(getattr(h, "__module__", "").startswith("moeprof.") for h in hooks_of(module)):
         hooks = None  # the profiler's, which the C path tells by itself what it ran
     if hooks or backward or _own_forward(module):
         return f"a hook or a forward of its own on {type(module).__name__} in the experts"
@@ -110,17 +110,23 @@ def code_of_others(module: nn.Module) -> str | None:
     if forward is not None and not _is_ours_or_stock(forward, module):
         if _package(forward) not in _KNOWN_CODE:
             return "a forward of its own"
-    for hook in _hooks(module):
+    for hook in hooks_of(module):
         if _package(hook) not in _KNOWN_CODE:
             return f"a hook, {getattr(hook, '__qualname__', type(hook).__qualname__)}"
     return None
 
 
 def _package(code: Any) -> str:
-    """That a function, also one in a functools.partial, or a callable object is defined in."""
+    return _defined_in(code).partition(".")[0]
+
+
+def _defined_in(code: Any) -> str:
+    """The Python module of a function, also one in a functools.partial, or of a callable object.
+
+    That of its globals: `functools.wraps` renames the rest.
+    """
     function = getattr(code, "func", code)
-    module = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-    return str(module).partition(".")[0]
+    return str(getattr(function, "__globals__", {}).get("__name__") or type(function).__module__)
 
 
 def _own_forward(module: nn.Module) -> bool:
@@ -155,8 +161,7 @@ _RECORDER = "transformers.utils.generic"
 
 def _is_recorder(forward: Any) -> bool:
     """Is it the recorder of outputs of transformers 4?"""
-    defined_in = getattr(forward, "__globals__", {}).get("__name__")  # `wraps` renames the rest
-    return defined_in == _RECORDER
+    return _defined_in(forward) == _RECORDER
 
 
 def _is_recorded(gate: nn.Module) -> bool:
@@ -201,7 +206,7 @@ def gate_obstacle(gate: nn.Module, is_stock: bool) -> str | None:
     if _own_forward(gate) and not _is_recorded(gate):
         return "the gate has a forward of its own"
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        if foreign := [h for h in _hooks(gate) if not _is_known(h)]:
+        if foreign := [h for h in hooks_of(gate) if not _is_known(h)]:
             return f"a hook on the gate: {foreign[0]!r}"
     return None
 
@@ -215,7 +220,8 @@ def autocast_obstacle(gate: nn.Module) -> str | None:
     return None
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def hooks_of(module: nn.Module) -> list[Any]:
+    """What stands before its forward, and after."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 

@@ -11,7 +11,7 @@ from ..backends.tables import tensor_obstacle
 from ..checks import Tokenizer, check_model, check_type
 from ..models.blocks import Block, changed_blocks, find_blocks
 from ..models.find import find_layers
-from ..models.guards import explained, full_name
+from ..models.guards import explained, full_name, hooks_of
 from ..models.quantized import QuantizedExperts, QuantizedLinear
 from ..models.sizes import parameter_bytes
 from ..patching.state import is_patched
@@ -172,15 +172,13 @@ def _check_unpatched(model: nn.Module) -> None:
                 f"quantize: {name or 'the model'} is patched: moeprof.unpatch(model) first, and "
                 "patch the quantised model"
             )
-        if any(getattr(h, "__module__", "").startswith("moeprof.profiler") for h in _hooks(module)):
+        if any(
+            getattr(h, "__module__", "").startswith("moeprof.profiler") for h in hooks_of(module)
+        ):
             raise ValueError(
                 f"quantize: a MoEProfiler looks at {name or 'the model'}: stop it first, and make "
                 "a new one for the quantised model"
             )
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 # ---- what there is to do: nothing is changed yet ----
@@ -312,7 +310,7 @@ def _linear_part(
         return f"its class is {full_name(module)}"
     if name in adapted:
         return adapted[name]
-    if _hooks(module) or "forward" in vars(module):
+    if hooks_of(module) or "forward" in vars(module):
         return explained("it has a hook or a forward of its own", module)
     weight, bias = module.weight, module.bias
     if id(weight) in tied:

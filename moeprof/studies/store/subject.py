@@ -112,9 +112,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _in_order(value: Any) -> str:
-    """As repr, but a set is in the same order in each process."""
-    if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(map(_in_order, value)))}}}"
+    """In words, a set in the same order in each process, also one inside of others."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_in_order(k)}: {_in_order(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list | tuple | set | frozenset):
+        each = map(_in_order, value)
+        return f"[{', '.join(sorted(each) if isinstance(value, set | frozenset) else each)}]"
     return repr(value)
 
 
