@@ -306,6 +306,21 @@ def test_colours_are_below_the_maps_and_never_is_crossed(profile):
         assert all(axis.patch.get_hatch() for axis in maps)
 
 
+def test_a_title_says_crossed_where_something_is(profile):
+    every = make_profile(2, 8, 6, prefill=(400, 400), decode=(400, 400))
+    assert all(np.all(m.expert_load) for phase in every.phases for m in every.each(phase))
+    for of, left_out in ((profile, ""), (every, "crossed")):
+        for name in ("load", "coactivation", "moves"):
+            maps = [axis for axis in of.plot(name).axes if axis.get_images()]
+            for axis in maps:
+                crossed = np.ma.getmaskarray(axis.get_images()[0].get_array())
+                if name == "coactivation":
+                    crossed = crossed & ~np.eye(len(crossed), dtype=bool)
+                    assert "diagonal" in axis.get_title(loc="left")
+                said = "never selected" in axis.get_title(loc="left")
+                assert said == crossed.any() and not (left_out and said)
+
+
 def test_the_range_of_experts_per_token_is_seen_of_each_phase():
     figure = make_profile(3, 12, 4, skip=0.3).plot("k")
     left, right = figure.axes

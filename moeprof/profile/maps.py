@@ -49,6 +49,11 @@ def _ratio_map(
     return image
 
 
+def _crossed(never: NDArray[np.bool_]) -> str:
+    """What a title says of experts that were never selected, where there are some."""
+    return "; crossed: never selected" if never.any() else ""
+
+
 def _cross(axis: Axes) -> None:
     """Lines that cross, unlike any colour on paper and in the dark, where an image has none."""
     axis.patch.set(facecolor="none", hatch="xxxxx", edgecolor=NEVER, linewidth=0)
@@ -101,9 +106,8 @@ def load(profile: Profiled) -> Figure:
         table = _stack(rows, [layer.num_experts for layer in profile.layers])
         image = _ratio_map(axis, table, profile.labels)
         tokens = max(m.tokens for m in ms)
-        axis.set_title(
-            f"{phase}: {tokens:,} tokens a layer; crossed: never selected", loc="left", size=11
-        )
+        crossed = _crossed(table == 0)
+        axis.set_title(f"{phase}: {tokens:,} tokens a layer{crossed}", loc="left", size=11)
     _ratio_bar(fig, image, axes, "tokens of the expert / (tokens · k/E)")
     return fig
 
@@ -124,9 +128,10 @@ def domains(profile: Profiled) -> Figure:
     frame = profile.domain_specialisation()
     for axis, label in zip(axes, labels, strict=False):
         of = frame[frame["domain"] == label]
-        table = of.pivot(index="layer", columns="expert", values="times")
-        image = _ratio_map(axis, table.loc[profile.labels].to_numpy(), profile.labels, 16)
-        tokens = f"{of['tokens'].max():,} tokens; crossed: never selected"
+        pivot = of.pivot(index="layer", columns="expert", values="times")
+        table = pivot.loc[profile.labels].to_numpy()
+        image = _ratio_map(axis, table, profile.labels, 16)
+        tokens = f"{of['tokens'].max():,} tokens{_crossed(table == 0)}"
         axis.set_title(f"{plain(label, LABEL)}: {tokens}", loc="left", size=11)
     for axis in axes[len(labels) :]:
         axis.set_axis_off()
@@ -172,12 +177,9 @@ def coactivation(profile: Profiled, layer: Label | None = None) -> Figure:
     _square(fig, left, off[np.ix_(order, order)], order, "share of j's tokens that select i")
     left.set_xlabel(f"expert j, those alike side by side{_named(order)}", size=11)
     left.set_ylabel("expert i, in the same order", size=11)
-    left.set_title(
-        f"N_ij / N_j of {metrics.tokens:,} tokens; crossed: diagonal, never selected",
-        loc="left",
-        size=11,
-    )
     load = metrics.counts.load[0]
+    crossed = "; crossed: diagonal" + ", never selected" * bool((load == 0).any())
+    left.set_title(f"N_ij / N_j of {metrics.tokens:,} tokens{crossed}", loc="left", size=11)
     usual = np.broadcast_to((load / metrics.tokens)[:, None], table.shape)  # whatever j
     _bars(right, _largest(off, usual, load, axis=1), off, usual, "{0}, of the tokens of {1}")
     return fig
@@ -202,7 +204,8 @@ def moves(profile: Profiled, layer: Label | None = None) -> Figure:
     )
     left.set_xlabel(f"expert j of layer {own}{_named(columns)}", size=11)
     left.set_ylabel(f"expert i of layer {last}, those alike side by side", size=11)
-    left.set_title(f"{metrics.tokens:,} tokens; crossed: never selected", loc="left", size=11)
+    crossed = _crossed(np.isnan(table))
+    left.set_title(f"{metrics.tokens:,} tokens{crossed}", loc="left", size=11)
     usual = np.broadcast_to(metrics.counts.load[0] / metrics.tokens, table.shape)
     _bars(right, _largest(table, usual, before, axis=0), table, usual, "{0} to {1}")
     return fig

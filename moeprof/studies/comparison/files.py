@@ -41,6 +41,8 @@ COLUMNS = (
     "perplexity",
     "agreement",
     "tokens_per_s",
+    "tokens_per_s_low",
+    "tokens_per_s_high",
 )
 LISTS = ("static", "quantized", "cells")  # of the JSON; older files have no "quantized"
 INTERVAL = ("estimate", "low", "high", "band_low", "band_high")

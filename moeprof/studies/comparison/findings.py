@@ -24,6 +24,7 @@ from .effects import (
     verdict,
 )
 from .plan import REDUCTION, WIDE
+from .speed import speed_in_words
 
 PRIMARY_BUDGETS = (4, 6)
 NO_ADAPTIVITY = "no token adaptivity shown"
@@ -469,8 +470,8 @@ def _speed(view: View) -> Iterator[str]:
         static: dict[str, Any] = next((c for c in view.run["static"] if c["budget"] == budget), {})
         if cell and cell.get("tokens_per_s") and static.get("tokens_per_s"):
             yield (
-                f"Decoding one token at a time at a budget of {budget}: {cell['tokens_per_s']:.0f} "
-                f"tokens/s with BH, {static['tokens_per_s']:.0f} with static top-{budget} "
+                f"Decoding one token at a time at a budget of {budget}: {speed_in_words(cell)} "
+                f"tokens/s with BH, {speed_in_words(static)} with static top-{budget} "
                 f"(table {table})."
             )
 
@@ -518,12 +519,27 @@ def _shrinking(view: View) -> Iterator[str]:
             f"{signed(_turned(whole['effect']['kl']))} nats of KL, "
             f"{signed(_turned(whole['effect']['nats']))} of next-token loss."
         )
+        yield from _decoding(view, whole, full)
         for other, against in whole.get("against", {}).items():
             said = {BETTER: "fewer bits are closer", WORSE: "fewer experts are closer"}
             yield (
                 f"Both ways mixed: static {name} less static {other} with as many bytes: "
                 f"{signed(against)} nats of KL; {said.get(verdict(against), UNSHOWN)}."
             )
+
+
+def _decoding(view: View, whole: dict[str, Any], full: dict[str, Any]) -> Iterator[str]:
+    """How fast all experts in few bits are, beside fewer experts as the model has them."""
+    budgets = sorted({budget for table in view.tables for budget in view.budgets(table)})
+    fewer = [cell for cell in view.run["static"] if cell["budget"] in budgets]
+    beside = [cell for cell in [*fewer, full] if cell.get("tokens_per_s")]
+    if whole.get("tokens_per_s") and beside:
+        static = {cell["budget"]: f"top-{cell['budget']} {speed_in_words(cell)}" for cell in beside}
+        yield (
+            f"Decoding one token at a time: {speed_in_words(whole)} tokens/s with static "
+            f"{quantized_name(whole['budget'], whole['bits'])}; as the model has its experts, "
+            f"with static {', '.join(static.values())}."
+        )
 
 
 NAMED = 8  # cells, at most, in one sentence

@@ -32,6 +32,7 @@ from .findings import (
     megabytes,
     with_band,
 )
+from .speed import NEW_TOKENS, ROUNDS, speed_in_words
 
 if TYPE_CHECKING:
     from .findings import View
@@ -121,8 +122,14 @@ def protocol(run: dict[str, Any]) -> Iterator[str]:
             f"Quantised: static top-k on the same test text with the experts in "
             f"{' and in '.join(map(str, bits))} bits (moeprof.quantize), hidden states too in 8; "
             "routers and the layers around the experts as the model has them. Compared with the "
-            f"full model in {run['dtype']}. Their bands hold together, apart from the tables'. "
-            "Their decode speed was not taken."
+            f"full model in {run['dtype']}. Their bands hold together, apart from the tables'."
+        )
+    if any("tokens_per_s" in cell for cell in run["static"]):
+        yield (
+            f"Decode speed: {NEW_TOKENS} tokens after a prompt, one at a time. In each round all "
+            "are timed on one prompt, in an order drawn anew, those with experts in the same bits "
+            f"one after the other; {ROUNDS} rounds where there are so many prompts. The median of "
+            "the rounds, in brackets their quartiles. Of this machine, and what else it was doing."
         )
     for name, text in run["nulls"].items():
         yield f"Null {name}: {text}."
@@ -226,7 +233,7 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
             "0",
             f"{static['perplexity']:.2f}",
             f"{static['agreement']:.3f}",
-            _speed(static),
+            speed_in_words(static),
         ]
     ]
     for cell in sorted(cells, key=lambda cell: cell["effect"]["kl"]["estimate"]):
@@ -244,7 +251,7 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
                 in_digits(nats["estimate"]),
                 f"{cell['perplexity']:.2f}",
                 f"{cell['agreement']:.3f}",
-                _speed(cell),
+                speed_in_words(cell),
             ]
         )
     return head, rows
@@ -272,10 +279,11 @@ def bytes_rows(view: View) -> tuple[list[str], list[list[str]]] | None:
                 with_ends({"kl": cell["kl"], "kl_low": low, "kl_high": high}, "kl", ".4f"),
                 f"{cell['perplexity']:.2f}",
                 f"{cell['agreement']:.3f}",
+                speed_in_words(cell),
                 with_band(effect, "") + "*" * view.below_one(cell) if effect else "",
             ]
         )
-    head = ["", "MB", "experts", "KL", "perplexity", "agreement", "at as many bytes"]
+    head = ["", "MB", "experts", "KL", "perplexity", "agreement", "tokens/s", "at as many bytes"]
     return head, rows
 
 
@@ -284,11 +292,6 @@ def _against(against: Mapping[str, Any] | None) -> str:
         return ""
     text = with_band(against)
     return f"{text}: {NO_ADAPTIVITY}" if verdict(against) == UNDECIDED else text
-
-
-def _speed(cell: Mapping[str, Any]) -> str:
-    speed = cell.get("tokens_per_s")
-    return "" if speed is None else f"{speed:.0f}"
 
 
 def _outside(view: View) -> Iterator[str]:

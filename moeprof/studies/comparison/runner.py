@@ -13,13 +13,12 @@ What a cell gives are rows of the tables, each a dict of plain values as it stan
         the mean of the test text. What is read if each token's experts are read for it alone
     by_document : sums of kl, nats, agree, experts and bytes by document
     effect, against, level : written by `effects`, of quantised experts by `bytes_read`
-    tokens_per_s : of decoding
+    tokens_per_s : of decoding, median of the rounds; tokens_per_s_low and _high : their quartiles
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -37,7 +36,7 @@ from .bytes_read import expert_bytes, quantized_name
 from .contenders import Contender, popularity
 from .controls import Oracle, random_counts, shuffled, with_counts
 from .effects import ORACLE, QUANTIZED, RANDOM, ROUTER, SHUFFLED, STATIC
-from .speed import decode_speeds
+from .speed import Timed, decode_speeds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -150,21 +149,24 @@ class Runner:
                 self.measure(rows[-1], TopK(k), None, step, k)
         return {"rows": rows}
 
-    def decoding(self, step: Step, *, settings: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-        """Tokens per second of rows, in turn; settings: what `_setting` takes."""
-        timed = [self._setting(**setting) for setting in settings]
-        speeds = decode_speeds(self.model, self.prompts, timed, seed=seed, step=step)
-        return {"tokens_per_s": [statistics.median(each) for each in speeds]}
+    def decoding(
+        self, step: Step, *, timed: list[dict[str, Any]], seed: int, threads: int
+    ) -> dict[str, Any]:
+        """Tokens per second of rows in each round, in turn; timed: what `_timed` takes."""
+        settings = [self._timed(**one) for one in timed]
+        speeds = decode_speeds(self.model, self.prompts, settings, seed=seed, step=step)
+        return {"tokens_per_s": speeds, "threads": threads}
 
-    def _setting(
-        self, contender: dict[str, Any] | None, max_k: int, value: Any
-    ) -> tuple[Any, AnyNull | None]:
-        """(router, null) of a row, as it was measured; contender: None for static top-k."""
+    def _timed(
+        self, contender: dict[str, Any] | None, max_k: int, value: Any, bits: int | None
+    ) -> Timed:
+        """A row as it was measured; contender: None for static top-k."""
         if contender is None:
             static = [TopK(int(k)) for k in value] if isinstance(value, list) else TopK(value)
-            return static, None
+            return Timed(static, None, bits)
         router, null = self._made(Contender(**contender), max_k)
-        return with_main(router, tuple(value) if isinstance(value, list) else value), null
+        value = tuple(value) if isinstance(value, list) else value
+        return Timed(with_main(router, value), null, bits)
 
     def _made(self, contender: Contender, max_k: int) -> tuple[Router, Null | TokenNull | None]:
         """(router, null), its main parameter still to be set."""

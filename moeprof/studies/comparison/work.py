@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ...checks import check_token_ids
 from ...measure.passes import documents_of, evaluating, reference_bytes
@@ -30,7 +31,7 @@ from .controls import ORACLE_PASSES
 from .effects import ORACLE, QUANTIZED, RANDOM, ROUTER, STATIC, Documents, Table
 from .plan import Part
 from .runner import MAX_PASSES, Runner
-from .speed import NEW_TOKENS, ROUNDS
+from .speed import NEW_TOKENS, ROUNDS, summary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 
 LAYER, CURVE, DECODING = "sensitivity", "curve", "decoding"  # roles of cells, beside the tables'
-SPEED = "decode speed"  # the name of its one cell
+SPEEDS = "decode speeds"  # the name of its one cell
 
 
 @dataclass
@@ -242,18 +243,21 @@ class Comparison:
         """The decode speed of what is measured, all in one cell: they are run in turn."""
         if self.prompts:
             done = all(cell.name in self.found for cell in self._measured())
-            settings = [self._setting(row) for row in _with_speed(self.rows())] if done else None
-            cell = _cell(SPEED, DECODING, settings=settings, seed=self.seed)
+            timed = [self._setting(row) for row in _with_speed(self.rows())] if done else None
+            cell = _cell(
+                SPEEDS, DECODING, timed=timed, seed=self.seed, threads=torch.get_num_threads()
+            )
             yield cell._replace(alone=True)
 
     def _setting(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What makes the router of a row again, as plain values."""
-        if row["role"] == STATIC:
+        """What makes the router of a row, and its experts, again, as plain values."""
+        if row["role"] != ROUTER:
             value = row["budget"] if row["table"] is None else row["targets"]
-            return {"contender": None, "max_k": None, "value": value}
+            return {"contender": None, "max_k": None, "value": value, "bits": row.get("bits")}
         contender = next(c for c in self.contenders if c.name == row["contender"])
         max_k = next(plan.max_k for plan in self.plans if plan.name == row["table"])
-        return {"contender": contender._asdict(), "max_k": max_k, "value": row["parameter"]}
+        value = row["parameter"]
+        return {"contender": contender._asdict(), "max_k": max_k, "value": value, "bits": None}
 
     def _timed_at_most(self) -> int:
         """How many rows may have a decode speed."""
@@ -262,7 +266,7 @@ class Comparison:
             len(of["part"]["budgets"]) if "part" in of else 1
             for of in parts
             if of["role"] in (CURVE, STATIC, ROUTER)
-        )
+        ) + self.top_k * len(self.bits)
 
     def _rows_of(self, cell: Cell) -> int:
         """How many rows it gives; some budgets of a router may turn out to be out of reach."""
@@ -288,9 +292,9 @@ class Comparison:
                 break
             place = {CURVE: "static", QUANTIZED: "quantized"}.get(role, "cells")
             rows[place] += map(dict, (result or {}).get("rows", []))
-        speeds = self.found.get(SPEED, {"tokens_per_s": []})["tokens_per_s"]
-        for row, speed in zip(_with_speed(rows), speeds, strict=False):
-            row["tokens_per_s"] = speed
+        speeds = self.found.get(SPEEDS, {}).get("tokens_per_s", [])
+        for row, rounds in zip(_with_speed(rows), speeds, strict=False):
+            row |= summary(rounds)
         return rows
 
     def analysed(self) -> dict[str, list[dict[str, Any]]]:
@@ -350,8 +354,9 @@ def _known(cell: Cell) -> bool:
 
 def _with_speed(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The rows whose decode speed is taken."""
-    every = [*rows["static"], *rows["cells"]]
-    return [r for r in every if r["role"] in (STATIC, ROUTER) and r["status"] == "measured"]
+    every = [*rows["static"], *rows["quantized"], *rows["cells"]]
+    timed = STATIC, QUANTIZED, ROUTER
+    return [row for row in every if row["role"] in timed and row["status"] == "measured"]
 
 
 def make_work(

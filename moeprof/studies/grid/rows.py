@@ -11,6 +11,7 @@ import numpy as np
 from ...measure.bootstrap import bootstrap
 from ...models.blocks import own_top_k
 from ...routers import TopK
+from ..comparison.speed import SPEED, summary
 from ..sweep.compared import distances
 from .planned import written
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 MEASURED = ("avg_experts_heldout", "avg_experts", "bytes_per_token", "bits_per_byte")
 BITS = ("bits_above_own", "bits_above_static")
-PERPLEXITY, SPEED = "perplexity_above_own", "tokens_per_s"
+PERPLEXITY = "perplexity_above_own"
 ENDS = ("", "_low", "_high")
 SETTING = ("model", "bits", "text", "seed")
 COLUMNS = (
@@ -71,7 +72,7 @@ def rows_of(
                 "error": result.get("error"),
             }
             | {name: result.get(name) for name in MEASURED}
-            | _speed(speeds.get(one.name))
+            | (summary(speeds[one.name]) if speeds.get(one.name) else {})
         )
     measured = [(row, found[row["configuration"]]) for row in rows if not row["error"]]
     results = [result for _, result in measured]
@@ -105,13 +106,6 @@ def _parameters(one: Configuration, result: Mapping[str, Any]) -> dict[str, Any]
     if one.budget is None or result.get("value") is None:
         return dict(one.parameters)
     return {result["parameter"]: result["value"], **one.parameters}
-
-
-def _speed(rounds: list[float] | None) -> dict[str, float]:
-    if not rounds:
-        return {}
-    median, low, high = np.percentile(rounds, [50, 25, 75]).tolist()
-    return {SPEED: median, f"{SPEED}_low": low, f"{SPEED}_high": high}
 
 
 def _line(work: GridWork, found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from ...texts.windows import heldout_windows, passages, spread
 from ..budget.setting import with_main
 from ..budget.stock import budget_text
 from ..comparison.bytes_read import expert_bytes
-from ..comparison.speed import decode_speeds
+from ..comparison.speed import Timed, decode_speeds
 from ..engine.measured import Measured
 from ..store.cells import described
 from ..store.subject import null_digest, subject, text_digest
@@ -226,7 +226,7 @@ class TimesWork(Measured):
 
     def _measure(self, step: Callable[[], object]) -> dict[str, Any]:
         timed = [
-            (router, None if null is None else resolve_null(null))
+            Timed(router, None if null is None else resolve_null(null))
             for router, null in self.routers.values()
         ]
         settings = self._settings

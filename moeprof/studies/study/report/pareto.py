@@ -12,6 +12,8 @@ from ....show.figures import COLOURS, line_styles, pads, plain, style
 from ...comparison.bytes_read import quantized_name
 from ...comparison.effects import ROUTER, STATIC, level_ends
 from ...comparison.findings import View
+from ...comparison.speed import SPEED
+from ...grid.rows import ENDS
 from ...sweep.compared import interval
 from ...sweep.merged import merged
 from .content import Drawn, Section, Sentence, Shown, plain_table
@@ -33,7 +35,8 @@ ALLOCATED = {"equal": "", "free": ", split over layers", "shared": ", one parame
 
 
 class Point(NamedTuple):
-    """One way to route. loss comes with its 95 % interval; None is what was not measured.
+    """One way to route. loss comes with its 95 % interval, speed with the quartiles of its
+    rounds; None is what was not measured.
 
     group : its line of the legend; joined : the group's points are a line
     """
@@ -47,6 +50,8 @@ class Point(NamedTuple):
     low: float | None = None
     high: float | None = None
     joined: bool = False
+    speed_low: float | None = None
+    speed_high: float | None = None
 
 
 class Cost(NamedTuple):
@@ -61,6 +66,11 @@ class Cost(NamedTuple):
     def of(self, point: Point) -> float | None:
         value: float | None = getattr(point, self.field)
         return value
+
+    def ends(self, point: Point) -> tuple[float, float] | None:
+        """What the value may as well have been, where that is known."""
+        low, high = (getattr(point, f"{self.field}_{end}", None) for end in ("low", "high"))
+        return None if low is None or high is None else (low, high)
 
 
 COSTS = (
@@ -95,8 +105,10 @@ def _of_cell(cell: Mapping[str, Any], name: str, group: str, joined: bool = Fals
     loss, read = cell["kl"], cell.get("bytes_per_token")
     megabytes = None if read is None else read / 1e6
     low, high = level_ends(cell) or (None, None)
-    speed = cell.get("tokens_per_s")
-    return Point(name, group, cell["average_k"], megabytes, speed, loss, low, high, joined)
+    speeds = [cell.get(SPEED + end) for end in ENDS]
+    return Point(
+        name, group, cell["average_k"], megabytes, speeds[0], loss, low, high, joined, *speeds[1:]
+    )
 
 
 def of_sweep(run: dict[str, Any]) -> list[Point]:
@@ -109,7 +121,7 @@ def of_sweep(run: dict[str, Any]) -> list[Point]:
     done = (row for row in run["budgets"] if not row.get("error"))
     named += [(row["config"], f"{row['router']} set by budget", row) for row in done]
     # Its speeds are taken one configuration after the other: they can't be compared.
-    return [_of_row(row | {"tokens_per_s": None}, name, group) for name, group, row in named]
+    return [_of_row(row | {SPEED: None}, name, group) for name, group, row in named]
 
 
 def of_grid(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
@@ -128,11 +140,10 @@ def _of_row(row: Mapping[str, Any], name: str, group: str) -> Point:
         group,
         row["avg_experts_heldout"],
         None if read is None else read / 1e6,
-        row.get("tokens_per_s"),
-        row["bits_above_own"],
-        row.get("bits_above_own_low"),
-        row.get("bits_above_own_high"),
+        row.get(SPEED),
+        *(row.get(f"bits_above_own{end}") for end in ENDS),
         group == TOP,
+        *(row.get(SPEED + end) for end in ENDS[1:]),
     )
 
 
@@ -221,7 +232,7 @@ def table(points: Sequence[Point], measure: str, key: str) -> Shown:
                 point.name,
                 _number(point.experts, ".2f"),
                 _number(point.megabytes, ".3g"),
-                _number(point.speed, ".1f"),
+                interval(point._asdict(), "speed", ".1f"),
                 interval(loss, "loss", ".4f"),
                 ", ".join(cost.short for cost in COSTS if place in on.get(cost.field, ())),
             ]
@@ -229,8 +240,9 @@ def table(points: Sequence[Point], measure: str, key: str) -> Shown:
     head = ["#", "way to route", "experts", "MB", "tokens/s", measure, "on the front of"]
     note = (
         "Experts per token; MB of experts' weights that a token reads; decode speed"
-        f"{_of_intervals(points, '; in brackets 95 % intervals over documents')}. The least loss "
-        "first."
+        f"{_of_rounds(points, ', the median of its rounds, in brackets their quartiles')}"
+        f"{_of_intervals(points, '; behind the loss its 95 % interval over documents')}. The "
+        "least loss first."
     )
     made = plain_table("Members of the fronts", note, head, rows)
     return Shown(key, made._replace(words=(head[1], head[-1])))
@@ -239,6 +251,11 @@ def table(points: Sequence[Point], measure: str, key: str) -> Shown:
 def _of_intervals(points: Sequence[Point], words: str) -> str:
     """The words where any of the points has an interval: over one document none has."""
     return words if any(point.low is not None for point in points) else ""
+
+
+def _of_rounds(points: Sequence[Point], words: str) -> str:
+    """The words where a speed was measured more than once."""
+    return words if any(point.speed_low is not None for point in points) else ""
 
 
 def _near(points: Sequence[Point]) -> str:
@@ -255,7 +272,8 @@ def _number(value: float | None, form: str) -> str:
 def drawn(points: Sequence[Point], measure: str, key: str, of: str) -> Drawn:
     caption = (
         "Static top-k has the colour of the text"
-        f"{_of_intervals(points, '; bars: 95 % intervals')}; the wide line joins the "
+        f"{_of_intervals(points, '; upright bars: 95 % intervals')}"
+        f"{_of_rounds(points, '; level ones: quartiles of the speeds')}; the wide line joins the "
         "front, whose members have the numbers of the table. The scale is logarithmic, but "
         "straight from 0 to the smallest loss above it."
     )
@@ -330,6 +348,8 @@ def _group(
         assert x is not None  # `of` has only those
         if point.low is not None and point.high is not None:
             axis.plot([x, x], [point.low, point.high], color=look["color"], lw=1.6, zorder=2)
+        if ends := cost.ends(point):
+            axis.plot(ends, [point.loss] * 2, color=look["color"], lw=1.6, zorder=2)
         axis.plot(
             x,
             point.loss,
