@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_comparison_results import made_cell, made_run, static_kl
 from wording import says
 
 import moeprof
+from moeprof.studies.comparison import speed
 from moeprof.studies.comparison.bytes_read import BytesTable, expert_bytes
 from moeprof.studies.comparison.contenders import Nulls, choose_contenders
 from moeprof.studies.comparison.effects import Documents
@@ -22,6 +24,7 @@ from moeprof.studies.comparison.findings import findings
 from moeprof.studies.comparison.plan import plan_tables
 from moeprof.studies.comparison.plots import figure
 from moeprof.studies.comparison.report import console_tables, report
+from moeprof.studies.comparison.speed import decode_speeds
 from moeprof.studies.comparison.splits import Splits
 from moeprof.studies.comparison.work import Comparison
 
@@ -138,6 +141,40 @@ def test_a_quantised_model_is_compared_at_its_own_bytes():
     assert sum(map(len, rows.values())) == made.describe()["planned_cells"]
 
 
+def test_speeds_are_of_each_setting_in_turn_in_its_own_bits(monkeypatch):
+    """A round has each once, those of the same bits one after the other, in an order of its own."""
+    model, ran = model_of_four(), []
+    before = snapshot(model)
+
+    def greedy(given, ids, tokens):
+        if tokens == 5:
+            formats = {row.dtype for row in moeprof.inspect(given)}
+            ran.append((ids[0, 0].item(), formats, on[-1]))
+        return None, 0.5
+
+    @contextmanager
+    def patch(given, router, null):
+        on.append(router.k)
+        yield
+
+    on = []
+    monkeypatch.setattr(speed, "greedy", greedy)
+    monkeypatch.setattr(speed, "patch", patch)
+    timed = [speed.Timed(moeprof.TopK(k), None, bits) for bits in (None, 8, 4) for k in (1, 2, 3)]
+    prompts = [torch.tensor([[number]]) for number in range(4)]
+    steps = []
+    speeds = decode_speeds(model, prompts, timed, new_tokens=4, step=lambda: steps.append(1))
+    assert speeds == [[8.0] * 4] * 9 and len(steps) == len(ran) == 36
+    rounds = [ran[start : start + 9] for start in range(0, 36, 9)]
+    for number, turn in enumerate(rounds):
+        assert [of for of, _, _ in turn] == [number] * 9
+        assert sorted(k for _, _, k in turn) == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+        assert len({tuple(formats) for _, formats, _ in turn[:3]}) == 1
+        assert len({tuple(formats) for _, formats, _ in turn}) == 3
+    assert len({str(turn) for turn in rounds}) > 2
+    assert_unchanged(model, before)
+
+
 # ---------------------------------------------------------------- what is concluded
 
 
@@ -223,6 +260,10 @@ def test_findings_where_shrinking_is_better_than_all_that_skip():
     assert says(text, "In 16 bits", "top-8 in 4 bits would then be as much as 2.2 of 8 experts")
     assert "which reads more" not in text
     assert says(text, "static top-8 in 4 bits less static top-k in 8 bits", "fewer bits are closer")
+    speeds = "100 (95 to 110)"
+    assert says(text, f"Decoding one token at a time: {speeds} tokens/s", "top-8 in 4 bits")
+    assert says(text, "Decoding", f"top-4 {speeds}, top-6 {speeds}, top-8 {speeds}")
+    assert all(f"| {speeds} |" in row for row in bytes_lines(run).values())
     title = figure(run).axes[-2].get_title("left")
     assert title == "All 8 experts in 4 bits beat fewer that read more"
     marked = {name: ")* |" in row for name, row in bytes_lines(run).items()}

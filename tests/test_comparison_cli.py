@@ -63,6 +63,9 @@ def test_compare_writes_all_files_and_the_json_can_make_them_again(tmp_path, cap
     shrunk = [(cell["bits"], cell["budget"]) for cell in run["quantized"]]
     assert shrunk == [(bits, k) for bits in (4, 8) for k in range(1, 9)]
     assert "Interrupted" not in (tmp_path / "comparison_report.md").read_text()
+    for cell in [*run["static"], *run["quantized"]]:
+        low, middle, high = (cell[f"tokens_per_s{end}"] for end in ("_low", "", "_high"))
+        assert 0 < low <= middle <= high
     roles = Counter(cell["role"] for cell in run["cells"])
     assert roles == {"router": 12, "shuffled": 6, "random": 2, "oracle": 2, "static": 1}
     for cell in run["cells"]:

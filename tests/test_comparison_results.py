@@ -64,6 +64,8 @@ def made_cell(
         "perplexity": 20.0,
         "agreement": 0.8,
         "tokens_per_s": 100.0,
+        "tokens_per_s_low": 95.0,
+        "tokens_per_s_high": 110.0,
         "by_document": {name: list(map(float, values)) for name, values in sums.items()},
     }
 

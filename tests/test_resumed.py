@@ -64,9 +64,9 @@ def compared(folder):
         comparing.compare(made, files, FACTS, Console(file=io.StringIO()))
     run = json.loads(files.json.read_text())
     assert run.pop("seconds") > 0
-    for row in [*run["static"], *run["cells"]]:
-        if row["role"] in ("static", "router") and row["status"] == "measured":
-            assert row.pop("tokens_per_s") > 0
+    for row in [*run["static"], *run["quantized"], *run["cells"]]:
+        if row["role"] in ("static", "quantized", "router") and row["status"] == "measured":
+            assert all(row.pop(f"tokens_per_s{end}") > 0 for end in ("_low", "", "_high"))
     return run
 
 

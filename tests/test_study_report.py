@@ -69,6 +69,21 @@ def test_points_are_those_of_the_run_and_more_tokens_a_second_are_better():
     assert by_name["bh at 4"].low < by_name["bh at 4"].loss < by_name["bh at 4"].high
     fast = [own._replace(speed=speed, loss=loss) for speed, loss in ((9, 1), (8, 1), (7, 0.5))]
     assert pareto.fronts(fast)["speed"] == [0, 2]
+    assert own[-3:] == by_name["static top-8 in 4 bits"][-3:] == (True, 95.0, 110.0)
+    assert own.speed == 100 and by_name["bh at 4"].speed_low == 95
+
+
+def test_the_speeds_of_compare_have_their_rounds():
+    points = pareto.of_compare(compared_run(0.0))
+    shown = pareto.table(points, pareto.KL, "front").table
+    assert {row[4] for row in shown.rows} == {"100.0 (95.0 to 110.0)"}
+    assert "quartiles" in shown.note
+    drawn = pareto.drawn(points, pareto.KL, "figure", "front")
+    assert "quartiles" in drawn.caption
+    level = [line for line in drawn.figure.axes[-1].lines if list(line.get_xdata()) == [95, 110]]
+    assert len(level) == len(points)
+    of_sweep = pareto.table(pareto.of_sweep(swept_run()), pareto.BITS, "front").table
+    assert "quartiles" not in of_sweep.note
 
 
 def test_the_table_has_each_member_once_and_names_its_fronts():
@@ -330,6 +345,7 @@ def test_one_document_decides_nothing():
     """What doesn't vary over documents has no interval."""
     run = compared_run(-0.05)
     for cell in [*run["static"], *run["cells"], *run["quantized"]]:
+        del cell["tokens_per_s"], cell["tokens_per_s_low"], cell["tokens_per_s_high"]
         for kind in ("effect", "against", "level"):
             for found in cell.get(kind, {}).values():
                 ends = ("low", "high", "band_low", "band_high")
