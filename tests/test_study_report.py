@@ -388,6 +388,8 @@ def test_the_verdict_on_shrinking_has_the_bands_and_who_is_closer():
         closer = len(beside(view, whole)["closer"])
         assert f"{closer or 'none'} closer" in part and "shrinking is closer" in part
         assert "beside static top-k that reads as much" in part
+        assert "per token, 100 (95 to 110) tokens/s)" in part
+    assert says(" ".join(said(compare=run)), "Experts as the model has them: 100 (95 to 110)")
     run["quantized"][-1]["bytes_per_token"] = 99.0  # less than one expert
     (line,) = [line for line in said(compare=run) if "fewer bits" in line]
     assert "beside static top-1, which reads more" in line

@@ -67,6 +67,10 @@ class View:
         """The one of them, or None."""
         return next(iter(self.cells(**wanted)), None)
 
+    def static(self, k: int) -> dict[str, Any] | None:
+        """Static top-k, the same in every layer, as the model has its experts; None if not run."""
+        return next((cell for cell in self.run["static"] if cell["budget"] == k), None)
+
     def twin(self, cell: dict[str, Any], **changes: str) -> dict[str, Any] | None:
         """The measured cell that differs from this one by the changes only, or None."""
         place = ("role", "table", "contender", "allocation", "budget")
@@ -115,17 +119,22 @@ class View:
         ]
         return sorted(cells, key=lambda cell: cell["budget"])
 
+    @property
+    def top_k(self) -> int:
+        """The model's own."""
+        own: int = self.run["model_config"]["num_experts_per_tok"]
+        return own
+
     def whole(self) -> list[dict[str, Any]]:
         """Of these the ones with all experts that the model takes, bits descending; a run that
         was interrupted may lack them."""
-        top_k = self.run["model_config"]["num_experts_per_tok"]
-        cells = [cell for cell in self.quantized() if cell["budget"] == top_k]
+        cells = [cell for cell in self.quantized() if cell["budget"] == self.top_k]
         return sorted(cells, key=lambda cell: -cell["bits"])
 
     def below_one(self, cell: Mapping[str, Any]) -> bool:
         """Whether it reads less than static top-1, which then stands for what reads as much."""
-        ones = (of["bytes_per_token"] for of in self.run["static"] if of["budget"] == 1)
-        return any(cell["bytes_per_token"] < one for one in ones)
+        one = self.static(1)
+        return one is not None and cell["bytes_per_token"] < one["bytes_per_token"]
 
     def best_routers(self) -> list[dict[str, Any]]:
         """Of each budget in every layer the router's cell with the least KL, of the first table."""
@@ -137,7 +146,7 @@ class View:
 
     def skipping(self) -> list[dict[str, Any]]:
         """What leaves out experts in place of bits: static top-k and routers below all experts."""
-        top_k = self.run["model_config"]["num_experts_per_tok"]
+        top_k = self.top_k
         static = [cell for cell in self.run["static"] if cell["budget"] < top_k]
         others = [*self.cells(role=STATIC), *self.cells(role=ROUTER)]
         return [*static, *(cell for cell in others if cell["budget"] < top_k)]
@@ -439,8 +448,7 @@ def _bounds(view: View) -> Iterator[str]:
 def _wide(view: View) -> Iterator[str]:
     if WIDE not in view.tables:
         return
-    top_k = view.run["model_config"]["num_experts_per_tok"]
-    pairs = []
+    top_k, pairs = view.top_k, []
     for cell in view.cells(role=ROUTER, table=WIDE, allocation="equal"):
         twin = view.twin(cell, table=REDUCTION)
         if twin:
@@ -467,8 +475,8 @@ def _speed(view: View) -> Iterator[str]:
         cell = view.cell(
             role=ROUTER, contender=PRIMARY, table=table, allocation="equal", budget=budget
         )
-        static: dict[str, Any] = next((c for c in view.run["static"] if c["budget"] == budget), {})
-        if cell and cell.get("tokens_per_s") and static.get("tokens_per_s"):
+        static = view.static(budget)
+        if cell and static and cell.get("tokens_per_s") and static.get("tokens_per_s"):
             yield (
                 f"Decoding one token at a time at a budget of {budget}: {speed_in_words(cell)} "
                 f"tokens/s with BH, {speed_in_words(static)} with static top-{budget} "
@@ -493,8 +501,8 @@ def beside(view: View, whole: Mapping[str, Any]) -> dict[str, list[dict[str, Any
 
 def _shrinking(view: View) -> Iterator[str]:
     """Skip experts or shrink them?"""
-    top_k = view.run["model_config"]["num_experts_per_tok"]
-    full = next((cell for cell in view.run["static"] if cell["budget"] == top_k), None)
+    top_k = view.top_k
+    full = view.static(top_k)
     if full is None:
         return
     for whole in view.whole():

@@ -246,7 +246,7 @@ def _forest(axis: Axes, view: View, table: str) -> None:
 
 def _by_bytes(axis: Axes, view: View) -> None:
     """KL against the bytes of experts' weights that a token reads: a line for each way."""
-    top_k = view.run["model_config"]["num_experts_per_tok"]
+    top_k = view.top_k
     static = view.run["static"][:top_k]
     routers = view.best_routers()
     lines: list[tuple[str, list[dict[str, Any]], dict[str, Any]]]
@@ -322,7 +322,7 @@ def _answer(view: View) -> str:
 
 def _ways(axis: Axes, view: View) -> None:
     """KL of all experts in few bits beside that of every router at one budget, least first."""
-    table, top_k = next(iter(view.tables)), view.run["model_config"]["num_experts_per_tok"]
+    table, top_k = next(iter(view.tables)), view.top_k
     budget = view.budgets(table)[-1]
     cells = [
         (cell, cell["contender"])

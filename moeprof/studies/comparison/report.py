@@ -262,7 +262,7 @@ def bytes_rows(view: View) -> tuple[list[str], list[list[str]]] | None:
     fewest bytes first; None for a run without it."""
     if not view.quantized():
         return None
-    top_k = view.run["model_config"]["num_experts_per_tok"]
+    top_k = view.top_k
     cells = [(cell, f"top-{cell['budget']}") for cell in view.run["static"][:top_k]]
     cells += [(c, quantized_name(c["budget"], c["bits"])) for c in view.quantized()]
     cells += [(c, f"{c['contender']} at {c['budget']}") for c in view.best_routers()]

@@ -85,10 +85,10 @@ COSTS = (
 
 def of_compare(run: dict[str, Any]) -> list[Point]:
     """Of a run of `compare`: static top-k up to the model's own k, quantised too, all routers."""
-    view, top_k = View(run), run["model_config"]["num_experts_per_tok"]
+    view = View(run)
     points = []
-    for cell in run["static"][:top_k]:
-        own = " (the model itself)" if cell["budget"] == top_k else ""
+    for cell in run["static"][: view.top_k]:
+        own = " (the model itself)" if cell["budget"] == view.top_k else ""
         points.append(_of_cell(cell, f"static top-{cell['budget']}{own}", TOP, True))
     for cell in view.quantized():
         name = f"static {quantized_name(cell['budget'], cell['bits'])}"

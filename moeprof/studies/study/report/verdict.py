@@ -18,6 +18,7 @@ from ...comparison.findings import (
     with_band,
     with_level,
 )
+from ...comparison.speed import speed_in_words
 from ...diagnosis.views import beside_alpha, has_one_alpha
 from ...grid.rows import by_setting
 from ...sweep.advice import how_sure, is_above, is_below
@@ -114,14 +115,18 @@ def _shrinking(results: Results) -> Iterator[Sentence]:
         effect, ways = whole["effect"]["kl"], view.skipping()
         what = {BETTER: "shrinking is closer", WORSE: "skipping is closer"}
         alike = "top-1, which reads more" if view.below_one(whole) else "top-k that reads as much"
+        speed = speed_in_words(whole)
+        cost = f"{megabytes(whole)} MB per token" + f", {speed} tokens/s" * bool(speed)
         said.append(
-            f"in {whole['bits']} bits ({megabytes(whole)} MB per token) {with_level(whole)}, "
+            f"in {whole['bits']} bits ({cost}) {with_level(whole)}, "
             f"{with_band(effect)} beside static {alike}: "
             f"{what.get(verdict(effect), UNDECIDED)}, and of {len(ways)} ways to skip, whatever "
             f"they read, {len(beside(view, whole)['closer']) or 'none'} closer"
         )
     if said:
-        yield Sentence(f"All experts, but in fewer bits: {'; '.join(said)}.", "bytes")
+        speed = speed_in_words(view.static(view.top_k) or {})
+        than = f" Experts as the model has them: {speed} tokens/s." if speed else ""
+        yield Sentence(f"All experts, but in fewer bits: {'; '.join(said)}.{than}", "bytes")
     else:
         yield Sentence("Shrinking the experts (8 or 4 bits) was not measured beside skipping.")
 
