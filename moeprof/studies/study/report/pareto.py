@@ -35,23 +35,24 @@ ALLOCATED = {"equal": "", "free": ", split over layers", "shared": ", one parame
 
 
 class Point(NamedTuple):
-    """One way to route. loss comes with its 95 % interval, speed with the quartiles of its
-    rounds; None is what was not measured.
+    """One way to route. None is what was not measured.
 
     group : its line of the legend; joined : the group's points are a line
+    loss : low and high are its 95 % interval; speed : its _low and _high are the quartiles of
+        its rounds
     """
 
     name: str
     group: str
     experts: float | None
     megabytes: float | None
-    speed: float | None
     loss: float
     low: float | None = None
     high: float | None = None
-    joined: bool = False
+    speed: float | None = None
     speed_low: float | None = None
     speed_high: float | None = None
+    joined: bool = False
 
 
 class Cost(NamedTuple):
@@ -102,13 +103,24 @@ def of_compare(run: dict[str, Any]) -> list[Point]:
 
 
 def _of_cell(cell: Mapping[str, Any], name: str, group: str, joined: bool = False) -> Point:
-    loss, read = cell["kl"], cell.get("bytes_per_token")
-    megabytes = None if read is None else read / 1e6
     low, high = level_ends(cell) or (None, None)
-    speeds = [cell.get(SPEED + end) for end in ENDS]
     return Point(
-        name, group, cell["average_k"], megabytes, speeds[0], loss, low, high, joined, *speeds[1:]
+        name,
+        group,
+        experts=cell["average_k"],
+        loss=cell["kl"],
+        low=low,
+        high=high,
+        joined=joined,
+        **_read_and_speed(cell),
     )
+
+
+def _read_and_speed(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The other costs of a Point, as far as they were measured."""
+    read = row.get("bytes_per_token")
+    speeds = {f"speed{end}": row.get(SPEED + end) for end in ENDS}
+    return {"megabytes": None if read is None else read / 1e6, **speeds}
 
 
 def of_sweep(run: dict[str, Any]) -> list[Point]:
@@ -134,16 +146,15 @@ def of_grid(rows: Iterable[Mapping[str, Any]]) -> list[Point]:
 
 
 def _of_row(row: Mapping[str, Any], name: str, group: str) -> Point:
-    read = row.get("bytes_per_token")
     return Point(
         name,
         group,
-        row["avg_experts_heldout"],
-        None if read is None else read / 1e6,
-        row.get(SPEED),
-        *(row.get(f"bits_above_own{end}") for end in ENDS),
-        group == TOP,
-        *(row.get(SPEED + end) for end in ENDS[1:]),
+        experts=row["avg_experts_heldout"],
+        loss=row["bits_above_own"],
+        low=row.get("bits_above_own_low"),
+        high=row.get("bits_above_own_high"),
+        joined=group == TOP,
+        **_read_and_speed(row),
     )
 
 
