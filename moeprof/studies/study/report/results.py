@@ -50,4 +50,9 @@ class Results:
         about = next((one for one in self.facts["parts"] if one["part"] == part), None)
         if about and about.get("failed"):
             return f"No result: {about['failed'].rstrip('.')}."
-        return "No result: this part was not finished." if about else "This part was not run."
+        if about:
+            return (
+                "No result yet: this part was not finished. Its cells that were are in the store: "
+                "the same command goes on with the others."
+            )
+        return "This part was not run."
