@@ -6,7 +6,7 @@ import torch
 from models import assert_unchanged, gate_logits, olmoe, snapshot, token_ids
 
 import moeprof
-from moeprof.measure.bootstrap import bootstrap
+from moeprof.measure.bootstrap import are_few, bootstrap
 from moeprof.measure.passes import Reference, collect
 from moeprof.texts.windows import HeldOut, Window
 
@@ -107,6 +107,30 @@ def test_a_domain_of_one_document_is_no_domain_of_its_own():
         for name in ("error", "low", "high"):
             assert getattr(found, name)[0] == pytest.approx(getattr(wanted, name)[0], abs=0.2), name
     assert bootstrap(means(np.ones((1, 1))), 1, groups=[0]).error[0] == 0
+
+
+@pytest.mark.parametrize("domains, each", [(20, 2), (4, 3), (1, 10), (4, 32)])
+def test_intervals_of_small_groups_hold_what_they_say(domains, each):
+    """In 95 % of 300 texts; drawn as many as there are, of 20 x 2 it would be 81 %."""
+    rng, held, all_held, rounds = np.random.default_rng(3), 0, 0, 300
+    count, groups = domains * each, np.repeat(np.arange(domains), each)
+    for number in range(rounds):
+        values = rng.normal(size=(10, count))
+        found = bootstrap(means(values), count, groups=groups, draws=400, seed=number)
+        held += ((found.low <= 0) & (0 <= found.high)).sum()
+        all_held += ((found.band_low <= 0) & (0 <= found.band_high)).all()
+    assert 0.91 <= held / (10 * rounds) <= 0.98
+    assert all_held / rounds >= 0.88
+
+
+def test_few_documents_have_wider_bands_and_are_called_few():
+    values = np.random.default_rng(0).normal(size=(20, 5))
+    few, many = (bootstrap(means(np.tile(values, n)), 5 * n) for n in (1, 40))
+    few_q, many_q = ((each.band_high - each.estimate) / each.error for each in (few, many))
+    assert few_q.min() > 1.6 * many_q.max()  # 1.42 in each interval, more in several
+    assert are_few(2) and are_few(9) and not are_few(10) and not are_few(1)
+    assert are_few(12, [0] * 4 + [1] * 4 + [2] * 4) is False
+    assert are_few(8, [*"aabbccdd"]) and not are_few(20, [n // 2 for n in range(20)])
 
 
 def test_differences_are_paired():

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 
 DRAWS = 2000
-FEW_DOCUMENTS = 10  # intervals over fewer are too narrow
+FEW_DOCUMENTS = 10  # intervals over fewer are too narrow (of one domain; see `are_few`)
 MORE_DOCUMENTS = (
     "Give more documents: several files, or a .jsonl, which has one in each line (a plain text "
     "file is one), and enough tokens to reach them."
 )
+NORMAL = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 ROUNDING = 1e-9  # a statistic that varies by less is constant
 
 
@@ -47,8 +48,10 @@ def bootstrap(
     Parameters
     ----------
     statistic : function of weights (B, D) -> (B, M)
-        Row b weighs each document by how often it was drawn. All M statistics are of the same
-        draw, so differences between them are paired. Called in pieces of at most 256 draws.
+        Row b weighs each document: of n in its group n - 1 are drawn, and one that was drawn c
+        times has weight c n / (n - 1), so that small groups vary as much as their documents do.
+        All M statistics are of the same draw, so differences between them are paired. Called in
+        pieces of at most 256 draws.
     documents : int
         D.
     groups : (D,) integers, optional
@@ -58,25 +61,58 @@ def bootstrap(
     Returns
     -------
     Intervals
-        The estimate is at weights of 1. Pointwise: percentiles. Bands: estimate -+ q * error, q
-        the 95 % quantile over draws of max_m |draw_m - estimate_m| / error_m; statistics that do
-        not vary have no say in q.
+        The estimate is at weights of 1. Pointwise: percentiles, at the levels that a normal
+        variable has at -+ t, the 97.5 % quantile of Student's t. Bands: estimate -+ q * error, q
+        the 95 % quantile over draws of max_m |draw_m - estimate_m| / error_m, made wider in the
+        same way; statistics that do not vary have no say in q. t has as many degrees of freedom
+        as there are documents less groups.
+
+    Source: Rao and Wu (1988), Resampling inference with complex survey data, for the draws;
+    Hesterberg (2015), What teachers should know about the bootstrap, for the percentiles.
     """
-    rng = np.random.default_rng(seed)
-    groups = np.zeros(documents, int) if groups is None else _of_several(np.asarray(groups))
-    weights = np.zeros((draws, documents))
+    from scipy.special import ndtr
+
+    rng, groups = np.random.default_rng(seed), _groups(documents, groups)
+    freedom = _freedom(documents, groups)
+    t = _student(freedom, NORMAL)
+    weights = np.ones((draws, documents))
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
-        size = len(members)
-        weights[:, members] = rng.multinomial(size, [1 / size] * size, draws)
+        if (size := len(members)) > 1:
+            counts = rng.multinomial(size - 1, [1 / size] * size, draws)
+            weights[:, members] = counts * size / (size - 1)
     estimate = statistic(np.ones((1, documents)))[0]
     drawn = np.concatenate([statistic(weights[i : i + 256]) for i in range(0, draws, 256)])
     error = drawn.std(axis=0, ddof=1)
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     varies = error > ROUNDING
-    t = np.abs(drawn - estimate)[:, varies] / error[varies]
-    q = np.quantile(t.max(axis=1), 0.95) if varies.any() else 0.0
+    error[~varies], drawn[:, ~varies] = 0, estimate[~varies]
+    low, high = np.quantile(drawn, [ndtr(-t), ndtr(t)], axis=0)
+    farthest = np.abs(drawn - estimate)[:, varies] / error[varies]
+    q = _student(freedom, np.quantile(farthest.max(axis=1), 0.95)) if varies.any() else 0.0
     return Intervals(estimate, error, low, high, estimate - q * error, estimate + q * error)
+
+
+def are_few(documents: int, groups: ArrayLike | None = None) -> bool:
+    """Whether 95 % intervals over several documents hold their value in less than 95 %.
+
+    groups : as `bootstrap` takes them: what counts is documents less groups.
+    """
+    return 1 < documents and _freedom(documents, _groups(documents, groups)) < FEW_DOCUMENTS - 1
+
+
+def _groups(documents: int, groups: ArrayLike | None) -> NDArray[np.int64]:
+    return np.zeros(documents, int) if groups is None else _of_several(np.asarray(groups))
+
+
+def _freedom(documents: int, groups: NDArray[np.int64]) -> int:
+    return documents - len(np.unique(groups))
+
+
+def _student(freedom: int, z: float) -> float:
+    """Where Student's t has the level that a normal variable has at z; z with no freedom."""
+    from scipy.special import ndtr, stdtrit
+
+    return -float(stdtrit(freedom, ndtr(-z))) if freedom else z
 
 
 def intervals(

@@ -73,18 +73,24 @@ def _name(aggregate: Aggregate) -> str:
 def _by_weights(
     values: Sequence[Any], aggregate: Aggregate
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    """A function of weights (B, D), how often each document was drawn: the metric (B,) of each."""
+    """A function of weights (B, D), as `bootstrap` draws them: the metric (B,) of each row."""
     transform = _OF_A_RATIO.get(_name(aggregate))
     if transform is None:
 
         def drawn(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-            rows = [np.repeat(np.arange(len(values)), row.astype(int)) for row in weights]
+            rows = [np.repeat(np.arange(len(values)), _times_drawn(row)) for row in weights]
             made = [aggregate([values[int(i)] for i in row]) for row in rows]
             return np.array(made, np.float64)
 
         return drawn
     parts = np.array([v if isinstance(v, list | tuple) else (v, 1) for v in values], float)
     return lambda weights: transform((weights @ parts[:, 0]) / (weights @ parts[:, 1]))
+
+
+def _times_drawn(weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Of D - 1 draws; the weights of the estimate are 1, and no other row is without a 0."""
+    each = weights if weights.all() else weights * (1 - 1 / len(weights))
+    return np.rint(each).astype(np.int64)
 
 
 def _discordant(values: Sequence[Any], reference: Sequence[Any]) -> tuple[int, int] | None:
