@@ -255,7 +255,7 @@ def test_findings_where_shrinking_is_better_than_all_that_skip():
     text = " ".join(findings(run))
     # 8 experts of 26.6 bytes are 212.5, of 800
     assert says(text, "top-8 in 8 bits reads", "27 %", "as much as 2.1 of its 8 experts")
-    assert says(text, "Of 8 ways", "6 read more bytes and are farther", "2 read no more bytes")
+    assert says(text, "Of 8 ways", "6 with more bytes and farther", "2 with no more bytes")
     assert says(text, "top-8 in 4 bits reads", "14 %", "as much as 1.1 of its 8 experts")
     assert says(text, "In 16 bits", "top-8 in 4 bits would then be as much as 2.2 of 8 experts")
     assert "which reads more" not in text
@@ -277,9 +277,9 @@ def test_findings_where_it_is_not():
     run = shrinking_run({8: 0.1}, made_cell(budget=6, shift=-0.02))
     text = " ".join(findings(run))
     # Static's KL is 0.1 at 4 experts.
-    assert says(text, "Of 8 ways", "1 read more bytes and are farther", "2 read no more bytes")
-    assert says(text, "4 are closer (top-k, budget 5, 6, 7; bh, budget 6)")
-    assert says(text, "1 can't be told from it (top-k, budget 4)")
+    assert says(text, "Of 8 ways", "1 with more bytes and farther", "2 with no more bytes")
+    assert says(text, "4 closer (top-k, budget 5, 6, 7; bh, budget 6)")
+    assert says(text, "1 not told from it (top-k, budget 4)")
     title = figure(run).axes[-2].get_title("left")
     assert title == "All 8 experts in 8 bits beat 1 of 6 ways that read more"
 

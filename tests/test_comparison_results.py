@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from wording import says
 
+import moeprof
+from moeprof.routers.base import Router
 from moeprof.studies.comparison.contenders import CONTENDERS, choose_contenders
 from moeprof.studies.comparison.effects import Documents, Table, interpolate, verdict
 from moeprof.studies.comparison.files import frame
@@ -184,7 +186,9 @@ def test_the_first_finding_is_who_keeps_quality_best():
     cells = [made_cell(contender=name, shift=shift) for name, shift in (("a", 0.1), ("b", -0.03))]
     four, six, *_ = findings(made_run(*cells))
     kl = cells[1]["kl"]
-    assert says(four, "At 4 experts", "b keeps quality best of the 2 routers", f"KL {kl:.4f}")
+    assert says(
+        four, "At 4 experts", "b is closest to the full model of the 2 routers", f"KL {kl:.4f}"
+    )
     assert "beats static top-k" in four and says(six, "At 6 experts", "no router")
     four, *_ = findings(made_run(made_cell(shift=0.03)))
     assert "loses to static top-k" in four
@@ -299,3 +303,32 @@ def test_contenders_and_tables_are_chosen_by_name():
     assert plan_tables(8, 12)[1].max_k == 12
     with pytest.raises(ValueError, match="expected some of 2, 3, 4, 5, 6, 7 .table reduction"):
         plan_tables(8, 64, budgets=[9])
+
+
+def test_the_report_has_code_that_uses_what_is_best(monkeypatch):
+    fixed_p, entropy = (
+        made_cell(contender=name, budget=budget, shift=-0.03)
+        for name, budget in (("fixed_p", 4), ("entropy", 6))
+    )
+    run = made_run(fixed_p, entropy, made_cell(contender="bh", budget=4, shift=0.02))
+    page = report(run)
+    for said in (
+        'fit_null(model, tokenizer, texts, kind="efron", score="logprob")',
+        "moeprof.FixedP(max_k=8).with_budget(",
+        "average_k=4, per_layer=True, null=null",
+        "moeprof.Entropy(max_k=8).with_budget(",
+        "average_k=6, per_layer=True\n",
+    ):
+        assert said in page
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    patched = []
+    monkeypatch.setattr(moeprof, "fit_null", lambda *_, **options: options)
+    monkeypatch.setattr(moeprof, "patch", lambda *args, **options: patched.append((args, options)))
+    monkeypatch.setattr(Router, "with_budget", lambda router, *_, **options: options["average_k"])
+    given = dict.fromkeys(("model", "tokenizer", "texts", "other_texts"))
+    for block in blocks:
+        exec(block, {"moeprof": moeprof, **given})
+    null = {"kind": "efron", "score": "logprob"}
+    assert patched == [((None, 4), {"null": null}), ((None, 6), {})]
+    lost = report(made_run(made_cell(contender="bh", budget=4, shift=0.02)))
+    assert 'moeprof.patch(model, "topk", k=4)' in lost and "with_budget" not in lost

@@ -286,7 +286,7 @@ def test_a_study_from_end_to_end_and_again(ground, figures, monkeypatch):
         assert f"{part} (part {PARTS.index(part) + 1} of 6)" in shown
         assert (folder / part).is_dir() and f'href="{part}/' in page
     verdict = shown.partition("The verdict")[2]
-    assert "keeps quality best" in verdict and "keeps quality best" in page
+    assert "closest to the full model" in verdict and "closest to the full model" in page
 
     def never(self, cell, step):
         raise AssertionError(f"{cell.name} was run again")

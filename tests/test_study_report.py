@@ -374,7 +374,7 @@ def test_the_best_router_is_the_one_with_the_least_effect():
         for name, shift in (("bh", 0.02), ("fixed_p", -0.02), ("min_p", 0.01))
     ]
     lines = said(compare=made_run(*cells) | {"quantized": []})
-    assert says(lines[0], "fixed_p keeps quality best", "3 routers", "beats")
+    assert says(lines[0], "fixed_p is closest to the full model", "3 routers", "beats")
     assert says(lines[2], "BH", "loses")
     assert any(says(line, "Shrinking", "not measured") for line in lines)
 

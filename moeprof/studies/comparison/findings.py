@@ -193,7 +193,7 @@ def caution(view: View) -> Iterator[str]:
 
 
 def foremost(run: dict[str, Any]) -> list[str]:
-    """The first of `findings`: a caution, who keeps quality best, and what was planned."""
+    """The first of `findings`: a caution, who is closest to the model, what was planned."""
     view = View(run)
     return [*caution(view), *_answers(view), *_primary(view)]
 
@@ -206,7 +206,7 @@ def _answers(view: View) -> Iterator[str]:
 
 
 def answer(view: View, table: str, budget: int) -> str:
-    """Which router keeps quality best at a budget in every layer."""
+    """Which router is closest to the full model at a budget in every layer."""
     ranked = view.ranked(table, budget)
     if not ranked:
         return f"At {budget} experts per token there is no router: none was or could be set to it."
@@ -214,10 +214,12 @@ def answer(view: View, table: str, budget: int) -> str:
     routers = f"{len(ranked)} router{'s' * (len(ranked) != 1)} that can be set to it"
     if verdict(best["effect"]["kl"]) == WORSE:
         lead = (
-            f"static top-k keeps quality best; of the {routers} {best['contender']} comes closest"
+            f"static top-k is closest to the full model; of the {routers} {best['contender']} is "
+            "next"
         )
     else:
-        lead = f"{best['contender']} keeps quality best of the {routers}"
+        apart = " (they are not tested against each other)" if len(ranked) > 1 else ""
+        lead = f"{best['contender']} is closest to the full model of the {routers}{apart}"
     return f"At {budget} experts per token {lead}: {with_level(best)}, {against_static(best)}."
 
 
@@ -345,10 +347,11 @@ def _adaptivity(view: View) -> Iterator[str]:
     listed = "; ".join(
         f"{name} ({place}, budget {', '.join(budgets)})" for (name, place), budgets in where.items()
     )
+    closer = len(compared) - len(silent)
     yield (
         f"Against their own numbers of experts dealt to other tokens (shuffled-k), "
-        f"{NO_ADAPTIVITY}: {listed}. The other {len(compared) - len(silent)} of {len(compared)} "
-        "cells are closer to the full model than their shuffle."
+        f"{NO_ADAPTIVITY}: {listed}. In {closer or 'none'} of {len(compared)} cells the router is "
+        "closer to the full model than its shuffle."
     )
 
 
@@ -562,13 +565,13 @@ def _dominance(view: View, whole: dict[str, Any]) -> str:
     if len(found["beaten"]) == count:
         return f"Each of the {ways} reads more bytes and is farther from the full model."
     words = {
-        "beaten": "read more bytes and are farther from the full model",
-        "cheaper": "read no more bytes and are farther",
-        "closer": "are closer",
-        "undecided": "can't be told from it",
+        "beaten": "with more bytes and farther from the full model",
+        "cheaper": "with no more bytes and farther",
+        "closer": "closer",
+        "undecided": "not told from it",
     }
     parts = [f"{len(cells)} {words[kind]}{_places(cells)}" for kind, cells in found.items()]
-    return f"Of {ways} {', '.join(part for part in parts if part[0] != '0')}."
+    return f"Of {ways}: {', '.join(part for part in parts if part[0] != '0')}."
 
 
 def _places(cells: list[dict[str, Any]]) -> str:

@@ -115,10 +115,12 @@ def _curves(axis: Axes, view: View, table: str, coloured: list[str]) -> None:
     """Effects against experts: static top-k is the line at 0."""
     for name in (name for name in view.contenders if name not in coloured):
         experts, effect, _, _ = _line(view, table, ROUTER, name)
-        axis.plot(experts, 1e3 * effect, color=GREY, linewidth=1, zorder=1, label=name)
+        axis.plot(experts, 1e3 * effect, ".-", color=GREY, linewidth=1, zorder=1, label=name)
     for name, style in zip(coloured, line_styles(len(coloured)), strict=True):
         experts, effect, low, high = _line(view, table, ROUTER, name)
         axis.fill_between(experts, 1e3 * low, 1e3 * high, color=style["color"], alpha=0.15, lw=0)
+        if len(experts) == 1:  # nothing to shade
+            axis.vlines(experts, 1e3 * low, 1e3 * high, color=style["color"], linewidth=2)
         primary = name == PRIMARY
         axis.plot(
             experts,
@@ -132,24 +134,26 @@ def _curves(axis: Axes, view: View, table: str, coloured: list[str]) -> None:
     for role, (dashes, label) in CONTROLS.items():
         name = {RANDOM: "random R", ORACLE: "oracle"}[role]
         experts, effect, _, _ = _line(view, table, role, name)
-        axis.plot(experts, 1e3 * effect, dashes, color=DARK, linewidth=1.6, label=label, zorder=2)
+        look = {"linestyle": dashes, "marker": ".", "color": DARK, "linewidth": 1.6}
+        axis.plot(experts, 1e3 * effect, label=label, zorder=2, **look)
     x, y = np.concatenate([line.get_xydata() for line in axis.lines]).astype(float).T
     axis.axhline(0, color="black", linewidth=1.6, zorder=3)
     budgets = view.tables[table]["budgets"]
     axis.plot(x.max(initial=min(budgets)), 0, color="black", label="static top-k")  # for its name
     _scale(axis, "y", y)
+    axis.set_xlim(min(budgets) - 0.4, max(max(budgets), x.max()) + 0.4)
     _name_lines(axis)
     axis.set_xticks(range(min(budgets), max(budgets) + 1))
     axis.grid(color="#e4e4e4")
     axis.set_axisbelow(True)
     axis.set_xlabel("experts per token on the test text", size=13)
-    axis.set_ylabel("KL to the full model less static's, nats/1000", size=13)
+    axis.set_ylabel("KL to the full model less static's, nats/1000 (log scale beyond 5)", size=13)
     most = view.tables[table]["max_k"]
     _title(
         axis,
         _headline(view, table),
         f"table {table}: at most {most} experts a token; below 0 is better; "
-        f"{_ends(view, 'shaded: bands')}\n"
+        f"{_ends(view, 'bars: bands' if len(budgets) == 1 else 'shaded: bands')}\n"
         "random R: random numbers of experts; oracle: knows the experts' outputs",
     )
 
@@ -232,7 +236,7 @@ def _forest(axis: Axes, view: View, table: str) -> None:
     axis.invert_yaxis()
     axis.grid(axis="x", color="#e4e4e4")
     axis.set_axisbelow(True)
-    axis.set_xlabel("KL to the full model less static's, nats/1000", size=13)
+    axis.set_xlabel("KL to the full model less static's, nats/1000 (log scale beyond 5)", size=13)
     reached = view.count([cell for cell in cells if cell["role"] == ROUTER])
     detail = (
         f"{reached} reach it; {_ends(view, 'thick: 95 % interval; thin: band')}\n"

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...measure.machine import in_one_line
+from ...routers import REGISTRY
 from ...show.tables import fine, markdown, text_table
 from ..sweep.compared import interval as with_ends
 from .bytes_read import quantized_name
-from .contenders import LEFT_OUT
+from .contenders import CONTENDERS, FORMS, LEFT_OUT, Contender
 from .effects import (
     BETTER,
     ORACLE,
@@ -25,6 +26,7 @@ from .effects import (
 from .findings import (
     INTERVALS,
     NO_ADAPTIVITY,
+    PRIMARY_BUDGETS,
     View,
     band,
     findings,
@@ -70,6 +72,7 @@ def report(run: dict[str, Any]) -> str:
     parts = ["# Routers at an equal budget of experts", *_status(run)]
     if run["cells"]:
         parts += ["## What the results say", _bullets(findings(run)), f"![Effects]({FIGURE})"]
+        parts += ["## Use it", *_use(view)]
     parts += ["## What was measured", _bullets(protocol(run))]
     if rows := bytes_rows(view):
         parts += ["## Skip experts or shrink them", BYTES, markdown(*rows)]
@@ -84,6 +87,42 @@ def report(run: dict[str, Any]) -> str:
                 parts += [f"### All measures at {budget} experts in every layer", markdown(*rows)]
     parts += _outside(view)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _use(view: View) -> Iterator[str]:
+    """Code for the first table's budgets: the router closest to the full model, or static top-k
+    where no router is shown to be closer than that."""
+    table = next(iter(view.tables))
+    for budget in view.budgets(table):
+        ranked = view.ranked(table, budget)
+        better = [cell for cell in ranked if verdict(cell["effect"]["kl"]) == BETTER]
+        of = next((c for c in CONTENDERS if better and c.name == better[0]["contender"]), None)
+        if of is not None and of.router != "weighted_bh":  # which has weights of this model
+            yield f"At {budget} experts per token, {of.name}:"
+            yield f"```python\n{_code(of, view.tables[table]['max_k'], budget)}\n```"
+        elif ranked and not better:
+            yield f"At {budget} experts per token, static top-k; no router is shown to be closer:"
+            yield f'```python\nmoeprof.patch(model, "topk", k={budget})\n```'
+
+
+def _code(of: Contender, max_k: int, budget: int) -> str:
+    """With the user's own texts: `texts` for the null, `other_texts` for the budget."""
+    lines, null = [], ""
+    if of.null:
+        kind, score = FORMS[of.null]
+        lines.append(
+            f'null = moeprof.fit_null(model, tokenizer, texts, kind="{kind}", score="{score}")'
+        )
+        null = ", null=null"
+    parameters = {"max_k": max_k, **of.parameters}
+    given = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+    lines += [
+        f"router = moeprof.{REGISTRY[of.router].__name__}({given}).with_budget(",
+        f"    model, tokenizer, other_texts, average_k={budget}, per_layer=True{null}",
+        ")",
+        f"moeprof.patch(model, router{null})",
+    ]
+    return "\n".join(lines)
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -101,6 +140,7 @@ def _status(run: dict[str, Any]) -> Iterator[str]:
 def protocol(run: dict[str, Any]) -> Iterator[str]:
     """What was measured and how, in sentences."""
     size, splits = run["model_config"], run["splits"]
+    fixed = [budget for budget in PRIMARY_BUDGETS if budget in run["tables"][0]["budgets"]]
     test = splits["test"]
     domains = sorted({document["domain"] for document in test})
     tokens = {part: sum(d["tokens"] for d in splits[part]) for part in ("budget", "test")}
@@ -136,8 +176,9 @@ def protocol(run: dict[str, Any]) -> Iterator[str]:
     yield (
         "Effect: mean KL(full model || router) less that of static top-k, k = 1, 2, ... joined by "
         "straight lines, at the router's own average on the test text. Primary, "
-        "fixed before the run: BH on logprob under the efron null, the budget in every "
-        "layer, against static at 4 and 6."
+        "fixed before any run: BH on logprob under the efron null, the budget in every "
+        f"layer, against static at {' and '.join(map(str, PRIMARY_BUDGETS))}; of these "
+        f"{' and '.join(map(str, fixed)) or 'none'} was run."
     )
     yield (
         "Controls: shuffled-k deals a router's own numbers of experts to other tokens of the "

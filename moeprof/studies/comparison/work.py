@@ -349,7 +349,7 @@ def _layer(layer: int) -> str:
 def _known(cell: Cell) -> bool:
     """Whether its parameters wait for no other result."""
     targets = cell.parameters.get("part", {}).get("targets", ())
-    return cell.parameters.get("settings", ()) is not None and None not in targets
+    return cell.parameters.get("timed", ()) is not None and None not in targets
 
 
 def _with_speed(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
