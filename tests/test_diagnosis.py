@@ -22,11 +22,18 @@ from moeprof.studies.diagnosis import ablation as ab
 from moeprof.studies.diagnosis import diagnose, plots
 from moeprof.studies.diagnosis import statistics as st
 from moeprof.studies.diagnosis.discoveries import DELTAS, FDP, discovery_rows
-from moeprof.studies.diagnosis.pvalues import selection_rows
+from moeprof.studies.diagnosis.pvalues import p_value_rows, selection_rows
 from moeprof.studies.diagnosis.result import Diagnosis
-from moeprof.studies.diagnosis.rows import ALL
+from moeprof.studies.diagnosis.rows import ABOVE, ALL
 from moeprof.studies.diagnosis.seen import Seen, Selected, entropy
-from moeprof.studies.diagnosis.views import as_markdown, findings, views
+from moeprof.studies.diagnosis.transfer import LEAST, transfer_rows
+from moeprof.studies.diagnosis.views import (
+    as_markdown,
+    departing_layers,
+    departures,
+    findings,
+    views,
+)
 from moeprof.texts.windows import HeldOut, Window, heldout_windows
 
 pytestmark = pytest.mark.slow  # test_every_study runs a diagnosis on both versions
@@ -117,6 +124,79 @@ def test_floor_and_ceiling_count_rejections_not_experts():
     assert found["rejections"] == pytest.approx(4.5)
 
 
+class Uniform:
+    """A null under which what is seen are its p-values."""
+
+    def layer(self, number):
+        return self
+
+    def p_values(self, p):
+        return p
+
+
+def p_values_of(*layers, documents=40):
+    """Seen, of p-values (T, E) a layer."""
+    tokens = len(layers[0])
+    of = np.repeat(np.arange(documents), tokens // documents)
+    return Seen(np.stack(layers), np.zeros(tokens), of, documents, [PLAIN] * len(layers))
+
+
+def test_large_p_values_depart_from_uniform_where_pi0_changes_or_is_above_1():
+    """Few needed experts are no departure; p-values that only have the right mean are one."""
+    rng = np.random.default_rng(0)
+    uniform = rng.random((4000, 16))
+    needed = np.concatenate([1e-3 * rng.random((4000, 2)), uniform[:, 2:]], axis=1)
+    lumps = np.where(uniform < 0.5, 0.3, 0.6) + 0.1 * rng.random((4000, 16))
+    wide = rng.beta(0.5, 0.5, (4000, 16))
+    above = np.where(uniform < 0.1, 0.9 + uniform, uniform)  # flat from 0.5 on, but for the end
+    high = 0.5 + 0.5 * uniform  # flat from 0.5 on, but twice as many as there can be
+    seen = p_values_of(uniform, needed, lumps, wide, above, high)
+    rows = list(p_value_rows(seen, Uniform(), "stock", np.zeros(40, int), 200))
+    frame = Diagnosis(rows, {}).to_frame
+    pi0 = frame("pi0").pivot(index="layer", columns="at", values="estimate")[0.5]
+    assert np.allclose(pi0[:4], [1, 0.875, 1, 1], atol=0.02)
+    expected = [False, False, True, True, True, True]
+    assert list(departures(frame("flatness")).values()) == expected
+    assert departing_layers(frame("flatness"))["stock"] == (4, 6)
+
+
+def test_few_uniform_layers_are_called_departing():
+    """Of 100 texts of 40 documents that differ, about 5 %: it is one band for five numbers."""
+    rng = np.random.default_rng(1)
+    shift = rng.normal(0, 0.3, (100, 40, 1))
+    z = np.repeat(shift, 30, axis=1) + rng.normal(size=(100, 1200, 4))
+    seen = p_values_of(*scipy.stats.norm.sf(z / np.sqrt(1.09)))
+    rows = p_value_rows(seen, Uniform(), "stock", np.zeros(40, int), 200)
+    assert departing_layers(Diagnosis(rows, {}).to_frame("flatness"))["stock"][0] <= 12
+
+
+def test_a_domain_of_few_documents_has_no_interval_and_a_largest_distance_never():
+    rng = np.random.default_rng(2)
+    domains = np.repeat(["few", "enough"], [LEAST - 1, LEAST])
+    seen = p_values_of(*rng.random((2, 220, 8)), documents=11)
+    fitted_on = p_values_of(*rng.beta(0.5, 1, (2, 200, 8)), documents=4)
+    given = np.array(["few", "few", "enough", "enough"])
+    nulls = {"few": Uniform(), "null given": Uniform()}
+    rows = transfer_rows(nulls, (fitted_on, given), seen, domains, TopK(2), 50)
+    frame = Diagnosis(rows, {}).to_frame("transfer")
+    several = (frame["at"] == "enough") & (frame["quantity"] != "KS distance")
+    for end in ("low", "high", "band_low", "band_high", "error"):
+        assert (frame[end].notna() == several).all()
+    assert (frame[frame["quantity"] == "experts"]["estimate"] == 2).all()
+    cell = frame.set_index(["routing", "at", "layer", "quantity"])["estimate"]
+    for null, source in (("few", given == "few"), ("null given", given != "")):
+        of = np.isin(fitted_on.documents, np.flatnonzero(source))
+        for domain in ("few", "enough"):
+            here = np.isin(seen.documents, np.flatnonzero(domains == domain))
+            expected = [
+                scipy.stats.ks_2samp(p[here].ravel(), own[of].ravel()).statistic
+                for p, own in zip(seen.logits, fitted_on.logits, strict=True)
+            ]
+            expected.append(np.mean(expected))
+            found = [cell[null, domain, layer, "KS distance"] for layer in (0, 1, ALL)]
+            assert np.allclose(found, expected, atol=0.01)  # at the edges only
+
+
 def made_up(rejections, counts, single, added):
     """An Ablation of one layer with one position a document."""
     label, delta = [], []
@@ -155,6 +235,39 @@ def test_fdp_by_hand():
     assert value["fdp", 0, "forced by min_k", None] == pytest.approx(2 / 3)
     assert value["fdp curve", 0, "FDP", DELTAS[-1]] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
     assert all(value["fdp", ALL, name, None] == value["fdp", 0, name, None] for name in FDP)
+
+
+def test_the_false_of_all_do_not_depend_on_where_nothing_is_selected():
+    """As FDP does: of two routers that choose alike one selects at every second position only.
+
+    Over layers, too, they are of all experts that are selected; of none there is no share.
+    """
+    rng = np.random.default_rng(3)
+    changes = np.where(rng.random((400, 2)) < 0.6, -0.1, 0.5)
+    shares = {}
+    for name, rejections in (("always", np.full(400, 2)), ("at times", np.tile([0, 2], 200))):
+        found = made_up(rejections, np.full(400, 2), changes, np.full(400, 0.05))
+        rows = discovery_rows(found, name, np.zeros(400, int), 100)
+        shares[name] = {row["quantity"]: row for row in rows if row["table"] == "fdp"}
+    every, half = shares["always"], shares["at times"]
+    assert every["FDP(delta0)"]["estimate"] == every["false of all"]["estimate"]
+    assert half["false of all"]["estimate"] == 2 * half["FDP(delta0)"]["estimate"]
+    assert half["false of all"]["low"] < 0.6 < half["false of all"]["high"]
+    # A second layer, which selects nothing, and a third, which selects one that is false.
+    found = made_up([2, 2], [2, 2], [[-1, 1], [-1, 1]], [0.1, 0.1])
+    columns = ("position", "kind", "layer", "slot", "delta")
+    third = found._replace(layer=found.layer + 2)
+    both = found._replace(
+        counts=np.full((2, 3), 2),
+        rejections=np.array([[2, 0, 1]] * 2),
+        **{n: np.concatenate([getattr(found, n), getattr(third, n)]) for n in columns},
+    )
+    rows = discovery_rows(both, "bh", np.zeros(2, int), 20)
+    value = {(r["layer"], r["quantity"]): r["estimate"] for r in rows if r["table"] == "fdp"}
+    assert value[0, "false of all"] == 0.5 and value[2, "false of all"] == 1
+    assert np.isnan(value[1, "false of all"]) and value[1, "FDP(delta0)"] == 0
+    assert value[ALL, "false of all"] == pytest.approx(4 / 6)  # (2 + 0 + 2) of (4 + 0 + 2)
+    assert value[ALL, "FDP(delta0)"] == pytest.approx((0.5 + 0 + 1) / 3)
 
 
 # ---------------------------------------------------------------- ablation
@@ -321,6 +434,7 @@ def test_an_alpha_for_each_layer_and_positions_in_few_documents(loaded, null):
     )
     words = " ".join(found.summary().split())
     assert "6 positions in 6 documents" in words and "times alpha" not in words
+    assert says(words, "fewer than", "40 documents", "intervals over so few documents")
     table = next(v for v in views(found) if v.title.startswith("False discoveries")).frame
     assert list(table["alpha"][:5]) == ["0.1", "0.2", "0.3", "0.4", ""]
     assert "joint" not in found.tables
@@ -340,9 +454,14 @@ def test_files_are_written_whole(small, tmp_path):
         assert png.startswith(b"\x89PNG") and png.rstrip().endswith(b"IEND\xaeB`\x82")
 
 
+def drawn(figure):
+    """The legend of the first panel."""
+    return figure.axes[0].get_legend_handles_labels()[1]
+
+
 def test_figures_say_what_came_out_and_what_their_letters_mean(small):
     ablation, selection, p_values = map(small.figure, ("ablation", "selection", "p_values"))
-    for words in ("FDP:", "δ0 (the dots):", "r: how many of the best"):
+    for words in ("FDP (dotted):", "δ0 (the dots):", "r: how many of the best"):
         assert words in ablation.get_supxlabel().replace("\n", " ")
     for words in ("R: how many", "λ, π̂0:", "KS distance:"):
         assert words in selection.get_supxlabel().replace("\n", " ")
@@ -350,6 +469,10 @@ def test_figures_say_what_came_out_and_what_their_letters_mean(small):
     name = next(iter(small.facts["compared"]))
     of = (fdp["routing"] == name) & (fdp["layer"] == ALL) & (fdp["quantity"] == "FDP(delta0)")
     row = fdp[of].iloc[0]
+    of_all = (fdp["routing"] == name) & (fdp["layer"] == ALL) & (fdp["quantity"] == "false of all")
+    of_all = fdp[of_all].iloc[0]
+    assert f"of all selected {of_all['estimate']:.2f} [" in ablation.get_suptitle()
+    assert f"{name}, FDP" in drawn(ablation)
     assert f"{name}: FDP at δ0 is {row['estimate']:.2f}" in ablation.get_suptitle()
     for alpha, side in (
         (row["low"] - 0.01, "above"),
@@ -361,16 +484,22 @@ def test_figures_say_what_came_out_and_what_their_letters_mean(small):
         changed = Diagnosis(small._rows, small.facts | {"alpha": float(alpha)})
         false, uniform, *_ = findings(changed)
         answer = {"above": "No", "below": "Yes", "not told from": "Undecided"}[side]
-        assert says(false, f"{answer}: ", f"{row['estimate']:.2f} [", f"alpha is {alpha:g}")
-        assert says(uniform, "of 4 layers (own routing) and", "(patched)", "π̂0")
-    assert "alpha" not in plots.fdp_verdict(fdp, small.facts | {"alpha": None})
-    assert findings(Diagnosis(small._rows, small.facts | {"alpha": None}))[0] == uniform
+        mean = "0 where nothing is selected"
+        assert says(false, f"{answer}: ", mean, f"{row['estimate']:.2f} [", f"alpha is {alpha:g}")
+        assert says(false, "Of all selected experts", f"{of_all['estimate']:.2f} [")
+        assert says(uniform, "of 4 layers (own routing) and", "(patched)", "π̂0 changes", "above 1")
+    without = Diagnosis(small._rows, small.facts | {"alpha": None})
+    assert "alpha" not in plots.fdp_verdict(fdp, without.facts)
+    assert findings(without)[0] == uniform
+    assert not any("FDP" in text for text in drawn(without.figure("ablation")))
     assert "of the tokens" in selection.get_suptitle()
-    pi0 = small.to_frame("pi0")
-    for low, high, inside in ((0.9, 1.1, 4), (1.01, 1.1, 0)):
-        said = plots.uniform_verdict(pi0.assign(low=low, high=high))
-        assert said.endswith(f"{inside} of 4 layers (own routing), {inside} of 4 (patched)")
-    assert p_values.get_suptitle() == plots.uniform_verdict(pi0)
+    flat = small.to_frame("flatness")
+    for low, high, outside in ((-0.1, 0.1, 0), (0.01, 0.1, 4), (-0.1, -0.01, 4)):
+        said = plots.uniform_verdict(flat.assign(band_low=low, band_high=high))
+        assert said.endswith(f"{outside} of 4 layers (own routing), {outside} of 4 (patched)")
+    below = flat.assign(band_low=-0.1, band_high=-0.01)[flat["quantity"] == ABOVE]
+    assert " 0 of 4 layers" in plots.uniform_verdict(below)  # fewer than all are nulls
+    assert p_values.get_suptitle() == plots.uniform_verdict(flat)
 
 
 def test_the_row_of_what_experts_do_together_needs_documents(small):

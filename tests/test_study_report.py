@@ -193,6 +193,7 @@ def diagnosed(alpha=0.3, low=0.37, high=0.47):
     shares = ("P(R >= 1)", "P(R < min_k)", "P(R > max_k)")
     for routing in ("stock", "patched"):
         add("pi0", routing, "pi0", 0.5, 0.9)
+        add("flatness", routing, "pi0 less pi0 at 0.5", 0.9, 0.1)
         add("quantiles", routing, "quantile", 0.05, 0.04)
         for name in ("experts", "rejections", *shares):
             add("selection", routing, name, None, 0.5)
@@ -437,7 +438,9 @@ def test_numbers_have_at_least_two_digits():
 )
 def test_the_verdict_says_whether_the_p_values_hold(ends, words):
     lines = said(diagnose=diagnosed(0.3, *ends))
-    assert any(says(line, "p-values", f"[{ends[0]:.2f}, {ends[1]:.2f}]", words) for line in lines)
+    means = ("p-values", "0 where nothing is selected", f"[{ends[0]:.2f}, {ends[1]:.2f}]", words)
+    assert any(says(line, *means) for line in lines)
+    assert any(says(line, "Of all that it selects", "0.40 [0.00, 1.00]") for line in lines)
     assert any("not tested" in line for line in said(diagnose=diagnosed(None)))
 
 

@@ -3,7 +3,10 @@
 A discovery is an expert that the test selected and that ran: of rank <= min(R, experts), so
 that experts which min_k forced in are none. It is false at delta if emptying its slot raises
 the next-token loss by less than delta nats, so also if the expert hurts. FDP of a position in a
-layer is V / max(R, 1), V the false ones; FDP of a layer is the mean over positions.
+layer is V / max(R, 1), V the false ones; FDP of a layer is the mean over positions, of which one
+without discoveries counts as 0: so the false discovery rate is defined, which alpha is about.
+"false of all" is sum V / sum R over the positions, of all layers over these too. By it alone
+routers can be compared that discover nothing at different numbers of positions.
 
 delta0 is a size of change that means nothing: the 95 % quantile of |change| when a random
 unselected expert is added with its own weight, layer by layer.
@@ -31,13 +34,16 @@ if TYPE_CHECKING:
 DELTAS = np.geomspace(1e-4, 0.3, 24)
 QUANTILE = 0.95
 DOCUMENTS = 10  # fewer say nothing about a mean over documents
-FDP = ("delta0", "FDP(delta0)", "false of all", "FDP(0)")
+FDP = ("delta0", "FDP(delta0)", "FDP(0)", "false of all")
+CURVES = ("FDP", "false of all")  # each at DELTAS
+SIZE = len(FDP) + len(CURVES) * len(DELTAS)  # numbers of a layer
+POOLED = [len(FDP) - 1, *range(SIZE - len(DELTAS), SIZE)]  # those of them that are sums V
 
 
 def discovery_rows(
     ablation: Ablation, routing: str, groups: NDArray[np.int64], draws: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one router: FDP by delta and at delta0 (tables "fdp", "fdp curve"), "joint".
+    """Rows of one router: the false ones by delta and at delta0 ("fdp", "fdp curve"), "joint".
 
     groups (D,): each document's domain. delta0 is estimated anew in every draw, and the FDP
     with it.
@@ -45,24 +51,26 @@ def discovery_rows(
     layers = ablation.counts.shape[1]
     curves = [_fdp_statistic(ablation, layer, len(groups)) for layer in range(layers)]
     means = _count_statistic(ablation, len(groups))
-    size = len(FDP) + len(DELTAS)
+    by_delta = np.repeat(CURVES, len(DELTAS))
 
     def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         each = np.stack([curve(weights) for curve in curves], axis=1)
         each = np.concatenate([each, each.mean(axis=1, keepdims=True)], axis=1)
-        return np.concatenate([each.reshape(len(weights), -1), means(weights)], axis=1)
+        each[..., POOLED] = divide(each[..., POOLED], each[..., SIZE:])
+        each = each[..., :SIZE].reshape(len(weights), -1)
+        return np.concatenate([each, means(weights)], axis=1)
 
     found = intervals(statistic, len(groups), groups=groups, draws=draws)
     delta0 = []
     for position, layer in enumerate([*range(layers), ALL]):
-        start = position * size
+        start = position * SIZE
         part = _part(found, start, start + len(FDP))
         delta0.append(part.estimate[0])
         yield from rows("fdp", routing, layer, FDP, None, part)
-        part = _part(found, start + len(FDP), start + size)
-        yield from rows("fdp curve", routing, layer, "FDP", DELTAS, part)
+        part = _part(found, start + len(FDP), start + SIZE)
+        yield from rows("fdp curve", routing, layer, by_delta, np.tile(DELTAS, len(CURVES)), part)
     names = ("experts", "discoveries", "forced by min_k")
-    part = _part(found, size * (layers + 1), None)
+    part = _part(found, SIZE * (layers + 1), None)
     labels = np.repeat([*range(layers), ALL], len(names))
     yield from rows("fdp", routing, labels, np.tile(names, layers + 1), None, part)
     for layer in range(layers):
@@ -79,7 +87,7 @@ def discoveries(ablation: Ablation) -> NDArray[np.int32]:
 
 
 def _fdp_statistic(ablation: Ablation, layer: int, size: int) -> Statistic:
-    """(B, D) -> (B, len(FDP) + len(DELTAS)) of one layer."""
+    """(B, D) -> (B, SIZE + 1) of one layer: at POOLED sums V, at last sum R."""
     found = discoveries(ablation)[:, layer]
     of_layer = ablation.layer == layer
     single = (ablation.kind == SINGLE) & of_layer
@@ -102,11 +110,11 @@ def _fdp_statistic(ablation: Ablation, layer: int, size: int) -> Statistic:
         total = _cumulative(drawn)
         rank0 = np.searchsorted(delta, delta0, side="left")
         row = np.arange(len(weights))
-        number = np.maximum(total[:, -1], 1)
         at = np.searchsorted(delta, DELTAS, side="left")
         zero = np.searchsorted(delta, 0.0, side="left")
-        parts = delta0, below[row, rank0], total[row, rank0] / number, below[:, zero]
-        return np.concatenate([np.stack(parts, axis=1), below[:, at]], axis=1)
+        parts = delta0, below[row, rank0], below[:, zero], total[row, rank0]
+        curves = below[:, at], total[:, at]
+        return np.concatenate([np.stack(parts, axis=1), *curves, total[:, -1:]], axis=1)
 
     return statistic
 

@@ -13,7 +13,8 @@ from ...show.tables import with_interval
 from .discoveries import DOCUMENTS
 from .rows import ALL, PATCHED, POOLED, SHOWN, STOCK
 from .statistics import BINS
-from .views import IN_USE, in_layers, side_of, uniform_layers
+from .transfer import LEAST
+from .views import IN_USE, departing_layers, in_layers, side_of
 
 if TYPE_CHECKING:
     import pandas
@@ -71,12 +72,12 @@ def _columns(rows: pandas.DataFrame, *names: str) -> Iterator[NDArray[np.float64
     return (rows[name].to_numpy(dtype=float) for name in names)
 
 
-def uniform_verdict(pi0: pandas.DataFrame) -> str:
-    """Whether π̂0 at the middle λ is told from 1, of each model's logits; from its table."""
-    _, layers = uniform_layers(pi0)
-    if pi0["low"].isna().all():
+def uniform_verdict(flatness: pandas.DataFrame) -> str:
+    """Whether large p-values are told from uniform ones, of each model's logits; from its table."""
+    if flatness["low"].isna().all():
         return "One document has no intervals, so nothing is decided"
-    return f"p-values look uniform in {in_layers(layers, ', ')}"
+    layers = in_layers(departing_layers(flatness), ", ")
+    return f"p-values above 0.5 are shown not to be uniform in {layers}"
 
 
 def clamp_verdict(selection: pandas.DataFrame, facts: dict[str, Any]) -> str:
@@ -97,26 +98,30 @@ def clamp_verdict(selection: pandas.DataFrame, facts: dict[str, Any]) -> str:
 def fdp_verdict(fdp: pandas.DataFrame, facts: dict[str, Any]) -> str:
     """FDP at δ0 over all layers of the first router, beside its alpha where it has one."""
     router = next(iter(facts["compared"]))
-    rows = fdp[(fdp["routing"] == router) & (fdp["layer"] == ALL)]
-    row = rows[rows["quantity"] == "FDP(delta0)"].iloc[0]
-    ends = with_interval(row["estimate"], row["low"], row["high"], ".2f")
-    alpha = facts["alpha"]
-    if not isinstance(alpha, float):
-        return plain(f"{router}: FDP at δ0 is {ends}")
+    rows = fdp[(fdp["routing"] == router) & (fdp["layer"] == ALL)].set_index("quantity")
+    row, of_all = (rows.loc[quantity] for quantity in ("FDP(delta0)", "false of all"))
+    said, pooled = (
+        with_interval(one["estimate"], one["low"], one["high"], ".2f") for one in (row, of_all)
+    )
     sides = {1: "above", -1: "below", 0: "not told from", None: "without an interval;"}
-    return plain(f"{router}: FDP at δ0 is {ends}, {sides[side_of(row, alpha)]} alpha = {alpha:g}")
+    alpha, beside = facts["alpha"], ""
+    if isinstance(alpha, float):
+        beside = f", {sides[side_of(row, alpha)]} alpha = {alpha:g}"
+    return plain(f"{router}: FDP at δ0 is {said}{beside}; of all selected {pooled} are false")
 
 
 def p_values(diagnosis: Diagnosed) -> Figure:
     """Are the p-values of unneeded experts uniform? Histogram and QQ curve of each layer."""
     histogram, cdf = diagnosis.to_frame("histogram"), diagnosis.to_frame("cdf")
     layers = _shown(histogram)
-    pi0 = diagnosis.to_frame("pi0")
     note = (
-        "Held-out text; uniform p-values would follow the dashed lines; shaded: 95 % intervals. "
-        f"The title: layers where that of Storey's π̂0 at λ {uniform_layers(pi0)[0]:g} holds 1."
+        "Held-out text; shaded: 95 % intervals. Uniform p-values would follow the dashed lines. "
+        "Those of experts that are not needed should: beside few needed ones, which have small p, "
+        "the histogram is then flat to the right and not above its line. The title: layers where, "
+        "by a 95 % band, Storey's π̂0 changes between λ 0.5 and 0.9 or is above 1."
     )
-    fig, axes = _figure(2, len(layers), uniform_verdict(pi0), note, sharey=True)
+    verdict = uniform_verdict(diagnosis.to_frame("flatness"))
+    fig, axes = _figure(2, len(layers), verdict, note, sharey=True)
     for column, layer in enumerate(layers):
         for routing in (STOCK, PATCHED):
             rows = histogram[(histogram["layer"] == layer) & (histogram["routing"] == routing)]
@@ -157,8 +162,9 @@ def selection(diagnosis: Diagnosed) -> Figure:
     note = (
         "R: how many p-values the router rejects for a token, before min_k and max_k. λ, π̂0: "
         "#{p > λ} / ((1 − λ) n), the share of experts that the null explains. KS distance: the "
-        "largest difference of two distribution functions. Bars and brackets: 95 % intervals; none "
-        "where a domain is one document. Those of π̂0: in the CSV."
+        "largest difference of two distribution functions, above 0 by chance alone. Bars and "
+        "brackets: 95 % intervals; none of a KS distance, nor over fewer than "
+        f"{LEAST} documents of a domain. Those of π̂0: in the CSV."
     )
     title = f"{facts['router']}: {clamp_verdict(diagnosis.to_frame('selection'), facts)}"
     between = "transfer" in diagnosis.tables  # texts of one domain have none
@@ -279,11 +285,17 @@ def ablation(diagnosis: Diagnosed) -> Figure:
     """How many selected experts did nothing for the next token? By delta, and taken together."""
     fdp, curve = diagnosis.to_frame("fdp"), diagnosis.to_frame("fdp curve")
     layers = _shown(curve)
+    name, alpha = next(iter(diagnosis.facts["compared"])), diagnosis.facts["alpha"]
+    dotted = (
+        f"FDP (dotted): the mean over positions of the share of what {name} selects that is "
+        "false, 0 where it selects nothing; only this is to be held against alpha. "
+    )
     note = (
-        f"{diagnosis.facts['positions']:,} positions. FDP: of the experts that the router selects "
-        "at a position, the share without which the next token's loss rises by less than δ nats; "
-        "mean over positions. δ0 (the dots): 95 % of random experts that were not selected change "
-        "the loss by less when they are added. Shaded and bars: 95 % intervals. "
+        f"{diagnosis.facts['positions']:,} positions. False at δ: a selected expert without which "
+        "the next token's loss rises by less than δ nats. Lines and shades: the false of all that "
+        f"a router selects, by which routers can be compared. {dotted if alpha is not None else ''}"
+        "δ0 (the dots): 95 % of random experts that were not selected change the loss by less when "
+        "they are added. Shaded and bars: 95 % intervals. "
     )
     together = "joint" in diagnosis.tables
     note += (
@@ -295,27 +307,32 @@ def ablation(diagnosis: Diagnosed) -> Figure:
     fig, axes = _figure(1 + together, len(layers), fdp_verdict(fdp, diagnosis.facts), note)
     routers = list(dict.fromkeys(curve["routing"]))
     colours = dict(zip(routers, (COLOURS[5], COLOURS[2], COLOURS[0]), strict=False))
-    alpha = diagnosis.facts["alpha"]
     for column, layer in enumerate(layers):
         axis = axes[0, column]
         for router in routers:
-            rows = curve[(curve["layer"] == layer) & (curve["routing"] == router)]
-            at, estimate, low, high = _columns(rows, "at", "estimate", "low", "high")
-            axis.fill_between(at, low, high, color=colours[router], alpha=0.2, linewidth=0)
             known = fdp[(fdp["layer"] == layer) & (fdp["routing"] == router)]
             known = known.set_index("quantity")["estimate"]
-            if known["delta0"] > at[-1]:  # the curve goes on to its dot
-                at = np.append(at, known["delta0"])
-                estimate = np.append(estimate, known["FDP(delta0)"])
-            axis.plot(at, estimate, color=colours[router], linewidth=1.8, label=router)
-            axis.plot(
-                known["delta0"],
-                known["FDP(delta0)"],
-                "o",
-                color=colours[router],
-                markersize=8,
-                markeredgecolor="black",
-            )
+            of = curve[(curve["layer"] == layer) & (curve["routing"] == router)]
+            drawn = [("false of all", "false of all", router, "-")]
+            if router == name and alpha is not None:
+                drawn.append(("FDP", "FDP(delta0)", f"{router}, FDP", ":"))
+            for quantity, at_delta0, words, line in drawn:
+                rows = of[of["quantity"] == quantity]
+                at, estimate, low, high = _columns(rows, "at", "estimate", "low", "high")
+                if line == "-":
+                    axis.fill_between(at, low, high, color=colours[router], alpha=0.2, linewidth=0)
+                if known["delta0"] > at[-1]:  # the curve goes on to its dot
+                    at = np.append(at, known["delta0"])
+                    estimate = np.append(estimate, known[at_delta0])
+                axis.plot(at, estimate, line, color=colours[router], linewidth=1.8, label=words)
+                axis.plot(
+                    known["delta0"],
+                    known[at_delta0],
+                    "o",
+                    color=colours[router],
+                    markersize=8,
+                    markeredgecolor="black",
+                )
         if alpha is not None:
             own = alpha if isinstance(alpha, float) else alpha[layer]
             axis.axhline(own, color="black", linestyle="--", linewidth=1, label="alpha")
@@ -324,7 +341,7 @@ def ablation(diagnosis: Diagnosed) -> Figure:
         style(
             axis,
             "δ (nats of next-token loss)",
-            "FDP (share, 0 to 1)",
+            "false (share, 0 to 1)",
             f"layer {layer}; dots: at δ0",
         )
         if together:

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...measure.bootstrap import intervals
-from .rows import rows, rows_by_layer
+from .rows import ABOVE, CHANGE, rows, rows_by_layer
 from .seen import entropy
 from .statistics import (
     BINS,
     EDGES,
     LAMBDAS,
+    LARGE,
     PROBABILITIES,
     cdf_statistic,
     count_p,
+    flatness,
     histogram,
     joined,
     mean_statistic,
@@ -40,7 +42,8 @@ QQ = np.flatnonzero(EDGES <= 1)[::4]  # the points of the QQ curve
 def p_value_rows(
     seen: Seen, null: Null | TokenNull, routing: str, groups: NDArray[np.int64], draws: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the histogram, the QQ curve, the quantiles and pi0 of each layer of a pass.
+    """Rows of the histogram, the QQ curve, the quantiles, pi0 and whether it is flat (with a
+    band over that alone), of each layer of a pass.
 
     null: the Null whose p-values are meant; groups (D,): each document's domain, within which
     documents are drawn.
@@ -66,6 +69,14 @@ def p_value_rows(
             part = type(found)(*(field[start : start + len(at)] for field in found))
             yield from rows(table, routing, layer, quantity, np.asarray(at), part)
             start += len(at)
+
+        def flat(weights: NDArray[np.float64], cdf: Statistic = cdf) -> NDArray[np.float64]:
+            return flatness(cdf(weights))
+
+        found = intervals(flat, seen.size, groups=groups, draws=draws)
+        lambdas = (*LAMBDAS[LARGE + 1 :], LAMBDAS[LARGE])
+        names = [CHANGE] * (len(lambdas) - 1) + [ABOVE]
+        yield from rows("flatness", routing, layer, names, lambdas, found)
 
 
 SELECTION = ("experts", "rejections", "P(R >= 1)", "P(R < min_k)", "P(R > max_k)")

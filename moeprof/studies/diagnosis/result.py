@@ -36,12 +36,13 @@ class Diagnosis:
 
         Columns
         -------
-        table: "histogram", "pi0", "quantiles", "cdf", "selection", "transfer", "fdp",
+        table: "histogram", "pi0", "flatness", "quantiles", "cdf", "selection", "transfer", "fdp",
             "fdp curve", "joint"; routing: "stock", "patched", for transfer the domain of the
-            null, for fdp and joint the router; layer: -1 is the mean of all; quantity; at: the
-            bin's left edge, lambda, probability, p, domain, delta or rank; estimate; error: of
-            the bootstrap; low, high: pointwise 95 % interval; band_low, band_high: max-|t| band
-            over the table's layer, for "selection", "fdp" and "fdp curve" over all layers.
+            null, for fdp and joint the router; layer: -1 is the mean of all, for "false of all"
+            all together; quantity; at: the bin's left edge, lambda, probability, p, domain, delta
+            or rank; estimate; error: of the bootstrap; low, high: pointwise 95 % interval;
+            band_low, band_high: max-|t| band over the table's layer, for "selection", "fdp" and
+            "fdp curve" over all layers. NaN where there is no interval.
 
         table: only that table's rows. ValueError if there is no such.
         """

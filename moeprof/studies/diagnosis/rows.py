@@ -70,6 +70,8 @@ def rows_by_layer(
     yield from rows(table, routing, layer, np.tile(names, layers + 1), at, intervals)
 
 
+# The quantities of the table "flatness".
+CHANGE, ABOVE = "pi0 less pi0 at 0.5", "pi0 less 1"
 # As the files have them, and as people read them. POOLED: the null that the diagnosis is of,
 # beside those fitted on one domain.
 STOCK, PATCHED, POOLED = "stock", "patched", "null given"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Statistic = Callable[["NDArray[np.float64]"], "NDArray[np.float64]"]  # (B, D) -> (B, M)
 BINS = 20
 LAMBDAS = tuple(i / 10 for i in range(1, 10))
+LARGE = 4  # from this of LAMBDAS on, 0.5, p-values are taken to be of experts not needed
 PROBABILITIES = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 # p-values are counted between these: the histogram's edges, the lambdas and, for quantiles of
 # small ones, 20 a decade from 1e-12. So all of a text is D x 300 integers a layer.
@@ -81,6 +82,15 @@ def pi0(cdf: NDArray[np.float64]) -> NDArray[np.float64]:
     Source: Storey 2002, J. R. Statist. Soc. B 64, eq. (3); lambda 0.1 to 0.9.
     """
     return (1 - cdf[:, at_edges(LAMBDAS)]) / (1 - np.array(LAMBDAS))
+
+
+def flatness(cdf: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(B, 5): pi0 at each lambda above 0.5 less pi0 at 0.5, then pi0 at 0.5 less 1.
+
+    p-values that are uniform above 0.5 have 0 in the first four, and in the last at most 0.
+    """
+    large = pi0(cdf)[:, LARGE:]
+    return np.concatenate([large[:, 1:] - large[:, :1], large[:, :1] - 1], axis=1)
 
 
 def quantiles(

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...measure.bootstrap import MORE_DOCUMENTS
+from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS
 from ...show.console import fill, printed
 from ...show.tables import text_table, with_interval
-from .rows import ALL, PATCHED, POOLED, SHOWN, STOCK
+from .rows import ALL, CHANGE, PATCHED, POOLED, SHOWN, STOCK
+from .transfer import LEAST
 
 if TYPE_CHECKING:
     import pandas
@@ -86,11 +87,19 @@ def _of_p_values(diagnosis: Diagnosed) -> Iterator[View]:
     frame = frame.assign(at=frame["at"].astype(float))
     widest = ((frame["high"] - frame["low"]) / 2).max()
     ends = "No intervals" if math.isnan(widest) else f"95 % intervals: at most ± {widest:.2f}"
+    table = _cells(frame, _BY_LAYER, "at", short, {x: f"λ {x:g}" for x in sorted(set(frame["at"]))})
+    departing = departures(diagnosis.to_frame("flatness"))
+    words = {True: "shown", False: "not shown", None: "–"}
+    table["departure"] = [
+        words[departing[x]] for x, _ in frame.groupby(list(_BY_LAYER), sort=False)
+    ]
     yield View(
         "Storey's π̂0 by λ",
-        "#{p > λ} / ((1 − λ) n) of a layer's held-out p-values; 1 at every λ where they are "
-        f"uniform. {ends}.",
-        _cells(frame, _BY_LAYER, "at", short, {x: f"λ {x:g}" for x in sorted(set(frame["at"]))}),
+        "#{p > λ} / ((1 − λ) n) of a layer's held-out p-values: the share of experts that look not "
+        "needed. Where the p-values of these are uniform it is the same at every λ that is above "
+        "all other p-values, and at most 1. Departure: by a 95 % band over documents it changes "
+        f"between λ 0.5 and 0.9, or is above 1. {ends}.",
+        table,
     )
     frame = diagnosis.to_frame("quantiles")
     shown = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)
@@ -166,12 +175,17 @@ def _of_transfer(diagnosis: Diagnosed) -> Iterator[View]:
         "KS distance": "Largest distance between the p-values' distribution on the text that the "
         "null was fitted to and on held-out text of the domain",
     }
+    without = (
+        "No intervals: a largest distance is above 0 by chance alone. What two texts of one "
+        "domain differ by stands where row and column are the same domain."
+    )
     for quantity, note in notes.items():
-        form = ".3f" if quantity == "KS distance" else ".2f"
+        distance = quantity == "KS distance"
+        form = ".3f" if distance else ".2f"
+        ends = without if distance else f"[95 % intervals; none over fewer than {LEAST} documents]"
         yield View(
             f"Null fitted on one domain, checked on another: {quantity}",
-            f"{note}; mean over layers. Rows: what the null was fitted on. [95 % intervals; none "
-            "where a domain is one document]",
+            f"{note}; mean over layers. Rows: what the null was fitted on. {ends}",
             _cells(
                 frame[frame["quantity"] == quantity].replace({"routing": {POOLED: IN_USE}}),
                 {"routing": "fitted on"},
@@ -191,6 +205,7 @@ def _of_ablation(diagnosis: Diagnosed) -> Iterator[View]:
         "quantity",
         lambda row: _value(row, ".2f"),
         {
+            "false of all": "ΣV/ΣR",
             "FDP(delta0)": "FDP(δ0)",
             "FDP(0)": "FDP(0)",
         },
@@ -203,26 +218,26 @@ def _of_ablation(diagnosis: Diagnosed) -> Iterator[View]:
         {
             "experts": "experts",
             "delta0": "δ0",
-            "false of all": "V/R pooled",
         },
     )
     curve = diagnosis.to_frame("fdp curve")
+    curve = curve[curve["quantity"] == "FDP"]
     table.insert(2, "experts", short["experts"])
     table.insert(3, "alpha", [_alpha(alpha, layer) for layer in table["layer"]])
     table.loc[table["router"] != frame["routing"].iloc[0], "alpha"] = ""
     table.insert(4, "δ0", short["δ0"])
-    table["ΣV/ΣR"] = short["V/R pooled"]
     for delta in SHOWN_DELTAS:
         near = curve.assign(off=(curve["at"].astype(float) / delta).map(_distance))
         best = near.loc[near.groupby(["routing", "layer"], sort=False)["off"].idxmin()]
-        table[f"δ {best['at'].iloc[0]:.2g}"] = [format(x, ".2f") for x in best["estimate"]]
+        table[f"FDP({best['at'].iloc[0]:.2g})"] = [format(x, ".2f") for x in best["estimate"]]
     yield View(
         "False discoveries by ablation, beside alpha",
         "An expert is false at δ if the next token's loss rises by less than δ nats without it "
-        "(also if it falls). FDP: mean over positions of V / max(R, 1), 0 where R = 0; ΣV/ΣR at "
-        "δ0 has no zeros for positions without discoveries. δ0: 95 % of random unselected "
-        "experts, added with their own weight, change the loss by less. An "
-        "operational definition; alpha makes no promise about it. [95 % intervals]",
+        "(also if it falls). ΣV/ΣR: the false at δ0 of all that are selected; by it routers can be "
+        "compared. FDP(δ): mean over positions of V / max(R, 1), 0 where R = 0, as in the false "
+        "discovery rate, so that who selects seldom has a small one; beside it stands alpha. δ0: "
+        "95 % of random unselected experts, added with their own weight, change the loss by less. "
+        "An operational definition; alpha makes no promise about it. [95 % intervals]",
         table,
     )
     yield from _joint(diagnosis)
@@ -274,6 +289,7 @@ def findings(diagnosis: Diagnosed) -> list[str]:
     documents = facts["heldout_documents"]
     domains = len({d["domain"] for d in documents})
     found = [
+        *_caution(len(documents)),
         *_answer(diagnosis),
         f"{facts['router']} on {facts['model']} ({facts['dtype']}).",
         f"Null: {facts['null']}.",
@@ -289,6 +305,14 @@ def findings(diagnosis: Diagnosed) -> list[str]:
     return found
 
 
+def _caution(documents: int) -> Iterator[str]:
+    if 1 < documents < FEW_DOCUMENTS:
+        yield (
+            f"The held-out text has {documents} documents only: intervals over so few are too "
+            f"narrow. {MORE_DOCUMENTS}"
+        )
+
+
 def _answer(diagnosis: Diagnosed) -> Iterator[str]:
     """Does alpha bound what is false, and are the p-values what they have to be for that?"""
     if len(diagnosis.facts["heldout_documents"]) < 2:
@@ -298,7 +322,7 @@ def _answer(diagnosis: Diagnosed) -> Iterator[str]:
         )
         return
     if has_one_alpha(diagnosis):
-        false, side = beside_alpha(diagnosis)
+        false, of_all, side = beside_alpha(diagnosis)
         said, ending = {
             -1: ("Yes", ""),
             0: ("Undecided", ", which the interval holds"),
@@ -306,33 +330,60 @@ def _answer(diagnosis: Diagnosed) -> Iterator[str]:
             None: ("Undecided", "; too few documents have positions to give an interval"),
         }[side]
         yield (
-            f"Does alpha bound the share of false selections? {said}: of the experts selected at a "
-            f"position, {false} are not missed when taken out alone; alpha is "
-            f"{diagnosis.facts['alpha']:g}{ending}."
+            f"Does alpha bound the share of false selections? {said}: on average over positions, "
+            f"with 0 where nothing is selected (so the false discovery rate is defined), {false} "
+            "of the selected experts are not missed when taken out alone; alpha is "
+            f"{diagnosis.facts['alpha']:g}{ending}. Of all selected experts, which alpha says "
+            f"nothing about, {of_all} are not missed."
         )
-    where, layers = uniform_layers(diagnosis.to_frame("pi0"))
+    large = diagnosis.to_frame("flatness")
     yield (
-        f"Are large p-values uniform, as they should be? In {in_layers(layers, ' and ')} no "
-        f"departure is shown (the interval of Storey's π̂0 at λ {where:g} holds 1)."
+        "Are large p-values uniform, as those of experts that aren't needed should be? In "
+        f"{in_layers(departing_layers(large), ' and ')} they are shown not to be: by a band over "
+        f"documents Storey's π̂0 changes between λ 0.5 and 0.9, or is above 1. {_changes(large)}"
     )
 
 
 def in_layers(layers: Mapping[str, tuple[int, int]], between: str) -> str:
-    """ "3 of 4 layers (own routing), 2 of 4 (patched)"; layers: as `uniform_layers` counts them."""
+    """ "3 of 4 layers (own routing), 2 of 4 (patched)"; layers: as `departing_layers` has them."""
     parts = [f"{n} of {of} ({SHOWN[routing]})" for routing, (n, of) in layers.items()]
     return between.join(parts).replace(" (", " layers (", 1)
 
 
-def uniform_layers(pi0: pandas.DataFrame) -> tuple[float, dict[str, tuple[int, int]]]:
-    """(the middle λ, {routing: (layers in which π̂0 there is not told from 1, layers)})."""
-    at = pi0["at"].astype(float)
-    where = sorted(set(at))[len(set(at)) // 2]
-    middle = pi0[(at == where) & (pi0["layer"] != ALL)]
+def departures(flatness: pandas.DataFrame) -> dict[tuple[str, int], bool | None]:
+    """{(routing, layer): whether its band shows that π̂0 changes from λ 0.5 on, or is above 1}.
+
+    None where there is no band; from the table "flatness".
+    """
+    off = flatness["band_low"] > 0
+    off |= (flatness["band_high"] < 0) & (flatness["quantity"] == CHANGE)
+    made = flatness.assign(off=off).groupby(list(_BY_LAYER), sort=False)
+    return {
+        layer: None if rows["band_low"].isna().all() else bool(rows["off"].any())
+        for layer, rows in made
+    }
+
+
+def departing_layers(flatness: pandas.DataFrame) -> dict[str, tuple[int, int]]:
+    """{routing: (layers with one of the `departures`, layers)}."""
+    shown = departures(flatness)
     counts = {}
     for routing in (STOCK, PATCHED):
-        rows = middle[middle["routing"] == routing]
-        counts[routing] = int(((rows["low"] <= 1) & (rows["high"] >= 1)).sum()), len(rows)
-    return where, counts
+        layers = [departs for (of, _), departs in shown.items() if of == routing]
+        counts[routing] = layers.count(True), len(layers)
+    return counts
+
+
+def _changes(flatness: pandas.DataFrame) -> str:
+    """By how much π̂0 changes in the layer where it changes least, and most: a test alone would
+    call every layer departing, given enough text."""
+    of = flatness[flatness["quantity"] == CHANGE]
+    changes = of["estimate"].abs().groupby([of["routing"], of["layer"]], sort=False).max()
+    ends = [
+        f"{changes[place]:.2f} (layer {place[1]}, {SHOWN[place[0]]})"
+        for place in (changes.idxmin(), changes.idxmax())
+    ]
+    return f"It changes by {ends[0]} to {ends[1]}; much text shows small departures, too."
 
 
 ON = {
@@ -362,22 +413,26 @@ def _ablation_findings(diagnosis: Diagnosed) -> Iterator[str]:
         "same for all."
     )
     if facts["positions"] < 1000 or used < 40:
-        yield "That is fewer than the 1,000 positions and 40 documents that the report asks for."
+        few = 1 < used < FEW_DOCUMENTS <= len(facts["heldout_documents"])
+        yield (
+            "That is fewer than the 1,000 positions and 40 documents that the report asks for"
+            f"{'; intervals over so few documents are too narrow' * few}."
+        )
     for name in facts["compared"]:
         row = frame.loc[(name, ALL, "FDP(delta0)")]
         hurt = frame.loc[(name, ALL, "FDP(0)")]
         pooled = frame.loc[(name, ALL, "false of all")]
         experts = frame.loc[(name, ALL, "experts")]["estimate"]
         line = (
-            f"{name} ({experts:.2f} experts): of a position's discoveries in a layer "
-            f"{_value(row, '.2f')} are false at δ0, {_value(hurt, '.2f')} hurt (a position without "
-            f"discoveries counts as 0); of all discoveries together {_value(pooled, '.2f')} are"
+            f"{name} ({experts:.2f} experts): of all that it selects {_value(pooled, '.2f')} is "
+            "false at δ0; on average over positions, with 0 where nothing is selected, FDP(δ0) is "
+            f"{_value(row, '.2f')}, and {_value(hurt, '.2f')} hurts"
         )
         if name == next(iter(facts["compared"])) and has_one_alpha(diagnosis):
-            side = beside_alpha(diagnosis)[1]
+            side = beside_alpha(diagnosis)[2]
             line += f"; alpha is {alpha:g}"
             if side is not None:
-                line += f", {'outside' if side else 'inside'} the interval of the first"
+                line += f", {'outside' if side else 'inside'} the interval of FDP(δ0)"
             line += f", and FDP(δ0) is {row['estimate'] / alpha:.1f} times alpha"
         yield line + "."
 
@@ -388,13 +443,13 @@ def has_one_alpha(diagnosis: Diagnosed) -> bool:
     return "fdp" in diagnosis.tables and alpha is not None and not isinstance(alpha, tuple | list)
 
 
-def beside_alpha(diagnosis: Diagnosed) -> tuple[str, int | None]:
-    """(FDP(δ0) of the router over all layers with its interval, the `side_of` alpha it lies on).
-    For a diagnosis that `has_one_alpha`."""
+def beside_alpha(diagnosis: Diagnosed) -> tuple[str, str, int | None]:
+    """(FDP(δ0) of the router over all layers with its interval, the false of all that it selects,
+    the `side_of` alpha that FDP(δ0) lies on). For a diagnosis that `has_one_alpha`."""
     alpha, name = diagnosis.facts["alpha"], next(iter(diagnosis.facts["compared"]))
     frame = diagnosis.to_frame("fdp").set_index(["routing", "layer", "quantity"])
-    row = frame.loc[(name, ALL, "FDP(delta0)")]
-    return _value(row, ".2f"), side_of(row, alpha)
+    row, of_all = (frame.loc[(name, ALL, quantity)] for quantity in ("FDP(delta0)", "false of all"))
+    return _value(row, ".2f"), _value(of_all, ".2f"), side_of(row, alpha)
 
 
 def side_of(row: Mapping[str, Any], alpha: float) -> int | None:

@@ -181,7 +181,7 @@ def _p_values(diagnosis: Diagnosis | None) -> Iterator[Sentence]:
             "diagnose-0",
         )
         return
-    share, side = beside_alpha(diagnosis)
+    share, of_all, side = beside_alpha(diagnosis)
     alpha = diagnosis.facts["alpha"]
     facts = diagnosis.facts
     what = {
@@ -191,8 +191,9 @@ def _p_values(diagnosis: Diagnosis | None) -> Iterator[Sentence]:
         1: "the whole interval is above alpha, so they don't, and alpha is a knob for compute only",
     }
     yield Sentence(
-        f"Whether the p-values hold: of what BH at alpha {alpha:g} selects for a token, a share of "
-        f"{share} are false discoveries by ablation ({facts['positions']:,} positions in "
-        f"{facts['ablated_documents']} documents); {what[side]}.",
+        f"Whether the p-values hold: of what BH at alpha {alpha:g} selects, a share of {share} are "
+        f"false discoveries by ablation, on average over {facts['positions']:,} positions in "
+        f"{facts['ablated_documents']} documents, with 0 where nothing is selected, as in the "
+        f"false discovery rate; {what[side]}. Of all that it selects {of_all} are false.",
         "diagnose-fdp",
     )
