@@ -267,6 +267,28 @@ def test_pure_noise_is_rejected_hardly_more_often_than_alpha(score, shape):
             assert rejects >= 0.5 * alpha
 
 
+@pytest.mark.parametrize(
+    ("noise", "share"),
+    [
+        (lambda rng, size: rng.standard_normal(size), 0.05),
+        (lambda rng, size: np.clip(rng.standard_t(3, size), -31, 31), 0.86),
+        (lambda rng, size: rng.laplace(size=size), 0.97),
+        (lambda rng, size: rng.exponential(size=size), 1.0),
+    ],
+    ids=["normal", "t3", "laplace", "exponential"],
+)
+def test_noise_that_is_not_normal_is_rejected_far_more_often(noise, share):
+    """The shares that docs/statistics.md quotes: BH at 0.05, E = 64, raw scores."""
+    fitted, fresh = (
+        noise(np.random.default_rng(seed), (tokens, 64)).astype(np.float32)
+        for seed, tokens in ((1, 5000), (2, 20_000))
+    )
+    layer = null_of(fitted, kind="efron", score="logit").layer(0)
+    p = np.sort(layer.p_values(fresh), axis=1)
+    rejects = (p * 64 <= 0.05 * np.arange(1, 65)).any(axis=1).mean()
+    assert rejects == pytest.approx(share, abs=0.01)
+
+
 # ---------------------------------------------------------------- conformal
 
 
