@@ -399,6 +399,9 @@ def test_summary_fits_the_width_and_is_honest(small):
     assert says(words, "alpha", "no promise")
     assert says(words, "false discovery rate", "against that null")
     assert says(words, "fewer than", "1,000 positions")
+    assert "too narrow" not in words
+    few = small.facts | {"heldout_documents": small.facts["heldout_documents"][:9]}
+    assert says(findings(Diagnosis(small._rows, few))[0], "9 documents", "too narrow")
     assert "<table" in small._repr_html_() and "patched" in small._repr_html_()
 
 
