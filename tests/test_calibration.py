@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import math
 import re
 import warnings
@@ -477,8 +478,20 @@ def test_what_is_no_text_is_told_at_once(tmp_path, content, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         TextFiles([path])
     assert str(path) in str(caught.value)
-    with pytest.raises(OSError, match="can't be read: Is a directory"):
-        TextFiles([tmp_path])
+
+
+def test_what_holds_documents_gives_each_of_them(tmp_path):
+    """Not the file's source: no key, brace or escape of a .jsonl."""
+    rows = [{"text": "Grüße\naus Köln", "domain": "de"}, {"text": "\ud800 x"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts = [row["text"] for row in rows]
+    files = TextFiles([tmp_path / "a.jsonl"])
+    assert list(files) == texts and files.total_bytes == len("Grüße\naus Köln".encode()) + 5
+    (tmp_path / "b.txt").write_text("plain")
+    assert list(TextFiles([tmp_path])) == [*texts, "plain"]
+    (tmp_path / "a.jsonl").write_text('{"messages": []}')
+    with pytest.raises(ValueError, match="line 1: no such document"):
+        TextFiles([tmp_path / "a.jsonl"])
 
 
 def test_a_pipe_is_read_once(tmp_path):

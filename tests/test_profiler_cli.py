@@ -195,6 +195,23 @@ def test_files_of_the_same_name_are_domains_of_their_own(tiny, text, tmp_path):
 
 
 @pytest.mark.slow
+def test_documents_keep_their_domains(tiny, text, tmp_path):
+    """What names none has the name of its file or folder."""
+    passage = demo.heldout_texts()[-1].text[:700]
+    rows = [{"text": passage, "domain": "en"}, {"text": passage, "domain": "de"}, {"text": passage}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    inside = tmp_path / "kept" / "code"
+    inside.mkdir(parents=True)
+    for folder in (inside, inside.parent):
+        (folder / "x.txt").write_text(passage)
+    out, given = tmp_path / "out", (tmp_path / "chat.jsonl", inside.parent, text)
+    options = "--tokens", 1800, "--continuations", 0, "--out", out
+    assert profile("--model", tiny, "--text", *given, *options) == 0
+    domains = moeprof.Profile.load(out).domains
+    assert sorted(domains) == ["chat", "code", "de", "en", "kept", "prose"]
+
+
+@pytest.mark.slow
 def test_short_texts(tiny, tmp_path, capsys):
     """Without a passage to continue there are no decode steps, and that is said."""
     short = tmp_path / "short.txt"
@@ -229,7 +246,8 @@ def test_fewer_prompts_than_asked_for(tiny, text, tmp_path, capsys):
         (("--text", "nofile.txt"), "nofile.txt can't be read: No such file"),
         (("--text", "empty.txt"), "empty.txt is empty"),
         (("--text", "bytes.txt"), "isn't UTF-8"),
-        (("--text", "full"), "Is a directory"),
+        (("--text", "full"), "text full: the folder has no .txt"),
+        (("--text", "bad.jsonl"), "bad.jsonl, line 1: no such document"),
         (("--router", "nope"), "there is no 'nope'"),
         (("--router", ""), "expected a router and its parameters"),
         (("--router", "bh:alpha=2"), "alpha: expected a number in (0, 1), got 2"),
@@ -259,6 +277,7 @@ def test_what_is_wrong_is_told_before_the_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "bad.jsonl").write_text('{"messages": []}')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))

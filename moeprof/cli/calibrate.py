@@ -19,9 +19,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--text",
-        metavar="FILE",
+        metavar="TEXT",
         nargs="+",
-        help="the text to fit to, UTF-8, read piece by piece: any size",
+        help=f"the text to fit to, .txt and the like of any size; {options.DOCUMENTS}",
     )
     source.add_argument(
         "--merge",

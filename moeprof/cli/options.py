@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..studies.engine.engine import Engine
     from ..texts.documents import Document
 
+DOCUMENTS = EXPECTED.removeprefix("--text: ")
 DEMO = "the demo model of moeprof"
 MOST_THREADS = 1024  # far above the CPUs there are; torch would take memory for each
 
@@ -93,14 +94,9 @@ def add_null_of_routers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_texts(parser: argparse.ArgumentParser, text: str, metavar: str = "FILE") -> None:
-    """--text, one file or several."""
-    parser.add_argument("--text", metavar=metavar, nargs="+", help=text)
-
-
 def add_documents(parser: argparse.ArgumentParser, text: str) -> None:
     """--text, whatever `read_documents` takes; text: what the documents are for."""
-    add_texts(parser, f"{text}; {EXPECTED.removeprefix('--text: ')}", "TEXT")
+    parser.add_argument("--text", metavar="TEXT", nargs="+", help=f"{text}; {DOCUMENTS}")
 
 
 def add_seed(parser: argparse.ArgumentParser, text: str) -> None:

@@ -14,7 +14,7 @@ from ..files import as_csv, check_folder, write_whole
 from ..routers import REGISTRY
 from ..routers.written import written_router
 from ..show.console import make_console, progress
-from ..texts.documents import Document
+from ..texts.documents import Document, holds_documents, read_documents
 from ..texts.streams import TextFiles
 from . import options
 
@@ -38,10 +38,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "layers did to a folder: index.html, tables, raw counts."
     )
     options.add_model(parser)
-    options.add_texts(
+    options.add_documents(
         parser,
-        "UTF-8; the files' names are the domains. default: the held-out text that ships "
-        "with the demo model",
+        "your own text in place of the shipped held-out one; what names no domain has the name of "
+        "its file or folder",
     )
     parser.add_argument(
         "--router",
@@ -138,12 +138,18 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _documents(names: Iterable[str]) -> list[Document]:
-    """The beginnings of files, each file a domain: its name, its path where names are alike."""
+    """Documents, and the beginnings of other files.
+
+    domain: a document's own, else the name of what was given, the path where names are alike.
+    """
     paths = list(dict.fromkeys(map(Path, names)))
     stems = [path.stem for path in paths]
     found = []
     for path, stem in zip(paths, stems, strict=True):
         domain = stem if stems.count(stem) == 1 else str(path)
+        if holds_documents(path):
+            found += read_documents([path], domain)
+            continue
         pieces = islice(TextFiles([path]), PIECES)
         found += [Document(domain, f"{path} {i}", text) for i, text in enumerate(pieces)]
     return found

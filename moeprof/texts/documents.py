@@ -26,10 +26,20 @@ DATASETS = "datasets:"
 SPLIT = "test"
 
 
-def read_documents(paths: Iterable[str | os.PathLike[str]]) -> list[Document]:
+def holds_documents(path: str | os.PathLike[str]) -> bool:
+    """Whether it may hold several documents; any other file is one, see `EXPECTED`."""
+    return (
+        str(path).startswith(DATASETS)
+        or Path(path).suffix in (".jsonl", ".parquet")
+        or Path(path).is_dir()
+    )
+
+
+def read_documents(paths: Iterable[str | os.PathLike[str]], domain: str = "text") -> list[Document]:
     """Documents of what a user names: files, folders and datasets, see `EXPECTED`.
 
-    Files with nothing in them are left out, with a warning.
+    domain: of those that have none of their own and lie in no folder of a folder named. Files with
+    nothing in them are left out, with a warning.
 
     ValueError or OSError in one line for what is no text, or where all of it is empty; ImportError
     where a package is missing.
@@ -38,10 +48,10 @@ def read_documents(paths: Iterable[str | os.PathLike[str]]) -> list[Document]:
     empty: list[Path] = []
     for path in paths:
         if str(path).startswith(DATASETS):
-            documents += _of_dataset(str(path))
+            documents += _of_dataset(str(path), domain)
             continue
-        for file, name, domain in _files(Path(path)):
-            found = list(_of_file(file, name, domain))
+        for file, name, its_domain in _files(Path(path), domain):
+            found = list(_of_file(file, name, its_domain))
             if any(document.text.strip() for document in found):
                 documents += found
             else:
@@ -57,11 +67,11 @@ def read_documents(paths: Iterable[str | os.PathLike[str]]) -> list[Document]:
     return documents
 
 
-def _files(path: Path) -> Iterator[tuple[Path, str, str]]:
+def _files(path: Path, domain: str) -> Iterator[tuple[Path, str, str]]:
     """(file, its name, the domain of its documents) of a file, or of all in a folder, in the order
     of their names; hidden ones are left out."""
     if not path.is_dir():
-        yield path, path.name, "text"
+        yield path, path.name, domain
         return
     found = False
     for file in sorted(path.rglob("*")):
@@ -69,8 +79,8 @@ def _files(path: Path) -> Iterator[tuple[Path, str, str]]:
         hidden = any(part.startswith(".") for part in inside.parts)
         if file.suffix in SUFFIXES and file.is_file() and not hidden:
             found = True
-            domain = inside.parent.as_posix()
-            yield file, inside.as_posix(), "text" if domain == "." else domain
+            folder = inside.parent.as_posix()
+            yield file, inside.as_posix(), domain if folder == "." else folder
     if not found:
         raise ValueError(f"text {path}: the folder has no {', '.join(SUFFIXES)} file in it")
 
@@ -115,7 +125,7 @@ def _of_parquet(path: Path, name: str, domain: str) -> Iterator[Document]:
         yield _from_fields(row, f"text {path}, row {number}", f"{name}:{number}", domain)
 
 
-def _of_dataset(written: str) -> Iterator[Document]:
+def _of_dataset(written: str, domain: str) -> Iterator[Document]:
     """A row of a dataset is a document; those without text are left out."""
     name, *more = re.split(r":(?![^\[]*\])", written.removeprefix(DATASETS))
     if not name or len(more) > 2:
@@ -134,7 +144,7 @@ def _of_dataset(written: str) -> Iterator[Document]:
         reason = _line(error)
         raise OSError(f"text {written} can't be loaded ({reason})") from error
     documents = [
-        _from_fields(row, f"text {written}, row {number}", f"{name}:{number}", "text")
+        _from_fields(row, f"text {written}, row {number}", f"{name}:{number}", domain)
         for number, row in enumerate(rows, start=1)
     ]
     documents = [document for document in documents if document.text.strip()]

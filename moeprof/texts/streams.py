@@ -1,15 +1,16 @@
-"""Text files of any size, read in pieces."""
+"""Texts of any size: files, read in pieces, and what holds documents."""
 
 from __future__ import annotations
 
 import codecs
-import errno
 import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .documents import holds_documents, read_documents
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,7 +24,8 @@ class TextFiles:
     """The text of UTF-8 files in pieces of up to 65,536 characters, never a file whole.
 
     A piece ends after a blank line where the second half of it has one, else at a line's end,
-    else at a space. Iterating again reads again.
+    else at a space. Iterating again reads again. What `holds_documents` is read at the start and
+    kept: each document is a piece.
 
     Regular files are read through once at the start, so that one that isn't text is told before
     hours of work; a pipe can't be. OSError for a file that can't be read, ValueError for one that
@@ -31,26 +33,31 @@ class TextFiles:
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
-        self.paths = [Path(path) for path in paths]
-        sizes = [_size(path) for path in self.paths]
+        self._parts = [
+            [document.text for document in read_documents([path])]
+            if holds_documents(path)
+            else Path(path)
+            for path in paths
+        ]
+        sizes = [_size(part) for part in self._parts]
         known = [size for size in sizes if size is not None]
         self.total_bytes = sum(known) if len(known) == len(sizes) else None
-        for path, size in zip(self.paths, sizes, strict=True):
-            if size is not None:
-                for _ in _pieces(path):
+        for part, size in zip(self._parts, sizes, strict=True):
+            if isinstance(part, Path) and size is not None:
+                for _ in _pieces(part):
                     pass
 
     def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            yield from _pieces(path)
+        for part in self._parts:
+            yield from _pieces(part) if isinstance(part, Path) else part
 
 
-def _size(path: Path) -> int | None:
-    """Bytes of a regular file, None of a pipe."""
-    with _opened(path):
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+def _size(part: Path | list[str]) -> int | None:
+    """Bytes of a regular file or of texts, None of a pipe."""
+    if not isinstance(part, Path):
+        return sum(len(text.encode("utf-8", "surrogatepass")) for text in part)
+    with _opened(part):
+        status = part.stat()
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
