@@ -1,10 +1,13 @@
 """Profiles at the edge: hostile words, layers without steps, nothing selected, one expert."""
 
 import copy
+import math
+import re
 
 import numpy as np
 import pytest
 from profiles import FACTS, layer, make_profile
+from wording import says
 
 from moeprof.models.phases import PHASES
 from moeprof.profile import tables
@@ -87,22 +90,73 @@ def test_a_token_without_its_text_is_its_number():
     assert tables._token({"text": "#262", "token": 1, "share": 0.5}) == "'#262' 50 %"
 
 
-def test_the_most_specialised_expert_comes_with_the_number_of_tokens():
-    profile = make_profile(2, 8, 2, prefill=(46, 45), decode=())
-    text = " ".join(profile.summary().split())  # a line may end among the words
-    assert any(f"of the {n} tokens of" in text for n in (45, 46))
-
-
-def test_an_expert_of_few_tokens_is_not_called_specialised():
-    layers = [layer(0, 8, 2)]
+def of_domains(**rows):
+    """A profile of one layer of 8 experts; rows: {domain: its experts' loads, its tokens}."""
     counts = {phase: [Counts(8)] for phase in PHASES}
     counts["prefill"][0].steps += 1
-    tables = {"few": [7, *[0] * 7, 7], "many": [8, *[20] * 4, *[0] * 3, 44]}
-    domains = {name: np.array([row]) for name, row in tables.items()}
-    profile = Profile(layers, counts, {}, domains=domains)
+    counts["prefill"][0].k[0, 2] = 1  # a token, so that there are figures
+    domains = {name: np.array([row]) for name, row in rows.items()}
+    return Profile([layer(0, 8, 2)], counts, {}, domains=domains)
+
+
+def said_of_domains(profile):
+    text = " ".join(profile.summary().split())  # a line may end among the words
+    return re.search(r"(Most|Not) specialised by domain: .*?[.](?= )", text)[0]
+
+
+BUSY = [90, 40, 20, 20, 10, 10, 10, 0, 100]  # expert 0 is busy in every domain
+
+
+def test_the_most_specialised_expert_is_the_one_that_the_others_select_less():
+    own = [90, 10, 20, 20, 40, 10, 10, 0, 100]
+    profile = of_domains(code=BUSY, law=own, bible=BUSY)
+    assert says(said_of_domains(profile), "expert 4 of layer 0", "40 % of the 100 tokens of law")
+    assert says(said_of_domains(profile), "by 10 % of those of the other domains")
     frame = most_by_domain(profile)
-    assert set(frame["domain"]) == {"many"} and frame["expert"].tolist()[-1] == 0
-    assert "tokens of few" not in profile.summary()
+    assert frame[["domain", "expert"]].values.tolist() == [["law", 4]]  # nothing of expert 0
+    assert frame["others"].tolist() == [0.1] and frame["times"].tolist() == [0.4 / 0.25]
+    (row,) = tables.domains(profile).rows
+    assert row == ["law", "0", "4", "40.0 %", "10.0 %", "+30.0", "25.0 %", "1.6"]
+    figure = profile.plot("domains")
+    shown = [axis.get_images()[0].get_array() for axis in figure.axes if axis.get_images()]
+    assert [round(float(table[0, 4])) for table in shown] == [0, 30, 0]
+    assert all(table.mask[0].tolist() == 7 * [False] + [True] for table in shown)
+    assert [float(table[0, 0]) for table in shown] == [0, 0, 0]
+
+
+def test_domains_alike_show_no_difference():
+    profile = of_domains(a=BUSY, b=BUSY)
+    assert says(said_of_domains(profile), "Not specialised", "no expert")
+    assert not most_by_domain(profile).size and "By domain" not in profile.summary()
+    for axis in profile.plot("domains").axes:
+        for image in axis.get_images():
+            assert not image.get_array().any()
+
+
+def test_a_difference_of_a_few_tokens_is_no_finding():
+    """Of 16 two-sided binomial tests the smallest p must be below 0.05 / 16."""
+    few = [7, *[0] * 7, 7]
+    profile = of_domains(few=few, many=[8, *[20] * 4, *[0] * 3, 44])
+    assert says(said_of_domains(profile), "Not specialised")
+    frame = profile.domain_specialisation()
+    for row in frame.to_dict("records"):
+        own = round(row["share"] * row["tokens"])
+        both = own + round(row["others"] * (51 - row["tokens"]))
+        chance = [math.comb(both, n) * row["tokens"] ** n for n in range(both + 1)]
+        chance = [c * (51 - row["tokens"]) ** (both - n) for n, c in enumerate(chance)]
+        tails = sum(chance[: own + 1]), sum(chance[own:])
+        assert row["p"] == pytest.approx(min(2 * min(tails) / 51**both, 1))
+    rare = of_domains(few=few, many=[0, *[20] * 4, *[0] * 3, 44])
+    assert says(said_of_domains(rare), "expert 0", "100 % of the 7 tokens of few", "by 0.0 %")
+
+
+def test_one_domain_has_none_to_compare_with():
+    profile = of_domains(only=BUSY)
+    assert "omain" not in profile.summary() and "domains" not in profile.figures
+    assert profile.domain_specialisation()[["others", "p"]].isna().all(axis=None)
+    with pytest.raises(ValueError, match="two domain"):
+        profile.plot("domains")
+    assert "specialised" not in of_domains(only=BUSY, none=9 * [0]).summary()
 
 
 def test_a_comparison_without_a_common_phase_has_no_table():

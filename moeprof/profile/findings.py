@@ -308,16 +308,21 @@ def _cache(profile: Profiled) -> Iterator[str]:
 
 
 def _domains(profile: Profiled) -> Iterator[str]:
-    if profile.domains is None or len(profile.domains) < 2:
+    ran = [table for table in (profile.domains or {}).values() if table[:, -1].any()]
+    if len(ran) < 2:
         return
     frame = most_by_domain(profile)
     if not len(frame):
+        yield (
+            "Not specialised by domain: no expert is selected more often in one domain than in "
+            "the others, beyond chance."
+        )
         return
     row = frame.iloc[0]
     yield (
         f"Most specialised by domain: expert {row['expert']} of layer {row['layer']}, selected "
-        f"by {percent(row['share'])} of the {counted(row['tokens'], 'token')} of {row['domain']}, "
-        f"{row['times']:.1f} times k/E."
+        f"by {percent(row['share'])} of the {counted(row['tokens'], 'token')} of {row['domain']} "
+        f"and by {percent(row['others'])} of those of the other domains."
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..show.figures import COLOURS, plain
 from .drawing import figure, ticks_for
+from .specialisation import beyond_chance
 from .structure import clustered, move_structure, pair_structure, strongest
 from .wording import spans
 
@@ -28,22 +29,32 @@ NEVER = "#777777"  # lines that cross where an expert was never selected
 BAR = 0.7  # inches of the bar of colours below the maps
 BARS = 12
 NAMES = 32  # experts named along a side of a square map
+POINTS = "share of its tokens less that of the others', in points; white: alike but for chance"
 LABEL = 32  # characters of a domain's above its map
 
 
-def _ratio_map(
-    axis: Axes, table: NDArray[np.float64], labels: Sequence[Label], ticks: int = 32
-) -> AxesImage:
+def _ratio_map(axis: Axes, table: NDArray[np.float64], labels: Sequence[Label]) -> AxesImage:
     """imshow of ratios (L, E) to an even choice: white 1, red more, blue less, crossed never."""
     with np.errstate(divide="ignore"):
         shown = np.ma.masked_where(table == 0, np.log2(table))
+    return _more_or_less(axis, shown, FOLD, labels, 32)
+
+
+def _more_or_less(
+    axis: Axes,
+    shown: NDArray[np.float64],
+    limit: float,
+    labels: Sequence[Label],
+    ticks: int,
+) -> AxesImage:
+    """imshow of an array (L, E): white 0, red to `limit`, blue to -limit, crossed if masked."""
     image = axis.imshow(
-        shown, cmap="RdBu_r", vmin=-FOLD, vmax=FOLD, aspect="auto", interpolation="none"
+        shown, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none"
     )
     _cross(axis)
-    rows = ticks_for(table.shape[0])
+    rows = ticks_for(shown.shape[0])
     axis.set_yticks(rows, [str(labels[row]) for row in rows])
-    axis.set_xticks(ticks_for(table.shape[1], ticks))
+    axis.set_xticks(ticks_for(shown.shape[1], ticks))
     axis.set_xlabel("expert", size=11)
     axis.set_ylabel("layer", size=11)
     return image
@@ -120,22 +131,26 @@ def domains(profile: Profiled) -> Figure:
     fig, axes = figure(
         rows,
         columns,
-        "Domain specialisation: share of a domain's tokens that select the expert, over k/E",
+        "Domain specialisation: which experts a domain selects more often than the others",
         width=(12, 7)[columns - 1],
         height=_height(profile) * 0.8 + 0.7 + BAR / rows,
     )
     axes = np.atleast_1d(axes).ravel()
     frame = profile.domain_specialisation()
+    never = frame["share"].eq(0) & frame["others"].eq(0)
+    points = 100 * (frame["share"] - frame["others"]).where(beyond_chance(frame), 0)
+    frame["points"] = points.mask(never | frame["p"].isna())
+    limit = max(float(points.abs().max()), 1.0)
     for axis, label in zip(axes, labels, strict=False):
         of = frame[frame["domain"] == label]
-        pivot = of.pivot(index="layer", columns="expert", values="times")
-        table = pivot.loc[profile.labels].to_numpy()
-        image = _ratio_map(axis, table, profile.labels, 16)
-        tokens = f"{of['tokens'].max():,} tokens{_crossed(table == 0)}"
+        pivot = of.pivot(index="layer", columns="expert", values="points")
+        table = np.ma.masked_invalid(pivot.loc[profile.labels].to_numpy())
+        image = _more_or_less(axis, table, limit, profile.labels, 16)
+        tokens = f"{of['tokens'].max():,} tokens{_crossed(np.ma.getmaskarray(table))}"
         axis.set_title(f"{plain(label, LABEL)}: {tokens}", loc="left", size=11)
     for axis in axes[len(labels) :]:
         axis.set_axis_off()
-    _ratio_bar(fig, image, axes, "share / (k/E)")
+    _bar(fig, image, axes, POINTS, shrink=0.35)
     return fig
 
 

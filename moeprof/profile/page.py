@@ -67,7 +67,8 @@ FIGURES = {
     ),
     "domains": (
         "Domains",
-        "Experts that a kind of text selects more than an even choice would (red) or less (blue).",
+        "Experts that a kind of text selects more often than the other kinds do (red), or less "
+        "often (blue).",
     ),
 }
 ANCHOR = "metric-"  # before a metric's name, the place of its entry in the glossary

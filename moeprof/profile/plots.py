@@ -302,7 +302,9 @@ def _measured(profile: Profiled) -> dict[str, tuple[Callable[..., Figure], str |
     roof = steps or ("there is no measured roof" if profile.roofline is None else None)
     if not roof and not any(m.gflops > 0 and m.read_gbs > 0 for m in each):
         roof = "the experts' sizes are not known"
-    domains = tokens or (None if profile.domains else "the texts had no domain labels")
+    domains = tokens or (
+        None if len(profile.domains or ()) > 1 else "the texts had no two domain labels to compare"
+    )
     return {
         "load": (maps.load, tokens),
         "k": (k, tokens),

@@ -153,6 +153,10 @@ class Profile:
     def domain_specialisation(self) -> pandas.DataFrame:
         """A pandas table: which experts the tokens of a domain select.
 
+        share and others: of the domain's tokens, and of all other domains', those that select the
+        expert; p: of a two-sided binomial test that they are alike, which takes tokens as
+        independent; baseline: k/E, an even choice; times: share / baseline.
+
         ValueError where the texts had no domain labels.
         """
         from .specialisation import by_domain

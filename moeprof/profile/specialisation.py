@@ -2,7 +2,9 @@
 
 As in the OLMoE paper (arXiv 2409.02060, section 5): of the tokens of a domain D the share that
 selects expert i, N_iD / N_D; of the occurrences of token x, N_xi / N_x. Under a router that
-knows nothing of them both are k/E, with k the mean number of experts per token.
+takes all experts alike both are k/E, with k the mean number of experts per token. An expert that
+is busy everywhere is above k/E in every domain: what belongs to a domain is told by the share
+beside that of the other domains' tokens.
 """
 
 from __future__ import annotations
@@ -40,9 +42,13 @@ def _experts(
 
 
 def by_domain(profile: Profiled) -> pandas.DataFrame:
-    """Columns: layer, name, block, expert, domain, tokens (of the domain), share, baseline, times.
+    """Columns: layer, name, block, expert, domain, tokens (of the domain), share, baseline, times,
+    others, p.
 
-    baseline: k/E with the layer's mean k over these domains; times: share / baseline.
+    baseline: k/E with the layer's mean k over these domains; times: share / baseline; others: the
+    share of the other domains' tokens; p: two-sided binomial, of as many of all that select the
+    expert being the domain's if it selects as the others do. The last two are nan where no other
+    domain has tokens.
     ValueError where the texts had no domain labels.
     """
     import pandas
@@ -50,32 +56,55 @@ def by_domain(profile: Profiled) -> pandas.DataFrame:
     if profile.domains is None:
         raise ValueError("this profile has no domains: its texts had no domain labels")
     columns = ["layer", "name", "block", "expert", "domain", "tokens", "share", "baseline", "times"]
+    columns += ["others", "p"]
     made: dict[str, list[Any]] = {name: [] for name in columns}
     for index, layer in enumerate(profile.layers):
         rows = {label: table[index] for label, table in profile.domains.items()}
         selections = sum(int(row[:-1].sum()) for row in rows.values())
         tokens = sum(int(row[-1]) for row in rows.values())
         baseline = selections / tokens / layer.num_experts if tokens else np.nan
+        all_loads = sum(row[: layer.num_experts] for row in rows.values())
         for label, row in rows.items():
-            experts = _experts(profile, index, row[: layer.num_experts], row[-1], baseline)
-            for name, value in (experts | {"domain": label, "tokens": int(row[-1])}).items():
+            loads, own = row[: layer.num_experts], int(row[-1])
+            cells = _experts(profile, index, loads, own, baseline) | {
+                "domain": label,
+                "tokens": own,
+                "others": ratio_each(all_loads - loads, tokens - own),
+                "p": _two_sided(loads, all_loads, own, tokens),
+            }
+            for name, value in cells.items():
                 each = isinstance(value, np.ndarray)
                 made[name] += value.tolist() if each else [value] * layer.num_experts
     return pandas.DataFrame(made)  # at once: a frame for each part takes 15 times as long
 
 
-ENOUGH = 8  # tokens of a domain that select an expert which may be called specialised
+def _two_sided(
+    loads: NDArray[np.int64], all_loads: NDArray[np.int64], own: int, tokens: int
+) -> NDArray[np.float64]:
+    """(E,) twice the smaller tail of Binomial(all_loads, own / tokens) at `loads`, at most 1."""
+    from scipy.special import bdtr, bdtrc
+
+    if not 0 < own < tokens:
+        return np.full(len(loads), np.nan)
+    chance = own / tokens
+    tails = bdtr(loads, all_loads, chance), bdtrc(loads - 1, all_loads, chance)
+    return np.minimum(2 * np.minimum(*tails), 1)
+
+
+LEVEL = 0.05  # of all tests of a profile together
+
+
+def beyond_chance(frame: pandas.DataFrame) -> pandas.Series[bool]:
+    """Of each row of `by_domain`, whether its domain differs from the others: p, by Bonferroni."""
+    return frame["p"] * frame["p"].count() <= LEVEL
 
 
 def most_by_domain(profile: Profiled) -> pandas.DataFrame:
-    """The rows of `by_domain` that may be called specialised, the most so first.
-
-    Of an expert that fewer than `ENOUGH` tokens of a domain select a large share is chance: the
-    largest of many shares of few tokens.
-    """
-    frame = by_domain(profile).dropna(subset="times")
-    frame = frame[frame["tokens"] * frame["share"] >= ENOUGH - 0.5]  # whole numbers
-    return frame.sort_values("times", ascending=False, kind="stable")
+    """The rows of `by_domain` of experts that a domain selects more often than the others do,
+    beyond chance; those with the largest difference first."""
+    frame = by_domain(profile)
+    frame = frame[beyond_chance(frame) & (frame["share"] > frame["others"])]
+    return frame.iloc[np.argsort(frame["others"] - frame["share"], kind="stable")]
 
 
 def by_token(profile: Profiled, minimum: int = MINIMUM, top: int = 10) -> pandas.DataFrame:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..show.tables import Table, fine, with_interval
-from .specialisation import ENOUGH, MINIMUM, most_by_domain
+from .specialisation import LEVEL, MINIMUM, most_by_domain
 from .wording import layer_names, number, short
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def by_batch(profile: Profiled) -> Table:
 
 
 def domains(profile: Profiled) -> Table:
-    """The most specialised experts of each domain."""
+    """The experts that each domain selects more often than the others do."""
     frame = most_by_domain(profile)
     rows: list[list[str]] = []
     for label in profile.domains or ():
@@ -117,6 +117,8 @@ def domains(profile: Profiled) -> Table:
                 str(r["layer"]),
                 str(r["expert"]),
                 f"{100 * r['share']:.1f} %",
+                f"{100 * r['others']:.1f} %",
+                f"+{100 * (r['share'] - r['others']):.1f}",
                 f"{100 * r['baseline']:.1f} %",
                 f"{r['times']:.1f}",
             ]
@@ -124,10 +126,15 @@ def domains(profile: Profiled) -> Table:
         ]
     return Table(
         "By domain",
-        "The experts whose share of a domain's tokens is the most above k/E, that "
-        "of an even choice, where at least "
-        f"{ENOUGH} of its tokens select the expert.",
-        [("", name) for name in ("domain", "layer", "expert", "share", "k/E", "times")],
+        "The experts that a larger share of a domain's tokens selects than of the others, those of "
+        "the other domains; more: the difference in points. Two-sided binomial tests of all "
+        f"experts, {100 * LEVEL:.0f} % for all together, tell these from chance as if tokens were "
+        "independent, which those of one document are not. k/E: an even choice; times: share over "
+        "k/E.",
+        [
+            ("", name)
+            for name in ("domain", "layer", "expert", "share", "others", "more", "k/E", "times")
+        ],
         rows,
         ("domain",),
     )
