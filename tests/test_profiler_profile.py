@@ -295,6 +295,16 @@ def test_the_load_map_shows_the_loads(profile):
     np.testing.assert_allclose(2 ** image[expected > 0], expected[expected > 0])
 
 
+def test_an_unsure_router_is_drawn_from_0_and_its_number_has_digits():
+    made = make_profile(2, 8, 2, decode=())
+    for counts in made.counts["prefill"]:
+        for histogram in (counts.confidence, counts.gap):
+            histogram[0], histogram[1:] = histogram.sum(), 0
+        counts.sums[0] = 1.4e-5 * counts.confidence.sum()
+    assert "1.4e-05" in made.summary()
+    assert [axis.get_ylim()[0] for axis in made.plot("confidence").axes] == [0, 0]
+
+
 def test_colours_are_below_the_maps_and_never_is_crossed(profile):
     for name in ("load", "domains", "coactivation", "moves"):
         figure = profile.plot(name)

@@ -37,8 +37,8 @@ def read_routing(output: Any, logits: Tensor, name: str) -> tuple[Tensor, Tensor
                 raise _refused(name, f"{most} experts for a token, and there are {num_experts}")
     else:
         raise ValueError(
-            f"Router output format unexpected: {name}: wanted of a router in Python weights "
-            f"({tokens}, {num_experts}) or (weights, experts ({tokens}, k)); got "
+            f"Router output format unexpected: {name}: wanted of a router in Python, in tensors, "
+            f"weights ({tokens}, {num_experts}) or (weights, experts ({tokens}, k)); got "
             f"{describe_output(output)}"
         )
     if not torch.compiler.is_compiling() and (found := _no_weights(weights, experts, logits)):

@@ -67,7 +67,7 @@ def sum_of(tables: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 def confidence(profile: Profiled) -> Figure:
     """How sure is the router?"""
-    fig, axes = figure(1, 2, "The router's softmax")
+    fig, axes = figure(1, 2, "The router's softmax, each quartile to within 0.005")
     panels = (
         (axes[0], "router_confidence_quartiles", "1 − H(p) / ln E (1: certain)", "Confidence"),
         (
@@ -96,7 +96,7 @@ def _unit_limits(axis: Axes) -> tuple[float, float]:
     if not np.isfinite(high - low):
         return 0, 1
     room = max(0.08 * (high - low), 0.01)
-    return max(low - room, -0.01), min(high + room, 1.01)
+    return max(low - room, 0), min(high + room, 1)
 
 
 def latency(profile: Profiled) -> Figure:

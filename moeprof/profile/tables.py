@@ -32,14 +32,15 @@ LAYER_COLUMNS: tuple[tuple[str, Callable[[LayerMetrics], str]], ...] = (
     ("k", lambda m: number(m.k_mean, ".2f")),
     ("Gini", lambda m: number(m.expert_load_gini, ".2f")),
     ("max", lambda m: number(m.expert_load_max_imbalance, ".1f")),
-    ("conf", lambda m: number(m.router_confidence, ".2f")),
+    ("conf", lambda m: number(m.router_confidence, ".2g")),
     ("uniq", lambda m: number(m.unique_experts_mean, ".1f")),
     ("p50", lambda m: short(m.latency_ms_p50)),
     ("p99", lambda m: short(m.latency_ms_p99)),
 )
 LAYER_NOTE = (
-    "k: experts per token. Gini, max: inequality of the experts' load, the largest over the mean. "
-    "conf: how sure the router is, 0 to 1. uniq: distinct experts a step. p50, p99: ms a step."
+    "k: experts per token. Gini: how unequal the experts' loads are, 0 if alike. max: the largest "
+    "load over the mean. conf: how sure the router is, 0 to 1. uniq: distinct experts a step. "
+    "p50, p99: ms a step."
 )
 ROOF_NOTE = " roof: % of the measured bandwidth or matrix product rate, whichever is nearer."
 
