@@ -144,6 +144,11 @@ def test_what_a_python_router_may_not_return(output):
     assert_unchanged(model, before)
 
 
+def test_numpy_is_no_tensor():
+    with pytest.raises(ValueError, match="in tensors, weights .*; got ndarray"):
+        run(olmoe(), lambda z: z.detach().softmax(-1).numpy())
+
+
 @pytest.mark.parametrize(
     ("router", "said"),
     [
