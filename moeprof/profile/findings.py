@@ -314,8 +314,8 @@ def _domains(profile: Profiled) -> Iterator[str]:
     frame = most_by_domain(profile)
     if not len(frame):
         yield (
-            "Not specialised by domain: no expert is selected more often in one domain than in "
-            "the others, beyond chance."
+            "Domains: no difference is seen, no expert that one selects more often than the others "
+            "beyond chance."
         )
         return
     row = frame.iloc[0]
