@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -98,6 +98,19 @@ def are_few(documents: int, groups: ArrayLike | None = None) -> bool:
     groups : as `bootstrap` takes them: what counts is documents less groups.
     """
     return 1 < documents and _freedom(documents, _groups(documents, groups)) < FEW_DOCUMENTS - 1
+
+
+def said_of_few(text: str, domains: Sequence[str]) -> Iterator[str]:
+    """A sentence where the documents of a text, drawn within their domains, are too few.
+
+    text : its name, which begins the sentence; domains : each document's
+    """
+    if are_few(len(domains), domains):
+        count = len(set(domains))
+        yield (
+            f"{text} has {len(domains)} documents only, in {count} domain{'s' * (count != 1)}: "
+            f"intervals over so few are too narrow. {MORE_DOCUMENTS}"
+        )
 
 
 def _groups(documents: int, groups: ArrayLike | None) -> NDArray[np.int64]:

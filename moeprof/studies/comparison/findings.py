@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...measure.bootstrap import MORE_DOCUMENTS, are_few
+from ...measure.bootstrap import MORE_DOCUMENTS, said_of_few
 from ...show.tables import fine
 from .bytes_read import quantized_name
 from .contenders import PRIMARY, THRESHOLDS
@@ -179,12 +179,7 @@ def findings_by_subject(run: dict[str, Any]) -> dict[str, list[str]]:
 def caution(view: View) -> Iterator[str]:
     """That nothing is decided, where no effect varies over documents, or little, by how few."""
     domains = [document["domain"] for document in view.run["splits"]["test"]]
-    if are_few(len(domains), domains):
-        yield (
-            f"The test text has {len(domains)} documents only, of {len(set(domains))} domain(s): "
-            "intervals over so few are too narrow, and more than 1 in 20 tables has a wrong "
-            f"verdict. {MORE_DOCUMENTS}"
-        )
+    yield from said_of_few("The test text", domains)
     if view.is_one_document:
         yield (
             "The test text is one document, and intervals are over documents: there are none, and "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS
+from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS, said_of_few
 from ...show.console import fill, printed
 from ...show.tables import text_table, with_interval
 from .rows import ALL, CHANGE, PATCHED, POOLED, SHOWN, STOCK
@@ -289,7 +289,7 @@ def findings(diagnosis: Diagnosed) -> list[str]:
     documents = facts["heldout_documents"]
     domains = len({d["domain"] for d in documents})
     found = [
-        *_caution(len(documents)),
+        *said_of_few("The held-out text", [document["domain"] for document in documents]),
         *_answer(diagnosis),
         f"{facts['router']} on {facts['model']} ({facts['dtype']}).",
         f"Null: {facts['null']}.",
@@ -303,14 +303,6 @@ def findings(diagnosis: Diagnosed) -> list[str]:
     if "fdp" in diagnosis.tables:
         found += _ablation_findings(diagnosis)
     return found
-
-
-def _caution(documents: int) -> Iterator[str]:
-    if 1 < documents < FEW_DOCUMENTS:
-        yield (
-            f"The held-out text has {documents} documents only: intervals over so few are too "
-            f"narrow. {MORE_DOCUMENTS}"
-        )
 
 
 def _answer(diagnosis: Diagnosed) -> Iterator[str]:
