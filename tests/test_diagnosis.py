@@ -494,7 +494,7 @@ def test_figures_say_what_came_out_and_what_their_letters_mean(small):
         assert says(uniform, "of 4 layers (own routing) and", "(patched)", "π̂0 changes", "above 1")
     without = Diagnosis(small._rows, small.facts | {"alpha": None})
     assert "alpha" not in plots.fdp_verdict(fdp, without.facts)
-    assert findings(without)[0] == uniform
+    assert findings(without)[1] == uniform
     assert not any("FDP" in text for text in drawn(without.figure("ablation")))
     assert "of the tokens" in selection.get_suptitle()
     flat = small.to_frame("flatness")

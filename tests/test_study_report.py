@@ -260,6 +260,9 @@ def grid_rows():
             "bits_above_static": static,
             "bits_above_static_low": static - 0.01,
             "bits_above_static_high": static + 0.01,
+            "bits_above_static_band_low": static - 0.02,
+            "bits_above_static_band_high": static + 0.02,
+            "documents": 12,
             "tokens_per_s": speed,
         }
 
@@ -479,8 +482,14 @@ def test_a_sweep_of_several_documents_names_what_is_best():
 
 def test_without_compare_the_verdict_is_that_of_evaluate():
     lines = said(evaluate=evaluated())
-    assert says(lines[0], "bh@4 keeps quality best", "2 configurations", "4.00 experts")
-    assert "one document" not in lines[0]
+    assert says(lines[0], "2 configurations", "not beaten", "bh@4 (4.00 experts", "+0.0380")
+    assert says(lines[0], "at the same experts", "compare, which has no result")
+    assert "topk:k=4" not in lines[0] and "one document" not in lines[0]
+    unequal = evaluated()
+    for row in unequal.rows:
+        row["experts"] += row["config"] == "bh@4"
+    both = said(evaluate=unequal)[0]  # who takes most isn't the best by that
+    assert says(both, "topk:k=4 (4.00 experts", "bh@4 (5.00 experts")
     of_one = evaluated()
     for row in of_one.rows:
         row |= {"bits_above_own_low": None, "bits_above_own_high": None}
@@ -501,7 +510,8 @@ def test_the_verdict_of_a_grid_alone():
 
 
 def test_a_grid_on_one_document_decides_nothing():
-    none = dict.fromkeys(("bits_above_static_low", "bits_above_static_high"))
+    ends = ("low", "high", "band_low", "band_high")
+    none = dict.fromkeys(f"bits_above_static_{end}" for end in ends) | {"documents": 1}
     results = Results(facts("grid"), grid=[row | none for row in grid_rows()])
     (line,) = verdict.section(results).sentences
     assert says(line.text, "one document", "nothing is decided")

@@ -73,6 +73,12 @@ def style(axis: Axes, x: str, y: str, title: str) -> None:
     axis.set_axisbelow(True)
 
 
+def runs(ks: NDArray[np.float64]) -> list[NDArray[np.int64]]:
+    """Places of the whole numbers `ks` (K,), ascending, that follow each other, run by run: a
+    curve of static top-k isn't drawn over k that were not run."""
+    return np.split(np.arange(len(ks)), np.flatnonzero(np.diff(ks) > 1.5) + 1)
+
+
 def whole_ticks(axis: Axes) -> None:
     """Ticks along x at whole numbers only."""
     locator: Any = axis.xaxis.get_major_locator()

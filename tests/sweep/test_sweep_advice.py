@@ -4,14 +4,16 @@ import math
 
 import numpy as np
 import pytest
+from wording import says
 
 import moeprof
 from moeprof.routers import TopK
 from moeprof.studies.sweep import figure
-from moeprof.studies.sweep.advice import advice
+from moeprof.studies.sweep.advice import advice, caution, is_above, is_below
 from moeprof.studies.sweep.beside import budgets
 from moeprof.studies.sweep.compared import compared, on_line
 from moeprof.studies.sweep.merged import merged
+from moeprof.studies.sweep.report import beside_static, findings, report
 
 pytestmark = pytest.mark.slow  # test_every_study runs what they are made of on both versions
 
@@ -63,6 +65,50 @@ def test_the_distance_from_static_and_its_interval(run):
     low, high = np.quantile(draws, [0.025, 0.975])
     assert row["bits_above_static_low"] == pytest.approx(low, abs=0.15 * spread_of + 1e-6)
     assert row["bits_above_static_high"] == pytest.approx(high, abs=0.15 * spread_of + 1e-6)
+
+
+def noise(settings, documents, rng):
+    """A run in which each of the settings differs from static top-2 by chance alone."""
+
+    def row(bits):
+        nats = 1000 * math.log(2) * bits
+        return {"nats_by_document": nats.tolist(), "experts_by_document": [200] * documents}
+
+    own = 1 + 0.1 * rng.normal(size=documents)
+    return compared(
+        {
+            "results": [
+                row(own),
+                *(row(own + rng.normal(size=documents)) for _ in range(settings)),
+            ],
+            "model_config": {"num_experts_per_tok": 2},
+            "seed": 0,
+            "heldout_documents": [{"bytes": 1000, "tokens": 100}] * documents,
+        }
+    )
+
+
+def test_a_setting_is_seldom_called_better_or_worse_by_chance():
+    """Of 15 settings that are as good as static top-k, the bands call some otherwise in 5 %."""
+    rng, runs = np.random.default_rng(0), 100
+    called, outside = 0, 0
+    for _ in range(runs):
+        rows = noise(15, 60, rng)["results"][1:]
+        called += any(is_below(row) or is_above(row) for row in rows)
+        ends = ((row["bits_above_static_low"], row["bits_above_static_high"]) for row in rows)
+        outside += any(low > 0 or high < 0 for low, high in ends)
+    assert 0 < called <= 12 and outside > 40
+
+
+def test_what_cannot_be_compared_does_not_widen_the_bands(run):
+    """A row over a gap of the line varies as it likes."""
+    wild = dict(run[0]["results"][-1])
+    nats, experts = (np.array(wild[f"{name}_by_document"]) for name in ("nats", "experts"))
+    wild |= {"config": "wild", "nats_by_document": (nats * np.arange(len(nats))).tolist()}
+    wild["experts_by_document"] = (3 * experts).tolist()
+    other = compared(run[0] | {"results": [*run[0]["results"], wild]})["results"]
+    assert other[-1]["bits_above_static_band_low"] is None
+    assert other[:-1] == run[0]["results"]
 
 
 def test_documents_are_drawn_with_their_experts():
@@ -132,7 +178,8 @@ def test_budget_rows_are_what_their_parameter_gives(experiment, run):
 
 
 def with_distance(run, config, low, distance, high, experts):
-    """The run with one row's distance from static set, and every other one's far above it."""
+    """The run with one row's distance from static and its band set, and every other one's far
+    above it; the intervals are a point each: they decide nothing."""
     (one,) = run["static"]
 
     def put(row):
@@ -140,7 +187,9 @@ def with_distance(run, config, low, distance, high, experts):
             return row
         mine = row["config"] == config
         values = (low, distance, high) if mine else (1, 1, 1)
-        names = ("bits_above_static_low", "bits_above_static", "bits_above_static_high")
+        values += (values[1],) * 2
+        ends = ("_band_low", "", "_band_high", "_low", "_high")
+        names = [f"bits_above_static{end}" for end in ends]
         at = {"avg_experts_heldout": experts} if mine else {"bits_above_own": 2.0}
         if mine and distance is not None:  # the line goes from top-1 to the own top-2
             at["bits_above_own"] = (2 - experts) * one["bits_above_own"] + distance
@@ -154,8 +203,8 @@ def test_the_advice_names_the_best_and_its_line_runs(experiment, run):
     told = with_distance(run[0], "bh_k4_a020", -0.3, -0.2, -0.1, 1.02)
     first, second = advice(told)
     assert first["best"] == "bh_k4_a020"
-    assert "bh_k4_a020 is best: 1.02 experts" in first["head"]
-    assert "-0.2000 (-0.3000 to -0.1000) beside static top-k" in first["head"]
+    assert "bh_k4_a020 is what to use: 1.02 experts" in first["head"]
+    assert "-0.2000 (band -0.3000 to -0.1000) beside static top-k" in first["head"]
     assert first["code"] == "moeprof.patch(model, moeprof.BH(alpha=0.2, max_k=4), null=null)"
     scope = {"moeprof": moeprof, "model": experiment.model, "null": experiment.null}
     eval(first["code"], scope).unpatch()
@@ -211,6 +260,36 @@ def test_static_is_no_answer_beside_what_costs_less_and_was_not_compared(run, ch
     assert title.startswith("At 2: no answer" if cheaper else "At 2: static top-2")
 
 
+@pytest.mark.parametrize("high", [-0.1, 0.1])
+def test_few_documents_are_said(run, high):
+    """5 documents: with the answer, in the report, in the verdict of a study, in the figure."""
+    told = with_distance(run[0], "bh_k4_a020", -0.3, -0.2, high, 1.02)
+    assert len(told["heldout_documents"]) < 10 and caution(told)
+    head = advice(told)[0]["head"]
+    count = f"{len(told['heldout_documents'])} documents"
+    assert says(head, f"as far as {count} can tell", "is what to use")
+    assert says(beside_static(told), f"{count} only", "too narrow", "chance")
+    assert findings(told)[0] == caution(told) and says(caution(told), f"{count} only", "chance")
+    for axis in figure(told["results"], told).axes[:2]:
+        assert any(f"{count} only" in text.get_text() for text in axis.texts)
+    many = told | {"heldout_documents": told["heldout_documents"] * 4}
+    assert caution(many) == "" and "as far as" not in advice(many)[0]["head"]
+    assert "only" not in beside_static(many)
+
+
+def test_a_run_without_bands_can_still_be_told_and_drawn(run):
+    """Of a version that had none: its intervals stand for them, but in the report, made anew."""
+
+    def old(row):
+        return {name: value for name, value in row.items() if "band" not in name}
+
+    before = run[0] | {n: list(map(old, run[0][n])) for n in ("results", "static", "budgets")}
+    assert "(band" not in str(advice(before)) and "(band" in str(advice(run[0]))
+    drawn = figure(before["results"], before).axes[1]
+    assert "thin" not in drawn.texts[0].get_text() and len(drawn.lines) > 3
+    assert report(before) == report(run[0])
+
+
 def test_there_is_no_advice_before_all_is_finished(run):
     assert advice(run[0] | {"finished": False}) == [] != advice(run[0])
 
@@ -222,6 +301,11 @@ def test_the_figure_counts_the_settings_that_static_was_run_beside(run):
     points += sum(row.get("bits_above_static") is not None for row in told["budgets"])
     title = figure(told["results"], told).axes[1].get_title(loc="left")
     assert title == f"0 of {points} settings are better than static top-k"
+    told = with_distance(run[0], "bh_k4_a020", -0.3, -0.2, -0.1, 1.02)
+    axis = figure(told["results"], told).axes[1]
+    assert axis.get_title(loc="left").startswith("1 of ")
+    bars = {tuple(line.get_ydata()) for line in axis.lines}
+    assert {(-0.3, -0.1), (-0.2, -0.2)} <= bars  # the band, and the interval
 
 
 def test_a_budget_out_of_reach_is_said(run):

@@ -136,6 +136,54 @@ def test_the_figure_shows_the_results(run):
     assert result["results"][-1]["experts_by_layer"] in drawn_layers
 
 
+def test_the_line_of_static_is_the_one_that_is_used(run):
+    """Straight in bits, which a logarithmic axis bends; not over k that were not run."""
+    (one,) = run[0]["static"]
+    five = one | {"k": 5, "config": "topk_5", "bits_above_own": 0.3 * one["bits_above_own"]}
+    result = run[0] | {"static": [one, five]}
+    use = figure(result["results"], result).axes[0]
+    lines = [np.array(line.get_data()) for line in use.lines if line.get_color() == "black"]
+    (x, y), *others = [line for line in lines if len(line[0]) > 10]
+    assert not others and (x[0], x[-1]) == (1, 2)
+    assert y == pytest.approx((2 - x) * one["bits_above_own"])
+    assert {1.0, 2.0, 5.0} == set(lines[0][0])  # their marks
+
+
+def test_static_top_k_among_the_results_is_drawn(run):
+    """Of `run_configuration`, without what `sweep` returns."""
+    own, *bh = run[0]["results"]
+    (one,) = run[0]["static"]
+    one = own | one | {"config": "top 1", "max_k": 1, "reduction_pct": 50.0}
+    results = [without_distances(row) for row in (one, own, *bh)]  # in any order
+    use, beside = figure(results).axes[:2]
+    marks = {tuple(xy) for line in use.lines for xy in np.c_[line.get_data()].tolist()}
+    assert (1, one["bits_per_byte"] - own["bits_per_byte"]) in {(x, y) for x, y in marks}
+    assert beside.get_title(loc="left").startswith("Nothing is decided of ")
+    drawn = np.concatenate([line.get_ydata() for line in beside.lines])
+    known = [row["bits_above_static"] for row in bh if row["bits_above_static"] is not None]
+    assert known and all(np.abs(drawn - value).min() < 1e-9 for value in known)
+    names = [text.get_text() for text in use.get_legend().get_texts()]
+    assert "static top-k" in names and not any("by budget" in name for name in names)
+    alone = [without_distances(row) for row in (own, *bh)]
+    (said,) = figure(alone).axes[1].texts
+    assert "static top-k was not run for the whole k" in said.get_text()
+
+
+def without_distances(row):
+    return {name: value for name, value in row.items() if "bits_above" not in name}
+
+
+def test_tiny_differences_have_whole_numbers_at_their_ticks(run):
+    def tiny(row):
+        known = row.get("bits_above_static") is not None
+        return row | {n: 1e-6 * v for n, v in row.items() if known and "above" in n}
+
+    result = run[0] | {n: list(map(tiny, run[0][n])) for n in ("results", "static", "budgets")}
+    drawn = figure(result["results"], result)
+    drawn.canvas.draw()
+    assert all(axis.yaxis.get_offset_text().get_text() == "" for axis in drawn.axes[:2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [slice(1), slice(4), slice(1, 3)])
 def test_the_figure_of_a_part(run, part):

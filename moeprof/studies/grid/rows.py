@@ -54,7 +54,9 @@ def rows_of(
     found: {configuration: result}; speeds: {configuration: tokens/s of each round}; setting: what
     SETTING names. Differences are to the model's own top-k on the same text, and to static top-k
     at as many experts where that was run; _low and _high are 95 % intervals over documents, None
-    for one document. Of tokens/s it is the median, and the quartiles over the rounds.
+    for one document. Of tokens/s it is the median, and the quartiles over the rounds. Besides
+    COLUMNS: bits_above_static_band_low and _band_high, as `distances` gives them, and documents,
+    how many the text has.
     """
     rows = []
     for one in work.configurations:
@@ -80,7 +82,7 @@ def rows_of(
     bits = distances(results, results[0], _line(work, found), documents, seed)
     above = _perplexity(work, results, seed)
     for (row, _), of_bits, of_perplexity in zip(measured, bits, above, strict=True):
-        row.update(of_bits | of_perplexity)
+        row.update(of_bits | of_perplexity | {"documents": len(documents)})
     return rows
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS
 from .beside import budgets
-from .compared import interval, missing_ks, on_line
+from .compared import interval, missing_ks, on_line, with_band
 
 NEAR = 0.1  # of a budget: what lies further off isn't an answer to it
 CODE = "moeprof.patch(model, {router}, null={null})"
@@ -32,9 +33,9 @@ def best_for(
 ) -> dict[str, Any] | None:
     """The row to use for a budget of experts per token; None where it is static top-k.
 
-    rows: results with their distance from static top-k. A row wins only if it is better than
-    static beyond doubt at its own experts, and costs less than the static top-k that fits into
-    the budget: a row with fewer experts is no answer if static spends the others better.
+    rows: results with their distance from static top-k. A row wins only if its whole band is below
+    static at its own experts, and it costs less than the static top-k that fits into the budget:
+    a row with fewer experts is no answer if static spends the others better.
     """
     better = (row for row in _by_cost(budget, rows, run) if is_below(row))
     return next((row for row in better if _above_static(row, budget, run) < 0), None)
@@ -74,25 +75,26 @@ def _for(run: dict[str, Any], budget: float) -> dict[str, Any]:
     static = _static(run, budget)
     top = f"the model's own top-{run['results'][0]['max_k']}"
     if best:
-        head = f"{_name(best)} is best: {_costs(best, top)}, {_beside(best, run)}."
+        what = f"{_costs(best, top)}, {_beside(best, run)}"
+        head = f"{_as_far_as(run)}{_name(best)} is what to use: {what}."
         code = _code(best, run)
     elif static is None or missing:
         ks = sorted({*_ks(run), *missing})
         head = (
-            f"no answer: {_static_of(missing)} was not run, and "
-            "nothing that was tried is better with certainty than the static top-k that was. "
+            f"no answer: {_static_of(missing)} was not run, and nothing that was tried was shown "
+            "to be better than the static top-k that was. "
             f"Run it again with --static {','.join(map(str, ks))}."
         )
         code = None
     else:
-        lead = "static top-{} is what to use"
+        lead = _as_far_as(run) + "static top-{} is what to use"
         if is_one_document(run):
             lead = (
                 "nothing is decided, as the held-out text is one document. Until more documents "
                 "decide it, static top-{} needs no choice of a parameter"
             )
         head = f"{lead.format(static['k'])}: {_costs(static, top)}; " + (
-            f"nothing tried is known to cost less (the nearest, {_name(near[0])}: "
+            f"nothing tried was shown to cost less (the nearest, {_name(near[0])}: "
             f"{_costs(near[0], top)}, {_beside(near[0], run)})."
             if near
             else "nothing that it could be compared with takes about so many experts."
@@ -146,15 +148,47 @@ def _static(run: dict[str, Any], budget: float) -> dict[str, Any] | None:
 
 
 def is_below(row: Mapping[str, Any]) -> bool:
-    """Below static beyond doubt; for a single document there is none."""
-    high = row["bits_above_static_high"]
+    """Is the whole band below static top-k? A single document has none."""
+    high = _end(row, "high")
     return high is not None and high < 0
 
 
 def is_above(row: Mapping[str, Any]) -> bool:
-    """Above static beyond doubt; for a single document there is none."""
-    low = row["bits_above_static_low"]
+    """Is the whole band above static top-k? A single document has none."""
+    low = _end(row, "low")
     return low is not None and low > 0
+
+
+def _end(row: Mapping[str, Any], end: str) -> float | None:
+    """Of the band; of the interval in a run of a version that had no bands."""
+    name = f"bits_above_static_band_{end}"
+    at: float | None = row[name if name in row else f"bits_above_static_{end}"]
+    return at
+
+
+def caution(run: Mapping[str, Any]) -> str:
+    """That nothing is decided, or little, by how few documents there are; "" where they do."""
+    documents = len(run["heldout_documents"])
+    if documents == 1:
+        return (
+            "The held-out text is one document, so nothing has an interval, and nothing is decided."
+        )
+    if documents >= FEW_DOCUMENTS:
+        return ""
+    return f"The held-out text has {few(documents)}. {MORE_DOCUMENTS}"
+
+
+def few(documents: int) -> str:
+    """What so few documents mean, from their number on."""
+    return (
+        f"{documents} documents only: intervals and bands over so few are too narrow, so what is "
+        "called better or worse may be chance"
+    )
+
+
+def _as_far_as(run: Mapping[str, Any]) -> str:
+    documents = len(run["heldout_documents"])
+    return f"as far as {documents} documents can tell, " if 1 < documents < FEW_DOCUMENTS else ""
 
 
 def is_one_document(run: Mapping[str, Any]) -> bool:
@@ -162,11 +196,12 @@ def is_one_document(run: Mapping[str, Any]) -> bool:
     return len(run["heldout_documents"]) == 1
 
 
-def how_sure(rows: Sequence[Mapping[str, Any]]) -> str:
+def how_sure(rows: Sequence[Mapping[str, Any]], documents: int) -> str:
     """The end of a sentence that counts those of the rows that are below and above static."""
-    if rows[0]["bits_above_static_high"] is None:
+    if _end(rows[0], "high") is None:
         return "the text is one document, so none of it has an interval, and nothing is decided."
-    return "of the others no difference was shown."
+    how = "of the others no difference was shown (by 95 % bands, which hold for all together)."
+    return how if documents >= FEW_DOCUMENTS else f"{how} The text has {few(documents)}."
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -186,7 +221,7 @@ def _beside(row: Mapping[str, Any], run: dict[str, Any]) -> str:
     if row.get("bits_above_static") is None:
         ks = missing_ks(row["avg_experts_heldout"], _ks(run))
         return f"can't be compared, as {_static_of(ks)} was not run"
-    return f"{interval(row, 'bits_above_static')} beside static top-k at the same experts"
+    return f"{with_band(row)} beside static top-k at the same experts"
 
 
 def _other(row: Mapping[str, Any], budget: float, top: str, run: dict[str, Any]) -> str:

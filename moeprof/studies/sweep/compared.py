@@ -13,8 +13,10 @@ from ...show.tables import fine
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from ...measure.bootstrap import Intervals
 
-STATIC = "static top-k at the same experts"
+ENDS = ("low", "high")
+BAND = ("band_low", "band_high")
 
 
 def compared(run: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +26,8 @@ def compared(run: dict[str, Any]) -> dict[str, Any]:
     the line through static top-k at the row's own experts per token (None where the whole k on
     both sides were not run);
     each with _low and _high, a 95 % interval by a bootstrap over held-out documents, each
-    compared with itself (None for a single document).
+    compared with itself (None for a single document). bits_above_static also with _band_low and
+    _band_high, the ends of a 95 % band: those of all rows hold together.
     """
     results = run["results"]
     if not results:
@@ -63,28 +66,39 @@ def distances(
     line_bits = _bits(line)  # (K, D)
     ks = np.array([row["k"] for row in line], float)
 
-    def statistic(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        total = weights @ sizes
-        quality = weights @ bits.T / total[:, None]
-        static = weights @ line_bits.T / total[:, None]
-        average = weights @ experts.T / (weights @ tokens)[:, None]
-        above_own = weights @ (bits - _bits([own])).T / total[:, None]
-        return np.concatenate([above_own, quality - on_line(ks, static, average)], axis=1)
-
-    found = bootstrap(statistic, len(documents), seed=seed)
     average = experts.sum(axis=1) / tokens.sum()
+    inside = [index for index, at in enumerate(average) if not missing_ks(at, ks)]
+
+    def above_own(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return weights @ (bits - _bits([own])).T / (weights @ sizes)[:, None]
+
+    def above_static(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = (weights @ sizes)[:, None]
+        static = weights @ line_bits.T / total
+        average = weights @ experts[inside].T / (weights @ tokens)[:, None]
+        return weights @ bits[inside].T / total - on_line(ks, static, average)
+
+    # Each by itself, on the same draws: a band is over what is compared with static top-k.
+    of_own, of_static = (
+        bootstrap(statistic, len(documents), seed=seed) for statistic in (above_own, above_static)
+    )
     several = len(documents) > 1
-    inside = [not missing_ks(at, ks) for at in average]
     for index in range(len(rows)):
-        fields = {}
-        for name, at, known in (
-            ("bits_above_own", index, True),
-            ("bits_above_static", index + len(rows), inside[index]),
-        ):
-            fields[name] = float(found.estimate[at]) if known else None
-            fields[f"{name}_low"] = float(found.low[at]) if known and several else None
-            fields[f"{name}_high"] = float(found.high[at]) if known and several else None
-        yield fields
+        place = inside.index(index) if index in inside else None
+        yield {
+            **_ends("bits_above_own", of_own, ENDS, index, several),
+            **_ends("bits_above_static", of_static, ENDS + BAND, place, several),
+        }
+
+
+def _ends(
+    name: str, found: Intervals, ends: Collection[str], at: int | None, several: bool
+) -> dict[str, float | None]:
+    """The statistic at a place and its ends, None for what isn't known: the ends of one document,
+    and all where there is no place."""
+    known = {end: None if at is None else float(getattr(found, end)[at]) for end in ends}
+    estimate = None if at is None else float(found.estimate[at])
+    return {name: estimate} | {f"{name}_{e}": v if several else None for e, v in known.items()}
 
 
 def _bits(rows: list[dict[str, Any]]) -> NDArray[np.float64]:
@@ -122,3 +136,14 @@ def interval(row: Mapping[str, Any], name: str, form: str = "+.4f") -> str:
         return format(value, fine(value, form=form))
     form = fine(value, low, high, form=form)
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def with_band(row: Mapping[str, Any], word: str = "band ") -> str:
+    """ "-0.0123 (band -0.0160 to -0.0086)", the distance from static top-k; with its interval in a
+    run of a version that had no bands."""
+    low, high = (row.get(f"bits_above_static_{end}") for end in BAND)
+    if low is None or high is None:
+        return interval(row, "bits_above_static")
+    value = row["bits_above_static"]
+    form = fine(value, low, high)
+    return f"{value:{form}} ({word}{low:{form}} to {high:{form}})"

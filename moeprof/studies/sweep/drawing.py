@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def title(axis: Axes, headline: str, detail: str) -> None:
-    axis.set_title(headline, loc="left", size=15, weight="bold", pad=26)
+    lines = 1 + detail.count("\n")
+    axis.set_title(headline, loc="left", size=15, weight="bold", pad=10 + 16 * lines)
     axis.text(0, 1.02, detail, transform=axis.transAxes, size=12, color="#444444")
 
 

@@ -27,15 +27,17 @@ def figure(
     """A matplotlib Figure of result dicts (or their frame), 1,600 px wide when saved.
 
     What to use: quality by experts per token, and the distance from static top-k at the same
-    experts; experts and perplexity by alpha and max_k; experts by layer. run: what `sweep`
-    returns, for static top-k, the routers set by budget and the intervals. Whatever is missing
-    is left blank. The user's matplotlib backend and its state are not touched.
+    experts; experts and perplexity by alpha and max_k; experts by layer. Results of static top-k
+    are the line that the others are set against. run: what `sweep` returns, for static top-k too,
+    the routers set by budget and the intervals. Whatever is missing is left blank. The user's
+    matplotlib backend and its state are not touched.
     """
     from matplotlib.figure import Figure
 
     frame = results_frame(results) if isinstance(results, list) else results
     bh = frame[frame["routing_type"] == "bh"]
-    own = frame[frame["routing_type"] == "topk"]
+    top_k = frame[frame["routing_type"] == "topk"]
+    own = top_k[top_k["reduction_pct"] == 0]  # others are static top-k
     baseline = own.iloc[0] if len(own) else None
     fig = Figure(figsize=(16, 18), dpi=100, layout="constrained")
     pads(fig, 0.15, 0.15)
@@ -43,7 +45,7 @@ def figure(
     axes = fig.subplot_mosaic(places, height_ratios=[1.3, 1, 0.8])
     for axis in axes.values():
         axis.tick_params(labelsize=12)
-    quality(axes["use"], axes["beside"], bh, baseline, run or {})
+    quality(axes["use"], axes["beside"], bh, top_k, baseline, run or {})
     panels = {"experts": _experts_map, "perplexity": _perplexity_map, "layers": _by_layer}
     for name, panel in panels.items():
         if len(bh):

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import MARKERS
+from ...measure.bootstrap import FEW_DOCUMENTS
+from ...show.figures import MARKERS, runs
 from .advice import is_below, is_one_document
 from .beside import budgets
+from .compared import BAND, ENDS, missing_ks, on_line
 from .drawing import blank, label, shades, title
 from .merged import merged
 
@@ -21,24 +23,50 @@ if TYPE_CHECKING:
 STATIC = "black"
 # Okabe & Ito: told apart with every kind of colour vision, and from the shades of alpha.
 BY_BUDGET = {"bh": ("#CC79A7", "p"), "fixed_p": ("#D55E00", "*")}  # the last one on top
-UNDECIDED = "no intervals over one document"
-BESIDE = {"bh": 0.05, "fixed_p": -0.05}  # experts that they are moved by, being at the same budget
+ONE_DOCUMENT = "no intervals over one document"
+ASIDE = 0.05  # experts that those of one budget are moved by, so that both are seen
+BESIDE = {"bh": ASIDE, "fixed_p": -ASIDE}
 
 
 def quality(
-    use: Axes, beside: Axes, bh: pandas.DataFrame, baseline: Any, run: dict[str, Any]
+    use: Axes,
+    beside: Axes,
+    bh: pandas.DataFrame,
+    top_k: pandas.DataFrame,
+    baseline: Any,
+    run: dict[str, Any],
 ) -> None:
-    """Draw both panels. bh, baseline: rows of results; run: as `sweep` returns it, or {}."""
+    """Draw both panels. bh, top_k, baseline: rows of results; run: as `sweep` returns it, or {}."""
     if baseline is None:
         for axis in (use, beside):
             blank(axis, "without the baseline there is nothing to compare with")
         return
-    static = sorted(run.get("static", ()), key=lambda row: row["k"])
+    static = _static(top_k, baseline, run)
     found = [row for row in run.get("budgets", ()) if "nats_by_document" in row]
-    points = _points(bh, baseline)
+    points = [_beside_static(point, static) for point in _points(bh, baseline)]
     marks = budgets(int(baseline["max_k"]))
     _use(use, points, baseline, static, found, marks, run)
     _beside(beside, points, found, marks, run)
+
+
+def _static(top_k: pandas.DataFrame, baseline: Any, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Static top-k of the results and of the run, the model's own among them, k ascending."""
+    rows = {
+        int(row["max_k"]): {"bits_above_own": row["bits_per_byte"] - baseline["bits_per_byte"]}
+        for _, row in top_k.iterrows()
+    }
+    rows |= {row["k"]: row for row in run.get("static", ())}
+    return [{**rows[k], "k": k} for k in sorted(rows)]
+
+
+def _beside_static(point: dict[str, Any], static: list[dict[str, Any]]) -> dict[str, Any]:
+    """Its distance from static top-k, where the results don't have it and it can be told."""
+    ks, bits = (np.array([row[name] for row in static], float) for name in ("k", "bits_above_own"))
+    at = point["avg_experts_heldout"]
+    if "bits_above_static" in point or missing_ks(at, ks.tolist()):
+        return point
+    line = float(on_line(ks, bits[None], np.array([[at]]))[0, 0])
+    return point | {"bits_above_static": point["bits_above_own"] - line}
 
 
 def _points(bh: pandas.DataFrame, baseline: Any) -> list[dict[str, Any]]:
@@ -72,31 +100,9 @@ def _use(
     marks: list[float],
     run: dict[str, Any],
 ) -> None:
-    line = [*static, {"k": baseline["max_k"], "bits_above_own": 0.0}]
-    line = sorted(line, key=lambda row: row["k"])
     top = max(p["avg_experts_heldout"] for p in points) if points else 0
-    if static:
-        ks = [row["k"] for row in line]
-        bits = [row["bits_above_own"] for row in line]
-        axis.plot(
-            ks,
-            bits,
-            "-",
-            marker="|",
-            markersize=12,
-            color=STATIC,
-            linewidth=1.8,
-            label="static top-k",
-        )
-        ends = [
-            [
-                value if (value := row.get(f"bits_above_own_{end}")) is not None else at
-                for row, at in zip(line, bits, strict=True)
-            ]
-            for end in ("low", "high")
-        ]
-        low, high = ends
-        axis.fill_between(ks, low, high, color=STATIC, alpha=0.15, linewidth=0)
+    if len(static) > 1:
+        _static_line(axis, static)
     axis.plot(
         baseline["avg_experts_heldout"],
         0,
@@ -109,16 +115,46 @@ def _use(
         _point(axis, point, "bits_above_own", point["colour"], point["marker"], 9)
     _by_budget(axis, found, "bits_above_own")
     _marks(axis, marks)
-    _legend(axis, points)
+    _legend(axis, points, found)
     axis.set_xlim(0.7, max(baseline["max_k"], top) + 0.3)
-    values = [p["bits_above_own"] for p in [*points, *static, *found]]
+    others = [row for row in static if row["k"] != baseline["max_k"]]
+    values = [p["bits_above_own"] for p in [*points, *others, *found]]
     if values and min(values) > 0:  # logarithmic down to the smallest, straight from there to 0
         axis.set_yscale("symlog", linthresh=min(values))
-        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_ylim(-0.2 * min(values), None)
+    _plain_ticks(axis)
     label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
-    bars = UNDECIDED if _undecided(run) else "bars and band: 95 %"
-    title(axis, _headline(run), f"down is better; {bars}; equal results share a point")
+    bars = ONE_DOCUMENT if _undecided(run) else "bars, shaded: 95 %"
+    detail = f"down is better; {bars}; equal results share a point{_few(run)}"
+    title(axis, _headline(run), detail)
+
+
+def _static_line(axis: Axes, static: list[dict[str, Any]]) -> None:
+    """Straight in bits between neighbouring k, as results are compared with it; of many points,
+    since a logarithmic axis bends it."""
+    ks, bits = (np.array([row[name] for row in static], float) for name in ("k", "bits_above_own"))
+    axis.plot(ks, bits, "|", markersize=12, color=STATIC)
+    axis.plot([], [], "-|", markersize=12, color=STATIC, linewidth=1.8, label="static top-k")
+    named = [f"bits_above_own_{end}" for end in ENDS]
+    ends = [[row["bits_above_own" if row.get(n) is None else n] for row in static] for n in named]
+    for run in runs(ks):
+        if len(run) == 1:
+            axis.plot(ks[[*run, *run]], [end[run[0]] for end in ends], color=STATIC, linewidth=1.5)
+            continue
+        x = np.linspace(ks[run[0]], ks[run[-1]], 40 * len(run))
+        low, high = (np.interp(x, ks, end) for end in ends)
+        axis.plot(x, np.interp(x, ks, bits), color=STATIC, linewidth=1.8)
+        axis.fill_between(x, low, high, color=STATIC, alpha=0.15, linewidth=0)
+
+
+def _plain_ticks(axis: Axes) -> None:
+    """Numbers with all that belongs to them: a power of ten set apart would lie on the title."""
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+def _few(run: dict[str, Any]) -> str:
+    documents = len(run.get("heldout_documents", ()))
+    return f"; {documents} documents only" if 1 < documents < FEW_DOCUMENTS else ""
 
 
 def _undecided(run: dict[str, Any]) -> bool:
@@ -154,7 +190,7 @@ def _beside(
 ) -> None:
     shown = [p for p in [*points, *found] if p.get("bits_above_static") is not None]
     if not shown:
-        blank(axis, "static top-k was not run beside these")
+        blank(axis, "static top-k was not run for the whole k on both sides of these")
         return
     axis.axhline(0, color=STATIC, linewidth=1.8)
     for point in points:
@@ -162,28 +198,37 @@ def _beside(
             _point(axis, point, "bits_above_static", point["colour"], point["marker"], 9)
     _by_budget(axis, found, "bits_above_static")
     _marks(axis, marks)
+    _plain_ticks(axis)
     label(
         axis,
         "experts per token, held-out text",
-        "bits per byte beside static top-k\nat the same experts",
+        "bits per byte beside static top-k\nat the same experts (below 0: better)",
     )
-    below = sum(map(is_below, shown))
-    headline = f"{below} of {len(shown)} settings are better than static top-k"
-    ends = "bars: 95 %, paired by document"
-    if _undecided(run):
-        headline, ends = f"Nothing is decided of {len(shown)} settings: one document", UNDECIDED
-    title(axis, headline, f"below the line is better; {ends}; by budget: 0.05 aside")
+    count, detail = len(shown), ""
+    if any(row.get("bits_above_static_high") is not None for row in shown):
+        headline = f"{sum(map(is_below, shown))} of {count} settings are better than static top-k"
+        detail = "thick bars: 95 % intervals, each alone"
+        if any(row.get("bits_above_static_band_high") is not None for row in shown):
+            detail = "by bands (thin), which hold for all together; thick: intervals, each alone"
+        detail += "\n"
+    else:
+        why = "one document" if _undecided(run) else "no intervals"
+        headline = f"Nothing is decided of {count} settings: {why}"
+    detail += "equal settings count once"
+    if found:
+        detail += f"; set by budget: drawn {ASIDE} experts aside"
+    title(axis, headline, detail + _few(run))
 
 
 def _point(
     axis: Axes, point: Mapping[str, Any], field: str, colour: Any, marker: str, size: float
 ) -> None:
-    y: Any
-    y, low, high = (point.get(field + end) for end in ("", "_low", "_high"))
     x = point["avg_experts_heldout"]
-    if low is not None and not np.isnan(low):
-        axis.plot([x, x], [low, high], color=colour, linewidth=1.5)
-    axis.plot(x, y, marker, color=colour, markersize=size, markeredgecolor="white")
+    for ends, width in ((BAND, 1.2), (ENDS, 1.5 if field == "bits_above_own" else 3.5)):
+        low, high = (point.get(f"{field}_{end}") for end in ends)
+        if low is not None and high is not None:
+            axis.plot([x, x], [low, high], color=colour, linewidth=width)
+    axis.plot(x, point[field], marker, color=colour, markersize=size, markeredgecolor="white")
 
 
 def _by_budget(axis: Axes, found: list[dict[str, Any]], field: str) -> None:
@@ -202,7 +247,7 @@ def _marks(axis: Axes, marks: list[float]) -> None:
     axis.set_axisbelow(True)
 
 
-def _legend(axis: Axes, points: list[dict[str, Any]]) -> None:
+def _legend(axis: Axes, points: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     for alpha, colour in {p["alpha"]: p["colour"] for p in points}.items():
         axis.plot([], [], "-", color=colour, linewidth=5, label=f"BH alpha {alpha:g}")
     shapes: dict[str, set[int]] = {}
@@ -211,15 +256,16 @@ def _legend(axis: Axes, points: list[dict[str, Any]]) -> None:
     for marker, caps in shapes.items():
         axis.plot([], [], marker, color="#777777", markersize=9, label=f"max_k {min(caps)}")
     for name, (colour, marker) in BY_BUDGET.items():
-        axis.plot(
-            [],
-            [],
-            marker,
-            color=colour,
-            markersize=14,
-            markeredgecolor="white",
-            label=f"{name} set by budget",
-        )
+        if any(row["router"] == name for row in found):
+            axis.plot(
+                [],
+                [],
+                marker,
+                color=colour,
+                markersize=14,
+                markeredgecolor="white",
+                label=f"{name} set by budget",
+            )
     axis.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=11, frameon=False, ncols=3
     )

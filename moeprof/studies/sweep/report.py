@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...show.tables import markdown
-from .advice import advice, how_sure, is_above, is_below, is_one_document
-from .compared import compared, interval
+from .advice import advice, caution, how_sure, is_above, is_below, is_one_document
+from .compared import compared, interval, with_band
 from .files import results_frame
 from .merged import merged, same_results
 
@@ -30,6 +30,7 @@ def report(run: dict[str, Any]) -> str:
         f"# BH routing against the model's own top-{baseline['max_k']}",
         _status(run),
         "## What to use",
+        caution(run),
         *map(_advice, advice(run)),
         beside_legend(run),
         "## What was measured",
@@ -66,9 +67,11 @@ def beside_legend(run: dict[str, Any]) -> str:
         text += "The held-out text is one document, so there are no intervals. "
     else:
         text += (
-            f"In brackets are 95 % bootstrap intervals over the {len(run['heldout_documents'])} "
-            "held-out documents, each compared with itself; each is for one configuration, not "
-            "for the choice of the best. "
+            "A band behind it is a 95 % one by bootstrap over the "
+            f"{len(run['heldout_documents'])} held-out documents, each compared with itself: the "
+            "bands of all settings hold together, and one is called better or worse than static "
+            "top-k only where its whole band is below or above 0. Other brackets are 95 % "
+            "intervals, each of one number alone. "
         )
     return text + (
         f"Budgets were set on {run['budget_tokens']:,} tokens of shipped calibration text that is "
@@ -146,10 +149,11 @@ def _machine(cpu: Mapping[str, Any]) -> str:
 def legend(run: dict[str, Any]) -> str:
     """How to read `result_rows`."""
     ranges = (
-        "There is no range after Δ bits/byte, as the held-out text is one document."
+        "There are no ranges, as the held-out text is one document."
         if is_one_document(run)
         else "The range after Δ bits/byte is a 95 % bootstrap interval over the "
-        f"{len(run['heldout_documents'])} held-out documents, each compared with itself."
+        f"{len(run['heldout_documents'])} held-out documents, each compared with itself; that "
+        "after the distance from static top-k is a band, which holds together with all others."
     )
     return (
         "Experts are per token; those on the held-out text are the ones that go with perplexity "
@@ -186,7 +190,7 @@ def result_rows(
             f"{row['perplexity']:.3f}",
             f"{row['delta_perplexity']:+.3f}",
             "0" if row["routing_type"] == "topk" else interval(row, "bits_above_own"),
-            "0" if row["routing_type"] == "topk" else interval(row, "bits_above_static"),
+            "0" if row["routing_type"] == "topk" else with_band(row, ""),
             f"{row['token_agreement']:.2f}",
             _number(row["tokens_per_s"], ".1f"),
         ]
@@ -220,7 +224,7 @@ def beside_rows(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             f"{row['avg_experts_heldout']:.2f}",
             f"{row['perplexity']:.3f}",
             interval(row, "bits_above_own"),
-            interval(row, "bits_above_static") if "budget" in row else "0",
+            with_band(row, "") if "budget" in row else "0",
         ]
         rows.append(cells)
     return head, rows
@@ -247,10 +251,7 @@ def findings(run: dict[str, Any]) -> list[str]:
     own = baseline["avg_experts_heldout"]
     fewer, more = bh[bh["avg_experts_heldout"] < own], bh[bh["avg_experts_heldout"] >= own]
     lines = [
-        "The held-out text is one document, so no difference has an interval, and nothing is "
-        "decided: what follows is of this document."
-        if is_one_document(run)
-        else "",
+        caution(run),
         f"The baseline, {baseline['config']}, has perplexity {baseline['perplexity']:.3f} and "
         f"{baseline['bits_per_byte']:.4f} bits per byte.",
         _range(bh),
@@ -355,7 +356,7 @@ def _dominated(bh: pandas.DataFrame) -> str:
 
 
 def beside_static(run: dict[str, Any]) -> str:
-    """How many settings are below and above the static line by more than the documents vary."""
+    """How many settings have their whole band below, and above, the static line."""
     settings = [group[0] for _, group in merged(run["results"][1:])]
     settings += [row for row in run["budgets"] if not row["error"]]
     known = [row for row in settings if row.get("bits_above_static") is not None]
@@ -364,7 +365,8 @@ def beside_static(run: dict[str, Any]) -> str:
     text = (
         f"Of {len(known)} settings (BH configurations, equal ones once, and those set by budget) "
         f"{sum(map(is_below, known))} predict the text better than static top-k at the same "
-        f"experts per token, {sum(map(is_above, known))} worse; {how_sure(known)}"
+        f"experts per token, {sum(map(is_above, known))} worse; "
+        f"{how_sure(known, len(run['heldout_documents']))}"
     )
     if len(known) < len(settings):
         others = len(settings) - len(known)
@@ -417,12 +419,12 @@ def limits(run: dict[str, Any]) -> list[str]:
     spread = (
         "The held-out text is one document: what is said of it holds for this document."
         if is_one_document(run)
-        else "The intervals of bits per byte are for texts like the held-out documents, one "
-        "configuration at a time."
+        else "Intervals and bands of bits per byte are for texts like the held-out documents."
     )
     return [
-        "Which setting is best of all: the best of several was chosen on the text that it was "
-        "measured on, so its lead over the others is a little too large; parameters that differ "
+        "Which setting is best of all: bands say which are better than static top-k, not which of "
+        "these is the best. It was chosen on the text that it was measured on, so its lead over "
+        "the others is a little too large; parameters that differ "
         "by layer (`with_budget(..., per_layer=True)`) and other routers (`moeprof compare`) were "
         "not tried in the sweep.",
         "How another model behaves: this is one model, without any training under BH.",

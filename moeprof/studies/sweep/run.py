@@ -21,7 +21,7 @@ from ..budget.stock import budget_text
 from ..engine.engine import Listener, announce
 from ..engine.serial import Serial
 from ..store.store import Store
-from .advice import advice, is_one_document
+from .advice import advice, caution
 from .compared import compared
 from .files import SweepFiles
 from .grid import ALPHAS, MAX_KS, configurations, dropped_max_ks
@@ -192,6 +192,9 @@ def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[st
     run = run | {"advice": advice(run)}
     files.save_results(run)
     files.save_report(report(run), figure(run["results"], run))
+    if words := caution(run):
+        console.print("")
+        console.print(fill(words))
     for item in run["advice"]:
         console.print("")
         console.print(fill(item["head"]))
@@ -200,13 +203,6 @@ def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[st
         for other in item["others"]:
             console.print(fill(other, "  - ", "    "))
     console.print("")
-    if is_one_document(run):
-        console.print(
-            fill(
-                "The held-out text is one document, so nothing has an interval, and nothing is "
-                "decided."
-            )
-        )
     groups = merged(run["results"])
     console.print(_table(groups), width=width(console))
     console.print(fill(COLUMNS))
@@ -220,8 +216,9 @@ def _finish(run: dict[str, Any], files: SweepFiles, console: Console) -> dict[st
 COLUMNS = (
     "Experts: per token and layer on the held-out text; prompts: while it answers the prompts. "
     "Perpl., bits/B: perplexity per token, and bits per byte, of the held-out text; Δ static: bits "
-    "per byte above static top-k with as many experts. Agree: share of the answers' tokens that "
-    "are those of the model's own routing. Tok/s: decoding, one run each."
+    "per byte above static top-k with as many experts. Bands: 95 %, all settings together; better "
+    "and worse go by them. Agree: share of the answers' tokens that are those of the model's own "
+    "routing. Tok/s: decoding, one run each."
 )
 
 

@@ -14,7 +14,7 @@ from ...diagnosis.views import views as diagnosis_views
 from ...grid.planned import written
 from ...grid.rows import SETTING, by_setting
 from ...sweep import report as sweep_report
-from ...sweep.compared import interval
+from ...sweep.compared import interval, with_band
 from ...sweep.merged import merged, same_results
 from ...sweep.plots import figure as sweep_figure
 from .content import Drawn, Section, Sentence, Shown, plain_table
@@ -294,7 +294,7 @@ def _grid(results: Results) -> Section:
     head = [*SETTING, "configuration", "parameters", "experts", "MB", "perplexity"]
     head += ["bits/B above own", "beside static", "tokens/s"]
     several = any(row["bits_above_own_low"] is not None for row in rows)
-    note = "In brackets " + "95 % intervals over documents; " * several
+    note = "In brackets " + "95 % intervals over documents, of beside static bands; " * several
     note += "of tokens/s the quartiles over rounds."
     made = plain_table("All rows", note, head, list(map(_grid_row, rows)), len(SETTING) + 2)
     shown, figures = [Shown("grid", made)], []
@@ -323,6 +323,6 @@ def _grid_row(row: dict[str, Any]) -> list[str]:
         text(None if read is None else read / 1e6, ".3g"),
         text(row["perplexity"], ".3f"),
         interval(row, "bits_above_own"),
-        interval(row, "bits_above_static"),
+        with_band(row, ""),
         interval(row, "tokens_per_s", ".1f"),
     ]

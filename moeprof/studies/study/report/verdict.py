@@ -25,6 +25,7 @@ from ...sweep.advice import how_sure, is_above, is_below
 from ...sweep.compared import interval
 from ...sweep.report import beside_static
 from .content import Section, Sentence
+from .front import front
 
 if TYPE_CHECKING:
     from ...diagnosis.result import Diagnosis
@@ -90,16 +91,22 @@ def _bh(view: View, table: str) -> Iterator[Sentence]:
 
 
 def _evaluated(rows: list[dict[str, Any]]) -> Sentence:
+    """None is called best, as each takes a number of experts of its own."""
     own, *others = (row for row in rows if row["slice"] == "all")
     if not others:
         return Sentence("No router was evaluated.", "evaluate-0")
-    best = min(others, key=lambda row: row["bits_above_own"])
-    decided = "" if best["bits_above_own_low"] is not None else ONE_DOCUMENT
+    decided = "" if own["bits_above_own_low"] is not None else ONE_DOCUMENT
+    unbeaten = front([(row["experts"], row["bits_above_own"]) for row in others])
+    said = (
+        f"{row['config']} ({row['experts']:.2f} experts per token), "
+        f"{interval(row, 'bits_above_own')}"
+        for row in (others[place] for place in unbeaten)
+    )
     return Sentence(
-        f"Of {len(others)} configurations {best['config']} keeps quality best, with "
-        f"{best['experts']:.2f} experts per token: {interval(best, 'bits_above_own')} bits per "
-        f"byte above the model's own routing, which takes {own['experts']:.2f}. compare, which "
-        f"sets routers to the same experts, has no result.{decided}",
+        f"Of {len(others)} configurations these are not beaten by another with as few experts: "
+        f"{'; '.join(said)} bits per byte above the model's own routing, which takes "
+        f"{own['experts']:.2f}. Which router keeps quality best at the same experts is for "
+        f"compare, which has no result.{decided}",
         "evaluate-0",
     )
 
@@ -146,7 +153,7 @@ def _grid(rows: list[dict[str, Any]]) -> Iterator[Sentence]:
             text += (
                 f"of {len(known)} configurations {len(better) or 'none'} better than static top-k "
                 f"at the same experts per token{named}, {sum(map(is_above, known))} worse; "
-                f"{how_sure(known)}"
+                f"{how_sure(known, known[0]['documents'])}"
             )
         else:
             text += "nothing could be compared with static top-k at the same experts per token."
