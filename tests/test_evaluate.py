@@ -9,6 +9,7 @@ import pytest
 import torch
 from letters import Letters
 from models import assert_unchanged, olmoe, snapshot
+from wording import says
 
 import moeprof
 from moeprof import demo
@@ -16,6 +17,7 @@ from moeprof.cli import main
 from moeprof.measure import passes
 from moeprof.studies.configuration import OWN
 from moeprof.studies.evaluation.measure import Evaluation, Protocol, evaluation_text, protocol_for
+from moeprof.studies.evaluation.plots import figure
 from moeprof.texts.documents import Document
 from moeprof.texts.windows import heldout_windows
 
@@ -223,6 +225,9 @@ def test_few_documents_are_said_to_bound_p(model):
     found = evaluate(model)
     assert "With 6 documents p can't be below 0.031" in " ".join(found.summary().split())
     assert min(pair["p"] for pair in found.pairs) >= 2 / 2**6
+    few = evaluate(model, texts=[document.text for document in documents()[:3]], tokens=10**6)
+    assert says(list(few.views())[-1].note, "3 documents", "below 0.25")
+    assert "can be below" not in list(found.views())[-1].note
     many = evaluate(model, texts=[d._replace(name=f"{i}") for i in range(2) for d in documents()])
     assert "p can't be below" not in many.summary()
 
@@ -232,13 +237,34 @@ def test_the_figure_names_its_points_and_draws_static(model):
     (axis,) = evaluate(model, routers).figure().axes
     assert {text.get_text() for text in axis.texts} == {OWN, *routers}
     (static,) = [line for line in axis.lines if line.get_label() == "static top-k"]
-    assert list(static.get_xdata()) == sorted(static.get_xdata()) and len(static.get_xdata()) == 2
+    assert list(static.get_xdata()) == [1, 2]
+
+
+def test_static_is_a_line_between_neighbouring_k_alone():
+    """A line over a gap lies above what static top-k costs there."""
+
+    def row(config, experts, bits):
+        ends = {f"{name}_{end}": None for name in ("bits_above_own", "experts") for end in ("low",)}
+        return {"slice": "all", "config": config, "experts": experts, "bits_above_own": bits} | ends
+
+    static = {"three": 0.4, "four": 0.3, "six": 0.1}
+    ks = {"three": 3.0, "four": 4.0, "six": 6.0}
+    rows = [row(OWN, 8.0, 0.0), *(row(n, ks[n], bits) for n, bits in static.items())]
+    (axis,) = figure([*rows, row("bh", 6.5, 0.05)], list(static)).axes
+    lines = [list(x) for x in (line.get_xdata() for line in axis.lines) if len(x) > 1]
+    assert [3, 4] in lines and not any(max(x) > 4 for x in lines if x != [0, 1])
+    title = axis.figure.get_suptitle()
+    assert says(title, "4 configurations", "+0.0500 to +0.4000", "3.00 to 6.50 experts")
+    one = figure(rows[:2], ["three"]).get_suptitle()
+    assert says(one, "three", "+0.4000 bits", "3.00 experts") and "to" not in one
 
 
 def test_a_budget_is_set_on_calibration_text_and_one_out_of_reach_is_said(model):
     found = evaluate(model, ["top_p@1.5", "top_p@7:max_k=4"])
     assert found.measured["top_p@1.5"]["average_k"] == pytest.approx(1.5, rel=0.02)
     assert f"P is {found.measured['top_p@1.5']['value']}" in " ".join(found.summary().split())
+    average = f"{found.measured['top_p@1.5']['average_k']:.2f} experts"
+    assert says(found.summary(), "top_p@1.5", "calibration", "English", average)
     assert "top_p@7:max_k=4 was not run: top_p" in " ".join(found.summary().split())
     assert set(found.to_frame()["config"]) == {OWN, "top_p@1.5"}
 
@@ -247,6 +273,13 @@ def test_routers_as_objects_and_by_name(model):
     found = evaluate(model, [moeprof.TopK(1), "topk:k=3"], texts=["A TEXT", "ANOTHER ONE"])
     assert list(found.measured) == [OWN, "topk k=1", "topk:k=3"]
     assert list(evaluate(model, {"mine": moeprof.TopK(1)}).measured) == [OWN, "mine"]
+
+
+def test_the_report_names_the_nulls(model):
+    found = evaluate(model, ["bh:alpha=0.2,max_k=4", "bh:alpha=0.1,max_k=4", "topk:k=1"])
+    words = found.facts["nulls"]["bh:alpha=0.2,max_k=4"]
+    assert says(found.report(), "Null of bh:alpha=0.2,max_k=4, bh:alpha=0.1,max_k=4", words[:20])
+    assert "`moeprof" not in found.report()  # it was a call in Python
 
 
 def test_one_document_has_no_interval(model):
@@ -310,6 +343,10 @@ def test_the_command_writes_all_and_goes_on_where_it_was(text, tmp_path, monkeyp
     assert (out / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
     report = (out / "evaluation_report.md").read_text()
     assert "By complexity" in report and "| topk:k=4 |" in report
+    how = report.partition("## How it was run")[2]
+    words = "--tokens 600 --context 64 --stride 48 --router topk:k=4`"
+    assert f"`moeprof evaluate --text {text} {words}" in how
+    assert all(says(how, "Machine", name) for name in ("seed 0", "torch", "thread", "moeprof"))
 
     runs = []
     run = Evaluation.measure

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from ..files import check_folder
 from ..routers import REGISTRY
 from ..routers.written import FORM, written_router
 from ..texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS
 from . import options
+
+# Of the options that the result depends on; --router may be there several times.
+DEFAULTS = {
+    "model": None,
+    "trust_remote_code": False,
+    "dtype": "float32",
+    "bits": None,
+    "device": "cpu",
+    "threads": None,
+    "null": None,
+    "text": None,
+    "tokens": HELDOUT_TOKENS,
+    "context": None,
+    "stride": None,
+    "budget_tokens": BUDGET_TOKENS,
+    "seed": 0,
+}
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +101,9 @@ def _run(arguments: argparse.Namespace) -> None:
         store=store_path(arguments.out, arguments.store),
         engine=engine,
     )
+    routers = [word for router in arguments.routers for word in ("--router", router)]
+    command = options.command_of(arguments, DEFAULTS)
+    found.facts["command"] = " ".join([command, shlex.join(routers)]).rstrip()
     paths = found.save(arguments.out)
     console = make_console()
     console.print(found.summary())

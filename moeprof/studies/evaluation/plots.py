@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...show.figures import Name, line_styles, plain, put_names, style
+from ...show.figures import Name, line_styles, plain, put_names, runs, style
 from ...show.tables import fine
 
 if TYPE_CHECKING:
@@ -39,10 +39,14 @@ def figure(rows: Iterable[Row], static_top_k: Collection[str]) -> Figure:
     axis.axhline(0, color="black", linewidth=1.2)
     static = [own, *(row for row in rows if row["config"] in static_top_k)]
     static.sort(key=lambda row: row["experts"])
+    ks, bits = (np.array([row[n] for row in static]) for n in ("experts", "bits_above_own"))
+    name = "static top-k"
+    for run in runs(ks):
+        if len(run) > 1:
+            axis.plot(ks[run], bits[run], color="black", linewidth=1.6, label=name)
+            name = ""  # once in the legend
     if len(static) > 1:
-        line = [[row[name] for row in static] for name in ("experts", "bits_above_own")]
-        axis.plot(*line, color="black", linewidth=1.6, label="static top-k")
-        detail += "; black line: static top-k"
+        detail += "; black: static top-k, a line between neighbouring k"
     style(axis, "experts per token", "bits per byte above the model's own routing", detail)
     known, others = {"color": "black", "marker": "o"}, iter(line_styles(len(rows)))
     looks = [known if row in static else next(others) for row in [own, *rows]]
@@ -51,7 +55,6 @@ def figure(rows: Iterable[Row], static_top_k: Collection[str]) -> Figure:
     axis.margins(y=0.1)
     axis.set_xlim(0, 1.04 * max(row["experts"] for row in [own, *rows]))
     if len(rows) < NAMED:
-        ks, bits = ([row[name] for row in static] for name in ("experts", "bits_above_own"))
         names = []
         for row, look in zip([own, *rows], looks, strict=True):
             x, y = row["experts"], row["bits_above_own"]
@@ -66,11 +69,16 @@ def figure(rows: Iterable[Row], static_top_k: Collection[str]) -> Figure:
 def _headline(rows: Sequence[Row]) -> str:
     if not rows:
         return "No router was evaluated"
-    best = min(rows, key=lambda row: row["bits_above_own"])
-    name = plain(best["config"], 30)
-    above = best["bits_above_own"]
-    lost = f"{above:{fine(above)}} bits per byte at {best['experts']:.2f} experts"
-    return f"Least is lost with {name}: {lost}"
+    bits = [row["bits_above_own"] for row in rows]
+    lost, experts = _range(bits, fine(*bits)), _range([row["experts"] for row in rows], ".2f")
+    name = plain(rows[0]["config"], 30) if len(rows) == 1 else f"{len(rows)} configurations"
+    return f"{name}: {lost} bits per byte at {experts} experts"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """ "0.1 to 0.3", or one number where both ends read the same."""
+    ends = [f"{end(values):{form}}" for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _point(axis: Axes, row: Row, look: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
 from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS
+from ...measure.machine import in_one_line
 from ...show.console import fill, printed
 from ...show.tables import fine, markdown, text_table, with_interval
 from .statistics import Row, results
@@ -40,7 +42,7 @@ class Evaluated:
 
     documents : list of dict: domain, name, tokens and bytes of what was read, complexity
     measured : {configuration: a dict of its sums by document}
-    facts : dict of model, protocol, nulls, seed and machine
+    facts : dict of model, protocol, nulls, seed and machine, and maybe the command
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class Evaluated:
         from .plots import figure
 
         routers = {name: str(one.get("router", "")) for name, one in self.measured.items()}
-        return figure(self.rows, [n for n, words in routers.items() if words.startswith("TopK(")])
+        one_k = r"TopK\(.*\bk=\d+\)"  # one for all layers
+        return figure(self.rows, [n for n, words in routers.items() if re.fullmatch(one_k, words)])
 
     def summary(self) -> str:
         """What was done and what came out, as text for a screen, of at most 100 columns."""
@@ -108,6 +111,7 @@ class Evaluated:
         for view in self.views():
             table = markdown(view.columns, view.rows)
             parts.append(f"## {view.title}\n\n{view.note}\n\n{table}")
+        parts.append("## How it was run\n\n" + "\n".join(f"- {line}" for line in self._run()))
         return printable("\n\n".join(parts) + "\n")
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
@@ -170,9 +174,26 @@ class Evaluated:
                 short = f" ({one['note']})" if one["note"] else ""
                 found.append(
                     f"{name}: {one['parameter']} is {one['value']}, set on shipped calibration "
-                    f"text{short}."
+                    f"text, English prose and code, where it takes {one['average_k']:.2f} experts "
+                    f"per token{short}."
                 )
         return found
+
+    def _run(self) -> Iterator[str]:
+        """Command, nulls, seed, machine and versions."""
+        facts, machine = self.facts, self.facts["machine"]
+        if "command" in facts:
+            yield f"`{facts['command']}`"
+        nulls: dict[str, list[str]] = {}
+        for name, words in facts["nulls"].items():
+            nulls.setdefault(words, []).append(name)
+        for words, names in nulls.items():
+            yield f"Null of {', '.join(names)}: {words}."
+        versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+        yield (
+            f"Machine: {in_one_line(machine)}; norm {facts['norm']}; seed {facts['seed']}; "
+            f"{facts['draws']:,} bootstrap draws; {versions}; finished {machine['started']}."
+        )
 
     def views(self, values: int | None = None, pairs: int | None = None) -> Iterator[View]:
         """The tables; values, pairs: at most so many columns of slices and rows of pairs."""
@@ -227,6 +248,9 @@ class Evaluated:
     def _paired(self, most: int | None) -> View:
         left = 0 if most is None else max(len(self.pairs) - most, 0)
         more = f" {_count(left, 'more pair')}: in the files." if left else ""
+        least = 2 / 2 ** len(self.documents)
+        if least > 0.05:
+            more = f" With {len(self.documents)} documents no p can be below {least:.2g}.{more}"
         return View(
             "Pairs",
             "Bits per byte of the second above the first, document by document. p: how often "
