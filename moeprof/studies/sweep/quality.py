@@ -46,7 +46,16 @@ def quality(
     points = [_beside_static(point, static) for point in _points(bh, baseline)]
     marks = budgets(int(baseline["max_k"]))
     _use(use, points, baseline, static, found, marks, run)
-    _beside(beside, points, found, marks, run)
+    rows = [*points, *found]
+    if any(row.get("bits_above_static") is not None for row in rows):
+        _beside(beside, points, found, marks, run)
+    elif rows:
+        ks = [row["k"] for row in static]
+        missing = sorted({k for row in rows for k in missing_ks(row["avg_experts_heldout"], ks)})
+        listed = ", ".join(map(str, missing))
+        blank(beside, f"static top-k was not run for the k beside these: {listed}")
+    else:
+        blank(beside, "there is nothing to set beside static top-k")
 
 
 def _static(top_k: pandas.DataFrame, baseline: Any, run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -124,7 +133,9 @@ def _use(
         axis.set_ylim(-0.2 * min(values), None)
     _plain_ticks(axis)
     label(axis, "experts per token, held-out text", "bits per byte above the model's own top-k")
-    bars = ONE_DOCUMENT if _undecided(run) else "bars, shaded: 95 %"
+    bars = ONE_DOCUMENT if _undecided(run) else "no intervals"
+    if any(row.get("bits_above_own_low") is not None for row in [*points, *others, *found]):
+        bars = "bars, shaded: 95 %"
     detail = f"down is better; {bars}; equal results share a point{_few(run)}"
     title(axis, _headline(run), detail)
 
@@ -139,6 +150,7 @@ def _static_line(axis: Axes, static: list[dict[str, Any]]) -> None:
     ends = [[row["bits_above_own" if row.get(n) is None else n] for row in static] for n in named]
     for run in runs(ks):
         if len(run) == 1:
+            axis.plot(ks[run], bits[run], "o", color=STATIC, markersize=7)
             axis.plot(ks[[*run, *run]], [end[run[0]] for end in ends], color=STATIC, linewidth=1.5)
             continue
         x = np.linspace(ks[run[0]], ks[run[-1]], 40 * len(run))
@@ -189,9 +201,6 @@ def _beside(
     run: dict[str, Any],
 ) -> None:
     shown = [p for p in [*points, *found] if p.get("bits_above_static") is not None]
-    if not shown:
-        blank(axis, "static top-k was not run for the whole k on both sides of these")
-        return
     axis.axhline(0, color=STATIC, linewidth=1.8)
     for point in points:
         if point.get("bits_above_static") is not None:
