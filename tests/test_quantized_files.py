@@ -16,6 +16,7 @@ from models import V5, llama, olmoe, token_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from wording import says
 
 import moeprof
 from moeprof.models.blocks import find_blocks
@@ -324,6 +325,17 @@ def test_weights_that_others_have_quantised_are_refused(changed):
         moeprof.load(path, bits=8)
 
 
+@pytest.mark.parametrize("kind", ["changed", "copied"])
+def test_an_adapter_beside_the_weights_is_not_left_out(request, kind):
+    """transformers' from_pretrained adds it to the model."""
+    found = request.getfixturevalue(kind)
+    path, bits = (found[0], 8) if kind == "changed" else (found, None)
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError) as raised:
+        moeprof.load(path, bits=bits)
+    assert says(raised.value, str(path), "PEFT", "merge_and_unload")
+
+
 def test_a_model_without_experts_is_refused(tmp_path):
     llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="No routers found in LlamaForCausalLM"):
@@ -411,6 +423,23 @@ def test_a_patched_model_is_not_saved(folder, tmp_path):
         with pytest.raises(ValueError, match=r"patched: moeprof\.unpatch"):
             moeprof.save_quantized(model, tmp_path / "q4")
     assert not (tmp_path / "q4").exists()
+
+
+def test_a_model_with_adapters_is_not_saved(folder, tmp_path):
+    """`load` would look for weights that PEFT calls otherwise."""
+    peft = pytest.importorskip("peft")
+    model = moeprof.load(folder, bits=4)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    changed = _logits(adapted)
+    for each in (adapted, model):
+        with pytest.raises(ValueError) as raised:
+            moeprof.save_quantized(each, tmp_path / "q4")
+        assert says(raised.value, "PEFT", "merge_and_unload")
+    assert not (tmp_path / "q4").exists()
+    moeprof.save_quantized(adapted.merge_and_unload(), tmp_path / "q4")
+    merged = _logits(moeprof.load(tmp_path / "q4"))
+    assert (merged - changed).norm() < 0.02 * changed.norm()  # bfloat16
 
 
 def test_no_model_is_written_over(folder, saved, copied):

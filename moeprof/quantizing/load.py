@@ -78,7 +78,8 @@ def load(
     ValueError
         In one line: bits that are missing or contradict the files; a damaged file; weights that
         are missing, or that have no place in the model; a checkpoint in another quantised
-        format; a model that has no MoE blocks, or whose experts can't be quantised.
+        format, or with an adapter of PEFT beside it; a model that has no MoE blocks, or whose
+        experts can't be quantised.
 
     Examples
     --------
@@ -89,6 +90,7 @@ def load(
         raise ValueError(f"load: bits: expected one of {[*FORMATS]}, got {bits!r}")
     check_model(name, tokenizer=False)
     folder = _folder(name)
+    _check_no_adapter(name, folder)
     try:
         with _quiet(), torch.no_grad():
             if has_weights(folder, STEM):
@@ -131,6 +133,17 @@ def _folder(name: str) -> Path:
     )
     check_model(str(folder), tokenizer=False)
     return folder
+
+
+def _check_no_adapter(name: str, folder: Path) -> None:
+    """ValueError for a folder with an adapter of PEFT, which transformers' from_pretrained adds to
+    the model."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model {name}: it has an adapter of PEFT (adapter_config.json), which can't be read "
+            "in 8 or 4 bits: merge it first, peft.AutoPeftModelForCausalLM.from_pretrained"
+            "(...).merge_and_unload().save_pretrained(another folder), and load that"
+        )
 
 
 def _dtype(dtype: "str | torch.dtype | None") -> torch.dtype | None:

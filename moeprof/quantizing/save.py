@@ -65,8 +65,8 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises
     ------
     ValueError
-        For a model that is not quantised, is patched, or is of another dtype than float32,
-        bfloat16 or float16.
+        For a model that is not quantised, is patched, has adapters of PEFT, or is of another dtype
+        than float32, bfloat16 or float16.
     FileExistsError
         Where the folder holds a model.
     OSError
@@ -145,6 +145,11 @@ def _described(model: Any) -> Description:
         if is_patched(module):
             raise ValueError(
                 f"save_quantized: {name or 'the model'} is patched: moeprof.unpatch(model) first"
+            )
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"save_quantized: {name or 'the model'} is an adapter of PEFT, which can't be "
+                "saved: save what its merge_and_unload() or unload() returns"
             )
         if isinstance(module, QuantizedExperts):
             experts[name] = module.format
