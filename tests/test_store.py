@@ -1,6 +1,7 @@
 """The store of finished cells: found again, never mixed, never lost, run by one process alone."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -200,6 +201,33 @@ def test_a_changed_letter_of_a_result_is_noticed(path):
         assert not row["damaged"] and row["result"] == {"perplexity": 12.5}
 
 
+def test_the_result_of_another_cell_is_noticed(path):
+    other = CELL._replace(parameters={"n": 2})
+    with Store(path) as store:
+        store.run(CELL, SUBJECT, lambda: {"x": 1})
+        store.run(other, SUBJECT, lambda: {"x": 2})
+    execute(
+        path,
+        "UPDATE cells SET (result, checksum) = (SELECT result, checksum FROM cells WHERE rowid = 2)",
+    )
+    with Store(path) as store:
+        assert [row["damaged"] for row in store.rows()] == [True, False]
+        assert store.run(CELL, SUBJECT, lambda: {"x": 1}) == {"x": 1}
+        assert store.find(other, SUBJECT) == {"x": 2}
+
+
+def test_a_row_whose_checksum_leaves_out_the_key_is_still_shown(path):
+    """As rows were kept before December 2026."""
+    with Store(path) as store:
+        store.run(CELL, SUBJECT, lambda: {"x": 1})
+    old = hashlib.sha256(b'{"x": 1}').hexdigest()
+    execute(path, f"UPDATE cells SET checksum = '{old}'")
+    with Store(path) as store:
+        (row,) = store.rows()
+        assert not row["damaged"] and row["result"] == {"x": 1}
+        assert store.find(CELL, SUBJECT) is None
+
+
 @pytest.mark.parametrize(
     "change", ["result = x'ff00'", "parameters = '{'", "seconds = 'abc'", "name = x'ff'"]
 )
@@ -255,6 +283,9 @@ def test_a_store_of_another_version_or_program_is_refused_and_untouched(path):
 def test_what_the_file_system_refuses_is_one_error_with_the_path(path, tmp_path):
     with pytest.raises(ValueError, match="this is a folder"):
         Store(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: expected a file"):
+        Store(tmp_path / "pipe")
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/x\.sqlite"):
         Store(tmp_path / "file" / "x.sqlite")
@@ -273,6 +304,15 @@ def test_a_full_disk_loses_nothing_that_was_finished(path):
         store.run(big, SUBJECT, lambda: {"x": "y"})
     with Store(path) as store:
         assert len(store.rows()) == 2
+
+
+def test_a_store_that_cannot_be_made_kept_nothing(path, monkeypatch):
+    def refuse(*_, **__):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    with pytest.raises(OSError, match="disk I/O error$"):
+        Store(path)
 
 
 def test_a_file_system_without_locks_is_said(path, monkeypatch):

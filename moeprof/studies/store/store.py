@@ -59,8 +59,9 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.set_aside: Path | None = None
-        if self.path.is_dir():
-            raise ValueError(f"store {self.path}: expected a file, this is a folder")
+        if self.path.exists() and not self.path.is_file():
+            what = "a folder" if self.path.is_dir() else "a device or a pipe"
+            raise ValueError(f"store {self.path}: expected a file, this is {what}")
         lock = self.path.with_name(self.path.name + ".lock")
         if not lock.exists() and _is_no_database(self.path):
             raise ValueError(f"store {self.path}: expected a store, this is another file")
@@ -85,9 +86,10 @@ class Store:
     def find(self, cell: Cell, subject: Subject) -> dict[str, Any] | None:
         """The result of a finished cell, or None."""
         wanted = "SELECT result, checksum FROM cells WHERE key = ?"
+        key = key_of(cell, subject)
         with _in_words(self.path):
-            row = self._connection.execute(wanted, (key_of(cell, subject),)).fetchone()
-        if row is None or _checksum(row[0]) != row[1]:
+            row = self._connection.execute(wanted, (key,)).fetchone()
+        if row is None or _checksum(row[0], key) != row[1]:
             return None
         found: dict[str, Any] = json.loads(row[0])
         return found
@@ -124,20 +126,21 @@ class Store:
     ) -> dict[str, Any]:
         """Store a result; returns it as it will be read again. worker: who ran it."""
         text = json.dumps(result, ensure_ascii=False)
+        key = key_of(cell, subject)
         row = (
-            key_of(cell, subject),
+            key,
             cell.kind,
             cell.name,
             json.dumps(as_json(cell.parameters), ensure_ascii=False, sort_keys=True),
             *subject,
             text,
-            _checksum(text),
+            _checksum(text, key),
             seconds,
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
             worker or f"{socket.gethostname()}:{os.getpid()}",
         )
         places = ", ".join("?" * len(COLUMNS))
-        with _in_words(self.path), self._connection:
+        with _in_words(self.path, "; what was finished is kept"), self._connection:
             self._connection.execute(f"INSERT OR REPLACE INTO cells VALUES ({places})", row)
         stored: dict[str, Any] = json.loads(text)
         return stored
@@ -254,9 +257,10 @@ def _timed(compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float
     return result, time.perf_counter() - begun
 
 
-def _checksum(text: object) -> str:
-    """SQLite notices a damaged page, but not a changed letter in a text, nor bytes in its place."""
-    return hashlib.sha256(str(text).encode("utf-8", "surrogatepass")).hexdigest()
+def _checksum(text: object, key: str) -> str:
+    """Of a result and whose it is: SQLite notices a damaged page, but not a changed letter in a
+    text, bytes in its place, nor the result of another cell."""
+    return hashlib.sha256(f"{key}{text}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _is_sound(row: dict[str, Any]) -> bool:
@@ -267,7 +271,8 @@ def _is_sound(row: dict[str, Any]) -> bool:
     except (ValueError, TypeError):
         return False
     kinds = isinstance(seconds, float) and all(isinstance(text, str) for text in texts)
-    return kinds and _checksum(row["result"]) == row["checksum"]
+    # Rows of before December 2026 have a checksum without the key: of other code, so never found.
+    return kinds and row["checksum"] in {_checksum(row["result"], key) for key in (row["key"], "")}
 
 
 def _set_aside(path: Path) -> Path:
@@ -285,13 +290,14 @@ def _set_aside(path: Path) -> Path:
 
 
 @contextmanager
-def _in_words(path: Path) -> Iterator[None]:
-    """What SQLite and the file system say, as an OSError that names the store."""
+def _in_words(path: Path, kept: str = "") -> Iterator[None]:
+    """What SQLite and the file system say, as an OSError that names the store; kept: what to add
+    where the disk is full."""
     try:
         yield
     except sqlite3.OperationalError as error:
-        kept = "; what was finished is kept" if any(word in str(error) for word in FULL) else ""
-        raise OSError(f"store {path}: {error}{kept}") from error
+        added = kept if any(word in str(error) for word in FULL) else ""
+        raise OSError(f"store {path}: {error}{added}") from error
     except sqlite3.DatabaseError as error:
         raise OSError(
             f"store {path}: {error}; run the command again, and the file will be set aside"
