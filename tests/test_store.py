@@ -208,7 +208,8 @@ def test_the_result_of_another_cell_is_noticed(path):
         store.run(other, SUBJECT, lambda: {"x": 2})
     execute(
         path,
-        "UPDATE cells SET (result, checksum) = (SELECT result, checksum FROM cells WHERE rowid = 2)",
+        "UPDATE cells SET (result, checksum) = "
+        "(SELECT result, checksum FROM cells WHERE rowid = 2)",
     )
     with Store(path) as store:
         assert [row["damaged"] for row in store.rows()] == [True, False]

@@ -14,7 +14,7 @@ from test_profiler_page import Reader, chromium, needs_chromium
 from wording import says
 
 from moeprof.show.figures import colours
-from moeprof.show.tables import fine
+from moeprof.show.tables import fine, markdown
 from moeprof.studies.comparison.findings import View, beside, findings
 from moeprof.studies.comparison.plots import figure as comparison_figure
 from moeprof.studies.comparison.report import bytes_rows
@@ -696,3 +696,9 @@ def test_a_phone_scrolls_in_the_boxes_only(written, tmp_path):
     ((line,), asked, _) = chromium(page, tmp_path, size="400,3000")
     scroll, screen = map(int, re.findall(r"\d+", line[line.index("widths") :])[:2])
     assert scroll == screen <= 500 and asked == set()
+
+
+def test_any_text_is_one_cell_of_a_markdown_table():
+    """The domains of a user's own text, say."""
+    head, _, row = markdown(["a|b", "c\nd"], [["1", "x|y\nz"]]).splitlines()
+    assert (head, row) == ("| a\\|b | c d |", "| 1 | x\\|y z |")

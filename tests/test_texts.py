@@ -104,6 +104,12 @@ def test_a_dataset_of_a_folder(tmp_path, monkeypatch):
     assert "\n" not in str(said.value)
 
 
+def test_the_case_of_a_suffix_does_not_matter(tmp_path):
+    jsonl(tmp_path / "A.JSONL", ROWS)
+    found = read_documents([tmp_path / "A.JSONL"])
+    assert len(found) == len(ROWS) and found == read_documents([tmp_path])
+
+
 def one_line(error, words, *paths):
     with pytest.raises(error) as said:
         read_documents(paths)
@@ -122,9 +128,13 @@ def test_what_is_no_text_is_said_in_one_line(tmp_path):
     parquet(bad, [{"text": 3}])
     one_line(ValueError, "bad.parquet, row 1: no such document", bad)
     one_line(OSError, "none.parquet can't be read: No such file", tmp_path / "none.parquet")
-    for line in ("{", "3", '{"domain": "a"}', '{"text": "a", "complexity": 3}'):
+    wrong = ("{", "3", '{"domain": "a"}', '{"text": "a", "complexity": 3}', "[" * 100_000)
+    for line in wrong:
         (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + line)
         one_line(ValueError, "a.jsonl, line 2: no such document", tmp_path / "a.jsonl")
+    for field in ("text", "domain", "complexity"):
+        jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two", field: "\ud800"}])
+        one_line(ValueError, f"a.jsonl, line 2: its {field} has a lone", tmp_path / "a.jsonl")
     one_line(ValueError, "expected datasets:NAME:SPLIT", "datasets:")
     one_line(ValueError, "expected datasets:NAME:SPLIT", "datasets:a:b:c:d")
 

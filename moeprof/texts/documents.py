@@ -77,7 +77,7 @@ def _files(path: Path, domain: str) -> Iterator[tuple[Path, str, str]]:
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if file.suffix in SUFFIXES and file.is_file() and not hidden:
+        if file.suffix.lower() in SUFFIXES and file.is_file() and not hidden:
             found = True
             folder = inside.parent.as_posix()
             yield file, inside.as_posix(), domain if folder == "." else folder
@@ -87,18 +87,19 @@ def _files(path: Path, domain: str) -> Iterator[tuple[Path, str, str]]:
 
 def _of_file(path: Path, name: str, domain: str) -> Iterator[Document]:
     """domain: of the documents that name none."""
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         yield from _of_parquet(path, name, domain)
         return
     text = read_text(path, "text")
-    if path.suffix != ".jsonl":
+    if suffix != ".jsonl":
         yield Document(domain, name, text)
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 fields = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter of JSON nested without end
                 fields = None
             yield _from_fields(fields, f"text {path}, line {number}", f"{name}:{number}", domain)
 
@@ -160,6 +161,9 @@ def _from_fields(fields: Any, where: str, name: str, domain: str) -> Document:
     optional = all(isinstance(value, str | None) for value in (own, complexity))
     if not (isinstance(text, str) and optional):
         raise ValueError(f"{where}: no such document; {EXPECTED}")
+    for field in FIELDS:
+        if re.search("[\ud800-\udfff]", given.get(field) or ""):
+            raise ValueError(f"{where}: its {field} has a lone surrogate, which is no character")
     return Document(domain if own is None else own, name, text, complexity)
 
 

@@ -54,8 +54,7 @@ def _link(names: Mapping[str, str], key: str) -> str:
 
 def _table(table: Table) -> str:
     head = [f"{group} {name}".strip() for group, name in table.columns]
-    cell = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in table.rows]
     left = 1
     while left < len(table.columns) and table.columns[left][1] in table.words:
         left += 1
-    return markdown(head, cell, left)
+    return markdown(head, table.rows, left)
