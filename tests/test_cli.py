@@ -252,6 +252,8 @@ def folders(tmp_path, tiny):
         ("nowhere", "no such folder"),
         ("./some/where", "no such folder"),
         ("/no/such/model", "no such folder"),
+        ("mod/u\u0308n\u00ef", "no such folder"),
+        ("mod/-n", "no such folder"),
         ("../a", "no such folder"),
         ("empty", "the folder has no config.json"),
         ("no_weights", "the folder has no weights"),
@@ -471,6 +473,7 @@ def test_more_threads_than_any_machine_has(capsys, command):
         ),
         (["compare", "--routers", "hc"], "there is no 'hc'; the nearest is 'hc ("),
         (["compare", "--tables", "c"], "--tables: expected some of reduction, wide, got 'c'"),
+        (["compare", "--tables", ""], "--tables: expected some of reduction, wide, got ''"),
         (["compare", "--routers", ""], "routers: expected some of"),
         (["compare", "--quantized", "3"], "expected 8, 4, both or none, got '3'"),
         (

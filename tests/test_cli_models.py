@@ -208,3 +208,30 @@ def test_bits(good, tmp_path, monkeypatch, capsys):
     sweep = ["--alphas", "0.3", "--max-k", "4", *few, "--null", "normal", "--out", "out"]
     assert main(["sweep", "--model", "saved", *sweep]) == 0
     assert "experts in q4" in (tmp_path / "out" / "bh_routing_report.md").read_text()
+
+
+def test_sweep_of_a_model_of_two_experts(good, tmp_path, monkeypatch, capsys):
+    """The default --max-k is then the number of experts; one that is given has to fit."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(good)
+    sizes = {"num_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 1024}
+    olmoe(vocab_size=len(tokenizer), **sizes).save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_text("The list is\n")
+    few = ["--tokens", "300", "--budget-tokens", "256", "--static", "1", "--prompts", "prompt.txt"]
+    sweep = ["sweep", "--model", "two", "--alphas", "0.3", *few, "--null", "normal", "--out", "out"]
+    assert main([*sweep, "--max-k", "4"]) == 2
+    assert says(capsys.readouterr().err, "--max-k", "at most 2", "got 4")
+    assert main(sweep) == 0
+    run = json.loads((tmp_path / "out" / "bh_routing_full_results.json").read_text())
+    assert [row["config"] for row in run["results"]] == ["topk_1_baseline", "bh_k2_a030"]
+
+
+def test_prompts_that_a_model_has_no_positions_for(folder, tmp_path, monkeypatch, capsys):
+    """Said before a null is fitted, with the option that takes others."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "--model", str(folder), "--tokens", "64", "--out", "out"]) == 2
+    assert says(capsys.readouterr().err, "64 positions", "--prompts FILE")
+    assert not (tmp_path / "out").exists()

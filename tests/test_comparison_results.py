@@ -303,6 +303,12 @@ def test_contenders_and_tables_are_chosen_by_name():
     assert plan_tables(8, 12)[1].max_k == 12
     with pytest.raises(ValueError, match="expected some of 2, 3, 4, 5, 6, 7 .table reduction"):
         plan_tables(8, 64, budgets=[9])
+    for top_k, tables in ((1, ["reduction", "wide"]), (2, ["reduction"])):
+        for budgets in (None, [1]):
+            with pytest.raises(ValueError) as raised:
+                plan_tables(top_k, 64, tables, budgets)
+            assert says(raised.value, f"takes {top_k} expert", "nothing to compare", "3 or more")
+    assert [plan.budgets for plan in plan_tables(2, 64)] == [(2,)]
 
 
 def test_the_report_has_code_that_uses_what_is_best(monkeypatch):

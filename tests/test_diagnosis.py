@@ -463,6 +463,19 @@ def drawn(figure):
     return figure.axes[0].get_legend_handles_labels()[1]
 
 
+def test_a_figure_of_another_diagnosis_does_not_stay(small, tmp_path):
+    without = Diagnosis([r for r in small._rows if r["table"] != "fdp"], small.facts)
+    (tmp_path / "diagnosis_mine.png").touch()
+    small.save(tmp_path)
+    assert (tmp_path / "diagnosis_ablation.png").exists()
+    without.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "diagnosis_mine.png",
+        "diagnosis_p_values.png",
+        "diagnosis_selection.png",
+    ]
+
+
 def test_figures_say_what_came_out_and_what_their_letters_mean(small):
     ablation, selection, p_values = map(small.figure, ("ablation", "selection", "p_values"))
     for words in ("FDP (dotted):", "δ0 (the dots):", "r: how many of the best"):

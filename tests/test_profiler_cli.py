@@ -235,8 +235,10 @@ def test_fewer_prompts_than_asked_for(tiny, text, tmp_path, capsys):
     out = tmp_path / "out"
     options = "--text", text, "--out", out, "--continuations", 64, "--batch", 32, 64
     assert profile("--model", tiny, *options) == 0
-    assert "of 64 prompts were continued" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
     result = moeprof.Profile.load(out)
+    read = result.each("prefill")[0].tokens
+    assert says(said, "of 64 prompts were continued", f"{read:,} tokens", "no other passage of 64")
     assert result.each("decode")[0].steps == 2  # once, for both sizes are more than there are
 
 

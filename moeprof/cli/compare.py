@@ -105,7 +105,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from ..studies.comparison.splits import demo_documents, split_documents
     from ..texts.documents import read_documents
 
-    for name in arguments.tables:
+    for name in arguments.tables or [""]:
         if name not in TABLES:
             raise ValueError(f"--tables: expected some of {', '.join(TABLES)}, got {name!r}")
     _quantized(arguments)

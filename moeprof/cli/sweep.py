@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import demo
@@ -50,11 +52,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-k",
         type=options.integers,
-        default=MAX_KS,
         metavar="K,K,...",
         dest="max_ks",
         help="most experts that BH gives a token; default: 4,8,16,32,64, of which those above "
-        "the model's number of experts are left out",
+        "the model's number of experts are left out, or that number where all of them are",
     )
     options.add_integers(
         parser,
@@ -109,26 +110,28 @@ def _run(arguments: argparse.Namespace) -> None:
     files = SweepFiles(arguments.out, arguments.store)
     model, tokenizer = options.load(arguments)
     seed = arguments.seed
-    _check_grid(arguments, experts_of(model)[0])  # raises where the model can't be patched
+    num_experts = experts_of(model)[0]  # raises where the model can't be patched
+    max_ks = arguments.max_ks or (MAX_KS if num_experts >= min(MAX_KS) else (num_experts,))
+    _check_grid(max_ks, arguments.static, num_experts)
     heldout = heldout_windows(tokenizer, documents, arguments.tokens, seed)
-    null, facts = _null_for(model, tokenizer, null, null_text, seed, files)
-    experiment = Experiment(
+    experiment = Experiment(  # raises where the model can't read a prompt: before a null is fitted
         model,
         tokenizer,
         tuple(text for _, text in prompts),
         tuple(complexity for complexity, _ in prompts),
         heldout,
-        null,
+        None,
     )
+    null, facts = _null_for(model, tokenizer, null, null_text, seed, files)
     facts |= {"model": options.model_name(arguments), "seed": seed}
     facts["heldout_source"] = "shipped" if arguments.text is None else arguments.text
     facts["null_code"] = repr(arguments.null) if arguments.null else facts["null_code"]
     sweep(
-        experiment,
+        replace(experiment, null=null),
         files,
         facts,
         alphas=arguments.alphas,
-        max_ks=arguments.max_ks,
+        max_ks=max_ks,
         static=arguments.static,
         calibration=budget_text(tokenizer, seed, arguments.budget_tokens),
         engine=engine,
@@ -140,17 +143,16 @@ def _heldout_documents(paths: list[str] | None) -> list[Document]:
     return demo.heldout_texts() if paths is None else read_documents(paths)
 
 
-def _check_grid(arguments: argparse.Namespace, num_experts: int) -> None:
+def _check_grid(max_ks: Sequence[int], static: Sequence[int] | None, num_experts: int) -> None:
     """What only the model can tell of the lists: said before a null is fitted."""
-    if min(arguments.max_ks) > num_experts:
+    if min(max_ks) > num_experts:
         raise ValueError(
             f"--max-k: expected one of at most {num_experts}, the model's experts, "
-            f"got {', '.join(map(str, arguments.max_ks))}"
+            f"got {', '.join(map(str, max_ks))}"
         )
-    if arguments.static and max(arguments.static) > num_experts:
+    if static and max(static) > num_experts:
         raise ValueError(
-            f"--static: expected at most {num_experts}, the model's experts, "
-            f"got {max(arguments.static)}"
+            f"--static: expected at most {num_experts}, the model's experts, got {max(static)}"
         )
 
 

@@ -1,6 +1,5 @@
 """Loading a model and its tokenizer: whatever is wrong with them is said in one line."""
 
-import re
 import warnings
 from pathlib import Path
 from textwrap import shorten
@@ -31,10 +30,20 @@ def check_model(name: str, tokenizer: bool = True) -> None:
         _check_folder(folder, tokenizer)
     elif folder.exists():
         raise ValueError(f"model {name}: expected a folder or a hub id, got a file")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    elif not _is_hub_id(name):
         raise FileNotFoundError(f"model {name}: no such folder")
     else:
         _check_hub(name)
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def _check_folder(folder: Path, tokenizer: bool) -> None:

@@ -118,13 +118,14 @@ def profile_texts(
             for batch, *pair in zip(plan.batches, results, results[1:], strict=False)
         ]
     )
+    read = f"the {plan.text.tokens:,} tokens of text that were run have no"
     if not plan.prompts and plan.asked:
         result.facts["notes"].append(
-            f"No decode steps were run: the text has no passage of {PROMPT} tokens to continue."
+            f"No decode steps were run: {read} passage of {PROMPT} tokens to continue."
         )
     elif plan.prompts < plan.asked:
         result.facts["notes"].append(
-            f"{plan.prompts} of {plan.asked} prompts were continued: no other passage has "
+            f"{plan.prompts} of {plan.asked} prompts were continued: {read} other passage of "
             f"{PROMPT} tokens."
         )
     return result

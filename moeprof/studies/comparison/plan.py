@@ -51,21 +51,25 @@ def plan_tables(
     "reduction": budgets 2 to k - 1; "wide": 2 to k. budgets: only these of them. ValueError
     where nothing is left.
     """
-    plans, known = [], []
+    plans, known = [], {}
     for name in TABLES:
         if name not in names:
             continue
         wide = name == WIDE
         max_k = min(2 * top_k, num_experts) if wide else top_k
         possible = range(2, top_k + wide)
-        known.append(f"{', '.join(map(str, possible)) or 'none'} (table {name})")
+        known[name] = possible
         inside = [b for b in possible if budgets is None or b in budgets]
         allocations = ALLOCATIONS[:2] if wide else ALLOCATIONS
         if inside:
             plans.append(TablePlan(name, max_k, tuple(inside), allocations))
     if not plans:
-        raise ValueError(
-            f"budgets: this model takes {top_k} experts a token: expected some of "
-            f"{' or of '.join(known)}, got {'none' if budgets is None else sorted(budgets)}"
-        )
+        takes = f"budgets: this model takes {top_k} expert{'s' * (top_k != 1)} a token"
+        some = [f"{', '.join(map(str, p))} (table {name})" for name, p in known.items() if p]
+        if not some or budgets is None:
+            raise ValueError(
+                f"{takes}, so there is nothing to compare: table {REDUCTION} needs 3 or more, "
+                f"table {WIDE} 2 or more"
+            )
+        raise ValueError(f"{takes}: expected some of {' or of '.join(some)}, got {sorted(budgets)}")
     return plans

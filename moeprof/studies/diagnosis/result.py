@@ -98,7 +98,8 @@ class Diagnosis:
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write diagnosis.json, .csv, .md and a PNG for each figure; returns their paths.
 
-        Each appears whole or not at all. OSError where the folder can't be written.
+        Each appears whole or not at all; a figure there that this one lacks is removed. OSError
+        where the folder can't be written.
         """
         from .views import as_markdown
 
@@ -117,6 +118,8 @@ class Diagnosis:
             written[f"{NAME}_{name}.png"] = image.getvalue()
         for name, data in written.items():
             write_whole(folder / name, data)
+        if "ablation" not in self.figures:  # that of another diagnosis, saved there before
+            (folder / f"{NAME}_ablation.png").unlink(missing_ok=True)
         return [folder / name for name in written]
 
 

@@ -133,7 +133,8 @@ class Experiment:
         if most is not None and longest + self.new_tokens > most:
             raise ValueError(
                 f"prompts: one of {longest} tokens, with {self.new_tokens} more to generate, is "
-                f"longer than the {most} positions of the model: shorten it"
+                f"longer than the {most} positions of the model: give shorter ones "
+                "(moeprof sweep --prompts FILE)"
             )
 
     @property
