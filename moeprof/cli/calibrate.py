@@ -80,9 +80,11 @@ def _fitted(arguments: argparse.Namespace) -> Null:
 
 
 def _merged(arguments: argparse.Namespace) -> Null:
-    for name in ("model", "threads", "kind", "score"):
-        if getattr(arguments, name) is not None:
-            raise ValueError(f"--merge adds up fitted nulls: it takes no --{name}")
+    of_models = {"dtype": "float32", "device": "cpu", "trust_remote_code": False}
+    for name in ("model", "threads", "kind", "score", "bits", *of_models):
+        if getattr(arguments, name) != of_models.get(name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--merge adds up fitted nulls: it takes no --{option}")
     if len(arguments.merge) < 2:
         raise ValueError("--merge: expected at least two nulls, got one")
     total: Null | None = None

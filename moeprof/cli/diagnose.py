@@ -45,7 +45,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     options.add_number(parser, "--tokens", HELDOUT_TOKENS, "of the held-out text", 1, 10**6)
     options.add_heldout_text(parser)
     parser.add_argument(
-        "--out", metavar="DIR", help="write diagnosis.json, .csv, .md and figures there"
+        "--out",
+        type=options.folder,
+        metavar="DIR",
+        help="write diagnosis.json, .csv, .md and figures there",
     )
     options.add_store(parser, ", and nothing is kept without --out")
     options.add_seed(parser, "chooses the windows, the positions and the experts that are added")

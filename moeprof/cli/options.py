@@ -114,9 +114,18 @@ def add_heldout_text(parser: argparse.ArgumentParser) -> None:
     add_documents(parser, "your own held-out text in place of the shipped one")
 
 
+def folder(text: str) -> str:
+    """A folder's name: an empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return text
+
+
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     """--out, the folder that files are written to."""
-    parser.add_argument("--out", default=default, metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=folder, default=default, metavar="DIR", help="default: %(default)s"
+    )
 
 
 def add_store(parser: argparse.ArgumentParser, otherwise: str = "") -> None:

@@ -37,16 +37,21 @@ class Configuration(NamedTuple):
 def with_own(model: nn.Module, configurations: Iterable[Configuration]) -> dict[str, Configuration]:
     """{name: configuration}, the model's own routing first.
 
-    ValueError for two of one name, a router that doesn't fit the model, and a model that can't be
-    patched.
+    ValueError for two of one name, a router or a budget that doesn't fit the model, and a model
+    that can't be patched.
     """
     runnable_blocks(model)
+    experts = fewest_experts(model)
     found = {OWN: Configuration(OWN, None)}
     for one in configurations:
         if one.name in found:
             raise ValueError(f"router {one.name!r}: there are two of that name")
         if isinstance(one.router, Router):
-            one.router.limits(fewest_experts(model))
+            one.router.limits(experts)
+        if one.budget is not None and one.budget > experts:
+            raise ValueError(
+                f"router {one.name!r}: expected a budget of at most {experts}, the model's experts"
+            )
         found[one.name] = one
     return found
 

@@ -22,7 +22,7 @@ from ...show.console import progress as progress_bar
 from ...texts.documents import Document, read_texts
 from ...texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS
 from ..budget.stock import budget_text
-from ..configuration import Configuration, null_for
+from ..configuration import Configuration, null_for, with_own
 from ..engine.engine import Listener, announce
 from ..engine.serial import Serial
 from ..store.store import Store
@@ -177,14 +177,13 @@ def evaluation_work(
     documents = demo.heldout_texts() if texts is None else _documents(texts)
     text = evaluation_text(tokenizer, documents, protocol, tokens, seed)
     calibration = budget_text(tokenizer, seed, budget_tokens)
+    configurations = [Configuration(name, *one) for name, one in asked.items()]
+    with_own(model, configurations)  # raises where one doesn't fit: before a null is fitted
     configurations = [
-        Configuration(
-            name,
-            router,
-            budget,
-            null_for(router, model, tokenizer, given, seed=seed, progress=progress),
+        one._replace(
+            null=null_for(one.router, model, tokenizer, given, seed=seed, progress=progress)
         )
-        for name, (router, budget) in asked.items()
+        for one in configurations
     ]
     return EvaluationWork(model, text, calibration, configurations, norm), protocol
 
