@@ -261,6 +261,7 @@ def test_fewer_prompts_than_asked_for(tiny, text, tmp_path, capsys):
         (("--null", "normal"), "no --router is given"),
         (("--router", "bh", "--null", "nonull.npz"), "nonull.npz"),
         (("--records", "full"), "full exists already"),
+        (("--records", "x.csv"), "x.csv: expected a .parquet file, or a folder"),
         (("--records", "full/file/x"), "can't be written"),
         (("--out", "full/file"), "can't be written"),
         (("--out", "full/file/x"), "can't be written"),

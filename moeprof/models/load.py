@@ -1,5 +1,6 @@
 """Loading a model and its tokenizer: whatever is wrong with them is said in one line."""
 
+import re
 import warnings
 from pathlib import Path
 from textwrap import shorten
@@ -30,20 +31,10 @@ def check_model(name: str, tokenizer: bool = True) -> None:
         _check_folder(folder, tokenizer)
     elif folder.exists():
         raise ValueError(f"model {name}: expected a folder or a hub id, got a file")
-    elif not _is_hub_id(name):
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise FileNotFoundError(f"model {name}: no such folder")
     else:
         _check_hub(name)
-
-
-def _is_hub_id(name: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
 
 
 def _check_folder(folder: Path, tokenizer: bool) -> None:
@@ -59,8 +50,11 @@ def _check_hub(name: str) -> None:
     """One request without retries, for transformers repeats each of its own several times."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except ValueError:  # no name that the hub gives, such as one with other letters
+        raise FileNotFoundError(f"model {name}: no such folder") from None
     missing = f"model {name}: neither a folder here nor in the Hugging Face cache"
     if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(f"{missing}, and HF_HUB_OFFLINE is set")

@@ -47,6 +47,7 @@ _PLAIN: dict[str, type[np.generic]] = {
 _DTYPES: dict[str, type[np.generic]] = {**_PLAIN, "experts": np.int32, "weights": np.float32}
 _MOST_SLOTS = 1024  # of a token: experts of a layer
 
+OTHER_FILES = (".csv", ".json", ".jsonl", ".npz")  # what nobody calls a folder
 _Chunk = dict[str, NDArray[Any]]  # by the names of COLUMNS
 
 
@@ -68,6 +69,8 @@ class RecordWriter:
     ------
     FileExistsError
         If there is such a file, or a folder with something in it.
+    ValueError
+        For the name of another file: .csv, .json, .jsonl or .npz.
     OSError
         If it can't be written.
     ImportError
@@ -159,6 +162,8 @@ class RecordWriter:
 def check_records(path: str | os.PathLike[str]) -> None:
     """Raise what a RecordWriter of `path` would raise; makes nothing."""
     path = Path(path)
+    if path.suffix.lower() in OTHER_FILES:
+        raise ValueError(f"records: {path}: expected a .parquet file, or a folder of .npz files")
     parquet = _is_parquet(path)
     empty = not parquet and path.is_dir() and not any(path.iterdir())
     if path.exists() and not empty:
@@ -172,7 +177,7 @@ def check_records(path: str | os.PathLike[str]) -> None:
 
 
 def _is_parquet(path: Path) -> bool:
-    return path.suffix == ".parquet"
+    return path.suffix.lower() == ".parquet"
 
 
 def _phases(phase: str | Sequence[str], experts: NDArray[Any]) -> NDArray[np.uint8]:

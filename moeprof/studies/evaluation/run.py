@@ -177,13 +177,11 @@ def evaluation_work(
     documents = demo.heldout_texts() if texts is None else _documents(texts)
     text = evaluation_text(tokenizer, documents, protocol, tokens, seed)
     calibration = budget_text(tokenizer, seed, budget_tokens)
-    configurations = [Configuration(name, *one) for name, one in asked.items()]
-    with_own(model, configurations)  # raises where one doesn't fit: before a null is fitted
+    without = [Configuration(name, *one) for name, one in asked.items()]
+    with_own(model, without)  # raises where one doesn't fit: before a null is fitted
     configurations = [
-        one._replace(
-            null=null_for(one.router, model, tokenizer, given, seed=seed, progress=progress)
-        )
-        for one in configurations
+        one._replace(null=null_for(router, model, tokenizer, given, seed=seed, progress=progress))
+        for one, (router, _) in zip(without, asked.values(), strict=True)
     ]
     return EvaluationWork(model, text, calibration, configurations, norm), protocol
 
