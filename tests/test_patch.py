@@ -556,6 +556,30 @@ def test_on_routing(model, router):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("backend", ["c", "torch"])
+def test_what_a_callback_writes_changes_neither_model_nor_profile(model, backend):
+    def spoil(index, routing):
+        routing.expert_ids[routing.expert_ids < 0] = 0
+        for part in routing:
+            part.zero_()
+
+    with moeprof.patch(model, moeprof.TopP(0.3), backend=backend) as handle, torch.no_grad():
+        with moeprof.MoEProfiler(model) as profiler:
+            expected = model(token_ids(), output_router_logits=True)
+            with handle.on_routing(spoil):
+                alone = profiler.result()
+                found = model(token_ids(), output_router_logits=True)
+            both = profiler.result()
+        with handle.on_routing(spoil):  # and without a profiler
+            again = model(token_ids(), output_router_logits=True)
+    for outputs in (found, again):
+        assert torch.equal(outputs.logits, expected.logits)
+        assert all(map(torch.equal, outputs.router_logits, expected.router_logits))
+    for name, metrics in both.metrics().items():
+        assert 1 < metrics.k_mean < 8 and metrics.k_mean == alone.metrics()[name].k_mean
+        assert metrics.expert_load == alone.metrics()[name].expert_load
+
+
 def test_several_callbacks_at_once(model):
     """Each is called, in the order that they came, until its own handle takes it away."""
     seen = []

@@ -355,9 +355,11 @@ def test_layers_that_are_replaced_between_uses_are_watched(model):
     assert profiler._session.counts["prefill"][1].moves.sum() == 0  # 8 experts before, 4 here
 
 
-def test_what_a_checkpoint_computes_again_is_not_counted(model):
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_checkpoint_computes_again_is_not_counted(model, reentrant):
+    """Nor must the profiler have a part in the graph: checkpoints look at what is saved in it."""
     model.train()
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
     ids = token_ids()
     with moeprof.MoEProfiler(model) as profiler:
         model(ids, labels=ids, use_cache=False).loss.backward()

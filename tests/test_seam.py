@@ -385,3 +385,53 @@ def _chosen(block, own, x, asked=None):
         asked(x[0])
     _, weights, ids = own(block.gate, x[0])
     return block.experts(x[0], ids, weights)
+
+
+# ---- gradient checkpointing ----
+
+
+def gradients(model, backward=True):
+    """Of each parameter, of a call of Gemma 4: there the block is what is checkpointed."""
+    model.zero_grad()
+    loss = model(**zoo.inputs("gemma4"), use_cache=False).logits.square().sum()
+    if not backward:
+        return loss
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_backward_computes_again_what_a_checkpointed_block_ran(reentrant):
+    model = zoo.build("gemma4").train()
+    with moeprof.patch(model, "topk", k=1, backend="torch"):
+        expected = gradients(model)
+        model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+        with moeprof.MoEProfiler(model) as profiler:
+            found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    stock = gradients(model)
+    norm = "model.layers.0.post_feedforward_layernorm_2.weight"
+    assert (found[norm] - stock[norm]).norm() > 0.5 * stock[norm].norm()
+    assert [m.k_mean for m in profiler.get_metrics().values()] == [1, 1]
+
+
+def test_a_checkpointed_block_is_to_be_patched_until_backward():
+    model = zoo.build("gemma4").train()
+    model.gradient_checkpointing_enable(dict(use_reentrant=True))
+    with moeprof.patch(model, "topk", k=1, backend="torch"):
+        loss = gradients(model, backward=False)
+    with pytest.raises(RuntimeError, match=r"layers\.1.*keep the patch until after backward"):
+        loss.backward()
+
+
+def test_a_checkpoint_that_leaves_out_ours_is_refused():
+    """A forward over the class's own, as accelerate's hooks are, calls that with its block."""
+    model = zoo.build("gemma4").train()
+    model.gradient_checkpointing_enable(dict(use_reentrant=True))
+    block = last_block(model)
+    block.forward = types.MethodType(type(block).forward, block)
+    with moeprof.patch(model, "topk", k=1, backend="torch"):
+        with pytest.raises(RuntimeError, match=r"layers\.1.*gradient checkpointing of a block"):
+            gradients(model)

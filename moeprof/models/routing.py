@@ -36,6 +36,12 @@ class Routing(NamedTuple):
             return self
         return Routing(*(None if part is None else part.detach() for part in self))
 
+    def copied(self, logits_only: bool = False) -> "Routing":
+        """The same in memory of its own, or with logits of its own alone."""
+        if logits_only:
+            return self if self.logits is None else self._replace(logits=self.logits.clone())
+        return Routing(*(None if part is None else part.clone() for part in self))
+
     def on_host(self) -> "Routing":
         """The same in the CPU's memory."""
         if self.chosen.is_cpu:

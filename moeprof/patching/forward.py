@@ -74,7 +74,8 @@ def tell(
         return
     routing = routing.detached()
     for callback in layer.callbacks:
-        callback(layer.index, routing)
+        # It may write there: the logits are the model's too, and observers read all of it.
+        callback(layer.index, routing.copied(logits_only=span is None))
     if span is not None:
         skips = layer.router is None and chosen
         event = Routed(layer.router, hidden_states, routing, skips, span)

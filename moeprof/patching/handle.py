@@ -75,7 +75,8 @@ class Handle:
         callback : function of (int, Routing)
             The layer's place among the model's MoE layers, from 0, in the order in which
             `moeprof.inspect` lists them (where dense layers stand between them this is not the
-            layer's own number, which `patch` takes in a dict); and a `moeprof.Routing`. Several
+            layer's own number, which `patch` takes in a dict); and a `moeprof.Routing`, to be
+            read: what is written into it changes neither the model nor a profile. Several
             functions are called in the order in which they were given.
 
         Returns

@@ -5,7 +5,9 @@ call of their block they are in; outside one they are what they were.
 """
 
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ from .observers import observers_of
 from .span import Span
 from .state import STATE, inside
 
+OTHER_FORWARD = (
+    "gradient checkpointing of a block with another forward than its class's, as accelerate's "
+    "hooks put in: switch one of them off"
+)
+
 
 class _Call:
     """One call of a block."""
@@ -42,6 +49,14 @@ class _Call:
         self.gate, self.experts = layer.family.gate_of(block), layer.family.experts_of(block)
         self.said: Routing | None = None  # what the gate returned
         self.given: tuple[Tensor, Tensor] | None = None  # (weights, expert_ids) that ran
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the function returns; gate and experts are in this call meanwhile."""
+        outer, _HERE.call = _HERE.call, self
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _HERE.call = outer
 
     def is_ours(self, expert_ids: Tensor) -> bool:
         """Did a backend choose these?"""
@@ -100,11 +115,12 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return run_unpatched(self, layer, *args, **kwargs)
         if reason := _replaced(call):
             return own_forward(self, layer, reason, args, kwargs)
-        outer, _HERE.call = _HERE.call, call
-        try:
-            output = run_unpatched(self, layer, *args, **kwargs)
-        finally:
-            _HERE.call = outer
+        if vars(self).get("gradient_checkpointing"):
+            if layer.unpatched[0][1] is not None:
+                return own_forward(self, layer, OTHER_FORWARD, args, kwargs)
+            output = call.run(type(self).forward, _entering(call), *args, **kwargs)
+        else:
+            output = call.run(run_unpatched, self, layer, *args, **kwargs)
     if layer.router is not None and call.said is None:
         raise ValueError(
             f"{layer.title}: its block chose experts without a call of its router, so no other "
@@ -114,6 +130,38 @@ def seam_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         by_user = not layer.family.has_stock_gate(self)
         tell(self, layer, hidden_states, call.ran(), by_user, span)
     return output
+
+
+def _entering(call: _Call) -> nn.Module:
+    """The call's block, for a class whose forward puts itself into a checkpoint.
+
+    In transformers 5.24 a decoder layer does so, and in Gemma 4 that is the block. What backward
+    computes again is the class's forward, without ours around it: here it enters a call first.
+    """
+    block = call.block
+    checkpoint: Any = block._gradient_checkpointing_func
+    again = partial(_again, block, call.layer, call.table)
+    twin: nn.Module = object.__new__(type(block))
+    vars(twin).update(vars(block))
+    vars(twin)["_gradient_checkpointing_func"] = lambda function, *args: checkpoint(
+        partial(again, function), *args
+    )
+    return twin
+
+
+def _again(
+    block: nn.Module, layer: PatchedLayer, table: Matrices, function: Callable[..., Any], *args: Any
+) -> Any:
+    """What a checkpoint runs: at once, in the call that made it, and again in backward."""
+    if _HERE.call is not None and _HERE.call.block is block:
+        return function(*args)
+    with inside(layer):
+        if vars(block).get(STATE) is not layer:
+            raise RuntimeError(
+                f"{layer.name}: patched or unpatched before backward(), which computes it again "
+                "with gradient checkpointing: keep the patch until after backward()"
+            )
+        return _Call(block, layer, table).run(function, *args)
 
 
 def _replaced(call: _Call) -> str | None:

@@ -311,6 +311,7 @@ class LayerWatch(_Watch, Observer):
             step = session.begin(entered=False)
         return step if step is not None and step.counted else None
 
+    @torch.no_grad()  # a checkpoint would count the tensors that a graph of it keeps
     def _choice(self, step: Step) -> Routing:
         layer = self._layer()
         if step.call is not None and self.site.chooses == "experts":
