@@ -5,6 +5,7 @@ Which routers there are is asked of the registry: a new one needs no edit here.
 
 import inspect
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,6 +232,8 @@ def test_bad_temperature(function, temperature):
         ({"max_k": 0}, r"max_k: expected 1 to 8 \(experts\), got 0"),
         ({"max_k": 9}, r"max_k: expected 1 to 8 \(experts\), got 9"),
         ({"max_k": "8"}, "max_k: expected an integer, got '8'"),
+        ({"min_k": True}, "min_k: expected an integer, got True"),
+        ({"max_k": True}, "max_k: expected an integer, got True"),
         ({"min_k": 5, "max_k": 4}, "min_k: expected at most max_k=4, got 5"),
     ],
 )
@@ -242,6 +245,26 @@ def test_bad_limits(name, limits, message):
     if name == "bh":
         with pytest.raises(ValueError, match=message):
             call("benjamini_hochberg_routing", z, **limits)
+
+
+@every_router
+def test_numbers_of_numpy_become_pythons(name):
+    """In what a router says of itself, and in the JSON that an operator of torch takes."""
+    router = make(name, 8)
+    own = {f.name: getattr(router, f.name) for f in parameters_of(type(router))}
+    kinds = {int: np.int64, float: np.float64}
+    made = replace(router, **{n: kinds.get(type(v), lambda v: v)(v) for n, v in own.items()})
+    assert made == router and repr(made) == repr(router)
+    made.spec(8, norm="sum", norm_k=np.int64(2), null=any_null(name, 8)).operands()
+    assert repr(moeprof.TopK([np.int64(1), np.int64(2)]).k) == "(1, 2)"
+    assert repr(moeprof.BH(np.float32(0.5)).alpha) == "0.5"
+
+
+@pytest.mark.parametrize("name", ["beta", "pi0", "alpha", "k"])
+def test_an_array_in_place_of_a_number_is_named(name):
+    router = {"beta": "higher_criticism", "pi0": "storey_bh", "alpha": "bh", "k": "topk"}[name]
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*got array"):
+        make_router(router, **{name: np.array([0.3, 0.4])})
 
 
 @pytest.mark.parametrize("k", (0, -1, 9, 2.5, "8", None))

@@ -6,6 +6,7 @@ import types
 from contextlib import nullcontext
 from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -175,6 +176,17 @@ def test_a_bias_that_is_switched_off_counts_no_longer():
         patched = logits(model, "lfm2_moe")
     stock = logits(model, "lfm2_moe")
     assert (stock - before).abs().max() > 1e-2 and (patched - stock).abs().max() < 1e-4
+
+
+def test_settings_may_be_numbers_of_numpy():
+    model = zoo.build("deepseek_v3")
+    gate = last_block(model).gate
+    for name in ("top_k", "num_group", "topk_group"):
+        setattr(gate, name, np.int64(getattr(gate, name)))
+    gate.top_k, gate.routed_scaling_factor = np.int64(1), np.float32(1.5)
+    stock = logits(model)
+    with moeprof.patch(model):
+        assert (logits(model) - stock).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

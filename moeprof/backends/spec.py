@@ -137,7 +137,11 @@ class RouteSpec:
         """The same for an operator of torch, which takes texts and arrays: see `from_operands`."""
         *plain, (form, score, p_table), table, rule = self.arguments
         lists = [value.tolist() if isinstance(value, np.ndarray) else value for value in rule]
-        return json.dumps([*plain, form, score, self.num_experts, lists]), p_table, table
+        text = json.dumps(
+            [*plain, form, score, self.num_experts, lists],
+            default=np.generic.item,  # of a config that holds NumPy's numbers
+        )
+        return text, p_table, table
 
     @classmethod
     def from_operands(cls, text: str, p_table: Any, table: Any) -> "RouteSpec":

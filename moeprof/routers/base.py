@@ -51,7 +51,7 @@ def check(
     name: str, value: Any, interval: str, words: tuple[Any, ...] = (), integer: bool = False
 ) -> None:
     """ValueError unless the value is one of the words or a number in the interval."""
-    if any(value is word or (isinstance(word, str) and value == word) for word in words):
+    if any(value is word or (isinstance(value, str) and value == word) for word in words):
         return
     kind = "an integer" if integer else "a number"
     expected = [f"{kind} in {interval}"] if interval else []
@@ -64,6 +64,13 @@ def check(
             return
     expected += map(repr, words)
     raise ValueError(f"{name}: expected {' or '.join(expected)}, got {shown(value)}")
+
+
+def plain(value: Any) -> Any:
+    """Python's own number for one of NumPy, also in a list or tuple; all else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def fits_a_float(value: Any) -> bool:
@@ -171,12 +178,15 @@ class Router:
             REGISTRY[cls.name] = cls
 
     def __post_init__(self) -> None:
+        for f in parameters_of(type(self)):
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
         t = self.temperature
         if not (_is_real(t) and fits_a_float(t) and 0 < float(t) < float("inf")):
             raise ValueError(f"temperature: expected a number > 0, got {shown(t)}")
         for name in ("min_k", "max_k"):
             value = getattr(self, name)
-            if not (isinstance(value, Integral) or (value is None and name == "max_k")):
+            is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+            if not (is_integer or (value is None and name == "max_k")):
                 raise ValueError(f"{name}: expected an integer, got {shown(value)}")
         for f in own_fields(type(self)):
             value, rule = getattr(self, f.name), dict(f.metadata)
