@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -57,6 +58,17 @@ def check_model(who: str, model: object) -> None:
         elif isinstance(model, tuple | list) and any(isinstance(m, nn.Module) for m in model):
             hint = ", which holds one: pass that alone"
     raise TypeError(f"{who}: model: expected a torch.nn.Module, got {described(model)}{hint}")
+
+
+def check_takes_ids(who: str, model: nn.Module) -> None:
+    """TypeError for a part of a model, whose forward isn't called with token ids."""
+    try:
+        signature(model.forward).bind(input_ids=None, use_cache=False)
+    except TypeError as error:
+        raise TypeError(
+            f"{who}: model: expected one that is called with input_ids and use_cache, got "
+            f"{described(model)}: {error}"
+        ) from None
 
 
 def _check_transformers(who: str) -> None:

@@ -337,6 +337,29 @@ def test_the_recorded_name_tells_no_path(model, tmp_path):
         assert model_name(own) == name
 
 
+def test_a_model_within_a_module_has_its_nulls(model):
+    """A user's, around it, which has no config."""
+    from torch import nn
+
+    class Wrapper(nn.Module):
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    own, wrapper = copy.deepcopy(model), Wrapper()
+    own.config._name_or_path, wrapper.model = "somebody/else", own
+    null = fit(wrapper)
+    assert null.model_name == "somebody/else" and (null.counts == fit(own).counts).all()
+    null.check(wrapper)
+    with pytest.raises(ValueError, match="'somebody/else'.*it has 2 MoE layers, the model 1"):
+        null.check(own.model.layers[0])
+
+
+@pytest.mark.parametrize("part", ["layers.0", "layers.0.mlp"])
+def test_a_part_of_a_model_is_not_fitted(model, part):
+    with pytest.raises(TypeError, match="fit_null: model: expected .*input_ids.* got Olmoe"):
+        fit(model.model.get_submodule(part))
+
+
 def test_no_bar_where_there_is_no_terminal(model, capfd):
     fit(model, progress=True)
     assert capfd.readouterr() == ("", "")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from ..checks import check_model, check_token_ids, check_tokenizer
+from ..checks import check_model, check_takes_ids, check_token_ids, check_tokenizer
 from ..models.blocks import find_blocks
 from ..models.identity import NO_TEXT, add_digests, gates_of, model_name, router_sample
 from ..models.reading import describe_output
@@ -304,6 +304,7 @@ def fit_nulls(
         raise ValueError(f"window: expected at least 2 tokens, got {window}")
     texts = _Texts(texts)
     blocks = find_blocks(model)
+    check_takes_ids("fit_null", model)
     experts = blocks[0].num_experts
     cuts = [_trimming(form.kind, form.r_high, form.r_low, model, experts) for form in forms]
     histograms = [

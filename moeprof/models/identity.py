@@ -47,8 +47,11 @@ def same_sample(a: "NDArray[np.float32]", b: "NDArray[np.float32]") -> bool:
 
 
 def model_name(model: Any) -> str:
-    """The model's name on the hub; of a local path the last component only."""
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    """The model's name on the hub, of the first module that has one; of a local path the last
+    component only."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    names = (getattr(config, "_name_or_path", "") for config in configs)
+    name: str = next(filter(None, names), "") or type(model).__name__
     folder = (Path(name) / "config.json").is_file()
     if folder or os.path.isabs(name) or name.startswith((".", "~")):
         name = Path(name).resolve().name
