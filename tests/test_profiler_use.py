@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import pickle
 import sys
 import threading
 import time
@@ -190,8 +191,9 @@ def test_after_an_exception_counting_goes_on(model):
 # ---- which steps count ----
 
 
-def test_warm_up_and_sampling(model):
-    profiler = moeprof.MoEProfiler(model, warmup_steps=2, sampling_rate=3)
+@pytest.mark.parametrize("number", [int, np.int64])
+def test_warm_up_and_sampling(model, number):
+    profiler = moeprof.MoEProfiler(model, warmup_steps=number(2), sampling_rate=number(3))
     with profiler:
         for length in range(3, 13):
             model(token_ids(1, length))
@@ -366,6 +368,40 @@ def test_what_a_checkpoint_computes_again_is_not_counted(model, reentrant):
     assert [tokens(profiler, layer) for layer in (0, 1)] == [22, 22]
     facts = profiler.result().facts
     assert (facts["steps"], facts["steps_left_out"]) == (1, 0)
+
+
+@pytest.mark.parametrize("when", ["start", "stop of a patch"])
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+def test_an_interrupted_hook_is_taken_out_by_stop(model, monkeypatch, kind, when):
+    """Ctrl-C after each hook was put in, before anyone has taken note of it."""
+    left, register = [0], getattr(nn.Module, kind)
+
+    def interrupted(*args, **kwargs):
+        handle = register(*args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return handle
+
+    before = snapshot(model)
+    for calls in range(1, 1000):
+        profiler = moeprof.MoEProfiler(model)
+        if when != "start":
+            handle = moeprof.patch(model)
+            profiler.start()
+        monkeypatch.setattr(nn.Module, kind, interrupted)
+        left[0] = calls
+        try:
+            profiler.start() if when == "start" else handle.unpatch()
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.undo()
+        moeprof.unpatch(model)
+        profiler.stop()
+        assert_unchanged(model, before)
+        if left[0] > 0:  # all were put in
+            break
+    assert calls > 2
 
 
 @pytest.mark.parametrize("error", (Stop, KeyboardInterrupt))
@@ -565,6 +601,12 @@ def test_a_model_without_experts_is_refused():
 def test_bad_options_are_named(model, options, error, message):
     with pytest.raises(error, match=message):
         moeprof.MoEProfiler(model, **options)
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, lambda p: copy.deepcopy((p.model, p))])
+def test_a_profiler_is_not_copied(model, copied):
+    with pytest.raises(TypeError, match=r"MoEProfiler: .*profiler\.result\(\)"):
+        copied(moeprof.MoEProfiler(model))
 
 
 def test_weights_elsewhere_are_refused(model):

@@ -7,8 +7,9 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from numbers import Integral
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from torch import nn
@@ -100,16 +101,13 @@ class MoEProfiler:
         records: str | os.PathLike[str] | None = None,
     ) -> None:
         check_model("MoEProfiler", model)
-        _check_integer("warmup_steps", warmup_steps, 0)
-        _check_integer("sampling_rate", sampling_rate, 1)
-        if pad_token_id is not None:
-            _check_integer("pad_token_id", pad_token_id, 0)
+        pad = pad_token_id
         self.model = model
         options = Options(
-            warmup_steps=warmup_steps,
-            sampling_rate=sampling_rate,
+            warmup_steps=_integer("warmup_steps", warmup_steps, 0),
+            sampling_rate=_integer("sampling_rate", sampling_rate, 1),
             mask=mask,
-            pad_token_id=pad_token_id,
+            pad_token_id=None if pad is None else _integer("pad_token_id", pad, 0),
             pairs=pairs,
             vocabulary=vocabulary,
             trace=trace,
@@ -342,6 +340,12 @@ class MoEProfiler:
         which = [label for label, value in zip(labels, by_layer, strict=True) if value]
         return f"layer{'s' * (len(which) > 1)} {spans(which)}" if which else ""
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "MoEProfiler: it belongs to its model and can't be copied or pickled: take what it has "
+            "counted, profiler.result()"
+        )
+
     def __repr__(self) -> str:
         state = "counting" if self.active else "stopped"
         layers, steps = len(self._session.sites), self._session.counted_steps
@@ -373,11 +377,12 @@ def _routers(by_layer: list[list[str]], labels: Sequence[int | str]) -> str:
     )
 
 
-def _check_integer(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: object, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < low:
         raise ValueError(f"{name}: expected at least {low}, got {value}")
+    return int(value)
 
 
 def _check_device(sites: Iterable[Site]) -> None:

@@ -179,6 +179,18 @@ class Session:
         with self.lock:
             while self._undo:
                 self._undo.pop()()
+            self._take_out_the_rest()
+
+    def _take_out_the_rest(self) -> None:
+        """Hooks that Ctrl-C has left: it came after one was put in, before that was noted."""
+        for module in self.model.modules():
+            own = vars(module)
+            for kind in ("_forward_pre_hooks", "_forward_hooks"):
+                for key, hook in [*own[kind].items()]:
+                    watch = getattr(hook, "__self__", None)
+                    if getattr(watch, "session", None) is self:
+                        for name in (kind, f"{kind}_with_kwargs", f"{kind}_always_called"):
+                            own.get(name, {}).pop(key, None)
 
     # ---- steps ----
 
