@@ -75,6 +75,18 @@ def test_a_patched_model_is_not_pickled_into_an_unreadable_file(model):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_torch_func_needs_the_backend_in_torch(model):
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (token_ids(),)).logits.sum()
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    gate = next(name for name in parameters if name.endswith("gate.weight"))
+    with moeprof.patch(model, backend="torch"):
+        assert torch.func.grad(loss)(parameters)[gate].abs().max() > 0
+    with moeprof.patch(model), pytest.raises(RuntimeError, match='torch.func.*backend="torch"'):
+        torch.func.grad(loss)(parameters)
+
+
 def test_what_is_no_model_and_no_callback(model):
     with pytest.raises(TypeError, match="expected a torch.nn.Module, got str"):
         moeprof.patch("model")

@@ -284,6 +284,9 @@ def tensor_obstacle(
     for tensor in tensors:
         if not traced and type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
             return f"a tensor of class {type(tensor).__name__}"
+        if not traced and backend == "c":
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                return 'a tensor of torch.func, which only backend="torch" can read'
         if reason := _device_obstacle(tensor, tensors[0], backend):
             return reason
         if tensor.layout is not torch.strided or (not traced and tensor.is_neg()):
