@@ -134,7 +134,7 @@ def _curves(axis: Axes, view: View, table: str, coloured: list[str]) -> None:
     for role, (dashes, label) in CONTROLS.items():
         name = {RANDOM: "random R", ORACLE: "oracle"}[role]
         experts, effect, _, _ = _line(view, table, role, name)
-        look = {"linestyle": dashes, "marker": ".", "color": DARK, "linewidth": 1.6}
+        look: dict[str, Any] = {"linestyle": dashes, "marker": ".", "color": DARK, "linewidth": 1.6}
         axis.plot(experts, 1e3 * effect, label=label, zorder=2, **look)
     x, y = np.concatenate([line.get_xydata() for line in axis.lines]).astype(float).T
     axis.axhline(0, color="black", linewidth=1.6, zorder=3)
