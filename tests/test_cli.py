@@ -438,7 +438,7 @@ def test_more_threads_than_any_machine_has(capsys, command):
         (["sweep", "--null", "missing.npz"], "missing.npz"),
         (["sweep", "--null", "null.txt"], "ends in .safetensors or .npz"),
         (["sweep", "--null", "normal", "--null-text", "text.txt"], "--null brings one already"),
-        (["sweep", "--null-text", "missing.txt"], "null text missing.txt can't be read"),
+        (["sweep", "--null-text", "missing.txt"], "text missing.txt can't be read"),
         (["sweep", "--threads", "0"], "--threads: expected a number from 1 to 1024, got 0"),
         (["sweep", "--threads", "two"], "--threads: expected a number from 1 to 1024, got two"),
         (["sweep", "--tokens", "0"], "expected a number from 1 to 1000000, got 0"),

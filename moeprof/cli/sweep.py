@@ -12,7 +12,7 @@ from .. import demo
 from ..demo.defaults import default_null, shipped_null
 from ..null import Null
 from ..studies.sweep.grid import ALPHAS, MAX_KS
-from ..texts.documents import read_document, read_documents
+from ..texts.documents import read_documents
 from ..texts.prompts import read_prompts
 from ..texts.windows import BUDGET_TOKENS, HELDOUT_TOKENS, heldout_windows
 from . import options
@@ -101,8 +101,8 @@ def _run(arguments: argparse.Namespace) -> None:
     prompts = demo.prompts() if arguments.prompts is None else read_prompts(arguments.prompts)
     if arguments.null is not None and arguments.null_text is not None:
         raise ValueError("--null-text is what a null is fitted to, and --null brings one already")
-    text = arguments.null_text
-    null_text = None if text is None else read_document(text, "null text")
+    given = arguments.null_text
+    null_texts = None if given is None else [one.text for one in read_documents([given])]
     null = _given_null(arguments.null)
     documents = _heldout_documents(arguments.text)
     options.check_named_model(arguments)
@@ -122,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> None:
         heldout,
         None,
     )
-    null, facts = _null_for(model, tokenizer, null, null_text, seed, files)
+    null, facts = _null_for(model, tokenizer, null, null_texts, seed, files)
     facts |= {"model": options.model_name(arguments), "seed": seed}
     facts["heldout_source"] = "shipped" if arguments.text is None else arguments.text
     facts["null_code"] = repr(arguments.null) if arguments.null else facts["null_code"]
@@ -162,7 +162,7 @@ def _given_null(name: str | None) -> Null | str | None:
 
 
 def _null_for(
-    model: Any, tokenizer: Any, given: Any, text: str | None, seed: int, files: SweepFiles
+    model: Any, tokenizer: Any, given: Any, texts: list[str] | None, seed: int, files: SweepFiles
 ) -> tuple[Null | str, dict[str, Any]]:
     """(null, facts) for the sweep; a null that was fitted is one of the files.
 
@@ -176,12 +176,12 @@ def _null_for(
         source = "It was read from a file."
         return given, {"null": given.describe(), "null_source": source, "null_code": ""}
     code = "moeprof.demo.null()"
-    if text is not None:
+    if texts is not None:
         from ..measure.fitting import fit_null
         from ..measure.passes import quick
 
         with quick(model):
-            null = fit_null(model, tokenizer, [text], progress=sys.stderr.isatty())
+            null = fit_null(model, tokenizer, texts, progress=sys.stderr.isatty())
         source = "It was fitted to the text given with --null-text."
     elif (shipped := shipped_null(model)) is not None:
         null = shipped
@@ -195,7 +195,7 @@ def _null_for(
             "It was fitted to passages of the calibration text that ships with moeprof, from "
             "documents that no evaluation uses."
         )
-    if text is not None or shipped_null(model) is None:
+    if texts is not None or shipped_null(model) is None:
         files.null.parent.mkdir(parents=True, exist_ok=True)
         null.save(files.null)
         code = repr(str(files.null))

@@ -182,14 +182,6 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
         raise ValueError(f"{what} {path} isn't UTF-8 text (byte {error.start})") from error
 
 
-def read_document(path: str | os.PathLike[str], what: str) -> str:
-    """The same, of a file that has to have something in it."""
-    text = read_text(path, what)
-    if not text.strip():
-        raise ValueError(f"{what} {path} is empty")
-    return text
-
-
 class Text(Protocol):
     """What runs read: a text, its domain and its name, as Document and the demo's texts."""
 
