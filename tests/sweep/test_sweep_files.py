@@ -49,6 +49,8 @@ def test_the_sweep_says_where_it_is(swept):
     text = lines[lines.index("ALL EXPERIMENTS COMPLETE!") : -5]
     assert code and max(len(line) for line in text if line not in code) <= 100
     assert any(line.startswith("For 1 experts per token on average, ") for line in text)
+    caution = " ".join(text).partition("For 1 experts")[0]  # before what it is about
+    assert f"{len(swept[0]['heldout_documents'])} documents only" in caution
 
 
 @pytest.mark.slow
