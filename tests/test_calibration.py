@@ -506,9 +506,9 @@ def test_what_is_no_text_is_told_at_once(tmp_path, content, message):
 def test_what_holds_documents_gives_each_of_them(tmp_path):
     """Not the file's source: no key, brace or escape of a .jsonl."""
     rows = [{"text": "Grüße\naus Köln", "domain": "de"}, {"text": "\ud800 x"}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "A.JSONL").write_text("\n".join(map(json.dumps, rows)))
     texts = [row["text"] for row in rows]
-    files = TextFiles([tmp_path / "a.jsonl"])
+    files = TextFiles([tmp_path / "A.JSONL"])
     assert list(files) == texts and files.total_bytes == len("Grüße\naus Köln".encode()) + 5
     (tmp_path / "b.txt").write_text("plain")
     assert list(TextFiles([tmp_path])) == [*texts, "plain"]

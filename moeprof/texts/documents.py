@@ -30,7 +30,7 @@ def holds_documents(path: str | os.PathLike[str]) -> bool:
     """Whether it may hold several documents; any other file is one, see `EXPECTED`."""
     return (
         str(path).startswith(DATASETS)
-        or Path(path).suffix in (".jsonl", ".parquet")
+        or Path(path).suffix.lower() in (".jsonl", ".parquet")
         or Path(path).is_dir()
     )
 
