@@ -89,8 +89,9 @@ def test_intervals_are_of_documents_and_paired():
     for end in ("", "_low", "_high"):
         assert other[f"bits_above_own{end}"] == pytest.approx(above)
     width = other["bits_per_byte_high"] - other["bits_per_byte_low"]
-    within = np.sqrt(np.mean([own[::2].var(), own[1::2].var()]))  # drawn within domains
-    assert width == pytest.approx(2 * 1.96 * within / np.sqrt(40) / np.log(2) / 40, rel=0.1)
+    # Drawn within domains; Student's t of 38.
+    within = np.sqrt(np.mean([own[::2].var(ddof=1), own[1::2].var(ddof=1)]))
+    assert width == pytest.approx(2 * 2.024 * within / np.sqrt(40) / np.log(2) / 40, rel=0.1)
     assert other["experts"] == 2 and other["tokens"] == 400
     assert pairs[0]["bits"] == pytest.approx(above) and pairs[0]["p"] == 1e-4
     again, _ = results(documents, {"own": row(own, documents)}, seed=1)
