@@ -1,7 +1,7 @@
-"""Statistics of documents under weights: what `evaluation.bootstrap` draws.
+"""Statistics of documents under weights: what `bootstrap` draws (moeprof/measure/bootstrap.py).
 
-Each `..._statistic` returns a function of weights (B, D), how often each of D documents was
-drawn, to (B, M); at weights of 1 it is the plain statistic of all tokens.
+Each `..._statistic` returns a function of weights (B, D), those of D documents, to (B, M); at
+weights of 1 it is the plain statistic of all tokens.
 """
 
 from __future__ import annotations
