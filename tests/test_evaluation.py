@@ -123,6 +123,14 @@ def test_intervals_of_small_groups_hold_what_they_say(domains, each):
     assert all_held / rounds >= 0.88
 
 
+def test_a_small_group_keeps_its_part_of_the_text():
+    """Fewer are drawn of each group than it has; what they weigh adds up to the group."""
+    values = np.random.default_rng(0).normal(np.repeat([0.0, 1.0], [2, 30]), 0.01)[None]
+    found = bootstrap(means(values), 32, groups=np.repeat([0, 1], [2, 30]))
+    assert found.low[0] < found.estimate[0] < found.high[0]
+    assert found.high[0] - found.low[0] < 0.01
+
+
 def test_few_documents_have_wider_bands_and_are_called_few():
     values = np.random.default_rng(0).normal(size=(20, 5))
     few, many = (bootstrap(means(np.tile(values, n)), 5 * n) for n in (1, 40))
