@@ -231,7 +231,7 @@ MUTATIONS = [
     Mutation("moeprof/studies/diagnosis/discoveries.py", "POOLED], each[..., SIZE:])",
              "POOLED], each[..., SIZE:].mean(1, keepdims=True))",
              "test_diagnosis.py -k false_of_all"),
-    Mutation("moeprof/studies/diagnosis/transfer.py", "if size < LEAST:", "if size < 2:",
+    Mutation("moeprof/studies/diagnosis/transfer.py", "least=LEAST, draws", "draws",
              "test_diagnosis.py -k largest_distance"),
     Mutation("moeprof/studies/store/subject.py", "[described, *map(_settings, model.modules())]",
              "[described]", "test_study.py -k setting or adapter"),

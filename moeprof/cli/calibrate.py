@@ -80,9 +80,8 @@ def _fitted(arguments: argparse.Namespace) -> Null:
 
 
 def _merged(arguments: argparse.Namespace) -> Null:
-    of_models = {"dtype": "float32", "device": "cpu", "trust_remote_code": False}
-    for name in ("model", "threads", "kind", "score", "bits", *of_models):
-        if getattr(arguments, name) != of_models.get(name):
+    for name, default in {**options.OF_MODEL, "kind": None, "score": None}.items():
+        if getattr(arguments, name) != default:
             option = name.replace("_", "-")
             raise ValueError(f"--merge adds up fitted nulls: it takes no --{option}")
     if len(arguments.merge) < 2:

@@ -69,12 +69,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 BITS = (4, 8)
 # Of the options that the result depends on.
 DEFAULTS = {
-    "model": None,
-    "trust_remote_code": False,
-    "dtype": "float32",
-    "bits": None,
-    "device": "cpu",
-    "threads": None,
+    **options.OF_MODEL,
     "routers": None,
     "budgets": None,
     "tables": TABLES,

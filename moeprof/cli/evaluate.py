@@ -13,12 +13,7 @@ from . import options
 
 # Of the options that the result depends on; --router may be there several times.
 DEFAULTS = {
-    "model": None,
-    "trust_remote_code": False,
-    "dtype": "float32",
-    "bits": None,
-    "device": "cpu",
-    "threads": None,
+    **options.OF_MODEL,
     "null": None,
     "text": None,
     "tokens": HELDOUT_TOKENS,

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from ..texts.documents import Document
 
 DOCUMENTS = EXPECTED.removeprefix("--text: ")
+# {name: default} of the options that say which model is loaded, and how, as `command_of` takes it.
+OF_MODEL = {
+    "model": None,
+    "trust_remote_code": False,
+    "dtype": "float32",
+    "bits": None,
+    "device": "cpu",
+    "threads": None,
+}
 DEMO = "the demo model of moeprof"
 MOST_THREADS = 1024  # far above the CPUs there are; torch would take memory for each
 

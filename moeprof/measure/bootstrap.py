@@ -129,13 +129,21 @@ def _student(freedom: int, z: float) -> float:
 
 
 def intervals(
-    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]], documents: int, **options: Any
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    documents: int,
+    *,
+    least: int = 2,
+    **options: Any,
 ) -> Intervals:
-    """`bootstrap`; of a single document, which can't vary, the estimate alone, the rest NaN."""
-    found = bootstrap(statistic, documents, **options)
-    if documents > 1:
-        return found
-    return Intervals(found.estimate, *[np.full_like(found.estimate, np.nan)] * 5)
+    """`bootstrap`; of fewer documents than `least` the estimate alone: a single one can't vary."""
+    if documents < least:
+        return without_ends(statistic(np.ones((1, documents)))[0])
+    return bootstrap(statistic, documents, **options)
+
+
+def without_ends(estimate: NDArray[np.float64]) -> Intervals:
+    """(M,) estimates that have no intervals: all else is NaN."""
+    return Intervals(estimate, *[np.full_like(estimate, np.nan)] * 5)
 
 
 def _of_several(groups: NDArray[np.int64]) -> NDArray[np.int64]:

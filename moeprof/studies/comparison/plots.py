@@ -270,7 +270,7 @@ def _by_bytes(axis: Axes, view: View) -> None:
                     f"{cell['budget']}", (x, cell["kl"]), (5, 4), textcoords="offset points", size=9
                 )
                 text.set_color(style["color"])
-    whole_model = next((cell for cell in static if cell["budget"] == top_k), None)
+    whole_model = view.static(top_k)
     if whole_model:
         axis.axvline(whole_model["bytes_per_token"] / 1e6, color=DARK, ls=":", lw=1.4)
         axis.annotate(

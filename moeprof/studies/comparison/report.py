@@ -261,7 +261,8 @@ def detail_rows(view: View, table: str, budget: int) -> tuple[list[str], list[li
         "agreement",
         "tokens/s",
     ]
-    static = next(cell for cell in view.run["static"] if cell["budget"] == budget)
+    static = view.static(budget)
+    assert static is not None  # cells are compared with it
     rows = [
         [
             f"static top-{budget}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...measure.bootstrap import Intervals, intervals
+from ...measure.bootstrap import intervals, without_ends
 from ...measure.fitting import fit_null
 from ...measure.passes import quick
 from .rows import POOLED, rows_by_layer
@@ -93,20 +93,14 @@ def transfer_rows(
             documents = np.flatnonzero(domains == domain)
             size = len(documents)
             statistic = _of_domain(documents, seen, selected)
-            found = intervals(statistic, size, draws=draws)
-            if size < LEAST:
-                found = _alone(found.estimate)
+            found = intervals(statistic, size, least=LEAST, draws=draws)
             names = ("P(R >= 1)", "experts")
             yield from rows_by_layer("transfer", name, layers, names, domain, found)
             everything = np.ones((1, size))
             of_domain = [cdf_statistic(one[documents])(everything) for one in counts]
             distance = np.abs(np.stack(of_domain) - np.stack(shares)).max(axis=(1, 2))
-            found = _alone(np.append(distance, distance.mean()))
+            found = without_ends(np.append(distance, distance.mean()))
             yield from rows_by_layer("transfer", name, layers, ("KS distance",), domain, found)
-
-
-def _alone(estimate: NDArray[np.float64]) -> Intervals:
-    return Intervals(estimate, *[np.full_like(estimate, np.nan)] * 5)
 
 
 def _of_domain(documents: NDArray[np.int64], seen: Seen, selected: Selected) -> Statistic:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import as_csv, as_json, check_folder, printable, write_whole
-from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS
+from ...measure.bootstrap import MORE_DOCUMENTS, are_few
 from ...measure.machine import in_one_line
 from ...show.console import fill, printed
 from ...show.tables import fine, markdown, text_table, with_interval
@@ -153,16 +153,16 @@ class Evaluated:
         facts, documents = self.facts, self.documents
         scored, asked = self.rows[0]["tokens"], facts["tokens_asked"]
         all_of_it = "" if scored >= 0.9 * asked else f" (all there are; {asked:,} were asked for)"
-        domains = len({d["domain"] for d in documents})
+        domains = [document["domain"] for document in documents]
         found = [
             f"{facts['model']} ({facts['dtype']}), {_count(scored, 'token')} scored{all_of_it} of "
-            f"{_count(len(documents), 'document')} in {_count(domains, 'domain')}.",
+            f"{_count(len(documents), 'document')} in {_count(len(set(domains)), 'domain')}.",
             facts["protocol"]["words"],
             "Intervals are 95 % ones by bootstrap over documents."
             if len(documents) > 1
             else "The text is one document, so nothing has an interval or a test.",
         ]
-        if 1 < len(documents) < FEW_DOCUMENTS:
+        if are_few(len(documents), domains):
             found.append(
                 f"With {len(documents)} documents p can't be below {2 / 2 ** len(documents):.2g}, "
                 f"and intervals are too narrow. {MORE_DOCUMENTS}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...measure.bootstrap import FEW_DOCUMENTS, MORE_DOCUMENTS
+from ...measure.bootstrap import MORE_DOCUMENTS, are_few
 from .beside import budgets
 from .compared import interval, missing_ks, on_line, with_band
 
@@ -173,7 +173,7 @@ def caution(run: Mapping[str, Any]) -> str:
         return (
             "The held-out text is one document, so nothing has an interval, and nothing is decided."
         )
-    if documents >= FEW_DOCUMENTS:
+    if not are_few(documents):
         return ""
     return f"The held-out text has {few(documents)}. {MORE_DOCUMENTS}"
 
@@ -188,7 +188,7 @@ def few(documents: int) -> str:
 
 def _as_far_as(run: Mapping[str, Any]) -> str:
     documents = len(run["heldout_documents"])
-    return f"as far as {documents} documents can tell, " if 1 < documents < FEW_DOCUMENTS else ""
+    return f"as far as {documents} documents can tell, " if are_few(documents) else ""
 
 
 def is_one_document(run: Mapping[str, Any]) -> bool:
@@ -201,7 +201,7 @@ def how_sure(rows: Sequence[Mapping[str, Any]], documents: int) -> str:
     if _end(rows[0], "high") is None:
         return "the text is one document, so none of it has an interval, and nothing is decided."
     how = "of the others no difference was shown (by 95 % bands, which hold for all together)."
-    return how if documents >= FEW_DOCUMENTS else f"{how} The text has {few(documents)}."
+    return f"{how} The text has {few(documents)}." if are_few(documents) else how
 
 
 def _name(row: Mapping[str, Any]) -> str:

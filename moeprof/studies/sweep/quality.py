@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...measure.bootstrap import FEW_DOCUMENTS
+from ...measure.bootstrap import are_few
 from ...show.figures import MARKERS, runs
 from .advice import is_below, is_one_document
 from .beside import budgets
@@ -166,7 +166,7 @@ def _plain_ticks(axis: Axes) -> None:
 
 def _few(run: dict[str, Any]) -> str:
     documents = len(run.get("heldout_documents", ()))
-    return f"; {documents} documents only" if 1 < documents < FEW_DOCUMENTS else ""
+    return f"; {documents} documents only" if are_few(documents) else ""
 
 
 def _undecided(run: dict[str, Any]) -> bool:
